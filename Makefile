@@ -1,0 +1,56 @@
+# One Python, one virtual environment, exact versions. `make help` lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo scan test check format bench bench-check lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(READY) ## make the virtual environment with the locked versions
+
+model: $(READY) ## fetch and unpack the default model, once
+	@$(BIN)/python -c 'from neg_service.models.source import fetch; print("model:", fetch("smollm2").directory)'
+
+demo: model ## scan the facts with the default model; prints, plots and names the results
+	$(BIN)/python -m jobs.demo
+
+scan: model ## python -m jobs.scan with ARGS="..."
+	$(BIN)/python -m jobs.scan $(ARGS)
+
+test: check model ## checks, then all tests
+	$(BIN)/python -m pytest
+
+check: $(READY) ## format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## format and sort imports
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: model ## time the engine and the driver; JSON on stdout
+	$(BIN)/python -m jobs.bench benchmark=neurgrad
+	$(BIN)/python -m jobs.bench benchmark=driver
+
+lock: ## write requirements.lock anew from pyproject.toml's ranges, in an empty environment
+	rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/pip install --quiet torch==2.13.0 setuptools
+	$(VENV)/lock/bin/pip install --quiet '.[compute,report,dev]'
+	$(VENV)/lock/bin/pip freeze --all --exclude pip --exclude neg-service | sed 's/+cpu$$//' > requirements.lock
+	rm -rf $(VENV)/lock build
+
+clean: ## remove the environment, caches and local results
+	rm -rf $(VENV) results .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -1,0 +1,78 @@
+"""How every job starts: configuration composed by Hydra, logs to stderr, errors as one line, exit codes.
+
+Hydra's own messages for a mistyped key run over several lines, so the configuration is composed once ahead, where a
+mistake can be told in one; all of Hydra's flags (--help, --cfg, --multirun) work as its users know them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from neg_service.errors import NegServiceError
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
+
+
+def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line, run `job`, and exit with what it returns."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    # Libraries speak up only when something is wrong.
+    for noisy in ("httpx", "botocore", "urllib3", "filelock", "fsspec", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _check_overrides(config_name)
+
+    def guarded(config: DictConfig) -> None:
+        try:
+            code = job(config)
+        except NegServiceError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues from here", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        if code:
+            sys.exit(code)
+
+    hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)()
+
+
+def _check_overrides(config_name: str) -> None:
+    """Compose the same configuration ahead, to tell a mistake in one line."""
+    if any(argument.startswith("-") for argument in sys.argv[1:]):
+        return
+    try:
+        with initialize_config_dir(CONF, version_base="1.3"):
+            compose(config_name, overrides=sys.argv[1:])
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(f"{_reason(error)} (see --help for what can be set)")
+
+
+def _reason(error: BaseException) -> str:
+    # Hydra wraps: its own line names the override, the cause says what is wrong with it.
+    lines: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        lines += [line.strip() for line in str(current).splitlines() if line.strip()]
+        current = current.__cause__
+    wanted = [line.rstrip(".") for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type"))]
+    return "; ".join(wanted[:4])
+
+
+def _fail(message: str) -> Any:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_ERROR)

@@ -1,0 +1,89 @@
+"""python -m jobs.scan: measure the neurons of a model on a data set. `--help` says what can be set."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from jobs.entry import EXIT_INCOMPLETE, start
+from neg_service.cluster.scan import Prepared, Summary, prepare, run
+from neg_service.config import ScanConfig, checked_layers, typed
+from neg_service.report.console import accuracy, aligned, bytes_text
+from neg_service.storage.reader import open_run
+
+
+def scan(config: DictConfig) -> int:
+    """Run or continue the scan that the configuration describes."""
+    prepared = prepare(typed(ScanConfig, config))
+    if prepared.config.job.dry_run:
+        print(describe_plan(prepared))
+        return 0
+    summary = run(prepared)
+    print(describe_summary(prepared, summary))
+    return EXIT_INCOMPLETE if summary.set_aside else 0
+
+
+def describe_plan(prepared: Prepared) -> str:
+    """What a scan would do, and what it would cost."""
+    info, plan = prepared.info, prepared.plan
+    layers = checked_layers(prepared.config.neurons, info.n_layers)
+    tables = [f"{bytes_text(size):>10}  {table}" for table, size in plan.bytes_of_table.items()]
+    return "plan (nothing was done)\n" + aligned(
+        [
+            (
+                "model",
+                f"{info.name}: {info.architecture}, {info.n_layers} layers of {info.n_neurons} neurons",
+            ),
+            ("identity", info.identity),
+            (
+                "prompts",
+                f"{plan.n_prompts} with {plan.n_targets} targets, from {prepared.config.dataset.source}",
+            ),
+            ("measure", ", ".join(f"{key}={value}" for key, value in prepared.identity["measure"].items())),
+            ("neurons", f"{len(layers) * info.n_neurons} in {len(layers)} layers"),
+            ("shards", f"{plan.n_shards} of up to {plan.shard_size} prompts"),
+            (
+                "bytes",
+                "\n".join([f"{bytes_text(plan.total_bytes):>10}  in all, before compression", *tables]),
+            ),
+            ("replica", f"about {bytes_text(prepared.memory)} of memory"),
+            ("results", prepared.uri),
+        ]
+    )
+
+
+def describe_summary(prepared: Prepared, summary: Summary) -> str:
+    """What a scan did, and how to load it."""
+    plan, info = prepared.plan, prepared.info
+    n_neurons = len(checked_layers(prepared.config.neurons, info.n_layers)) * info.n_neurons
+    results = open_run(summary.uri, prepared.config.storage.endpoint_url)
+    main = results.tables[-1]
+    rows = [
+        ("prompts", f"{plan.n_prompts} ({plan.n_targets} targets)"),
+        ("accuracy", str(accuracy(results)) if "prompts" in results.tables else "not measured"),
+        ("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"),
+        ("shards", f"{summary.shards_done} of {summary.n_shards} done"),
+    ]
+    if summary.n_prompts_now:
+        rows += [
+            ("rate", f"{summary.n_prompts_now / summary.seconds:.3g} prompts/s in {summary.seconds:.1f} s"),
+            ("written", bytes_text(summary.bytes_now)),
+        ]
+    rows.append(("results", summary.uri))
+    if summary.set_aside:
+        rows.append(("set aside", "\n".join(f"shard {i}: {error}" for i, error in sorted(summary.set_aside.items()))))
+    if summary.shards_before == summary.n_shards:
+        heading = "this run was finished already; nothing was done"
+    elif summary.set_aside:
+        heading = f"incomplete: {len(summary.set_aside)} shards were set aside; the same command tries them again"
+    else:
+        heading = "done"
+    snippet = (
+        "import neg_service\n"
+        f'run = neg_service.open_run("{summary.uri}")\n'
+        f'table = run.table("{main}").head(1000)  # pyarrow; .to_pandas(), polars.from_arrow, duckdb.sql'
+    )
+    return f"\n{heading}\n{aligned(rows)}\n\nload it:\n\n{snippet}\n"
+
+
+if __name__ == "__main__":
+    start("scan", scan)

@@ -1,0 +1,36 @@
+"""Neuron empirical gradients of language models, measured at scale.
+
+The public names load what they need when first used, so that `open_run` works with pyarrow, numpy and s3fs alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neg_service.measures.neurgrad import NeurGradResult, neurgrad
+    from neg_service.models.language_model import LanguageModel, load_model
+    from neg_service.storage.reader import Run, open_run
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LanguageModel": "neg_service.models.language_model",
+    "NeurGradResult": "neg_service.measures.neurgrad",
+    "Run": "neg_service.storage.reader",
+    "load_model": "neg_service.models.language_model",
+    "neurgrad": "neg_service.measures.neurgrad",
+    "open_run": "neg_service.storage.reader",
+}
+__all__ = ["LanguageModel", "NeurGradResult", "Run", "load_model", "neurgrad", "open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

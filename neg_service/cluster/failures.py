@@ -1,0 +1,39 @@
+"""What to do when a shard fails: a pure function of the error and of how often the shard has failed."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, ReplicaLost
+
+
+class Action(Enum):
+    """What the driver does about a failed shard."""
+
+    RETRY = "retry"
+    # Again with half the batch.
+    SPLIT = "split"
+    # Again on a new replica: this one is gone or cannot be trusted.
+    REPLACE = "replace the replica"
+    # Not again: keep the error, go on with the rest.
+    SET_ASIDE = "set aside"
+    # Nothing will get better: end the run with this error.
+    STOP = "stop"
+
+
+def decide(error: BaseException, failures: int, most: int) -> Action:
+    """The action for a shard that has now failed `failures` times, of at most `most`.
+
+    A wrong configuration is wrong for every shard: stop. A non-finite value is there again on every retry: set
+    aside at once. All else may be the replica's or the moment's fault, and is tried again.
+    """
+    if isinstance(error, ConfigurationError):
+        return Action.STOP
+    if isinstance(error, NonFiniteError) or failures >= most:
+        return Action.SET_ASIDE
+    if isinstance(error, OutOfMemory):
+        return Action.SPLIT
+    # After an error on the device its process answers every later call with the same error.
+    if isinstance(error, ReplicaLost) or "CUDA error" in str(error):
+        return Action.REPLACE
+    return Action.RETRY

@@ -1,0 +1,105 @@
+"""What will be done, before anything is: shards, bytes, memory, and the identity of the run.
+
+Pure functions on plain data. The plan depends on the prompts and the measure alone, never on how many replicas there
+are, because the shard plan is part of the run's identity.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from neg_service.config import NeuronsConfig, ScanConfig
+from neg_service.models.language_model import ModelInfo
+from neg_service.prompts.prompt import Prompt, digest
+from neg_service.schema import SCHEMA_VERSION
+
+# A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
+SHARD_BYTES = 64 * 2**20
+SHARD_PROMPTS = 64
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Python, torch and Ray before any model is loaded; measured on Linux, in bytes.
+_RUNTIME_BYTES = 600 * 2**20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed, ordered slice of the prompts."""
+
+    index: int
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the prompts are cut, and what comes out of them; bytes are before compression."""
+
+    n_prompts: int
+    n_targets: int
+    shard_size: int
+    n_shards: int
+    bytes_of_table: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(self.bytes_of_table.values())
+
+
+def make_plan(prompts: Sequence[Prompt], bytes_a_prompt: dict[str, int], shard_size: int | str) -> Plan:
+    """Cut the prompts into shards; `auto` makes them as large as memory and the cost of a retry allow."""
+    n_prompts = len(prompts)
+    if isinstance(shard_size, str):
+        fitting = SHARD_BYTES // max(1, sum(bytes_a_prompt.values()))
+        shard_size = max(1, min(SHARD_PROMPTS, fitting, n_prompts))
+    return Plan(
+        n_prompts=n_prompts,
+        n_targets=sum(len(prompt.targets) for prompt in prompts),
+        shard_size=shard_size,
+        n_shards=-(-n_prompts // shard_size),
+        bytes_of_table={table: size * n_prompts for table, size in bytes_a_prompt.items()},
+    )
+
+
+def shards_of(prompts: Sequence[Prompt], plan: Plan, done: Iterable[int] = ()) -> Iterator[Shard]:
+    """The shards that are not done, in order, made one at a time."""
+    skip = frozenset(done)
+    for index in range(plan.n_shards):
+        if index not in skip:
+            yield Shard(index, tuple(prompts[index * plan.shard_size : (index + 1) * plan.shard_size]))
+
+
+def identity_of(
+    config: ScanConfig,
+    info: ModelInfo,
+    options: Any,
+    neurons: NeuronsConfig,
+    prompts: Sequence[Prompt],
+    plan: Plan,
+) -> dict[str, Any]:
+    """Everything that decides the numbers, and nothing else; what a run's fingerprint is made of."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {"identity": info.identity, "dtype": config.model.dtype},
+        "prompts": {"sha256": digest(prompts), "count": plan.n_prompts},
+        "measure": asdict(options),
+        "neurons": asdict(neurons),
+        "plan": {"shard_size": plan.shard_size, "shards": plan.n_shards},
+    }
+
+
+def run_name(config: ScanConfig, info: ModelInfo, measure: str) -> str:
+    """What people see in front of the fingerprint."""
+    dataset = re.sub(r"\.[a-z]+$", "", config.dataset.source.rsplit("/", 1)[-1])
+    name = config.job.name or f"{info.name}-{dataset}-{measure.rsplit('.', 1)[-1]}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def replica_bytes(info: ModelInfo, dtype: str, plan: Plan) -> int:
+    """About what a replica needs: weights, the runtime, a batch's graph, and two shards' results."""
+    weights = info.n_parameters * _DTYPE_BYTES[dtype]
+    shard = plan.total_bytes // max(1, plan.n_shards)
+    return int(1.2 * weights) + _RUNTIME_BYTES + 2**29 + 4 * shard

@@ -1,0 +1,72 @@
+"""Progress for a person: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+from neg_service.cluster.replica import Receipt
+
+
+class Progress:
+    """Counts prompts; `done` of `total` were there before this start and do not count into the rate."""
+
+    def __init__(self, total: int, done: int, every_seconds: float, stream: TextIO | None = None) -> None:
+        """Shows itself on `stream`, stderr if not given."""
+        self._stream = stream or sys.stderr
+        self._total, self._done, self._before = total, done, done
+        self._every = every_seconds
+        self._began = self._spoke = time.monotonic()
+        self.bytes = 0
+        self._bar = (
+            tqdm(total=total, initial=done, unit="prompt", file=self._stream, dynamic_ncols=True, smoothing=0.1)
+            if self._stream.isatty()
+            else None
+        )
+
+    def start(self) -> None:
+        """The first replica is ready: the rate counts from here, not from while models were loading."""
+        self._began = self._spoke = time.monotonic()
+
+    def add(self, receipt: Receipt) -> None:
+        """A shard is done."""
+        self._done += receipt.n_prompts
+        self.bytes += sum(receipt.bytes.values())
+        if self._bar is not None:
+            self._bar.update(receipt.n_prompts)
+        elif time.monotonic() - self._spoke >= self._every or self._done >= self._total:
+            self._spoke = time.monotonic()
+            self._stream.write(f"{self.line()}\n")
+            self._stream.flush()
+
+    def line(self) -> str:
+        """For example `128/316 prompts (41 %), 24.1 prompts/s, 0:08 left`."""
+        rate = (self._done - self._before) / max(1e-9, time.monotonic() - self._began)
+        left = f"{_clock((self._total - self._done) / rate)} left" if rate else "time left unknown"
+        return (
+            f"{self._done}/{self._total} prompts ({100 * self._done / self._total:.0f} %), {rate:.3g} prompts/s, {left}"
+        )
+
+    @property
+    def n_now(self) -> int:
+        """Prompts done since this start."""
+        return self._done - self._before
+
+    @property
+    def seconds(self) -> float:
+        """Since the first replica was ready."""
+        return time.monotonic() - self._began
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,152 @@
+"""A replica: an actor that owns one model, computes shards, puts their parts itself, and returns small receipts.
+
+Results never pass through the driver or Ray's object store. The actor runs two calls at once but computes under a
+lock, so that while one shard's parts are put the next is computed. What it computes is a `Worker`'s business.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import pyarrow as pa
+
+from neg_service.cluster.plan import Shard
+from neg_service.config import ScanConfig, typed
+from neg_service.errors import ModelError
+from neg_service.measures import find_measure
+from neg_service.measures.gradients import default_batch_tokens
+from neg_service.models.batches import Budget
+from neg_service.models.language_model import LanguageModel, load_model, set_threads
+from neg_service.prompts.prompt import encode
+from neg_service.storage.objects import open_store
+from neg_service.storage.parts import encode_part, part_key
+
+log = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """What a replica runs."""
+
+    def start(self) -> str:
+        """Get ready, once; says what it runs on."""
+        ...
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        """A shard's tables, in the order in which they are put; `batch_scale` shrinks batches after failures."""
+        ...
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where parts go."""
+
+    uri: str
+    endpoint_url: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A replica that is ready."""
+
+    pid: int
+    node: str
+    runs_on: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A shard that is done: all its parts are stored."""
+
+    shard: int
+    n_prompts: int
+    rows: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    compute_seconds: float = 0.0
+    put_seconds: float = 0.0
+
+
+class Replica:
+    """Runs as a Ray actor; a plain class, so that tests need no cluster."""
+
+    def __init__(self, make_worker: Callable[[], Worker], destination: Destination | None) -> None:
+        """Cheap: the model is loaded in `start`, where an error reaches the driver as itself."""
+        self._make_worker = make_worker
+        self._destination = destination
+        self._computing = threading.Lock()
+
+    def start(self) -> Hello:
+        """Load and check the model."""
+        self._store = open_store(self._destination.uri, self._destination.endpoint_url) if self._destination else None
+        self._worker = self._make_worker()
+        return Hello(os.getpid(), socket.gethostname(), self._worker.start())
+
+    def run(self, shard: Shard, batch_scale: float = 1.0) -> Receipt:
+        """Compute a shard and put its parts, the last table's last: that one is the commit."""
+        with self._computing:
+            began = time.monotonic()
+            tables = self._worker.compute(shard, batch_scale)
+            computed = time.monotonic()
+        rows, sizes = {}, {}
+        for name, table in tables.items():
+            assert self._store is not None
+            assert self._destination is not None
+            data = encode_part(table, self._destination.fingerprint, shard.index)
+            self._store.put(part_key(name, shard.index), data)
+            rows[name], sizes[name] = table.num_rows, len(data)
+        return Receipt(
+            shard=shard.index,
+            n_prompts=len(shard.prompts),
+            rows=rows,
+            bytes=sizes,
+            compute_seconds=computed - began,
+            put_seconds=time.monotonic() - computed,
+        )
+
+
+class ScanWorker:
+    """Runs a measure on a language model."""
+
+    def __init__(self, config: ScanConfig, identity: str, threads: int) -> None:
+        """`identity` is the model that the run was planned for; another one is refused."""
+        self._config = config
+        self._identity = identity
+        self._threads = threads
+        self._measure = find_measure(config.measure["name"])
+        self._options = typed(self._measure.Options, config.measure, "measure")
+
+    def start(self) -> str:
+        """Load the model, check that it is the planned one, and let it check itself."""
+        set_threads(self._threads)
+        asked = self._config.model
+        self._model: LanguageModel = load_model(
+            asked.source,
+            revision=asked.revision,
+            dtype=asked.dtype,
+            device=asked.device,
+            trust_remote_code=asked.trust_remote_code,
+        )
+        if self._model.identity != self._identity:
+            raise ModelError(
+                f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
+                f"planned for {self._identity}: put the same files on every node"
+            )
+        checked = self._model.self_check()
+        log.info("self-check passed: %s", checked)
+        batch_tokens = self._config.cluster.batch_tokens
+        self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
+        return f"{self._model.device}, {self._threads} threads"
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        """Encode and measure a shard."""
+        prompts = list(encode(self._model.tokenizer, shard.prompts, self._model.context_length))
+        # A shard that failed for memory runs in small batches without making all later ones small.
+        budget = self._budget if batch_scale == 1 else Budget(max(1, int(self._budget.tokens * batch_scale)))
+        return self._measure.measure(self._model, prompts, self._options, self._config.neurons, budget)

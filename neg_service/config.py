@@ -1,0 +1,169 @@
+"""The typed configuration of a scan, and the one place where Hydra's objects become dataclasses.
+
+Hydra composes `conf/`; `typed` turns what comes out into these dataclasses and refuses unknown keys and wrong types;
+nothing after it knows Hydra. Science (model, dataset, measure, neurons) decides the numbers and so a run's
+fingerprint; operations (cluster, storage, job) only how they are made. The options of a measure are a dataclass of
+that measure's own file, so that a new measure changes nothing here.
+
+Fields that hold `auto` or a number are typed Any, because OmegaConf knows no unions; `check` narrows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from neg_service.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    """Which model, in which precision; see `load_model`."""
+
+    source: str = "smollm2"
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DatasetConfig:
+    """Which prompts: `facts`, or a JSONL, Parquet or CSV file at any fsspec URI."""
+
+    source: str = "facts"
+
+
+@dataclass
+class NeuronsConfig:
+    """Which neurons: `layers` is `all` or a list of layer numbers from 0."""
+
+    layers: Any = "all"
+
+
+@dataclass
+class ClusterConfig:
+    """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray."""
+
+    address: str | None = None
+    replicas: Any = "auto"
+    cpus_per_replica: Any = "auto"
+    gpus_per_replica: Any = "auto"
+    batch_tokens: Any = "auto"
+    attempts: int = 3
+
+
+@dataclass
+class StorageConfig:
+    """Where results go: a local directory or s3://bucket/prefix. Credentials come from the environment alone."""
+
+    uri: str = "results"
+    endpoint_url: str | None = None
+
+
+@dataclass
+class JobConfig:
+    """How this command behaves. `shard_size` is part of a run's identity; `auto` depends on the results' size."""
+
+    name: str | None = None
+    limit: int | None = None
+    shard_size: Any = "auto"
+    dry_run: bool = False
+    progress_seconds: float = 10.0
+
+
+@dataclass
+class ScanConfig:
+    """Everything that `python -m jobs.scan` is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    measure: dict[str, Any] = field(default_factory=lambda: {"name": "neurgrad"})
+    neurons: NeuronsConfig = field(default_factory=NeuronsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    job: JobConfig = field(default_factory=JobConfig)
+
+
+def typed(cls: type[T], values: Any, where: str = "") -> T:
+    """An instance of the dataclass `cls` from Hydra's configuration or a plain mapping; keys not given keep defaults.
+
+    Raises:
+        ConfigurationError: an unknown key, a wrong type, or a value that is missing, by its full key.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(values))
+        result = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = ".".join(part for part in (where, error.full_key) if part)
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"{key or 'configuration'}: {reason}") from error
+    assert isinstance(result, cls)
+    return result
+
+
+def check(config: ScanConfig) -> None:
+    """Refuse values that no cluster and no model could make sense of.
+
+    Raises:
+        ConfigurationError: naming the key, its value, and what it may be.
+    """
+    at_least_one = {
+        "cluster.replicas": config.cluster.replicas,
+        "cluster.batch_tokens": config.cluster.batch_tokens,
+        "job.shard_size": config.job.shard_size,
+    }
+    for key, value in at_least_one.items():
+        if value != "auto" and not (_is_whole(value) and value >= 1):
+            raise ConfigurationError(f"{key}={value}: must be auto or a whole number, at least 1")
+    for key, value, least in (
+        ("cluster.cpus_per_replica", config.cluster.cpus_per_replica, 1),
+        ("cluster.gpus_per_replica", config.cluster.gpus_per_replica, 0),
+    ):
+        if value != "auto" and not (isinstance(value, int | float) and value >= least):
+            raise ConfigurationError(f"{key}={value}: must be auto or a number, at least {least}")
+    for key, number in (("job.limit", config.job.limit), ("cluster.attempts", config.cluster.attempts)):
+        if number is not None and number < 1:
+            raise ConfigurationError(f"{key}={number}: must be at least 1")
+
+
+def checked_layers(neurons: NeuronsConfig, n_layers: int) -> list[int]:
+    """The chosen layers of a model with `n_layers`, in ascending order.
+
+    Raises:
+        ConfigurationError: no layers, a layer that does not exist, or one named twice.
+    """
+    if neurons.layers == "all":
+        return list(range(n_layers))
+    layers = neurons.layers
+    if isinstance(layers, int):
+        layers = [layers]
+    if not isinstance(layers, list) or not layers or not all(_is_whole(layer) for layer in layers):
+        raise ConfigurationError(f"neurons.layers={layers}: must be all or a list of layer numbers such as [0,5]")
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise ConfigurationError(
+                f"neurons.layers={layers}: layer {layer} does not exist; the model has layers 0 to {n_layers - 1}"
+            )
+    if len(set(layers)) < len(layers):
+        raise ConfigurationError(f"neurons.layers={layers}: a layer is named twice")
+    return sorted(layers)
+
+
+def plain(values: Any) -> dict[str, Any]:
+    """Hydra's configuration, or any mapping, as plain dictionaries and lists."""
+    if isinstance(values, Mapping) and not OmegaConf.is_config(values):
+        return dict(values)
+    result = OmegaConf.to_container(values, resolve=True)
+    assert isinstance(result, dict)
+    return {str(key): value for key, value in result.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,43 @@
+"""Everything that can go wrong, as one small tree.
+
+A message says the value, the limit, and the configuration key to change, in one line. The class says what the
+driver may do about it; `cluster/failures.py` decides from the class alone.
+"""
+
+from __future__ import annotations
+
+
+class NegServiceError(Exception):
+    """Any error that this package raises on purpose."""
+
+
+class ConfigurationError(NegServiceError):
+    """What was asked for cannot be done; no retry will change that."""
+
+
+class PromptError(ConfigurationError):
+    """A prompt, a target or a data set file is unusable; the message names the prompt or the line."""
+
+
+class ModelError(ConfigurationError):
+    """The model cannot be loaded, is not understood, or failed its self-check."""
+
+
+class DestinationError(ConfigurationError):
+    """The place for results cannot be used: unwritable, unknown, or holding something else."""
+
+
+class NonFiniteError(NegServiceError):
+    """NaN or infinity in logits or gradients of a prompt; its shard is never stored, and a retry gives it again."""
+
+
+class OutOfMemory(NegServiceError):
+    """One prompt alone did not fit into memory, at the smallest batch."""
+
+
+class StorageError(NegServiceError):
+    """Object storage failed in a way that may pass: worth a retry."""
+
+
+class ReplicaLost(NegServiceError):
+    """A replica's process or node is gone, with what it was doing."""

@@ -1,0 +1,81 @@
+"""How a neuron is measured. A measure is a module with the names of `Measure`; nothing registers it.
+
+`measure.name` is a module of this package (`neurgrad`), or the dotted path of one elsewhere, so that a person can
+bring a measure of their own. One driver, one replica and one store serve them all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import pyarrow as pa
+
+from neg_service.config import NeuronsConfig
+from neg_service.errors import ConfigurationError
+from neg_service.models.batches import Budget
+from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+
+class Measure(Protocol):
+    """What a module must have to be a measure."""
+
+    # A dataclass of what `conf/measure/<name>.yaml` may say.
+    Options: type[Any]
+
+    def check(self, options: Any, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
+        """Refuse, before anything starts, what this measure cannot do (ConfigurationError)."""
+        ...
+
+    def tables(self, options: Any, info: ModelInfo) -> dict[str, pa.Schema]:
+        """The tables that each shard gives, in the order in which their parts are put; the last is the commit."""
+        ...
+
+    def bytes_a_prompt(self, options: Any, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> dict[str, int]:
+        """Expected bytes a prompt and table, before compression, of prompts with `n_targets` targets."""
+        ...
+
+    def measure(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[EncodedPrompt],
+        options: Any,
+        neurons: NeuronsConfig,
+        budget: Budget,
+    ) -> dict[str, pa.Table]:
+        """Measure a shard; one Arrow table under each name of `tables`."""
+        ...
+
+
+def find_measure(name: str) -> Measure:
+    """The module of a measure.
+
+    Raises:
+        ConfigurationError: an unknown name, with those that are known.
+    """
+    module = _module(name if "." in name else f"{__name__}.{name}")
+    if module is None or not _is_measure(module):
+        found = (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__))
+        known = [own.__name__.rsplit(".", 1)[-1] for own in found if own is not None and _is_measure(own)]
+        raise ConfigurationError(
+            f"measure.name={name} is unknown; known are {', '.join(known)}, or the dotted path of a module of yours"
+        )
+    return cast(Measure, module)
+
+
+def _module(path: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        # A measure that exists but misses a package of its own should say so itself.
+        if error.name is not None and (path == error.name or path.startswith(f"{error.name}.")):
+            return None
+        raise
+
+
+def _is_measure(module: ModuleType) -> bool:
+    return all(hasattr(module, name) for name in ("Options", "check", "tables", "bytes_a_prompt", "measure"))

@@ -1,0 +1,298 @@
+"""NeurGrad: the estimate of every neuron's empirical gradient from one backward pass.
+
+For target k, layer l and neuron n at the readout position (the prompt's last token):
+
+    NeurGrad[k, l, n] = d p[k] / d a[l, n] * sgn(a[l, n]),   sgn(0) = +1
+
+in probability per unit of |activation|: positive means that a larger magnitude makes the target more probable.
+A silent neuron can only grow, hence sgn(0) = +1. How the gradients are had: `gradients.py`.
+
+Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053).
+
+Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from neg_service import schema
+from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.errors import ConfigurationError
+from neg_service.measures.gradients import Floats, PromptGradients, default_batch_tokens, gradients
+from neg_service.models.batches import Budget
+from neg_service.models.feed_forward import BASES
+from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, encode
+
+KEEP = ("all", "answer", "top_k")
+
+
+@dataclass
+class Options:
+    """`keep`: all values, those of the right answer only, or the `top_k` strongest neurons of each target."""
+
+    name: str = "neurgrad"
+    basis: str = "paper"
+    keep: str = "all"
+    top_k: int = 100
+
+
+@dataclass(frozen=True)
+class NeurGradResult:
+    """NeurGrad of a list of prompts; prompts with fewer targets than K are padded with NaN.
+
+    probability: [P, K] float32, 0..1.
+    neurgrad: [P, K, L, N] float32, probability per unit of |activation|.
+    activation: [P, L, N] float32, at each prompt's last token.
+    n_targets: [P], how many of the K are real.
+    layers: the layer numbers along L.
+    """
+
+    probability: Floats
+    neurgrad: Floats
+    activation: Floats
+    n_targets: NDArray[np.int64]
+    layers: tuple[int, ...]
+
+
+def neurgrad(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    targets: Sequence[Sequence[str]],
+    *,
+    basis: str = "paper",
+    layers: Sequence[int] | None = None,
+    batch_tokens: int | None = None,
+) -> NeurGradResult:
+    """NeurGrad of every feed-forward neuron for every target of every prompt, at the prompt's last token.
+
+    Formula, units and source: this module's header.
+
+    Args:
+        model: from `load_model`.
+        prompts: P texts.
+        targets: for each prompt, texts that follow it verbatim; each must be one token there.
+        basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
+        layers: layer numbers from 0; all layers if not given.
+        batch_tokens: how much a batch may hold; halved by itself when memory ends. Never changes the results.
+
+    Returns:
+        Arrays on the CPU, in the order of `prompts`.
+
+    Raises:
+        PromptError: an empty prompt, one beyond the model's context, or a target that is not one token.
+        ConfigurationError: an unknown basis or layer.
+        NonFiniteError: NaN or infinity in a prompt's logits.
+    """
+    if len(prompts) != len(targets):
+        raise ConfigurationError(f"{len(prompts)} prompts, but targets for {len(targets)}; one list a prompt is needed")
+    asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
+    check_prompts(asked)
+    chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
+    encoded = list(encode(model.tokenizer, asked, model.context_length))
+    budget = Budget(batch_tokens or default_batch_tokens(model))
+    wanted = [tuple(range(len(prompt.targets))) for prompt in asked]
+
+    p, k, n = len(asked), max(map(len, wanted)), model.feed_forward.n_neurons
+    result = NeurGradResult(
+        probability=np.full((p, k), np.nan, np.float32),
+        neurgrad=np.full((p, k, len(chosen), n), np.nan, np.float32),
+        activation=np.empty((p, len(chosen), n), np.float32),
+        n_targets=np.array([len(own) for own in wanted]),
+        layers=tuple(chosen),
+    )
+    for index, found in gradients(model, encoded, wanted, basis, chosen, budget):
+        result.probability[index, : len(found.targets)] = found.probability_k
+        result.neurgrad[index, : len(found.targets)] = found.gradient_kln * sign(found.activation_ln)
+        result.activation[index] = found.activation_ln
+    return result
+
+
+def sign(activation: Floats) -> Floats:
+    """The sign of an activation, +1 at zero."""
+    return np.where(activation < 0, np.float32(-1), np.float32(1))
+
+
+# --- as a measure of a scan
+
+
+def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
+    """Refuse what cannot be measured before a model is loaded."""
+    if options.basis not in BASES:
+        raise ConfigurationError(f"measure.basis={options.basis} is unknown; known are {', '.join(BASES)}")
+    if options.keep not in KEEP:
+        raise ConfigurationError(f"measure.keep={options.keep} is unknown; known are {', '.join(KEEP)}")
+    in_all = len(checked_layers(neurons, info.n_layers)) * info.n_neurons
+    if options.keep == "top_k" and not 1 <= options.top_k <= in_all:
+        raise ConfigurationError(
+            f"measure.top_k={options.top_k}: must be from 1 to {in_all}, the neurons of the chosen layers"
+        )
+    if options.keep == "answer":
+        unanswered = next((prompt.id for prompt in prompts if prompt.answer is None), None)
+        if unanswered is not None:
+            raise ConfigurationError(
+                f"measure.keep=answer: prompt {unanswered!r} has no answer; use measure.keep=all or top_k"
+            )
+
+
+def tables(options: Options, info: ModelInfo) -> dict[str, pa.Schema]:
+    """`prompts`, then values: `activations` and `neurgrad`, or `top_neurons`."""
+    return tables_of(options, info.n_neurons)
+
+
+def tables_of(options: Options, n_neurons: int) -> dict[str, pa.Schema]:
+    """The same, for a number of neurons a layer."""
+    if options.keep == "top_k":
+        return {"prompts": schema.PROMPTS, "top_neurons": schema.TOP_NEURONS}
+    return {
+        "prompts": schema.PROMPTS,
+        "activations": schema.activations(n_neurons),
+        "neurgrad": schema.neurgrad(n_neurons),
+    }
+
+
+def bytes_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> dict[str, int]:
+    """Four bytes a value; float32 of trained models hardly compresses, so this is close."""
+    layers = len(checked_layers(neurons, info.n_layers))
+    text = 256
+    if options.keep == "top_k":
+        # A row is rank, layer, neuron, value, activation and, mostly repeated, the key.
+        return {"prompts": text, "top_neurons": int(20 * options.top_k * n_targets)}
+    kept = 1.0 if options.keep == "answer" else n_targets
+    values = 4 * layers * info.n_neurons
+    return {"prompts": text, "activations": values, "neurgrad": int(values * kept)}
+
+
+def measure(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    options: Options,
+    neurons: NeuronsConfig,
+    budget: Budget,
+) -> dict[str, pa.Table]:
+    """One shard's tables."""
+    layers = checked_layers(neurons, model.feed_forward.n_layers)
+    wanted = [_wanted(prompt.prompt, options) for prompt in prompts]
+    rows: list[_Rows] = [{} for _ in prompts]
+    for index, found in gradients(model, prompts, wanted, options.basis, layers, budget):
+        # Reduced at once, so that `top_k` never holds a shard's full gradients.
+        rows[index] = _rows(prompts[index], found, layers, options)
+    return {
+        name: pa.concat_tables([own[name] for own in rows]) if rows else table_schema.empty_table()
+        for name, table_schema in tables_of(options, model.feed_forward.n_neurons).items()
+    }
+
+
+_Rows = dict[str, pa.Table]
+
+
+def _wanted(prompt: Prompt, options: Options) -> tuple[int, ...]:
+    if options.keep == "answer":
+        assert prompt.answer is not None
+        return (prompt.answer,)
+    return tuple(range(len(prompt.targets)))
+
+
+def _rows(prompt: EncodedPrompt, found: PromptGradients, layers: Sequence[int], options: Options) -> _Rows:
+    neurgrad_kln = found.gradient_kln * sign(found.activation_ln)
+    n_neurons = neurgrad_kln.shape[-1]
+    rows = {"prompts": prompt_row(prompt, found.probability_k)}
+    if options.keep == "top_k":
+        rows["top_neurons"] = _strongest(prompt, found, neurgrad_kln, layers, options)
+        return rows
+    rows["activations"] = _table(
+        schema.activations(n_neurons),
+        len(layers),
+        prompt_id=prompt.prompt.id,
+        layer=list(layers),
+        basis=options.basis,
+        activation=_fixed_size(found.activation_ln),
+    )
+    repeats = len(layers)
+    rows["neurgrad"] = _table(
+        schema.neurgrad(n_neurons),
+        len(found.targets) * repeats,
+        **_key(prompt, np.repeat(found.targets, repeats)),
+        layer=np.tile(layers, len(found.targets)),
+        basis=options.basis,
+        probability=np.repeat(found.probability_k[list(found.targets)], repeats),
+        neurgrad=_fixed_size(neurgrad_kln),
+    )
+    return rows
+
+
+def _strongest(
+    prompt: EncodedPrompt,
+    found: PromptGradients,
+    neurgrad_kln: Floats,
+    layers: Sequence[int],
+    options: Options,
+) -> pa.Table:
+    k, _, n = neurgrad_kln.shape
+    flat_km = neurgrad_kln.reshape(k, -1)
+    # A stable sort of the negated magnitude: among equals the lower layer and neuron comes first.
+    best_kt = np.argsort(-np.abs(flat_km), axis=1, kind="stable")[:, : options.top_k]
+    best = best_kt.ravel()
+    return _table(
+        schema.TOP_NEURONS,
+        best.size,
+        **_key(prompt, np.repeat(found.targets, options.top_k)),
+        rank=np.tile(np.arange(options.top_k), k),
+        layer=np.asarray(layers)[best // n],
+        neuron=best % n,
+        basis=options.basis,
+        probability=np.repeat(found.probability_k[list(found.targets)], options.top_k),
+        neurgrad=np.take_along_axis(flat_km, best_kt, 1).ravel(),
+        activation=found.activation_ln.ravel()[best],
+    )
+
+
+def prompt_row(prompt: EncodedPrompt, probability_k: Floats) -> pa.Table:
+    """The row of table `prompts`: the same for every measure."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "prompt_id": prompt.prompt.id,
+                "prompt": prompt.prompt.text,
+                "targets": list(prompt.prompt.targets),
+                "target_tokens": list(prompt.target_ids),
+                "answer": prompt.prompt.answer,
+                "probabilities": probability_k,
+                "prediction": int(probability_k.argmax()),
+            }
+        ],
+        schema.PROMPTS,
+    )
+
+
+def _key(prompt: EncodedPrompt, target_of_row: NDArray[np.int64]) -> dict[str, Any]:
+    answer = prompt.prompt.answer
+    return {
+        "prompt_id": prompt.prompt.id,
+        "target_index": target_of_row,
+        "target": np.array(prompt.prompt.targets, dtype=object)[target_of_row],
+        "is_answer": None if answer is None else target_of_row == answer,
+    }
+
+
+def _table(table_schema: pa.Schema, n_rows: int, **columns: Any) -> pa.Table:
+    """A table from arrays, or from single values that every row repeats."""
+    arrays = []
+    for field in table_schema:
+        values = columns[field.name]
+        if values is None or isinstance(values, str):
+            arrays.append(pa.repeat(pa.scalar(values, field.type), n_rows))
+        else:
+            arrays.append(values if isinstance(values, pa.Array) else pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=table_schema)
+
+
+def _fixed_size(values: Floats) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[-1])

@@ -1,0 +1,304 @@
+"""Pay for a token once: a frozen prefix, and branches of the last token over it.
+
+In a causal model a change at the last token changes nothing before it. So the tokens before the last run
+once, without a graph, and leave their keys and values (`Prefix`); the last token then runs in many *branches*:
+a row per target for gradients, a row per (neuron, shift) for interventions. A branch attends to its prompt's
+prefix and to itself. Prompts that begin with the same tokens share that part of the prefix (`Header`).
+
+One attention function, registered with transformers' `AttentionInterface`, does this for every architecture that
+calls attention through that interface; everything else is the model's own code. Tokens of unequal prompts
+travel *packed* in one row with explicit positions, so no linear layer ever sees padding; only the attention
+product itself is padded. No transformers cache is involved: its update in place is how frozen prefixes get
+corrupted. No mask is registered either, for which transformers then makes none: what a branch may see is decided here.
+
+Axes: B prompts, T longest own prefix, C header tokens, M packed prefix tokens, J branches of a prompt (the most),
+R branches in all, H query heads, G key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from neg_service.errors import ModelError
+
+ATTENTION = "neg_service_branches"
+
+
+@dataclass(frozen=True)
+class Header:
+    """Tokens with which every prompt of a batch begins, and their keys and values by layer."""
+
+    ids: tuple[int, ...] = ()
+    keys_gcd: dict[int, Tensor] = field(default_factory=dict)
+    values_gcd: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Frozen keys and values of all tokens but the last, for a batch of prompts.
+
+    `own_lengths[b]` counts the tokens of prompt b between the header and its last token; keys and values beyond
+    it are padding. Layers may live on different devices; each one's tensors lie where the layer does.
+    """
+
+    header: Header
+    own_lengths: tuple[int, ...]
+    last_ids: tuple[int, ...]
+    keys_bgtd: dict[int, Tensor] = field(default_factory=dict)
+    values_bgtd: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Pass(Protocol):
+    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
+        """The attention output [1, tokens, H, D] of one layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a layer's attention does beyond a plain product."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+_PASS: ContextVar[_Pass] = ContextVar("neg_service_pass")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    for name in ("s_aux", "position_bias"):
+        if extras.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} has {name}, which branches over a prefix cannot express")
+    view = _View(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return _PASS.get().attend(layer, (query, key, value), view), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@contextmanager
+def _running(model: PreTrainedModel, attention_pass: _Pass) -> Iterator[None]:
+    """Let `attention_pass` be the model's attention, and put the model back as it was, also after an error."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION
+    token = _PASS.set(attention_pass)
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
+        model.config._attn_implementation = before
+
+
+class _Packing:
+    """Between packed rows [1, h, M, D] and a padded batch [B, h, T, D], when rows belong to B prompts."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.b, self.t = len(counts), max(counts)
+        self.is_full = all(count == self.t for count in counts)
+        self._slots_m = torch.cat([torch.arange(n) + b * self.t for b, n in enumerate(counts)])
+
+    def slots(self, device: torch.device) -> Tensor:
+        if self._slots_m.device != device:
+            self._slots_m = self._slots_m.to(device)
+        return self._slots_m
+
+    def pad(self, x_hmd: Tensor) -> Tensor:
+        x_mhd = x_hmd[0].transpose(0, 1)
+        if not self.is_full:
+            empty = x_mhd.new_zeros(self.b * self.t, *x_mhd.shape[1:])
+            x_mhd = empty.index_copy(0, self.slots(x_mhd.device), x_mhd)
+        return x_mhd.reshape(self.b, self.t, *x_mhd.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x_bhtd: Tensor) -> Tensor:
+        x_mhd = x_bhtd.transpose(1, 2).reshape(self.b * self.t, x_bhtd.shape[1], -1)
+        return (x_mhd if self.is_full else x_mhd[self.slots(x_mhd.device)])[None]
+
+
+class _PrefixPass:
+    """Attention of the tokens before the last: to the header, and causally to their own prompt."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.prefix = prefix
+        self.packing = _Packing(prefix.own_lengths)
+        self._masks: dict[tuple[int | None, torch.device], Tensor] = {}
+
+    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
+        q_bhtd, k_bgtd, v_bgtd = (self.packing.pad(x) for x in qkv)
+        self.prefix.keys_bgtd[layer], self.prefix.values_bgtd[layer] = k_bgtd, v_bgtd
+        header = self.prefix.header
+        if header.ids:
+            b = self.packing.b
+            k_bgtd = torch.cat([header.keys_gcd[layer].expand(b, -1, -1, -1), k_bgtd], 2)
+            v_bgtd = torch.cat([header.values_gcd[layer].expand(b, -1, -1, -1), v_bgtd], 2)
+        return self.packing.unpad(self._product(q_bhtd, k_bgtd, v_bgtd, view))
+
+    def _product(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, view: _View) -> Tensor:
+        mask = self._mask(view.window, q_bhtd.device)
+        heads_a_group = q_bhtd.shape[1] // k_bgsd.shape[1]
+        if view.softcap is None:
+            # With a mask, CUDA's fast kernels want one key/value head a query head.
+            if mask is not None and q_bhtd.is_cuda and heads_a_group > 1:
+                k_bgsd, v_bgsd = (x.repeat_interleave(heads_a_group, 1) for x in (k_bgsd, v_bgsd))
+            return nn.functional.scaled_dot_product_attention(
+                q_bhtd,
+                k_bgsd,
+                v_bgsd,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=view.scaling,
+                enable_gqa=q_bhtd.shape[1] != k_bgsd.shape[1],
+            )
+        k_bhsd, v_bhsd = (x.repeat_interleave(heads_a_group, 1) for x in (k_bgsd, v_bgsd))
+        scores = _softcapped(q_bhtd @ k_bhsd.transpose(2, 3) * view.scaling, view.softcap).float()
+        visible = mask if mask is not None else torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        return weights.to(v_bhsd.dtype) @ v_bhsd
+
+    def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Which of the C + T keys each of the T own tokens sees; None where that is plainly causal.
+
+        Padding needs no mask: it lies behind every real token of its prompt.
+        """
+        c, t = len(self.prefix.header.ids), self.packing.t
+        if window is not None and window >= c + t:
+            window = None
+        if c == 0 and window is None:
+            return None
+        if (window, device) not in self._masks:
+            query = torch.arange(c, c + t, device=device)[:, None]
+            key = torch.arange(c + t, device=device)[None]
+            visible = key <= query
+            if window is not None:
+                visible &= query - key < window
+            self._masks[window, device] = visible
+        return self._masks[window, device]
+
+
+class _BranchPass:
+    """Attention of branches of the last token: to the header, to their prompt's own prefix, and to themselves."""
+
+    def __init__(self, prefix: Prefix, rows: Sequence[int]) -> None:
+        self.prefix = prefix
+        self.packing = _Packing(rows)
+        self._hidden: dict[tuple[int | None, torch.device], tuple[Tensor | None, Tensor | None]] = {}
+
+    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
+        q_bhjd, k_bgjd, v_bgjd = (self.packing.pad(x) for x in qkv)
+        b, h, j, d = q_bhjd.shape
+        g = k_bgjd.shape[1]
+        # The query heads that share a key/value head become one axis of rows, X = H/G * J.
+        q_bgxd = (q_bhjd * view.scaling).reshape(b, g, h // g * j, d)
+        header_hidden, own_hidden = self._hidden_keys(view.window, q_bhjd.device)
+
+        scores: list[Tensor] = []
+        values: list[Tensor] = []
+        if self.prefix.header.ids:
+            # One product for all prompts: the header's keys are shared, never copied.
+            q_gyd = q_bgxd.transpose(0, 1).reshape(g, -1, d)
+            score_gyc = q_gyd @ self.prefix.header.keys_gcd[layer].transpose(1, 2)
+            score_bgxc = score_gyc.view(g, b, -1, score_gyc.shape[-1]).transpose(0, 1)
+            scores.append(_softcapped(score_bgxc, view.softcap))
+            if header_hidden is not None:
+                scores[-1] = scores[-1].masked_fill(header_hidden[:, None, None], float("-inf"))
+            values.append(self.prefix.header.values_gcd[layer])
+        if layer in self.prefix.keys_bgtd:
+            score_bgxt = q_bgxd @ self.prefix.keys_bgtd[layer].transpose(2, 3)
+            scores.append(_softcapped(score_bgxt, view.softcap))
+            if own_hidden is not None:
+                scores[-1] = scores[-1].masked_fill(own_hidden[:, None, None], float("-inf"))
+            values.append(self.prefix.values_bgtd[layer])
+        self_bgxj = q_bgxd.view(b, g, -1, j, d) * k_bgjd[:, :, None]
+        scores.append(_softcapped(self_bgxj.sum(-1).reshape(b, g, -1, 1), view.softcap))
+
+        weights = torch.cat(scores, -1).float().softmax(-1).to(q_bgxd.dtype)
+        *prefix_weights, self_weight = torch.split(weights, [score.shape[-1] for score in scores], -1)
+        out_bgxd = (self_weight.view(b, g, -1, j, 1) * v_bgjd[:, :, None]).reshape(b, g, -1, v_bgjd.shape[-1])
+        for weight_bgxs, value in zip(prefix_weights, values, strict=True):
+            if value.ndim == 3:
+                weight_gys = weight_bgxs.transpose(0, 1).reshape(g, -1, value.shape[1])
+                out_bgxd = out_bgxd + (weight_gys @ value).view(g, b, -1, value.shape[2]).transpose(0, 1)
+            else:
+                out_bgxd = out_bgxd + weight_bgxs @ value
+        return self.packing.unpad(out_bgxd.reshape(b, h, j, -1))
+
+    def _hidden_keys(self, window: int | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Header keys [B, C] and own keys [B, T] that a prompt's last token may not see; None: it sees all."""
+        if (window, device) not in self._hidden:
+            c, lengths = len(self.prefix.header.ids), self.prefix.own_lengths
+            length_b1 = torch.tensor(lengths, device=device)[:, None]
+            t = torch.arange(max(lengths), device=device)[None]
+            own = t >= length_b1 if min(lengths) < max(lengths) else None
+            header = None
+            if window is not None and c + max(lengths) >= window:
+                far = length_b1 - t >= window
+                own = far if own is None else own | far
+                header = c + length_b1 - torch.arange(c, device=device)[None] >= window
+            self._hidden[window, device] = (header, own)
+        return self._hidden[window, device]
+
+
+def _softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+@torch.no_grad()
+def run_header(model: PreTrainedModel, ids: Sequence[int]) -> Header:
+    """Run shared tokens once; their keys and values serve every prompt that begins with them."""
+    prefix = run_prefix(model, [(*ids, 0)], Header())
+    keys, values = prefix.keys_bgtd, prefix.values_bgtd
+    return Header(tuple(ids), {i: k[0] for i, k in keys.items()}, {i: v[0] for i, v in values.items()})
+
+
+@torch.no_grad()
+def run_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]], header: Header) -> Prefix:
+    """Run all tokens of `prompts` but the last; each must begin with the header and go on by at least a token.
+
+    The vocabulary head is not run: nothing but keys and values is wanted.
+    """
+    c = len(header.ids)
+    own = [ids[c:-1] for ids in prompts]
+    prefix = Prefix(header, tuple(map(len, own)), tuple(ids[-1] for ids in prompts))
+    if any(own):
+        with _running(model, _PrefixPass(prefix)):
+            model.base_model(**_packed(model, own, [range(c, c + len(ids)) for ids in own]))
+    return prefix
+
+
+def run_branches(model: PreTrainedModel, prefix: Prefix, rows: Sequence[int]) -> Tensor:
+    """Run `rows[b]` branches of the last token of each prompt b; logits [R, V], prompt by prompt.
+
+    With gradients enabled the graph covers the branches alone: the prefix is frozen.
+    """
+    ids = [[last] * n for last, n in zip(prefix.last_ids, rows, strict=True)]
+    positions = [[len(prefix.header.ids) + own] * n for own, n in zip(prefix.own_lengths, rows, strict=True)]
+    with _running(model, _BranchPass(prefix, rows)):
+        logits: Tensor = model(**_packed(model, ids, positions)).logits
+    return logits[0]
+
+
+def _packed(model: PreTrainedModel, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, Any]:
+    return {
+        "input_ids": torch.tensor([[i for row in ids for i in row]], device=model.device),
+        "position_ids": torch.tensor([[i for row in positions for i in row]], device=model.device),
+        "use_cache": False,
+    }

@@ -1,0 +1,186 @@
+"""Where the feed-forward neurons of a model live: one table from the names inside an MLP to its neurons.
+
+Four tensors are called "the neuron" in the literature; the *basis* says which:
+
+| basis    | gated MLP, down(act(gate(x)) * up(x)) | plain MLP, down(act(up(x))) |
+|----------|---------------------------------------|-----------------------------|
+| `paper`  | up(x)                                 | act(up(x))                  |
+| `hidden` | act(gate(x)) * up(x)                  | act(up(x))                  |
+| `gate`   | act(gate(x))                          | refused                     |
+
+A new architecture is a row of `LAYOUTS`. What is not in the table is refused by the name of its MLP class, never
+guessed: a wrong tensor gives plausible numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from neg_service.errors import ConfigurationError, ModelError
+
+BASES = ("paper", "hidden", "gate")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the modules inside an MLP. `fused`: one projection gives gate and up, in this order."""
+
+    up: str
+    act: str
+    down: str
+    gate: str | None = None
+    fused: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.gate, self.up, self.act, self.down) if name)
+
+    @property
+    def is_gated(self) -> bool:
+        return self.gate is not None or self.fused
+
+
+LAYOUTS = (
+    Layout(gate="gate_proj", up="up_proj", act="act_fn", down="down_proj"),  # Llama, Qwen, Mistral, Gemma, ...
+    Layout(up="gate_up_proj", act="activation_fn", down="down_proj", fused=True),  # Phi-3, GLM-4
+    Layout(up="c_fc", act="act", down="c_proj"),  # GPT-2, StarCoder 2
+    Layout(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),  # GPT-NeoX
+    Layout(up="fc1", act="activation_fn", down="fc2"),  # Phi; OPT, in the layer itself
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer's neurons pass by: a slice of the last axis of a module's input or output."""
+
+    module: nn.Module
+    side: Literal["input", "output"]
+    start: int
+    size: int
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """The neurons [..., N] within the tensor that passes by."""
+        return x[..., self.start : self.start + self.size]
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The MLPs of a model, layer by layer, and the layout that they share."""
+
+    mlps: tuple[nn.Module, ...]
+    layout: Layout
+    n_neurons: int
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.mlps)
+
+    def sites(self, basis: str) -> list[Site]:
+        """Where each layer's neurons of a basis are.
+
+        Raises:
+            ConfigurationError: an unknown basis, or `gate` for an MLP that has none.
+        """
+        if basis not in BASES:
+            raise ConfigurationError(f"measure.basis={basis} is unknown; known are {', '.join(BASES)}")
+        if basis == "gate" and not self.layout.is_gated:
+            raise ConfigurationError(
+                f"measure.basis=gate: {type(self.mlps[0]).__name__} has no gate; use paper or hidden"
+            )
+        return [self._site(mlp, basis) for mlp in self.mlps]
+
+    def _site(self, mlp: nn.Module, basis: str) -> Site:
+        if basis == "gate":
+            return Site(mlp.get_submodule(self.layout.act), "output", 0, self.n_neurons)
+        if basis == "hidden" or not self.layout.is_gated:
+            return Site(mlp.get_submodule(self.layout.down), "input", 0, self.n_neurons)
+        start = self.n_neurons if self.layout.fused else 0
+        return Site(mlp.get_submodule(self.layout.up), "output", start, self.n_neurons)
+
+
+def find_feed_forward(model: PreTrainedModel) -> FeedForward:
+    """Find the MLP of every layer, on a loaded model or on one without weights (meta device).
+
+    Raises:
+        ModelError: layers not found, an MLP that is not in the table (naming its class), unequal layers.
+    """
+    mlps = tuple(_mlp(layer) for layer in _layers(model))
+    found = [next((row for row in LAYOUTS if _has(mlp, row)), None) for mlp in mlps]
+    for index, (mlp, layout) in enumerate(zip(mlps, found, strict=True)):
+        if layout is None:
+            known = "; ".join("/".join(row.names) for row in LAYOUTS)
+            raise ModelError(
+                f"the neurons of {type(mlp).__name__} (layer {index} of {type(model).__name__}) are not known; "
+                f"known are MLPs made of {known}: choose another model.source"
+            )
+        if layout != found[0]:
+            raise ModelError(
+                f"layers 0 and {index} of {type(model).__name__} have different MLPs: "
+                f"{type(mlps[0]).__name__} and {type(mlp).__name__}"
+            )
+    layout = found[0]
+    assert layout is not None
+    if len({id(mlp.get_submodule(layout.act)) for mlp in mlps}) < len(mlps):
+        raise ModelError(f"the layers of {type(model).__name__} share one activation module")
+    sizes = {_input_size(mlp.get_submodule(layout.down)) for mlp in mlps}
+    if len(sizes) > 1:
+        raise ModelError(f"the layers of {type(model).__name__} have unequal numbers of neurons: {sorted(sizes)}")
+    return FeedForward(mlps, layout, sizes.pop())
+
+
+@contextmanager
+def visiting(sites: Mapping[int, Site], visit: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `visit(layer, tensor)` whenever a site's whole tensor passes by; what it returns, if anything, goes on.
+
+    The hooks are gone on leaving, also after an error.
+    """
+    with ExitStack() as stack:
+        for layer, site in sites.items():
+            stack.callback(_hook(site, layer, visit).remove)
+        yield
+
+
+def _hook(site: Site, layer: int, visit: Callable[[int, Tensor], Tensor | None]) -> Any:
+    def on_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        changed = visit(layer, inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
+
+    def on_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return visit(layer, output)
+
+    if site.side == "input":
+        return site.module.register_forward_pre_hook(on_input)
+    return site.module.register_forward_hook(on_output)
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    n_layers = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise ModelError(f"{type(model).__name__} has no list of {n_layers} layers; its neurons are not known")
+
+
+def _mlp(layer: nn.Module) -> nn.Module:
+    """The layer's MLP; some architectures (OPT) have its parts in the layer itself."""
+    mlp = getattr(layer, "mlp", layer)
+    assert isinstance(mlp, nn.Module)
+    return mlp
+
+
+def _has(mlp: nn.Module, layout: Layout) -> bool:
+    return all(isinstance(getattr(mlp, name, None), nn.Module) for name in layout.names)
+
+
+def _input_size(down: nn.Module) -> int:
+    if isinstance(down, nn.Linear):
+        return down.in_features
+    # GPT-2's Conv1D keeps its weight transposed and names only its output size.
+    weight = down.get_parameter("weight")
+    return weight.shape[0]

@@ -1,0 +1,141 @@
+"""A prompt: text, its target tokens, and the right one if there is one; and how it becomes tokens.
+
+Targets are encoded *in context*: the tokens of prompt + target, minus the tokens of the prompt. A tokenizer may
+spell a word differently alone than after a text, and may merge across the seam; both would silently measure another
+token, so both are refused here. Nothing in this file needs torch: a tokenizer is whatever turns texts into ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+from neg_service.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, the targets that may follow it verbatim, and the index of the right one, if known."""
+
+    id: str
+    text: str
+    targets: tuple[str, ...]
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids; `target_ids[k]` is the one token of target k after the prompt."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer; those of transformers fit."""
+
+    def __call__(self, text: list[str]) -> Any:
+        """Token ids of each text, under `input_ids`, special tokens included."""
+        ...
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """The tokens behind the ids, for messages."""
+        ...
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 over the content of prompts in order; the identity of a data set."""
+    sha = hashlib.sha256()
+    for prompt in prompts:
+        sha.update(json.dumps(asdict(prompt), sort_keys=True, ensure_ascii=False).encode())
+        sha.update(b"\n")
+    return sha.hexdigest()
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Refuse what needs no tokenizer to be wrong: no prompts, repeated ids, empty texts, bad targets.
+
+    Raises:
+        PromptError: naming the prompt.
+    """
+    if not prompts:
+        raise PromptError("there are 0 prompts, at least 1 is needed: check dataset.source and job.limit")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise PromptError(f"prompt id {prompt.id!r} appears twice; ids must differ (dataset.source)")
+        seen.add(prompt.id)
+        if not prompt.text:
+            raise PromptError(f"prompt {prompt.id!r} is empty; it needs at least one token (dataset.source)")
+        if not prompt.targets:
+            raise PromptError(f"prompt {prompt.id!r} has no targets; it needs at least one (dataset.source)")
+        if prompt.answer is not None and not 0 <= prompt.answer < len(prompt.targets):
+            raise PromptError(
+                f"prompt {prompt.id!r} has answer {prompt.answer}, but its {len(prompt.targets)} targets are "
+                f"numbered from 0 (dataset.source)"
+            )
+
+
+def encode(
+    tokenizer: Tokenizer, prompts: Iterable[Prompt], context_length: int | None, batch: int = 256
+) -> Iterator[EncodedPrompt]:
+    """Encode prompts and their targets in context, lazily and in order.
+
+    Raises:
+        PromptError: a target that is not one token in context, two targets with the same token, an empty prompt,
+            or one longer than `context_length` tokens; names the prompt, the value, and the key to change.
+    """
+    remaining = iter(prompts)
+    while group := list(islice(remaining, batch)):
+        texts = [text for p in group for text in (p.text, *(p.text + target for target in p.targets))]
+        encoded = iter(tokenizer(texts)["input_ids"])
+        for prompt in group:
+            ids = tuple(next(encoded))
+            with_targets = [tuple(next(encoded)) for _ in prompt.targets]
+            yield _encoded(tokenizer, prompt, ids, with_targets, context_length)
+
+
+def _encoded(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    ids: tuple[int, ...],
+    with_targets: list[tuple[int, ...]],
+    context_length: int | None,
+) -> EncodedPrompt:
+    if not ids:
+        raise PromptError(f"prompt {prompt.id!r} has no tokens; it needs at least one (dataset.source)")
+    if context_length is not None and len(ids) > context_length:
+        raise PromptError(
+            f"prompt {prompt.id!r} has {len(ids)} tokens, the model's context holds {context_length}: "
+            f"shorten it, or choose another model.source"
+        )
+    target_of: dict[int, str] = {}
+    for target, full in zip(prompt.targets, with_targets, strict=True):
+        if full[: len(ids)] != ids:
+            raise PromptError(
+                f"prompt {prompt.id!r}: target {target!r} merges with the end of the prompt "
+                f"{_tokens(tokenizer, ids[-2:])} into {_tokens(tokenizer, full[max(0, len(ids) - 2) :])}; "
+                f"move the space from the prompt's end to the target's beginning (dataset.source)"
+            )
+        own = full[len(ids) :]
+        if len(own) != 1:
+            raise PromptError(
+                f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
+                f"it must be exactly 1 (dataset.source)"
+            )
+        if own[0] in target_of:
+            raise PromptError(
+                f"prompt {prompt.id!r}: targets {target_of[own[0]]!r} and {target!r} are the same token "
+                f"{_tokens(tokenizer, own)}; targets must differ (dataset.source)"
+            )
+        target_of[own[0]] = target
+    return EncodedPrompt(prompt, ids, tuple(target_of))
+
+
+def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]

@@ -1,0 +1,1 @@
+"""What people look at: text for a terminal, and plots."""

@@ -1,0 +1,101 @@
+"""Text for a terminal: aligned rows, sizes, accuracy, and the strongest neurons of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from neg_service.storage.reader import Run
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of the prompts that have an answer, how many were predicted rightly."""
+
+    right: int
+    of: int
+
+    def __str__(self) -> str:
+        """For example `91.8 % (290 of 316)`."""
+        return f"{100 * self.right / self.of:.1f} % ({self.right} of {self.of})" if self.of else "no answers given"
+
+
+def accuracy(run: Run) -> Accuracy:
+    """The model's accuracy on a run's prompts, choosing among the targets."""
+    rows = run.table("prompts").to_table(columns=["answer", "prediction"])
+    answered = rows.filter(pc.is_valid(rows["answer"]))
+    right = pc.sum(pc.equal(answered["answer"], answered["prediction"])).as_py() or 0
+    return Accuracy(right, answered.num_rows)
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A neuron and its effect on one target; `neurgrad` in probability per unit of |activation|."""
+
+    layer: int
+    index: int
+    neurgrad: float
+    activation: float
+
+
+def strongest(run: Run, prompt_id: str, target: str, count: int) -> list[Neuron]:
+    """The neurons of largest |NeurGrad| for a prompt's target, strongest first; needs `measure.keep` all or answer."""
+    of_prompt = pc.field("prompt_id") == prompt_id
+    values = (
+        run.table("neurgrad")
+        .to_table(columns=["layer", "neurgrad"], filter=of_prompt & (pc.field("target") == target))
+        .sort_by("layer")
+    )
+    active = run.table("activations").to_table(columns=["layer", "activation"], filter=of_prompt).sort_by("layer")
+    layers = values["layer"].to_numpy()
+    neurgrad_ln = _matrix(values["neurgrad"])
+    activation_ln = _matrix(active["activation"])
+    best = np.argsort(-np.abs(neurgrad_ln), axis=None, kind="stable")[:count]
+    rows, neurons = np.unravel_index(best, neurgrad_ln.shape)
+    return [
+        Neuron(int(layers[row]), int(neuron), float(neurgrad_ln[row, neuron]), float(activation_ln[row, neuron]))
+        for row, neuron in zip(rows, neurons, strict=True)
+    ]
+
+
+def aligned(rows: Iterable[tuple[str, str]]) -> str:
+    """Two columns; the second may have several lines."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(
+        f"  {name if line == 0 else '':<{width}}  {text}"
+        for name, value in rows
+        for line, text in enumerate(value.splitlines() or [""])
+    )
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with right-aligned columns, the first one left-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    )
+
+
+def bytes_text(count: float) -> str:
+    """For example `305.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    combined = column.combine_chunks()
+    flat: NDArray[np.float32] = combined.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(combined), -1)

@@ -1,0 +1,74 @@
+"""The Arrow schema of every table, with units. What is stored is decided here and nowhere else.
+
+All values are float32: NEGs go below 1e-7, where float16 is already zero. Each row names its basis, because two
+results of different bases must never be mixed. Axes: P prompts, K targets of a prompt, L layers, N neurons of a
+layer.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+PROMPTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("targets", pa.list_(pa.string()), nullable=False),
+        pa.field("target_tokens", pa.list_(pa.int32()), nullable=False),
+        # Index into `targets` of the right one; null where the data set gives none.
+        pa.field("answer", pa.int16()),
+        # Probability of each target at the readout position, 0..1, softmax in float32 or better.
+        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),
+        # Index into `targets` of the most probable one, the lower index on a tie.
+        pa.field("prediction", pa.int16(), nullable=False),
+    ]
+)
+
+_KEY = [
+    pa.field("prompt_id", pa.string(), nullable=False),
+    pa.field("target_index", pa.int16(), nullable=False),
+    pa.field("target", pa.string(), nullable=False),
+    pa.field("is_answer", pa.bool_()),
+]
+
+
+def neurgrad(n_neurons: int) -> pa.Schema:
+    """One row a (prompt, target, layer). `neurgrad` [N]: probability per unit of |activation|."""
+    return pa.schema(
+        [
+            *_KEY,
+            pa.field("layer", pa.int16(), nullable=False),
+            pa.field("basis", pa.string(), nullable=False),
+            pa.field("probability", pa.float32(), nullable=False),
+            pa.field("neurgrad", pa.list_(pa.float32(), n_neurons), nullable=False),
+        ]
+    )
+
+
+def activations(n_neurons: int) -> pa.Schema:
+    """One row a (prompt, layer). `activation` [N]: dimensionless, at the readout position."""
+    return pa.schema(
+        [
+            pa.field("prompt_id", pa.string(), nullable=False),
+            pa.field("layer", pa.int16(), nullable=False),
+            pa.field("basis", pa.string(), nullable=False),
+            pa.field("activation", pa.list_(pa.float32(), n_neurons), nullable=False),
+        ]
+    )
+
+
+# One row a (prompt, target, rank): the neurons of largest |NeurGrad|, strongest first, rank from 0.
+TOP_NEURONS = pa.schema(
+    [
+        *_KEY,
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("basis", pa.string(), nullable=False),
+        pa.field("probability", pa.float32(), nullable=False),
+        pa.field("neurgrad", pa.float32(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+    ]
+)

@@ -1,0 +1,1 @@
+"""Where results live: objects put whole, parts, run directories, and the reader."""

@@ -1,0 +1,152 @@
+"""A run directory: what one configuration produces, under one URI, found again by its content.
+
+    <storage.uri>/<name>-<fingerprint>/
+      run.json                      what was asked, the plan, the tables' schemas, versions
+      <table>/shard-000042.parquet  one part a shard and table; its existence is the commit
+      set_aside/shard-000042.json   why a shard was given up; gone when the shard is done after all
+
+The fingerprint is a hash of what decides the numbers (`identity`), never of how it is run. So the same command
+continues the same run, and another configuration gets another place. A shard is done when the part of the last
+table is there, because a shard's parts are put in the order of the tables.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from neg_service.errors import DestinationError
+from neg_service.storage.objects import ObjectStore
+from neg_service.storage.parts import part_key, shard_of
+
+RUN_FILE = "run.json"
+SET_ASIDE = "set_aside"
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits of a SHA-256 over what decides the numbers."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's place in a store, and the names of its tables in the order of their parts."""
+
+    store: ObjectStore
+    fingerprint: str
+    tables: tuple[str, ...]
+
+    @property
+    def last_table(self) -> str:
+        """The table whose part says that a shard is done."""
+        return self.tables[-1]
+
+    def done(self) -> set[int]:
+        """The shards that are done, by one listing."""
+        return {shard for key in self.store.list(self.last_table) if (shard := shard_of(key)) is not None}
+
+    def set_aside(self) -> dict[int, dict[str, Any]]:
+        """The shards that were given up, with what was said of each."""
+        found = {}
+        for key in self.store.list(SET_ASIDE):
+            content = self.store.get(key)
+            if content is not None:
+                record = json.loads(content)
+                found[int(record["shard"])] = record
+        return found
+
+    def put_aside(self, shard: int, error: str, attempts: int) -> None:
+        """Keep why a shard was given up."""
+        record = {"shard": shard, "error": error, "attempts": attempts}
+        self.store.put(_aside_key(shard), json.dumps(record, indent=1).encode())
+
+    def take_back(self, shard: int) -> None:
+        """A shard that was set aside is done after all."""
+        self.store.delete(_aside_key(shard))
+
+    def keys(self, shard: int) -> Iterator[str]:
+        """Where the parts of a shard lie, in the order in which they are put."""
+        return (part_key(table, shard) for table in self.tables)
+
+
+def write_or_match(
+    store: ObjectStore, identity: dict[str, Any], tables: dict[str, pa.Schema], about: dict[str, Any]
+) -> RunDirectory:
+    """Begin a run, or find that it was begun with the same identity.
+
+    `about` is kept beside the identity for people: versions, sizes, when it began.
+
+    Raises:
+        DestinationError: the place holds a run with another identity (field by field) or something else.
+    """
+    fingerprint = fingerprint_of(identity)
+    found = store.get(RUN_FILE)
+    if found is None:
+        others = [key for key in store.list("") if not key.startswith(f"{SET_ASIDE}/")]
+        if others:
+            raise DestinationError(f"{store.uri}: holds {others[0]} but no {RUN_FILE}; it is not a run directory")
+        content = {
+            "fingerprint": fingerprint,
+            "identity": identity,
+            "tables": {name: _schema_to_json(schema) for name, schema in tables.items()},
+            "about": about,
+        }
+        store.put(RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    else:
+        stored = parse_run_file(store.uri, found)
+        differences = _differences(stored.get("identity", {}), identity)
+        if stored.get("fingerprint") != fingerprint and not differences:
+            differences = [f"fingerprint: {stored.get('fingerprint')} there, {fingerprint} asked"]
+        if differences:
+            raise DestinationError(
+                f"{store.uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; "
+                f"use another storage.uri or job.name, or restore the file"
+            )
+    return RunDirectory(store, fingerprint, tuple(tables))
+
+
+def parse_run_file(uri: str, content: bytes) -> dict[str, Any]:
+    """run.json as a dictionary.
+
+    Raises:
+        DestinationError: it is not what this package writes.
+    """
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise DestinationError(f"{uri}/{RUN_FILE} is damaged: {error}") from error
+    if not isinstance(parsed, dict) or not {"fingerprint", "identity", "tables"} <= set(parsed):
+        raise DestinationError(f"{uri}/{RUN_FILE} is not a run's: it has no fingerprint, identity and tables")
+    return parsed
+
+
+def schema_from_json(described: dict[str, Any]) -> pa.Schema:
+    """The Arrow schema that run.json keeps of a table."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(described["arrow_schema"])))
+
+
+def _schema_to_json(schema: pa.Schema) -> dict[str, Any]:
+    # The columns are for people, the serialised schema for the reader of a run that has no part yet.
+    return {
+        "columns": {field.name: str(field.type) for field in schema},
+        "arrow_schema": base64.b64encode(schema.serialize().to_pybytes()).decode(),
+    }
+
+
+def _differences(stored: Any, asked: Any, path: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        keys = sorted(set(stored) | set(asked))
+        nested = (_differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key) for key in keys)
+        return [difference for differences in nested for difference in differences]
+    return [] if stored == asked else [f"{path}: {json.dumps(stored)} there, {json.dumps(asked)} asked"]
+
+
+def _aside_key(shard: int) -> str:
+    return f"{SET_ASIDE}/shard-{shard:06d}.json"
