@@ -26,6 +26,8 @@ from neg_service.errors import NegServiceError, OutOfMemory, ReplicaLost
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
+# So many shards given up without one done between them are no longer the shards' fault.
+MOST_SET_ASIDE_IN_A_ROW = 20
 _WAIT_SECONDS = 1.0
 _REMIND_SECONDS = 30.0
 
@@ -92,6 +94,7 @@ class Driver:
         self._members: list[_Member] = []
         self._born = 0
         self._failed_starts = 0
+        self._set_aside_in_a_row = 0
         self._idle_since = time.monotonic()
         self._outcome = Outcome()
 
@@ -189,6 +192,7 @@ class Driver:
             return
         del member.flying[reference]
         self._outcome.done += 1
+        self._set_aside_in_a_row = 0
         self._on_receipt(result)
 
     def _fail(self, member: _Member, reference: Any, error: Exception) -> None:
@@ -232,6 +236,11 @@ class Driver:
         if action is Action.SET_ASIDE:
             self._outcome.set_aside[attempt.shard.index] = str(error)
             self._on_set_aside(attempt.shard, str(error), attempt.failures)
+            self._set_aside_in_a_row += 1
+            if self._set_aside_in_a_row >= MOST_SET_ASIDE_IN_A_ROW:
+                raise NegServiceError(
+                    f"{self._set_aside_in_a_row} shards in a row failed and none was done, the last with: {error}"
+                ) from error
         else:
             attempt.batch_scale *= 0.5 if action is Action.SPLIT or isinstance(error, ReplicaLost) else 1.0
             self._suspects.append(attempt)

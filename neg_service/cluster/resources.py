@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 # Results never pass through the object store; receipts and prompts are small.
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 _MOST_CPUS = 4
+_CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,25 @@ def connect(cluster: ClusterConfig) -> None:
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": True}
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
+    _require_listener(address)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigurationError(
             f"cluster.address={address}: no Ray cluster answers there: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Ray ends the whole process when nothing answers at a host and port, so this is asked first."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"cluster.address={address}: no Ray cluster answers there: {error.strerror or error}"
         ) from error
 
 

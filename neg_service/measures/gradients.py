@@ -26,7 +26,7 @@ from torch import Tensor
 
 from neg_service.errors import NonFiniteError, OutOfMemory
 from neg_service.models.batches import Budget, fill_batches, group_by_header
-from neg_service.models.branches import run_branches, run_prefix
+from neg_service.models.branches import at_least_float32, run_branches, run_prefix
 from neg_service.models.feed_forward import Site, visiting
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt
@@ -80,7 +80,7 @@ def gradients(
             members = [block[i] for i in group.members]
             first = prompts[members[0]].ids
             known = model.known_header(first, group.header)
-            header = known if known >= group.header - HEADER_SLACK else group.header
+            header = known if known and known >= group.header - HEADER_SLACK else group.header
             lengths = [len(prompts[i].ids) - header for i in members]
             branches = [len(wanted[i]) for i in members]
             for batch in fill_batches(lengths, branches, budget):
@@ -141,7 +141,7 @@ def _run_batch(
         return captured[layer]
 
     with torch.enable_grad(), visiting(sites, capture):
-        logits_rv = run_branches(model.model, prefix, rows).float()
+        logits_rv = at_least_float32(run_branches(model.model, prefix, rows))
         log_p_rv = logits_rv.log_softmax(-1)
         target_ids = [prompt.target_ids[k] for prompt, own in zip(prompts, wanted, strict=True) for k in own]
         target_r1 = torch.tensor(target_ids, device=log_p_rv.device)[:, None]

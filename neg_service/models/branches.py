@@ -169,7 +169,7 @@ class _PrefixPass:
                 enable_gqa=q_bhtd.shape[1] != k_bgsd.shape[1],
             )
         k_bhsd, v_bhsd = (x.repeat_interleave(heads_a_group, 1) for x in (k_bgsd, v_bgsd))
-        scores = _softcapped(q_bhtd @ k_bhsd.transpose(2, 3) * view.scaling, view.softcap).float()
+        scores = at_least_float32(_softcapped(q_bhtd @ k_bhsd.transpose(2, 3) * view.scaling, view.softcap))
         visible = mask if mask is not None else torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         return weights.to(v_bhsd.dtype) @ v_bhsd
@@ -230,7 +230,7 @@ class _BranchPass:
         self_bgxj = q_bgxd.view(b, g, -1, j, d) * k_bgjd[:, :, None]
         scores.append(_softcapped(self_bgxj.sum(-1).reshape(b, g, -1, 1), view.softcap))
 
-        weights = torch.cat(scores, -1).float().softmax(-1).to(q_bgxd.dtype)
+        weights = at_least_float32(torch.cat(scores, -1)).softmax(-1).to(q_bgxd.dtype)
         *prefix_weights, self_weight = torch.split(weights, [score.shape[-1] for score in scores], -1)
         out_bgxd = (self_weight.view(b, g, -1, j, 1) * v_bgjd[:, :, None]).reshape(b, g, -1, v_bgjd.shape[-1])
         for weight_bgxs, value in zip(prefix_weights, values, strict=True):
@@ -255,6 +255,11 @@ class _BranchPass:
                 header = c + length_b1 - torch.arange(c, device=device)[None] >= window
             self._hidden[window, device] = (header, own)
         return self._hidden[window, device]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is more precise: softmax and statistics are never done in less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _softcapped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -138,9 +138,9 @@ class LanguageModel:
         return SelfCheck(logits, neurons, poke)
 
     def _check_ids(self) -> tuple[int, ...]:
-        if self.tokenizer is not None:
-            return tuple(self.tokenizer("The measure of a neuron is what it moves")["input_ids"])
-        return tuple((7 * i + 3) % self.model.config.vocab_size for i in range(9))
+        # All different: with equal tokens a prefix in the wrong order would go unseen.
+        n_tokens = self.model.get_input_embeddings().weight.shape[0]
+        return tuple(n_tokens * (2 * i + 1) // 24 for i in range(12))
 
     @torch.no_grad()
     def _plain_logits(self, ids: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,7 @@ def _unpack_gguf(file: Path, target: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, struct.error) as error:
         raise ModelError(f"model.source={file}: cannot be read as GGUF: {_first_line(error)}") from error
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -30,7 +30,7 @@ def neurgrad_over_layers(run: Run) -> bytes:
             batch["layer"].to_pylist(), is_answer, zip(typical, top, strict=True), strict=True
         ):
             per_row.setdefault((layer, right), []).append(row)
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for right, color, who in ((True, _BLUE, "right answer"), (False, _ORANGE, "other targets")):
         layers = sorted(layer for layer, is_right in per_row if is_right is right)
@@ -45,7 +45,7 @@ def neurgrad_over_layers(run: Run) -> bytes:
     title = f"{run.about.get('model', {}).get('source', 'model')}: strength of neurons over layers"
     axes.set_title(f"{title}\nmedian over {run.table('prompts').count_rows()} prompts", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

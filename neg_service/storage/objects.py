@@ -24,7 +24,7 @@ import s3fs
 from neg_service.errors import DestinationError, StorageError
 
 # What no retry mends: no space, no permission, a read-only disk, a file where a folder is needed.
-_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class ObjectStore(Protocol):

@@ -1,0 +1,250 @@
+"""Planning, resources, failure policy, configuration and progress: pure functions, no cluster."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neg_service.cluster.failures import Action, decide
+from neg_service.cluster.plan import SHARD_BYTES, make_plan, shards_of
+from neg_service.cluster.progress import Progress
+from neg_service.cluster.replica import Receipt
+from neg_service.cluster.resources import Node, ReplicaSize, replica_count, replica_size
+from neg_service.cluster.scan import Prepared, prepare
+from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, typed
+from neg_service.errors import (
+    ConfigurationError,
+    DestinationError,
+    ModelError,
+    NonFiniteError,
+    OutOfMemory,
+    PromptError,
+    ReplicaLost,
+    StorageError,
+)
+from neg_service.measures import find_measure
+from neg_service.prompts.prompt import Prompt
+
+GIB = 2**30
+PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
+
+
+def test_every_prompt_is_in_exactly_one_shard() -> None:
+    for size in (1, 3, 10, 99):
+        plan = make_plan(PROMPTS, {"t": 1}, size)
+        shards = list(shards_of(PROMPTS, plan))
+        assert [p for shard in shards for p in shard.prompts] == PROMPTS
+        assert len(shards) == plan.n_shards
+        assert all(len(shard.prompts) <= size for shard in shards)
+
+
+def test_done_shards_are_left_out_and_the_others_keep_their_numbers() -> None:
+    plan = make_plan(PROMPTS, {"t": 1}, 3)
+    assert [shard.index for shard in shards_of(PROMPTS, plan, {0, 2})] == [1, 3]
+
+
+def test_automatic_shards_are_sized_by_their_bytes() -> None:
+    assert make_plan(PROMPTS * 100, {"t": 1}, "auto").shard_size == 64
+    assert make_plan(PROMPTS, {"a": SHARD_BYTES // 4, "b": SHARD_BYTES // 4}, "auto").shard_size == 2
+    assert make_plan(PROMPTS, {"t": 10 * SHARD_BYTES}, "auto").shard_size == 1
+    assert make_plan(PROMPTS, {"a": 5, "b": 7}, "auto").total_bytes == 120
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "action"),
+    [
+        (ConfigurationError("x"), 1, Action.STOP),
+        (PromptError("x"), 1, Action.STOP),
+        (ModelError("x"), 1, Action.STOP),
+        (DestinationError("x"), 1, Action.STOP),
+        (NonFiniteError("x"), 1, Action.SET_ASIDE),
+        (OutOfMemory("x"), 1, Action.SPLIT),
+        (OutOfMemory("x"), 3, Action.SET_ASIDE),
+        (ReplicaLost("x"), 1, Action.REPLACE),
+        (ReplicaLost("x"), 3, Action.SET_ASIDE),
+        (RuntimeError("CUDA error: device-side assert triggered"), 1, Action.REPLACE),
+        (StorageError("x"), 1, Action.RETRY),
+        (RuntimeError("anything"), 2, Action.RETRY),
+        (RuntimeError("anything"), 3, Action.SET_ASIDE),
+    ],
+)
+def test_what_is_done_about_a_failure(error: Exception, failures: int, action: Action) -> None:
+    assert decide(error, failures, 3) is action
+
+
+def test_a_replica_takes_a_gpu_where_there_is_one() -> None:
+    cpu, gpu = Node(8, 0, 32 * GIB), Node(16, 4, 64 * GIB)
+    assert replica_size(ClusterConfig(), "auto", GIB, [cpu]) == ReplicaSize(4, 0, GIB)
+    assert replica_size(ClusterConfig(), "auto", GIB, [Node(2, 0, 8 * GIB)]) == ReplicaSize(2, 0, GIB)
+    assert replica_size(ClusterConfig(), "auto", GIB, [cpu, gpu]) == ReplicaSize(1, 1, GIB)
+    assert replica_size(ClusterConfig(), "cpu", GIB, [cpu, gpu]).gpus == 0
+    assert replica_size(ClusterConfig(gpus_per_replica=0.5, cpus_per_replica=2), "auto", GIB, [gpu]) == ReplicaSize(
+        2, 0.5, GIB
+    )
+
+
+def test_as_many_replicas_as_fit_but_no_more_than_shards() -> None:
+    nodes = [Node(8, 0, 3 * GIB), Node(4, 0, 32 * GIB)]
+    # The first node has memory for 3 of 4 that its CPUs would allow, the second CPUs for 2.
+    assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes, 100) == 5
+    assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes, 4) == 4
+    assert replica_count(2, ReplicaSize(2, 0, GIB), nodes, 100) == 2
+    assert replica_count("auto", ReplicaSize(1, 0.25, 99 * GIB), [Node(16, 2, GIB)], 100) == 8
+
+
+@pytest.mark.parametrize(
+    ("cluster", "memory", "message"),
+    [
+        (ClusterConfig(cpus_per_replica=9), GIB, "cluster.cpus_per_replica=9: the largest node has 8"),
+        (ClusterConfig(gpus_per_replica=1), GIB, "cluster.gpus_per_replica=1: the largest node has 0"),
+        (ClusterConfig(), 33 * GIB, "a replica needs about 33.0 GiB of memory, the largest node has 32.0 GiB"),
+    ],
+)
+def test_a_replica_larger_than_any_node_is_refused(cluster: ClusterConfig, memory: int, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        replica_size(cluster, "auto", memory, [Node(8, 0, 32 * GIB)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"sorce": "x"}}, "model.sorce: Key 'sorce' not in 'ModelConfig'"),
+        ({"extra": 1}, "extra: Key 'extra' not in 'ScanConfig'"),
+        ({"job": {"limit": "many"}}, "job.limit: Value 'many' of type 'str' could not be converted to Integer"),
+        ({"storage": {"uri": "???"}}, "storage.uri: has no value; give one"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused_by_their_full_key(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        typed(ScanConfig, values)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("cluster", "replicas", 0),
+        ("cluster", "replicas", "many"),
+        ("cluster", "batch_tokens", 1.5),
+        ("cluster", "cpus_per_replica", 0.5),
+        ("cluster", "gpus_per_replica", -1),
+        ("cluster", "attempts", 0),
+        ("job", "shard_size", 0),
+        ("job", "limit", 0),
+    ],
+)
+def test_numbers_out_of_range_are_refused(section: str, key: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{section}\.{key}={value}: must be"):
+        check(typed(ScanConfig, {section: {key: value}}))
+
+
+def test_layers_are_checked_and_sorted() -> None:
+    assert checked_layers(NeuronsConfig("all"), 3) == [0, 1, 2]
+    assert checked_layers(NeuronsConfig([2, 0]), 3) == [0, 2]
+    assert checked_layers(NeuronsConfig(1), 3) == [1]
+    for layers, message in [
+        ([3], "layer 3 does not exist; the model has layers 0 to 2"),
+        ([-1], "layer -1 does not exist"),
+        ([], "must be all or a list"),
+        ("some", "must be all or a list"),
+        ([1, 1], "named twice"),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            checked_layers(NeuronsConfig(layers), 3)
+
+
+def test_measures_are_found_by_name_or_path_and_unknown_ones_name_the_known() -> None:
+    assert find_measure("neurgrad") is find_measure("neg_service.measures.neurgrad")
+    for unknown in ("nothing", "gradients", "no.such.module"):
+        with pytest.raises(ConfigurationError, match=rf"measure\.name={unknown} is unknown; known are neurgrad"):
+            find_measure(unknown)
+
+
+def _prepared(tiny: Path, **changes: Any) -> Prepared:
+    config = ScanConfig()
+    config.model.source = str(tiny)
+    config.dataset.source = changes.pop("dataset")
+    config.measure |= changes.pop("measure", {})
+    for section, values in changes.items():
+        setattr(config, section, replace(getattr(config, section), **values))
+    return prepare(config)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "w{i} w2", "targets": [" w3", " w4"], "answer": " w3"}}\n' for i in range(9)))
+    return str(path)
+
+
+def test_the_fingerprint_holds_science_and_no_operations(tiny_directory: Path, dataset: str) -> None:
+    base = _prepared(tiny_directory, dataset=dataset).fingerprint
+    same = [
+        {"cluster": {"replicas": 7, "batch_tokens": 5, "cpus_per_replica": 1}},
+        {"storage": {"uri": "/elsewhere"}},
+        {"job": {"progress_seconds": 1.0, "dry_run": True, "name": "other"}},
+        {"model": {"device": "cpu"}},
+    ]
+    other = [
+        {"model": {"dtype": "bfloat16"}},
+        {"measure": {"basis": "hidden"}},
+        {"measure": {"keep": "answer"}},
+        {"neurons": {"layers": [0]}},
+        {"job": {"limit": 8}},
+        {"job": {"shard_size": 2}},
+    ]
+    for changes in same:
+        assert _prepared(tiny_directory, dataset=dataset, **changes).fingerprint == base, changes
+    prints = [_prepared(tiny_directory, dataset=dataset, **changes).fingerprint for changes in other]
+    assert len({base, *prints}) == len(other) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neurons": {"layers": [3]}}, "layer 3 does not exist"),
+        ({"measure": {"basis": "bias"}}, "measure.basis=bias is unknown"),
+        ({"measure": {"keep": "best"}}, "measure.keep=best is unknown; known are all, answer, top_k"),
+        ({"measure": {"keep": "top_k", "top_k": 121}}, "measure.top_k=121: must be from 1 to 120"),
+        ({"measure": {"tok_k": 5}}, "measure.tok_k: Key 'tok_k' not in 'Options'"),
+        ({"model": {"dtype": "int4"}}, "model.dtype=int4 is unknown"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(
+    tiny_directory: Path, dataset: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        _prepared(tiny_directory, dataset=dataset, **changes)
+    assert message in str(caught.value)
+
+
+def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "w1", "targets": [" w3"], "id": "me"}\n')
+    with pytest.raises(ConfigurationError, match="prompt 'me' has no answer"):
+        _prepared(tiny_directory, dataset=str(tmp_path / "a.jsonl"), measure={"keep": "answer"})
+
+
+def test_progress_without_a_terminal_is_a_plain_line_with_rate_and_time_left() -> None:
+    stream = io.StringIO()
+    progress = Progress(100, 20, 0.0, stream)
+    progress.add(Receipt(0, 40, bytes={"t": 7}))
+    line = stream.getvalue()
+    assert line.startswith("60/100 prompts (60 %), ")
+    assert line.endswith(" left\n")
+    assert "\r" not in line
+    assert progress.n_now == 40
+    assert progress.bytes == 7
+
+
+def test_progress_is_silent_between_its_lines_but_not_at_the_end() -> None:
+    stream = io.StringIO()
+    progress = Progress(3, 0, 1000.0, stream)
+    progress.add(Receipt(0, 1))
+    assert stream.getvalue() == ""
+    progress.add(Receipt(1, 2))
+    assert stream.getvalue().startswith("3/3 prompts (100 %)")

@@ -1,0 +1,41 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from torch import nn
+
+import neg_service
+from neg_service import LanguageModel
+from tests.fakes import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """The default model, loaded once."""
+    return neg_service.load_model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_float64(smollm2: LanguageModel) -> nn.Module:
+    """The same weights in float64, for the oracle."""
+    return copy.deepcopy(smollm2.model).double()
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs for the tests of a module."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()

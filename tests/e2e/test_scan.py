@@ -1,0 +1,255 @@
+"""The scan as a person runs it: commands, exit codes, tables, what is printed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+from ray.cluster_utils import Cluster
+
+import neg_service
+from neg_service.report.console import accuracy, strongest
+from tests.e2e.commands import environment, job
+from tests.fakes import save_tiny_model
+
+pytestmark = pytest.mark.ray
+N_PROMPTS = 21
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "words.jsonl"
+    rows = [
+        {
+            "prompt": " ".join(f"w{(i * 7 + j) % 90 + 1}" for j in range(i % 5 + 1)),
+            "targets": [" w3", " w4", " w5"][: i % 2 + 2],
+        }
+        | {"answer": " w4", "id": f"row-{i}"}
+        for i in range(N_PROMPTS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_directory: Path, dataset: Path) -> list[str]:
+    return [f"model.source={tiny_directory}", f"dataset.source={dataset}", "job.shard_size=4", "cluster.replicas=1"]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The output and the run directory of a quiet scan."""
+    place = tmp_path_factory.mktemp("results")
+    done = job("scan", *arguments, f"storage.uri={place}")
+    assert done.returncode == 0, done.stderr
+    (run,) = place.iterdir()
+    return done.stdout + done.stderr, run
+
+
+def test_the_tables_hold_what_the_library_gives(
+    finished: tuple[str, Path], tiny_directory: Path, dataset: Path
+) -> None:
+    run = neg_service.open_run(str(finished[1]))
+    assert run.tables == ["prompts", "activations", "neurgrad"]
+    assert run.config["measure"]["basis"] == "paper"
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    prompts = run.table("prompts").to_table().to_pylist()
+    assert [row["prompt_id"] for row in prompts] == [row["id"] for row in rows]
+    model = neg_service.load_model(str(tiny_directory))
+    expected = neg_service.neurgrad(model, [row["prompt"] for row in rows], [row["targets"] for row in rows])
+    values = run.table("neurgrad").to_table().to_pandas()
+    active = run.table("activations").to_table().to_pandas()
+    assert len(values) == sum(len(row["targets"]) for row in rows) * 3
+    assert len(active) == N_PROMPTS * 3
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(
+            prompts[i]["probabilities"], expected.probability[i, : len(row["targets"])], rtol=1e-5
+        )
+        assert prompts[i]["answer"] == 1
+        assert prompts[i]["prediction"] == int(np.nanargmax(expected.probability[i]))
+        own = values[values.prompt_id == row["id"]].sort_values(["target_index", "layer"])
+        found = np.stack(own.neurgrad.to_list()).reshape(len(row["targets"]), 3, 40)
+        np.testing.assert_allclose(found, expected.neurgrad[i, : len(row["targets"])], rtol=1e-3, atol=1e-9)
+        np.testing.assert_allclose(
+            np.stack(active[active.prompt_id == row["id"]].activation), expected.activation[i], rtol=1e-4, atol=1e-6
+        )
+        assert own.is_answer.tolist() == [target == " w4" for target in row["targets"] for _ in range(3)]
+
+
+def test_what_is_printed_helps_a_person(finished: tuple[str, Path]) -> None:
+    output, run = finished
+    assert re.search(r"21/21 prompts \(100 %\), [\d.e+]+ prompts/s, 0:00 left", output)
+    assert re.search(r"prompts +21 \(52 targets\)", output)
+    assert re.search(r"accuracy +[\d.]+ % \(\d+ of 21\)", output)
+    assert re.search(r"replica 0 is ready: pid \d+ on ", output)
+    assert f'neg_service.open_run("{run}")' in output
+    # The snippet runs as printed.
+    snippet = output.split("load it:")[1]
+    names: dict[str, object] = {}
+    exec(snippet[: snippet.index(") ", snippet.index("head"))] + ")" if ") " in snippet else snippet, names)
+    assert names["table"].num_rows == 52 * 3  # type: ignore[attr-defined]
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(finished: tuple[str, Path], arguments: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished[1].rglob("*") if path.is_file()}
+    done = job("scan", *arguments, f"storage.uri={finished[1].parent}")
+    assert done.returncode == 0
+    assert "this run was finished already; nothing was done" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished[1].rglob("*") if path.is_file()} == before
+
+
+def test_every_reader_loads_the_parts(finished: tuple[str, Path]) -> None:
+    run = neg_service.open_run(str(finished[1]))
+    glob = f"{finished[1]}/neurgrad/*.parquet"
+    expected = run.table("neurgrad").to_table()
+    total = float(np.abs(expected["neurgrad"].combine_chunks().flatten().to_numpy()).sum())
+    frame = pd.read_parquet(finished[1] / "neurgrad")
+    assert float(np.abs(np.stack(frame.neurgrad.to_list())).sum()) == pytest.approx(total, rel=1e-5)
+    lazy = pl.scan_parquet(glob).select(pl.col("neurgrad").arr.to_list().explode().abs().sum()).collect()
+    assert lazy.item() == pytest.approx(total, rel=1e-4)
+    (row,) = duckdb.sql(f"select count(*), sum(list_sum([abs(x) for x in neurgrad])) from '{glob}'").fetchall()
+    assert row[0] == expected.num_rows
+    assert row[1] == pytest.approx(total, rel=1e-4)
+
+
+def test_the_strongest_neurons_and_the_accuracy_are_right(finished: tuple[str, Path]) -> None:
+    run = neg_service.open_run(str(finished[1]))
+    top = strongest(run, "row-7", " w4", 5)
+    table = run.table("neurgrad").to_table().to_pandas()
+    rows = table[(table.prompt_id == "row-7") & (table.target == " w4")].sort_values("layer")
+    flat = np.stack(rows.neurgrad.to_list()).ravel()
+    assert [abs(neuron.neurgrad) for neuron in top] == sorted(np.abs(flat), reverse=True)[:5]
+    assert all(flat[neuron.layer * 40 + neuron.index] == np.float32(neuron.neurgrad) for neuron in top)
+    prompts = run.table("prompts").to_table().to_pylist()
+    assert accuracy(run).right == sum(row["answer"] == row["prediction"] for row in prompts)
+
+
+@pytest.mark.parametrize("keep", ["answer", "top_k"])
+def test_less_can_be_kept(keep: str, arguments: list[str], finished: tuple[str, Path], tmp_path: Path) -> None:
+    done = job("scan", *arguments, f"storage.uri={tmp_path}", f"measure.keep={keep}", "measure.top_k=7")
+    assert done.returncode == 0, done.stderr
+    run = neg_service.open_run(str(next(tmp_path.iterdir())))
+    full = neg_service.open_run(str(finished[1])).table("neurgrad").to_table().to_pandas()
+    if keep == "answer":
+        kept = run.table("neurgrad").to_table().to_pandas()
+        assert kept.is_answer.all()
+        assert len(kept) == N_PROMPTS * 3
+        return
+    assert run.tables == ["prompts", "top_neurons"]
+    kept = run.table("top_neurons").to_table().to_pandas()
+    assert len(kept) == 52 * 7
+    for (prompt, target), rows in kept.groupby(["prompt_id", "target_index"]):
+        own = full[(full.prompt_id == prompt) & (full.target_index == target)].sort_values("layer")
+        flat = np.stack(own.neurgrad.to_list()).ravel()
+        assert rows["rank"].tolist() == list(range(7))
+        np.testing.assert_allclose(np.abs(rows.neurgrad), np.sort(np.abs(flat))[::-1][:7], rtol=1e-4)
+        np.testing.assert_allclose(flat[rows.layer * 40 + rows.neuron], rows.neurgrad, rtol=1e-3)
+
+
+def test_the_shard_size_and_the_number_of_replicas_change_nothing(
+    arguments: list[str], finished: tuple[str, Path], tmp_path: Path
+) -> None:
+    done = job(
+        "scan", *arguments, f"storage.uri={tmp_path}", "job.shard_size=5", "cluster.replicas=2",
+        "cluster.cpus_per_replica=1", "cluster.batch_tokens=30",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, other = (
+        neg_service.open_run(str(path)).table("neurgrad").to_table() for path in (finished[1], next(tmp_path.iterdir()))
+    )
+    assert one.drop_columns(["neurgrad", "probability"]).equals(other.drop_columns(["neurgrad", "probability"]))
+    a, b = (np.stack(table["neurgrad"].to_pandas().to_list()) for table in (one, other))
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-9)
+
+
+def test_a_poisoned_prompt_sets_its_shard_aside_and_the_rest_is_done(dataset: Path, tmp_path: Path) -> None:
+    # The embedding of w64 is infinite; row-9 begins with it.
+    model = save_tiny_model(tmp_path / "model", lambda m: m.model.embed_tokens.weight.data[64].fill_(float("inf")))
+    place = tmp_path / "results"
+    arguments = [f"model.source={model}", f"dataset.source={dataset}", "job.shard_size=4", f"storage.uri={place}"]
+    done = job("scan", *arguments)
+    assert done.returncode == 3, done.stderr
+    assert "shard 2: prompt 'row-9' (5 tokens): NaN or infinity" in done.stdout
+    run = neg_service.open_run(str(next(place.iterdir())))
+    assert run.done() == {0, 1, 3, 4, 5}
+    assert "row-9" in run.directory.set_aside()[2]["error"]
+    stored = run.table("neurgrad").to_table()["neurgrad"].combine_chunks().flatten().to_numpy()
+    assert np.isfinite(stored).all()
+
+
+def test_a_cluster_of_its_own_is_used_when_its_address_is_given(arguments: list[str], tmp_path: Path) -> None:
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 * 2**20},
+    )
+    try:
+        done = job(
+            "scan", *arguments, f"storage.uri={tmp_path}", "job.limit=4", "cluster.cpus_per_replica=1",
+            env=environment(RAY_ADDRESS=cluster.address),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        nowhere = job(
+            "scan",
+            *arguments,
+            f"storage.uri={tmp_path}",
+            "job.limit=5",
+            "cluster.address=127.0.0.1:1",
+        )
+        assert nowhere.returncode == 1
+        assert nowhere.stderr.strip().splitlines()[-1].startswith("error: cluster.address=127.0.0.1:1: no Ray cluster")
+    finally:
+        cluster.shutdown()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
+    done = job("scan", *arguments, f"storage.uri={tmp_path}", "job.dry_run=true")
+    assert done.returncode == 0
+    for what in ("21 with 52 targets", "6 of up to 4 prompts", "120 in 3 layers", "of memory", "before compression"):
+        assert what in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_every_setting() -> None:
+    done = job("scan", "--help")
+    assert done.returncode == 0
+    for key in ("model.source", "dataset.source", "measure.keep", "neurons.layers", "cluster.replicas", "job.dry_run"):
+        assert key in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["modle.source=x"], "Could not override 'modle.source'"),
+        (["measure=nothing"], "Could not find 'measure/nothing'; Available options in 'measure':; neurgrad"),
+        (["dataset=file"], "dataset.source: has no value; give one"),
+        (["dataset.source=nothing"], "dataset.source=nothing: neither a built-in data set"),
+        (["storage.uri=ftp://host/x"], "scheme 'ftp' is unknown"),
+        (["cluster.cpus_per_replica=999"], "cluster.cpus_per_replica=999: the largest node has"),
+        (["storage.uri=/proc/nowhere"], "storage.uri=/proc/nowhere"),
+        (["measure.basis=bias"], "measure.basis=bias is unknown"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    arguments: list[str], message: str, tiny_directory: Path, tmp_path: Path
+) -> None:
+    place = [] if "storage" in arguments[0] else [f"storage.uri={tmp_path}"]
+    done = job("scan", f"model.source={tiny_directory}", *_tiny_data(tmp_path, arguments), *place, *arguments)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != "one.jsonl"] == []
+
+
+def _tiny_data(tmp_path: Path, arguments: list[str]) -> list[str]:
+    if any("dataset" in argument for argument in arguments):
+        return []
+    (tmp_path / "one.jsonl").write_text('{"prompt": "w1", "targets": [" w2"]}\n')
+    return [f"dataset.source={tmp_path}/one.jsonl"]

@@ -1,0 +1,109 @@
+"""The textbook way, slow and obvious: the whole sequence, one prompt at a time, one backward pass a target.
+
+Nothing of the engine is used. The tensor that is "the neuron" is written out by hand for each MLP that tests use, so
+that a wrong row in the engine's table cannot agree with itself here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def neuron_module(mlp: nn.Module, basis: str) -> tuple[nn.Module, str]:
+    """The module of an MLP, and whether its input or its output is the neurons."""
+    kind = type(mlp).__name__
+    if kind in {"GPT2MLP"}:
+        return mlp.c_proj, "input"
+    if kind in {"GPTNeoXMLP"}:
+        return mlp.dense_4h_to_h, "input"
+    if kind in {"OPTDecoderLayer", "PhiMLP"}:
+        return mlp.fc2, "input"
+    if basis == "hidden":
+        return mlp.down_proj, "input"
+    if kind in {"Phi3MLP"}:
+        return (mlp.gate_up_proj, "second half of output") if basis == "paper" else (mlp.activation_fn, "output")
+    return (mlp.up_proj, "output") if basis == "paper" else (mlp.act_fn, "output")
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The MLP of each layer, by the attribute paths of the families that tests use."""
+    inner = getattr(model, "model", None) or getattr(model, "transformer", None) or model.gpt_neox
+    inner = getattr(inner, "decoder", inner)
+    layers = getattr(inner, "layers", None) or inner.h
+    return [getattr(layer, "mlp", layer) for layer in layers]
+
+
+def gradients(
+    model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities [K], gradients d p / d a [K, L, N] and activations [L, N] at the last token of one prompt."""
+    probabilities, rows, activations = [], [], None
+    for target in target_ids:
+        seen: dict[int, Tensor] = {}
+        handles = [_capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
+        try:
+            with torch.enable_grad():
+                logits = model(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+                probability = logits.softmax(-1)[target]
+                slopes = torch.autograd.grad(probability, [seen[layer] for layer in range(len(seen))])
+        finally:
+            for handle in handles:
+                handle.remove()
+        probabilities.append(float(probability.detach()))
+        rows.append(np.stack([_last(slope, basis, model) for slope in slopes]))
+        activations = np.stack([_last(seen[layer], basis, model) for layer in range(len(seen))])
+    return np.array(probabilities), np.stack(rows), activations
+
+
+def neurgrad(
+    model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities, gradients times the sign of the activation (+1 at zero), and activations."""
+    probabilities, slopes, activations = gradients(model, ids, target_ids, basis)
+    return probabilities, slopes * np.where(activations < 0, -1.0, 1.0), activations
+
+
+def probability_with_shift(
+    model: nn.Module, ids: Sequence[int], target: int, basis: str, layer: int, neuron: int, shift: float
+) -> float:
+    """The target's probability when one neuron is moved by `shift` at the last token: a full forward pass."""
+    module, side = neuron_module(layers_of(model)[layer], basis)
+
+    def poke(x: Tensor) -> Tensor:
+        x = x.clone()
+        offset = x.shape[-1] // 2 if side.startswith("second") else 0
+        x.view(-1, x.shape[-1])[-1, offset + neuron] += shift
+        return x
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(lambda _m, inputs: (poke(inputs[0]), *inputs[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _m, _i, output: poke(output))
+    try:
+        with torch.no_grad():
+            logits = model(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+            return float(logits.softmax(-1)[target])
+    finally:
+        handle.remove()
+
+
+def _capture(mlp: nn.Module, basis: str, layer: int, seen: dict[int, Tensor]) -> object:
+    module, side = neuron_module(mlp, basis)
+
+    def keep(x: Tensor) -> Tensor:
+        seen[layer] = x if x.requires_grad else x.detach().requires_grad_()
+        return seen[layer]
+
+    if side == "input":
+        return module.register_forward_pre_hook(lambda _m, inputs: (keep(inputs[0]), *inputs[1:]))
+    return module.register_forward_hook(lambda _m, _i, output: keep(output))
+
+
+def _last(x: Tensor, basis: str, model: nn.Module) -> np.ndarray:
+    row = x.detach().reshape(-1, x.shape[-1])[-1].double().numpy()
+    _, side = neuron_module(layers_of(model)[0], basis)
+    return row[len(row) // 2 :] if side.startswith("second") else row

@@ -1,0 +1,153 @@
+"""Facts, files and encoding: what is accepted, and that every refusal names its place."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from neg_service import LanguageModel
+from neg_service.errors import PromptError
+from neg_service.prompts import facts
+from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
+from neg_service.prompts.sources import load_prompts
+from tests.fakes import tiny_tokenizer
+
+ROWS = [
+    {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},
+    {"prompt": "w5, w6", "targets": [" w7"], "answer": None, "id": "second"},
+]
+EXPECTED = [Prompt("first", "w1 w2", (" w3", " w4"), 1), Prompt("second", "w5, w6", (" w7",), None)]
+
+
+def test_the_facts_are_as_many_and_as_varied_as_promised() -> None:
+    prompts = facts.load()
+    check_prompts(prompts)
+    relations = Counter(prompt.id.split("/")[0] for prompt in prompts)
+    assert len(prompts) >= 240
+    assert len(relations) >= 8
+    for relation in facts.RELATIONS:
+        assert len(set(relation.wordings)) == 2
+    for prompt in prompts:
+        assert len(set(prompt.targets)) == 4
+        assert prompt.answer is not None
+    # The right one's place says nothing.
+    places = Counter(prompt.answer for prompt in prompts)
+    assert min(places.values()) > 0.8 * max(places.values())
+
+
+def test_a_wrong_target_is_never_also_right() -> None:
+    answers = {
+        (r.name.replace(" ", "-"), s.replace(" ", "-")): a for r in facts.RELATIONS for s, a in r.answers.items()
+    }
+    for prompt in facts.load():
+        relation, _, subject = prompt.id.split("/")
+        assert prompt.answer is not None
+        assert prompt.targets[prompt.answer] == f" {answers[relation, subject]}"
+        assert prompt.targets.count(prompt.targets[prompt.answer]) == 1
+
+
+@pytest.mark.model
+def test_all_facts_are_single_tokens_for_the_default_model(smollm2: LanguageModel) -> None:
+    encoded = list(encode(smollm2.tokenizer, facts.load(), smollm2.context_length))
+    assert len(encoded) == len(facts.load())
+    for prompt in encoded[::17]:
+        assert [smollm2.tokenizer.decode(i) for i in prompt.target_ids] == list(prompt.prompt.targets)
+
+
+def test_files_of_every_kind_give_the_same_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    csv = ["prompt,targets,answer,id", 'w1 w2,"["" w3"", "" w4""]", w4,first', '"w5, w6","["" w7""]",,second']
+    (tmp_path / "a.csv").write_text("\n".join(csv) + "\n")
+    for name in ("a.jsonl", "a.parquet", "a.csv"):
+        assert load_prompts(str(tmp_path / name)) == EXPECTED
+        assert load_prompts(f"file://{tmp_path}/{name}", limit=1) == EXPECTED[:1]
+
+
+def test_ids_are_row_numbers_when_not_given(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "targets": ["b"]}\n{"prompt": "c", "targets": ["d"]}\n')
+    assert [prompt.id for prompt in load_prompts(str(tmp_path / "a.jsonl"))] == ["000000", "000001"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a", "targets": ["b"]}\n{"prompt": \n', "line 2 is not JSON"),
+        ("a.jsonl", '{"prompt": "a", "targets": ["b"]}\n[1]\n', "line 2 is not a JSON object"),
+        ("a.jsonl", '{"prompt": "a"}\n', "line 1 has no 'targets'"),
+        ("a.jsonl", '{"targets": ["a"]}\n', "line 1 has no 'prompt'"),
+        ("a.jsonl", '{"prompt": 5, "targets": ["a"]}\n', "line 1: prompt must be a text, not 5"),
+        ("a.jsonl", '{"prompt": "a", "targets": "b"}\n', "line 1: targets must be a list of texts, not 'b'"),
+        ("a.jsonl", '{"prompt": "a", "targets": ["b"], "answer": "c"}\n', "line 1: answer 'c' is not one of"),
+        ("a.csv", "prompt,answer\na,b\n", "its header has no 'targets'"),
+        ("a.csv", 'prompt,targets\na,"[""b""]"\nc\n', "line 3 has not as many cells as the header"),
+        ("a.csv", "prompt,targets\na,b|c\n", "line 2: targets must be a JSON list"),
+        ("a.parquet", "not parquet", "is not Parquet"),
+        ("a.txt", "", "neither a built-in data set (facts) nor a file that ends in .jsonl, .parquet, .csv"),
+    ],
+)
+def test_a_broken_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PromptError) as caught:
+        load_prompts(str(tmp_path / name))
+    assert message in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(PromptError, match=r"dataset\.source=/nowhere/a\.jsonl: cannot be read"):
+        load_prompts("/nowhere/a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "there are 0 prompts"),
+        ([Prompt("x", "a", ("b",)), Prompt("x", "c", ("d",))], "prompt id 'x' appears twice"),
+        ([Prompt("x", "", ("b",))], "prompt 'x' is empty"),
+        ([Prompt("x", "a", ())], "prompt 'x' has no targets"),
+        ([Prompt("x", "a", ("b",), 1)], "prompt 'x' has answer 1, but its 1 targets"),
+    ],
+)
+def test_prompts_that_are_wrong_without_a_tokenizer(prompts: list[Prompt], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        check_prompts(prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt("x", "w1", (" w2 w3",)), r"target ' w2 w3' is 2 tokens \['w2', 'w3'\], it must be exactly 1"),
+        (Prompt("x", "w1", ("",)), r"target '' is 0 tokens"),
+        (Prompt("x", "w1", (" w2", "  w2")), r"targets ' w2' and '  w2' are the same token \['w2'\]"),
+        (Prompt("x", "w1", ("2",)), r"target '2' merges with the end of the prompt \['w1'\] into \['w12'\]"),
+        (Prompt("x", "w1 " * 9, ("w2",)), r"has 9 tokens, the model's context holds 8"),
+        (Prompt("x", " ", ("w2",)), r"has no tokens"),
+    ],
+)
+def test_prompts_that_the_tokenizer_shows_to_be_wrong(prompt: Prompt, message: str) -> None:
+    with pytest.raises(PromptError, match=message) as caught:
+        list(encode(tiny_tokenizer(), [Prompt("good", "w1", (" w2",)), prompt], context_length=8))
+    assert "prompt 'x'" in str(caught.value)
+
+
+def test_encoding_is_lazy_ordered_and_does_not_depend_on_the_batch() -> None:
+    prompts = [Prompt(str(i), f"w{i} w1", (f" w{i + 1}", " w0")) for i in range(1, 20)]
+    whole = list(encode(tiny_tokenizer(), prompts, None))
+    assert whole == list(encode(tiny_tokenizer(), iter(prompts), None, batch=3))
+    assert whole[4].ids == (5, 1)
+    assert whole[4].target_ids == (6, 0)
+
+
+def test_the_digest_is_of_the_content() -> None:
+    prompts = facts.load()
+    assert digest(prompts) == digest(facts.load())
+    assert digest(prompts) != digest(prompts[:-1])
+    changed = Prompt(prompts[0].id, prompts[0].text + " ", prompts[0].targets, prompts[0].answer)
+    assert digest(prompts) != digest([changed, *prompts[1:]])
