@@ -1,0 +1,83 @@
+"""Figures over repeats, bars, and processes that take turns.
+
+A ratio is taken within each repeat and then summarised, so that a slow moment of a shared machine hits both sides.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import operator
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any
+
+
+def figure(values: Sequence[float], unit: str) -> dict[str, Any]:
+    """Median, minimum and maximum of the repeats."""
+    return {"median": _short(median(values)), "min": _short(min(values)), "max": _short(max(values)), "unit": unit}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
+    """Of two ways that took turns, repeat by repeat."""
+    return figure([a / b for a, b in zip(over, under, strict=True)], "ratio")
+
+
+def bar(name: str, value: float, limit: float, *, at_most: bool) -> dict[str, Any]:
+    """A figure against what it has to reach."""
+    reached = operator.le(value, limit) if at_most else operator.ge(value, limit)
+    return {"name": name, "value": value, "bar": f"{'<=' if at_most else '>='} {limit:g}", "reached": reached}
+
+
+def all_reached(bars: Sequence[dict[str, Any]]) -> bool:
+    """Whether every bar is."""
+    return all(one["reached"] for one in bars)
+
+
+def taking_turns(
+    ways: dict[str, Callable[[], Callable[[], float]]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Run each way in a process of its own, one after the other, `repeats` rounds after one that is not counted.
+
+    `ways[name]()` gets a way ready in its process; what it gives runs once and returns its figure.
+
+    Returns:
+        The figures of each way, and the peak memory of its process in MiB.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name, prepare in ways.items():
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(theirs, prepare), daemon=True)
+        process.start()
+        theirs.close()
+        pipes[name] = ours
+        processes.append(process)
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, pipe in pipes.items():
+            pipe.send("run")
+            value = pipe.recv()
+            sys.stderr.write(f"{'warm-up' if turn == 0 else f'repeat {turn} of {repeats}'}: {name} {value:.4g}\n")
+            if turn:
+                found[name].append(value)
+    peaks = {}
+    for name, pipe in pipes.items():
+        pipe.send("end")
+        peaks[name] = pipe.recv()
+    for process in processes:
+        process.join()
+    return found, peaks
+
+
+def _serve(pipe: Connection, prepare: Callable[[], Callable[[], float]]) -> None:
+    run = prepare()
+    while pipe.recv() == "run":
+        pipe.send(run())
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
