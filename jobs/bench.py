@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 
 from jobs.benchmarks.figures import all_reached
 from jobs.entry import EXIT_ERROR, start
-from neg_service.config import plain
+from neg_service.config import plain, typed
 
 
 def bench(config: DictConfig) -> int:
     """Run one benchmark; prints its JSON."""
     settings = plain(config.benchmark)
     module = importlib.import_module(f"jobs.benchmarks.{settings['name']}")
-    result = module.run(module.Settings(**settings))
+    result = module.run(typed(module.Settings, settings, "benchmark"))
     machine = {
         "cpus": os.cpu_count(),
         "machine": platform.machine(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
-from jobs.scan import describe_summary
+from jobs.scan import describe_plan, describe_summary
 from neg_service.cluster.scan import prepare, run
 from neg_service.config import ScanConfig, typed
 from neg_service.report.console import columns, strongest
@@ -22,16 +22,23 @@ PLOT = "plots/neurgrad_over_layers.png"
 def demo(config: DictConfig) -> int:
     """Scan, then show the strongest neurons of a few facts and plot their strength over layers."""
     prepared = prepare(typed(ScanConfig, config))
+    if prepared.config.job.dry_run:
+        print(describe_plan(prepared))
+        return 0
     summary = run(prepared)
+    print(describe_summary(prepared, summary))
     results = open_run(summary.uri, prepared.config.storage.endpoint_url)
-    shown = [p for p in prepared.prompts if p.id in EXAMPLES] or list(prepared.prompts[:3])
-    for prompt in shown:
+    if "neurgrad" not in results.tables:
+        print("no examples and no plot: they need measure.keep=all")
+        return EXIT_INCOMPLETE if summary.set_aside else 0
+    stored = set(results.table("prompts").to_table(columns=["prompt_id"])["prompt_id"].to_pylist())
+    kept = [prompt for prompt in prepared.prompts if prompt.id in stored]
+    for prompt in [p for p in kept if p.id in EXAMPLES] or kept[:3]:
         answer = prompt.targets[prompt.answer or 0]
         print(f"\n{prompt.text!r} -> {answer!r}: its strongest neurons")
         print(_neurons(results, prompt.id, answer))
     results.directory.store.put(PLOT, neurgrad_over_layers(results))
-    print(describe_summary(prepared, summary))
-    print(f"plot: {results.uri}/{PLOT}")
+    print(f"\nplot: {results.uri}/{PLOT}")
     return EXIT_INCOMPLETE if summary.set_aside else 0
 
 

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from jobs.entry import EXIT_INCOMPLETE, start
 from neg_service.cluster.scan import Prepared, Summary, prepare, run
 from neg_service.config import ScanConfig, checked_layers, typed
+from neg_service.prompts.sources import without_credentials
 from neg_service.report.console import accuracy, aligned, bytes_text
 from neg_service.storage.reader import open_run
 
@@ -26,6 +27,7 @@ def describe_plan(prepared: Prepared) -> str:
     """What a scan would do, and what it would cost."""
     info, plan = prepared.info, prepared.plan
     layers = checked_layers(prepared.config.neurons, info.n_layers)
+    source = without_credentials(prepared.config.dataset.source)
     tables = [f"{bytes_text(size):>10}  {table}" for table, size in plan.bytes_of_table.items()]
     return "plan (nothing was done)\n" + aligned(
         [
@@ -36,7 +38,7 @@ def describe_plan(prepared: Prepared) -> str:
             ("identity", info.identity),
             (
                 "prompts",
-                f"{plan.n_prompts} with {plan.n_targets} targets, from {prepared.config.dataset.source}",
+                f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",
             ),
             ("measure", ", ".join(f"{key}={value}" for key, value in prepared.identity["measure"].items())),
             ("neurons", f"{len(layers) * info.n_neurons} in {len(layers)} layers"),

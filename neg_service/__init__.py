@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neg_service.measures.neurgrad import NeurGradResult, neurgrad
+    from neg_service.measures.sweep import NegResult, neg
     from neg_service.models.language_model import LanguageModel, load_model
     from neg_service.storage.reader import Run, open_run
 
@@ -17,13 +18,15 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LanguageModel": "neg_service.models.language_model",
+    "NegResult": "neg_service.measures.sweep",
     "NeurGradResult": "neg_service.measures.neurgrad",
     "Run": "neg_service.storage.reader",
     "load_model": "neg_service.models.language_model",
+    "neg": "neg_service.measures.sweep",
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
 }
-__all__ = ["LanguageModel", "NeurGradResult", "Run", "load_model", "neurgrad", "open_run"]
+__all__ = ["LanguageModel", "NegResult", "NeurGradResult", "Run", "load_model", "neg", "neurgrad", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -97,11 +97,11 @@ def typed(cls: type[T], values: Any, where: str = "") -> T:
     Raises:
         ConfigurationError: an unknown key, a wrong type, or a value that is missing, by its full key.
     """
-    given = OmegaConf.create(values)
-    # A merge would silently keep the default where `???` asks for a value.
-    if missing := sorted(OmegaConf.missing_keys(given)):
-        raise ConfigurationError(f"{where}{'.' if where else ''}{missing[0]}: has no value; give one")
     try:
+        given = OmegaConf.create(values)
+        # A merge would silently keep the default where `???` asks for a value.
+        if missing := sorted(OmegaConf.missing_keys(given)):
+            raise ConfigurationError(f"{where}{'.' if where else ''}{missing[0]}: has no value; give one")
         merged = OmegaConf.merge(OmegaConf.structured(cls), given)
         result = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

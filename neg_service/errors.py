@@ -41,3 +41,8 @@ class StorageError(NegServiceError):
 
 class ReplicaLost(NegServiceError):
     """A replica's process or node is gone, with what it was doing."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line that an error says, or its class if it says nothing."""
+    return next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -20,7 +20,7 @@ from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """See `conf/benchmark/driver.yaml`."""
 

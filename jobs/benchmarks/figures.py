@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import operator
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -38,13 +38,13 @@ def all_reached(bars: Sequence[dict[str, Any]]) -> bool:
 
 def taking_turns(
     ways: dict[str, Callable[[], Callable[[], float]]], repeats: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Run each way in a process of its own, one after the other, `repeats` rounds after one that is not counted.
 
     `ways[name]()` gets a way ready in its process; what it gives runs once and returns its figure.
 
     Returns:
-        The figures of each way, and the peak memory of its process in MiB.
+        The figures of each way, and the peak memory of its process in MiB, of each repeat.
     """
     spawn = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -56,17 +56,17 @@ def taking_turns(
         pipes[name] = ours
         processes.append(process)
     found: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, pipe in pipes.items():
             pipe.send("run")
-            value = pipe.recv()
+            value, peak = pipe.recv()
             sys.stderr.write(f"{'warm-up' if turn == 0 else f'repeat {turn} of {repeats}'}: {name} {value:.4g}\n")
             if turn:
                 found[name].append(value)
-    peaks = {}
-    for name, pipe in pipes.items():
+                peaks[name].append(peak)
+    for pipe in pipes.values():
         pipe.send("end")
-        peaks[name] = pipe.recv()
     for process in processes:
         process.join()
     return found, peaks
@@ -75,8 +75,11 @@ def taking_turns(
 def _serve(pipe: Connection, prepare: Callable[[], Callable[[], float]]) -> None:
     run = prepare()
     while pipe.recv() == "run":
-        pipe.send(run())
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # Linux forgets the highest resident size so far when a 5 is written here.
+        Path("/proc/self/clear_refs").write_text("5")
+        value = run()
+        status = Path("/proc/self/status").read_text()
+        pipe.send((value, int(status.split("VmHWM:")[1].split()[0]) / 1024))
 
 
 def _short(value: float) -> float:

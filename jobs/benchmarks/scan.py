@@ -27,7 +27,7 @@ from neg_service.storage.objects import open_store
 from neg_service.storage.parts import encode_part, part_key
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """See `conf/benchmark/scan.yaml`."""
 

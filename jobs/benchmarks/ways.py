@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from neg_service.models.branches import Prefix, _packed, _PrefixPass, _running, run_header
+from neg_service.models.branches import Prefix, PrefixPass, packed, run_header, running
 from neg_service.models.feed_forward import find_feed_forward, visiting
 
 Ids = Sequence[Sequence[int]]
@@ -32,8 +32,8 @@ def floor(model: PreTrainedModel, prompts: Ids, header: int, batch: int) -> None
         part = order[start : start + batch]
         own = [list(ids[header:]) for ids in part]
         prefix = Prefix(shared, tuple(map(len, own)), tuple(ids[-1] for ids in part))
-        with _running(model, _PrefixPass(prefix)):
-            inputs = _packed(model, own, [range(header, header + len(ids)) for ids in own])
+        with running(model, PrefixPass(prefix)):
+            inputs = packed(model, own, [range(header, header + len(ids)) for ids in own])
             hidden = model.base_model(**inputs).last_hidden_state
         ends = torch.tensor(list(accumulate(prefix.own_lengths))) - 1
         model.get_output_embeddings()(hidden[0, ends])

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError, RayTaskError, RuntimeEnvSetupError
 
 from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import Hello, Receipt
-from neg_service.errors import NegServiceError, OutOfMemory, ReplicaLost
+from neg_service.errors import ConfigurationError, NegServiceError, OutOfMemory, ReplicaLost, one_line
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class Driver:
     def _settle(self, member: _Member, reference: Any) -> None:
         try:
             result = ray.get(reference)
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             self._fail(member, reference, _translated(error))
             return
         if isinstance(result, Hello):
@@ -256,4 +256,7 @@ def _translated(error: Exception) -> Exception:
         if isinstance(cause, NegServiceError):
             return cause
         return RuntimeError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")
+    if isinstance(error, ActorUnschedulableError | RuntimeEnvSetupError | RaySystemError):
+        return ConfigurationError(f"Ray cannot run a replica: {one_line(error)}")
+    # An actor or a node that died, or was ended by Ray because memory ran out.
     return ReplicaLost(" ".join(str(error).split())[:300])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from neg_service.config import NeuronsConfig, ScanConfig
+from neg_service.config import ScanConfig
 from neg_service.models.language_model import ModelInfo
 from neg_service.prompts.prompt import Prompt, digest
+from neg_service.prompts.sources import without_credentials
 from neg_service.schema import SCHEMA_VERSION
 
 # A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
@@ -75,8 +76,8 @@ def shards_of(prompts: Sequence[Prompt], plan: Plan, done: Iterable[int] = ()) -
 def identity_of(
     config: ScanConfig,
     info: ModelInfo,
-    options: Any,
-    neurons: NeuronsConfig,
+    measure: dict[str, Any],
+    layers: list[int],
     prompts: Sequence[Prompt],
     plan: Plan,
 ) -> dict[str, Any]:
@@ -85,15 +86,15 @@ def identity_of(
         "schema_version": SCHEMA_VERSION,
         "model": {"identity": info.identity, "dtype": config.model.dtype},
         "prompts": {"sha256": digest(prompts), "count": plan.n_prompts},
-        "measure": asdict(options),
-        "neurons": asdict(neurons),
+        "measure": measure,
+        "neurons": {"layers": layers},
         "plan": {"shard_size": plan.shard_size, "shards": plan.n_shards},
     }
 
 
 def run_name(config: ScanConfig, info: ModelInfo, measure: str) -> str:
     """What people see in front of the fingerprint."""
-    dataset = re.sub(r"\.[a-z]+$", "", config.dataset.source.rsplit("/", 1)[-1])
+    dataset = re.sub(r"\.[a-z]+$", "", without_credentials(config.dataset.source).rsplit("/", 1)[-1])
     name = config.job.name or f"{info.name}-{dataset}-{measure.rsplit('.', 1)[-1]}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 

@@ -20,6 +20,7 @@ class Progress:
         self._total, self._done, self._before = total, done, done
         self._every = every_seconds
         self._began = self._spoke = time.monotonic()
+        self._ended: float | None = None
         self.bytes = 0
         self._bar = (
             tqdm(total=total, initial=done, unit="prompt", file=self._stream, dynamic_ncols=True, smoothing=0.1)
@@ -58,10 +59,11 @@ class Progress:
     @property
     def seconds(self) -> float:
         """Since the first replica was ready."""
-        return time.monotonic() - self._began
+        return (self._ended or time.monotonic()) - self._began
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the clock, and leave the terminal as it was."""
+        self._ended = time.monotonic()
         if self._bar is not None:
             self._bar.close()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -69,10 +68,7 @@ class Receipt:
 
     shard: int
     n_prompts: int
-    rows: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
-    compute_seconds: float = 0.0
-    put_seconds: float = 0.0
 
 
 class Replica:
@@ -92,27 +88,15 @@ class Replica:
 
     def run(self, shard: Shard, batch_scale: float = 1.0) -> Receipt:
         """Compute a shard and put its parts, the last table's last: that one is the commit."""
-        tables, compute_seconds = self._computing.submit(self._compute, shard, batch_scale).result()
-        began = time.monotonic()
-        rows, sizes = {}, {}
+        tables = self._computing.submit(self._worker.compute, shard, batch_scale).result()
+        sizes = {}
         for name, table in tables.items():
             assert self._store is not None
             assert self._destination is not None
             data = encode_part(table, self._destination.fingerprint, shard.index)
             self._store.put(part_key(name, shard.index), data)
-            rows[name], sizes[name] = table.num_rows, len(data)
-        return Receipt(
-            shard=shard.index,
-            n_prompts=len(shard.prompts),
-            rows=rows,
-            bytes=sizes,
-            compute_seconds=compute_seconds,
-            put_seconds=time.monotonic() - began,
-        )
-
-    def _compute(self, shard: Shard, batch_scale: float) -> tuple[dict[str, pa.Table], float]:
-        began = time.monotonic()
-        return self._worker.compute(shard, batch_scale), time.monotonic() - began
+            sizes[name] = len(data)
+        return Receipt(shard.index, len(shard.prompts), sizes)
 
 
 class ScanWorker:
@@ -142,7 +126,7 @@ class ScanWorker:
                 f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
                 f"planned for {self._identity}: put the same files on every node"
             )
-        checked = self._model.self_check()
+        checked = self._model.ensure_checked()
         log.info("self-check passed: %s", checked)
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))

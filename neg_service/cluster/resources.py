@@ -100,7 +100,9 @@ def replica_size(cluster: ClusterConfig, device: str, memory: int, available: li
     """
     gpus = cluster.gpus_per_replica
     if gpus == "auto":
-        gpus = 1 if device in ("auto", "cuda") and any(node.gpus >= 1 for node in available) else 0
+        gpus = 1 if (device == "auto" or device.startswith("cuda")) and any(node.gpus >= 1 for node in available) else 0
+    if gpus > 1:
+        raise ConfigurationError(f"cluster.gpus_per_replica={gpus:g}: a replica uses at most 1 GPU so far")
     usable = [node for node in available if node.gpus >= gpus and node.cpus >= 1]
     cpus = cluster.cpus_per_replica
     if cpus == "auto":

@@ -40,14 +40,15 @@ from neg_service.cluster.resources import (
     replica_count,
     replica_size,
 )
-from neg_service.config import ScanConfig, check, typed
+from neg_service.config import ScanConfig, check, checked_layers, typed
+from neg_service.errors import ConfigurationError
 from neg_service.measures import find_measure
 from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model, load_tokenizer
 from neg_service.models.source import LocalModel, fetch
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
-from neg_service.prompts.sources import load_prompts
+from neg_service.prompts.sources import load_prompts, without_credentials
 from neg_service.storage.objects import open_store
-from neg_service.storage.run import RunDirectory, fingerprint_of, write_or_match
+from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, write_or_match
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ def prepare(config: ScanConfig) -> Prepared:
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     bytes_a_prompt = measure.bytes_a_prompt(options, config.neurons, info, n_targets)
     plan = make_plan(prompts, bytes_a_prompt, config.job.shard_size)
-    identity = identity_of(config, info, options, config.neurons, prompts, plan)
+    layers = checked_layers(config.neurons, info.n_layers)
+    identity = identity_of(config, info, measure.identity(options), layers, prompts, plan)
     name = run_name(config, info, str(config.measure["name"]))
     return Prepared(
         config=config,
@@ -150,8 +152,16 @@ def run(prepared: Prepared) -> Summary:
         connect(prepared.config.cluster)
         try:
             size = replica_size(prepared.config.cluster, prepared.config.model.device, prepared.memory, nodes())
+            # Written before a model is loaded, which shows at once whether the place can be written at all.
+            is_new = store.get(RUN_FILE) is None
             write_or_match(store, prepared.identity, prepared.tables, _about(prepared))
-            outcome, progress = _drive(prepared, directory, done, size)
+            try:
+                outcome, progress = _drive(prepared, directory, done, size)
+            except ConfigurationError:
+                # Refused after all, by a replica that saw the weights: leave no trace of a run that never was.
+                if is_new and not directory.done():
+                    store.delete(RUN_FILE)
+                raise
         finally:
             disconnect()
     else:
@@ -181,12 +191,21 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     todo = prepared.plan.n_shards - len(done)
     n_replicas = replica_count(config.cluster.replicas, size, nodes(), todo)
     aside_before = set(directory.set_aside())
+    if not size.gpus and config.model.device == "auto":
+        # Ray hides no GPU from an actor that asked for none; all of them would crowd the first one.
+        config = replace(config, model=replace(config.model, device="cpu"))
     make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus))
     destination = Destination(directory.store.uri, config.storage.endpoint_url, prepared.fingerprint)
 
     def spawn() -> Any:
         actor = ray.remote(Replica).options(
-            num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, max_task_retries=0, max_concurrency=2
+            num_cpus=size.cpus,
+            num_gpus=size.gpus,
+            # On a GPU the weights lie in the GPU's memory, of which Ray knows nothing.
+            memory=None if size.gpus else size.memory,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=2,
         )
         return actor.remote(make_worker, destination)
 
@@ -232,6 +251,6 @@ def _about(prepared: Prepared) -> dict[str, Any]:
             "neurons_a_layer": prepared.info.n_neurons,
             "parameters": prepared.info.n_parameters,
         },
-        "dataset": prepared.config.dataset.source,
+        "dataset": without_credentials(prepared.config.dataset.source),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
     }

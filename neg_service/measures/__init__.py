@@ -31,6 +31,10 @@ class Measure(Protocol):
         """Refuse, before anything starts, what this measure cannot do (ConfigurationError)."""
         ...
 
+    def identity(self, options: Any) -> dict[str, Any]:
+        """The options that decide the numbers; they go into the run's fingerprint."""
+        ...
+
     def tables(self, options: Any, info: ModelInfo) -> dict[str, pa.Schema]:
         """The tables that each shard gives, in the order in which their parts are put; the last is the commit."""
         ...
@@ -78,4 +82,6 @@ def _module(path: str) -> ModuleType | None:
 
 
 def _is_measure(module: ModuleType) -> bool:
-    return all(hasattr(module, name) for name in ("Options", "check", "tables", "bytes_a_prompt", "measure"))
+    return all(
+        hasattr(module, name) for name in ("Options", "check", "identity", "tables", "bytes_a_prompt", "measure")
+    )

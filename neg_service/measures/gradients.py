@@ -79,7 +79,7 @@ def gradients(
         for group in group_by_header([prompts[i].ids for i in block]):
             members = [block[i] for i in group.members]
             first = prompts[members[0]].ids
-            known = model.known_header(first, group.header)
+            known = model.known_header([prompts[i].ids for i in members])
             header = known if known and known >= group.header - HEADER_SLACK else group.header
             lengths = [len(prompts[i].ids) - header for i in members]
             branches = [len(wanted[i]) for i in members]

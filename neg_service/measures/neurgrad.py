@@ -15,7 +15,7 @@ Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,7 @@ def neurgrad(
     Raises:
         PromptError: an empty prompt, one beyond the model's context, or a target that is not one token.
         ConfigurationError: an unknown basis or layer.
+        ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
     if len(prompts) != len(targets):
@@ -97,6 +98,7 @@ def neurgrad(
     check_prompts(asked)
     chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
     encoded = list(encode(model.tokenizer, asked, model.context_length))
+    model.ensure_checked()
     budget = Budget(batch_tokens or default_batch_tokens(model))
     wanted = [tuple(range(len(prompt.targets))) for prompt in asked]
 
@@ -127,6 +129,10 @@ def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Se
     """Refuse what cannot be measured before a model is loaded."""
     if options.basis not in BASES:
         raise ConfigurationError(f"measure.basis={options.basis} is unknown; known are {', '.join(BASES)}")
+    if options.basis == "gate" and not info.is_gated:
+        raise ConfigurationError(
+            f"measure.basis=gate: the MLPs of {info.architecture} have no gate; use paper or hidden"
+        )
     if options.keep not in KEEP:
         raise ConfigurationError(f"measure.keep={options.keep} is unknown; known are {', '.join(KEEP)}")
     in_all = len(checked_layers(neurons, info.n_layers)) * info.n_neurons
@@ -140,6 +146,14 @@ def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Se
             raise ConfigurationError(
                 f"measure.keep=answer: prompt {unanswered!r} has no answer; use measure.keep=all or top_k"
             )
+
+
+def identity(options: Options) -> dict[str, Any]:
+    """The options that decide the numbers."""
+    given = asdict(options)
+    if options.keep != "top_k":
+        del given["top_k"]
+    return given
 
 
 def tables(options: Options, info: ModelInfo) -> dict[str, pa.Schema]:

@@ -97,7 +97,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 @contextmanager
-def _running(model: PreTrainedModel, attention_pass: _Pass) -> Iterator[None]:
+def running(model: PreTrainedModel, attention_pass: _Pass) -> Iterator[None]:
     """Let `attention_pass` be the model's attention, and put the model back as it was, also after an error."""
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
@@ -134,7 +134,7 @@ class _Packing:
         return (x_mhd if self.is_full else x_mhd[self.slots(x_mhd.device)])[None]
 
 
-class _PrefixPass:
+class PrefixPass:
     """Attention of the tokens before the last: to the header, and causally to their own prompt."""
 
     def __init__(self, prefix: Prefix) -> None:
@@ -284,8 +284,8 @@ def run_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]], header:
     own = [ids[c:-1] for ids in prompts]
     prefix = Prefix(header, tuple(map(len, own)), tuple(ids[-1] for ids in prompts))
     if any(own):
-        with _running(model, _PrefixPass(prefix)):
-            model.base_model(**_packed(model, own, [range(c, c + len(ids)) for ids in own]))
+        with running(model, PrefixPass(prefix)):
+            model.base_model(**packed(model, own, [range(c, c + len(ids)) for ids in own]))
     return prefix
 
 
@@ -296,12 +296,43 @@ def run_branches(model: PreTrainedModel, prefix: Prefix, rows: Sequence[int]) ->
     """
     ids = [[last] * n for last, n in zip(prefix.last_ids, rows, strict=True)]
     positions = [[len(prefix.header.ids) + own] * n for own, n in zip(prefix.own_lengths, rows, strict=True)]
-    with _running(model, _BranchPass(prefix, rows)):
-        logits: Tensor = model(**_packed(model, ids, positions)).logits
+    with running(model, _BranchPass(prefix, rows)):
+        logits: Tensor = model(**packed(model, ids, positions)).logits
     return logits[0]
 
 
-def _packed(model: PreTrainedModel, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, Any]:
+@contextmanager
+def resuming_at(
+    layers: nn.ModuleList, first: int, hidden: Tensor, n_rows: int, gives_tuple: Sequence[bool]
+) -> Iterator[None]:
+    """Let a pass of `n_rows` branches begin at layer `first` with its stored input [1, 1, E].
+
+    The layers below are replaced, for as long as this lasts, by stand-ins that give that input; the model's own
+    forward runs otherwise unchanged, whatever its architecture.
+    """
+    stored = hidden.expand(1, n_rows, -1) if hidden.ndim == 3 else hidden.expand(n_rows, -1)
+    own = list(layers[:first])
+    try:
+        for index in range(first):
+            layers[index] = _StandIn(stored, gives_tuple[index])
+        yield
+    finally:
+        for index, layer in enumerate(own):
+            layers[index] = layer
+
+
+class _StandIn(nn.Module):
+    """In the place of a layer that need not run again: gives a stored tensor in the layer's own form."""
+
+    def __init__(self, stored: Tensor, gives_tuple: bool) -> None:
+        super().__init__()
+        self._stored = (stored,) if gives_tuple else stored
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._stored
+
+
+def packed(model: PreTrainedModel, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {
         "input_ids": torch.tensor([[i for row in ids for i in row]], device=model.device),
         "position_ids": torch.tensor([[i for row in positions for i in row]], device=model.device),

@@ -71,8 +71,9 @@ class Site:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The MLPs of a model, layer by layer, and the layout that they share."""
+    """The layers of a model, their MLPs, and the layout that these share."""
 
+    layers: nn.ModuleList
     mlps: tuple[nn.Module, ...]
     layout: Layout
     n_neurons: int
@@ -110,7 +111,8 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     Raises:
         ModelError: layers not found, an MLP that is not in the table (naming its class), unequal layers.
     """
-    mlps = tuple(_mlp(layer) for layer in _layers(model))
+    layers = _layers(model)
+    mlps = tuple(_mlp(layer) for layer in layers)
     found = [next((row for row in LAYOUTS if _has(mlp, row)), None) for mlp in mlps]
     for index, (mlp, layout) in enumerate(zip(mlps, found, strict=True)):
         if layout is None:
@@ -131,7 +133,7 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     sizes = {_input_size(mlp.get_submodule(layout.down)) for mlp in mlps}
     if len(sizes) > 1:
         raise ModelError(f"the layers of {type(model).__name__} have unequal numbers of neurons: {sorted(sizes)}")
-    return FeedForward(mlps, layout, sizes.pop())
+    return FeedForward(layers, mlps, layout, sizes.pop())
 
 
 @contextmanager

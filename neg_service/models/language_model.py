@@ -9,27 +9,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from neg_service.errors import ConfigurationError, ModelError
+from neg_service.errors import ConfigurationError, ModelError, one_line
 from neg_service.models import branches
 from neg_service.models.feed_forward import FeedForward, Site, find_feed_forward, visiting
-from neg_service.models.source import LocalModel, fetch
+from neg_service.models.source import LocalModel, fetch, require_complete
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # How far branch logits may be from plain ones, against the largest plain logit; how far a poke from the gradient.
-# Measured deviations: about 1e-6 in float32 and 1e-2 in bfloat16; an engine that is wrong is off by 0.1 and more.
-LOGIT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Measured deviations: about 1e-6 in float32, in float64 too where norms round to float32 regardless, and 1e-2 in
+# bfloat16; an engine that is wrong is off by 0.1 and more.
+LOGIT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 POKE_TOLERANCE = 0.05
 
 
@@ -44,6 +46,7 @@ class ModelInfo:
     n_neurons: int
     context_length: int | None
     n_parameters: int
+    is_gated: bool
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,14 @@ class LanguageModel:
         Raises:
             ModelError: an architecture whose neurons are not known.
         """
-        _require_causal(model)
+        _require_measurable(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.identity = identity
         self.feed_forward: FeedForward = find_feed_forward(model)
         self._headers: list[branches.Header] = []
+        self._checked: SelfCheck | None = None
 
     @property
     def device(self) -> torch.device:
@@ -102,21 +106,43 @@ class LanguageModel:
         self._headers = [header, *self._headers[: keep - 1]]
         return header
 
-    def known_header(self, ids: Sequence[int], at_most: int) -> int:
-        """Length of the longest header already run that `ids` begin with, not above `at_most` tokens."""
-        lengths = [len(known.ids) for known in self._headers if tuple(ids[: len(known.ids)]) == known.ids]
-        return max((length for length in lengths if length <= at_most), default=0)
+    def known_header(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Length of the longest header already run with which all `prompts` begin, leaving each its last token."""
+
+        def serves(ids: tuple[int, ...]) -> bool:
+            return all(len(prompt) > len(ids) and tuple(prompt[: len(ids)]) == ids for prompt in prompts)
+
+        return max((len(known.ids) for known in self._headers if serves(known.ids)), default=0)
 
     def forget_headers(self) -> None:
         """Free the kept headers' memory."""
         self._headers = []
 
-    def self_check(self) -> SelfCheck:
-        """Compare the engine with the plain model on a short text; see the module's header.
+    def ensure_checked(self) -> SelfCheck:
+        """The self-check, run when first needed and remembered.
 
         Raises:
-            ModelError: a deviation beyond its tolerance, with both numbers.
+            ModelError: see `self_check`.
         """
+        if self._checked is None:
+            self._checked = self.self_check()
+        return self._checked
+
+    def self_check(self) -> SelfCheck:
+        """Compare the engine with the plain model on a few tokens; see the module's header.
+
+        Raises:
+            ModelError: a deviation beyond its tolerance, with both numbers, or an engine that does not run at all.
+        """
+        try:
+            return self._self_check()
+        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"self-check of {self.name} ({type(self.model).__name__}): the engine does not run on it: "
+                f"{one_line(error)}: choose another model.source"
+            ) from error
+
+    def _self_check(self) -> SelfCheck:
         ids = self._check_ids()
         tolerance = LOGIT_TOLERANCE[self.dtype]
         logits = self._check_logits(ids)
@@ -168,28 +194,30 @@ class LanguageModel:
 
     @torch.no_grad()
     def _check_neurons(self, ids: tuple[int, ...]) -> float:
-        """The input of the down projection, rebuilt from the captured neurons, against the real one."""
+        """The input of the down projection against what it should be made of: the activation, times up if gated."""
         found = self.feed_forward
-        seen: dict[str, dict[int, Tensor]] = {}
-        bases = [basis for basis in ("paper", "hidden", "gate") if basis != "gate" or found.layout.is_gated]
-        watching = [(basis, dict(enumerate(found.sites(basis)))) for basis in bases]
+        act = [Site(mlp.get_submodule(found.layout.act), "output", 0, found.n_neurons) for mlp in found.mlps]
+        sites = {"act": act, "paper": found.sites("paper"), "hidden": found.sites("hidden")}
+        seen: dict[tuple[str, int], Tensor] = {}
 
-        def keep(basis: str, sites: dict[int, Site]) -> AbstractContextManager[None]:
-            captured = seen.setdefault(basis, {})
-            return visiting(sites, lambda layer, x: captured.update({layer: sites[layer].neurons(x)}))
+        def keep(name: str) -> AbstractContextManager[None]:
+            return visiting(
+                dict(enumerate(sites[name])),
+                lambda layer, x: seen.update({(name, layer): sites[name][layer].neurons(x)}),
+            )
 
-        with keep(*watching[0]), keep(*watching[1]), keep(*watching[2]) if watching[2:] else nullcontext():
+        with keep("act"), keep("paper"), keep("hidden"):
             self._plain_logits(ids)
         worst = 0.0
         for layer in range(found.n_layers):
-            rebuilt = seen["paper"][layer]
-            if "gate" in seen:
-                rebuilt = rebuilt * seen["gate"][layer]
-            worst = max(worst, _deviation(rebuilt, seen["hidden"][layer]))
+            rebuilt = seen["act", layer]
+            if found.layout.is_gated:
+                rebuilt = rebuilt * seen["paper", layer]
+            worst = max(worst, _deviation(rebuilt, seen["hidden", layer]))
         return worst
 
     def _check_poke(self, ids: tuple[int, ...]) -> float:
-        """In three layers, move the steepest neuron so far that log p should change by 1 %; compare."""
+        """In three layers, move the neuron that the engine calls steepest so that log p should change by 1 %."""
         found = self.feed_forward
         sites = dict(enumerate(found.sites("paper")))
         target = int(self._plain_logits(ids).argmax())
@@ -199,9 +227,9 @@ class LanguageModel:
             captured[layer] = x if x.requires_grad else x.detach().requires_grad_()
             return captured[layer]
 
+        prefix = branches.run_prefix(self.model, [ids], branches.Header())
         with torch.enable_grad(), visiting(sites, capture):
-            logits = self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
-            log_p = logits.log_softmax(-1)[target]
+            log_p = branches.run_branches(self.model, prefix, [1])[0].log_softmax(-1)[target]
             layers = sorted({0, found.n_layers // 2, found.n_layers - 1})
             gradients = torch.autograd.grad(log_p, [captured[layer] for layer in layers])
         worst = 0.0
@@ -255,16 +283,18 @@ def load_model(
     _be_quiet()
     if chosen_dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")
-    model = _from_files(
+    model, report = _from_files(
         lambda: AutoModelForCausalLM.from_pretrained(
             local.directory,
             dtype=chosen_dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            attn_implementation="sdpa",
-        ).to(chosen_device),
+            output_loading_info=True,
+        ),
         source,
     )
+    require_complete(source, report)
+    model = model.to(chosen_device)
     return LanguageModel(model, load_tokenizer(local, trust_remote_code), name=local.name, identity=local.identity)
 
 
@@ -291,7 +321,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelIn
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
     model = _from_files(build, local.name)
-    _require_causal(model)
+    _require_measurable(model)
     found = find_feed_forward(model)
     return ModelInfo(
         name=local.name,
@@ -301,6 +331,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelIn
         n_neurons=found.n_neurons,
         context_length=_context_length(model.config),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        is_gated=found.layout.is_gated,
     )
 
 
@@ -329,14 +360,22 @@ def checked_device(device: str) -> torch.device:
 def _from_files(load: Any, source: str) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"model.source={source}: cannot be loaded: {reason}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model.source={source}: cannot be loaded: {one_line(error)}") from error
 
 
-def _require_causal(model: PreTrainedModel) -> None:
+def _require_measurable(model: PreTrainedModel) -> None:
+    """Refuse what the engine would get wrong without the self-check's seeing it."""
     if model.config.is_encoder_decoder:
         raise ModelError(f"{type(model).__name__} is an encoder-decoder; a causal model is needed (model.source)")
+    # These choose their angles by the longest position of a pass, so that one prompt would change another's.
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if found := kinds & {"longrope", "dynamic"}:
+        raise ModelError(
+            f"{type(model).__name__} has rotary angles that depend on a pass's longest position (rope_type "
+            f"{found.pop()}), which batches of prompts cannot share: choose another model.source"
+        )
 
 
 def _context_length(config: Any) -> int | None:

@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -31,7 +32,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from neg_service.errors import ModelError
+from neg_service.errors import ModelError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,15 @@ def fetch(
     Raises:
         ModelError: nothing is there, the download failed, or there are no safetensors.
     """
+    try:
+        return _fetch(source, revision, with_weights, trust_remote_code)
+    except PermissionError as error:
+        raise ModelError(
+            f"model.source={source}: {error.filename}: {error.strerror}; set NEG_SERVICE_CACHE to a place for models"
+        ) from error
+
+
+def _fetch(source: str, revision: str | None, with_weights: bool, trust_remote_code: bool) -> LocalModel:
     if source == DEFAULT:
         return _from_gguf(DEFAULT, DEFAULT_SHA256, _download_default)
     path = Path(source).expanduser()
@@ -101,11 +111,13 @@ def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remot
         raise ModelError(
             f"model.source={source}: neither {DEFAULT}, a directory, a .gguf file, nor a hub id (owner/name)"
         ) from error
+    except PermissionError:
+        raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         # The hub's own exceptions are OSErrors; anything below them (sockets, disks) is one too.
         at = f" at model.revision={revision}" if revision else ""
         raise ModelError(
-            f"model.source={source}{at}: no such directory here, and the hub gave nothing: {_first_line(error)}"
+            f"model.source={source}{at}: no such directory here, and the hub gave nothing: {one_line(error)}"
         ) from error
     directory = Path(path)
     if with_weights:
@@ -143,16 +155,31 @@ def _unpack_gguf(file: Path, target: Path) -> None:
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, struct.error) as error:
-        raise ModelError(f"model.source={file}: cannot be read as GGUF: {_first_line(error)}") from error
+        raise ModelError(f"model.source={file}: cannot be read as GGUF: {one_line(error)}") from error
+    require_complete(str(file), report)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def require_complete(source: str, report: dict[str, Any]) -> None:
+    """Refuse weights that are not all there: transformers would fill the gaps at random and only warn.
+
+    Raises:
+        ModelError: naming tensors.
+    """
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, report.get(kind) or ()))
+        if names:
+            what = kind.removesuffix("_keys")
+            raise ModelError(f"model.source={source}: {len(names)} tensors are {what}: {', '.join(names[:3])}")
 
 
 def _download_default(scratch: Path) -> Path:
@@ -195,7 +222,3 @@ def _file_digest(file: Path) -> str:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

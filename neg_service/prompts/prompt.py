@@ -72,6 +72,8 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
         seen.add(prompt.id)
         if not prompt.text:
             raise PromptError(f"prompt {prompt.id!r} is empty; it needs at least one token (dataset.source)")
+        if any(_is_not_text(text) for text in (prompt.id, prompt.text, *prompt.targets)):
+            raise PromptError(f"prompt {prompt.id!r} holds a lone surrogate, which no text has (dataset.source)")
         if not prompt.targets:
             raise PromptError(f"prompt {prompt.id!r} has no targets; it needs at least one (dataset.source)")
         if prompt.answer is not None and not 0 <= prompt.answer < len(prompt.targets):
@@ -79,6 +81,10 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
                 f"prompt {prompt.id!r} has answer {prompt.answer}, but its {len(prompt.targets)} targets are "
                 f"numbered from 0 (dataset.source)"
             )
+
+
+def _is_not_text(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def encode(

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from neg_service.errors import PromptError
+from neg_service.errors import PromptError, one_line
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt
 
@@ -34,20 +35,31 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     """
     if source in BUILT_IN:
         return BUILT_IN[source]()[:limit]
-    suffix = PurePosixPath(source).suffix.lower()
+    shown = without_credentials(source)
+    suffix = PurePosixPath(shown).suffix.lower()
     rows_of = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
     if suffix not in rows_of:
         raise PromptError(
-            f"dataset.source={source}: neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that "
+            f"dataset.source={shown}: neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that "
             f"ends in {', '.join(rows_of)}"
         )
     try:
         with fsspec.open(source, "rb") as file:
             content = file.read()
     except (OSError, ValueError, ImportError) as error:
-        raise PromptError(f"dataset.source={source}: cannot be read: {_one_line(error)}") from error
-    rows = rows_of[suffix](source, content)
-    return [_prompt(source, place, index, row) for index, (place, row) in enumerate(islice(rows, limit))]
+        # What a library says of an address may hold what the address hides.
+        reason = one_line(error) if shown == source else type(error).__name__
+        raise PromptError(f"dataset.source={shown}: cannot be read: {reason}") from error
+    rows = rows_of[suffix](shown, content)
+    return [_prompt(shown, place, index, row) for index, (place, row) in enumerate(islice(rows, limit))]
+
+
+def without_credentials(source: str) -> str:
+    """A path or URI without the user, password and query that it may carry: fit to be printed and stored."""
+    parts = urlsplit(source)
+    if not parts.scheme or "://" not in source:
+        return source
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _jsonl_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -64,6 +76,7 @@ def _jsonl_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, An
 
 
 def _csv_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = None
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         missing = [column for column in COLUMNS[:2] if column not in (reader.fieldnames or [])]
@@ -80,9 +93,10 @@ def _csv_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]
                     f'dataset.source={source}: {place}: targets must be a JSON list such as [" a", " b"], '
                     f"not {row['targets']!r}"
                 ) from error
-            yield place, {**row, "targets": targets, "answer": row.get("answer") or None}
+            yield place, {**row, "targets": targets, "answer": row.get("answer") or None, "id": row.get("id") or None}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise PromptError(f"dataset.source={source}: is not CSV in UTF-8: {_one_line(error)}") from error
+        at = f"after line {reader.line_num}: " if reader is not None else ""
+        raise PromptError(f"dataset.source={source}: {at}is not CSV in UTF-8: {one_line(error)}") from error
 
 
 def _parquet_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,7 +112,7 @@ def _parquet_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, 
                 yield f"row {number}", row
                 number += 1
     except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"dataset.source={source}: is not Parquet: {_one_line(error)}") from error
+        raise PromptError(f"dataset.source={source}: is not Parquet: {one_line(error)}") from error
 
 
 def _prompt(source: str, place: str, index: int, row: dict[str, Any]) -> Prompt:
@@ -121,7 +135,3 @@ def _missing_column(source: str, place: str, column: str) -> PromptError:
     return PromptError(
         f"dataset.source={source}: {place} has no {column!r}; prompt and targets are needed, answer and id are optional"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 import s3fs
+from botocore.exceptions import BotoCoreError, NoCredentialsError
 
-from neg_service.errors import DestinationError, StorageError
+from neg_service.errors import DestinationError, StorageError, one_line
 
 # What no retry mends: no space, no permission, a read-only disk, a file where a folder is needed.
 _FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -111,6 +112,11 @@ class LocalStore:
         """Remove a file."""
         with self._translated():
             (self.root / key).unlink(missing_ok=True)
+            # As in an object store, a folder that holds nothing does not exist.
+            for folder in (self.root / key).parents:
+                if not folder.is_relative_to(self.root) or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def arrow(self) -> tuple[pafs.FileSystem, str]:
         """pyarrow's own local file system."""
@@ -183,11 +189,8 @@ class S3Store:
         at = f" (storage.endpoint_url={self.endpoint_url})" if self.endpoint_url else ""
         try:
             yield
-        except (PermissionError, FileNotFoundError) as error:
-            raise DestinationError(f"storage.uri={self.uri}{at}: {_one_line(error)}") from error
-        except OSError as error:
-            raise StorageError(f"storage.uri={self.uri}{at}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        except (PermissionError, FileNotFoundError, NoCredentialsError) as error:
+            raise DestinationError(f"storage.uri={self.uri}{at}: {one_line(error)}") from error
+        # botocore's own errors, such as a refused connection, are not OSErrors.
+        except (OSError, BotoCoreError) as error:
+            raise StorageError(f"storage.uri={self.uri}{at}: {one_line(error)}") from error

@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import pyarrow as pa
 
 from neg_service.errors import DestinationError
 from neg_service.storage.objects import ObjectStore
-from neg_service.storage.parts import part_key, shard_of
+from neg_service.storage.parts import shard_of
 
 RUN_FILE = "run.json"
 SET_ASIDE = "set_aside"
@@ -70,10 +69,6 @@ class RunDirectory:
     def take_back(self, shard: int) -> None:
         """A shard that was set aside is done after all."""
         self.store.delete(_aside_key(shard))
-
-    def keys(self, shard: int) -> Iterator[str]:
-        """Where the parts of a shard lie, in the order in which they are put."""
-        return (part_key(table, shard) for table in self.tables)
 
 
 def write_or_match(

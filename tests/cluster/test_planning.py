@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import SHARD_BYTES, make_plan, shards_of
 from neg_service.cluster.progress import Progress
@@ -28,6 +30,7 @@ from neg_service.errors import (
 )
 from neg_service.measures import find_measure
 from neg_service.prompts.prompt import Prompt
+from tests.fakes import tiny_model
 
 GIB = 2**30
 PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
@@ -221,6 +224,33 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     with pytest.raises(ConfigurationError) as caught:
         _prepared(tiny_directory, dataset=dataset, **changes)
     assert message in str(caught.value)
+
+
+def test_settings_that_change_no_number_change_no_fingerprint(tiny_directory: Path, dataset: str) -> None:
+    base = _prepared(tiny_directory, dataset=dataset).fingerprint
+    assert _prepared(tiny_directory, dataset=dataset, measure={"top_k": 7}).fingerprint == base
+    assert _prepared(tiny_directory, dataset=dataset, neurons={"layers": [2, 0, 1]}).fingerprint == base
+
+
+def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: Path, dataset: str) -> None:
+    plain = tiny_model("gpt2")
+    plain.model.save_pretrained(tmp_path / "gpt2")
+    plain.tokenizer.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ConfigurationError, match="the MLPs of GPT2LMHeadModel have no gate"):
+        _prepared(tmp_path / "gpt2", dataset=dataset, measure={"basis": "gate"})
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ray.exceptions.OutOfMemoryError("killed by the memory monitor"), ReplicaLost),
+        (ray.exceptions.ActorDiedError(), ReplicaLost),
+        (ray.exceptions.NodeDiedError("gone"), ReplicaLost),
+        (ray.exceptions.RuntimeEnvSetupError("no pip"), ConfigurationError),
+    ],
+)
+def test_every_way_in_which_ray_loses_a_replica_is_understood(error: Exception, expected: type[Exception]) -> None:
+    assert isinstance(_translated(error), expected)
 
 
 def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:

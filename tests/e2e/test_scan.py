@@ -68,6 +68,9 @@ def test_the_tables_hold_what_the_library_gives(
     assert len(values) == sum(len(row["targets"]) for row in rows) * 3
     assert len(active) == N_PROMPTS * 3
     for i, row in enumerate(rows):
+        for k in range(len(row["targets"])):
+            mine = values[(values.prompt_id == row["id"]) & (values.target_index == k)]
+            np.testing.assert_allclose(mine.probability, expected.probability[i, k], rtol=1e-5)
         np.testing.assert_allclose(
             prompts[i]["probabilities"], expected.probability[i, : len(row["targets"])], rtol=1e-5
         )
@@ -140,13 +143,22 @@ def test_less_can_be_kept(keep: str, arguments: list[str], finished: tuple[str, 
         kept = run.table("neurgrad").to_table().to_pandas()
         assert kept.is_answer.all()
         assert len(kept) == N_PROMPTS * 3
+        both = kept.merge(full, on=["prompt_id", "target_index", "layer"], suffixes=("", "_full"))
+        assert len(both) == len(kept)
+        np.testing.assert_allclose(np.stack(both.neurgrad), np.stack(both.neurgrad_full), rtol=1e-3, atol=1e-9)
+        np.testing.assert_allclose(both.probability, both.probability_full, rtol=1e-5)
         return
+    active = neg_service.open_run(str(finished[1])).table("activations").to_table().to_pandas()
     assert run.tables == ["prompts", "top_neurons"]
     kept = run.table("top_neurons").to_table().to_pandas()
     assert len(kept) == 52 * 7
     for (prompt, target), rows in kept.groupby(["prompt_id", "target_index"]):
         own = full[(full.prompt_id == prompt) & (full.target_index == target)].sort_values("layer")
         flat = np.stack(own.neurgrad.to_list()).ravel()
+        layers = active[active.prompt_id == prompt].sort_values("layer")
+        at = np.stack(layers.activation.to_list()).ravel()[rows.layer * 40 + rows.neuron]
+        np.testing.assert_allclose(rows.activation, at, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(rows.probability, own.probability.iloc[0], rtol=1e-5)
         assert rows["rank"].tolist() == list(range(7))
         np.testing.assert_allclose(np.abs(rows.neurgrad), np.sort(np.abs(flat))[::-1][:7], rtol=1e-4)
         np.testing.assert_allclose(flat[rows.layer * 40 + rows.neuron], rows.neurgrad, rtol=1e-3)

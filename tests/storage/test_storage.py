@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +211,16 @@ print(neg_service.open_run(sys.argv[1]).table("activations").count_rows())
         [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=False
     )
     assert done.stdout == "3\n", done.stderr
+
+
+def test_a_server_that_does_not_answer_is_a_storage_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    with socket.socket() as taken:
+        # Bound and not listening: a port where nothing answers.
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(StorageError, match=r"storage\.uri=s3://bucket/x \(storage\.endpoint_url=http") as caught:
+            open_store("s3://bucket/x", endpoint).get("a")
+    assert "\n" not in str(caught.value)
+    assert "hush" not in str(caught.value)

@@ -1,0 +1,201 @@
+"""NEG by intervention: against full forward passes with a hook, against hand-computed curves, against NeurGrad."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import neg_service
+from neg_service import LanguageModel
+from neg_service.errors import ConfigurationError, NonFiniteError
+from neg_service.measures.interventions import Interventions
+from neg_service.measures.sweep import checked_shifts, linearity, rows_that_fit, shift_grid
+from tests import oracle
+from tests.fakes import FAMILIES, GATED, tiny_model
+from tests.measures.test_neurgrad import encoded
+
+TEXT, TARGET = "w3 w14 w15 w9 w26 w5 w35 w8", " w7"
+IDS, TARGET_ID = (3, 14, 15, 9, 26, 5, 35, 8), 7
+NEURONS = [(2, 39), (0, 5), (1, 17), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("family", "basis"),
+    [(f, b) for f in FAMILIES for b in ("paper", "hidden", "gate") if b != "gate" or f in GATED],
+)
+def test_equals_one_full_forward_pass_an_intervention(family: str, basis: str) -> None:
+    model = tiny_model(family, torch.float64)
+    shifts = [-2.0, -0.3, 0.1, 1.5]
+    result = neg_service.neg(model, TEXT, TARGET, NEURONS, shifts, basis)
+    before = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, 0, 0, 0.0)
+    assert result.probability == pytest.approx(before, rel=1e-6 if "gemma" in family else 1e-9)
+    _, _, activation = oracle.gradients(model.model, IDS, [TARGET_ID], basis)
+    # The oracle subtracts probabilities; Gemma's attention and norms round to float32 there whatever the precision.
+    exact = 1e-6 * before if "gemma" in family else 1e-12 * before
+    for i, (layer, neuron) in enumerate(NEURONS):
+        sign = -1 if activation[layer, neuron] < 0 else 1
+        for s, shift in enumerate(shifts):
+            after = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, layer, neuron, sign * shift)
+            assert result.delta_p[i, s] == pytest.approx(after - before, rel=1e-6, abs=exact)
+
+
+def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
+    shifts = np.array([-1.0, 1.0, 2.0])
+    curves = np.array(
+        [
+            [-0.1, 0.1, 0.2],  # a line of slope 0.1
+            [0.3, 0.3, 0.3],  # flat: r is 0 by definition
+            [0.0, 0.0, 0.0],
+            [0.0, 0.0, 0.6],  # neg = 2·0.6 / (1 + 1 + 4) = 0.2
+        ]
+    )
+    found = linearity(shifts, curves)
+    np.testing.assert_allclose(found.neg, [0.1, 0.3 * 2 / 6, 0, 0.2], rtol=1e-14)
+    # Row 3: mean shift 2/3, mean Δp 0.2; Σ(δ-2/3)(Δp-0.2) = 0.8, Σ(δ-2/3)² = 14/3, Σ(Δp-0.2)² = 0.24.
+    np.testing.assert_allclose(found.r, [1, 0, 0, 0.8 / np.sqrt(14 / 3 * 0.24)], rtol=1e-14)
+    # Row 1: residuals 0.4, 0.2, 0.1 of 3·0.09; row 3: residuals 0.2, -0.2, 0.2 of 0.36.
+    np.testing.assert_allclose(found.r2, [1, 1 - 0.21 / 0.27, 0, 1 - 0.12 / 0.36], rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(found.largest, [0.2, 0.3, 0, 0.6])
+
+
+def test_the_default_grid_is_the_papers() -> None:
+    grid = shift_grid()
+    assert len(grid) == 40
+    np.testing.assert_allclose(grid, [s / 10 for s in range(-20, 21) if s], rtol=1e-14)
+    np.testing.assert_allclose(shift_grid(0.5, 0.2), [-0.4, -0.2, 0.2, 0.4])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt-neox"])
+@pytest.mark.parametrize("shift", ["magnitude", "signed"])
+def test_on_a_shrinking_grid_neg_tends_to_the_gradient(family: str, shift: str) -> None:
+    model = tiny_model(family, torch.float64)
+    _, slopes, activation = oracle.gradients(model.model, IDS, [TARGET_ID], "hidden")
+    expected = slopes[0] * np.where(activation < 0, -1, 1) if shift == "magnitude" else slopes[0]
+    errors = []
+    for size in (1.0, 0.1, 0.01):
+        result = neg_service.neg(model, TEXT, TARGET, NEURONS, [-size, size], "hidden", shift)
+        errors.append(max(abs(result.neg[i] / expected[n] - 1) for i, n in enumerate(NEURONS) if expected[n]))
+    # Symmetric shifts: the error is of order size².
+    assert errors[1] < errors[0] / 20
+    assert errors[2] < 1e-3
+
+
+def test_a_silent_neuron_grows() -> None:
+    model = tiny_model("opt", torch.float64)
+    _, _, activation = oracle.gradients(model.model, IDS, [TARGET_ID], "hidden")
+    silent = [(int(layer), int(neuron)) for layer, neuron in np.argwhere(activation == 0)[:3]]
+    assert len(silent) == 3
+    result = neg_service.neg(model, TEXT, TARGET, silent, [0.5], "hidden")
+    for i, (layer, neuron) in enumerate(silent):
+        after = oracle.probability_with_shift(model.model, IDS, TARGET_ID, "hidden", layer, neuron, 0.5)
+        assert result.delta_p[i, 0] == pytest.approx(after - result.probability, rel=1e-6)
+
+
+def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> None:
+    model = tiny_model("llama", torch.float64)
+    whole = neg_service.neg(model, TEXT, TARGET)
+    assert whole.neurons.tolist() == [[layer, n] for layer in range(3) for n in range(40)]
+    assert whole.delta_p.shape == (120, 40)
+    row = rows_that_fit(model, encoded(IDS, (TARGET_ID,)), 10**9)
+    small = neg_service.neg(model, TEXT, TARGET, NEURONS, batch_bytes=int(3.5 * 10**9 / row))
+    for i, (layer, neuron) in enumerate(NEURONS):
+        np.testing.assert_allclose(small.delta_p[i], whole.delta_p[layer * 40 + neuron], rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "target", "least", "most"),
+    [
+        ("The capital of France is", " Paris", 0.5, 1.0),
+        ("The currency of Egypt is called the", " dollar", 1e-4, 0.2),
+        ("The opposite of hot is", " big", 0.0, 1e-5),
+    ],
+    ids=["sure", "unsure", "unlikely"],
+)
+def test_float32_is_as_exact_as_promised(
+    smollm2: LanguageModel, smollm2_float64: nn.Module, text: str, target: str, least: float, most: float
+) -> None:
+    draw = np.random.default_rng(0)
+    neurons = [(layer, int(n)) for layer in range(30) for n in draw.choice(1536, 7, replace=False)]
+    shifts = shift_grid(2.0, 0.2).tolist()
+    found = neg_service.neg(smollm2, text, target, neurons, shifts)
+    exact = neg_service.neg(LanguageModel(smollm2_float64, smollm2.tokenizer), text, target, neurons, shifts)
+    assert least <= exact.probability <= most
+    assert np.median(np.abs(found.neg / exact.neg - 1)) <= 1e-4
+    assert np.abs(found.delta_p - exact.delta_p).max() <= 5e-6
+
+
+@pytest.mark.model
+def test_the_float64_engine_equals_full_forward_passes_of_the_default_model(
+    smollm2: LanguageModel, smollm2_float64: nn.Module
+) -> None:
+    model = LanguageModel(smollm2_float64, smollm2.tokenizer)
+    text, target = "The capital of France is", " Paris"
+    ids = smollm2.tokenizer(text)["input_ids"]
+    (target_id,) = smollm2.tokenizer(target)["input_ids"]
+    neurons = [(0, 3), (15, 700), (29, 864)]
+    result = neg_service.neg(model, text, target, neurons, [1.0], shift="signed")
+    before = oracle.probability_with_shift(smollm2_float64, ids, target_id, "paper", 0, 0, 0.0)
+    for i, (layer, neuron) in enumerate(neurons):
+        after = oracle.probability_with_shift(smollm2_float64, ids, target_id, "paper", layer, neuron, 1.0)
+        assert result.delta_p[i, 0] == pytest.approx(after - before, rel=1e-4, abs=1e-7)
+
+
+def test_nothing_of_a_sweep_stays_in_the_model() -> None:
+    model = tiny_model("llama")
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    before, state = model.model(ids).logits, copy.deepcopy(model.model.state_dict())
+    layers = list(model.feed_forward.layers)
+    neg_service.neg(model, TEXT, TARGET, NEURONS, [1.0])
+    interventions = Interventions(model, encoded(IDS, (TARGET_ID,)), "paper")
+    with pytest.raises(IndexError):
+        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), 8)
+    assert list(model.feed_forward.layers) == layers
+    assert all(a is b for a, b in zip(model.feed_forward.layers, layers, strict=True))
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules()) == 0
+    assert torch.equal(model.model(ids).logits, before)
+    assert all(torch.equal(state[name], value) for name, value in model.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neurons": [(3, 0)]}, r"\(3, 0\) does not exist; the model has layers 0 to 2 and neurons 0 to 39"),
+        ({"neurons": [(0, 40)]}, r"\(0, 40\) does not exist"),
+        ({"neurons": [(0, -1)]}, r"\(0, -1\) does not exist"),
+        ({"neurons": []}, "the choice is empty"),
+        ({"neurons": "some"}, "must be 'all' or a list"),
+        ({"shifts": [0.0, 1.0]}, "0 is no shift"),
+        ({"shifts": [float("nan")]}, "nan is no shift"),
+        ({"shifts": [1.0, 2.0, 1.0]}, "1 is given 2 times"),
+        ({"shifts": []}, "at least one shift"),
+        ({"shift": "sideways"}, "measure.shift=sideways is unknown; known are magnitude, signed"),
+        ({"basis": "bias"}, "measure.basis=bias is unknown"),
+        ({"batch_bytes": 100}, "a budget of 100 bytes holds 0 rows"),
+    ],
+)
+def test_bad_requests_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        neg_service.neg(tiny_model("llama"), TEXT, TARGET, **changes)
+
+
+def test_bad_grids_are_refused() -> None:
+    for max_shift, step in ((2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1)):
+        with pytest.raises(ConfigurationError, match=r"measure\.step="):
+            shift_grid(max_shift, step)
+    with pytest.raises(ConfigurationError):
+        checked_shifts([[1.0]])  # type: ignore[list-item]
+
+
+def test_logits_that_are_not_finite_are_refused_by_prompt() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.model.embed_tokens.weight[8] = float("inf")
+    with pytest.raises(NonFiniteError, match="prompt '0'"):
+        neg_service.neg(model, TEXT, TARGET, NEURONS, [1.0])
