@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
 from neg_service.cluster.scan import Prepared, Summary, prepare, run
-from neg_service.config import ScanConfig, checked_layers, typed
+from neg_service.config import ScanConfig, typed
+from neg_service.measures.choice import count_of, described
 from neg_service.prompts.sources import without_credentials
 from neg_service.report.console import accuracy, aligned, bytes_text
 from neg_service.storage.reader import open_run
@@ -26,7 +29,6 @@ def scan(config: DictConfig) -> int:
 def describe_plan(prepared: Prepared) -> str:
     """What a scan would do, and what it would cost."""
     info, plan = prepared.info, prepared.plan
-    layers = checked_layers(prepared.config.neurons, info.n_layers)
     source = without_credentials(prepared.config.dataset.source)
     tables = [f"{bytes_text(size):>10}  {table}" for table, size in plan.bytes_of_table.items()]
     return "plan (nothing was done)\n" + aligned(
@@ -40,8 +42,9 @@ def describe_plan(prepared: Prepared) -> str:
                 "prompts",
                 f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",
             ),
-            ("measure", ", ".join(f"{key}={value}" for key, value in prepared.identity["measure"].items())),
-            ("neurons", f"{len(layers) * info.n_neurons} in {len(layers)} layers"),
+            ("measure", ", ".join(f"{key}={_short(value)}" for key, value in prepared.identity["measure"].items())),
+            ("neurons", described(prepared.config.neurons, info.n_layers, info.n_neurons)),
+            ("rows", f"{plan.n_rows} to run: a target's branch or an intervention each"),
             ("shards", f"{plan.n_shards} of up to {plan.shard_size} prompts"),
             (
                 "bytes",
@@ -53,10 +56,16 @@ def describe_plan(prepared: Prepared) -> str:
     )
 
 
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 6:
+        return f"[{value[0]}, {value[1]}, ..., {value[-1]}] ({len(value)})"
+    return str(value)
+
+
 def describe_summary(prepared: Prepared, summary: Summary) -> str:
     """What a scan did, and how to load it."""
     plan, info = prepared.plan, prepared.info
-    n_neurons = len(checked_layers(prepared.config.neurons, info.n_layers)) * info.n_neurons
+    n_neurons = count_of(prepared.config.neurons, info.n_layers, info.n_neurons)
     results = open_run(summary.uri, prepared.config.storage.endpoint_url)
     main = results.tables[-1]
     rows = [

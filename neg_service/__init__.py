@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neg_service.measures.neg import NegResult, neg
     from neg_service.measures.neurgrad import NeurGradResult, neurgrad
-    from neg_service.measures.sweep import NegResult, neg
     from neg_service.models.language_model import LanguageModel, load_model
     from neg_service.storage.reader import Run, open_run
 
@@ -18,11 +18,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LanguageModel": "neg_service.models.language_model",
-    "NegResult": "neg_service.measures.sweep",
+    "NegResult": "neg_service.measures.neg",
     "NeurGradResult": "neg_service.measures.neurgrad",
     "Run": "neg_service.storage.reader",
     "load_model": "neg_service.models.language_model",
-    "neg": "neg_service.measures.sweep",
+    "neg": "neg_service.measures.neg",
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
 }

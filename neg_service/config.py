@@ -42,9 +42,20 @@ class DatasetConfig:
 
 @dataclass
 class NeuronsConfig:
-    """Which neurons: `layers` is `all` or a list of layer numbers from 0."""
+    """Which neurons of which layers; see `measures/choice.py`.
+
+    layers: `all` or a list of layer numbers from 0. choose: `all`, `sample`, `top` or `list`. count: how many, for
+    sample and top. per: sample so many of each `layer`, or of the whole `model`. seed: of the sample. over: rank
+    neurons for each `prompt`, or once over the `dataset`. list: (layer, index) pairs, or a file of them.
+    """
 
     layers: Any = "all"
+    choose: str = "all"
+    count: int = 0
+    per: str = "layer"
+    seed: int = 0
+    over: str = "prompt"
+    list: Any = None
 
 
 @dataclass

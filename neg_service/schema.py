@@ -72,3 +72,56 @@ TOP_NEURONS = pa.schema(
         pa.field("activation", pa.float32(), nullable=False),
     ]
 )
+
+
+def sweep(n_shifts: int | None = None) -> pa.Schema:
+    """One row a (prompt, target, layer, neuron): NEG by intervention, and what it is to be compared with.
+
+    With `n_shifts`, the whole curve too: `delta_p` [S], at the shifts that run.json names.
+    """
+    fields = [
+        *_KEY,
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("basis", pa.string(), nullable=False),
+        # Whether the magnitude or the neuron itself was shifted.
+        pa.field("shift", pa.string(), nullable=False),
+        # The precision in which the model computed; anything below float32 loses small NEGs.
+        pa.field("dtype", pa.string(), nullable=False),
+        # Of the target without a shift, 0..1.
+        pa.field("probability", pa.float32(), nullable=False),
+        pa.field("activation", pa.float32(), nullable=False),
+        # Probability per unit of |activation|, or of the activation where `shift` is signed.
+        pa.field("neg", pa.float32(), nullable=False),
+        # Pearson correlation of (shift, change of probability); R² of the fit through the origin.
+        pa.field("r", pa.float32(), nullable=False),
+        pa.field("r2", pa.float32(), nullable=False),
+        # The largest |Δp| over the shifts.
+        pa.field("largest_delta_p", pa.float32(), nullable=False),
+        # Probability per unit of |activation|, whatever `shift` is.
+        pa.field("neurgrad", pa.float32(), nullable=False),
+        # The smallest |neg| whose sign is known, from the measured noise of this sweep; and whether `neg` is above it.
+        pa.field("resolution", pa.float32(), nullable=False),
+        pa.field("is_resolved", pa.bool_(), nullable=False),
+        # Whether `neg` and its estimate have the same sign: NeurGrad, or the plain gradient where `shift` is signed;
+        # null where `neg` has no known sign.
+        pa.field("signs_agree", pa.bool_()),
+    ]
+    if n_shifts is not None:
+        fields.append(pa.field("delta_p", pa.list_(pa.float32(), n_shifts), nullable=False))
+    return pa.schema(fields)
+
+
+def strength(n_neurons: int) -> pa.Schema:
+    """One row a layer and shard. `strength` [N]: the sum over the shard's prompts of a neuron's largest |NeurGrad|.
+
+    The largest is over the prompt's targets, in probability per unit of |activation|.
+    """
+    return pa.schema(
+        [
+            pa.field("layer", pa.int16(), nullable=False),
+            pa.field("basis", pa.string(), nullable=False),
+            pa.field("n_prompts", pa.int32(), nullable=False),
+            pa.field("strength", pa.list_(pa.float64(), n_neurons), nullable=False),
+        ]
+    )

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from neg_service.cluster.plan import Shard
+from neg_service.cluster.replica import Ready
 from neg_service.errors import ModelError, NonFiniteError
 from neg_service.models.language_model import LanguageModel
 
@@ -120,13 +121,13 @@ class FaultyWorker:
         """As a factory, it makes itself."""
         return self
 
-    def start(self) -> str:
+    def start(self) -> Ready:
         """Ready at once, or never."""
         if self.start_error == "kill":
             os.kill(os.getpid(), 9)
         if self.start_error:
             raise ModelError(self.start_error)
-        return "nothing"
+        return Ready("nothing")
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """Do what the shard's number asks for."""

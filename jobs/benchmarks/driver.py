@@ -15,7 +15,7 @@ import ray
 from jobs.benchmarks.figures import bar, figure
 from neg_service.cluster.driver import Driver
 from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import Receipt, Replica
+from neg_service.cluster.replica import Hello, Ready, Receipt, Replica
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig
 
@@ -34,9 +34,9 @@ class Settings:
 class NoWork:
     """A worker that does nothing, which leaves the driver's own cost."""
 
-    def start(self) -> str:
+    def start(self) -> Ready:
         """Ready."""
-        return "nothing"
+        return Ready("nothing")
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """No tables."""
@@ -73,7 +73,7 @@ def _rate(n_shards: int, replicas: int, memory: list[tuple[int, float]]) -> floa
     done = 0
     began = time.perf_counter()
 
-    def start() -> None:
+    def start(_hello: Hello) -> None:
         nonlocal began
         began = time.perf_counter()
 

@@ -21,6 +21,7 @@ from neg_service.cluster.plan import Shard, make_plan, shards_of
 from neg_service.cluster.replica import Destination, Hello, Replica, ScanWorker
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
+from neg_service.measures import Cost
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
 from neg_service.storage.objects import open_store
@@ -77,7 +78,7 @@ def run(settings: Settings) -> dict[str, Any]:
     connect(ClusterConfig(address="local"))
     try:
         for kind, prompts in (("few-shot prompts", few_shot), ("bare facts", bare)):
-            shards = list(shards_of(prompts, make_plan(prompts, {}, settings.shard_size)))
+            shards = list(shards_of(prompts, make_plan(prompts, Cost({}, 0), settings.shard_size)))
             looped, measured, scanned = [], [], []
             for repeat in range(settings.repeats):
                 whole, measuring = _loop(shards, make_worker, settings.threads)
@@ -110,7 +111,7 @@ def _loop(shards: list[Shard], make_worker: Any, threads: int) -> tuple[float, f
 def _scan(shards: list[Shard], make_worker: Any, threads: int) -> float:
     began = 0.0
 
-    def start() -> None:
+    def start(_hello: Hello) -> None:
         nonlocal began
         began = time.perf_counter()
 

@@ -78,7 +78,7 @@ class Driver:
         n_replicas: int,
         attempts: int,
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
-        on_first_ready: Callable[[], None] = lambda: None,
+        on_first_ready: Callable[[Hello], None] = lambda hello: None,
         on_set_aside: Callable[[Shard, str, int], None] = lambda shard, error, failures: None,
     ) -> None:
         """`spawn` starts a replica actor; `attempts` is how often a shard may fail."""
@@ -89,7 +89,7 @@ class Driver:
         self._n_replicas = n_replicas
         self._attempts = attempts
         self._on_receipt = on_receipt
-        self._on_first_ready: Callable[[], None] | None = on_first_ready
+        self._on_first_ready: Callable[[Hello], None] | None = on_first_ready
         self._on_set_aside = on_set_aside
         self._members: list[_Member] = []
         self._born = 0
@@ -180,14 +180,14 @@ class Driver:
             member.starting = None
             self._failed_starts = 0
             if self._on_first_ready:
-                self._on_first_ready()
+                self._on_first_ready(result)
                 self._on_first_ready = None
             log.info(
                 "replica %d is ready: pid %d on %s, %s",
                 member.number,
                 result.pid,
                 result.node,
-                result.runs_on,
+                result.ready.runs_on,
             )
             return
         del member.flying[reference]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from neg_service.config import ScanConfig
+from neg_service.measures import Cost
+from neg_service.measures.choice import identity_of_choice
 from neg_service.models.language_model import ModelInfo
 from neg_service.prompts.prompt import Prompt, digest
 from neg_service.prompts.sources import without_credentials
@@ -20,6 +22,8 @@ from neg_service.schema import SCHEMA_VERSION
 # A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
 SHARD_BYTES = 64 * 2**20
 SHARD_PROMPTS = 64
+# A row takes about a millisecond on a few CPU cores: a shard should not be lost with more than minutes of work.
+SHARD_ROWS = 2**17
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and Ray before any model is loaded; measured on Linux, in bytes.
@@ -36,13 +40,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the prompts are cut, and what comes out of them; bytes are before compression."""
+    """How the prompts are cut, and what comes out of them; bytes are before compression.
+
+    n_rows: how many rows run through layers in all: a branch a target, or an intervention each.
+    """
 
     n_prompts: int
     n_targets: int
     shard_size: int
     n_shards: int
     bytes_of_table: dict[str, int]
+    n_rows: int
 
     @property
     def total_bytes(self) -> int:
@@ -50,18 +58,20 @@ class Plan:
         return sum(self.bytes_of_table.values())
 
 
-def make_plan(prompts: Sequence[Prompt], bytes_a_prompt: dict[str, int], shard_size: int | str) -> Plan:
+def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | str) -> Plan:
     """Cut the prompts into shards; `auto` makes them as large as memory and the cost of a retry allow."""
     n_prompts = len(prompts)
     if isinstance(shard_size, str):
-        fitting = SHARD_BYTES // max(1, sum(bytes_a_prompt.values()))
-        shard_size = max(1, min(SHARD_PROMPTS, fitting, n_prompts))
+        fitting = SHARD_BYTES // max(1, sum(cost_a_prompt.bytes.values()))
+        short = int(SHARD_ROWS // max(1, cost_a_prompt.rows))
+        shard_size = max(1, min(SHARD_PROMPTS, fitting, short, n_prompts))
     return Plan(
         n_prompts=n_prompts,
         n_targets=sum(len(prompt.targets) for prompt in prompts),
         shard_size=shard_size,
         n_shards=-(-n_prompts // shard_size),
-        bytes_of_table={table: size * n_prompts for table, size in bytes_a_prompt.items()},
+        bytes_of_table={table: size * n_prompts for table, size in cost_a_prompt.bytes.items()},
+        n_rows=round(cost_a_prompt.rows * n_prompts),
     )
 
 
@@ -77,7 +87,6 @@ def identity_of(
     config: ScanConfig,
     info: ModelInfo,
     measure: dict[str, Any],
-    layers: list[int],
     prompts: Sequence[Prompt],
     plan: Plan,
 ) -> dict[str, Any]:
@@ -87,7 +96,7 @@ def identity_of(
         "model": {"identity": info.identity, "dtype": config.model.dtype},
         "prompts": {"sha256": digest(prompts), "count": plan.n_prompts},
         "measure": measure,
-        "neurons": {"layers": layers},
+        "neurons": identity_of_choice(config.neurons, info.n_layers),
         "plan": {"shard_size": plan.shard_size, "shards": plan.n_shards},
     }
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -25,18 +25,26 @@ from neg_service.measures import find_measure
 from neg_service.measures.gradients import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, load_model, set_threads
-from neg_service.prompts.prompt import encode
+from neg_service.prompts.prompt import Prompt, encode
 from neg_service.storage.objects import open_store
 from neg_service.storage.parts import encode_part, part_key
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What a worker says when it is ready: what it runs on, and what it found out about its own precision."""
+
+    runs_on: str
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+
 class Worker(Protocol):
     """What a replica runs."""
 
-    def start(self) -> str:
-        """Get ready, once; says what it runs on."""
+    def start(self) -> Ready:
+        """Get ready, once."""
         ...
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
@@ -59,7 +67,7 @@ class Hello:
 
     pid: int
     node: str
-    runs_on: str
+    ready: Ready
 
 
 @dataclass(frozen=True)
@@ -102,16 +110,17 @@ class Replica:
 class ScanWorker:
     """Runs a measure on a language model."""
 
-    def __init__(self, config: ScanConfig, identity: str, threads: int) -> None:
-        """`identity` is the model that the run was planned for; another one is refused."""
+    def __init__(self, config: ScanConfig, identity: str, threads: int, samples: Sequence[Prompt] = ()) -> None:
+        """`identity` is the model that the run was planned for, another one is refused; `samples` are to calibrate."""
         self._config = config
         self._identity = identity
         self._threads = threads
+        self._samples = samples
         self._measure = find_measure(config.measure["name"])
         self._options = typed(self._measure.Options, config.measure, "measure")
 
-    def start(self) -> str:
-        """Load the model, check that it is the planned one, and let it check itself."""
+    def start(self) -> Ready:
+        """Load the model, check that it is the planned one, let it check itself, and calibrate the measure."""
         set_threads(self._threads)
         asked = self._config.model
         self._model: LanguageModel = load_model(
@@ -130,11 +139,16 @@ class ScanWorker:
         log.info("self-check passed: %s", checked)
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
-        return f"{self._model.device}, {self._threads} threads"
+        samples = list(encode(self._model.tokenizer, self._samples, self._model.context_length))
+        self._calibration = self._measure.calibrate(self._model, samples, self._options, self._config.neurons)
+        return Ready(f"{self._model.device}, {self._threads} threads", self._calibration)
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """Encode and measure a shard."""
         prompts = list(encode(self._model.tokenizer, shard.prompts, self._model.context_length))
         # A shard that failed for memory runs in small batches without making all later ones small.
-        budget = self._budget if batch_scale == 1 else Budget(max(1, int(self._budget.tokens * batch_scale)))
-        return self._measure.measure(self._model, prompts, self._options, self._config.neurons, budget)
+        budget = (
+            self._budget if batch_scale == 1 else Budget(max(1, int(self._budget.tokens * batch_scale)), batch_scale)
+        )
+        neurons = self._config.neurons
+        return self._measure.measure(self._model, prompts, self._options, neurons, budget, self._calibration)

@@ -31,7 +31,7 @@ from neg_service.cluster.plan import (
     shards_of,
 )
 from neg_service.cluster.progress import Progress
-from neg_service.cluster.replica import Destination, Receipt, Replica, ScanWorker
+from neg_service.cluster.replica import Destination, Hello, Receipt, Replica, ScanWorker
 from neg_service.cluster.resources import (
     ReplicaSize,
     connect,
@@ -40,15 +40,16 @@ from neg_service.cluster.resources import (
     replica_count,
     replica_size,
 )
-from neg_service.config import ScanConfig, check, checked_layers, typed
+from neg_service.config import ScanConfig, check, typed
 from neg_service.errors import ConfigurationError
 from neg_service.measures import find_measure
+from neg_service.measures.choice import with_list_read
 from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model, load_tokenizer
 from neg_service.models.source import LocalModel, fetch
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
 from neg_service.prompts.sources import load_prompts, without_credentials
 from neg_service.storage.objects import open_store
-from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, write_or_match
+from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, note, write_or_match
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def prepare(config: ScanConfig) -> Prepared:
     checked_dtype(config.model.dtype)
     measure = find_measure(str(config.measure.get("name")))
     options = typed(measure.Options, config.measure, "measure")
+    config = replace(config, neurons=with_list_read(config.neurons))
     prompts = load_prompts(config.dataset.source, config.job.limit)
     check_prompts(prompts)
     local = fetch(
@@ -117,10 +119,8 @@ def prepare(config: ScanConfig) -> Prepared:
     info = inspect_model(local, config.model.trust_remote_code)
     measure.check(options, config.neurons, info, prompts)
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
-    bytes_a_prompt = measure.bytes_a_prompt(options, config.neurons, info, n_targets)
-    plan = make_plan(prompts, bytes_a_prompt, config.job.shard_size)
-    layers = checked_layers(config.neurons, info.n_layers)
-    identity = identity_of(config, info, measure.identity(options), layers, prompts, plan)
+    plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
+    identity = identity_of(config, info, measure.identity(options), prompts, plan)
     name = run_name(config, info, str(config.measure["name"]))
     return Prepared(
         config=config,
@@ -194,7 +194,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     if not size.gpus and config.model.device == "auto":
         # Ray hides no GPU from an actor that asked for none; all of them would crowd the first one.
         config = replace(config, model=replace(config.model, device="cpu"))
-    make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus))
+    make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts))
     destination = Destination(directory.store.uri, config.storage.endpoint_url, prepared.fingerprint)
 
     def spawn() -> Any:
@@ -217,6 +217,10 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     left = sum(len(shard.prompts) for shard in shards_of(prepared.prompts, prepared.plan, done))
     progress = Progress(prepared.plan.n_prompts, prepared.plan.n_prompts - left, config.job.progress_seconds)
 
+    def on_first_ready(hello: Hello) -> None:
+        note(directory.store, hello.ready.calibration)
+        progress.start()
+
     def on_receipt(receipt: Receipt) -> None:
         progress.add(receipt)
         if receipt.shard in aside_before:
@@ -231,13 +235,18 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         n_replicas,
         config.cluster.attempts,
         on_receipt=on_receipt,
-        on_first_ready=progress.start,
+        on_first_ready=on_first_ready,
         on_set_aside=on_set_aside,
     )
     try:
         return driver.run(), progress
     finally:
         progress.close()
+
+
+def _samples(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first, a middle and the last prompt: what a measure calibrates itself on."""
+    return [prompts[i] for i in sorted({0, len(prompts) // 2, len(prompts) - 1})]
 
 
 def _about(prepared: Prepared) -> dict[str, Any]:

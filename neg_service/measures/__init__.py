@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,17 @@ from neg_service.errors import ConfigurationError
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a prompt is expected to cost.
+
+    bytes: of each table, before compression. rows: how many rows run through layers: branches, interventions.
+    """
+
+    bytes: dict[str, int]
+    rows: float
 
 
 class Measure(Protocol):
@@ -39,8 +51,14 @@ class Measure(Protocol):
         """The tables that each shard gives, in the order in which their parts are put; the last is the commit."""
         ...
 
-    def bytes_a_prompt(self, options: Any, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> dict[str, int]:
-        """Expected bytes a prompt and table, before compression, of prompts with `n_targets` targets."""
+    def cost_a_prompt(self, options: Any, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> Cost:
+        """The expected cost of a prompt with `n_targets` targets."""
+        ...
+
+    def calibrate(
+        self, model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Any, neurons: NeuronsConfig
+    ) -> dict[str, Any]:
+        """What a replica finds out before its first shard, from a few of the run's prompts; kept in run.json."""
         ...
 
     def measure(
@@ -50,6 +68,7 @@ class Measure(Protocol):
         options: Any,
         neurons: NeuronsConfig,
         budget: Budget,
+        calibration: Mapping[str, Any],
     ) -> dict[str, pa.Table]:
         """Measure a shard; one Arrow table under each name of `tables`."""
         ...
@@ -82,6 +101,5 @@ def _module(path: str) -> ModuleType | None:
 
 
 def _is_measure(module: ModuleType) -> bool:
-    return all(
-        hasattr(module, name) for name in ("Options", "check", "identity", "tables", "bytes_a_prompt", "measure")
-    )
+    needed = ("Options", "check", "identity", "tables", "cost_a_prompt", "calibrate", "measure")
+    return all(hasattr(module, name) for name in needed)

@@ -16,7 +16,7 @@ Axes: K targets of a prompt, L chosen layers, N neurons of a layer, R branches o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +105,7 @@ def _halving(
         try:
             results = _run_batch(model, [prompts[i] for i in part], [wanted[i] for i in part], sites, header)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
                 prompt = prompts[part[0]]
@@ -133,25 +133,16 @@ def _run_batch(
 ) -> list[PromptGradients]:
     rows = [len(own) for own in wanted]
     prefix = run_prefix(model.model, [prompt.ids for prompt in prompts], model.header(header))
-    captured: dict[int, Tensor] = {}
-
-    def capture(layer: int, x: Tensor) -> Tensor:
-        # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
-        captured[layer] = x if x.requires_grad else x.detach().requires_grad_()
-        return captured[layer]
-
-    with torch.enable_grad(), visiting(sites, capture):
-        logits_rv = at_least_float32(run_branches(model.model, prefix, rows))
-        log_p_rv = logits_rv.log_softmax(-1)
-        target_ids = [prompt.target_ids[k] for prompt, own in zip(prompts, wanted, strict=True) for k in own]
-        target_r1 = torch.tensor(target_ids, device=log_p_rv.device)[:, None]
-        log_p_r = log_p_rv.gather(1, target_r1)[:, 0]
-        slopes = torch.autograd.grad(log_p_r.sum(), [captured[layer] for layer in sites])
-
-    finite_r = logits_rv.detach().isfinite().all(-1).cpu()
-    p_r = log_p_r.detach().exp().cpu().numpy()
-    gradient_rln = _stacked(sites, slopes)
-    activation_rln = _stacked(sites, [captured[layer].detach() for layer in sites])
+    target_ids = [prompt.target_ids[k] for prompt, own in zip(prompts, wanted, strict=True) for k in own]
+    found = row_gradients(
+        lambda _: run_branches(model.model, prefix, rows), sites, lambda x: x.view(-1, x.shape[-1]), target_ids
+    )
+    log_p_rv = found.log_p_rv
+    finite_r = log_p_rv.isfinite().all(-1).cpu()
+    p_r = log_p_rv[range(len(target_ids)), target_ids].exp().cpu().numpy()
+    # Layer by layer to the CPU: all of them on an accelerator would take the room of the next batch.
+    gradient_rln: Floats = torch.stack([slopes.float().cpu() for slopes in found.gradient_lrn], 1).numpy()
+    activation_rln: Floats = torch.stack([values.float().cpu() for values in found.activation_lrn], 1).numpy()
     results, row = [], 0
     for prompt, own in zip(prompts, wanted, strict=True):
         ours = slice(row, row + len(own))
@@ -175,16 +166,47 @@ def _run_batch(
     return results
 
 
-def _stacked(sites: dict[int, Site], tensors: Sequence[Tensor]) -> Floats:
-    """Neurons of all layers [R, L, N] on the CPU, from the whole tensors that passed by."""
-    own = [
-        site.neurons(tensor).reshape(-1, site.size).float().cpu()
-        for site, tensor in zip(sites.values(), tensors, strict=True)
-    ]
-    stacked: Floats = torch.stack(own, 1).numpy()
-    return stacked
+@dataclass(frozen=True)
+class RowGradients:
+    """Of a pass over rows: log p of the vocabulary [R, V]; for each layer, d log p[target of the row] / d a, and a.
+
+    Each layer's [R, N] lies where the layer does.
+    """
+
+    log_p_rv: Tensor
+    gradient_lrn: list[Tensor]
+    activation_lrn: list[Tensor]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def row_gradients(
+    run: Callable[[int], Tensor],
+    sites: Mapping[int, Site],
+    at_readout: Callable[[Tensor], Tensor],
+    target_ids: Sequence[int],
+) -> RowGradients:
+    """One backward over a sum of independent rows, each with a target of its own.
+
+    `run(R)` gives logits [R, V]; `at_readout` sees a tensor that passes by as [R, ...] at the readout position.
+    """
+    captured: dict[int, Tensor] = {}
+
+    def capture(layer: int, x: Tensor) -> Tensor:
+        # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
+        captured[layer] = x if x.requires_grad else x.detach().requires_grad_()
+        return captured[layer]
+
+    with torch.enable_grad(), visiting(sites, capture):
+        log_p_rv = at_least_float32(run(len(target_ids))).log_softmax(-1)
+        target_r1 = torch.tensor(target_ids, device=log_p_rv.device)[:, None]
+        slopes = torch.autograd.grad(log_p_rv.gather(1, target_r1).sum(), [captured[layer] for layer in sites])
+
+    def own(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [site.neurons(at_readout(x.detach())) for site, x in zip(sites.values(), tensors, strict=True)]
+
+    return RowGradients(log_p_rv.detach(), own(slopes), own([captured[layer] for layer in sites]))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ended."""
     # PyTorch has a class for it on accelerators; on the CPU the allocator raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

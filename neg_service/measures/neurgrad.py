@@ -14,7 +14,7 @@ Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,9 +25,12 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
+from neg_service.measures import Cost
+from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.gradients import Floats, PromptGradients, default_batch_tokens, gradients
+from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
 from neg_service.models.batches import Budget
-from neg_service.models.feed_forward import BASES
+from neg_service.models.feed_forward import check_basis
 from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, encode
 
@@ -127,12 +130,8 @@ def sign(activation: Floats) -> Floats:
 
 def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
     """Refuse what cannot be measured before a model is loaded."""
-    if options.basis not in BASES:
-        raise ConfigurationError(f"measure.basis={options.basis} is unknown; known are {', '.join(BASES)}")
-    if options.basis == "gate" and not info.is_gated:
-        raise ConfigurationError(
-            f"measure.basis=gate: the MLPs of {info.architecture} have no gate; use paper or hidden"
-        )
+    check_basis(options.basis, info.is_gated, info.architecture)
+    check_whole_layers(neurons, options.name)
     if options.keep not in KEEP:
         raise ConfigurationError(f"measure.keep={options.keep} is unknown; known are {', '.join(KEEP)}")
     in_all = len(checked_layers(neurons, info.n_layers)) * info.n_neurons
@@ -172,16 +171,23 @@ def tables_of(options: Options, n_neurons: int) -> dict[str, pa.Schema]:
     }
 
 
-def bytes_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> dict[str, int]:
-    """Four bytes a value; float32 of trained models hardly compresses, so this is close."""
+def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> Cost:
+    """Four bytes a value; float32 of trained models hardly compresses, so this is close. A row a target."""
     layers = len(checked_layers(neurons, info.n_layers))
     text = 256
     if options.keep == "top_k":
         # A row is rank, layer, neuron, value, activation and, mostly repeated, the key.
-        return {"prompts": text, "top_neurons": int(20 * options.top_k * n_targets)}
+        return Cost({"prompts": text, "top_neurons": int(20 * options.top_k * n_targets)}, n_targets)
     kept = 1.0 if options.keep == "answer" else n_targets
     values = 4 * layers * info.n_neurons
-    return {"prompts": text, "activations": values, "neurgrad": int(values * kept)}
+    return Cost({"prompts": text, "activations": values, "neurgrad": int(values * kept)}, kept)
+
+
+def calibrate(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Options, neurons: NeuronsConfig
+) -> dict[str, Any]:
+    """Nothing beyond the model's self-check."""
+    return {}
 
 
 def measure(
@@ -190,6 +196,7 @@ def measure(
     options: Options,
     neurons: NeuronsConfig,
     budget: Budget,
+    calibration: Mapping[str, Any],
 ) -> dict[str, pa.Table]:
     """One shard's tables."""
     layers = checked_layers(neurons, model.feed_forward.n_layers)
@@ -221,23 +228,23 @@ def _rows(prompt: EncodedPrompt, found: PromptGradients, layers: Sequence[int], 
     if options.keep == "top_k":
         rows["top_neurons"] = _strongest(prompt, found, neurgrad_kln, layers, options)
         return rows
-    rows["activations"] = _table(
+    rows["activations"] = table_of(
         schema.activations(n_neurons),
         len(layers),
         prompt_id=prompt.prompt.id,
         layer=list(layers),
         basis=options.basis,
-        activation=_fixed_size(found.activation_ln),
+        activation=fixed_size(found.activation_ln),
     )
     repeats = len(layers)
-    rows["neurgrad"] = _table(
+    rows["neurgrad"] = table_of(
         schema.neurgrad(n_neurons),
         len(found.targets) * repeats,
-        **_key(prompt, np.repeat(found.targets, repeats)),
+        **key_columns(prompt, np.repeat(found.targets, repeats)),
         layer=np.tile(layers, len(found.targets)),
         basis=options.basis,
         probability=np.repeat(found.probability_k[list(found.targets)], repeats),
-        neurgrad=_fixed_size(neurgrad_kln),
+        neurgrad=fixed_size(neurgrad_kln),
     )
     return rows
 
@@ -254,10 +261,10 @@ def _strongest(
     # A stable sort of the negated magnitude: among equals the lower layer and neuron comes first.
     best_kt = np.argsort(-np.abs(flat_km), axis=1, kind="stable")[:, : options.top_k]
     best = best_kt.ravel()
-    return _table(
+    return table_of(
         schema.TOP_NEURONS,
         best.size,
-        **_key(prompt, np.repeat(found.targets, options.top_k)),
+        **key_columns(prompt, np.repeat(found.targets, options.top_k)),
         rank=np.tile(np.arange(options.top_k), k),
         layer=np.asarray(layers)[best // n],
         neuron=best % n,
@@ -266,47 +273,3 @@ def _strongest(
         neurgrad=np.take_along_axis(flat_km, best_kt, 1).ravel(),
         activation=found.activation_ln.ravel()[best],
     )
-
-
-def prompt_row(prompt: EncodedPrompt, probability_k: Floats) -> pa.Table:
-    """The row of table `prompts`: the same for every measure."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "prompt_id": prompt.prompt.id,
-                "prompt": prompt.prompt.text,
-                "targets": list(prompt.prompt.targets),
-                "target_tokens": list(prompt.target_ids),
-                "answer": prompt.prompt.answer,
-                "probabilities": probability_k,
-                "prediction": int(probability_k.argmax()),
-            }
-        ],
-        schema.PROMPTS,
-    )
-
-
-def _key(prompt: EncodedPrompt, target_of_row: NDArray[np.int64]) -> dict[str, Any]:
-    answer = prompt.prompt.answer
-    return {
-        "prompt_id": prompt.prompt.id,
-        "target_index": target_of_row,
-        "target": np.array(prompt.prompt.targets, dtype=object)[target_of_row],
-        "is_answer": None if answer is None else target_of_row == answer,
-    }
-
-
-def _table(table_schema: pa.Schema, n_rows: int, **columns: Any) -> pa.Table:
-    """A table from arrays, or from single values that every row repeats."""
-    arrays = []
-    for field in table_schema:
-        values = columns[field.name]
-        if values is None or isinstance(values, str):
-            arrays.append(pa.repeat(pa.scalar(values, field.type), n_rows))
-        else:
-            arrays.append(values if isinstance(values, pa.Array) else pa.array(values, field.type))
-    return pa.Table.from_arrays(arrays, schema=table_schema)
-
-
-def _fixed_size(values: Floats) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[-1])

@@ -1,230 +1,236 @@
-"""NEG, the neuron empirical gradient, measured: shift one neuron at a time and see what the output does.
+"""The measure `sweep`: NEG by intervention of chosen neurons, for every target of every prompt.
 
-For shifts δ_1..δ_S of a neuron's magnitude, a -> a + δ·sgn(a) with sgn(0) = +1, and Δp(δ) the target's probability
-with the shift minus without it:
+For each prompt: the prefix runs once, then NeurGrad of all chosen layers over it (which also ranks the neurons, where
+the strongest are asked for), then every (neuron, shift); all targets share these passes. Curves and what is made of
+them stay on the device; a row a (target, neuron) leaves it. What is measured: `neg.py` and `linearity.py`.
 
-    NEG = Σ_s δ_s·Δp_s / Σ_s δ_s²          least squares through the origin, probability per unit of |activation|
-    r   = Pearson correlation of (δ_s, Δp_s); 0 where all Δp are equal; |r| >= 0.95 counts as linear
-    R²  = 1 - Σ_s (Δp_s - NEG·δ_s)² / Σ_s Δp_s²     of that fit; 0 where all Δp are 0
-
-With `shift="signed"` the neuron moves by δ itself, and NEG compares with the plain gradient. How a shift's effect is
-had at the price of the remaining layers, and without subtracting probabilities: `interventions.py`.
-
-Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053).
-
-Axes: n neurons asked for, S shifts, N neurons of a layer.
+Axes: n chosen neurons, K targets, S shifts, L layers, N neurons of a layer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from neg_service import schema
+from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures.interventions import Interventions
-from neg_service.models.language_model import LanguageModel
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, encode
+from neg_service.measures import Cost
+from neg_service.measures.choice import (
+    Neurons,
+    check_choice,
+    chosen_neurons,
+    count_of,
+    layers_of,
+    strongest_neurons,
+)
+from neg_service.measures.interventions import Interventions, rows_that_fit
+from neg_service.measures.linearity import Grid, coarse_grid, full_grid, given_grid
+from neg_service.measures.neg import BATCH_BYTES, Sweep, Swept, check_shift, sweep_prompt
+from neg_service.measures.noise import measure_noise, resolution
+from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
+from neg_service.models.batches import Budget, group_by_header
+from neg_service.models.feed_forward import check_basis
+from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
-Doubles = NDArray[np.float64]
+log = logging.getLogger(__name__)
 
-SHIFTS = ("magnitude", "signed")
-# Memory for the rows of a batch; larger batches are no faster from a few hundred rows on.
-BATCH_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Linearity:
-    """What a curve of Δp over shifts says; each [n] float64, formulas in the module's header."""
-
-    neg: Doubles
-    r: Doubles
-    r2: Doubles
-    largest: Doubles
-
-
-@dataclass(frozen=True)
-class NegResult:
-    """NEG of neurons for one target of one prompt.
-
-    neurons: [n, 2] layer and index. shifts: [S] activation units. delta_p: [n, S] probability.
-    neg, r, r2: [n]. activation: [n] at the readout position. probability: without a shift, 0..1.
-    """
-
-    neurons: NDArray[np.int64]
-    shifts: Doubles
-    delta_p: Doubles
-    neg: Doubles
-    r: Doubles
-    r2: Doubles
-    activation: Doubles
-    probability: float
+GRIDS = ("full", "coarse")
+# A GPU is busy only with far more rows than a CPU.
+_GPU_BATCH_BYTES = 8 * BATCH_BYTES
+_SPEAK_SECONDS = 60.0
 
 
-def neg(
+@dataclass
+class Options:
+    """See `conf/measure/sweep.yaml`."""
+
+    name: str = "sweep"
+    basis: str = "paper"
+    shift: str = "magnitude"
+    grid: str = "full"
+    max_shift: float = 2.0
+    step: float = 0.1
+    shifts: Any = None
+    keep_curves: bool = False
+    batch_bytes: Any = "auto"
+
+
+def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
+    """Refuse bad options."""
+    check_basis(options.basis, info.is_gated, info.architecture)
+    check_shift(options.shift)
+    _grid(options)
+    check_choice(neurons, info.n_layers, info.n_neurons)
+    size = options.batch_bytes
+    if size != "auto" and not (isinstance(size, int) and size > 0):
+        raise ConfigurationError(f"measure.batch_bytes={size}: must be auto or a whole number of bytes")
+
+
+def identity(options: Options) -> dict[str, Any]:
+    """The options that decide the numbers; a grid is named by its shifts, however they were given."""
+    grid = _grid(options)
+    found: dict[str, Any] = {"name": options.name, "basis": options.basis, "shift": options.shift}
+    found |= {"grid": options.grid, "shifts": grid.shifts.tolist(), "keep_curves": options.keep_curves}
+    if options.grid == "coarse":
+        found |= {"max_shift": options.max_shift, "step": options.step}
+    return found
+
+
+def tables(options: Options, info: ModelInfo) -> dict[str, pa.Schema]:
+    """`prompts` and `sweep`."""
+    n_shifts = len(_grid(options).shifts) if options.keep_curves else None
+    return {"prompts": schema.PROMPTS, "sweep": schema.sweep(n_shifts)}
+
+
+def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> Cost:
+    """A row of numbers a (target, neuron), an intervention a (neuron, shift)."""
+    n_shifts = len(_grid(options).shifts)
+    n = count_of(neurons, info.n_layers, info.n_neurons)
+    row = 50 + (4 * n_shifts if options.keep_curves else 0)
+    return Cost({"prompts": 256, "sweep": int(row * n * n_targets)}, n * n_shifts)
+
+
+def calibrate(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Options, neurons: NeuronsConfig
+) -> dict[str, Any]:
+    """The sweep's noise against a higher precision; see `noise.py`."""
+    if neurons.choose == "top":
+        neurons = NeuronsConfig(neurons.layers)
+    chosen = chosen_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    return {"noise": asdict(measure_noise(model, prompts, chosen, _sweep(options)))}
+
+
+def measure(
     model: LanguageModel,
-    prompt: str,
-    target: str,
-    neurons: Sequence[tuple[int, int]] | Literal["all"] = "all",
-    shifts: Sequence[float] | None = None,
-    basis: str = "paper",
-    shift: str = "magnitude",
-    batch_bytes: int = BATCH_BYTES,
-) -> NegResult:
-    """Measure NEG by intervention at the prompt's last token; formulas, units and source in the module's header.
+    prompts: Sequence[EncodedPrompt],
+    options: Options,
+    neurons: NeuronsConfig,
+    budget: Budget,
+    calibration: Mapping[str, Any],
+) -> dict[str, pa.Table]:
+    """One shard's tables."""
+    sweep, sigma = _sweep(options), float(calibration["noise"]["sigma"])
+    batch_bytes = options.batch_bytes
+    if batch_bytes == "auto":
+        batch_bytes = BATCH_BYTES if model.device.type == "cpu" else _GPU_BATCH_BYTES
+    n_layers, n_neurons = model.feed_forward.n_layers, model.feed_forward.n_neurons
+    layers = layers_of(neurons, n_layers)
+    chosen = None if neurons.choose == "top" else chosen_neurons(neurons, n_layers, n_neurons)
+    rows_of: dict[int, tuple[pa.Table, pa.Table]] = {}
+    for group in group_by_header([prompt.ids for prompt in prompts]):
+        for index in group.members:
+            prompt = prompts[index]
+            interventions = Interventions(model, prompt, options.basis, prompt.ids[: group.header])
+            neurgrad_kln = interventions.neurgrad(layers)
+            own = chosen
+            if own is None:
+                own = strongest_neurons(neurgrad_kln.abs().amax(0).cpu().numpy(), layers, neurons.count)
+            rows = rows_that_fit(model, interventions.rows, batch_bytes * budget.scale)
+            fitting = rows.rows
+            progress = _Progress(prompt.prompt.id, len(own))
+            found = sweep_prompt(interventions, own, sweep, rows, options.keep_curves, progress.add)
+            # What did not fit once will not fit for the next prompt.
+            budget.scale *= rows.rows / fitting
+            neurgrad_kn = neurgrad_kln[:, np.searchsorted(layers, own[:, 0]), own[:, 1]]
+            probability_k = interventions.probability_k.float().cpu().numpy()
+            table = _table(prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma, model.dtype)
+            rows_of[index] = prompt_row(prompt, probability_k), table
+    ordered = [rows_of[index] for index in range(len(prompts))]
+    return {
+        "prompts": pa.concat_tables([prompt for prompt, _ in ordered]),
+        "sweep": pa.concat_tables([swept for _, swept in ordered]),
+    }
 
-    Args:
-        model: from `load_model`.
-        prompt: a text.
-        target: what follows it verbatim; one token there.
-        neurons: (layer, index) pairs, or `all`.
-        shifts: the grid; +-0.1, +-0.2, ... +-2.0 if not given.
-        basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
-        shift: `magnitude` or `signed`.
-        batch_bytes: memory for a batch's rows; never changes the results.
 
-    Raises:
-        PromptError: the prompt or the target is unusable.
-        ConfigurationError: a neuron that does not exist, none at all, a bad grid, or no memory for two rows.
-        NonFiniteError: NaN or infinity in the prompt's logits.
-    """
-    asked = [Prompt("0", prompt, (target,))]
-    check_prompts(asked)
-    grid = checked_shifts(shift_grid() if shifts is None else shifts)
-    if shift not in SHIFTS:
-        raise ConfigurationError(f"measure.shift={shift} is unknown; known are {', '.join(SHIFTS)}")
-    found = model.feed_forward
-    if isinstance(neurons, str):
-        if neurons != "all":
-            raise ConfigurationError(f"neurons={neurons!r}: must be 'all' or a list of (layer, index)")
-        neurons = [(layer, index) for layer in range(found.n_layers) for index in range(found.n_neurons)]
-    chosen = checked_neurons(neurons, found.n_layers, found.n_neurons)
-    (encoded,) = encode(model.tokenizer, asked, model.context_length)
-    model.ensure_checked()
-    interventions = Interventions(model, encoded, basis)
-    log_p_ns = torch.empty(len(chosen), len(grid), dtype=torch.float64)
-    activation_n = torch.empty(len(chosen), dtype=torch.float64)
-    for layer in sorted(set(chosen[:, 0].tolist())):
-        places = np.flatnonzero(chosen[:, 0] == layer)
-        own = torch.from_numpy(chosen[places, 1])
-        delta_nsk = curves(interventions, layer, own, grid, shift, rows_that_fit(model, encoded, batch_bytes))
-        log_p_ns[places] = delta_nsk[..., 0].double().cpu()
-        activation_n[places] = interventions.activation_ln[layer].cpu()[own].double()
-    probability = float(interventions.probability_k[0])
-    delta_p = (probability * log_p_ns.expm1()).numpy()
-    measured = linearity(grid, delta_p)
-    return NegResult(
-        neurons=chosen,
-        shifts=grid,
-        delta_p=delta_p,
-        neg=measured.neg,
-        r=measured.r,
-        r2=measured.r2,
-        activation=activation_n.numpy(),
-        probability=probability,
+def _table(
+    prompt: EncodedPrompt,
+    neurons: Neurons,
+    found: Swept,
+    sweep: Sweep,
+    neurgrad_kn: Tensor,
+    probability_k: Tensor,
+    sigma: float,
+    dtype: torch.dtype,
+) -> pa.Table:
+    """Rows by target, then neuron."""
+    n, k = found.linearity_nk.neg.shape
+    neg_kn = found.linearity_nk.neg.T
+    estimate_kn = neurgrad_kn
+    if sweep.shift == "signed":
+        estimate_kn = torch.where(found.activation_n < 0, -neurgrad_kn, neurgrad_kn)
+    resolution_kn = (probability_k * resolution(sweep.grid, sigma))[:, None].expand(k, n)
+    is_resolved = _column(neg_kn.abs() > resolution_kn)
+    curves = {}
+    if found.delta_p_nsk is not None:
+        curves["delta_p"] = fixed_size(found.delta_p_nsk.permute(2, 0, 1).float().cpu().numpy())
+    return table_of(
+        schema.sweep(None if found.delta_p_nsk is None else len(sweep.grid.shifts)),
+        k * n,
+        **key_columns(prompt, np.repeat(np.arange(k), n)),
+        layer=np.tile(neurons[:, 0], k),
+        neuron=np.tile(neurons[:, 1], k),
+        basis=sweep.basis,
+        shift=sweep.shift,
+        dtype=str(dtype).removeprefix("torch."),
+        probability=_column(probability_k[:, None].expand(k, n)),
+        activation=_column(found.activation_n.expand(k, n)),
+        neg=_column(neg_kn),
+        r=_column(found.linearity_nk.r.T),
+        r2=_column(found.linearity_nk.r2.T),
+        largest_delta_p=_column(found.linearity_nk.largest.T),
+        neurgrad=_column(neurgrad_kn),
+        resolution=_column(resolution_kn),
+        is_resolved=is_resolved,
+        signs_agree=pa.array(_column(neg_kn.sign() == estimate_kn.sign()), mask=~is_resolved),
+        **curves,
     )
 
 
-def curves(
-    interventions: Interventions, layer: int, neurons_n: torch.Tensor, grid: Doubles, shift: str, batch_rows: int
-) -> torch.Tensor:
-    """Δ log p [n, S, K] of neurons of one layer over a grid of shifts; batches are filled across neurons."""
-    sign_n = torch.ones(len(neurons_n), dtype=torch.float64)
-    if shift == "magnitude":
-        # A silent neuron can only grow: the sign of zero is plus one.
-        sign_n[interventions.activation_ln[layer].cpu()[neurons_n] < 0] = -1
-    moved_ns = sign_n[:, None] * torch.from_numpy(grid)[None]
-    delta_ik = interventions.delta_log_p(layer, neurons_n.repeat_interleave(len(grid)), moved_ns.flatten(), batch_rows)
-    return delta_ik.view(len(neurons_n), len(grid), -1)
+def _column(values_kn: Tensor) -> NDArray[Any]:
+    column: NDArray[Any] = values_kn.flatten().cpu().numpy()
+    return column.astype(np.float32) if column.dtype == np.float64 else column
 
 
-def linearity(shifts_s: Doubles, delta_p_ns: Doubles) -> Linearity:
-    """NEG, Pearson r, R² through the origin and the largest |Δp| of each curve."""
-    square = float(shifts_s @ shifts_s)
-    neg_n = delta_p_ns @ shifts_s / square
-    centred_s = shifts_s - shifts_s.mean()
-    centred_ns = delta_p_ns - delta_p_ns.mean(1, keepdims=True)
-    spread_n = np.sqrt((centred_ns**2).sum(1) * (centred_s @ centred_s))
-    # Rounding leaves equal values a hair apart; what is that small against the values is no correlation.
-    is_flat = np.ptp(delta_p_ns, axis=1) <= 1e-14 * np.abs(delta_p_ns).max(1, initial=0)
-    r_n = np.divide(centred_ns @ centred_s, spread_n, out=np.zeros(len(spread_n)), where=~is_flat & (spread_n > 0))
-    total_n = (delta_p_ns**2).sum(1)
-    left_n = ((delta_p_ns - neg_n[:, None] * shifts_s) ** 2).sum(1)
-    r2_n = 1 - np.divide(left_n, total_n, out=np.ones(len(total_n)), where=total_n > 0)
-    return Linearity(neg_n, np.clip(r_n, -1, 1), r2_n, np.abs(delta_p_ns).max(1, initial=0))
+class _Progress:
+    """Says now and then how far a prompt is that takes minutes; the driver hears of whole shards only."""
+
+    def __init__(self, prompt_id: str, n_neurons: int) -> None:
+        self._who, self._of, self._done = prompt_id, n_neurons, 0
+        self._began = self._spoke = time.monotonic()
+
+    def add(self, n_neurons: int) -> None:
+        self._done += n_neurons
+        now = time.monotonic()
+        if now - self._spoke >= _SPEAK_SECONDS and self._done < self._of:
+            self._spoke = now
+            left = (now - self._began) / self._done * (self._of - self._done)
+            log.info("prompt %r: %d of %d neurons, %.0f s left", self._who, self._done, self._of, left)
 
 
-def shift_grid(max_shift: float = 2.0, step: float = 0.1) -> Doubles:
-    """Shifts from -max_shift to max_shift without zero; the default has the paper's 40.
-
-    Raises:
-        ConfigurationError: a step or a range that is not positive and finite, or a step larger than the range.
-    """
-    if not (math.isfinite(max_shift) and math.isfinite(step) and 0 < step <= max_shift):
-        raise ConfigurationError(
-            f"measure.step={step}, measure.max_shift={max_shift}: both must be finite, and 0 < step <= max_shift"
-        )
-    up = step * np.arange(1, math.floor(max_shift / step + 1e-9) + 1)
-    return np.concatenate([-up[::-1], up])
+def _sweep(options: Options) -> Sweep:
+    return Sweep(_grid(options), options.basis, options.shift)
 
 
-def checked_shifts(shifts: Sequence[float] | Doubles) -> Doubles:
-    """Shifts as an array.
-
-    Raises:
-        ConfigurationError: none, one that is zero or not finite, or one given twice.
-    """
-    grid = np.asarray(shifts, dtype=np.float64)
-    if grid.ndim != 1 or not len(grid):
-        raise ConfigurationError("measure.shifts: at least one shift is needed")
-    for value in grid:
-        if not math.isfinite(value) or value == 0:
-            raise ConfigurationError(f"measure.shifts: {value:g} is no shift; shifts must be finite and not 0")
-    values, counts = np.unique(grid, return_counts=True)
-    if counts.max() > 1:
-        raise ConfigurationError(f"measure.shifts: {values[counts.argmax()]:g} is given {counts.max()} times")
-    return grid
-
-
-def checked_neurons(neurons: Sequence[tuple[int, int]], n_layers: int, n_neurons: int) -> NDArray[np.int64]:
-    """(layer, index) pairs as an array [n, 2].
-
-    Raises:
-        ConfigurationError: none, or one that does not exist.
-    """
-    chosen = np.asarray(neurons)
-    if chosen.size == 0:
-        raise ConfigurationError("neurons: the choice is empty; at least one neuron is needed")
-    if chosen.ndim != 2 or chosen.shape[1] != 2 or not np.issubdtype(chosen.dtype, np.integer):
-        raise ConfigurationError("neurons: must be 'all' or a list of (layer, index)")
-    for layer, index in chosen:
-        if not (0 <= layer < n_layers and 0 <= index < n_neurons):
+def _grid(options: Options) -> Grid:
+    if options.grid not in GRIDS:
+        raise ConfigurationError(f"measure.grid={options.grid} is unknown; known are {', '.join(GRIDS)}")
+    if options.shifts is not None:
+        if options.grid != "full":
             raise ConfigurationError(
-                f"neurons: ({layer}, {index}) does not exist; the model has layers 0 to {n_layers - 1} "
-                f"and neurons 0 to {n_neurons - 1}"
+                f"measure.grid={options.grid}: places its own shifts; use measure.grid=full with measure.shifts"
             )
-    return chosen.astype(np.int64)
-
-
-def rows_that_fit(model: LanguageModel, prompt: EncodedPrompt, batch_bytes: int) -> int:
-    """How many rows of a batch fit into a memory budget.
-
-    Raises:
-        ConfigurationError: not even two, the unshifted row and one intervention.
-    """
-    config = model.model.config.get_text_config()
-    # Logits and their differences, a layer's neurons, hidden states, and attention weights, each with a copy or two.
-    values = 3 * config.vocab_size + 6 * model.feed_forward.n_neurons + 12 * config.hidden_size
-    values += 3 * config.num_attention_heads * len(prompt.ids)
-    rows = batch_bytes // (4 * values)
-    if rows < 2:
-        raise ConfigurationError(
-            f"a budget of {batch_bytes} bytes holds {rows} rows of {4 * values} bytes, at least 2 are needed: "
-            f"raise measure.batch_bytes"
-        )
-    return int(rows)
+        if not isinstance(options.shifts, list):
+            raise ConfigurationError(f"measure.shifts={options.shifts}: must be a list of numbers such as [-1,1]")
+        return given_grid(options.shifts)
+    return (full_grid if options.grid == "full" else coarse_grid)(options.max_shift, options.step)

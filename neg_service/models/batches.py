@@ -19,12 +19,24 @@ PASS_COST = 64
 
 @dataclass
 class Budget:
-    """How much a batch may hold, in prefix tokens; a branch counts as `BRANCH_COST` of them."""
+    """How much a batch may hold, in prefix tokens; a branch counts as `BRANCH_COST` of them.
+
+    `scale` is what is left of any other budget after batches did not fit.
+    """
 
     tokens: int
+    scale: float = 1.0
 
     def halve(self) -> None:
         self.tokens = max(1, self.tokens // 2)
+        self.scale /= 2
+
+
+@dataclass
+class RowBudget:
+    """How many rows of one prompt a batch may hold, the unshifted one included: at least 2."""
+
+    rows: int
 
 
 @dataclass(frozen=True)

@@ -301,37 +301,6 @@ def run_branches(model: PreTrainedModel, prefix: Prefix, rows: Sequence[int]) ->
     return logits[0]
 
 
-@contextmanager
-def resuming_at(
-    layers: nn.ModuleList, first: int, hidden: Tensor, n_rows: int, gives_tuple: Sequence[bool]
-) -> Iterator[None]:
-    """Let a pass of `n_rows` branches begin at layer `first` with its stored input [1, 1, E].
-
-    The layers below are replaced, for as long as this lasts, by stand-ins that give that input; the model's own
-    forward runs otherwise unchanged, whatever its architecture.
-    """
-    stored = hidden.expand(1, n_rows, -1) if hidden.ndim == 3 else hidden.expand(n_rows, -1)
-    own = list(layers[:first])
-    try:
-        for index in range(first):
-            layers[index] = _StandIn(stored, gives_tuple[index])
-        yield
-    finally:
-        for index, layer in enumerate(own):
-            layers[index] = layer
-
-
-class _StandIn(nn.Module):
-    """In the place of a layer that need not run again: gives a stored tensor in the layer's own form."""
-
-    def __init__(self, stored: Tensor, gives_tuple: bool) -> None:
-        super().__init__()
-        self._stored = (stored,) if gives_tuple else stored
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self._stored
-
-
 def packed(model: PreTrainedModel, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {
         "input_ids": torch.tensor([[i for row in ids for i in row]], device=model.device),

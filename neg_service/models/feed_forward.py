@@ -88,12 +88,7 @@ class FeedForward:
         Raises:
             ConfigurationError: an unknown basis, or `gate` for an MLP that has none.
         """
-        if basis not in BASES:
-            raise ConfigurationError(f"measure.basis={basis} is unknown; known are {', '.join(BASES)}")
-        if basis == "gate" and not self.layout.is_gated:
-            raise ConfigurationError(
-                f"measure.basis=gate: {type(self.mlps[0]).__name__} has no gate; use paper or hidden"
-            )
+        check_basis(basis, self.layout.is_gated, type(self.mlps[0]).__name__)
         return [self._site(mlp, basis) for mlp in self.mlps]
 
     def _site(self, mlp: nn.Module, basis: str) -> Site:
@@ -103,6 +98,18 @@ class FeedForward:
             return Site(mlp.get_submodule(self.layout.down), "input", 0, self.n_neurons)
         start = self.n_neurons if self.layout.fused else 0
         return Site(mlp.get_submodule(self.layout.up), "output", start, self.n_neurons)
+
+
+def check_basis(basis: str, is_gated: bool, whose: str) -> None:
+    """Refuse a basis that is unknown, or that the MLPs of `whose` do not have.
+
+    Raises:
+        ConfigurationError: naming the key and what it may be.
+    """
+    if basis not in BASES:
+        raise ConfigurationError(f"measure.basis={basis} is unknown; known are {', '.join(BASES)}")
+    if basis == "gate" and not is_gated:
+        raise ConfigurationError(f"measure.basis=gate: {whose} has no gate; use paper or hidden")
 
 
 def find_feed_forward(model: PreTrainedModel) -> FeedForward:

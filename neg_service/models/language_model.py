@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from neg_service.errors import ConfigurationError, ModelError, one_line
 from neg_service.models import branches
 from neg_service.models.feed_forward import FeedForward, Site, find_feed_forward, visiting
+from neg_service.models.rows import BranchRows, Rows
 from neg_service.models.source import LocalModel, fetch, require_complete
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,10 @@ class LanguageModel:
             self._headers.remove(header)
         self._headers = [header, *self._headers[: keep - 1]]
         return header
+
+    def rows(self, ids: Sequence[int], header: Sequence[int] = ()) -> Rows:
+        """A prompt's tokens, ready to be run in rows; `header` are first ones that other prompts share."""
+        return BranchRows(self.model, ids, self.header(header))
 
     def known_header(self, prompts: Sequence[Sequence[int]]) -> int:
         """Length of the longest header already run with which all `prompts` begin, leaving each its last token."""

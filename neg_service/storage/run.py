@@ -107,6 +107,17 @@ def write_or_match(
     return RunDirectory(store, fingerprint, tuple(tables))
 
 
+def note(store: ObjectStore, found: dict[str, Any]) -> None:
+    """Keep beside a run's identity what its first replica found out; what is there already stays."""
+    content = store.get(RUN_FILE)
+    if not found or content is None:
+        return
+    parsed = parse_run_file(store.uri, content)
+    about = {**found, **parsed.get("about", {})}
+    if about != parsed.get("about"):
+        store.put(RUN_FILE, json.dumps({**parsed, "about": about}, indent=1, ensure_ascii=False).encode())
+
+
 def parse_run_file(uri: str, content: bytes) -> dict[str, Any]:
     """run.json as a dictionary.
 

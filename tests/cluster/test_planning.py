@@ -12,7 +12,7 @@ import ray
 
 from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
-from neg_service.cluster.plan import SHARD_BYTES, make_plan, shards_of
+from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import Receipt
 from neg_service.cluster.resources import Node, ReplicaSize, replica_count, replica_size
@@ -28,7 +28,7 @@ from neg_service.errors import (
     ReplicaLost,
     StorageError,
 )
-from neg_service.measures import find_measure
+from neg_service.measures import Cost, find_measure
 from neg_service.prompts.prompt import Prompt
 from tests.fakes import tiny_model
 
@@ -38,7 +38,7 @@ PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
 
 def test_every_prompt_is_in_exactly_one_shard() -> None:
     for size in (1, 3, 10, 99):
-        plan = make_plan(PROMPTS, {"t": 1}, size)
+        plan = make_plan(PROMPTS, Cost({"t": 1}, 1), size)
         shards = list(shards_of(PROMPTS, plan))
         assert [p for shard in shards for p in shard.prompts] == PROMPTS
         assert len(shards) == plan.n_shards
@@ -46,15 +46,21 @@ def test_every_prompt_is_in_exactly_one_shard() -> None:
 
 
 def test_done_shards_are_left_out_and_the_others_keep_their_numbers() -> None:
-    plan = make_plan(PROMPTS, {"t": 1}, 3)
+    plan = make_plan(PROMPTS, Cost({"t": 1}, 1), 3)
     assert [shard.index for shard in shards_of(PROMPTS, plan, {0, 2})] == [1, 3]
 
 
 def test_automatic_shards_are_sized_by_their_bytes() -> None:
-    assert make_plan(PROMPTS * 100, {"t": 1}, "auto").shard_size == 64
-    assert make_plan(PROMPTS, {"a": SHARD_BYTES // 4, "b": SHARD_BYTES // 4}, "auto").shard_size == 2
-    assert make_plan(PROMPTS, {"t": 10 * SHARD_BYTES}, "auto").shard_size == 1
-    assert make_plan(PROMPTS, {"a": 5, "b": 7}, "auto").total_bytes == 120
+    assert make_plan(PROMPTS * 100, Cost({"t": 1}, 1), "auto").shard_size == 64
+    assert make_plan(PROMPTS, Cost({"a": SHARD_BYTES // 4, "b": SHARD_BYTES // 4}, 1), "auto").shard_size == 2
+    assert make_plan(PROMPTS, Cost({"t": 10 * SHARD_BYTES}, 1), "auto").shard_size == 1
+    assert make_plan(PROMPTS, Cost({"a": 5, "b": 7}, 1), "auto").total_bytes == 120
+
+
+def test_automatic_shards_hold_minutes_of_interventions_at_most() -> None:
+    assert make_plan(PROMPTS, Cost({"t": 1}, SHARD_ROWS / 3), "auto").shard_size == 3
+    assert make_plan(PROMPTS, Cost({"t": 1}, 46080 * 40), "auto").shard_size == 1
+    assert make_plan(PROMPTS, Cost({"t": 1}, 46080 * 40), "auto").n_rows == 10 * 46080 * 40
 
 
 @pytest.mark.parametrize(
@@ -236,7 +242,7 @@ def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: 
     plain = tiny_model("gpt2")
     plain.model.save_pretrained(tmp_path / "gpt2")
     plain.tokenizer.save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ConfigurationError, match="the MLPs of GPT2LMHeadModel have no gate"):
+    with pytest.raises(ConfigurationError, match="GPT2LMHeadModel has no gate"):
         _prepared(tmp_path / "gpt2", dataset=dataset, measure={"basis": "gate"})
 
 

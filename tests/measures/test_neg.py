@@ -13,8 +13,9 @@ from torch import nn
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError
-from neg_service.measures.interventions import Interventions
-from neg_service.measures.sweep import checked_shifts, linearity, rows_that_fit, shift_grid
+from neg_service.measures.interventions import Interventions, rows_that_fit
+from neg_service.measures.linearity import Grid, full_grid, given_grid, linearity
+from neg_service.models.batches import RowBudget
 from tests import oracle
 from tests.fakes import FAMILIES, GATED, tiny_model
 from tests.measures.test_neurgrad import encoded
@@ -54,7 +55,7 @@ def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
             [0.0, 0.0, 0.6],  # neg = 2·0.6 / (1 + 1 + 4) = 0.2
         ]
     )
-    found = linearity(shifts, curves)
+    found = linearity(Grid(shifts, shifts), torch.from_numpy(curves))
     np.testing.assert_allclose(found.neg, [0.1, 0.3 * 2 / 6, 0, 0.2], rtol=1e-14)
     # Row 3: mean shift 2/3, mean Δp 0.2; Σ(δ-2/3)(Δp-0.2) = 0.8, Σ(δ-2/3)² = 14/3, Σ(Δp-0.2)² = 0.24.
     np.testing.assert_allclose(found.r, [1, 0, 0, 0.8 / np.sqrt(14 / 3 * 0.24)], rtol=1e-14)
@@ -64,10 +65,8 @@ def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
 
 
 def test_the_default_grid_is_the_papers() -> None:
-    grid = shift_grid()
-    assert len(grid) == 40
-    np.testing.assert_allclose(grid, [s / 10 for s in range(-20, 21) if s], rtol=1e-14)
-    np.testing.assert_allclose(shift_grid(0.5, 0.2), [-0.4, -0.2, 0.2, 0.4])
+    assert full_grid().shifts.tolist() == [s / 10 for s in range(-20, 21) if s]
+    assert full_grid(0.5, 0.2).shifts.tolist() == [-0.4, -0.2, 0.2, 0.4]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt-neox"])
@@ -101,8 +100,10 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> No
     whole = neg_service.neg(model, TEXT, TARGET)
     assert whole.neurons.tolist() == [[layer, n] for layer in range(3) for n in range(40)]
     assert whole.delta_p.shape == (120, 40)
-    row = rows_that_fit(model, encoded(IDS, (TARGET_ID,)), 10**9)
-    small = neg_service.neg(model, TEXT, TARGET, NEURONS, batch_bytes=int(3.5 * 10**9 / row))
+    rows = model.rows(IDS)
+    small = neg_service.neg(
+        model, TEXT, TARGET, NEURONS, batch_bytes=int(3.5 * 10**9 / rows_that_fit(model, rows, 10**9).rows)
+    )
     for i, (layer, neuron) in enumerate(NEURONS):
         np.testing.assert_allclose(small.delta_p[i], whole.delta_p[layer * 40 + neuron], rtol=1e-6, atol=1e-15)
 
@@ -123,7 +124,7 @@ def test_float32_is_as_exact_as_promised(
 ) -> None:
     draw = np.random.default_rng(0)
     neurons = [(layer, int(n)) for layer in range(30) for n in draw.choice(1536, 7, replace=False)]
-    shifts = shift_grid(2.0, 0.2).tolist()
+    shifts = full_grid(2.0, 0.2).shifts.tolist()
     found = neg_service.neg(smollm2, text, target, neurons, shifts)
     exact = neg_service.neg(LanguageModel(smollm2_float64, smollm2.tokenizer), text, target, neurons, shifts)
     assert least <= exact.probability <= most
@@ -155,7 +156,7 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
     neg_service.neg(model, TEXT, TARGET, NEURONS, [1.0])
     interventions = Interventions(model, encoded(IDS, (TARGET_ID,)), "paper")
     with pytest.raises(IndexError):
-        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), 8)
+        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), RowBudget(8))
     assert list(model.feed_forward.layers) == layers
     assert all(a is b for a, b in zip(model.feed_forward.layers, layers, strict=True))
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules()) == 0
@@ -177,7 +178,7 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
         ({"shifts": []}, "at least one shift"),
         ({"shift": "sideways"}, "measure.shift=sideways is unknown; known are magnitude, signed"),
         ({"basis": "bias"}, "measure.basis=bias is unknown"),
-        ({"batch_bytes": 100}, "a budget of 100 bytes holds 0 rows"),
+        ({"batch_bytes": 100}, "measure.batch_bytes=100: holds 0 rows"),
     ],
 )
 def test_bad_requests_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -188,9 +189,9 @@ def test_bad_requests_are_refused(changes: dict[str, Any], message: str) -> None
 def test_bad_grids_are_refused() -> None:
     for max_shift, step in ((2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1)):
         with pytest.raises(ConfigurationError, match=r"measure\.step="):
-            shift_grid(max_shift, step)
+            full_grid(max_shift, step)
     with pytest.raises(ConfigurationError):
-        checked_shifts([[1.0]])  # type: ignore[list-item]
+        given_grid([[1.0]])  # type: ignore[list-item]
 
 
 def test_logits_that_are_not_finite_are_refused_by_prompt() -> None:

@@ -1,0 +1,188 @@
+"""NEG, the neuron empirical gradient, measured: shift one neuron at a time and see what the output does.
+
+The shift moves the neuron's magnitude, a -> a + δ·sgn(a) with sgn(0) = +1: a silent neuron can only grow. With
+`shift="signed"` the neuron moves by δ itself, and NEG compares with the plain gradient. What is made of a curve:
+`linearity.py`. How a shift's effect is had at the price of the remaining layers: `interventions.py`.
+
+Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053).
+
+Axes: n neurons asked for, S shifts, K targets, L layers, N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neg_service.errors import ConfigurationError
+from neg_service.measures.choice import Neurons, checked_neurons
+from neg_service.measures.interventions import Interventions, rows_that_fit
+from neg_service.measures.linearity import Doubles, Grid, Linearity, full_grid, given_grid, linearity
+from neg_service.models.batches import RowBudget
+from neg_service.models.language_model import LanguageModel
+from neg_service.prompts.prompt import Prompt, check_prompts, encode
+
+SHIFTS = ("magnitude", "signed")
+# Memory for the rows of a batch on a CPU; larger batches are no faster from a few hundred rows on.
+BATCH_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a neuron is swept: over which shifts, of which tensor, and whether its magnitude or it itself moves."""
+
+    grid: Grid
+    basis: str = "paper"
+    shift: str = "magnitude"
+
+
+@dataclass(frozen=True)
+class NegResult:
+    """NEG of neurons for one target of one prompt.
+
+    neurons: [n, 2] layer and index. shifts: [S] activation units. delta_p: [n, S] probability.
+    neg, r, r2: [n]. activation: [n] at the readout position. probability: without a shift, 0..1.
+    """
+
+    neurons: Neurons
+    shifts: Doubles
+    delta_p: Doubles
+    neg: Doubles
+    r: Doubles
+    r2: Doubles
+    activation: Doubles
+    probability: float
+
+
+def neg(
+    model: LanguageModel,
+    prompt: str,
+    target: str,
+    neurons: Sequence[tuple[int, int]] | Literal["all"] = "all",
+    shifts: Sequence[float] | None = None,
+    basis: str = "paper",
+    shift: str = "magnitude",
+    batch_bytes: int = BATCH_BYTES,
+) -> NegResult:
+    """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
+
+    Args:
+        model: from `load_model`.
+        prompt: a text.
+        target: what follows it verbatim; one token there.
+        neurons: (layer, index) pairs, or `all`.
+        shifts: the grid; +-0.1, +-0.2, ... +-2.0 if not given.
+        basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
+        shift: `magnitude` or `signed`.
+        batch_bytes: memory for a batch's rows; never changes the results.
+
+    Raises:
+        PromptError: the prompt or the target is unusable.
+        ConfigurationError: a neuron that does not exist, none at all, a bad grid, or no memory for two rows.
+        ModelError: the model fails its self-check, which runs once, before the first measurement.
+        NonFiniteError: NaN or infinity in the prompt's logits.
+    """
+    asked = [Prompt("0", prompt, (target,))]
+    check_prompts(asked)
+    check_shift(shift)
+    sweep = Sweep(full_grid() if shifts is None else given_grid(shifts), basis, shift)
+    chosen = _asked_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    (encoded,) = encode(model.tokenizer, asked, model.context_length)
+    model.ensure_checked()
+    interventions = Interventions(model, encoded, basis)
+    budget = rows_that_fit(model, interventions.rows, batch_bytes)
+    found = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True)
+    assert found.delta_p_nsk is not None
+    return NegResult(
+        neurons=chosen,
+        shifts=sweep.grid.shifts,
+        delta_p=found.delta_p_nsk[..., 0].cpu().numpy(),
+        neg=found.linearity_nk.neg[:, 0].cpu().numpy(),
+        r=found.linearity_nk.r[:, 0].cpu().numpy(),
+        r2=found.linearity_nk.r2[:, 0].cpu().numpy(),
+        activation=found.activation_n.cpu().numpy(),
+        probability=float(interventions.probability_k[0]),
+    )
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep of one prompt found, float64 on the model's device, in the order of the neurons asked for.
+
+    delta_p_nsk: the curves, None where they were not to be kept.
+    """
+
+    linearity_nk: Linearity
+    activation_n: Tensor
+    delta_p_nsk: Tensor | None
+
+
+def sweep_prompt(
+    interventions: Interventions,
+    neurons: Neurons,
+    sweep: Sweep,
+    budget: RowBudget,
+    keep_curves: bool,
+    on_done: Callable[[int], None] = lambda n: None,
+) -> Swept:
+    """Sweep neurons [n, 2] for all targets, layer by layer; curves never leave the device.
+
+    `on_done` is told how many neurons each layer brought.
+    """
+    device, probability_k = interventions.device, interventions.probability_k.double()
+    order = np.argsort(neurons[:, 0], kind="stable")
+    judged: list[Linearity] = []
+    kept: list[Tensor] = []
+    activations: list[Tensor] = []
+    for layer in np.unique(neurons[:, 0]).tolist():
+        own_n = torch.from_numpy(neurons[neurons[:, 0] == layer, 1]).to(device)
+        log_p_nsk = curves(interventions, layer, own_n, sweep, budget).to(device)
+        delta_p_nsk = probability_k * log_p_nsk.double().expm1()
+        judged.append(linearity(sweep.grid, delta_p_nsk.mT))
+        activations.append(interventions.activation_ln[layer].to(device)[own_n].double())
+        if keep_curves:
+            kept.append(delta_p_nsk)
+        on_done(len(own_n))
+    back = torch.from_numpy(np.argsort(order)).to(device)
+    return Swept(
+        linearity_nk=Linearity(
+            neg=torch.cat([own.neg for own in judged])[back],
+            r=torch.cat([own.r for own in judged])[back],
+            r2=torch.cat([own.r2 for own in judged])[back],
+            largest=torch.cat([own.largest for own in judged])[back],
+        ),
+        activation_n=torch.cat(activations)[back],
+        delta_p_nsk=torch.cat(kept)[back] if keep_curves else None,
+    )
+
+
+def curves(interventions: Interventions, layer: int, neurons_n: Tensor, sweep: Sweep, budget: RowBudget) -> Tensor:
+    """Δ log p [n, S, K] of neurons of one layer; batches are filled across neurons."""
+    activations = interventions.activation_ln[layer]
+    activation_n = activations[neurons_n.to(activations.device)]
+    shifts_s = torch.from_numpy(sweep.grid.shifts).to(activations.device)
+    moved_ns = shifts_s.expand(len(neurons_n), -1)
+    if sweep.shift == "magnitude":
+        # A silent neuron can only grow: the sign of zero is plus one.
+        moved_ns = torch.where(activation_n[:, None] < 0, -moved_ns, moved_ns)
+    delta_ik = interventions.delta_log_p(layer, neurons_n.repeat_interleave(len(shifts_s)), moved_ns.flatten(), budget)
+    return delta_ik.view(len(neurons_n), len(shifts_s), -1)
+
+
+def check_shift(shift: str) -> None:
+    """Refuse an unknown kind of shift."""
+    if shift not in SHIFTS:
+        raise ConfigurationError(f"measure.shift={shift} is unknown; known are {', '.join(SHIFTS)}")
+
+
+def _asked_neurons(neurons: Sequence[tuple[int, int]] | str, n_layers: int, n_neurons: int) -> Neurons:
+    if not isinstance(neurons, str):
+        return checked_neurons(neurons, n_layers, n_neurons)
+    if neurons != "all":
+        raise ConfigurationError(f"neurons={neurons!r}: must be 'all' or a list of (layer, index)")
+    return np.stack(np.divmod(np.arange(n_layers * n_neurons), n_neurons), 1)

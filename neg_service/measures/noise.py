@@ -1,0 +1,120 @@
+"""How exact a sweep is: its noise, measured against a higher precision on a few neurons before it starts.
+
+What is left of rounding after the difference readout happens inside the layers. Its standard deviation σ, in Δ log p,
+says which NEGs mean anything. With w_s the weights with which a curve is summed up to its NEG (Σ_s w_s·Δp_s),
+
+    resolution = 2 · p · σ · √(Σ_s w_s²)        which is 2·p·σ/√(Σ_s δ_s²) where all shifts are run
+
+in probability per activation unit: a NEG below it has no known sign. The reference is float64 for a model in float32,
+and float32 for a model in a lower precision.
+
+Axes: n neurons, S shifts, K targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neg_service.measures.choice import Neurons
+from neg_service.measures.interventions import Interventions
+from neg_service.measures.linearity import Grid, linearity
+from neg_service.measures.neg import Sweep, curves
+from neg_service.models.batches import RowBudget
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.precision import in_precision
+from neg_service.prompts.prompt import EncodedPrompt
+
+_LAYERS, _NEURONS_A_LAYER = 4, 4
+# Small batches: a value takes twice the room in float64.
+_ROWS = 161
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Of a sweep in `dtype` against `reference`, over `n_neurons` neurons on `n_prompts` prompts, all targets.
+
+    sigma: standard deviation of the error of Δ log p. neg_error: median relative error of NEG. resolved: share of NEGs
+    above the resolution; signs_agree: share of these whose sign is the reference's, None where there are none.
+    """
+
+    dtype: str
+    reference: str
+    n_neurons: int
+    n_prompts: int
+    sigma: float
+    neg_error: float
+    resolved: float
+    signs_agree: float | None
+
+
+def resolution(grid: Grid, sigma: float) -> float:
+    """The smallest NEG whose sign is known, in units of the target's probability: times p it is a NEG."""
+    return 2 * sigma * float(np.sqrt((grid.weights**2).sum()))
+
+
+def measure_noise(model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: Neurons, sweep: Sweep) -> Noise:
+    """Sweep a few of `neurons` [n, 2] on `prompts` twice: as asked, and in the reference's precision."""
+    own_dtype = model.dtype
+    reference = torch.float64 if own_dtype in (torch.float32, torch.float64) else torch.float32
+    few = _few(neurons)
+    errors, relative, own_negs, true_negs = [], [], [], []
+    for prompt in prompts:
+        own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype)
+        true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference)
+        errors.append((own_nsk - true_nsk).flatten())
+        # In units of p, so that prompts and targets compare.
+        own_nk, true_nk = (linearity(sweep.grid, (p_k * x.expm1()).mT).neg / p_k for x in (own_nsk, true_nsk))
+        relative.append(((own_nk - true_nk) / true_nk).abs().flatten())
+        own_negs.append(own_nk.flatten())
+        true_negs.append(true_nk.flatten())
+    own, true = torch.cat(own_negs), torch.cat(true_negs)
+    sigma = float(torch.cat(errors).square().mean().sqrt())
+    is_resolved = own.abs() > resolution(sweep.grid, sigma)
+    agree = (own.sign() == true.sign())[is_resolved]
+    return Noise(
+        dtype=_name(own_dtype),
+        reference=_name(reference),
+        n_neurons=len(few),
+        n_prompts=len(prompts),
+        sigma=sigma,
+        neg_error=float(torch.cat(relative).nanmedian()),
+        resolved=float(is_resolved.double().mean()),
+        signs_agree=float(agree.double().mean()) if len(agree) else None,
+    )
+
+
+def _delta_log_p(
+    model: LanguageModel, prompt: EncodedPrompt, neurons: Neurons, sweep: Sweep, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Δ log p [n, S, K] and p [K], in float64 on the CPU, with the model computing in `dtype`."""
+    layers = model.feed_forward.layers
+    with nullcontext() if dtype == model.dtype else in_precision(model.model, layers, dtype):
+        interventions = Interventions(model, prompt, sweep.basis)
+        budget = RowBudget(_ROWS)
+        found = []
+        for layer in np.unique(neurons[:, 0]).tolist():
+            own_n = torch.from_numpy(neurons[neurons[:, 0] == layer, 1])
+            found.append(curves(interventions, layer, own_n, sweep, budget).cpu().double())
+        return torch.cat(found), interventions.probability_k.double().cpu()
+
+
+def _few(neurons: Neurons) -> Neurons:
+    """A few of the neurons in layers that are spread evenly, drawn with a fixed seed, ordered by layer and index."""
+    layers = np.unique(neurons[:, 0])
+    spread = layers[np.unique(np.linspace(0, len(layers) - 1, _LAYERS).round().astype(int))]
+    draw = np.random.default_rng(0)
+    few = []
+    for layer in spread:
+        own = neurons[neurons[:, 0] == layer]
+        few.append(own[np.sort(draw.choice(len(own), min(_NEURONS_A_LAYER, len(own)), replace=False))])
+    return np.concatenate(few)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

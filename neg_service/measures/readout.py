@@ -1,0 +1,140 @@
+"""Differences of probabilities that are far smaller than the probabilities: the difference readout.
+
+Two nearly equal probabilities, or logits, are never subtracted. The vocabulary head is linear, so it is given the
+*difference* of the final hidden states, h_shifted - h_unshifted, and gives differences of logits Δz. With r the most
+probable token and d_j = Δz_j - Δz_r,
+
+    Δ log p_t = d_t - log1p( Σ_{j≠r} p_j · expm1(d_j) )          Δp_t = p_t · expm1(Δ log p_t)
+
+in float32 or better. One sum serves all targets. Taking r as the reference keeps it free of the one large term: for
+t = r this is the exact form -log1p(Σ_{j≠t} ...), for any other t, p_t is at most 1/2 and nothing cancels by more than
+a factor of two.
+
+What a model does to its logits after the head is of two kinds. A constant factor passes through. A soft cap,
+z -> c·tanh(z/c), does not, and the difference of capped logits is had without subtracting them either:
+
+    c·tanh((z + Δ)/c) - c·tanh(z/c) = c·tanh(Δ/c) · (1 - tanh(z/c)·tanh((z + Δ)/c))
+
+Anything else is refused.
+
+Axes: R rows, V vocabulary, K targets, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neg_service.errors import ModelError, NonFiniteError
+from neg_service.models.branches import at_least_float32
+from neg_service.models.language_model import LOGIT_TOLERANCE, LanguageModel
+
+
+@dataclass(frozen=True)
+class Unshifted:
+    """A prompt's output without any intervention.
+
+    p_v: probabilities of the vocabulary. reference: the most probable token. factor: from the head's output to
+    logits. head_v: the head's output, kept only where a soft cap needs it.
+    """
+
+    p_v: Tensor
+    reference: int
+    factor: float
+    head_v: Tensor | None
+
+
+class Readout:
+    """Reads a model's output as differences from a row without interventions."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        head = model.model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(model.model).__name__} names no vocabulary head: choose another model.source")
+        self._head: nn.Module = head
+        self._name = type(model.model).__name__
+        self._cap: float | None = getattr(model.model.config.get_text_config(), "final_logit_softcapping", None)
+        self._tolerance = LOGIT_TOLERANCE[model.dtype]
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Tensor]]:
+        """Gives a list that receives the head's output [R, V] of each pass."""
+        seen: list[Tensor] = []
+        handle = self._head.register_forward_hook(lambda _m, _i, out: seen.append(out.reshape(-1, out.shape[-1])))
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def differences(self, rows: Sequence[int]) -> Iterator[list[Tensor]]:
+        """The same, of passes whose rows come in groups of `rows[i]`; all but a group's first row are differences from
+        it."""
+
+        def subtract(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            changed = inputs[0].clone()
+            flat = changed.view(-1, changed.shape[-1])
+            start = 0
+            for count in rows:
+                flat[start + 1 : start + count] -= flat[start]
+                start += count
+            return (changed, *inputs[1:])
+
+        handle = self._head.register_forward_pre_hook(subtract)
+        try:
+            with self.watching() as seen:
+                yield seen
+        finally:
+            handle.remove()
+
+    def unshifted(self, head_v: Tensor, logits_v: Tensor, who: str) -> Unshifted:
+        """What the differences of a prompt refer to, from the head's output and the model's logits for it.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the logits; `who` names the prompt.
+            ModelError: logits that are neither a multiple of the head's output nor a soft cap of it.
+        """
+        head_v, logits_v = at_least_float32(head_v), at_least_float32(logits_v)
+        if not logits_v.isfinite().all():
+            raise NonFiniteError(f"{who}: NaN or infinity in logits; try another model.dtype")
+        factor = 1.0
+        if self._cap is None:
+            largest = head_v.abs().argmax()
+            factor = float(logits_v[largest] / head_v[largest])
+            expected_v = head_v * factor
+        else:
+            expected_v = self._cap * torch.tanh(head_v / self._cap)
+        if not (expected_v - logits_v).abs().max() <= self._tolerance * logits_v.abs().max():
+            raise ModelError(
+                f"{self._name} does something to its logits after the head that is neither a factor nor a soft cap; "
+                f"differences cannot be read: choose another model.source"
+            )
+        return Unshifted(
+            p_v=logits_v.softmax(-1),
+            reference=int(logits_v.argmax()),
+            factor=factor,
+            head_v=None if self._cap is None else head_v,
+        )
+
+    def delta_log_p(self, unshifted: Unshifted, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
+        """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it."""
+        delta_rv = at_least_float32(difference_rv)
+        bias = getattr(self._head, "bias", None)
+        if bias is not None:
+            delta_rv = delta_rv.sub_(bias)
+        if self._cap is not None:
+            assert unshifted.head_v is not None
+            after_rv = torch.tanh((unshifted.head_v + delta_rv) / self._cap)
+            uncapped_rv = 1 - torch.tanh(unshifted.head_v / self._cap) * after_rv
+            delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(uncapped_rv)
+        elif unshifted.factor != 1:
+            delta_rv = delta_rv.mul_(unshifted.factor)
+        delta_rv = delta_rv.sub_(delta_rv[:, unshifted.reference, None].clone())
+        target_rk = delta_rv[:, list(target_ids)]
+        # expm1 of the reference is zero exactly, so it needs no leaving out.
+        rest_r = delta_rv.expm1_() @ unshifted.p_v
+        return target_rk - rest_r.log1p()[:, None]
