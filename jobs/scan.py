@@ -71,9 +71,11 @@ def describe_summary(prepared: Prepared, summary: Summary) -> str:
     rows = [
         ("prompts", f"{plan.n_prompts} ({plan.n_targets} targets)"),
         ("accuracy", str(accuracy(results)) if "prompts" in results.tables else "not measured"),
-        ("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"),
+        ("rows", f"{results.table(main).count_rows()} in table {main}"),
         ("shards", f"{summary.shards_done} of {summary.n_shards} done"),
     ]
+    if "neurgrad" in results.schemas[main].names:
+        rows.insert(2, ("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"))
     if summary.n_prompts_now:
         rows += [
             ("rate", f"{summary.n_prompts_now / summary.seconds:.3g} prompts/s in {summary.seconds:.1f} s"),

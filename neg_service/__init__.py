@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neg_service.measures.edits import Edit
+    from neg_service.measures.intervene import InterveneResult, intervene
     from neg_service.measures.neg import NegResult, neg
     from neg_service.measures.neurgrad import NeurGradResult, neurgrad
     from neg_service.models.language_model import LanguageModel, load_model
@@ -17,16 +19,31 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Edit": "neg_service.measures.edits",
+    "InterveneResult": "neg_service.measures.intervene",
     "LanguageModel": "neg_service.models.language_model",
     "NegResult": "neg_service.measures.neg",
     "NeurGradResult": "neg_service.measures.neurgrad",
     "Run": "neg_service.storage.reader",
+    "intervene": "neg_service.measures.intervene",
     "load_model": "neg_service.models.language_model",
     "neg": "neg_service.measures.neg",
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
 }
-__all__ = ["LanguageModel", "NegResult", "NeurGradResult", "Run", "load_model", "neg", "neurgrad", "open_run"]
+__all__ = [
+    "Edit",
+    "InterveneResult",
+    "LanguageModel",
+    "NegResult",
+    "NeurGradResult",
+    "Run",
+    "intervene",
+    "load_model",
+    "neg",
+    "neurgrad",
+    "open_run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -125,3 +125,20 @@ def strength(n_neurons: int) -> pa.Schema:
             pa.field("strength", pa.list_(pa.float64(), n_neurons), nullable=False),
         ]
     )
+
+
+# One row a (prompt, edit, target): the target's probability, 0..1, without and with a joint intervention.
+INTERVENE = pa.schema(
+    [
+        *_KEY,
+        pa.field("edit", pa.string(), nullable=False),
+        pa.field("basis", pa.string(), nullable=False),
+        pa.field("probability_before", pa.float32(), nullable=False),
+        pa.field("probability", pa.float32(), nullable=False),
+        # Their difference, far more exact than subtracting them.
+        pa.field("delta_p", pa.float32(), nullable=False),
+        # Index into the prompt's targets of the most probable one, the lower index on a tie.
+        pa.field("prediction_before", pa.int16(), nullable=False),
+        pa.field("prediction", pa.int16(), nullable=False),
+    ]
+)

@@ -15,6 +15,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    DistilBertConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -25,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    RobertaConfig,
 )
 
 from neg_service.cluster.plan import Shard
@@ -69,14 +73,25 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         **_SIZES, **_TOKENS, hidden_size=24, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=24
     ),
 }
+MASKED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert": lambda: BertConfig(**_SIZES, hidden_size=24, intermediate_size=40, num_attention_heads=4, pad_token_id=0),
+    "roberta": lambda: RobertaConfig(
+        **_SIZES, hidden_size=24, intermediate_size=40, num_attention_heads=4, pad_token_id=0
+    ),
+    "distilbert": lambda: DistilBertConfig(
+        vocab_size=VOCABULARY, dim=24, hidden_dim=40, n_layers=3, n_heads=4, max_position_embeddings=64
+    ),
+}
+MASK = VOCABULARY - 1
 GATED = [name for name in FAMILIES if name not in ("gpt2", "gpt-neox", "opt")]
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A randomly initialised model of a family, large enough weights that neurons matter."""
     torch.manual_seed(0)
-    config = FAMILIES[family]()
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if "gemma2" not in family else "eager")
+    kinds = FAMILIES if family in FAMILIES else MASKED
+    build = AutoModelForCausalLM if family in FAMILIES else AutoModelForMaskedLM
+    model = build.from_config(kinds[family](), attn_implementation="sdpa" if "gemma2" not in family else "eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -87,11 +102,11 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words `w0` to `w96`, one token each."""
+    """Words `w0` to `w96`, one token each; the last is the mask token of masked models."""
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token=f"w{MASK}")
 
 
 def save_tiny_model(directory: Path, change: Callable[[torch.nn.Module], None] = lambda model: None) -> Path:

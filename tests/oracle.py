@@ -22,6 +22,10 @@ def neuron_module(mlp: nn.Module, basis: str) -> tuple[nn.Module, str]:
         return mlp.dense_4h_to_h, "input"
     if kind in {"OPTDecoderLayer", "PhiMLP"}:
         return mlp.fc2, "input"
+    if kind in {"BertLayer", "RobertaLayer"}:
+        return mlp.intermediate, "output"
+    if kind == "TransformerBlock":
+        return mlp.ffn.lin2, "input"
     if basis == "hidden":
         return mlp.down_proj, "input"
     if kind in {"Phi3MLP"}:
@@ -31,6 +35,11 @@ def neuron_module(mlp: nn.Module, basis: str) -> tuple[nn.Module, str]:
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The MLP of each layer, by the attribute paths of the families that tests use."""
+    for name in ("bert", "roberta"):
+        if hasattr(model, name):
+            return list(getattr(model, name).encoder.layer)
+    if hasattr(model, "distilbert"):
+        return list(model.distilbert.transformer.layer)
     inner = getattr(model, "model", None) or getattr(model, "transformer", None) or model.gpt_neox
     inner = getattr(inner, "decoder", inner)
     layers = getattr(inner, "layers", None) or inner.h
@@ -38,45 +47,52 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def gradients(
-    model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str
+    model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str, position: int = -1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Probabilities [K], gradients d p / d a [K, L, N] and activations [L, N] at the last token of one prompt."""
+    """Probabilities [K], gradients d p / d a [K, L, N] and activations [L, N] at a position of one prompt."""
     probabilities, rows, activations = [], [], None
     for target in target_ids:
         seen: dict[int, Tensor] = {}
         handles = [_capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
         try:
             with torch.enable_grad():
-                logits = model(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+                logits = _logits(model, ids)[position]
                 probability = logits.softmax(-1)[target]
                 slopes = torch.autograd.grad(probability, [seen[layer] for layer in range(len(seen))])
         finally:
             for handle in handles:
                 handle.remove()
         probabilities.append(float(probability.detach()))
-        rows.append(np.stack([_last(slope, basis, model) for slope in slopes]))
-        activations = np.stack([_last(seen[layer], basis, model) for layer in range(len(seen))])
+        rows.append(np.stack([_at(slope, position, basis, model) for slope in slopes]))
+        activations = np.stack([_at(seen[layer], position, basis, model) for layer in range(len(seen))])
     return np.array(probabilities), np.stack(rows), activations
 
 
 def neurgrad(
-    model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str
+    model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str, position: int = -1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities, gradients times the sign of the activation (+1 at zero), and activations."""
-    probabilities, slopes, activations = gradients(model, ids, target_ids, basis)
+    probabilities, slopes, activations = gradients(model, ids, target_ids, basis, position)
     return probabilities, slopes * np.where(activations < 0, -1.0, 1.0), activations
 
 
 def probability_with_shift(
-    model: nn.Module, ids: Sequence[int], target: int, basis: str, layer: int, neuron: int, shift: float
+    model: nn.Module,
+    ids: Sequence[int],
+    target: int,
+    basis: str,
+    layer: int,
+    neuron: int,
+    shift: float,
+    position: int = -1,
 ) -> float:
-    """The target's probability when one neuron is moved by `shift` at the last token: a full forward pass."""
+    """The target's probability when one neuron is moved by `shift` at a position: a full forward pass."""
     module, side = neuron_module(layers_of(model)[layer], basis)
 
     def poke(x: Tensor) -> Tensor:
         x = x.clone()
         offset = x.shape[-1] // 2 if side.startswith("second") else 0
-        x.view(-1, x.shape[-1])[-1, offset + neuron] += shift
+        x.view(-1, x.shape[-1])[position, offset + neuron] += shift
         return x
 
     if side == "input":
@@ -85,7 +101,7 @@ def probability_with_shift(
         handle = module.register_forward_hook(lambda _m, _i, output: poke(output))
     try:
         with torch.no_grad():
-            logits = model(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+            logits = _logits(model, ids)[position]
             return float(logits.softmax(-1)[target])
     finally:
         handle.remove()
@@ -103,7 +119,12 @@ def _capture(mlp: nn.Module, basis: str, layer: int, seen: dict[int, Tensor]) ->
     return module.register_forward_hook(lambda _m, _i, output: keep(output))
 
 
-def _last(x: Tensor, basis: str, model: nn.Module) -> np.ndarray:
-    row = x.detach().reshape(-1, x.shape[-1])[-1].double().numpy()
+def _logits(model: nn.Module, ids: Sequence[int]) -> Tensor:
+    options = {"use_cache": False} if hasattr(model, "generate") else {}
+    return model(torch.tensor([list(ids)]), **options).logits[0]
+
+
+def _at(x: Tensor, position: int, basis: str, model: nn.Module) -> np.ndarray:
+    row = x.detach().reshape(-1, x.shape[-1])[position].double().numpy()
     _, side = neuron_module(layers_of(model)[0], basis)
     return row[len(row) // 2 :] if side.startswith("second") else row

@@ -17,7 +17,8 @@ from typing import Any
 from jobs.benchmarks import ways
 from jobs.benchmarks.figures import bar, figure, ratio, taking_turns
 from neg_service import load_model
-from neg_service.measures.gradients import default_batch_tokens, gradients
+from neg_service.measures.batching import default_batch_tokens
+from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt

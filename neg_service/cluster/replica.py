@@ -22,10 +22,10 @@ from neg_service.cluster.plan import Shard
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ModelError
 from neg_service.measures import find_measure
-from neg_service.measures.gradients import default_batch_tokens
+from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, load_model, set_threads
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from neg_service.storage.objects import open_store
 from neg_service.storage.parts import encode_part, part_key
 
@@ -139,16 +139,21 @@ class ScanWorker:
         log.info("self-check passed: %s", checked)
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
-        samples = list(encode(self._model.tokenizer, self._samples, self._model.context_length))
-        self._calibration = self._measure.calibrate(self._model, samples, self._options, self._config.neurons)
+        self._calibration = self._measure.calibrate(
+            self._model, self._encoded(self._samples), self._options, self._config.neurons
+        )
         return Ready(f"{self._model.device}, {self._threads} threads", self._calibration)
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """Encode and measure a shard."""
-        prompts = list(encode(self._model.tokenizer, shard.prompts, self._model.context_length))
+        prompts = self._encoded(shard.prompts)
         # A shard that failed for memory runs in small batches without making all later ones small.
         budget = (
             self._budget if batch_scale == 1 else Budget(max(1, int(self._budget.tokens * batch_scale)), batch_scale)
         )
         neurons = self._config.neurons
         return self._measure.measure(self._model, prompts, self._options, neurons, budget, self._calibration)
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        model = self._model
+        return list(encode(model.tokenizer, prompts, model.context_length, model.mask_token))

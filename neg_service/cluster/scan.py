@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -40,15 +40,17 @@ from neg_service.cluster.resources import (
     replica_count,
     replica_size,
 )
-from neg_service.config import ScanConfig, check, typed
-from neg_service.errors import ConfigurationError
+from neg_service.config import NeuronsConfig, ScanConfig, check, typed
+from neg_service.errors import ConfigurationError, NegServiceError
 from neg_service.measures import find_measure
-from neg_service.measures.choice import with_list_read
-from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model, load_tokenizer
+from neg_service.measures.choice import strongest_neurons, with_list_read
+from neg_service.measures.strength import total
+from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model, load_tokenizer, mask_token_of
 from neg_service.models.source import LocalModel, fetch
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
 from neg_service.prompts.sources import load_prompts, without_credentials
 from neg_service.storage.objects import open_store
+from neg_service.storage.reader import open_run
 from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, note, write_or_match
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,8 @@ def prepare(config: ScanConfig) -> Prepared:
         config = replace(config, model=replace(config.model, source=str(Path(config.model.source).absolute())))
     checked_dtype(config.model.dtype)
     measure = find_measure(str(config.measure.get("name")))
-    options = typed(measure.Options, config.measure, "measure")
+    options = measure.read(typed(measure.Options, config.measure, "measure"))
+    config = replace(config, measure=asdict(options))
     config = replace(config, neurons=with_list_read(config.neurons))
     prompts = load_prompts(config.dataset.source, config.job.limit)
     check_prompts(prompts)
@@ -147,6 +150,8 @@ def run(prepared: Prepared) -> Summary:
     done = directory.done() & set(planned)
     todo = prepared.plan.n_shards - len(done)
     outcome, progress = Outcome(), None
+    if todo and prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
+        prepared = _with_strongest_listed(prepared)
     if todo:
         _check_encoding(prepared, done)
         connect(prepared.config.cluster)
@@ -178,11 +183,45 @@ def run(prepared: Prepared) -> Summary:
     )
 
 
+def _with_strongest_listed(prepared: Prepared) -> Prepared:
+    """The same scan with its neurons as a list: the strongest over the data set, which a scan of its own finds.
+
+    That scan resumes and is stored as any other, beside this one.
+
+    Raises:
+        NegServiceError: shards of the ranking were set aside.
+    """
+    config = prepared.config
+    layers = NeuronsConfig(config.neurons.layers)
+    name = None if config.job.name is None else f"{config.job.name}-strength"
+    ranking = prepare(
+        replace(
+            config,
+            measure={"name": "strength", "basis": config.measure["basis"]},
+            neurons=layers,
+            job=replace(config.job, name=name, shard_size="auto"),
+        )
+    )
+    log.info("ranking neurons over the data set first: %s", ranking.uri)
+    summary = run(ranking)
+    if summary.set_aside:
+        shard, error = next(iter(summary.set_aside.items()))
+        raise NegServiceError(
+            f"{len(summary.set_aside)} shards of the ranking {ranking.uri} were set aside, shard {shard} with: "
+            f"{error}; the same command tries them again"
+        )
+    strength = open_run(ranking.uri, config.storage.endpoint_url).table("strength").to_table()
+    strongest = strongest_neurons(*total(strength), config.neurons.count)
+    listed = NeuronsConfig(config.neurons.layers, choose="list", list=strongest.tolist())
+    return replace(prepared, config=replace(config, neurons=listed))
+
+
 def _check_encoding(prepared: Prepared, done: set[int]) -> None:
     """Encode what is still to do, for the sake of its errors: replicas encode their own shards."""
     tokenizer = load_tokenizer(prepared.local, prepared.config.model.trust_remote_code)
+    mask_token = mask_token_of(tokenizer, prepared.info.name) if prepared.info.is_masked else None
     for shard in shards_of(prepared.prompts, prepared.plan, done):
-        for _ in encode(tokenizer, shard.prompts, prepared.info.context_length):
+        for _ in encode(tokenizer, shard.prompts, prepared.info.context_length, mask_token):
             pass
 
 

@@ -39,6 +39,10 @@ class Measure(Protocol):
     # A dataclass of what `conf/measure/<name>.yaml` may say.
     Options: type[Any]
 
+    def read(self, options: Any) -> Any:
+        """The options with the content of files that they name in the place of the names: replicas see no files."""
+        ...
+
     def check(self, options: Any, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
         """Refuse, before anything starts, what this measure cannot do (ConfigurationError)."""
         ...
@@ -101,5 +105,5 @@ def _module(path: str) -> ModuleType | None:
 
 
 def _is_measure(module: ModuleType) -> bool:
-    needed = ("Options", "check", "identity", "tables", "cost_a_prompt", "calibrate", "measure")
+    needed = ("Options", "read", "check", "identity", "tables", "cost_a_prompt", "calibrate", "measure")
     return all(hasattr(module, name) for name in needed)

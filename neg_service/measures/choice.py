@@ -91,7 +91,7 @@ def chosen_neurons(config: NeuronsConfig, n_layers: int, n_neurons: int) -> Neur
     return np.concatenate(rows)
 
 
-def strongest_neurons(strength_ln: NDArray[Any], layers: Sequence[int], count: int) -> Neurons:
+def strongest_neurons(layers: Sequence[int], strength_ln: NDArray[Any], count: int) -> Neurons:
     """The `count` strongest neurons as [n, 2], ordered by layer and index; `strength_ln` is of the layers given."""
     order = np.argsort(-strength_ln.ravel(), kind="stable")[:count]
     return _pairs(layers, np.sort(order), strength_ln.shape[1])

@@ -16,7 +16,7 @@ Axes: K targets of a prompt, L chosen layers, N neurons of a layer, R branches o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,19 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.errors import NonFiniteError, OutOfMemory
-from neg_service.models.batches import Budget, fill_batches, group_by_header
-from neg_service.models.branches import at_least_float32, run_branches, run_prefix
+from neg_service.errors import NonFiniteError
+from neg_service.measures.batching import in_batches
+from neg_service.models.batches import Budget
+from neg_service.models.branches import at_least_float32
 from neg_service.models.feed_forward import Site, visiting
 from neg_service.models.language_model import LanguageModel
+from neg_service.models.rows import Rows, flat
 from neg_service.prompts.prompt import EncodedPrompt
 
 Floats = NDArray[np.float32]
-
-# A header known from earlier prompts serves unless it leaves more than this many shared tokens unshared.
-HEADER_SLACK = 16
-# So many prompts are planned together; planning costs the square of it.
-PLANNED_TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,6 @@ class PromptGradients:
     activation_ln: Floats
 
 
-def default_batch_tokens(model: LanguageModel) -> int:
-    """A batch that keeps the processor busy: more does not make it faster, and costs memory."""
-    return 2048 if model.device.type == "cpu" else 16384
-
-
 def gradients(
     model: LanguageModel,
     prompts: Sequence[EncodedPrompt],
@@ -74,54 +66,11 @@ def gradients(
     """
     all_sites = model.feed_forward.sites(basis)
     sites = {layer: all_sites[layer] for layer in layers}
-    for start in range(0, len(prompts), PLANNED_TOGETHER):
-        block = range(len(prompts))[start : start + PLANNED_TOGETHER]
-        for group in group_by_header([prompts[i].ids for i in block]):
-            members = [block[i] for i in group.members]
-            first = prompts[members[0]].ids
-            known = model.known_header([prompts[i].ids for i in members])
-            header = known if known and known >= group.header - HEADER_SLACK else group.header
-            lengths = [len(prompts[i].ids) - header for i in members]
-            branches = [len(wanted[i]) for i in members]
-            for batch in fill_batches(lengths, branches, budget):
-                indices = [members[i] for i in batch]
-                for part, results in _halving(model, prompts, wanted, sites, first[:header], indices, budget):
-                    yield from zip(part, results, strict=True)
 
+    def run(indices: Sequence[int], header: tuple[int, ...]) -> list[PromptGradients]:
+        return _run_batch(model, [prompts[i] for i in indices], [wanted[i] for i in indices], sites, header)
 
-def _halving(
-    model: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
-    wanted: Sequence[Sequence[int]],
-    sites: dict[int, Site],
-    header: tuple[int, ...],
-    indices: list[int],
-    budget: Budget,
-) -> Iterator[tuple[list[int], list[PromptGradients]]]:
-    """Run a batch; when memory ends, halve the budget for all that follows and run the batch in two halves."""
-    waiting = [indices]
-    while waiting:
-        part = waiting.pop()
-        try:
-            results = _run_batch(model, [prompts[i] for i in part], [wanted[i] for i in part], sites, header)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(part) == 1:
-                prompt = prompts[part[0]]
-                raise OutOfMemory(
-                    f"prompt {prompt.prompt.id!r} with {len(prompt.ids)} tokens and {len(wanted[part[0]])} targets "
-                    f"does not fit into the memory of {model.device} even alone: use a larger device or fewer targets"
-                ) from error
-            budget.halve()
-            waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
-            results = None
-        if results is None:
-            # Out of the handler, where the failed batch's tensors are no longer held by the traceback.
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        yield part, results
+    return in_batches(model, prompts, [len(own) for own in wanted], run, budget)
 
 
 def _run_batch(
@@ -131,12 +80,9 @@ def _run_batch(
     sites: dict[int, Site],
     header: tuple[int, ...],
 ) -> list[PromptGradients]:
-    rows = [len(own) for own in wanted]
-    prefix = run_prefix(model.model, [prompt.ids for prompt in prompts], model.header(header))
+    counts = [len(own) for own in wanted]
     target_ids = [prompt.target_ids[k] for prompt, own in zip(prompts, wanted, strict=True) for k in own]
-    found = row_gradients(
-        lambda _: run_branches(model.model, prefix, rows), sites, lambda x: x.view(-1, x.shape[-1]), target_ids
-    )
+    found = row_gradients(model.rows([prompt.ids for prompt in prompts], header), counts, sites, target_ids)
     log_p_rv = found.log_p_rv
     finite_r = log_p_rv.isfinite().all(-1).cpu()
     p_r = log_p_rv[range(len(target_ids)), target_ids].exp().cpu().numpy()
@@ -179,15 +125,9 @@ class RowGradients:
 
 
 def row_gradients(
-    run: Callable[[int], Tensor],
-    sites: Mapping[int, Site],
-    at_readout: Callable[[Tensor], Tensor],
-    target_ids: Sequence[int],
+    rows: Rows, counts: Sequence[int], sites: Mapping[int, Site], target_ids: Sequence[int]
 ) -> RowGradients:
-    """One backward over a sum of independent rows, each with a target of its own.
-
-    `run(R)` gives logits [R, V]; `at_readout` sees a tensor that passes by as [R, ...] at the readout position.
-    """
+    """One backward over a sum of independent rows, `counts[b]` of prompt b, each with a target of its own."""
     captured: dict[int, Tensor] = {}
 
     def capture(layer: int, x: Tensor) -> Tensor:
@@ -196,17 +136,16 @@ def row_gradients(
         return captured[layer]
 
     with torch.enable_grad(), visiting(sites, capture):
-        log_p_rv = at_least_float32(run(len(target_ids))).log_softmax(-1)
+        log_p_rv = at_least_float32(rows.run(counts)).log_softmax(-1)
         target_r1 = torch.tensor(target_ids, device=log_p_rv.device)[:, None]
         slopes = torch.autograd.grad(log_p_rv.gather(1, target_r1).sum(), [captured[layer] for layer in sites])
 
+    positions_r = rows.positions(counts)
+
     def own(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [site.neurons(at_readout(x.detach())) for site, x in zip(sites.values(), tensors, strict=True)]
+        return [
+            site.neurons(flat(x.detach().contiguous())[positions_r.to(x.device)])
+            for site, x in zip(sites.values(), tensors, strict=True)
+        ]
 
     return RowGradients(log_p_rv.detach(), own(slopes), own([captured[layer] for layer in sites]))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ended."""
-    # PyTorch has a class for it on accelerators; on the CPU the allocator raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

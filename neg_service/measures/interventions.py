@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from neg_service.errors import ConfigurationError, OutOfMemory
-from neg_service.measures.gradients import is_out_of_memory, row_gradients
+from neg_service.measures.batching import is_out_of_memory
+from neg_service.measures.gradients import row_gradients
 from neg_service.measures.readout import Readout
 from neg_service.models.batches import RowBudget
 from neg_service.models.feed_forward import visiting
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.rows import Rows, resuming_at
+from neg_service.models.rows import Rows, flat, resuming_at
 from neg_service.prompts.prompt import EncodedPrompt
 
 
@@ -46,7 +47,7 @@ class Interventions:
         self._target_ids = list(prompt.target_ids)
         self._inputs: list[Tensor] = []
         self._gives_tuple: list[bool] = []
-        self.rows: Rows = model.rows(prompt.ids, header)
+        self.rows: Rows = model.rows([prompt.ids], header)
         self.device = model.device
         captured: dict[int, Tensor] = {}
 
@@ -59,19 +60,16 @@ class Interventions:
                 stack.callback(layer.register_forward_hook(keep, with_kwargs=True).remove)
             stack.enter_context(visiting(dict(enumerate(self._sites)), lambda i, x: captured.update({i: x})))
             head_rv = stack.enter_context(self._readout.watching())
-            logits_rv = self.rows.run(1)
+            logits_rv = self.rows.run([1])
+        place = self.rows.positions([1])
         self._unshifted = self._readout.unshifted(head_rv[0][0], logits_rv[0], self._who)
         self.probability_k = self._unshifted.p_v[self._target_ids]
-        self.activation_ln = [site.neurons(self.rows.at_readout(captured[i]))[0] for i, site in enumerate(self._sites)]
+        self.activation_ln = [site.neurons(flat(captured[i])[place])[0] for i, site in enumerate(self._sites)]
 
     def neurgrad(self, layers: Sequence[int]) -> Tensor:
         """NeurGrad [K, L, N] of the layers' neurons, over the same prefix; probability per unit of |activation|."""
-        found = row_gradients(
-            self.rows.run,
-            {layer: self._sites[layer] for layer in layers},
-            self.rows.at_readout,
-            self._target_ids,
-        )
+        sites = {layer: self._sites[layer] for layer in layers}
+        found = row_gradients(self.rows, [len(self._target_ids)], sites, self._target_ids)
         signed = [
             torch.where(activation_kn < 0, -slope_kn, slope_kn).to(self.device, self.probability_k.dtype)
             for slope_kn, activation_kn in zip(found.gradient_lrn, found.activation_lrn, strict=True)
@@ -114,12 +112,12 @@ class Interventions:
     def _run(self, layer: int, neurons_r: Tensor, shifts_r: Tensor) -> Tensor:
         n_rows = len(shifts_r) + 1
         site = self._sites[layer]
+        positions_r = self.rows.positions([n_rows])[1:]
 
         def shift(_layer: int, x: Tensor) -> Tensor:
             shifted = x.clone()
-            at_rn = site.neurons(self.rows.at_readout(shifted))
-            row_r = torch.arange(1, n_rows, device=x.device)
-            at_rn[row_r, neurons_r.to(x.device)] += shifts_r.to(x.device, x.dtype)
+            places = (positions_r.to(x.device), neurons_r.to(x.device))
+            site.neurons(flat(shifted))[places] += shifts_r.to(x.device, x.dtype)
             return shifted
 
         stored = self.rows.widened(self._inputs[layer], n_rows)
@@ -127,7 +125,7 @@ class Interventions:
             stack.enter_context(resuming_at(self._layers, layer, stored, self._gives_tuple))
             stack.enter_context(visiting({layer: site}, shift))
             head_rv = stack.enter_context(self._readout.differences([n_rows]))
-            self.rows.run(n_rows)
+            self.rows.run([n_rows])
         return self._readout.delta_log_p(self._unshifted, head_rv[0][1:], self._target_ids)
 
 

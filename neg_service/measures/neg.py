@@ -92,7 +92,7 @@ def neg(
     check_shift(shift)
     sweep = Sweep(full_grid() if shifts is None else given_grid(shifts), basis, shift)
     chosen = _asked_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
-    (encoded,) = encode(model.tokenizer, asked, model.context_length)
+    (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token)
     model.ensure_checked()
     interventions = Interventions(model, encoded, basis)
     budget = rows_that_fit(model, interventions.rows, batch_bytes)

@@ -26,8 +26,9 @@ from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
 from neg_service.measures import Cost
+from neg_service.measures.batching import default_batch_tokens
 from neg_service.measures.choice import check_whole_layers
-from neg_service.measures.gradients import Floats, PromptGradients, default_batch_tokens, gradients
+from neg_service.measures.gradients import Floats, PromptGradients, gradients
 from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
@@ -100,7 +101,7 @@ def neurgrad(
     asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
     check_prompts(asked)
     chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
-    encoded = list(encode(model.tokenizer, asked, model.context_length))
+    encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token))
     model.ensure_checked()
     budget = Budget(batch_tokens or default_batch_tokens(model))
     wanted = [tuple(range(len(prompt.targets))) for prompt in asked]
@@ -126,6 +127,11 @@ def sign(activation: Floats) -> Floats:
 
 
 # --- as a measure of a scan
+
+
+def read(options: Options) -> Options:
+    """No files."""
+    return options
 
 
 def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:

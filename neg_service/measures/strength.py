@@ -37,6 +37,11 @@ class Options:
     basis: str = "paper"
 
 
+def read(options: Options) -> Options:
+    """No files."""
+    return options
+
+
 def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
     """Refuse bad options."""
     check_basis(options.basis, info.is_gated, info.architecture)

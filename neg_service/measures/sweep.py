@@ -38,7 +38,7 @@ from neg_service.measures.linearity import Grid, coarse_grid, full_grid, given_g
 from neg_service.measures.neg import BATCH_BYTES, Sweep, Swept, check_shift, sweep_prompt
 from neg_service.measures.noise import measure_noise, resolution
 from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
-from neg_service.models.batches import Budget, group_by_header
+from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
 from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -64,6 +64,11 @@ class Options:
     shifts: Any = None
     keep_curves: bool = False
     batch_bytes: Any = "auto"
+
+
+def read(options: Options) -> Options:
+    """No files."""
+    return options
 
 
 def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
@@ -128,14 +133,14 @@ def measure(
     layers = layers_of(neurons, n_layers)
     chosen = None if neurons.choose == "top" else chosen_neurons(neurons, n_layers, n_neurons)
     rows_of: dict[int, tuple[pa.Table, pa.Table]] = {}
-    for group in group_by_header([prompt.ids for prompt in prompts]):
+    for group in model.groups([prompt.ids for prompt in prompts]):
         for index in group.members:
             prompt = prompts[index]
             interventions = Interventions(model, prompt, options.basis, prompt.ids[: group.header])
             neurgrad_kln = interventions.neurgrad(layers)
             own = chosen
             if own is None:
-                own = strongest_neurons(neurgrad_kln.abs().amax(0).cpu().numpy(), layers, neurons.count)
+                own = strongest_neurons(layers, neurgrad_kln.abs().amax(0).cpu().numpy(), neurons.count)
             rows = rows_that_fit(model, interventions.rows, batch_bytes * budget.scale)
             fitting = rows.rows
             progress = _Progress(prompt.prompt.id, len(own))

@@ -52,6 +52,9 @@ LAYOUTS = (
     Layout(up="c_fc", act="act", down="c_proj"),  # GPT-2, StarCoder 2
     Layout(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),  # GPT-NeoX
     Layout(up="fc1", act="activation_fn", down="fc2"),  # Phi; OPT, in the layer itself
+    # BERT, RoBERTa, ELECTRA, in the layer itself.
+    Layout(up="intermediate.dense", act="intermediate.intermediate_act_fn", down="output.dense"),
+    Layout(up="ffn.lin1", act="ffn.activation", down="ffn.lin2"),  # DistilBERT, in the layer itself
 )
 
 
@@ -184,7 +187,8 @@ def _mlp(layer: nn.Module) -> nn.Module:
 
 
 def _has(mlp: nn.Module, layout: Layout) -> bool:
-    return all(isinstance(getattr(mlp, name, None), nn.Module) for name in layout.names)
+    modules = dict(mlp.named_modules())
+    return all(name in modules for name in layout.names)
 
 
 def _input_size(down: nn.Module) -> int:

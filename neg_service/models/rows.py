@@ -1,11 +1,11 @@
-"""Very many variants of one prompt: rows of a batch that differ at the readout position, and may begin at any layer.
+"""Variants of prompts: rows of a batch that differ at their prompt's readout position, and may begin at any layer.
 
-A measure that intervenes asks for rows and does not care how they are run. In a causal model a row is a branch of the
-last token over the prompt's frozen prefix. In a masked model a change at the mask token changes every token above
-it, so a row is the whole prompt; what is saved there is the layers below the intervention, and the vocabulary head
-at all other positions.
+A measure asks for rows and does not care how they are run. In a causal model a row is a branch of the last token over
+the prompt's frozen prefix. In a masked model a change at the mask token changes every token in the layers above, so a
+row is the whole prompt; what is saved there is the layers below an intervention, and the vocabulary head at all other
+positions.
 
-Axes: R rows, T tokens of the prompt, E hidden size, V vocabulary.
+Axes: B prompts, R rows in all, T tokens of the longest prompt, F features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,76 +22,97 @@ from neg_service.models.branches import Header, run_branches, run_prefix
 
 
 class Rows(Protocol):
-    """One prompt, ready to be run in rows."""
+    """Prompts, ready to be run in rows: `counts[b]` rows of prompt b, prompt by prompt."""
 
-    # How many tokens each row carries through the layers, and how many it attends to.
+    # How many tokens a row carries through the layers, and how many each of them attends to.
     tokens: int
     attended: int
 
-    def run(self, n_rows: int) -> Tensor:
-        """Logits at the readout position [R, V], in the model's precision."""
+    def run(self, counts: Sequence[int]) -> Tensor:
+        """Logits at the readout position of each row [R, V], in the model's precision."""
         ...
 
-    def at_readout(self, x: Tensor) -> Tensor:
-        """A tensor of a pass over rows, seen as [R, ...] at the readout position; a view."""
+    def positions(self, counts: Sequence[int]) -> Tensor:
+        """Where each row's readout position is [R], in any tensor of the pass seen as [tokens, F]."""
         ...
 
     def widened(self, stored: Tensor, n_rows: int) -> Tensor:
-        """A layer's input, stored from a pass of one row, as the input of `n_rows` equal rows."""
+        """A layer's input, stored from a pass of one row of one prompt, as the input of `n_rows` equal rows."""
         ...
 
 
 class BranchRows:
     """Rows of a causal model: branches of the last token over the prefix, which runs once, here."""
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int], header: Header) -> None:
-        self.tokens, self.attended = 1, len(ids)
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], header: Header) -> None:
+        self.tokens, self.attended = 1, max(map(len, prompts))
         self._model = model
-        self._prefix = run_prefix(model, [ids], header)
+        self._prefix = run_prefix(model, prompts, header)
 
-    def run(self, n_rows: int) -> Tensor:
+    @property
+    def n_layers(self) -> int:
+        """How many layers left keys and values: those that go through transformers' attention interface."""
+        return len(self._prefix.keys_bgtd)
+
+    def run(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`."""
-        return run_branches(self._model, self._prefix, [n_rows])
+        return run_branches(self._model, self._prefix, counts)
 
-    def at_readout(self, x: Tensor) -> Tensor:
-        """See `Rows`; some architectures (OPT) run their MLP on two axes."""
-        return x.view(-1, x.shape[-1])
+    def positions(self, counts: Sequence[int]) -> Tensor:
+        """See `Rows`; branches travel packed, and nothing else with them."""
+        return torch.arange(sum(counts))
 
     def widened(self, stored: Tensor, n_rows: int) -> Tensor:
-        """See `Rows`; branches travel packed, as the tokens of one sequence."""
+        """See `Rows`; some architectures (OPT) run their layers' parts on two axes."""
         return stored.expand(1, n_rows, -1) if stored.ndim == 3 else stored.expand(n_rows, -1)
 
 
 class SequenceRows:
-    """Rows of a masked model: whole prompts, read at their mask token."""
+    """Rows of a masked model: whole prompts, padded to the longest and read at their mask token."""
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int], readout: int) -> None:
-        self.tokens = self.attended = len(ids)
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], mask_token: int) -> None:
+        longest = max(map(len, prompts))
+        self.tokens = self.attended = longest
         self._model = model
-        self._readout = readout
-        self._ids = torch.tensor([list(ids)], device=model.device)
+        ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        self._ids_bt = torch.tensor(ids, device=model.device)
+        length_b1 = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
+        self._visible_bt = (torch.arange(longest, device=model.device) < length_b1).long()
+        self._readout_b = torch.tensor([list(prompt).index(mask_token) for prompt in prompts])
 
-    def run(self, n_rows: int) -> Tensor:
-        """See `Rows`; the vocabulary head sees the mask token only."""
+    def run(self, counts: Sequence[int]) -> Tensor:
+        """See `Rows`; the vocabulary head sees the mask tokens only."""
+        of_row = self._prompt_of_row(counts)
+        readout_r = self._readout_b[of_row]
 
         def read(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            output["last_hidden_state"] = output["last_hidden_state"][:, self._readout, None]
+            hidden = output["last_hidden_state"]
+            output["last_hidden_state"] = hidden[torch.arange(len(hidden)), readout_r, None]
             return output
 
         handle = self._model.base_model.register_forward_hook(read)
         try:
-            logits: Tensor = self._model(self._ids.expand(n_rows, -1)).logits
+            of_row = of_row.to(self._ids_bt.device)
+            logits: Tensor = self._model(self._ids_bt[of_row], attention_mask=self._visible_bt[of_row]).logits
         finally:
             handle.remove()
         return logits[:, 0]
 
-    def at_readout(self, x: Tensor) -> Tensor:
+    def positions(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`."""
-        return x[:, self._readout]
+        return torch.arange(sum(counts)) * self.tokens + self._readout_b[self._prompt_of_row(counts)]
 
     def widened(self, stored: Tensor, n_rows: int) -> Tensor:
         """See `Rows`."""
         return stored.expand(n_rows, -1, -1)
+
+    def _prompt_of_row(self, counts: Sequence[int]) -> Tensor:
+        return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
+
+
+def flat(x: Tensor) -> Tensor:
+    """A tensor of a pass as [tokens, F]: a view, to read or write at `Rows.positions`."""
+    return x.view(-1, x.shape[-1])
 
 
 @contextmanager

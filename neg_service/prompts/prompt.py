@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -88,31 +89,46 @@ def _is_not_text(text: str) -> bool:
 
 
 def encode(
-    tokenizer: Tokenizer, prompts: Iterable[Prompt], context_length: int | None, batch: int = 256
+    tokenizer: Tokenizer,
+    prompts: Iterable[Prompt],
+    context_length: int | None,
+    mask_token: int | None = None,
+    batch: int = 256,
 ) -> Iterator[EncodedPrompt]:
     """Encode prompts and their targets in context, lazily and in order.
 
+    A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place.
+
     Raises:
         PromptError: a target that is not one token in context, two targets with the same token, an empty prompt,
-            or one longer than `context_length` tokens; names the prompt, the value, and the key to change.
+            one longer than `context_length` tokens, or one that has not exactly one mask token where one is needed;
+            names the prompt, the value, and the key to change.
     """
     remaining = iter(prompts)
     while group := list(islice(remaining, batch)):
-        texts = [text for p in group for text in (p.text, *(p.text + target for target in p.targets))]
+        texts = [text for p in group for text in (p.text, *_with_targets(tokenizer, p, mask_token))]
         encoded = iter(tokenizer(texts)["input_ids"])
         for prompt in group:
             ids = tuple(next(encoded))
             with_targets = [tuple(next(encoded)) for _ in prompt.targets]
-            yield _encoded(tokenizer, prompt, ids, with_targets, context_length)
+            _check_length(prompt, ids, context_length)
+            own_of = _after if mask_token is None else partial(_instead_of, mask_token)
+            yield EncodedPrompt(prompt, ids, _target_ids(tokenizer, prompt, ids, with_targets, own_of))
 
 
-def _encoded(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    ids: tuple[int, ...],
-    with_targets: list[tuple[int, ...]],
-    context_length: int | None,
-) -> EncodedPrompt:
+def _with_targets(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> list[str]:
+    if mask_token is None:
+        return [prompt.text + target for target in prompt.targets]
+    (mask,) = tokenizer.convert_ids_to_tokens([mask_token])
+    if prompt.text.count(mask) != 1:
+        raise PromptError(
+            f"prompt {prompt.id!r} has {prompt.text.count(mask)} mask tokens {mask!r}, a masked model needs exactly 1 "
+            f"(dataset.source)"
+        )
+    return [prompt.text.replace(mask, target) for target in prompt.targets]
+
+
+def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | None) -> None:
     if not ids:
         raise PromptError(f"prompt {prompt.id!r} has no tokens; it needs at least one (dataset.source)")
     if context_length is not None and len(ids) > context_length:
@@ -120,15 +136,43 @@ def _encoded(
             f"prompt {prompt.id!r} has {len(ids)} tokens, the model's context holds {context_length}: "
             f"shorten it, or choose another model.source"
         )
+
+
+# Gives a target's own tokens within the tokens of the prompt with it, or None where these do not match the prompt's.
+_OwnTokens = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...] | None]
+
+
+def _after(ids: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...] | None:
+    return full[len(ids) :] if full[: len(ids)] == ids else None
+
+
+def _instead_of(mask_token: int, ids: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...] | None:
+    place = ids.index(mask_token)
+    after = len(ids) - place - 1
+    if full[:place] != ids[:place] or len(full) < len(ids) - 1 or full[len(full) - after :] != ids[place + 1 :]:
+        return None
+    return full[place : len(full) - after]
+
+
+def _target_ids(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    ids: tuple[int, ...],
+    with_targets: list[tuple[int, ...]],
+    own_tokens: _OwnTokens,
+) -> tuple[int, ...]:
     target_of: dict[int, str] = {}
     for target, full in zip(prompt.targets, with_targets, strict=True):
-        if full[: len(ids)] != ids:
+        own = own_tokens(ids, full)
+        if own is None:
+            # The tokens from where the two texts part.
+            seam = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), len(ids)) - 1
             raise PromptError(
-                f"prompt {prompt.id!r}: target {target!r} merges with the end of the prompt "
-                f"{_tokens(tokenizer, ids[-2:])} into {_tokens(tokenizer, full[max(0, len(ids) - 2) :])}; "
-                f"move the space from the prompt's end to the target's beginning (dataset.source)"
+                f"prompt {prompt.id!r}: target {target!r} merges with the text beside it "
+                f"{_tokens(tokenizer, ids[max(0, seam) : seam + 2])} into "
+                f"{_tokens(tokenizer, full[max(0, seam) : seam + 3])}; "
+                f"move the space between them from the prompt to the target, or away (dataset.source)"
             )
-        own = full[len(ids) :]
         if len(own) != 1:
             raise PromptError(
                 f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
@@ -140,7 +184,7 @@ def _encoded(
                 f"{_tokens(tokenizer, own)}; targets must differ (dataset.source)"
             )
         target_of[own[0]] = target
-    return EncodedPrompt(prompt, ids, tuple(target_of))
+    return tuple(target_of)
 
 
 def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -100,7 +100,7 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> No
     whole = neg_service.neg(model, TEXT, TARGET)
     assert whole.neurons.tolist() == [[layer, n] for layer in range(3) for n in range(40)]
     assert whole.delta_p.shape == (120, 40)
-    rows = model.rows(IDS)
+    rows = model.rows([IDS])
     small = neg_service.neg(
         model, TEXT, TARGET, NEURONS, batch_bytes=int(3.5 * 10**9 / rows_that_fit(model, rows, 10**9).rows)
     )

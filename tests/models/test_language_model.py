@@ -25,7 +25,7 @@ from tests.fakes import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_self_check_passes_on_every_family(family: str) -> None:
-    checked = tiny_model(family).self_check()
+    checked = tiny_model(family).ensure_checked()
     assert checked.logits < 1e-5
     assert checked.neurons < 1e-6
     assert checked.poke is not None
@@ -33,7 +33,7 @@ def test_the_self_check_passes_on_every_family(family: str) -> None:
 
 
 def test_the_self_check_in_bfloat16_has_no_poke() -> None:
-    checked = tiny_model("llama", torch.bfloat16).self_check()
+    checked = tiny_model("llama", torch.bfloat16).ensure_checked()
     assert checked.poke is None
 
 
@@ -46,9 +46,9 @@ def test_the_self_check_finds_a_prefix_that_is_wrong(monkeypatch: pytest.MonkeyP
             keys.copy_(keys.roll(1, 2))
         return prefix
 
-    monkeypatch.setattr(branches, "run_prefix", off_by_one)
-    with pytest.raises(ModelError, match=r"branch logits are .* off the plain forward pass"):
-        tiny_model("llama").self_check()
+    monkeypatch.setattr("neg_service.models.rows.run_prefix", off_by_one)
+    with pytest.raises(ModelError, match=r"row logits are .* off the plain forward pass"):
+        tiny_model("llama").ensure_checked()
 
 
 def test_the_self_check_finds_neurons_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_the_self_check_finds_neurons_that_are_wrong(monkeypatch: pytest.MonkeyP
         up.copy_(torch.cat(up.chunk(2)[::-1]))
         mlp.forward = _swapped_forward.__get__(mlp)
     with pytest.raises(ModelError, match="captured neurons are"):
-        model.self_check()
+        model.ensure_checked()
 
 
 def _swapped_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def _swapped_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_an_architecture_without_the_attention_interface_is_refused() -> None:
     config = BloomConfig(vocab_size=97, hidden_size=24, n_layer=3, n_head=4)
     with pytest.raises(ModelError, match=r"BloomMLP|attention interface"):
-        LanguageModel(AutoModelForCausalLM.from_config(config)).self_check()
+        LanguageModel(AutoModelForCausalLM.from_config(config)).ensure_checked()
 
 
 def test_unknown_mlps_are_refused_by_their_class() -> None:

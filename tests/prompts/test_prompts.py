@@ -128,7 +128,7 @@ def test_prompts_that_are_wrong_without_a_tokenizer(prompts: list[Prompt], messa
         (Prompt("x", "w1", (" w2 w3",)), r"target ' w2 w3' is 2 tokens \['w2', 'w3'\], it must be exactly 1"),
         (Prompt("x", "w1", ("",)), r"target '' is 0 tokens"),
         (Prompt("x", "w1", (" w2", "  w2")), r"targets ' w2' and '  w2' are the same token \['w2'\]"),
-        (Prompt("x", "w1", ("2",)), r"target '2' merges with the end of the prompt \['w1'\] into \['w12'\]"),
+        (Prompt("x", "w1", ("2",)), r"target '2' merges with the text beside it \['w1'\] into \['w12'\]"),
         (Prompt("x", "w1 " * 9, ("w2",)), r"has 9 tokens, the model's context holds 8"),
         (Prompt("x", " ", ("w2",)), r"has no tokens"),
     ],

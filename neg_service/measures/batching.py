@@ -1,0 +1,95 @@
+"""Running prompts together: in groups with a shared beginning, in batches that fit, halved when memory ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from neg_service.errors import OutOfMemory
+from neg_service.models.batches import Budget, fill_batches
+from neg_service.models.language_model import LanguageModel
+from neg_service.prompts.prompt import EncodedPrompt
+
+T = TypeVar("T")
+
+# A header known from earlier prompts serves unless it leaves more than this many shared tokens unshared.
+HEADER_SLACK = 16
+# So many prompts are planned together; planning costs the square of it.
+PLANNED_TOGETHER = 256
+
+
+def default_batch_tokens(model: LanguageModel) -> int:
+    """A batch that keeps the processor busy: more does not make it faster, and costs memory."""
+    return 2048 if model.device.type == "cpu" else 16384
+
+
+def in_batches(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    counts: Sequence[int],
+    run: Callable[[Sequence[int], tuple[int, ...]], list[T]],
+    budget: Budget,
+) -> Iterator[tuple[int, T]]:
+    """Run prompts in whatever order is cheapest; yields (index, result), each index once.
+
+    `counts[i]` rows are run of prompt i; `run(indices, header)` runs some prompts that all begin with the tokens
+    `header`, and gives their results in order.
+
+    Raises:
+        OutOfMemory: a prompt does not fit even alone.
+    """
+    for start in range(0, len(prompts), PLANNED_TOGETHER):
+        block = range(len(prompts))[start : start + PLANNED_TOGETHER]
+        for group in model.groups([prompts[i].ids for i in block]):
+            members = [block[i] for i in group.members]
+            first = prompts[members[0]].ids
+            known = model.known_header([prompts[i].ids for i in members])
+            header = known if known and known >= group.header - HEADER_SLACK else group.header
+            # A masked model's rows carry the whole prompt, a causal one's the last token over a prefix that all share.
+            lengths = [0 if model.is_masked else len(prompts[i].ids) - header for i in members]
+            rows = [counts[i] * (len(prompts[i].ids) if model.is_masked else 1) for i in members]
+            for batch in fill_batches(lengths, rows, budget):
+                yield from _halving(model, prompts, counts, run, first[:header], [members[i] for i in batch], budget)
+
+
+def _halving(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    counts: Sequence[int],
+    run: Callable[[Sequence[int], tuple[int, ...]], list[T]],
+    header: tuple[int, ...],
+    indices: list[int],
+    budget: Budget,
+) -> Iterator[tuple[int, T]]:
+    """Run a batch; when memory ends, halve the budget for all that follows and run the batch in two halves."""
+    waiting = [indices]
+    while waiting:
+        part = waiting.pop()
+        try:
+            results = run(part, header)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(part) == 1:
+                prompt = prompts[part[0]]
+                raise OutOfMemory(
+                    f"prompt {prompt.prompt.id!r} with {len(prompt.ids)} tokens and {counts[part[0]]} rows does not "
+                    f"fit into the memory of {model.device} even alone: use a larger device or fewer targets"
+                ) from error
+            budget.halve()
+            waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
+            results = None
+        if results is None:
+            # Out of the handler, where the failed batch's tensors are no longer held by the traceback.
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        yield from zip(part, results, strict=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ended."""
+    # PyTorch has a class for it on accelerators; on the CPU the allocator raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,315 @@
+"""What joint interventions do: probabilities and predictions with and without edits of any sets of neurons.
+
+Every edit of a prompt is one row of a batch, next to a row without edits; prompts run together, over shared prefixes,
+as they do for gradients. Changes of probability are differences that were never subtracted (`readout.py`), so the
+effect of a joint shift compares with the sum of its neurons' NEGs down to small shifts. What edits are: `edits.py`.
+
+Axes: P prompts, E edits, K targets of a prompt, R rows of a batch, i single changes: one neuron in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neg_service import schema
+from neg_service.config import NeuronsConfig
+from neg_service.errors import ConfigurationError
+from neg_service.measures import Cost
+from neg_service.measures.batching import default_batch_tokens, in_batches
+from neg_service.measures.choice import check_whole_layers
+from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
+from neg_service.measures.gradients import gradients
+from neg_service.measures.readout import Readout
+from neg_service.measures.tables import key_columns, prompt_row, table_of
+from neg_service.models.batches import Budget
+from neg_service.models.feed_forward import Site, check_basis, visiting
+from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.rows import flat
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, encode
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class InterveneResult:
+    """Probabilities and predictions before and after edits; prompts with fewer targets than K are padded with NaN.
+
+    edits: the names of the E edits. probability_before: [P, K]. probability: [P, E, K], 0..1.
+    delta_p: [P, E, K], the difference of the two, far more exact than subtracting them.
+    prediction_before: [P], prediction: [P, E]: index of the most probable target, the lower one on a tie.
+    n_targets: [P], how many of the K are real.
+    """
+
+    edits: tuple[str, ...]
+    probability_before: Doubles
+    probability: Doubles
+    delta_p: Doubles
+    prediction_before: NDArray[np.int64]
+    prediction: NDArray[np.int64]
+    n_targets: NDArray[np.int64]
+
+
+def intervene(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    targets: Sequence[Sequence[str]],
+    edits: Sequence[Edit | Mapping[str, Any]],
+    *,
+    basis: str = "paper",
+    answers: Sequence[int | None] | None = None,
+    batch_tokens: int | None = None,
+) -> InterveneResult:
+    """Change sets of neurons at each prompt's readout position, and read the targets before and after.
+
+    Args:
+        model: from `load_model`.
+        prompts: P texts.
+        targets: for each prompt, texts that follow it verbatim; each must be one token there.
+        edits: E edits, `Edit` or mappings such as `{"neurons": [(29, 864)], "shift": 0.5}`; see `edits.py`.
+        basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
+        answers: for each prompt the index of the target that `enhance` favours; the first target where not given.
+        batch_tokens: how much a batch may hold; halved by itself when memory ends. Never changes the results.
+
+    Raises:
+        PromptError: an unusable prompt or target.
+        ConfigurationError: an edit that the model cannot do, an unknown basis.
+        ModelError: the model fails its self-check, which runs once, before the first measurement.
+        NonFiniteError: NaN or infinity in a prompt's logits.
+    """
+    given = answers if answers is not None else [None] * len(prompts)
+    if not len(prompts) == len(targets) == len(given):
+        raise ConfigurationError(
+            f"{len(prompts)} prompts, targets for {len(targets)} and answers for {len(given)}; one a prompt is needed"
+        )
+    asked = [
+        Prompt(str(i), text, tuple(own), answer)
+        for i, (text, own, answer) in enumerate(zip(prompts, targets, given, strict=True))
+    ]
+    check_prompts(asked)
+    checked = checked_edits(edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token))
+    model.ensure_checked()
+    p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
+    before, delta = np.full((p, k), np.nan), np.full((p, e, k), np.nan)
+    for index, found in effects(model, encoded, checked, basis, Budget(batch_tokens or default_batch_tokens(model))):
+        own = len(found.probability_k)
+        before[index, :own], delta[index, :, :own] = found.probability_k, found.delta_p_ek
+    after = before[:, None] + delta
+    return InterveneResult(
+        edits=tuple(edit.name for edit in checked),
+        probability_before=before,
+        probability=after,
+        delta_p=delta,
+        prediction_before=np.nanargmax(before, -1),
+        prediction=np.nanargmax(after, -1),
+        n_targets=np.array([len(prompt.targets) for prompt in asked]),
+    )
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Of one prompt: probabilities of its targets without edits [K], and what each edit changes [E, K]."""
+
+    probability_k: Doubles
+    delta_p_ek: Doubles
+
+
+def effects(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget
+) -> Iterator[tuple[int, Effects]]:
+    """Run edits on prompts in whatever order is cheapest; yields (index, effects), each index once."""
+    signs = _signs_of_neg(model, prompts, edits, basis, budget)
+    sites = model.feed_forward.sites(basis)
+    readout = Readout(model)
+
+    def run(indices: Sequence[int], header: tuple[int, ...]) -> list[Effects]:
+        own, own_signs = [prompts[i] for i in indices], [signs[i] for i in indices]
+        return _run_batch(model, readout, own, own_signs, edits, sites, header)
+
+    return in_batches(model, prompts, [1 + len(edits)] * len(prompts), run, budget)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a layer's edits do in a batch: a[row, neuron] -> factor·a + constant·(sign of a without edits, or 1)."""
+
+    row_i: Tensor
+    unedited_row_i: Tensor
+    neuron_i: Tensor
+    factor_i: Tensor
+    constant_i: Tensor
+    by_sign_i: Tensor
+
+
+@torch.no_grad()
+def _run_batch(
+    model: LanguageModel,
+    readout: Readout,
+    prompts: Sequence[EncodedPrompt],
+    signs: Sequence[Mapping[int, Doubles]],
+    edits: Sequence[CheckedEdit],
+    sites: Sequence[Site],
+    header: tuple[int, ...],
+) -> list[Effects]:
+    counts = [1 + len(edits)] * len(prompts)
+    rows = model.rows([prompt.ids for prompt in prompts], header)
+    positions_r = rows.positions(counts)
+    changes = _changes(edits, signs)
+
+    def change(layer: int, x: Tensor) -> Tensor:
+        own, device = changes[layer], x.device
+        changed = x.clone()
+        neurons = sites[layer].neurons(flat(changed))
+        place = (positions_r[own.row_i].to(device), own.neuron_i.to(device))
+        unedited = neurons[positions_r[own.unedited_row_i].to(device), place[1]]
+        by_sign = own.by_sign_i.to(device)
+        sign = torch.where((unedited < 0) & by_sign, -1.0, 1.0)
+        moved = own.factor_i.to(device) * neurons[place].double() + own.constant_i.to(device) * sign
+        neurons[place] = moved.to(x.dtype)
+        return changed
+
+    with visiting({layer: sites[layer] for layer in changes}, change), readout.differences(counts) as head_rv:
+        logits_rv = rows.run(counts)
+    results = []
+    for b, prompt in enumerate(prompts):
+        first = b * counts[b]
+        who = f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens) in {model.dtype}"
+        unshifted = readout.unshifted(head_rv[0][first], logits_rv[first], who)
+        own_rv = head_rv[0][first + 1 : first + counts[b]]
+        log_p_ek = readout.delta_log_p(unshifted, own_rv, prompt.target_ids).double()
+        p_k = unshifted.p_v[list(prompt.target_ids)].double()
+        results.append(Effects(p_k.cpu().numpy(), (p_k * log_p_ek.expm1()).cpu().numpy()))
+    return results
+
+
+def _changes(edits: Sequence[CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[int, _Change]:
+    """The changes of each layer, for `len(signs)` prompts with a row without edits and one for each edit."""
+    n_prompts, n_rows = len(signs), 1 + len(edits)
+    parts: dict[int, list[NDArray[np.float64]]] = {}
+    for e, edit in enumerate(edits):
+        factor = np.ones(len(edit.values))
+        if edit.operation in ("scale", "set"):
+            factor = edit.values if edit.operation == "scale" else np.zeros(len(edit.values))
+        by_sign = edit.operation in ("shift", "enhance", "suppress") and not edit.is_signed
+        for b in range(n_prompts):
+            constant = np.zeros(len(factor)) if edit.operation == "scale" else edit.values
+            if edit.operation in ("enhance", "suppress"):
+                way = edit.polarity if edit.polarity is not None else signs[b][e]
+                constant = constant * way * (1 if edit.operation == "enhance" else -1)
+            layer, neuron = edit.neurons.T
+            row = np.full(len(factor), b * n_rows + 1 + e)
+            columns = np.stack([row, row - 1 - e, neuron, factor, constant, np.full(len(factor), by_sign)])
+            for own in np.unique(layer).tolist():
+                parts.setdefault(own, []).append(columns[:, layer == own])
+    return {layer: _change(np.concatenate(own, 1)) for layer, own in sorted(parts.items())}
+
+
+def _change(columns: NDArray[np.float64]) -> _Change:
+    row, unedited, neuron, factor, constant, by_sign = (torch.from_numpy(column) for column in columns.copy())
+    return _Change(row.long(), unedited.long(), neuron.long(), factor, constant, by_sign.bool())
+
+
+def _signs_of_neg(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget
+) -> list[dict[int, Doubles]]:
+    """For each prompt, the sign of NeurGrad of the neurons of each edit, by the edit's index, that needs it."""
+    needing = {e: edit for e, edit in enumerate(edits) if edit.needs_sign_of_neg}
+    signs: list[dict[int, Doubles]] = [{} for _ in prompts]
+    if not needing:
+        return signs
+    layers = sorted({int(layer) for edit in needing.values() for layer in edit.neurons[:, 0]})
+    wanted = [(prompt.prompt.answer or 0,) for prompt in prompts]
+    for index, found in gradients(model, prompts, wanted, basis, layers, budget):
+        neurgrad_ln = found.gradient_kln[0] * np.where(found.activation_ln < 0, -1, 1)
+        for e, edit in needing.items():
+            own = neurgrad_ln[np.searchsorted(layers, edit.neurons[:, 0]), edit.neurons[:, 1]]
+            signs[index][e] = np.where(own < 0, -1.0, 1.0)
+    return signs
+
+
+# --- as a measure of a scan
+
+
+@dataclass
+class Options:
+    """See `conf/measure/intervene.yaml`."""
+
+    name: str = "intervene"
+    basis: str = "paper"
+    edits: Any = None
+
+
+def read(options: Options) -> Options:
+    """The edits themselves in the place of their file."""
+    return replace(options, edits=read_edits(options.edits))
+
+
+def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
+    """Refuse bad options and edits."""
+    check_basis(options.basis, info.is_gated, info.architecture)
+    check_whole_layers(neurons, options.name)
+    checked_edits(options.edits, info.n_layers, info.n_neurons)
+
+
+def identity(options: Options) -> dict[str, Any]:
+    """All of them, with the edits in full."""
+    return {"name": options.name, "basis": options.basis, "edits": options.edits}
+
+
+def tables(options: Options, info: ModelInfo) -> dict[str, pa.Schema]:
+    """`prompts`, and `intervene`."""
+    return {"prompts": schema.PROMPTS, "intervene": schema.INTERVENE}
+
+
+def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> Cost:
+    """A row of numbers a (target, edit)."""
+    return Cost({"prompts": 256, "intervene": int(40 * len(options.edits) * n_targets)}, 1 + len(options.edits))
+
+
+def calibrate(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Options, neurons: NeuronsConfig
+) -> dict[str, Any]:
+    """Nothing beyond the model's self-check."""
+    return {}
+
+
+def measure(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    options: Options,
+    neurons: NeuronsConfig,
+    budget: Budget,
+    calibration: Mapping[str, Any],
+) -> dict[str, pa.Table]:
+    """One shard's tables."""
+    edits = checked_edits(options.edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    found = dict(effects(model, prompts, edits, options.basis, budget))
+    rows = [prompt_row(prompt, found[i].probability_k.astype(np.float32)) for i, prompt in enumerate(prompts)]
+    changes = [_table(prompt, found[i], edits, options.basis) for i, prompt in enumerate(prompts)]
+    return {"prompts": pa.concat_tables(rows), "intervene": pa.concat_tables(changes)}
+
+
+def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], basis: str) -> pa.Table:
+    """Rows by edit, then target."""
+    e, k = found.delta_p_ek.shape
+    after_ek = found.probability_k + found.delta_p_ek
+    return table_of(
+        schema.INTERVENE,
+        e * k,
+        **key_columns(prompt, np.tile(np.arange(k), e)),
+        edit=np.repeat(np.array([edit.name for edit in edits], dtype=object), k),
+        basis=basis,
+        probability_before=np.tile(found.probability_k, e),
+        probability=after_ek.ravel(),
+        delta_p=found.delta_p_ek.ravel(),
+        prediction_before=np.full(e * k, found.probability_k.argmax()),
+        prediction=np.repeat(after_ek.argmax(1), k),
+    )
