@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neg_service.errors import NonFiniteError
 from neg_service.measures.choice import Neurons
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import Grid, linearity
@@ -59,13 +60,23 @@ def resolution(grid: Grid, sigma: float) -> float:
 
 
 def measure_noise(model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: Neurons, sweep: Sweep) -> Noise:
-    """Sweep a few of `neurons` [n, 2] on `prompts` twice: as asked, and in the reference's precision."""
+    """Sweep a few of `neurons` [n, 2] on `prompts` twice: as asked, and in the reference's precision.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the logits of every prompt; single such prompts are left out.
+    """
     own_dtype = model.dtype
     reference = torch.float64 if own_dtype in (torch.float32, torch.float64) else torch.float32
     few = _few(neurons)
     errors, relative, own_negs, true_negs = [], [], [], []
-    for prompt in prompts:
-        own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype)
+    for place, prompt in enumerate(prompts):
+        try:
+            own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype)
+        except NonFiniteError:
+            # A bad prompt costs its own shard, not the run; without any good one there is nothing to measure.
+            if errors or place + 1 < len(prompts):
+                continue
+            raise
         true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference)
         errors.append((own_nsk - true_nsk).flatten())
         # In units of p, so that prompts and targets compare.
@@ -81,7 +92,7 @@ def measure_noise(model: LanguageModel, prompts: Sequence[EncodedPrompt], neuron
         dtype=_name(own_dtype),
         reference=_name(reference),
         n_neurons=len(few),
-        n_prompts=len(prompts),
+        n_prompts=len(errors),
         sigma=sigma,
         neg_error=float(torch.cat(relative).nanmedian()),
         resolved=float(is_resolved.double().mean()),

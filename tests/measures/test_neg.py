@@ -14,7 +14,7 @@ import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError
 from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.measures.linearity import Grid, full_grid, given_grid, linearity
+from neg_service.measures.linearity import full_grid
 from neg_service.models.batches import RowBudget
 from tests import oracle
 from tests.fakes import FAMILIES, GATED, tiny_model
@@ -45,28 +45,29 @@ def test_equals_one_full_forward_pass_an_intervention(family: str, basis: str) -
             assert result.delta_p[i, s] == pytest.approx(after - before, rel=1e-6, abs=exact)
 
 
-def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
-    shifts = np.array([-1.0, 1.0, 2.0])
-    curves = np.array(
-        [
-            [-0.1, 0.1, 0.2],  # a line of slope 0.1
-            [0.3, 0.3, 0.3],  # flat: r is 0 by definition
-            [0.0, 0.0, 0.0],
-            [0.0, 0.0, 0.6],  # neg = 2·0.6 / (1 + 1 + 4) = 0.2
-        ]
-    )
-    found = linearity(Grid(shifts, shifts), torch.from_numpy(curves))
-    np.testing.assert_allclose(found.neg, [0.1, 0.3 * 2 / 6, 0, 0.2], rtol=1e-14)
-    # Row 3: mean shift 2/3, mean Δp 0.2; Σ(δ-2/3)(Δp-0.2) = 0.8, Σ(δ-2/3)² = 14/3, Σ(Δp-0.2)² = 0.24.
-    np.testing.assert_allclose(found.r, [1, 0, 0, 0.8 / np.sqrt(14 / 3 * 0.24)], rtol=1e-14)
-    # Row 1: residuals 0.4, 0.2, 0.1 of 3·0.09; row 3: residuals 0.2, -0.2, 0.2 of 0.36.
-    np.testing.assert_allclose(found.r2, [1, 1 - 0.21 / 0.27, 0, 1 - 0.12 / 0.36], rtol=1e-13, atol=1e-15)
-    np.testing.assert_allclose(found.largest, [0.2, 0.3, 0, 0.6])
+def linear_network() -> LanguageModel:
+    """A Llama whose last layer's neurons reach the logits without a norm in between: logits are linear in them."""
+    model = tiny_model("llama", torch.float64)
+    model.model.model.norm = nn.Identity()
+    # So small that the softmax is straight, too: its curvature is of the order of the square of this.
+    model.model.lm_head.weight.mul_(1e-8)
+    return model
 
 
-def test_the_default_grid_is_the_papers() -> None:
-    assert full_grid().shifts.tolist() == [s / 10 for s in range(-20, 21) if s]
-    assert full_grid(0.5, 0.2).shifts.tolist() == [-0.4, -0.2, 0.2, 0.4]
+def test_of_a_linear_network_neg_is_the_known_slope_to_the_last_digits() -> None:
+    model = linear_network()
+    last = model.model.model.layers[2].mlp
+    seen: list[torch.Tensor] = []
+    handle = last.act_fn.register_forward_hook(lambda _m, _i, out: seen.append(out[0, -1]))
+    p_v = model.model(torch.tensor([IDS])).logits[0, -1].softmax(-1)
+    handle.remove()
+    # z = W·(x + D·(g * up)), so dz/d(up_n) = g_n·W·D_n, and dp_t = p_t·(dz_t - p·dz).
+    slope_vn = model.model.lm_head.weight @ last.down_proj.weight * seen[0]
+    slope_n = p_v[TARGET_ID] * (slope_vn[TARGET_ID] - p_v @ slope_vn)
+    found = neg_service.neg(model, TEXT, TARGET, [(2, n) for n in range(40)], shift="signed")
+    np.testing.assert_allclose(found.neg, slope_n.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(np.abs(found.r), 1, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(found.r2, 1, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt-neox"])
@@ -184,14 +185,6 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
 def test_bad_requests_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         neg_service.neg(tiny_model("llama"), TEXT, TARGET, **changes)
-
-
-def test_bad_grids_are_refused() -> None:
-    for max_shift, step in ((2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1)):
-        with pytest.raises(ConfigurationError, match=r"measure\.step="):
-            full_grid(max_shift, step)
-    with pytest.raises(ConfigurationError):
-        given_grid([[1.0]])  # type: ignore[list-item]
 
 
 def test_logits_that_are_not_finite_are_refused_by_prompt() -> None:

@@ -1,0 +1,126 @@
+"""Which neurons: drawn, ranked, listed, and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from neg_service.config import NeuronsConfig
+from neg_service.errors import ConfigurationError
+from neg_service.measures.choice import (
+    check_choice,
+    chosen_neurons,
+    count_of,
+    described,
+    identity_of_choice,
+    strongest_neurons,
+    with_list_read,
+)
+
+LAYERS, NEURONS = 3, 40
+
+
+def choose(**given: Any) -> list[list[int]]:
+    config = with_list_read(NeuronsConfig(**given))
+    check_choice(config, LAYERS, NEURONS)
+    found = chosen_neurons(config, LAYERS, NEURONS)
+    assert len(found) == count_of(config, LAYERS, NEURONS)
+    return found.tolist()
+
+
+def test_all_neurons_of_all_or_some_layers() -> None:
+    assert choose() == [[layer, n] for layer in range(3) for n in range(40)]
+    assert choose(layers=[2]) == [[2, n] for n in range(40)]
+
+
+def test_a_sample_is_seeded_without_repeats_and_the_same_whatever_other_layers_are_chosen() -> None:
+    found = choose(choose="sample", count=7, seed=1)
+    assert found == choose(choose="sample", count=7, seed=1)
+    assert found != choose(choose="sample", count=7, seed=2)
+    assert [sum(layer == own for layer, _ in found) for own in range(3)] == [7, 7, 7]
+    assert len({tuple(pair) for pair in found}) == 21
+    assert [pair for pair in found if pair[0] == 1] == choose(choose="sample", count=7, seed=1, layers=[1])
+    # Each layer draws for itself.
+    assert [n for layer, n in found if layer == 0] != [n for layer, n in found if layer == 1]
+
+
+def test_a_sample_in_all_is_spread_over_the_chosen_layers() -> None:
+    found = choose(choose="sample", count=60, per="model", layers=[0, 2])
+    assert len({tuple(pair) for pair in found}) == 60
+    assert {layer for layer, _ in found} == {0, 2}
+    assert found == sorted(found)
+
+
+def test_a_list_inline_or_in_a_file(tmp_path: Path) -> None:
+    assert choose(choose="list", list=[[2, 1], [0, 39]]) == [[0, 39], [2, 1]]
+    # As in a table of results, with other columns, and a neuron once for each prompt.
+    table = pa.table({"layer": [2, 0, 2], "neuron": [1, 39, 1], "neg": [0.1, 0.2, 0.3]})
+    pq.write_table(table, tmp_path / "n.parquet")
+    pyarrow.csv.write_csv(table, tmp_path / "n.csv")
+    (tmp_path / "n.jsonl").write_text('{"layer": 2, "neuron": 1}\n{"layer": 0, "neuron": 39}\n')
+    for name in ("n.parquet", "n.csv", "n.jsonl"):
+        assert choose(choose="list", list=str(tmp_path / name)) == [[0, 39], [2, 1]]
+
+
+def test_the_strongest_and_ties_go_to_the_lower_neuron() -> None:
+    strength = np.zeros((2, 5))
+    strength[0, 3] = strength[1, 0] = 2.0
+    strength[1, 4] = 5.0
+    assert strongest_neurons([1, 4], strength, 2).tolist() == [[1, 3], [4, 4]]
+
+
+def test_only_what_decides_the_neurons_is_part_of_the_identity() -> None:
+    assert identity_of_choice(NeuronsConfig(seed=5, count=3, over="dataset"), 2) == {"layers": [0, 1]}
+    one = identity_of_choice(NeuronsConfig(choose="list", list=[[1, 2], [0, 3]]), 2)
+    assert one == identity_of_choice(NeuronsConfig(choose="list", list=[[0, 3], [1, 2]]), 2)
+    assert one != identity_of_choice(NeuronsConfig(choose="list", list=[[0, 3], [1, 1]]), 2)
+    samples = [identity_of_choice(NeuronsConfig(choose="sample", count=3, seed=seed), 2) for seed in (0, 1)]
+    assert samples[0] != samples[1]
+
+
+def test_the_choice_is_told_in_words() -> None:
+    assert described(NeuronsConfig(choose="sample", count=2, seed=4), 3, 40) == (
+        "6 in 3 layers: 2 of each layer, seed 4"
+    )
+    assert described(NeuronsConfig(choose="top", count=9, over="dataset"), 3, 40) == (
+        "9 in 3 layers: the strongest over the data set"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"choose": "best"}, "neurons.choose=best is unknown; known are all, sample, top, list"),
+        ({"choose": "sample", "count": 1, "per": "head"}, "neurons.per=head is unknown"),
+        ({"choose": "top", "count": 1, "over": "time"}, "neurons.over=time is unknown"),
+        ({"choose": "sample", "count": 0}, "neurons.count=0: the choice must be from 1 to 40, the neurons of a layer"),
+        ({"choose": "sample", "count": 41}, "neurons.count=41: the choice must be from 1 to 40"),
+        ({"choose": "sample", "count": 121, "per": "model"}, "from 1 to 120, the neurons of the chosen layers"),
+        ({"choose": "top", "count": 121}, "neurons.count=121: the choice must be from 1 to 120"),
+        ({"choose": "top", "count": 50, "layers": [1]}, "from 1 to 40"),
+        ({"choose": "list", "list": []}, "the choice is empty"),
+        ({"choose": "list", "list": [[3, 0]]}, r"\(3, 0\) does not exist; the model has layers 0 to 2"),
+        ({"choose": "list", "list": [[0, 1], [0, 1]]}, r"\(0, 1\) is given twice"),
+        ({"choose": "list", "list": [[0, 1]], "layers": [1]}, "has neurons of layer 0, which neurons.layers"),
+        ({"choose": "list", "list": 7}, "must be a list of"),
+        ({"choose": "list", "list": [[0, 1.5]]}, "must be 'all' or a list"),
+        ({"choose": "list", "list": [[0, 1], [2]]}, "must be 'all' or a list"),
+        ({"choose": "list", "list": "neurons.txt"}, "must end in .csv, .jsonl, .parquet"),
+        ({"choose": "list", "list": "nowhere.csv"}, "neurons.list=nowhere.csv: cannot be read"),
+    ],
+)
+def test_bad_choices_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        choose(**given)
+
+
+def test_a_file_without_the_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "n.csv").write_text("layer,index\n0,1\n")
+    with pytest.raises(ConfigurationError, match="needs whole numbers in a column 'neuron'"):
+        choose(choose="list", list=str(tmp_path / "n.csv"))

@@ -1,0 +1,91 @@
+"""Grids and what is made of curves: cases computed by hand, and the coarse grid's promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from neg_service.errors import ConfigurationError
+from neg_service.measures.linearity import Grid, coarse_grid, full_grid, given_grid, linearity
+
+
+def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
+    shifts = np.array([-1.0, 1.0, 2.0])
+    curves = torch.tensor(
+        [
+            [-0.1, 0.1, 0.2],  # a line of slope 0.1
+            [0.3, 0.3, 0.3],  # flat: r is 0 by definition
+            [0.0, 0.0, 0.0],
+            [0.0, 0.0, 0.6],  # neg = 2·0.6 / (1 + 1 + 4) = 0.2
+        ],
+        dtype=torch.float64,
+    )
+    found = linearity(Grid(shifts, shifts), curves)
+    np.testing.assert_allclose(found.neg, [0.1, 0.3 * 2 / 6, 0, 0.2], rtol=1e-14)
+    # Row 3: mean shift 2/3, mean Δp 0.2; Σ(δ-2/3)(Δp-0.2) = 0.8, Σ(δ-2/3)² = 14/3, Σ(Δp-0.2)² = 0.24.
+    np.testing.assert_allclose(found.r, [1, 0, 0, 0.8 / np.sqrt(14 / 3 * 0.24)], rtol=1e-14)
+    # Row 1: residuals 0.4, 0.2, 0.1 of 3·0.09; row 3: residuals 0.2, -0.2, 0.2 of 0.36.
+    np.testing.assert_allclose(found.r2, [1, 1 - 0.21 / 0.27, 0, 1 - 0.12 / 0.36], rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(found.largest, [0.2, 0.3, 0, 0.6])
+
+
+def test_a_single_shift_has_a_slope_and_no_correlation() -> None:
+    grid = given_grid([0.5])
+    found = linearity(grid, torch.tensor([[0.2]]))
+    assert float(found.neg) == pytest.approx(0.4)
+    assert float(found.r) == 0
+
+
+def test_curves_far_below_float32_are_judged_as_any_other() -> None:
+    grid = full_grid()
+    found = linearity(grid, torch.from_numpy(grid.shifts * 1e-30)[None])
+    assert float(found.neg) == pytest.approx(1e-30)
+    assert float(found.r) == pytest.approx(1)
+
+
+def test_the_default_grid_is_the_papers() -> None:
+    assert full_grid().shifts.tolist() == [s / 10 for s in range(-20, 21) if s]
+    assert full_grid(0.5, 0.2).shifts.tolist() == [-0.4, -0.2, 0.2, 0.4]
+
+
+def test_the_coarse_grid_is_exact_for_curves_of_the_fourth_degree() -> None:
+    full, coarse = full_grid(), coarse_grid()
+    assert len(coarse.shifts) == 4
+
+    def curve(d: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(3e-4 * d - 2e-4 * d**2 + 5e-5 * d**3 + 7e-5 * d**4)[None]
+
+    exact, found = linearity(full, curve(full.shifts)), linearity(coarse, curve(coarse.shifts))
+    for name in ("neg", "r", "r2", "largest"):
+        assert float(getattr(found, name)) == pytest.approx(float(getattr(exact, name)), rel=1e-12)
+    # NEG is a weighted sum of the curve that was run.
+    assert float(curve(coarse.shifts)[0] @ torch.from_numpy(coarse.weights)) == pytest.approx(float(found.neg))
+
+
+def test_the_coarse_grid_follows_the_range() -> None:
+    np.testing.assert_allclose(coarse_grid(0.5, 0.1).shifts, coarse_grid().shifts / 4)
+    with pytest.raises(ConfigurationError, match=r"measure\.grid=coarse: runs 4 shifts"):
+        coarse_grid(0.2, 0.1)
+
+
+@pytest.mark.parametrize(("max_shift", "step"), [(2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1)])
+def test_bad_grids_are_refused(max_shift: float, step: float) -> None:
+    with pytest.raises(ConfigurationError, match=r"measure\.step="):
+        full_grid(max_shift, step)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "message"),
+    [
+        ([], "at least one shift"),
+        ([[1.0]], "at least one shift"),
+        ([1.0, 0.0], "0 is no shift"),
+        ([float("nan")], "nan is no shift"),
+        ([float("-inf")], "-inf is no shift"),
+        ([1.0, 2.0, 1.0], "1 is given 2 times"),
+    ],
+)
+def test_bad_shifts_are_refused(shifts: list[float], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        given_grid(shifts)
