@@ -43,6 +43,7 @@ format: $(READY) ## format and sort imports
 
 bench: model ## time the engine and the driver; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
+	$(BIN)/python -m jobs.bench benchmark=sweep
 	$(BIN)/python -m jobs.bench benchmark=driver
 
 lock: ## write requirements.lock anew from pyproject.toml's ranges, in an empty environment

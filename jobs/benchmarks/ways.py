@@ -1,5 +1,7 @@
 """What the engine is compared with: the floor, the textbook way, an expert's way, and a plain forward pass.
 
+First gradients, then interventions.
+
 Each is written as well as its idea allows: logits of the last position only, no graph below the first neuron, one
 forward pass for all labels where the idea permits it. Gradients are of the `paper` basis of a Llama-shaped model.
 """
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from neg_service.measures.interventions import Interventions
 from neg_service.models.branches import Prefix, PrefixPass, packed, run_header, running
 from neg_service.models.feed_forward import find_feed_forward, visiting
 
@@ -105,3 +108,71 @@ def _padded(prompts: Ids) -> dict[str, Tensor]:
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in prompts])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in prompts])
     return {"input_ids": ids, "attention_mask": mask}
+
+
+# Interventions: (layer, neuron, shift) of the activation itself, at the last token.
+Shifted = Sequence[tuple[int, int, float]]
+
+
+@torch.no_grad()
+def remaining_layers(interventions: Interventions, layer: int, rows: int) -> int:
+    """The last token through the layers from `layer` on and the vocabulary head, in `rows` rows, without intervention.
+
+    This is the engine's own pass without shifts and readout: no way of intervening at `layer` can cost less.
+    """
+    interventions.run_unshifted(layer, rows)
+    return rows
+
+
+@torch.no_grad()
+def textbook_interventions(
+    model: PreTrainedModel, ids: Sequence[int], target: int, shifted: Shifted, batch: int, logits: int
+) -> int:
+    """A hook on one neuron and a full forward pass of the prompt, `batch` shifts of the neuron at a time.
+
+    `logits`: of how many last tokens; 0 means all, which is what a plain call of the model gives.
+    """
+    sites = _sites(model)
+    for start in range(0, len(shifted), batch):
+        part = shifted[start : start + batch]
+        layer, neuron = part[0][:2]
+        shift_r = torch.tensor([shift for *_, shift in part])
+
+        def shift(_layer: int, x: Tensor, neuron: int = neuron, shift_r: Tensor = shift_r) -> Tensor:
+            x[:, -1, neuron] += shift_r
+            return x
+
+        with visiting({layer: sites[layer]}, shift):
+            inputs = torch.tensor([list(ids)] * len(part))
+            last = model(inputs, use_cache=False, logits_to_keep=logits).logits[:, -1]
+        last.softmax(-1)[:, target].tolist()
+    return len(shifted)
+
+
+class Cached:
+    """An expert's interventions: a key/value cache of the prompt, a row an intervention, all layers."""
+
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int], rows: int) -> None:
+        self._model, self._last = model, torch.tensor([[ids[-1]]] * rows)
+        self._cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model.base_model(torch.tensor([list(ids[:-1])]), past_key_values=self._cache, use_cache=True)
+        self._cache.batch_repeat_interleave(rows)
+
+    @torch.no_grad()
+    def interventions(self, target: int, shifted: Shifted) -> int:
+        """One batch of as many interventions as there are rows, all in one layer."""
+        layer = shifted[0][0]
+        neuron_r = torch.tensor([neuron for _, neuron, _ in shifted])
+        shift_r = torch.tensor([shift for *_, shift in shifted])
+
+        def shift(_layer: int, x: Tensor) -> Tensor:
+            x[torch.arange(len(x)), -1, neuron_r] += shift_r
+            return x
+
+        with visiting({layer: _sites(self._model)[layer]}, shift):
+            logits = self._model(self._last, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        # A pass changes the cache in place; what it added is taken off again.
+        self._cache.crop(-1)
+        logits.softmax(-1)[:, target].tolist()
+        return len(shifted)

@@ -1,7 +1,9 @@
 """Interventions on single neurons: what a shift does to the targets' probabilities, for very many shifts at once.
 
 For one prompt, a row of a batch is one (neuron, shift) of one layer. All rows start from the stored input of their
-layer, so that the layers below never run again (`models/rows.py`). Row 0 of every batch is not shifted: another batch
+layer, so that the layers below never run again (`models/rows.py`); and up to its neurons the layer itself runs once,
+because only there do rows begin to differ. Architectures whose layers cannot grow rows on the way (the self-check
+finds out) run the whole layer for each row. Row 0 of every batch is not shifted: another batch
 shape alone moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
 
 Axes: K targets, L layers, I interventions, R rows of a batch, N neurons of a layer.
@@ -45,6 +47,7 @@ class Interventions:
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
         self._target_ids = list(prompt.target_ids)
+        self._widens_at_neurons = model.ensure_checked().widens_at_neurons
         self._inputs: list[Tensor] = []
         self._gives_tuple: list[bool] = []
         self.rows: Rows = model.rows([prompt.ids], header)
@@ -109,23 +112,32 @@ class Interventions:
         return torch.cat(done)
 
     @torch.no_grad()
+    def run_unshifted(self, layer: int, n_rows: int) -> None:
+        """Run `n_rows` equal rows from a layer on and drop them: the least that interventions there can cost."""
+        stored = self.rows.widened(self._inputs[layer], n_rows)
+        with resuming_at(self._layers, layer, stored, self._gives_tuple):
+            self.rows.run([n_rows])
+
+    @torch.no_grad()
     def _run(self, layer: int, neurons_r: Tensor, shifts_r: Tensor) -> Tensor:
         n_rows = len(shifts_r) + 1
         site = self._sites[layer]
         positions_r = self.rows.positions([n_rows])[1:]
 
         def shift(_layer: int, x: Tensor) -> Tensor:
-            shifted = x.clone()
+            shifted = (self.rows.widened(x, n_rows) if self._widens_at_neurons else x).clone()
             places = (positions_r.to(x.device), neurons_r.to(x.device))
             site.neurons(flat(shifted))[places] += shifts_r.to(x.device, x.dtype)
             return shifted
 
-        stored = self.rows.widened(self._inputs[layer], n_rows)
+        stored = self._inputs[layer]
+        if not self._widens_at_neurons:
+            stored = self.rows.widened(stored, n_rows)
         with ExitStack() as stack:
             stack.enter_context(resuming_at(self._layers, layer, stored, self._gives_tuple))
             stack.enter_context(visiting({layer: site}, shift))
             head_rv = stack.enter_context(self._readout.differences([n_rows]))
-            self.rows.run([n_rows])
+            self.rows.run([1 if self._widens_at_neurons else n_rows])
         return self._readout.delta_log_p(self._unshifted, head_rv[0][1:], self._target_ids)
 
 

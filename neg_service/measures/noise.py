@@ -68,7 +68,10 @@ def measure_noise(model: LanguageModel, prompts: Sequence[EncodedPrompt], neuron
     own_dtype = model.dtype
     reference = torch.float64 if own_dtype in (torch.float32, torch.float64) else torch.float32
     few = _few(neurons)
-    errors, relative, own_negs, true_negs = [], [], [], []
+    errors: list[Tensor] = []
+    relative: list[Tensor] = []
+    own_negs: list[Tensor] = []
+    true_negs: list[Tensor] = []
     for place, prompt in enumerate(prompts):
         try:
             own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype)

@@ -34,6 +34,8 @@ from neg_service.models.branches import at_least_float32
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.self_check import LOGIT_TOLERANCE
 
+_CPU_ROWS = 8
+
 
 @dataclass(frozen=True)
 class Unshifted:
@@ -123,6 +125,12 @@ class Readout:
 
     def delta_log_p(self, unshifted: Unshifted, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
         """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it."""
+        # On a CPU a few rows at a time: they stay in the processor's cache from step to step.
+        at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
+        parts = torch.split(difference_rv, at_once)
+        return torch.cat([self._delta_log_p(unshifted, part, target_ids) for part in parts])
+
+    def _delta_log_p(self, unshifted: Unshifted, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
         delta_rv = at_least_float32(difference_rv)
         bias = getattr(self._head, "bias", None)
         if bias is not None:

@@ -123,6 +123,9 @@ class _Packing:
         return self._slots_m
 
     def pad(self, x_hmd: Tensor) -> Tensor:
+        if self.b == 1:
+            # Nothing to sort; and rows of one prompt may become more on their way through the layers.
+            return x_hmd
         x_mhd = x_hmd[0].transpose(0, 1)
         if not self.is_full:
             empty = x_mhd.new_zeros(self.b * self.t, *x_mhd.shape[1:])
@@ -130,6 +133,8 @@ class _Packing:
         return x_mhd.reshape(self.b, self.t, *x_mhd.shape[1:]).transpose(1, 2)
 
     def unpad(self, x_bhtd: Tensor) -> Tensor:
+        if self.b == 1:
+            return x_bhtd.transpose(1, 2).contiguous()
         x_mhd = x_bhtd.transpose(1, 2).reshape(self.b * self.t, x_bhtd.shape[1], -1)
         return (x_mhd if self.is_full else x_mhd[self.slots(x_mhd.device)])[None]
 

@@ -36,8 +36,8 @@ class Rows(Protocol):
         """Where each row's readout position is [R], in any tensor of the pass seen as [tokens, F]."""
         ...
 
-    def widened(self, stored: Tensor, n_rows: int) -> Tensor:
-        """A layer's input, stored from a pass of one row of one prompt, as the input of `n_rows` equal rows."""
+    def widened(self, x: Tensor, n_rows: int) -> Tensor:
+        """A tensor from a pass of one row of one prompt, as that of `n_rows` equal rows; not to be written to."""
         ...
 
 
@@ -62,9 +62,9 @@ class BranchRows:
         """See `Rows`; branches travel packed, and nothing else with them."""
         return torch.arange(sum(counts))
 
-    def widened(self, stored: Tensor, n_rows: int) -> Tensor:
+    def widened(self, x: Tensor, n_rows: int) -> Tensor:
         """See `Rows`; some architectures (OPT) run their layers' parts on two axes."""
-        return stored.expand(1, n_rows, -1) if stored.ndim == 3 else stored.expand(n_rows, -1)
+        return x.expand(1, n_rows, -1) if x.ndim == 3 else x.expand(n_rows, -1)
 
 
 class SequenceRows:
@@ -102,9 +102,9 @@ class SequenceRows:
         """See `Rows`."""
         return torch.arange(sum(counts)) * self.tokens + self._readout_b[self._prompt_of_row(counts)]
 
-    def widened(self, stored: Tensor, n_rows: int) -> Tensor:
+    def widened(self, x: Tensor, n_rows: int) -> Tensor:
         """See `Rows`."""
-        return stored.expand(n_rows, -1, -1)
+        return x.expand(n_rows, -1, -1)
 
     def _prompt_of_row(self, counts: Sequence[int]) -> Tensor:
         return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
@@ -117,7 +117,7 @@ def flat(x: Tensor) -> Tensor:
 
 @contextmanager
 def resuming_at(layers: nn.ModuleList, first: int, hidden: Tensor, gives_tuple: Sequence[bool]) -> Iterator[None]:
-    """Let passes begin at layer `first` with the input `hidden`, as `Rows.widened` gives it.
+    """Let passes begin at layer `first` with the input `hidden`, of one row or as `Rows.widened` gives it.
 
     The layers below are replaced, for as long as this lasts, by stand-ins that give that input; the model's own
     forward runs otherwise unchanged, whatever its architecture.

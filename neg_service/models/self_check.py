@@ -31,11 +31,15 @@ _LOG_P_POKES, _ACTIVATION_POKES = [1e-2, 1e-3, 1e-4], [1e-1, 1e-2]
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """The largest deviations that the self-check saw, all relative; `poke` is None where precision is too low."""
+    """The largest deviations that the self-check saw, all relative; `poke` is None where precision is too low.
+
+    widens_at_neurons: a layer's one row may become many at its neurons; see `_widens_at_neurons`.
+    """
 
     logits: float
     neurons: float
     poke: float | None
+    widens_at_neurons: bool
 
 
 def self_check(model: LanguageModel) -> SelfCheck:
@@ -71,7 +75,7 @@ def _self_check(model: LanguageModel) -> SelfCheck:
             f"self-check of {_name(model)}: a small shift of a neuron moves the output {poke:.1e} (relative) away "
             f"from what its gradient says, at most {POKE_TOLERANCE} is allowed"
         )
-    return SelfCheck(logits, neurons, poke)
+    return SelfCheck(logits, neurons, poke, _widens_at_neurons(model, ids))
 
 
 def _name(model: LanguageModel) -> str:
@@ -185,6 +189,33 @@ def _log_p_with(model: LanguageModel, site: Site, neuron: int, shift: float, ids
 
     with visiting({0: site}, poke):
         return float(_plain_logits(model, ids).double().log_softmax(-1)[target])
+
+
+@torch.no_grad()
+def _widens_at_neurons(model: LanguageModel, ids: Sequence[int]) -> bool:
+    """Whether a layer may run as one row up to its neurons and as several from there, the rest by broadcasting.
+
+    Most do. One that reshapes its output as its input was (OPT) does not; there every row runs the whole layer.
+    """
+    layers, sites = model.feed_forward.layers, model.feed_forward.sites("paper")
+    rows = model.rows([ids])
+    head, middle = model.model.get_output_embeddings(), len(layers) // 2
+    seen: list[Tensor] = []
+
+    def widen(_layer: int, x: Tensor) -> Tensor:
+        return rows.widened(x, 2).clone()
+
+    handle = head.register_forward_hook(lambda _m, _i, out: seen.append(out.reshape(-1, out.shape[-1])))
+    try:
+        rows.run([2])
+        with visiting({middle: sites[middle]}, widen):
+            rows.run([1])
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    finally:
+        handle.remove()
+    plain, widened = seen
+    return widened.shape == plain.shape and _deviation(widened, plain) <= LOGIT_TOLERANCE[model.dtype]
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:

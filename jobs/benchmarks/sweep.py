@@ -1,0 +1,219 @@
+"""An intervention's time against the floor, the textbook way and an expert's way; and what the coarse grid costs.
+
+All ways take turns in one process. Prefixes, caches and the unshifted pass are made ready before a clock starts: over
+the thousands of interventions of a sweep they cost nothing. The engine's time is that of a whole sweep of neurons,
+curves judged and all.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.benchmarks import ways
+from jobs.benchmarks.figures import bar, figure, ratio
+from neg_service import load_model, neg
+from neg_service.config import NeuronsConfig
+from neg_service.measures.choice import chosen_neurons
+from neg_service.measures.interventions import Interventions, rows_that_fit
+from neg_service.measures.linearity import coarse_grid, full_grid
+from neg_service.measures.neg import BATCH_BYTES, Sweep, sweep_prompt
+from neg_service.models.language_model import LanguageModel, set_threads
+from neg_service.prompts.facts import load
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+
+FLOOR_ROWS = (256, 512, 1024)
+EXPERT_ROWS = 160
+# Llama-3.2-3B, from its published configuration.
+LLAMA_3B = {"layers": 28, "hidden": 3072, "neurons": 8192, "heads": 24, "kv_heads": 8, "head": 128, "vocab": 128256}
+
+
+@dataclass
+class Settings:
+    """See `conf/benchmark/sweep.yaml`."""
+
+    name: str
+    model: str
+    threads: int
+    repeats: int
+    tokens: list[int]
+    neurons: int
+    textbook: int
+    coarse_neurons: int
+    headline: bool
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure; the result's `bars` say what was reached."""
+    set_threads(settings.threads)
+    model = load_model(settings.model, device="cpu")
+    layers = [0, model.feed_forward.n_layers // 2, model.feed_forward.n_layers - 1]
+    result: dict[str, Any] = {"milliseconds_an_intervention": {}, "ratios": {}, "bars": []}
+    engine_seconds: list[float] = []
+    for tokens in settings.tokens:
+        seconds = _take_turns(_ways_of(settings, model, tokens, layers), settings.repeats, f"{tokens} tokens")
+        result["milliseconds_an_intervention"][f"{tokens} tokens"] = {
+            name: figure([1e3 * value for value in values], "ms") for name, values in seconds.items()
+        }
+        engine = [sum(own) / len(layers) for own in zip(*(seconds[f"engine, layer {i}"] for i in layers), strict=True)]
+        engine_seconds.append(min(engine))
+        ratios = {
+            f"engine over floor, layer {i}": ratio(seconds[f"engine, layer {i}"], seconds[f"floor, layer {i}"])
+            for i in layers
+        }
+        for name, values in seconds.items():
+            if not name.startswith(("engine", "floor")):
+                ratios[f"{name}, over engine"] = ratio(values, engine)
+        result["ratios"][f"{tokens} tokens"] = ratios
+        result["bars"] += _bars(tokens, ratios)
+    result["coarse_grid"] = _coarse(settings, model)
+    result["arithmetic"] = _arithmetic(model, engine_seconds[0])
+    if settings.headline:
+        result["headline"] = _headline(model)
+    result["note"] = "what is over the engine is over the mean of its bottom, middle and top layer"
+    return result
+
+
+def _bars(tokens: int, ratios: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [
+        bar(f"{name}, {tokens} tokens", value["median"], 1.2, at_most=True)
+        for name, value in ratios.items()
+        if name.startswith("engine over floor")
+    ]
+    textbook = 60 if tokens < 300 else 400
+    for name, least in (("textbook, one at a time, over engine", textbook), ("expert, over engine", 1.5)):
+        found.append(bar(f"{name}, {tokens} tokens", ratios[name]["median"], least, at_most=False))
+    return found
+
+
+def _take_turns(ways_of: dict[str, Callable[[], float]], repeats: int, what: str) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ways_of}
+    for turn in range(repeats + 1):
+        for name, way in ways_of.items():
+            value = way()
+            sys.stderr.write(
+                f"{what}, {f'repeat {turn} of {repeats}' if turn else 'warm-up'}: {name} {1e3 * value:.4g} ms\n"
+            )
+            if turn:
+                seconds[name].append(value)
+    return seconds
+
+
+def _ways_of(
+    settings: Settings, model: LanguageModel, tokens: int, layers: Sequence[int]
+) -> dict[str, Callable[[], float]]:
+    """Each way as a function that gives its seconds an intervention."""
+    draw = random.Random(0)
+    ids = tuple(draw.randrange(model.model.config.vocab_size) for _ in range(tokens))
+    prompt = EncodedPrompt(Prompt("0", "-", ("-",)), ids, (draw.randrange(model.model.config.vocab_size),))
+    interventions = Interventions(model, prompt, "paper")
+    sweep = Sweep(full_grid())
+    shifts = sweep.grid.shifts.tolist()
+    middle, target = layers[1], prompt.target_ids[0]
+
+    def engine(layer: int) -> int:
+        neurons = np.stack([np.full(settings.neurons, layer), np.arange(settings.neurons)], 1)
+        budget = rows_that_fit(model, interventions.rows, BATCH_BYTES)
+        sweep_prompt(interventions, neurons, sweep, budget, keep_curves=False)
+        return settings.neurons * len(shifts)
+
+    def floor(layer: int) -> float:
+        return min(_timed(partial(ways.remaining_layers, interventions, layer, rows)) for rows in FLOOR_ROWS)
+
+    found: dict[str, Callable[[], float]] = {}
+    for layer in layers:
+        found[f"engine, layer {layer}"] = partial(_timed, partial(engine, layer))
+        found[f"floor, layer {layer}"] = partial(floor, layer)
+    textbook = partial(ways.textbook_interventions, model.model, ids, target)
+    one = [(middle, n, 1.0) for n in range(settings.textbook)]
+    found["textbook, one at a time"] = partial(_timed, partial(textbook, one, 1, 0))
+    found["textbook, one at a time, last logits only"] = partial(_timed, partial(textbook, one, 1, 1))
+    batch = [(middle, 0, shift) for shift in shifts]
+    found["textbook, batched over shifts, last logits only"] = partial(_timed, partial(textbook, batch, len(batch), 1))
+    many = [(middle, n, shift) for n in range(EXPERT_ROWS // len(shifts)) for shift in shifts]
+    expert = ways.Cached(model.model, ids, EXPERT_ROWS)
+    found["expert"] = partial(_timed, partial(expert.interventions, target, many))
+    return found
+
+
+def _timed(way: Callable[[], int]) -> float:
+    """Seconds for each of what `way` says that it did."""
+    began = time.perf_counter()
+    count = way()
+    return (time.perf_counter() - began) / count
+
+
+def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:
+    """The coarse grid's error against the full one, over all layers and facts of different certainty."""
+    sample = NeuronsConfig(choose="sample", count=settings.coarse_neurons)
+    neurons = chosen_neurons(sample, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    prompts = load()[:: len(load()) // 4][:4]
+    neg_error, r_error = [], []
+    for prompt in encode(model.tokenizer, prompts, model.context_length):
+        interventions = Interventions(model, prompt, "paper")
+        full, coarse = (
+            sweep_prompt(
+                interventions, neurons, Sweep(grid), rows_that_fit(model, interventions.rows, BATCH_BYTES), False
+            ).linearity_nk
+            for grid in (full_grid(), coarse_grid())
+        )
+        neg_error.append(((coarse.neg - full.neg) / full.neg).abs().flatten())
+        r_error.append((coarse.r - full.r).abs().flatten())
+    errors = {"relative error of NEG": torch.cat(neg_error), "error of r": torch.cat(r_error)}
+    found: dict[str, Any] = {"shifts": coarse_grid().shifts.tolist(), "curves": len(errors["error of r"])}
+    for name, error in errors.items():
+        quantiles = error.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+        found[name] = {at: float(f"{q:.2g}") for at, q in zip(("median", "90 %", "99 %"), quantiles, strict=True)}
+    return found
+
+
+def _arithmetic(model: LanguageModel, seconds: float) -> dict[str, Any]:
+    """What a whole sweep costs on larger models, from the measured seconds an intervention by multiplications."""
+    config = model.model.config
+    own = {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "neurons": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head": config.hidden_size // config.num_attention_heads,
+        "vocab": config.vocab_size,
+    }
+    small, large = _multiplications(own), _multiplications(LLAMA_3B)
+    interventions = LLAMA_3B["layers"] * LLAMA_3B["neurons"] * 40
+    return {
+        "note": "arithmetic, not measured: the same multiplications a second as here",
+        "this model, all neurons, 40 shifts, hours": round(seconds * own["layers"] * own["neurons"] * 40 / 3600, 2),
+        "Llama-3.2-3B, milliseconds an intervention": round(1e3 * seconds * large / small, 2),
+        "Llama-3.2-3B, all neurons, 40 shifts, hours": round(seconds * large / small * interventions / 3600, 1),
+        "Llama-3.2-3B, all neurons, coarse grid, hours": round(seconds * large / small * interventions / 36000, 1),
+    }
+
+
+def _multiplications(sizes: dict[str, int]) -> float:
+    """Of an intervention, the mean over layers: half of the layers and the vocabulary head."""
+    attention = sizes["hidden"] * sizes["head"] * (2 * sizes["heads"] + 2 * sizes["kv_heads"])
+    layer = attention + 3 * sizes["hidden"] * sizes["neurons"]
+    return (sizes["layers"] + 1) / 2 * layer + sizes["hidden"] * sizes["vocab"]
+
+
+def _headline(model: LanguageModel) -> dict[str, Any]:
+    """Every neuron of the model on one prompt, with 40 shifts, by the library's one call."""
+    began = time.perf_counter()
+    found = neg(model, "The capital of France is", " Paris")
+    seconds = time.perf_counter() - began
+    return {
+        "neurons": len(found.neurons),
+        "interventions": found.delta_p.size,
+        "minutes": round(seconds / 60, 2),
+        "milliseconds an intervention": round(1e3 * seconds / found.delta_p.size, 3),
+        "share of neurons with |r| >= 0.95": round(float((np.abs(found.r) >= 0.95).mean()), 4),
+    }
