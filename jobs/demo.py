@@ -1,26 +1,30 @@
-"""python -m jobs.demo: a scan of the facts, then what a person wants to see first: neurons, and a plot.
+"""python -m jobs.demo: scan the facts, sweep a sample of neurons on a few of them, and show what a person wants to see.
 
-Takes the same settings as `jobs.scan`.
+Takes the settings of `jobs.scan`, for the scan of NeurGrad; `measure` and `neurons` of the sweep are the demo's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
 from jobs.scan import describe_plan, describe_summary
-from neg_service.cluster.scan import prepare, run
-from neg_service.config import ScanConfig, typed
-from neg_service.report.console import columns, strongest
-from neg_service.report.plots import neurgrad_over_layers
+from neg_service.cluster.scan import Prepared, Summary, prepare, run
+from neg_service.config import NeuronsConfig, ScanConfig, typed
+from neg_service.prompts.prompt import Prompt
+from neg_service.report.console import agreement, aligned, columns, strongest
+from neg_service.report.plots import neg_against_neurgrad, neurgrad_over_layers
 from neg_service.storage.reader import Run, open_run
 
 EXAMPLES = ("capital/0/France", "opposite/0/hot", "next-month/0/March")
-PLOT = "plots/neurgrad_over_layers.png"
+SWEPT_PROMPTS, SWEPT_NEURONS_A_LAYER = 3, 10
 
 
 def demo(config: DictConfig) -> int:
-    """Scan, then show the strongest neurons of a few facts and plot their strength over layers."""
+    """Scan and sweep, then show neurons, agreement and plots."""
     prepared = prepare(typed(ScanConfig, config))
     if prepared.config.job.dry_run:
         print(describe_plan(prepared))
@@ -28,18 +32,48 @@ def demo(config: DictConfig) -> int:
     summary = run(prepared)
     print(describe_summary(prepared, summary))
     results = open_run(summary.uri, prepared.config.storage.endpoint_url)
-    if "neurgrad" not in results.tables:
-        print("no examples and no plot: they need measure.keep=all")
-        return EXIT_INCOMPLETE if summary.set_aside else 0
+    examples = _examples(results, prepared.prompts)
+    if "neurgrad" in results.tables:
+        for prompt in examples:
+            answer = prompt.targets[prompt.answer or 0]
+            print(f"\n{prompt.text!r} -> {answer!r}: its strongest neurons")
+            print(_neurons(results, prompt.id, answer))
+        _put_plot(results, "plots/neurgrad_over_layers.png", neurgrad_over_layers(results))
+    else:
+        print("no examples of neurons: they need measure.keep=all")
+    swept = _sweep(prepared)
+    return EXIT_INCOMPLETE if summary.set_aside or swept.set_aside else 0
+
+
+def _examples(results: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
     stored = set(results.table("prompts").to_table(columns=["prompt_id"])["prompt_id"].to_pylist())
-    kept = [prompt for prompt in prepared.prompts if prompt.id in stored]
-    for prompt in [p for p in kept if p.id in EXAMPLES] or kept[:3]:
-        answer = prompt.targets[prompt.answer or 0]
-        print(f"\n{prompt.text!r} -> {answer!r}: its strongest neurons")
-        print(_neurons(results, prompt.id, answer))
-    results.directory.store.put(PLOT, neurgrad_over_layers(results))
-    print(f"\nplot: {results.uri}/{PLOT}")
-    return EXIT_INCOMPLETE if summary.set_aside else 0
+    kept = [prompt for prompt in prompts if prompt.id in stored]
+    return [prompt for prompt in kept if prompt.id in EXAMPLES] or kept[:SWEPT_PROMPTS]
+
+
+def _sweep(prepared: Prepared) -> Summary:
+    """Measure NEG by intervention, and show how straight the curves are and how well NeurGrad foretells them."""
+    config = prepared.config
+    count = min(SWEPT_NEURONS_A_LAYER, prepared.info.n_neurons)
+    sweep = prepare(
+        replace(
+            config,
+            measure={"name": "sweep", "basis": config.measure["basis"]},
+            neurons=NeuronsConfig(config.neurons.layers, choose="sample", count=count),
+            job=replace(config.job, limit=min(SWEPT_PROMPTS, len(prepared.prompts)), shard_size=1),
+        )
+    )
+    print(f"\nNEG by intervention: {sweep.plan.n_rows} interventions on {sweep.plan.n_prompts} prompts")
+    summary = run(sweep)
+    results = open_run(summary.uri, config.storage.endpoint_url)
+    print(aligned([*agreement(results), ("results", summary.uri)]))
+    _put_plot(results, "plots/neg_against_neurgrad.png", neg_against_neurgrad(results))
+    return summary
+
+
+def _put_plot(results: Run, key: str, image: bytes) -> None:
+    results.directory.store.put(key, image)
+    print(f"\nplot: {results.uri}/{key}")
 
 
 def _neurons(results: Run, prompt_id: str, target: str) -> str:

@@ -22,7 +22,7 @@ class Accuracy:
 
     def __str__(self) -> str:
         """For example `91.8 % (290 of 316)`."""
-        return f"{100 * self.right / self.of:.1f} % ({self.right} of {self.of})" if self.of else "no answers given"
+        return f"{_percent(self.right, self.of)} ({self.right} of {self.of})" if self.of else "no answers given"
 
 
 def accuracy(run: Run) -> Accuracy:
@@ -61,6 +61,41 @@ def strongest(run: Run, prompt_id: str, target: str, count: int) -> list[Neuron]
         Neuron(int(layers[row]), int(neuron), float(neurgrad_ln[row, neuron]), float(activation_ln[row, neuron]))
         for row, neuron in zip(rows, neurons, strict=True)
     ]
+
+
+def agreement(run: Run) -> list[tuple[str, str]]:
+    """Of a sweep: how many curves are straight, and how well estimates agree with NEG, in lines for `aligned`."""
+    columns_read = ["r", "neg", "neurgrad", "activation", "is_resolved", "signs_agree"]
+    table = run.table("sweep").to_table(columns=columns_read)
+    r, neg, neurgrad, activation = (table[name].to_numpy() for name in columns_read[:4])
+    gradient = np.where(activation < 0, -neurgrad, neurgrad)
+    noise = run.about["noise"]
+    n = table.num_rows
+    agree = pc.sum(table["signs_agree"]).as_py() or 0
+    resolved = pc.sum(table["is_resolved"]).as_py() or 0
+    signs = f"{_percent(agree, resolved)} of signs agree"
+    return [
+        ("curves", f"{n}: a neuron and a target each, of {len(run.config['measure']['shifts'])} shifts"),
+        ("linear", f"{_percent((np.abs(r) >= 0.95).sum(), n)} have |r| >= 0.95"),
+        (
+            "NEG and NeurGrad",
+            f"correlation {_correlation(neg, neurgrad):.4f}, {signs}",
+        ),
+        ("NEG and gradient", f"correlation {_correlation(neg, gradient):.4f}"),
+        (
+            "precision",
+            f"NEG is off {noise['reference']} by {noise['neg_error']:.0e} (median, relative) in {noise['dtype']}; "
+            f"{_percent(resolved, n)} are above the noise",
+        ),
+    ]
+
+
+def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.corrcoef(a.astype(np.float64), b.astype(np.float64))[0, 1]) if len(a) > 1 else float("nan")
+
+
+def _percent(part: float, of: float) -> str:
+    return f"{100 * part / of:.1f} %" if of else "none"
 
 
 def aligned(rows: Iterable[tuple[str, str]]) -> str:

@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
 from neg_service.storage.reader import Run
 
@@ -46,6 +47,48 @@ def neurgrad_over_layers(run: Run) -> bytes:
     axes.set_title(f"{title}\nmedian over {run.table('prompts').count_rows()} prompts", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return _png(figure)
+
+
+def neg_against_neurgrad(run: Run) -> bytes:
+    """A PNG: NEG as measured against NeurGrad and against the plain gradient, a point a (target, neuron).
+
+    Both axes are linear near zero and logarithmic beyond, because effects span many orders of magnitude and two signs.
+    """
+    names = ["neg", "neurgrad", "activation", "is_answer"]
+    table = run.table("sweep").to_table(columns=names)
+    neg, neurgrad, activation = (table[name].to_numpy().astype(float) for name in names[:3])
+    right = pc.fill_null(table["is_answer"], False).to_numpy()
+    gradient = np.where(activation < 0, -neurgrad, neurgrad)
+    largest = float(max(np.abs(neg).max(initial=0), np.abs(neurgrad).max(initial=0))) or 1.0
+    ticks = [10.0 ** (np.floor(np.log10(largest)) - decades) for decades in (0, 2, 4)]
+    figure = Figure(figsize=(11, 5.4), dpi=120, layout="constrained")
+    for axes, estimate, what in zip(
+        figure.subplots(1, 2, sharey=True), (neurgrad, gradient), ("NeurGrad", "plain gradient"), strict=True
+    ):
+        for is_right, color, who in ((False, _ORANGE, "other targets"), (True, _BLUE, "right answer")):
+            own = right == is_right
+            axes.plot(estimate[own], neg[own], ".", color=color, markersize=3, alpha=0.5, label=who)
+        axes.plot([-2 * largest, 2 * largest], [-2 * largest, 2 * largest], color="0.5", linewidth=0.8, zorder=0)
+        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            scale("symlog", linthresh=largest / 1e5)
+            axis.set_major_locator(FixedLocator([-t for t in ticks] + [0.0] + ticks))
+        axes.set_xlim(-2 * largest, 2 * largest)
+        axes.set_ylim(-2 * largest, 2 * largest)
+        axes.set_xlabel(f"{what}  (estimate from one backward pass)")
+        correlation = np.corrcoef(estimate, neg)[0, 1] if len(neg) > 1 else np.nan
+        axes.set_title(f"NEG against {what}: r = {correlation:.4f}", fontsize=11)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+    figure.axes[0].set_ylabel("NEG  (probability per unit of |activation|)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, fontsize=9, markerscale=3)
+    source = run.about.get("model", {}).get("source", "model")
+    figure.suptitle(f"{source}: {len(neg)} curves on {run.table('prompts').count_rows()} prompts", fontsize=12)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

@@ -13,8 +13,8 @@ from torch import nn
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, PromptError
-from neg_service.measures import gradients as engine
 from neg_service.measures.gradients import gradients
+from neg_service.models import rows as engine
 from neg_service.models.batches import Budget
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
@@ -211,7 +211,7 @@ def test_one_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(engine, "run_branches", never)
-    with pytest.raises(OutOfMemory, match=r"'p0' with 5 tokens and 2 targets"):
+    with pytest.raises(OutOfMemory, match=r"'p0' with 5 tokens and 2 rows"):
         measured(tiny_model("llama"), random_prompts([5], [2]), "paper")
 
 
