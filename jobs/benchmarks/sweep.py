@@ -75,7 +75,8 @@ def run(settings: Settings) -> dict[str, Any]:
         result["ratios"][f"{tokens} tokens"] = ratios
         result["bars"] += _bars(tokens, ratios)
     result["coarse_grid"] = _coarse(settings, model)
-    result["arithmetic"] = _arithmetic(model, engine_seconds[0])
+    if engine_seconds:
+        result["arithmetic"] = _arithmetic(model, engine_seconds[0])
     if settings.headline:
         result["headline"] = _headline(model)
     result["note"] = "what is over the engine is over the mean of its bottom, middle and top layer"

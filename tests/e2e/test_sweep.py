@@ -1,0 +1,132 @@
+"""Sweeps and joint interventions as a person runs them, and the demo that shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import neg_service
+from neg_service.measures.strength import total
+from tests.e2e.commands import job
+
+pytestmark = pytest.mark.ray
+KEYS = ["prompt_id", "target_index", "layer", "neuron"]
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("data") / "words.jsonl"
+    rows = [
+        {"prompt": " ".join(f"w{(i * 7 + j) % 90 + 1}" for j in range(i + 1)), "targets": [" w3", " w4"], "id": str(i)}
+        for i in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"model.source={tiny_directory}", f"dataset.source={path}"]
+
+
+def table_of(place: Path, name: str) -> pa.Table:
+    """The table of the only run in `place` that has it."""
+    runs = [neg_service.open_run(str(run)) for run in place.iterdir()]
+    (run,) = [run for run in runs if name in run.tables]
+    assert run.done() == set(range(run.n_shards))
+    return run.table(name).to_table()
+
+
+def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(arguments: list[str], tmp_path: Path) -> None:
+    sweep = ["measure=sweep", "neurons=sample", "neurons.count=6", "measure.keep_curves=true"]
+    tables = []
+    for name, how in (("one", ["job.shard_size=5"]), ("two", ["job.shard_size=1", "cluster.replicas=2"])):
+        more = [f"storage.uri={tmp_path / name}", "cluster.cpus_per_replica=1", *how]
+        done = job("scan", *arguments, *sweep, *more)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"neurons +18 for each target: 180 values", done.stdout)
+        tables.append(table_of(tmp_path / name, "sweep"))
+        (run,) = (tmp_path / name).iterdir()
+        noise = json.loads((run / "run.json").read_text())["about"]["noise"]
+        assert noise["reference"] == "float64"
+        assert 0 < noise["sigma"] < 1e-5
+    assert tables[0].select(KEYS) == tables[1].select(KEYS)
+    for column in ("neg", "r", "r2", "largest_delta_p", "neurgrad", "activation"):
+        np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-3, atol=1e-8, err_msg=column)
+    assert tables[0]["delta_p"].type.list_size == 40
+
+
+def test_the_strongest_over_the_data_set_are_ranked_first(arguments: list[str], tmp_path: Path) -> None:
+    top = ["measure=sweep", "neurons=top", "neurons.count=4", "neurons.over=dataset", "measure.grid=coarse"]
+    done = job("scan", *arguments, *top, f"storage.uri={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "ranking neurons over the data set first" in done.stderr
+    _, strength_ln = total(table_of(tmp_path, "strength"))
+    best = np.argsort(-strength_ln, axis=None)[:4]
+    swept = table_of(tmp_path, "sweep")
+    found = set(zip(swept["layer"].to_pylist(), swept["neuron"].to_pylist(), strict=True))
+    assert found == {divmod(int(i), 40) for i in best}
+    assert swept.num_rows == 4 * 5 * 2
+    again = job("scan", *arguments, *top, f"storage.uri={tmp_path}")
+    assert "this run was finished already" in again.stdout
+
+
+def test_joint_interventions_from_a_file(arguments: list[str], tmp_path: Path, tiny_directory: Path) -> None:
+    edits = [{"name": "off", "neurons": [[0, 3], [2, 5]], "scale": 0}, {"neurons": [[1, 1]], "enhance": 0.5}]
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    place = tmp_path / "results"
+    done = job("scan", *arguments, "measure=intervene", f"measure.edits={tmp_path}/edits.json", f"storage.uri={place}")
+    assert done.returncode == 0, done.stderr
+    rows = table_of(place, "intervene").to_pylist()
+    assert len(rows) == 5 * 2 * 2
+    model = neg_service.load_model(str(tiny_directory))
+    prompts = table_of(place, "prompts").to_pylist()
+    found = neg_service.intervene(model, [p["prompt"] for p in prompts], [p["targets"] for p in prompts], edits)
+    assert {row["edit"] for row in rows} == set(found.edits) == {"off", "edit-1"}
+    for row in rows:
+        expected = found.delta_p[int(row["prompt_id"]), found.edits.index(row["edit"]), row["target_index"]]
+        assert row["delta_p"] == pytest.approx(expected, rel=1e-3, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["measure.batch_bytes=1000"], "measure.batch_bytes=1000: holds 0 rows of"),
+        (["neurons=top", "neurons.count=121"], "neurons.count=121: the choice must be from 1 to 120"),
+        (["neurons=list", "neurons.list=[[0,1],[7,1]]"], "(7, 1) does not exist"),
+        (["neurons=list", "neurons.list=[]"], "the choice is empty"),
+        (["neurons=list"], "neurons.list: has no value; give one"),
+        (["neurons.layers=[3]"], "layer 3 does not exist"),
+        (["measure.shifts=[0.5,0]"], "0 is no shift"),
+        (["measure.shifts=[0.5,0.5]"], "0.5 is given 2 times"),
+        (["measure.shifts=[.inf]"], "inf is no shift"),
+        (["measure.max_shift=0.05"], "0 < step <= max_shift"),
+        (["measure=intervene", "measure.edits=nowhere.json"], "measure.edits=nowhere.json: cannot be read"),
+        (["measure=intervene", "measure.edits=[]"], "must be a list of at least one edit"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    given: list[str], message: str, arguments: list[str], tmp_path: Path
+) -> None:
+    measure = [] if given[0].startswith("measure=") else ["measure=sweep"]
+    done = job("scan", *arguments, *measure, *given, f"storage.uri={tmp_path}")
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in error
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_shows_neurons_straight_curves_and_plots(arguments: list[str], tmp_path: Path) -> None:
+    done = job("demo", *arguments, f"storage.uri={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("its strongest neurons") == 3
+    assert re.search(r"linear +[\d.]+ % have \|r\| >= 0.95", done.stdout)
+    assert re.search(r"NEG and NeurGrad +correlation [\d.-]+, [\d.]+ % of signs agree", done.stdout)
+    assert re.search(r"NEG and gradient +correlation [\d.-]+", done.stdout)
+    plots = re.findall(r"plot: (.+\.png)", done.stdout)
+    assert [Path(plot).name for plot in plots] == ["neurgrad_over_layers.png", "neg_against_neurgrad.png"]
+    assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
+    sweep = table_of(tmp_path, "sweep").to_pandas()
+    shown = float(re.search(r"linear +([\d.]+) %", done.stdout)[1])  # type: ignore[index]
+    assert shown == pytest.approx(100 * (sweep.r.abs() >= 0.95).mean(), abs=0.06)
