@@ -89,7 +89,9 @@ class Replica:
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
 
     def start(self) -> Hello:
-        """Load and check the model."""
+        """Load and check the model; from here on, what this process logs reaches the driver's stderr by Ray."""
+        logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("neg_service").setLevel(logging.INFO)
         self._store = open_store(self._destination.uri, self._destination.endpoint_url) if self._destination else None
         self._worker = self._make_worker()
         return Hello(os.getpid(), socket.gethostname(), self._computing.submit(self._worker.start).result())
@@ -136,7 +138,7 @@ class ScanWorker:
                 f"planned for {self._identity}: put the same files on every node"
             )
         checked = self._model.ensure_checked()
-        log.info("self-check passed: %s", checked)
+        log.debug("self-check passed: %s", checked)
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
         self._calibration = self._measure.calibrate(

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 GRIDS = ("full", "coarse")
 # A GPU is busy only with far more rows than a CPU.
 _GPU_BATCH_BYTES = 8 * BATCH_BYTES
-_SPEAK_SECONDS = 60.0
+_SPEAK_SECONDS = 30.0
 
 
 @dataclass
