@@ -86,7 +86,8 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
         pa.field("basis", pa.string(), nullable=False),
         # Whether the magnitude or the neuron itself was shifted.
         pa.field("shift", pa.string(), nullable=False),
-        # The precision in which the model computed; anything below float32 loses small NEGs.
+        # The precision in which the model computed. Anything below float32 loses small NEGs, and rounds the shifts of
+        # large activations themselves.
         pa.field("dtype", pa.string(), nullable=False),
         # Of the target without a shift, 0..1.
         pa.field("probability", pa.float32(), nullable=False),
@@ -96,7 +97,7 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
         # Pearson correlation of (shift, change of probability); R² of the fit through the origin.
         pa.field("r", pa.float32(), nullable=False),
         pa.field("r2", pa.float32(), nullable=False),
-        # The largest |Δp| over the shifts.
+        # The largest |Δp| over the shifts; of the coarse grid, over the curve that it interpolates.
         pa.field("largest_delta_p", pa.float32(), nullable=False),
         # Probability per unit of |activation|, whatever `shift` is.
         pa.field("neurgrad", pa.float32(), nullable=False),
@@ -133,6 +134,8 @@ INTERVENE = pa.schema(
         *_KEY,
         pa.field("edit", pa.string(), nullable=False),
         pa.field("basis", pa.string(), nullable=False),
+        # The precision in which the model computed.
+        pa.field("dtype", pa.string(), nullable=False),
         pa.field("probability_before", pa.float32(), nullable=False),
         pa.field("probability", pa.float32(), nullable=False),
         # Their difference, far more exact than subtracting them.

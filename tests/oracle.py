@@ -107,6 +107,29 @@ def probability_with_shift(
         handle.remove()
 
 
+def changes_with_shifts(
+    model: nn.Module, ids: Sequence[int], target: int, basis: str, layer: int, shifted: Sequence[tuple[int, float]]
+) -> np.ndarray:
+    """Δp of the target when (neuron, shift) of a layer are moved at the last token: full forward passes, in a batch."""
+    module, side = neuron_module(layers_of(model)[layer], basis)
+    assert side == "output"
+    neurons = torch.tensor([neuron for neuron, _ in shifted])
+    shifts = torch.tensor([shift for _, shift in shifted])
+
+    def poke(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        output[torch.arange(1, len(shifted) + 1), -1, neurons] += shifts
+        return output
+
+    handle = module.register_forward_hook(poke)
+    try:
+        with torch.no_grad():
+            rows = torch.tensor([list(ids)] * (len(shifted) + 1))
+            p = model(rows, use_cache=False, logits_to_keep=1).logits[:, -1].softmax(-1)[:, target]
+    finally:
+        handle.remove()
+    return (p[1:] - p[0]).numpy()
+
+
 def _capture(mlp: nn.Module, basis: str, layer: int, seen: dict[int, Tensor]) -> object:
     module, side = neuron_module(mlp, basis)
 

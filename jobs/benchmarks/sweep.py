@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -120,11 +120,11 @@ def _ways_of(
     shifts = sweep.grid.shifts.tolist()
     middle, target = layers[1], prompt.target_ids[0]
 
-    def engine(layer: int) -> int:
+    def engine(layer: int) -> range:
         neurons = np.stack([np.full(settings.neurons, layer), np.arange(settings.neurons)], 1)
         budget = rows_that_fit(model, interventions.rows, BATCH_BYTES)
         sweep_prompt(interventions, neurons, sweep, budget, keep_curves=False)
-        return settings.neurons * len(shifts)
+        return range(settings.neurons * len(shifts))
 
     def floor(layer: int) -> float:
         return min(_timed(partial(ways.remaining_layers, interventions, layer, rows)) for rows in FLOOR_ROWS)
@@ -145,11 +145,11 @@ def _ways_of(
     return found
 
 
-def _timed(way: Callable[[], int]) -> float:
-    """Seconds for each of what `way` says that it did."""
+def _timed(way: Callable[[], Sized]) -> float:
+    """Seconds for each of what `way` gives."""
     began = time.perf_counter()
-    count = way()
-    return (time.perf_counter() - began) / count
+    done = way()
+    return (time.perf_counter() - began) / len(done)
 
 
 def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:

@@ -115,24 +115,26 @@ Shifted = Sequence[tuple[int, int, float]]
 
 
 @torch.no_grad()
-def remaining_layers(interventions: Interventions, layer: int, rows: int) -> int:
+def remaining_layers(interventions: Interventions, layer: int, rows: int) -> range:
     """The last token through the layers from `layer` on and the vocabulary head, in `rows` rows, without intervention.
 
     This is the engine's own pass without shifts and readout: no way of intervening at `layer` can cost less.
     """
     interventions.run_unshifted(layer, rows)
-    return rows
+    return range(rows)
 
 
 @torch.no_grad()
 def textbook_interventions(
     model: PreTrainedModel, ids: Sequence[int], target: int, shifted: Shifted, batch: int, logits: int
-) -> int:
+) -> list[float]:
     """A hook on one neuron and a full forward pass of the prompt, `batch` shifts of the neuron at a time.
 
-    `logits`: of how many last tokens; 0 means all, which is what a plain call of the model gives.
+    Gives the target's probability with each intervention. `logits`: of how many last tokens; 0 means all, which is what
+    a plain call of the model gives.
     """
     sites = _sites(model)
+    probabilities: list[float] = []
     for start in range(0, len(shifted), batch):
         part = shifted[start : start + batch]
         layer, neuron = part[0][:2]
@@ -145,8 +147,8 @@ def textbook_interventions(
         with visiting({layer: sites[layer]}, shift):
             inputs = torch.tensor([list(ids)] * len(part))
             last = model(inputs, use_cache=False, logits_to_keep=logits).logits[:, -1]
-        last.softmax(-1)[:, target].tolist()
-    return len(shifted)
+        probabilities += last.softmax(-1)[:, target].tolist()
+    return probabilities
 
 
 class Cached:
@@ -160,8 +162,8 @@ class Cached:
         self._cache.batch_repeat_interleave(rows)
 
     @torch.no_grad()
-    def interventions(self, target: int, shifted: Shifted) -> int:
-        """One batch of as many interventions as there are rows, all in one layer."""
+    def interventions(self, target: int, shifted: Shifted) -> list[float]:
+        """One batch of as many interventions as there are rows, all in one layer; the target's probabilities."""
         layer = shifted[0][0]
         neuron_r = torch.tensor([neuron for _, neuron, _ in shifted])
         shift_r = torch.tensor([shift for *_, shift in shifted])
@@ -174,5 +176,5 @@ class Cached:
             logits = self._model(self._last, past_key_values=self._cache, use_cache=True).logits[:, -1]
         # A pass changes the cache in place; what it added is taken off again.
         self._cache.crop(-1)
-        logits.softmax(-1)[:, target].tolist()
-        return len(shifted)
+        probabilities: list[float] = logits.softmax(-1)[:, target].tolist()
+        return probabilities

@@ -22,10 +22,11 @@ from neg_service.schema import SCHEMA_VERSION
 # A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
 SHARD_BYTES = 64 * 2**20
 SHARD_PROMPTS = 64
-# A row takes about a millisecond on a few CPU cores: a shard should not be lost with more than minutes of work.
+# A row takes about a millisecond on a few CPU cores: minutes of work. One prompt is the least that a shard can hold,
+# and a sweep of all neurons of a large model takes longer than that.
 SHARD_ROWS = 2**17
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and Ray before any model is loaded; measured on Linux, in bytes.
 _RUNTIME_BYTES = 600 * 2**20
 

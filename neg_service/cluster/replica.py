@@ -112,12 +112,23 @@ class Replica:
 class ScanWorker:
     """Runs a measure on a language model."""
 
-    def __init__(self, config: ScanConfig, identity: str, threads: int, samples: Sequence[Prompt] = ()) -> None:
-        """`identity` is the model that the run was planned for, another one is refused; `samples` are to calibrate."""
+    def __init__(
+        self,
+        config: ScanConfig,
+        identity: str,
+        threads: int,
+        samples: Sequence[Prompt] = (),
+        calibration: dict[str, Any] | None = None,
+    ) -> None:
+        """`identity` is the model that the run was planned for; another one is refused.
+
+        The measure is calibrated on `samples`, unless the run was before: then with that `calibration`.
+        """
         self._config = config
         self._identity = identity
         self._threads = threads
         self._samples = samples
+        self._calibration = calibration
         self._measure = find_measure(config.measure["name"])
         self._options = typed(self._measure.Options, config.measure, "measure")
 
@@ -141,20 +152,20 @@ class ScanWorker:
         log.debug("self-check passed: %s", checked)
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
-        self._calibration = self._measure.calibrate(
-            self._model, self._encoded(self._samples), self._options, self._config.neurons
-        )
+        if self._calibration is None:
+            samples, neurons = self._encoded(self._samples), self._config.neurons
+            self._calibration = self._measure.calibrate(self._model, samples, self._options, neurons)
         return Ready(f"{self._model.device}, {self._threads} threads", self._calibration)
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """Encode and measure a shard."""
         prompts = self._encoded(shard.prompts)
         # A shard that failed for memory runs in small batches without making all later ones small.
-        budget = (
-            self._budget if batch_scale == 1 else Budget(max(1, int(self._budget.tokens * batch_scale)), batch_scale)
-        )
-        neurons = self._config.neurons
-        return self._measure.measure(self._model, prompts, self._options, neurons, budget, self._calibration)
+        budget = self._budget
+        if batch_scale != 1:
+            budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
+        neurons, calibration = self._config.neurons, self._calibration or {}
+        return self._measure.measure(self._model, prompts, self._options, neurons, budget, calibration)
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         model = self._model

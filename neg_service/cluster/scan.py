@@ -51,7 +51,7 @@ from neg_service.prompts.prompt import Prompt, check_prompts, encode
 from neg_service.prompts.sources import load_prompts, without_credentials
 from neg_service.storage.objects import open_store
 from neg_service.storage.reader import open_run
-from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, note, write_or_match
+from neg_service.storage.run import RUN_FILE, RunDirectory, calibration_of, fingerprint_of, note, write_or_match
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class Prepared:
     identity: dict[str, Any]
     tables: dict[str, pa.Schema]
     uri: str
+    # What else run.json should say of it.
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -164,7 +166,7 @@ def run(prepared: Prepared) -> Summary:
                 outcome, progress = _drive(prepared, directory, done, size)
             except ConfigurationError:
                 # Refused after all, by a replica that saw the weights: leave no trace of a run that never was.
-                if is_new and not directory.done():
+                if is_new and not any(store.list(table) for table in prepared.tables):
                     store.delete(RUN_FILE)
                 raise
         finally:
@@ -213,7 +215,8 @@ def _with_strongest_listed(prepared: Prepared) -> Prepared:
     strength = open_run(ranking.uri, config.storage.endpoint_url).table("strength").to_table()
     strongest = strongest_neurons(*total(strength), config.neurons.count)
     listed = NeuronsConfig(config.neurons.layers, choose="list", list=strongest.tolist())
-    return replace(prepared, config=replace(config, neurons=listed))
+    about = {"ranked_by": ranking.uri, "neurons": listed.list}
+    return replace(prepared, config=replace(config, neurons=listed), about=about)
 
 
 def _check_encoding(prepared: Prepared, done: set[int]) -> None:
@@ -233,7 +236,8 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     if not size.gpus and config.model.device == "auto":
         # Ray hides no GPU from an actor that asked for none; all of them would crowd the first one.
         config = replace(config, model=replace(config.model, device="cpu"))
-    make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts))
+    known = calibration_of(directory.store)
+    make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts), known)
     destination = Destination(directory.store.uri, config.storage.endpoint_url, prepared.fingerprint)
 
     def spawn() -> Any:
@@ -257,7 +261,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     progress = Progress(prepared.plan.n_prompts, prepared.plan.n_prompts - left, config.job.progress_seconds)
 
     def on_first_ready(hello: Hello) -> None:
-        note(directory.store, hello.ready.calibration)
+        note(directory.store, {"calibration": hello.ready.calibration})
         progress.start()
 
     def on_receipt(receipt: Receipt) -> None:
@@ -300,5 +304,6 @@ def _about(prepared: Prepared) -> dict[str, Any]:
             "parameters": prepared.info.n_parameters,
         },
         "dataset": without_credentials(prepared.config.dataset.source),
+        **prepared.about,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
     }

@@ -75,8 +75,8 @@ def _halving(
             if len(part) == 1:
                 prompt = prompts[part[0]]
                 raise OutOfMemory(
-                    f"prompt {prompt.prompt.id!r} with {len(prompt.ids)} tokens and {counts[part[0]]} rows does not "
-                    f"fit into the memory of {model.device} even alone: use a larger device or fewer targets"
+                    f"{named(prompt, model)}: its {counts[part[0]]} rows do not fit into the memory of {model.device} "
+                    f"even alone: use a larger device, or fewer targets or edits"
                 ) from error
             budget.halve()
             waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
@@ -87,6 +87,11 @@ def _halving(
                 torch.cuda.empty_cache()
             continue
         yield from zip(part, results, strict=True)
+
+
+def named(prompt: EncodedPrompt, model: LanguageModel) -> str:
+    """A prompt as messages name it, with what its errors mostly depend on."""
+    return f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens) in {str(model.dtype).removeprefix('torch.')}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@
 A neuron's strength on a prompt is its largest |NeurGrad| over the prompt's targets, because all targets share the same
 interventions; over a data set it is the sum of that. Among equals the lower layer and index comes first.
 
-A layer's sample does not depend on which other layers are chosen.
+A sample per layer does not depend on which other layers are chosen.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def check_choice(config: NeuronsConfig, n_layers: int, n_neurons: int) -> None:
     ):
         if value not in known:
             raise ConfigurationError(f"neurons.{key}={value} is unknown; known are {', '.join(known)}")
+    if config.seed < 0:
+        raise ConfigurationError(f"neurons.seed={config.seed}: must be 0 or more")
     if config.choose in ("sample", "top"):
         is_of_layer = config.choose == "sample" and config.per == "layer"
         most, of = (n_neurons, "a layer") if is_of_layer else (n_neurons * len(layers), "the chosen layers")
@@ -166,12 +168,12 @@ def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: 
     Raises:
         ConfigurationError: none, or one that does not exist.
     """
-    if len(neurons) == 0:
-        raise ConfigurationError("neurons: the choice is empty; at least one neuron is needed")
     try:
         chosen = np.asarray(neurons)
     except ValueError:
-        chosen = np.empty(0)
+        chosen = np.empty(1)
+    if chosen.size == 0:
+        raise ConfigurationError("neurons: the choice is empty; at least one neuron is needed")
     if chosen.ndim != 2 or chosen.shape[1] != 2 or not np.issubdtype(chosen.dtype, np.integer):
         raise ConfigurationError("neurons: must be 'all' or a list of (layer, index)")
     exists = ((chosen >= 0) & (chosen < [n_layers, n_neurons])).all(1)

@@ -112,7 +112,7 @@ def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neuron
     if len(operations) != 1:
         raise ConfigurationError(f"{where}: has {len(operations)} operations, needs one of {', '.join(OPERATIONS)}")
     try:
-        neurons = checked_neurons(given.get("neurons") or [], n_layers, n_neurons)
+        neurons = checked_neurons(given.get("neurons", []), n_layers, n_neurons)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from error
     if len(np.unique(neurons, axis=0)) < len(neurons):

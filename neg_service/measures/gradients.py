@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.errors import NonFiniteError
-from neg_service.measures.batching import in_batches
+from neg_service.measures.batching import in_batches, named
 from neg_service.models.batches import Budget
 from neg_service.models.branches import at_least_float32
 from neg_service.models.feed_forward import Site, visiting
@@ -96,8 +96,7 @@ def _run_batch(
         activation_ln = activation_rln[row]
         if not (finite_r[ours].all() and np.isfinite(gradient_kln).all()):
             raise NonFiniteError(
-                f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens): NaN or infinity in logits or gradients in "
-                f"{model.dtype}; try another model.dtype"
+                f"{named(prompt, model)}: NaN or infinity in logits or gradients; try another model.dtype"
             )
         targets = torch.tensor(prompt.target_ids, device=log_p_rv.device)
         results.append(
@@ -122,6 +121,11 @@ class RowGradients:
     log_p_rv: Tensor
     gradient_lrn: list[Tensor]
     activation_lrn: list[Tensor]
+
+
+def signed_by(activation: Tensor, values: Tensor) -> Tensor:
+    """`values` times the sign of `activation`, where the sign of zero is plus one: a silent neuron can only grow."""
+    return torch.where(activation < 0, -values, values)
 
 
 def row_gradients(

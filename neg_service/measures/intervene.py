@@ -23,10 +23,11 @@ from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures import Cost
-from neg_service.measures.batching import default_batch_tokens, in_batches
+from neg_service.measures.batching import default_batch_tokens, in_batches, named
 from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
 from neg_service.measures.gradients import gradients
+from neg_service.measures.neurgrad import sign
 from neg_service.measures.readout import Readout
 from neg_service.measures.tables import key_columns, prompt_row, table_of
 from neg_service.models.batches import Budget
@@ -36,6 +37,10 @@ from neg_service.models.rows import flat
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, encode
 
 Doubles = NDArray[np.float64]
+
+
+# So many edits of a prompt are rows of one batch.
+_EDITS_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ def intervene(
     checked = checked_edits(edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
     encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token))
     model.ensure_checked()
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ConfigurationError(f"batch_tokens={batch_tokens}: must be at least 1")
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
     before, delta = np.full((p, k), np.nan), np.full((p, e, k), np.nan)
     for index, found in effects(model, encoded, checked, basis, Budget(batch_tokens or default_batch_tokens(model))):
@@ -125,16 +132,31 @@ class Effects:
 def effects(
     model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget
 ) -> Iterator[tuple[int, Effects]]:
-    """Run edits on prompts in whatever order is cheapest; yields (index, effects), each index once."""
+    """Run edits on prompts in whatever order is cheapest; yields (index, effects), each index once.
+
+    Very many edits run a part at a time, each part beside an unedited row of its own.
+
+    Raises:
+        OutOfMemory: a prompt with a part of the edits does not fit.
+        NonFiniteError: NaN or infinity in a prompt's logits, without or with an edit.
+    """
     signs = _signs_of_neg(model, prompts, edits, basis, budget)
     sites = model.feed_forward.sites(basis)
     readout = Readout(model)
 
-    def run(indices: Sequence[int], header: tuple[int, ...]) -> list[Effects]:
-        own, own_signs = [prompts[i] for i in indices], [signs[i] for i in indices]
-        return _run_batch(model, readout, own, own_signs, edits, sites, header)
+    found: list[list[Effects]] = [[] for _ in prompts]
+    for start in range(0, len(edits), _EDITS_TOGETHER):
+        part = range(len(edits))[start : start + _EDITS_TOGETHER]
 
-    return in_batches(model, prompts, [1 + len(edits)] * len(prompts), run, budget)
+        def run(indices: Sequence[int], header: tuple[int, ...], part: range = part) -> list[Effects]:
+            own, own_signs = [prompts[i] for i in indices], [signs[i] for i in indices]
+            return _run_batch(model, readout, own, own_signs, {e: edits[e] for e in part}, sites, header)
+
+        for index, effects_of_part in in_batches(model, prompts, [1 + len(part)] * len(prompts), run, budget):
+            found[index].append(effects_of_part)
+    for index, parts in enumerate(found):
+        delta_p_ek = np.concatenate([own.delta_p_ek for own in parts])
+        yield index, Effects(parts[0].probability_k, delta_p_ek)
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,7 @@ def _run_batch(
     readout: Readout,
     prompts: Sequence[EncodedPrompt],
     signs: Sequence[Mapping[int, Doubles]],
-    edits: Sequence[CheckedEdit],
+    edits: Mapping[int, CheckedEdit],
     sites: Sequence[Site],
     header: tuple[int, ...],
 ) -> list[Effects]:
@@ -181,8 +203,7 @@ def _run_batch(
     results = []
     for b, prompt in enumerate(prompts):
         first = b * counts[b]
-        who = f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens) in {model.dtype}"
-        unshifted = readout.unshifted(head_rv[0][first], logits_rv[first], who)
+        unshifted = readout.unshifted(head_rv[0][first], logits_rv[first], named(prompt, model))
         own_rv = head_rv[0][first + 1 : first + counts[b]]
         log_p_ek = readout.delta_log_p(unshifted, own_rv, prompt.target_ids).double()
         p_k = unshifted.p_v[list(prompt.target_ids)].double()
@@ -190,11 +211,11 @@ def _run_batch(
     return results
 
 
-def _changes(edits: Sequence[CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[int, _Change]:
+def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[int, _Change]:
     """The changes of each layer, for `len(signs)` prompts with a row without edits and one for each edit."""
     n_prompts, n_rows = len(signs), 1 + len(edits)
     parts: dict[int, list[NDArray[np.float64]]] = {}
-    for e, edit in enumerate(edits):
+    for place, (e, edit) in enumerate(edits.items()):
         factor = np.ones(len(edit.values))
         if edit.operation in ("scale", "set"):
             factor = edit.values if edit.operation == "scale" else np.zeros(len(edit.values))
@@ -205,8 +226,8 @@ def _changes(edits: Sequence[CheckedEdit], signs: Sequence[Mapping[int, Doubles]
                 way = edit.polarity if edit.polarity is not None else signs[b][e]
                 constant = constant * way * (1 if edit.operation == "enhance" else -1)
             layer, neuron = edit.neurons.T
-            row = np.full(len(factor), b * n_rows + 1 + e)
-            columns = np.stack([row, row - 1 - e, neuron, factor, constant, np.full(len(factor), by_sign)])
+            row = np.full(len(factor), b * n_rows + 1 + place)
+            columns = np.stack([row, row - 1 - place, neuron, factor, constant, np.full(len(factor), by_sign)])
             for own in np.unique(layer).tolist():
                 parts.setdefault(own, []).append(columns[:, layer == own])
     return {layer: _change(np.concatenate(own, 1)) for layer, own in sorted(parts.items())}
@@ -228,7 +249,7 @@ def _signs_of_neg(
     layers = sorted({int(layer) for edit in needing.values() for layer in edit.neurons[:, 0]})
     wanted = [(prompt.prompt.answer or 0,) for prompt in prompts]
     for index, found in gradients(model, prompts, wanted, basis, layers, budget):
-        neurgrad_ln = found.gradient_kln[0] * np.where(found.activation_ln < 0, -1, 1)
+        neurgrad_ln = found.gradient_kln[0] * sign(found.activation_ln)
         for e, edit in needing.items():
             own = neurgrad_ln[np.searchsorted(layers, edit.neurons[:, 0]), edit.neurons[:, 1]]
             signs[index][e] = np.where(own < 0, -1.0, 1.0)
@@ -253,7 +274,11 @@ def read(options: Options) -> Options:
 
 
 def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
-    """Refuse bad options and edits."""
+    """Refuse bad options and edits.
+
+    Raises:
+        ConfigurationError: naming the key, its value, and what it may be.
+    """
     check_basis(options.basis, info.is_gated, info.architecture)
     check_whole_layers(neurons, options.name)
     checked_edits(options.edits, info.n_layers, info.n_neurons)
@@ -292,12 +317,13 @@ def measure(
     """One shard's tables."""
     edits = checked_edits(options.edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
     found = dict(effects(model, prompts, edits, options.basis, budget))
+    dtype = str(model.dtype).removeprefix("torch.")
     rows = [prompt_row(prompt, found[i].probability_k.astype(np.float32)) for i, prompt in enumerate(prompts)]
-    changes = [_table(prompt, found[i], edits, options.basis) for i, prompt in enumerate(prompts)]
+    changes = [_table(prompt, found[i], edits, options.basis, dtype) for i, prompt in enumerate(prompts)]
     return {"prompts": pa.concat_tables(rows), "intervene": pa.concat_tables(changes)}
 
 
-def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], basis: str) -> pa.Table:
+def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], basis: str, dtype: str) -> pa.Table:
     """Rows by edit, then target."""
     e, k = found.delta_p_ek.shape
     after_ek = found.probability_k + found.delta_p_ek
@@ -307,6 +333,7 @@ def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], 
         **key_columns(prompt, np.tile(np.arange(k), e)),
         edit=np.repeat(np.array([edit.name for edit in edits], dtype=object), k),
         basis=basis,
+        dtype=dtype,
         probability_before=np.tile(found.probability_k, e),
         probability=after_ek.ravel(),
         delta_p=found.delta_p_ek.ravel(),

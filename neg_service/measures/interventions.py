@@ -11,22 +11,25 @@ Axes: K targets, L layers, I interventions, R rows of a batch, N neurons of a la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neg_service.errors import ConfigurationError, OutOfMemory
-from neg_service.measures.batching import is_out_of_memory
-from neg_service.measures.gradients import row_gradients
+from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
+from neg_service.measures.batching import is_out_of_memory, named
+from neg_service.measures.gradients import row_gradients, signed_by
 from neg_service.measures.readout import Readout
 from neg_service.models.batches import RowBudget
 from neg_service.models.feed_forward import visiting
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.rows import Rows, flat, resuming_at
 from neg_service.prompts.prompt import EncodedPrompt
+
+# So many targets' graphs are held at once.
+_TARGETS_TOGETHER = 32
 
 
 class Interventions:
@@ -41,8 +44,10 @@ class Interventions:
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
+            OutOfMemory: the prompt alone does not fit.
+            ModelError: the model fails its self-check, or does to its logits what no difference passes through.
         """
-        self._who = f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens) in {model.dtype}"
+        self._who = named(prompt, model)
         self._sites = model.feed_forward.sites(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
@@ -50,15 +55,16 @@ class Interventions:
         self._widens_at_neurons = model.ensure_checked().widens_at_neurons
         self._inputs: list[Tensor] = []
         self._gives_tuple: list[bool] = []
-        self.rows: Rows = model.rows([prompt.ids], header)
         self.device = model.device
+        with self._naming_memory("its tokens do"):
+            self.rows: Rows = model.rows([prompt.ids], header)
         captured: dict[int, Tensor] = {}
 
         def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self._inputs.append(args[0] if args else kwargs["hidden_states"])
             self._gives_tuple.append(isinstance(output, tuple))
 
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), self._naming_memory("its tokens do"), ExitStack() as stack:
             for layer in self._layers:
                 stack.callback(layer.register_forward_hook(keep, with_kwargs=True).remove)
             stack.enter_context(visiting(dict(enumerate(self._sites)), lambda i, x: captured.update({i: x})))
@@ -70,14 +76,38 @@ class Interventions:
         self.activation_ln = [site.neurons(flat(captured[i])[place])[0] for i, site in enumerate(self._sites)]
 
     def neurgrad(self, layers: Sequence[int]) -> Tensor:
-        """NeurGrad [K, L, N] of the layers' neurons, over the same prefix; probability per unit of |activation|."""
+        """NeurGrad [K, L, N] of the layers' neurons, over the same prefix; probability per unit of |activation|.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a gradient.
+            OutOfMemory: a few targets' graphs do not fit.
+        """
         sites = {layer: self._sites[layer] for layer in layers}
-        found = row_gradients(self.rows, [len(self._target_ids)], sites, self._target_ids)
-        signed = [
-            torch.where(activation_kn < 0, -slope_kn, slope_kn).to(self.device, self.probability_k.dtype)
-            for slope_kn, activation_kn in zip(found.gradient_lrn, found.activation_lrn, strict=True)
-        ]
-        return torch.stack(signed, 1) * self.probability_k[:, None, None]
+        parts = []
+        for start in range(0, len(self._target_ids), _TARGETS_TOGETHER):
+            own = self._target_ids[start : start + _TARGETS_TOGETHER]
+            with self._naming_memory("the gradients of its targets do"):
+                found = row_gradients(self.rows, [len(own)], sites, own)
+            signed = [
+                signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
+                for slope_kn, activation_kn in zip(found.gradient_lrn, found.activation_lrn, strict=True)
+            ]
+            parts.append(torch.stack(signed, 1))
+        neurgrad_kln = torch.cat(parts) * self.probability_k[:, None, None]
+        if not neurgrad_kln.isfinite().all():
+            raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
+        return neurgrad_kln
+
+    @contextmanager
+    def _naming_memory(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"{self._who}: {what} not fit into the memory of {self.device}: use a larger device or a shorter prompt"
+            ) from error
 
     def delta_log_p(self, layer: int, neurons_i: Tensor, shifts_i: Tensor, budget: RowBudget) -> Tensor:
         """Δ log p of every target [I, K] when neuron `neurons_i[i]` of a layer is moved by `shifts_i[i]`.
@@ -86,6 +116,7 @@ class Interventions:
 
         Raises:
             OutOfMemory: one intervention beside the unshifted row does not fit.
+            NonFiniteError: NaN or infinity after an intervention.
         """
         done: list[Tensor] = []
         start = 0
@@ -101,10 +132,8 @@ class Interventions:
                 if not is_out_of_memory(error):
                     raise
                 if end - start == 1:
-                    raise OutOfMemory(
-                        f"{self._who}: one intervention does not fit into the memory of {self.device}: use a larger "
-                        f"device or a shorter prompt"
-                    ) from error
+                    with self._naming_memory("one intervention does"):
+                        raise
             # Out of the handler, where the failed batch's tensors are no longer held by the traceback.
             budget.rows = 1 + (end - start) // 2
             if self.device.type == "cuda":
@@ -142,20 +171,20 @@ class Interventions:
 
 
 def rows_that_fit(model: LanguageModel, rows: Rows, batch_bytes: float) -> RowBudget:
-    """How many rows of a batch fit into a memory budget.
+    """How many rows of a batch fit into a memory budget; never fewer than the two without which nothing is measured."""
+    attention = 3 * model.model.config.get_text_config().num_attention_heads * rows.attended
+    a_row = model.row_values + (rows.tokens - 1) * model.token_values + rows.tokens * attention
+    return RowBudget(max(2, int(batch_bytes) // (max(4, model.dtype.itemsize) * a_row)))
+
+
+def check_batch_bytes(batch_bytes: int, row_values: int) -> None:
+    """Refuse a budget that holds no two rows even of a short prompt, the unshifted one and one intervention.
 
     Raises:
-        ConfigurationError: not even two, the unshifted row and one intervention.
+        ConfigurationError: with the least that is needed.
     """
-    config = model.model.config.get_text_config()
-    # Logits and their differences; for each token that a row carries a layer's neurons, hidden states and attention
-    # weights, each with a copy or two.
-    values = 3 * config.vocab_size + rows.tokens * (
-        6 * model.feed_forward.n_neurons + 12 * config.hidden_size + 3 * config.num_attention_heads * rows.attended
-    )
-    fitting = int(batch_bytes) // (4 * values)
-    if fitting < 2:
+    if batch_bytes < 2 * 4 * row_values:
         raise ConfigurationError(
-            f"measure.batch_bytes={int(batch_bytes)}: holds {fitting} rows of {4 * values} bytes, at least 2 are needed"
+            f"measure.batch_bytes={batch_bytes}: holds {batch_bytes // (4 * row_values)} rows of {4 * row_values} "
+            f"bytes, at least 2 are needed"
         )
-    return RowBudget(fitting)

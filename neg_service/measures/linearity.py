@@ -91,10 +91,9 @@ def full_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
         raise ConfigurationError(
             f"measure.step={step}, measure.max_shift={max_shift}: both must be finite, and 0 < step <= max_shift"
         )
-    # Rounded, so that three steps of 0.1 are written 0.3.
-    up = np.round(step * np.arange(1, math.floor(max_shift / step + 1e-9) + 1), 12)
-    shifts = np.concatenate([-up[::-1], up])
-    return Grid(shifts, shifts)
+    # To twelve digits, so that three steps of 0.1 are written 0.3.
+    up = np.array([float(f"{step * k:.12g}") for k in range(1, math.floor(max_shift / step + 1e-9) + 1)])
+    return given_grid(np.concatenate([-up[::-1], up]))
 
 
 def coarse_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
@@ -123,9 +122,12 @@ def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
     """A grid of given shifts.
 
     Raises:
-        ConfigurationError: none, one that is zero or not finite, or one given twice.
+        ConfigurationError: none, what is no number, one that is zero or not finite, or one given twice.
     """
-    grid = np.asarray(shifts, dtype=np.float64)
+    try:
+        grid = np.asarray(shifts, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"measure.shifts={shifts}: must be numbers") from error
     if grid.ndim != 1 or not len(grid):
         raise ConfigurationError("measure.shifts: at least one shift is needed")
     for value in grid:

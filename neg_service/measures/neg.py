@@ -21,7 +21,8 @@ from torch import Tensor
 
 from neg_service.errors import ConfigurationError
 from neg_service.measures.choice import Neurons, checked_neurons
-from neg_service.measures.interventions import Interventions, rows_that_fit
+from neg_service.measures.gradients import signed_by
+from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
 from neg_service.measures.linearity import Doubles, Grid, Linearity, full_grid, given_grid, linearity
 from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
@@ -94,6 +95,7 @@ def neg(
     chosen = _asked_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
     (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token)
     model.ensure_checked()
+    check_batch_bytes(batch_bytes, model.row_values)
     interventions = Interventions(model, encoded, basis)
     budget = rows_that_fit(model, interventions.rows, batch_bytes)
     found = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True)
@@ -133,6 +135,10 @@ def sweep_prompt(
     """Sweep neurons [n, 2] for all targets, layer by layer; curves never leave the device.
 
     `on_done` is told how many neurons each layer brought.
+
+    Raises:
+        OutOfMemory: one intervention does not fit.
+        NonFiniteError: NaN or infinity after an intervention.
     """
     device, probability_k = interventions.device, interventions.probability_k.double()
     order = np.argsort(neurons[:, 0], kind="stable")
@@ -168,8 +174,7 @@ def curves(interventions: Interventions, layer: int, neurons_n: Tensor, sweep: S
     shifts_s = torch.from_numpy(sweep.grid.shifts).to(activations.device)
     moved_ns = shifts_s.expand(len(neurons_n), -1)
     if sweep.shift == "magnitude":
-        # A silent neuron can only grow: the sign of zero is plus one.
-        moved_ns = torch.where(activation_n[:, None] < 0, -moved_ns, moved_ns)
+        moved_ns = signed_by(activation_n[:, None], moved_ns)
     delta_ik = interventions.delta_log_p(layer, neurons_n.repeat_interleave(len(shifts_s)), moved_ns.flatten(), budget)
     return delta_ik.view(len(neurons_n), len(shifts_s), -1)
 

@@ -23,17 +23,14 @@ from torch import Tensor
 
 from neg_service.errors import NonFiniteError
 from neg_service.measures.choice import Neurons
-from neg_service.measures.interventions import Interventions
+from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.measures.linearity import Grid, linearity
 from neg_service.measures.neg import Sweep, curves
-from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import EncodedPrompt
 
 _LAYERS, _NEURONS_A_LAYER = 4, 4
-# Small batches: a value takes twice the room in float64.
-_ROWS = 161
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,9 @@ def resolution(grid: Grid, sigma: float) -> float:
     return 2 * sigma * float(np.sqrt((grid.weights**2).sum()))
 
 
-def measure_noise(model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: Neurons, sweep: Sweep) -> Noise:
+def measure_noise(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: Neurons, sweep: Sweep, batch_bytes: int
+) -> Noise:
     """Sweep a few of `neurons` [n, 2] on `prompts` twice: as asked, and in the reference's precision.
 
     Raises:
@@ -74,13 +73,13 @@ def measure_noise(model: LanguageModel, prompts: Sequence[EncodedPrompt], neuron
     true_negs: list[Tensor] = []
     for place, prompt in enumerate(prompts):
         try:
-            own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype)
+            own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype, batch_bytes)
         except NonFiniteError:
             # A bad prompt costs its own shard, not the run; without any good one there is nothing to measure.
             if errors or place + 1 < len(prompts):
                 continue
             raise
-        true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference)
+        true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference, batch_bytes)
         errors.append((own_nsk - true_nsk).flatten())
         # In units of p, so that prompts and targets compare.
         own_nk, true_nk = (linearity(sweep.grid, (p_k * x.expm1()).mT).neg / p_k for x in (own_nsk, true_nsk))
@@ -104,13 +103,13 @@ def measure_noise(model: LanguageModel, prompts: Sequence[EncodedPrompt], neuron
 
 
 def _delta_log_p(
-    model: LanguageModel, prompt: EncodedPrompt, neurons: Neurons, sweep: Sweep, dtype: torch.dtype
+    model: LanguageModel, prompt: EncodedPrompt, neurons: Neurons, sweep: Sweep, dtype: torch.dtype, batch_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """Δ log p [n, S, K] and p [K], in float64 on the CPU, with the model computing in `dtype`."""
     layers = model.feed_forward.layers
     with nullcontext() if dtype == model.dtype else in_precision(model.model, layers, dtype):
         interventions = Interventions(model, prompt, sweep.basis)
-        budget = RowBudget(_ROWS)
+        budget = rows_that_fit(model, interventions.rows, batch_bytes)
         found = []
         for layer in np.unique(neurons[:, 0]).tolist():
             own_n = torch.from_numpy(neurons[neurons[:, 0] == layer, 1])

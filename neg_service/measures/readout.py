@@ -41,14 +41,16 @@ _CPU_ROWS = 8
 class Unshifted:
     """A prompt's output without any intervention.
 
-    p_v: probabilities of the vocabulary. reference: the most probable token. factor: from the head's output to
-    logits. head_v: the head's output, kept only where a soft cap needs it.
+    who: names the prompt in messages. logits_v, p_v: logits and probabilities of the vocabulary. reference: the most
+    probable token. factor: from the head's output to logits. head_v: the head's output, for a soft cap.
     """
 
+    who: str
+    logits_v: Tensor
     p_v: Tensor
     reference: int
     factor: float
-    head_v: Tensor | None
+    head_v: Tensor
 
 
 class Readout:
@@ -117,14 +119,20 @@ class Readout:
                 f"differences cannot be read: choose another model.source"
             )
         return Unshifted(
+            who=who,
+            logits_v=logits_v,
             p_v=logits_v.softmax(-1),
             reference=int(logits_v.argmax()),
             factor=factor,
-            head_v=None if self._cap is None else head_v,
+            head_v=head_v,
         )
 
     def delta_log_p(self, unshifted: Unshifted, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
-        """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it."""
+        """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it.
+
+        Raises:
+            NonFiniteError: NaN or infinity after an intervention.
+        """
         # On a CPU a few rows at a time: they stay in the processor's cache from step to step.
         at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
         parts = torch.split(difference_rv, at_once)
@@ -134,16 +142,25 @@ class Readout:
         delta_rv = at_least_float32(difference_rv)
         bias = getattr(self._head, "bias", None)
         if bias is not None:
+            # The head added it to the differences too. What rounding that leaves is far below that of the layers.
             delta_rv = delta_rv.sub_(bias)
         if self._cap is not None:
-            assert unshifted.head_v is not None
             after_rv = torch.tanh((unshifted.head_v + delta_rv) / self._cap)
             uncapped_rv = 1 - torch.tanh(unshifted.head_v / self._cap) * after_rv
             delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(uncapped_rv)
         elif unshifted.factor != 1:
             delta_rv = delta_rv.mul_(unshifted.factor)
-        delta_rv = delta_rv.sub_(delta_rv[:, unshifted.reference, None].clone())
-        target_rk = delta_rv[:, list(target_ids)]
+        relative_rv = delta_rv - delta_rv[:, unshifted.reference, None]
+        target_rk = relative_rv[:, list(target_ids)]
         # expm1 of the reference is zero exactly, so it needs no leaving out.
-        rest_r = delta_rv.expm1_() @ unshifted.p_v
-        return target_rk - rest_r.log1p()[:, None]
+        rest_r = relative_rv.expm1_() @ unshifted.p_v
+        found_rk = target_rk - rest_r.log1p()[:, None]
+        is_beyond_r = ~found_rk.isfinite().all(1)
+        if is_beyond_r.any():
+            # A logit moved by more than float32's exponential holds: nothing is nearly equal, so it may be subtracted.
+            before_v = unshifted.logits_v.log_softmax(-1)
+            after_rv = (unshifted.logits_v + delta_rv[is_beyond_r]).log_softmax(-1)
+            found_rk[is_beyond_r] = (after_rv - before_v)[:, list(target_ids)]
+            if not found_rk.isfinite().all():
+                raise NonFiniteError(f"{unshifted.who}: NaN or infinity in logits after an intervention")
+        return found_rk

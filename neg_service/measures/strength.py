@@ -43,7 +43,11 @@ def read(options: Options) -> Options:
 
 
 def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
-    """Refuse bad options."""
+    """Refuse bad options.
+
+    Raises:
+        ConfigurationError: naming the key, its value, and what it may be.
+    """
     check_basis(options.basis, info.is_gated, info.architecture)
     check_whole_layers(neurons, options.name)
     checked_layers(neurons, info.n_layers)

@@ -33,7 +33,8 @@ from neg_service.measures.choice import (
     layers_of,
     strongest_neurons,
 )
-from neg_service.measures.interventions import Interventions, rows_that_fit
+from neg_service.measures.gradients import signed_by
+from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
 from neg_service.measures.linearity import Grid, coarse_grid, full_grid, given_grid
 from neg_service.measures.neg import BATCH_BYTES, Sweep, Swept, check_shift, sweep_prompt
 from neg_service.measures.noise import measure_noise, resolution
@@ -72,14 +73,20 @@ def read(options: Options) -> Options:
 
 
 def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
-    """Refuse bad options."""
+    """Refuse bad options.
+
+    Raises:
+        ConfigurationError: naming the key, its value, and what it may be.
+    """
     check_basis(options.basis, info.is_gated, info.architecture)
     check_shift(options.shift)
     _grid(options)
     check_choice(neurons, info.n_layers, info.n_neurons)
     size = options.batch_bytes
-    if size != "auto" and not (isinstance(size, int) and size > 0):
-        raise ConfigurationError(f"measure.batch_bytes={size}: must be auto or a whole number of bytes")
+    if size != "auto":
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise ConfigurationError(f"measure.batch_bytes={size}: must be auto or a whole number of bytes")
+        check_batch_bytes(size, info.row_values)
 
 
 def identity(options: Options) -> dict[str, Any]:
@@ -102,7 +109,8 @@ def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_t
     """A row of numbers a (target, neuron), an intervention a (neuron, shift)."""
     n_shifts = len(_grid(options).shifts)
     n = count_of(neurons, info.n_layers, info.n_neurons)
-    row = 50 + (4 * n_shifts if options.keep_curves else 0)
+    # Eight numbers, and the key and marks of a row, which compress to little.
+    row = 120 + (4 * n_shifts if options.keep_curves else 0)
     return Cost({"prompts": 256, "sweep": int(row * n * n_targets)}, n * n_shifts)
 
 
@@ -113,7 +121,7 @@ def calibrate(
     if neurons.choose == "top":
         neurons = NeuronsConfig(neurons.layers)
     chosen = chosen_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
-    return {"noise": asdict(measure_noise(model, prompts, chosen, _sweep(options)))}
+    return {"noise": asdict(measure_noise(model, prompts, chosen, _sweep(options), _batch_bytes(options, model)))}
 
 
 def measure(
@@ -126,9 +134,6 @@ def measure(
 ) -> dict[str, pa.Table]:
     """One shard's tables."""
     sweep, sigma = _sweep(options), float(calibration["noise"]["sigma"])
-    batch_bytes = options.batch_bytes
-    if batch_bytes == "auto":
-        batch_bytes = BATCH_BYTES if model.device.type == "cpu" else _GPU_BATCH_BYTES
     n_layers, n_neurons = model.feed_forward.n_layers, model.feed_forward.n_neurons
     layers = layers_of(neurons, n_layers)
     chosen = None if neurons.choose == "top" else chosen_neurons(neurons, n_layers, n_neurons)
@@ -141,7 +146,7 @@ def measure(
             own = chosen
             if own is None:
                 own = strongest_neurons(layers, neurgrad_kln.abs().amax(0).cpu().numpy(), neurons.count)
-            rows = rows_that_fit(model, interventions.rows, batch_bytes * budget.scale)
+            rows = rows_that_fit(model, interventions.rows, _batch_bytes(options, model) * budget.scale)
             fitting = rows.rows
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(interventions, own, sweep, rows, options.keep_curves, progress.add)
@@ -173,7 +178,7 @@ def _table(
     neg_kn = found.linearity_nk.neg.T
     estimate_kn = neurgrad_kn
     if sweep.shift == "signed":
-        estimate_kn = torch.where(found.activation_n < 0, -neurgrad_kn, neurgrad_kn)
+        estimate_kn = signed_by(found.activation_n, neurgrad_kn)
     resolution_kn = (probability_k * resolution(sweep.grid, sigma))[:, None].expand(k, n)
     is_resolved = _column(neg_kn.abs() > resolution_kn)
     curves = {}
@@ -221,6 +226,12 @@ class _Progress:
             self._spoke = now
             left = (now - self._began) / self._done * (self._of - self._done)
             log.info("prompt %r: %d of %d neurons, %.0f s left", self._who, self._done, self._of, left)
+
+
+def _batch_bytes(options: Options, model: LanguageModel) -> int:
+    if options.batch_bytes != "auto":
+        return int(options.batch_bytes)
+    return BATCH_BYTES if model.device.type == "cpu" else _GPU_BATCH_BYTES
 
 
 def _sweep(options: Options) -> Sweep:

@@ -26,7 +26,7 @@ from neg_service.models.source import LocalModel, fetch, require_complete
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class ModelInfo:
     n_parameters: int
     is_gated: bool
     is_masked: bool
+    # Values that a row of interventions carries: for its one token, or its first of several.
+    row_values: int
 
 
 class LanguageModel:
@@ -82,6 +84,16 @@ class LanguageModel:
     def context_length(self) -> int | None:
         """The most tokens a prompt may have; None where the configuration gives no limit."""
         return _context_length(self.model.config)
+
+    @property
+    def row_values(self) -> int:
+        """About how many values a row of a batch holds at once: logits and differences, and those of a token."""
+        return 3 * int(self.model.config.get_text_config().vocab_size) + self.token_values
+
+    @property
+    def token_values(self) -> int:
+        """About how many values a token of a row holds at once: a layer's neurons and hidden states, with copies."""
+        return _token_values(self.model.config, self.feed_forward.n_neurons)
 
     def header(self, ids: Sequence[int], keep: int = 4) -> branches.Header:
         """Keys and values of a shared beginning, run once and kept while it is among the last `keep` used."""
@@ -140,7 +152,7 @@ def load_model(
     Args:
         source: `smollm2` (the default model), a hub id, a directory with safetensors, or a .gguf file.
         revision: branch, tag or commit, for a hub id.
-        dtype: float32, bfloat16 or float16; float32 computes without TF32.
+        dtype: float64, float32, bfloat16 or float16; float32 computes without TF32.
         device: a torch device, or `auto`: a GPU if there is one.
         trust_remote_code: run Python code that comes with the model; off unless asked for.
 
@@ -205,6 +217,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelIn
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_gated=found.layout.is_gated,
         is_masked=_is_masked(type(model).__name__),
+        row_values=3 * model.config.get_text_config().vocab_size + _token_values(model.config, found.n_neurons),
     )
 
 
@@ -275,6 +288,10 @@ def _require_measurable(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has rotary angles that depend on a pass's longest position (rope_type "
             f"{found.pop()}), which batches of prompts cannot share: choose another model.source"
         )
+
+
+def _token_values(config: Any, n_neurons: int) -> int:
+    return 6 * n_neurons + 12 * int(config.get_text_config().hidden_size)
 
 
 def _context_length(config: Any) -> int | None:

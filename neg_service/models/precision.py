@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 def in_precision(model: PreTrainedModel, layers: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """Let `model` compute in `dtype` for as long as this lasts; afterwards its weights are the same objects and bits.
 
+    For forward passes: a backward pass would find the weights of layers that it left as they were.
     In float64, what the model's own code casts to float32 (norms, rotary angles, softmax) is float64 as well.
     """
     with ExitStack() as stack:

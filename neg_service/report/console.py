@@ -69,7 +69,7 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     table = run.table("sweep").to_table(columns=columns_read)
     r, neg, neurgrad, activation = (table[name].to_numpy() for name in columns_read[:4])
     gradient = np.where(activation < 0, -neurgrad, neurgrad)
-    noise = run.about["noise"]
+    noise = run.about["calibration"]["noise"]
     n = table.num_rows
     agree = pc.sum(table["signs_agree"]).as_py() or 0
     resolved = pc.sum(table["is_resolved"]).as_py() or 0

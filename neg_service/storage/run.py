@@ -118,6 +118,13 @@ def note(store: ObjectStore, found: dict[str, Any]) -> None:
         store.put(RUN_FILE, json.dumps({**parsed, "about": about}, indent=1, ensure_ascii=False).encode())
 
 
+def calibration_of(store: ObjectStore) -> dict[str, Any] | None:
+    """What an earlier start of this run found out about its precision: the same numbers serve all of a run."""
+    content = store.get(RUN_FILE)
+    found = parse_run_file(store.uri, content).get("about", {}).get("calibration") if content is not None else None
+    return dict(found) if found is not None else None
+
+
 def parse_run_file(uri: str, content: bytes) -> dict[str, Any]:
     """run.json as a dictionary.
 

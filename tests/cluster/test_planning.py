@@ -170,7 +170,9 @@ def test_layers_are_checked_and_sorted() -> None:
 def test_measures_are_found_by_name_or_path_and_unknown_ones_name_the_known() -> None:
     assert find_measure("neurgrad") is find_measure("neg_service.measures.neurgrad")
     for unknown in ("nothing", "gradients", "no.such.module"):
-        with pytest.raises(ConfigurationError, match=rf"measure\.name={unknown} is unknown; known are neurgrad"):
+        with pytest.raises(
+            ConfigurationError, match=rf"measure\.name={unknown} is unknown; known are intervene, neurgrad"
+        ):
             find_measure(unknown)
 
 

@@ -187,7 +187,7 @@ def test_a_poisoned_prompt_sets_its_shard_aside_and_the_rest_is_done(dataset: Pa
     arguments = [f"model.source={model}", f"dataset.source={dataset}", "job.shard_size=4", f"storage.uri={place}"]
     done = job("scan", *arguments)
     assert done.returncode == 3, done.stderr
-    assert "shard 2: prompt 'row-9' (5 tokens): NaN or infinity" in done.stdout
+    assert "shard 2: prompt 'row-9' (5 tokens) in float32: NaN or infinity" in done.stdout
     run = neg_service.open_run(str(next(place.iterdir())))
     assert run.done() == {0, 1, 3, 4, 5}
     assert "row-9" in run.directory.set_aside()[2]["error"]

@@ -120,6 +120,22 @@ def test_batches_do_not_change_results() -> None:
         np.testing.assert_allclose(one.delta_p[:, 0], whole.delta_p[:, e], rtol=1e-6)
 
 
+def test_very_many_edits_run_a_part_at_a_time() -> None:
+    model = tiny_model("llama", torch.float64)
+    edits = [{"neurons": [(i % 3, i % 40)], "shift": 0.01 * (i + 1)} for i in range(130)]
+    found = neg_service.intervene(model, TEXTS, TARGETS, edits)
+    for e in (0, 63, 64, 129):
+        alone = neg_service.intervene(model, TEXTS, TARGETS, [edits[e]])
+        np.testing.assert_allclose(alone.delta_p[:, 0], found.delta_p[:, e], rtol=1e-6)
+
+
+def test_the_neurons_of_a_sweep_can_be_edited_as_they_are() -> None:
+    model = tiny_model("llama", torch.float64)
+    single = neg_service.neg(model, TEXTS[0], " w7", [(1, 5), (2, 3)], [0.3])
+    joint = neg_service.intervene(model, TEXTS[:1], [[" w7"]], [Edit(single.neurons[:1], shift=0.3)])
+    assert joint.delta_p[0, 0, 0] == pytest.approx(single.delta_p[0, 0], rel=1e-9)
+
+
 def test_a_joint_shift_of_one_neuron_is_a_point_of_its_curve() -> None:
     model = tiny_model("gpt2", torch.float64)
     curve = neg_service.neg(model, TEXTS[0], " w7", [(1, 5)], [-0.5, 0.3])
@@ -234,10 +250,12 @@ def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigurationError, match="3 prompts, targets for 1 and answers for 3"):
         neg_service.intervene(model, TEXTS, TARGETS[:1], EDITS)
+    with pytest.raises(ConfigurationError, match="batch_tokens=0: must be at least 1"):
+        neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_tokens=0)
     with pytest.raises(ConfigurationError, match=r"measure\.basis=bias is unknown"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS, basis="bias")
     monkeypatch.setattr(measure, "_run_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(OutOfMemory, match="10 rows does not fit"):
+    with pytest.raises(OutOfMemory, match="its 10 rows do not fit"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS)
 
 

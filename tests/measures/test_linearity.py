@@ -69,6 +69,10 @@ def test_the_coarse_grid_follows_the_range() -> None:
         coarse_grid(0.2, 0.1)
 
 
+def test_a_tiny_grid_is_a_grid_and_one_that_rounds_away_is_refused() -> None:
+    assert full_grid(3e-13, 1e-13).shifts.tolist() == [-3e-13, -2e-13, -1e-13, 1e-13, 2e-13, 3e-13]
+
+
 @pytest.mark.parametrize(("max_shift", "step"), [(2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1)])
 def test_bad_grids_are_refused(max_shift: float, step: float) -> None:
     with pytest.raises(ConfigurationError, match=r"measure\.step="):
@@ -79,6 +83,8 @@ def test_bad_grids_are_refused(max_shift: float, step: float) -> None:
     ("shifts", "message"),
     [
         ([], "at least one shift"),
+        ([1.0, "much"], "must be numbers"),
+        ([[1.0], [1.0, 2.0]], "must be numbers"),
         ([[1.0]], "at least one shift"),
         ([1.0, 0.0], "0 is no shift"),
         ([float("nan")], "nan is no shift"),

@@ -14,8 +14,8 @@ import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError
 from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.measures.linearity import full_grid
 from neg_service.models.batches import RowBudget
+from neg_service.models.precision import in_precision
 from tests import oracle
 from tests.fakes import FAMILIES, GATED, tiny_model
 from tests.measures.test_neurgrad import encoded
@@ -30,19 +30,21 @@ NEURONS = [(2, 39), (0, 5), (1, 17), (0, 0)]
     [(f, b) for f in FAMILIES for b in ("paper", "hidden", "gate") if b != "gate" or f in GATED],
 )
 def test_equals_one_full_forward_pass_an_intervention(family: str, basis: str) -> None:
-    model = tiny_model(family, torch.float64)
+    model = tiny_model(family)
+    model.ensure_checked()
     shifts = [-2.0, -0.3, 0.1, 1.5]
-    result = neg_service.neg(model, TEXT, TARGET, NEURONS, shifts, basis)
-    before = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, 0, 0, 0.0)
-    assert result.probability == pytest.approx(before, rel=1e-6 if "gemma" in family else 1e-9)
     _, _, activation = oracle.gradients(model.model, IDS, [TARGET_ID], basis)
-    # The oracle subtracts probabilities; Gemma's attention and norms round to float32 there whatever the precision.
-    exact = 1e-6 * before if "gemma" in family else 1e-12 * before
-    for i, (layer, neuron) in enumerate(NEURONS):
-        sign = -1 if activation[layer, neuron] < 0 else 1
-        for s, shift in enumerate(shifts):
-            after = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, layer, neuron, sign * shift)
-            assert result.delta_p[i, s] == pytest.approx(after - before, rel=1e-6, abs=exact)
+    # Truly float64, for the engine and for the oracle: many architectures cast to float32 on their own.
+    with in_precision(model.model, model.feed_forward.layers, torch.float64):
+        result = neg_service.neg(model, TEXT, TARGET, NEURONS, shifts, basis)
+        before = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, 0, 0, 0.0)
+        assert result.probability == pytest.approx(before, rel=1e-12)
+        for i, (layer, neuron) in enumerate(NEURONS):
+            sign = -1 if activation[layer, neuron] < 0 else 1
+            for s, shift in enumerate(shifts):
+                after = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, layer, neuron, sign * shift)
+                # The oracle subtracts probabilities.
+                assert result.delta_p[i, s] == pytest.approx(after - before, rel=1e-6, abs=1e-13 * before)
 
 
 def linear_network() -> LanguageModel:
@@ -101,10 +103,8 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> No
     whole = neg_service.neg(model, TEXT, TARGET)
     assert whole.neurons.tolist() == [[layer, n] for layer in range(3) for n in range(40)]
     assert whole.delta_p.shape == (120, 40)
-    rows = model.rows([IDS])
-    small = neg_service.neg(
-        model, TEXT, TARGET, NEURONS, batch_bytes=int(3.5 * 10**9 / rows_that_fit(model, rows, 10**9).rows)
-    )
+    small = neg_service.neg(model, TEXT, TARGET, NEURONS, batch_bytes=int(3.9 * 8 * model.row_values))
+    assert rows_that_fit(model, model.rows([IDS]), 3.9 * 8 * model.row_values).rows == 3
     for i, (layer, neuron) in enumerate(NEURONS):
         np.testing.assert_allclose(small.delta_p[i], whole.delta_p[layer * 40 + neuron], rtol=1e-6, atol=1e-15)
 
@@ -121,32 +121,26 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> No
     ids=["sure", "unsure", "unlikely"],
 )
 def test_float32_is_as_exact_as_promised(
-    smollm2: LanguageModel, smollm2_float64: nn.Module, text: str, target: str, least: float, most: float
+    smollm2: LanguageModel, text: str, target: str, least: float, most: float
 ) -> None:
     draw = np.random.default_rng(0)
     neurons = [(layer, int(n)) for layer in range(30) for n in draw.choice(1536, 7, replace=False)]
-    shifts = full_grid(2.0, 0.2).shifts.tolist()
-    found = neg_service.neg(smollm2, text, target, neurons, shifts)
-    exact = neg_service.neg(LanguageModel(smollm2_float64, smollm2.tokenizer), text, target, neurons, shifts)
-    assert least <= exact.probability <= most
-    assert np.median(np.abs(found.neg / exact.neg - 1)) <= 1e-4
-    assert np.abs(found.delta_p - exact.delta_p).max() <= 5e-6
-
-
-@pytest.mark.model
-def test_the_float64_engine_equals_full_forward_passes_of_the_default_model(
-    smollm2: LanguageModel, smollm2_float64: nn.Module
-) -> None:
-    model = LanguageModel(smollm2_float64, smollm2.tokenizer)
-    text, target = "The capital of France is", " Paris"
+    found = neg_service.neg(smollm2, text, target, neurons)
     ids = smollm2.tokenizer(text)["input_ids"]
     (target_id,) = smollm2.tokenizer(target)["input_ids"]
-    neurons = [(0, 3), (15, 700), (29, 864)]
-    result = neg_service.neg(model, text, target, neurons, [1.0], shift="signed")
-    before = oracle.probability_with_shift(smollm2_float64, ids, target_id, "paper", 0, 0, 0.0)
-    for i, (layer, neuron) in enumerate(neurons):
-        after = oracle.probability_with_shift(smollm2_float64, ids, target_id, "paper", layer, neuron, 1.0)
-        assert result.delta_p[i, 0] == pytest.approx(after - before, rel=1e-4, abs=1e-7)
+    # The same weights in float64, what the model casts to float32 on its own included.
+    with in_precision(smollm2.model, smollm2.feed_forward.layers, torch.float64):
+        exact = neg_service.neg(smollm2, text, target, neurons)
+        single = neg_service.neg(smollm2, text, target, neurons, [1.0], shift="signed")
+        # That reference is itself held against full forward passes, an intervention each.
+        for layer in range(30):
+            own = slice(7 * layer, 7 * layer + 7)
+            shifted = [(n, 1.0) for _, n in neurons[own]]
+            changes = oracle.changes_with_shifts(smollm2.model, ids, target_id, "paper", layer, shifted)
+            np.testing.assert_allclose(single.delta_p[own, 0], changes, rtol=1e-6, atol=1e-12 * single.probability)
+    assert least <= found.probability <= most
+    assert np.median(np.abs(found.neg / exact.neg - 1)) <= 1e-4
+    assert np.abs(found.delta_p - exact.delta_p).max() <= 5e-6
 
 
 def test_nothing_of_a_sweep_stays_in_the_model() -> None:
@@ -173,7 +167,9 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
         ({"neurons": [(0, -1)]}, r"\(0, -1\) does not exist"),
         ({"neurons": []}, "the choice is empty"),
         ({"neurons": "some"}, "must be 'all' or a list"),
+        ({"neurons": 7}, "must be 'all' or a list"),
         ({"shifts": [0.0, 1.0]}, "0 is no shift"),
+        ({"shifts": ["a"]}, "must be numbers"),
         ({"shifts": [float("nan")]}, "nan is no shift"),
         ({"shifts": [1.0, 2.0, 1.0]}, "1 is given 2 times"),
         ({"shifts": []}, "at least one shift"),

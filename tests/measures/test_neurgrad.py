@@ -211,7 +211,7 @@ def test_one_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(engine, "run_branches", never)
-    with pytest.raises(OutOfMemory, match=r"'p0' with 5 tokens and 2 rows"):
+    with pytest.raises(OutOfMemory, match=r"'p0' .5 tokens. in float32: its 2 rows do not fit"):
         measured(tiny_model("llama"), random_prompts([5], [2]), "paper")
 
 

@@ -34,7 +34,7 @@ PROMPTS = [
     Prompt("c", "w50 w51", (" w1",), 0),
 ]
 SHIFTS = [-2.0, -0.5, 0.5, 2.0]
-INFO = ModelInfo("tiny", "sha256:0", "LlamaForCausalLM", 3, 40, 64, 1, is_gated=True, is_masked=False)
+INFO = ModelInfo("tiny", "sha256:0", "LlamaForCausalLM", 3, 40, 64, 1, is_gated=True, is_masked=False, row_values=1000)
 
 
 def swept(
@@ -118,7 +118,7 @@ def test_neither_batches_nor_shards_nor_other_neurons_change_the_rows() -> None:
     neurons = NeuronsConfig(choose="list", list=[[0, 1], [1, 5], [1, 6], [2, 39]])
     whole = swept(model, neurons)["sweep"]
     each = [swept(model, neurons, [prompt])["sweep"] for prompt in PROMPTS]
-    small = swept(model, neurons, batch_bytes=12_000)["sweep"]
+    small = swept(model, neurons, batch_bytes=20_000)["sweep"]
     everything = swept(model, NeuronsConfig())["sweep"]
     listed = [tuple(pair) for pair in neurons.list]
     keep = [pair in listed for pair in zip(*(everything[c].to_pylist() for c in ("layer", "neuron")), strict=True)]
@@ -167,7 +167,7 @@ def test_sigma_is_the_spread_of_the_error_against_float64() -> None:
     exact = tiny_model("llama", torch.float64)
     pairs = [(layer, n) for layer in range(3) for n in range(4)]
     (encoded,) = encode(model.tokenizer, [Prompt("a", PROMPTS[0].text, (" w7",))], None)
-    noise = measure_noise(model, [encoded], np.array(pairs), Sweep(full_grid()))
+    noise = measure_noise(model, [encoded], np.array(pairs), Sweep(full_grid()), 10**7)
     error = []
     for own in (model, exact):
         result = neg_service.neg(own, PROMPTS[0].text, " w7", pairs)
@@ -219,6 +219,78 @@ def test_float64_in_a_moment_is_truly_float64() -> None:
         torch.testing.assert_close(found, expected * model.model.norm.weight, rtol=1e-13, atol=0)
 
 
+def test_pressure_on_memory_never_stops_a_run_as_if_it_were_a_setting() -> None:
+    model = tiny_model("bert", torch.float64)
+    prompts = [Prompt("a", "w1 " * 50 + "w96", ("w2",)), Prompt("b", "w1 w96", ("w2",))]
+    encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
+    neurons, options = NeuronsConfig(choose="sample", count=1), sweep.Options(shifts=SHIFTS)
+    noise = {"noise": {"sigma": 0.0}}
+    easy = sweep.measure(model, encoded, options, neurons, Budget(4096), noise)["sweep"]
+    hard = sweep.measure(model, encoded, options, neurons, Budget(4096, 1e-9), noise)["sweep"]
+    np.testing.assert_allclose(hard["neg"], easy["neg"], rtol=1e-6)
+
+
+def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", torch.float64)
+    model.ensure_checked()
+    header = " ".join(f"w{i}" for i in range(1, 31))
+    # Three prompts with a common beginning that is worth a pass of its own.
+    prompts = [
+        Prompt(str(i), f"{header} {header} w{i} w{i + 10} w{i + 20}", (" w7", " w8", " w9")) for i in range(2, 5)
+    ]
+    monkeypatch.setattr("neg_service.models.batches.PASS_COST", 4)
+    passes: list[int] = []
+    tokens: list[int] = []
+    layer = model.feed_forward.layers[1]
+    layer.register_forward_hook(lambda _m, i, out: passes.append(1))
+    layer.register_forward_pre_hook(lambda _m, i: tokens.append(i[0].shape[1]))
+    table = swept(model, NeuronsConfig(choose="list", list=[[1, 3]]), prompts)["sweep"]
+    # The header once; then for each prompt the rest of its prefix, the last token, rows for gradients, and one batch.
+    assert max(tokens) == 60
+    assert sum(count >= 60 for count in tokens) == 1
+    assert len(passes) == 1 + 3 * 4
+    model.forget_headers()
+    for i, prompt in enumerate(prompts):
+        alone = neg_service.neg(model, prompt.text, " w8", [(1, 3)], SHIFTS)
+        np.testing.assert_allclose(table["neg"].to_numpy()[3 * i + 1], alone.neg[0], rtol=1e-6)
+
+
+def test_every_batch_has_an_unshifted_row_and_layers_below_do_not_run() -> None:
+    model = tiny_model("llama")
+    model.ensure_checked()
+    ran: list[tuple[int, int]] = []
+    for index, layer in enumerate(model.feed_forward.layers):
+        layer.register_forward_pre_hook(lambda _m, i, index=index: ran.append((index, i[0].shape[1])))
+    heads: list[torch.Tensor] = []
+    model.model.lm_head.register_forward_hook(lambda _m, i, _o: heads.append(i[0][0]))
+    neg_service.neg(model, "w3 w14 w15", " w7", [(1, 2), (1, 3)], [1.0, 2.0], batch_bytes=2 * 4 * model.row_values)
+    # The prefix of two tokens, the last token; then a pass an intervention, whose rows begin in layer 1 as one.
+    assert ran == [(0, 2), (1, 2), (2, 2), (0, 1), (1, 1), (2, 1), *[(1, 1), (2, 2)] * 4]
+    # The head is given the unshifted row, the same each time, and differences from it, all different.
+    plain, *batches = heads
+    for batch in batches:
+        torch.testing.assert_close(batch[0], plain[0])
+        assert batch[1].abs().max() < 0.5 * batch[0].abs().max()
+    assert len({tuple(batch[1].tolist()) for batch in batches}) == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2, soft caps, mixed windows", "bert"])
+def test_effects_beyond_the_range_of_exponentials_are_right(family: str) -> None:
+    model = tiny_model(family)
+    model.model.get_output_embeddings().weight.mul_(30)
+    text = "w3 w14 w15 w96" if model.is_masked else "w3 w14 w15"
+    ids = [int(word[1:]) for word in text.split()]
+    shifts = [-30.0, 30.0]
+    for target in (7, 8, 9, 50):
+        found = neg_service.neg(model, text, f" w{target}", [(2, 3), (1, 4)], shifts, shift="signed")
+        for i, (layer, n) in enumerate(found.neurons.tolist()):
+            before, *after = (
+                oracle.probability_with_shift(model.model, ids, target, "paper", layer, n, s) for s in (0.0, *shifts)
+            )
+            np.testing.assert_allclose(found.delta_p[i], np.array(after) - before, atol=2e-3)
+        assert np.isfinite(found.r).all()
+
+
 def test_when_memory_ends_batches_shrink_and_rows_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", torch.float64)
     whole = swept(model, NeuronsConfig(choose="sample", count=4))["sweep"]
@@ -247,9 +319,9 @@ def test_prompts_with_bad_logits_are_named_and_skipped_by_the_noise_check() -> N
         model.model.model.embed_tokens.weight[51] = float("inf")
     encoded = list(encode(model.tokenizer, PROMPTS, None))
     neurons = np.array([[0, 1], [2, 3]])
-    assert measure_noise(model, encoded, neurons, Sweep(full_grid())).n_prompts == 2
+    assert measure_noise(model, encoded, neurons, Sweep(full_grid()), 10**7).n_prompts == 2
     with pytest.raises(NonFiniteError, match="prompt 'c'"):
-        measure_noise(model, encoded[2:], neurons, Sweep(full_grid()))
+        measure_noise(model, encoded[2:], neurons, Sweep(full_grid()), 10**7)
     with pytest.raises(NonFiniteError, match="prompt 'c'"):
         swept(model, NeuronsConfig(choose="sample", count=1))
 
@@ -273,7 +345,10 @@ def test_the_identity_names_the_grid_by_its_shifts() -> None:
         ({"shifts": [0.0]}, {}, "0 is no shift"),
         ({"shifts": "1,2"}, {}, "measure.shifts=1,2: must be a list"),
         ({"step": 3.0}, {}, "measure.step=3.0"),
-        ({"batch_bytes": 0}, {}, "measure.batch_bytes=0: must be auto or"),
+        ({"batch_bytes": "lots"}, {}, "measure.batch_bytes=lots: must be auto or"),
+        ({"batch_bytes": 7999}, {}, "measure.batch_bytes=7999: holds 1 rows of 4000 bytes, at least 2 are needed"),
+        ({"shifts": [0.5, "a"]}, {}, "must be numbers"),
+        ({}, {"choose": "sample", "count": 1, "seed": -1}, "neurons.seed=-1: must be 0 or more"),
         ({}, {"choose": "top", "count": 121}, "neurons.count=121"),
     ],
 )

@@ -181,7 +181,7 @@ def test_the_default_model_comes_from_the_cache(smollm2: LanguageModel) -> None:
 
 
 def test_unknown_precisions_and_devices_are_refused(tiny_directory: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"model\.dtype=int8 is unknown; known are float32"):
+    with pytest.raises(ConfigurationError, match=r"model\.dtype=int8 is unknown; known are float64, float32"):
         neg_service.load_model(str(tiny_directory), dtype="int8")
     with pytest.raises(ConfigurationError, match=r"model\.device=abacus is not a device"):
         neg_service.load_model(str(tiny_directory), device="abacus")
