@@ -52,7 +52,8 @@ def test_a_scan_whose_replica_and_driver_are_killed_ends_in_the_same_tables(tmp_
         other_columns = [c for c in a.column_names if c not in (value, "probability")]
         assert a.select(other_columns).equals(b.select(other_columns))
         x, y = (np.concatenate([np.asarray(v) for v in t[value].to_pylist()]) for t in (a, b))
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9)
+        # A shard that was lost runs again in smaller batches, which moves the last digits of float32.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
     third = Running("scan", *disturbed)
     assert third.finish() == 0
     assert "nothing was done" in third.output

@@ -99,7 +99,7 @@ def test_joint_interventions_from_a_file(arguments: list[str], tmp_path: Path, t
         (["neurons.layers=[3]"], "layer 3 does not exist"),
         (["measure.shifts=[0.5,0]"], "0 is no shift"),
         (["measure.shifts=[0.5,0.5]"], "0.5 is given 2 times"),
-        (["measure.shifts=[.inf]"], "inf is no shift"),
+        (["measure.shifts=[inf]"], "inf is no shift"),
         (["measure.max_shift=0.05"], "0 < step <= max_shift"),
         (["measure=intervene", "measure.edits=nowhere.json"], "measure.edits=nowhere.json: cannot be read"),
         (["measure=intervene", "measure.edits=[]"], "must be a list of at least one edit"),
