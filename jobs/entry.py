@@ -70,7 +70,9 @@ def _reason(error: BaseException) -> str:
         lines += [line.strip() for line in str(current).splitlines() if line.strip()]
         current = current.__cause__
     wanted = [line.rstrip(".") for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type"))]
-    return "; ".join(wanted[:4])
+    # Hydra's advice to add an unknown key with a plus leads to a refusal of the same key further on.
+    wanted = [line for line in wanted if "use +" not in line]
+    return "; ".join(wanted[:20]).replace(":;", ":")
 
 
 def _fail(message: str) -> Any:

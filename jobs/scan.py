@@ -11,7 +11,7 @@ from neg_service.cluster.scan import Prepared, Summary, prepare, run
 from neg_service.config import ScanConfig, typed
 from neg_service.measures.choice import count_of, described
 from neg_service.prompts.sources import without_credentials
-from neg_service.report.console import accuracy, aligned, bytes_text
+from neg_service.report.console import accuracy, agreement, aligned, bytes_text
 from neg_service.storage.reader import open_run
 
 
@@ -43,9 +43,9 @@ def describe_plan(prepared: Prepared) -> str:
                 f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",
             ),
             ("measure", ", ".join(f"{key}={_short(value)}" for key, value in prepared.identity["measure"].items())),
-            ("neurons", described(prepared.config.neurons, info.n_layers, info.n_neurons)),
-            ("rows", f"{plan.n_rows} to run: a target's branch or an intervention each"),
-            ("shards", f"{plan.n_shards} of up to {plan.shard_size} prompts"),
+            ("neurons", _neurons(prepared)),
+            (_row_word(prepared), f"{plan.n_rows}"),
+            ("shards", f"{plan.n_shards} of up to {min(plan.shard_size, plan.n_prompts)} prompts"),
             (
                 "bytes",
                 "\n".join([f"{bytes_text(plan.total_bytes):>10}  in all, before compression", *tables]),
@@ -54,6 +54,18 @@ def describe_plan(prepared: Prepared) -> str:
             ("results", prepared.uri),
         ]
     )
+
+
+def _row_word(prepared: Prepared) -> str:
+    return "interventions" if prepared.config.measure["name"] in ("sweep", "intervene") else "gradients"
+
+
+def _neurons(prepared: Prepared) -> str:
+    if prepared.config.measure["name"] == "intervene":
+        return "those of measure.edits"
+    chosen, info = prepared.config.neurons, prepared.info
+    first = ", which a scan of all neurons finds first" if chosen.choose == "top" and chosen.over == "dataset" else ""
+    return described(chosen, info.n_layers, info.n_neurons) + first
 
 
 def _short(value: Any) -> str:
@@ -76,6 +88,8 @@ def describe_summary(prepared: Prepared, summary: Summary) -> str:
     ]
     if "neurgrad" in results.schemas[main].names:
         rows.insert(2, ("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"))
+    if main == "sweep" and summary.shards_done:
+        rows += agreement(results)
     if summary.n_prompts_now:
         rows += [
             ("rate", f"{summary.n_prompts_now / summary.seconds:.3g} prompts/s in {summary.seconds:.1f} s"),

@@ -99,8 +99,10 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
         pa.field("r2", pa.float32(), nullable=False),
         # The largest |Δp| over the shifts; of the coarse grid, over the curve that it interpolates.
         pa.field("largest_delta_p", pa.float32(), nullable=False),
-        # Probability per unit of |activation|, whatever `shift` is.
+        # The estimates: NeurGrad, in probability per unit of |activation|, which foretells `neg` of magnitudes; and the
+        # plain gradient, per unit of the activation, which foretells it where `shift` is signed.
         pa.field("neurgrad", pa.float32(), nullable=False),
+        pa.field("gradient", pa.float32(), nullable=False),
         # The smallest |neg| whose sign is known, from the measured noise of this sweep; and whether `neg` is above it.
         pa.field("resolution", pa.float32(), nullable=False),
         pa.field("is_resolved", pa.bool_(), nullable=False),

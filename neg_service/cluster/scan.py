@@ -253,8 +253,8 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         return actor.remote(make_worker, destination)
 
     log.info(
-        "%d of %d shards to do, %.3g GB in all before compression, on %d replica%s of %g CPUs and %g GPUs",
-        todo, prepared.plan.n_shards, prepared.plan.total_bytes / 1e9,
+        "%d of %d shards to do, %.3g MB in all before compression, on %d replica%s of %g CPUs and %g GPUs",
+        todo, prepared.plan.n_shards, prepared.plan.total_bytes / 1e6,
         n_replicas, "s" * (n_replicas > 1), size.cpus, size.gpus,
     )  # fmt: skip
     left = sum(len(shard.prompts) for shard in shards_of(prepared.prompts, prepared.plan, done))

@@ -71,8 +71,7 @@ def check_whole_layers(config: NeuronsConfig, measure: str) -> None:
     """Refuse a choice of single neurons for a measure that has all of a layer's at once."""
     if config.choose != "all":
         raise ConfigurationError(
-            f"neurons.choose={config.choose}: measure.name={measure} gives every neuron of neurons.layers; "
-            f"use neurons=all, or measure=sweep"
+            f"neurons.choose={config.choose}: is for measure=sweep; measure={measure} takes neurons=all"
         )
 
 
@@ -134,7 +133,8 @@ def described(config: NeuronsConfig, n_layers: int, n_neurons: int) -> str:
         "list": ": as listed",
     }
     layers = layers_of(config, n_layers)
-    return f"{count_of(config, n_layers, n_neurons)} in {len(layers)} layers{how[config.choose]}"
+    of_layers = f"{len(layers)} layer{'s' * (len(layers) > 1)}"
+    return f"{count_of(config, n_layers, n_neurons)} in {of_layers}{how[config.choose]}"
 
 
 def with_list_read(config: NeuronsConfig) -> NeuronsConfig:
@@ -146,17 +146,27 @@ def with_list_read(config: NeuronsConfig) -> NeuronsConfig:
     if config.choose != "list" or not isinstance(config.list, str):
         return config
     path = config.list
-    read = _READERS.get(PurePosixPath(path).suffix.lower())
-    if read is None:
-        raise ConfigurationError(f"neurons.list={path}: must end in {', '.join(_READERS)}, or be a list of pairs")
     try:
-        with fsspec.open(path, "rb") as file:
-            table = read(io.BytesIO(file.read()))
+        files, place = fsspec.url_to_fs(path)
+        # A folder is a table of results: all its parts.
+        names = sorted(files.glob(f"{place}/*.parquet")) if files.isdir(place) else [place]
+        read = _READERS.get(PurePosixPath(names[0]).suffix.lower()) if names else None
+        if read is None:
+            raise ConfigurationError(
+                f"neurons.list={path}: must end in {', '.join(_READERS)}, be a folder of .parquet files, or a list of "
+                f"pairs such as [[29,864]]"
+            )
+        table = pa.concat_tables([read(io.BytesIO(files.cat_file(name))) for name in names])
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
         raise ConfigurationError(f"neurons.list={path}: cannot be read: {one_line(error)}") from error
+    if table.num_rows == 0:
+        raise ConfigurationError(f"neurons.list={path}: has no rows; at least one neuron is needed")
     for column in ("layer", "neuron"):
         if column not in table.column_names or not pa.types.is_integer(table.schema.field(column).type):
-            raise ConfigurationError(f"neurons.list={path}: needs whole numbers in a column {column!r}")
+            raise ConfigurationError(
+                f"neurons.list={path}: needs whole numbers in a column {column!r}; its columns are "
+                f"{', '.join(table.column_names)}"
+            )
     pairs = zip(table["layer"].to_pylist(), table["neuron"].to_pylist(), strict=True)
     # A file of results names a neuron once for each prompt and target.
     return replace(config, list=[list(pair) for pair in sorted(set(pairs))])
@@ -175,7 +185,7 @@ def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: 
     if chosen.size == 0:
         raise ConfigurationError("neurons: the choice is empty; at least one neuron is needed")
     if chosen.ndim != 2 or chosen.shape[1] != 2 or not np.issubdtype(chosen.dtype, np.integer):
-        raise ConfigurationError("neurons: must be 'all' or a list of (layer, index)")
+        raise ConfigurationError("neurons: must be a list of (layer, index) pairs of whole numbers")
     exists = ((chosen >= 0) & (chosen < [n_layers, n_neurons])).all(1)
     if not exists.all():
         layer, index = chosen[exists.argmin()]

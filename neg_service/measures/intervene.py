@@ -34,7 +34,7 @@ from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import Site, check_basis, visiting
 from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.models.rows import flat
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
 
 Doubles = NDArray[np.float64]
 
@@ -89,6 +89,7 @@ def intervene(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
+    check_texts(prompts, targets)
     given = answers if answers is not None else [None] * len(prompts)
     if not len(prompts) == len(targets) == len(given):
         raise ConfigurationError(
@@ -281,6 +282,8 @@ def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Se
     """
     check_basis(options.basis, info.is_gated, info.architecture)
     check_whole_layers(neurons, options.name)
+    if neurons.layers != "all":
+        raise ConfigurationError(f"neurons.layers={neurons.layers}: measure.edits names the neurons; leave it at all")
     checked_edits(options.edits, info.n_layers, info.n_neurons)
 
 

@@ -28,6 +28,7 @@ from neg_service.errors import ConfigurationError
 
 Doubles = NDArray[np.float64]
 
+GRIDS = ("full", "coarse")
 # Where the coarse grid runs a curve, in units of the largest shift.
 COARSE_NODES = (-0.9, -0.5, 0.5, 0.9)
 
@@ -137,3 +138,20 @@ def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
     if counts.max() > 1:
         raise ConfigurationError(f"measure.shifts: {values[counts.argmax()]:g} is given {counts.max()} times")
     return Grid(grid, grid)
+
+
+def chosen_grid(name: str, shifts: Sequence[float] | None = None, max_shift: float = 2.0, step: float = 0.1) -> Grid:
+    """The grid `full` or `coarse` over a range, or given shifts in the place of both.
+
+    Raises:
+        ConfigurationError: an unknown name, shifts together with `coarse`, or what the grids themselves refuse.
+    """
+    if name not in GRIDS:
+        raise ConfigurationError(f"measure.grid={name} is unknown; known are {', '.join(GRIDS)}")
+    if shifts is None:
+        return full_grid(max_shift, step) if name == "full" else coarse_grid(max_shift, step)
+    if name != "full":
+        raise ConfigurationError(
+            f"measure.grid={name}: places its own shifts; use measure.grid=full with measure.shifts"
+        )
+    return given_grid(shifts)

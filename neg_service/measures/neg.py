@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, PromptError
 from neg_service.measures.choice import Neurons, checked_neurons
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
-from neg_service.measures.linearity import Doubles, Grid, Linearity, full_grid, given_grid, linearity
+from neg_service.measures.linearity import Doubles, Grid, Linearity, chosen_grid, linearity
 from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
@@ -69,6 +69,7 @@ def neg(
     basis: str = "paper",
     shift: str = "magnitude",
     batch_bytes: int = BATCH_BYTES,
+    grid: str = "full",
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
 
@@ -76,11 +77,12 @@ def neg(
         model: from `load_model`.
         prompt: a text.
         target: what follows it verbatim; one token there.
-        neurons: (layer, index) pairs, or `all`.
+        neurons: (layer, index) pairs, or `all`, which takes as many milliseconds as neurons times shifts, and more.
         shifts: the grid; +-0.1, +-0.2, ... +-2.0 if not given.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         shift: `magnitude` or `signed`.
         batch_bytes: memory for a batch's rows; never changes the results.
+        grid: `full`, or `coarse`: 4 shifts, from which NEG, r and R² of the full grid are interpolated.
 
     Raises:
         PromptError: the prompt or the target is unusable.
@@ -88,10 +90,12 @@ def neg(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in the prompt's logits.
     """
+    if not isinstance(prompt, str) or not isinstance(target, str):
+        raise PromptError("neg takes one prompt and one target, each a text; neurgrad and intervene take lists")
     asked = [Prompt("0", prompt, (target,))]
     check_prompts(asked)
     check_shift(shift)
-    sweep = Sweep(full_grid() if shifts is None else given_grid(shifts), basis, shift)
+    sweep = Sweep(chosen_grid(grid, shifts), basis, shift)
     chosen = _asked_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
     (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token)
     model.ensure_checked()

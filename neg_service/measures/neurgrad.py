@@ -33,7 +33,7 @@ from neg_service.measures.tables import fixed_size, key_columns, prompt_row, tab
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
 from neg_service.models.language_model import LanguageModel, ModelInfo
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
 
 KEEP = ("all", "answer", "top_k")
 
@@ -96,6 +96,7 @@ def neurgrad(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
+    check_texts(prompts, targets)
     if len(prompts) != len(targets):
         raise ConfigurationError(f"{len(prompts)} prompts, but targets for {len(targets)}; one list a prompt is needed")
     asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]

@@ -35,7 +35,7 @@ from neg_service.measures.choice import (
 )
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
-from neg_service.measures.linearity import Grid, coarse_grid, full_grid, given_grid
+from neg_service.measures.linearity import Grid, chosen_grid
 from neg_service.measures.neg import BATCH_BYTES, Sweep, Swept, check_shift, sweep_prompt
 from neg_service.measures.noise import measure_noise, resolution
 from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
@@ -46,7 +46,6 @@ from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 log = logging.getLogger(__name__)
 
-GRIDS = ("full", "coarse")
 # A GPU is busy only with far more rows than a CPU.
 _GPU_BATCH_BYTES = 8 * BATCH_BYTES
 _SPEAK_SECONDS = 30.0
@@ -176,9 +175,8 @@ def _table(
     """Rows by target, then neuron."""
     n, k = found.linearity_nk.neg.shape
     neg_kn = found.linearity_nk.neg.T
-    estimate_kn = neurgrad_kn
-    if sweep.shift == "signed":
-        estimate_kn = signed_by(found.activation_n, neurgrad_kn)
+    gradient_kn = signed_by(found.activation_n, neurgrad_kn)
+    estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
     resolution_kn = (probability_k * resolution(sweep.grid, sigma))[:, None].expand(k, n)
     is_resolved = _column(neg_kn.abs() > resolution_kn)
     curves = {}
@@ -200,6 +198,7 @@ def _table(
         r2=_column(found.linearity_nk.r2.T),
         largest_delta_p=_column(found.linearity_nk.largest.T),
         neurgrad=_column(neurgrad_kn),
+        gradient=_column(gradient_kn),
         resolution=_column(resolution_kn),
         is_resolved=is_resolved,
         signs_agree=pa.array(_column(neg_kn.sign() == estimate_kn.sign()), mask=~is_resolved),
@@ -239,14 +238,6 @@ def _sweep(options: Options) -> Sweep:
 
 
 def _grid(options: Options) -> Grid:
-    if options.grid not in GRIDS:
-        raise ConfigurationError(f"measure.grid={options.grid} is unknown; known are {', '.join(GRIDS)}")
-    if options.shifts is not None:
-        if options.grid != "full":
-            raise ConfigurationError(
-                f"measure.grid={options.grid}: places its own shifts; use measure.grid=full with measure.shifts"
-            )
-        if not isinstance(options.shifts, list):
-            raise ConfigurationError(f"measure.shifts={options.shifts}: must be a list of numbers such as [-1,1]")
-        return given_grid(options.shifts)
-    return (full_grid if options.grid == "full" else coarse_grid)(options.max_shift, options.step)
+    if options.shifts is not None and not isinstance(options.shifts, list):
+        raise ConfigurationError(f"measure.shifts={options.shifts}: must be a list of numbers such as [-1,1]")
+    return chosen_grid(options.grid, options.shifts, options.max_shift, options.step)

@@ -84,6 +84,16 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
             )
 
 
+def check_texts(prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> None:
+    """Refuse a text where a list of texts is meant, whose letters would be taken for prompts or targets.
+
+    Raises:
+        PromptError: saying what is meant.
+    """
+    if isinstance(prompts, str) or isinstance(targets, str) or any(isinstance(own, str) for own in targets):
+        raise PromptError('prompts must be a list of texts, and targets a list of texts for each: ["..."], [[" a"]]')
+
+
 def _is_not_text(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 

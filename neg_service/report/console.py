@@ -65,10 +65,9 @@ def strongest(run: Run, prompt_id: str, target: str, count: int) -> list[Neuron]
 
 def agreement(run: Run) -> list[tuple[str, str]]:
     """Of a sweep: how many curves are straight, and how well estimates agree with NEG, in lines for `aligned`."""
-    columns_read = ["r", "neg", "neurgrad", "activation", "is_resolved", "signs_agree"]
+    columns_read = ["r", "neg", "neurgrad", "gradient", "is_resolved", "signs_agree"]
     table = run.table("sweep").to_table(columns=columns_read)
-    r, neg, neurgrad, activation = (table[name].to_numpy() for name in columns_read[:4])
-    gradient = np.where(activation < 0, -neurgrad, neurgrad)
+    r, neg, neurgrad, gradient = (table[name].to_numpy() for name in columns_read[:4])
     noise = run.about["calibration"]["noise"]
     n = table.num_rows
     agree = pc.sum(table["signs_agree"]).as_py() or 0

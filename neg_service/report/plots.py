@@ -55,11 +55,10 @@ def neg_against_neurgrad(run: Run) -> bytes:
 
     Both axes are linear near zero and logarithmic beyond, because effects span many orders of magnitude and two signs.
     """
-    names = ["neg", "neurgrad", "activation", "is_answer"]
+    names = ["neg", "neurgrad", "gradient", "is_answer"]
     table = run.table("sweep").to_table(columns=names)
-    neg, neurgrad, activation = (table[name].to_numpy().astype(float) for name in names[:3])
+    neg, neurgrad, gradient = (table[name].to_numpy().astype(float) for name in names[:3])
     right = pc.fill_null(table["is_answer"], False).to_numpy()
-    gradient = np.where(activation < 0, -neurgrad, neurgrad)
     largest = float(max(np.abs(neg).max(initial=0), np.abs(neurgrad).max(initial=0))) or 1.0
     ticks = [10.0 ** (np.floor(np.log10(largest)) - decades) for decades in (0, 2, 4)]
     figure = Figure(figsize=(11, 5.4), dpi=120, layout="constrained")

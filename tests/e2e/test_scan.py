@@ -238,7 +238,10 @@ def test_the_help_names_every_setting() -> None:
     ("arguments", "message"),
     [
         (["modle.source=x"], "Could not override 'modle.source'"),
-        (["measure=nothing"], "Could not find 'measure/nothing'; Available options in 'measure':; intervene"),
+        (
+            ["measure=nothing"],
+            "Available options in 'measure': intervene; neurgrad; strength; sweep",
+        ),
         (["dataset=file"], "dataset.source: has no value; give one"),
         (["dataset.source=nothing"], "dataset.source=nothing: neither a built-in data set"),
         (["storage.uri=ftp://host/x"], "scheme 'ftp' is unknown"),

@@ -68,6 +68,15 @@ def test_a_list_inline_or_in_a_file(tmp_path: Path) -> None:
         assert choose(choose="list", list=str(tmp_path / name)) == [[0, 39], [2, 1]]
 
 
+def test_a_folder_of_results_is_all_its_parts(tmp_path: Path) -> None:
+    for shard, neuron in enumerate((1, 39, 1)):
+        pq.write_table(pa.table({"layer": [2], "neuron": [neuron]}), tmp_path / f"shard-{shard:06d}.parquet")
+    assert choose(choose="list", list=str(tmp_path)) == [[2, 1], [2, 39]]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match=r"be a folder of \.parquet files"):
+        choose(choose="list", list=str(tmp_path / "empty"))
+
+
 def test_the_strongest_and_ties_go_to_the_lower_neuron() -> None:
     strength = np.zeros((2, 5))
     strength[0, 3] = strength[1, 0] = 2.0
@@ -109,9 +118,9 @@ def test_the_choice_is_told_in_words() -> None:
         ({"choose": "list", "list": [[0, 1], [0, 1]]}, r"\(0, 1\) is given twice"),
         ({"choose": "list", "list": [[0, 1]], "layers": [1]}, "has neurons of layer 0, which neurons.layers"),
         ({"choose": "list", "list": 7}, "must be a list of"),
-        ({"choose": "list", "list": [[0, 1.5]]}, "must be 'all' or a list"),
-        ({"choose": "list", "list": [[0, 1], [2]]}, "must be 'all' or a list"),
-        ({"choose": "list", "list": "neurons.txt"}, "must end in .csv, .jsonl, .parquet"),
+        ({"choose": "list", "list": [[0, 1.5]]}, "must be a list of"),
+        ({"choose": "list", "list": [[0, 1], [2]]}, "must be a list of"),
+        ({"choose": "list", "list": "neurons.txt"}, "must end in .csv, .jsonl, .parquet, be a folder"),
         ({"choose": "list", "list": "nowhere.csv"}, "neurons.list=nowhere.csv: cannot be read"),
     ],
 )

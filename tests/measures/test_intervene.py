@@ -250,6 +250,8 @@ def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigurationError, match="3 prompts, targets for 1 and answers for 3"):
         neg_service.intervene(model, TEXTS, TARGETS[:1], EDITS)
+    with pytest.raises(ConfigurationError, match="targets a list of texts for each"):
+        neg_service.intervene(model, TEXTS[:1], [" w7"], EDITS)  # type: ignore[list-item]
     with pytest.raises(ConfigurationError, match="batch_tokens=0: must be at least 1"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_tokens=0)
     with pytest.raises(ConfigurationError, match=r"measure\.basis=bias is unknown"):

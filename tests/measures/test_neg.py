@@ -12,7 +12,7 @@ from torch import nn
 
 import neg_service
 from neg_service import LanguageModel
-from neg_service.errors import ConfigurationError, NonFiniteError
+from neg_service.errors import ConfigurationError, NonFiniteError, PromptError
 from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.models.batches import RowBudget
 from neg_service.models.precision import in_precision
@@ -167,7 +167,7 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
         ({"neurons": [(0, -1)]}, r"\(0, -1\) does not exist"),
         ({"neurons": []}, "the choice is empty"),
         ({"neurons": "some"}, "must be 'all' or a list"),
-        ({"neurons": 7}, "must be 'all' or a list"),
+        ({"neurons": 7}, "must be a list of"),
         ({"shifts": [0.0, 1.0]}, "0 is no shift"),
         ({"shifts": ["a"]}, "must be numbers"),
         ({"shifts": [float("nan")]}, "nan is no shift"),
@@ -181,6 +181,21 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
 def test_bad_requests_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         neg_service.neg(tiny_model("llama"), TEXT, TARGET, **changes)
+
+
+def test_one_prompt_and_one_target_are_texts() -> None:
+    for prompt, target in ((TEXT, [TARGET]), ([TEXT], TARGET)):
+        with pytest.raises(PromptError, match="neg takes one prompt and one target"):
+            neg_service.neg(tiny_model("llama"), prompt, target)  # type: ignore[arg-type]
+
+
+def test_the_coarse_grid_is_for_the_library_too() -> None:
+    model = tiny_model("llama", torch.float64)
+    coarse, full = (neg_service.neg(model, TEXT, TARGET, [(0, 5)], grid=grid) for grid in ("coarse", "full"))
+    assert coarse.delta_p.shape == (1, 4)
+    np.testing.assert_allclose(coarse.neg, full.neg, rtol=0.05)
+    with pytest.raises(ConfigurationError, match=r"measure\.grid=coarse: places its own shifts"):
+        neg_service.neg(model, TEXT, TARGET, NEURONS, [1.0], grid="coarse")
 
 
 def test_logits_that_are_not_finite_are_refused_by_prompt() -> None:

@@ -68,6 +68,7 @@ def test_rows_are_what_the_library_gives_for_each_target_alone(family: str, shif
             pairs = [(r["layer"], r["neuron"]) for r in rows]
             alone = neg_service.neg(model, prompt.text, target, pairs, SHIFTS, shift=shift)
             estimate = neg_service.neurgrad(model, [prompt.text], [[target]])
+            neurgrad_n = np.array([estimate.neurgrad[0, 0, layer, n] for layer, n in pairs])
             for column, expected in (
                 ("neg", alone.neg),
                 ("r", alone.r),
@@ -76,7 +77,8 @@ def test_rows_are_what_the_library_gives_for_each_target_alone(family: str, shif
                 ("delta_p", alone.delta_p),
                 ("largest_delta_p", np.abs(alone.delta_p).max(1)),
                 ("probability", np.full(12, alone.probability)),
-                ("neurgrad", [estimate.neurgrad[0, 0, layer, n] for layer, n in pairs]),
+                ("gradient", np.where(alone.activation < 0, -1, 1) * neurgrad_n),
+                ("neurgrad", neurgrad_n),
             ):
                 np.testing.assert_allclose([r[column] for r in rows], expected, rtol=2e-5, atol=1e-12, err_msg=column)
             signs = np.sign(alone.neg) == np.sign(
@@ -361,7 +363,7 @@ def test_bad_requests_are_refused_before_anything_starts(
 
 def test_measures_of_whole_layers_refuse_single_neurons() -> None:
     for measure in (neurgrad, strength):
-        with pytest.raises(ConfigurationError, match="use neurons=all, or measure=sweep"):
+        with pytest.raises(ConfigurationError, match=r"is for measure=sweep; measure=[a-z]+ takes neurons=all"):
             measure.check(measure.Options(), NeuronsConfig(choose="sample", count=3), INFO, PROMPTS)
 
 
