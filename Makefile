@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+S3 ?= .s3
+
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test check format bench lock clean
+.PHONY: help setup model demo scan test check format bench s3-up s3-down lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +47,12 @@ bench: model ## time the engine and the driver; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
 	$(BIN)/python -m jobs.bench benchmark=sweep
 	$(BIN)/python -m jobs.bench benchmark=driver
+
+s3-up: $(READY) ## start an S3 server on this machine, on the loopback address, with its data in S3=.s3
+	@$(BIN)/python -m infra.s3.server up $(S3)
+
+s3-down: $(READY) ## end it; its data stay
+	@$(BIN)/python -m infra.s3.server down $(S3)
 
 lock: ## write requirements.lock anew from pyproject.toml's ranges, in an empty environment
 	rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock

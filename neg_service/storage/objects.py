@@ -28,6 +28,15 @@ from neg_service.errors import DestinationError, StorageError, one_line
 _FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
+# Every request is safe to repeat: a put replaces itself. After throttling, server errors, resets and timeouts botocore
+# waits longer and longer, with jitter; a server that is gone for longer than that is the driver's business.
+_PATIENCE = {
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "retries": {"mode": "standard", "total_max_attempts": 6},
+}
+
+
 class ObjectStore(Protocol):
     """Objects under one URI. Keys are relative, with forward slashes."""
 
@@ -147,7 +156,11 @@ class S3Store:
         self.root = self.uri.removeprefix("s3://")
         self.endpoint_url = endpoint_url
         # Listings are never cached: another process may be writing.
-        self._files: Any = s3fs.S3FileSystem(endpoint_url=endpoint_url, use_listings_cache=False)
+        self._files: Any = s3fs.S3FileSystem(
+            endpoint_url=endpoint_url, use_listings_cache=False, config_kwargs=_PATIENCE
+        )
+        # s3fs repeats what botocore has given up on; once more is for bodies that break off, which botocore never sees.
+        self._files.retries = 2
 
     def put(self, key: str, data: bytes) -> None:
         """One request, or a multipart upload that shows nothing until complete."""
