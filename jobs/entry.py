@@ -71,7 +71,8 @@ def _reason(error: BaseException) -> str:
         current = current.__cause__
     wanted = [line.rstrip(".") for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type"))]
     # Hydra's advice to add an unknown key with a plus leads to a refusal of the same key further on.
-    wanted = [line for line in wanted if "use +" not in line]
+    useless = ("use +", "Config search path", "provider=")
+    wanted = [line for line in wanted if not any(part in line for part in useless)]
     return "; ".join(wanted[:20]).replace(":;", ":")
 
 

@@ -14,6 +14,8 @@ from neg_service.prompts.sources import without_credentials
 from neg_service.report.console import accuracy, agreement, aligned, bytes_text
 from neg_service.storage.reader import open_run
 
+_SUMMARISED_ROWS = 5_000_000
+
 
 def scan(config: DictConfig) -> int:
     """Run or continue the scan that the configuration describes."""
@@ -88,7 +90,8 @@ def describe_summary(prepared: Prepared, summary: Summary) -> str:
     ]
     if "neurgrad" in results.schemas[main].names:
         rows.insert(2, ("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"))
-    if main == "sweep" and summary.shards_done:
+    # What fits into memory at once; larger tables are for a reader that streams.
+    if main == "sweep" and 0 < results.table(main).count_rows() <= _SUMMARISED_ROWS:
         rows += agreement(results)
     if summary.n_prompts_now:
         rows += [

@@ -72,15 +72,14 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     n = table.num_rows
     agree = pc.sum(table["signs_agree"]).as_py() or 0
     resolved = pc.sum(table["is_resolved"]).as_py() or 0
-    signs = f"{_percent(agree, resolved)} of signs agree"
+    signs = f", {_percent(agree, resolved)} of signs agree"
+    # A neuron that moves by the shift itself is foretold by the plain gradient.
+    is_signed = run.config["measure"]["shift"] == "signed"
     return [
         ("curves", f"{n}: a neuron and a target each, of {len(run.config['measure']['shifts'])} shifts"),
         ("linear", f"{_percent((np.abs(r) >= 0.95).sum(), n)} have |r| >= 0.95"),
-        (
-            "NEG and NeurGrad",
-            f"correlation {_correlation(neg, neurgrad):.4f}, {signs}",
-        ),
-        ("NEG and gradient", f"correlation {_correlation(neg, gradient):.4f}"),
+        ("NEG and NeurGrad", f"correlation {_correlation(neg, neurgrad):.4f}{'' if is_signed else signs}"),
+        ("NEG and gradient", f"correlation {_correlation(neg, gradient):.4f}{signs if is_signed else ''}"),
         (
             "precision",
             f"NEG is off {noise['reference']} by {noise['neg_error']:.0e} (median, relative) in {noise['dtype']}; "
