@@ -15,10 +15,10 @@ from typing import Any
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from neg_service.errors import NegServiceError
+from neg_service.errors import ConfigurationError, NegServiceError
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
@@ -49,6 +49,17 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
             sys.exit(code)
 
     hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)()
+
+
+def value_of(config: DictConfig, key: str) -> str:
+    """A value that must be given.
+
+    Raises:
+        ConfigurationError: it was not.
+    """
+    if OmegaConf.is_missing(config, key):
+        raise ConfigurationError(f"{key}: has no value; give one, such as {key}=results/RUN")
+    return str(config[key])
 
 
 def _check_overrides(config_name: str) -> None:

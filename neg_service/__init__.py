@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from neg_service.measures.neg import NegResult, neg
     from neg_service.measures.neurgrad import NeurGradResult, neurgrad
     from neg_service.models.language_model import LanguageModel, load_model
-    from neg_service.storage.reader import Run, open_run
+    from neg_service.storage.reader import Run, Runs, open_run, open_runs
 
 __version__ = "0.1.0"
 
@@ -25,11 +25,13 @@ _HOME = {
     "NegResult": "neg_service.measures.neg",
     "NeurGradResult": "neg_service.measures.neurgrad",
     "Run": "neg_service.storage.reader",
+    "Runs": "neg_service.storage.reader",
     "intervene": "neg_service.measures.intervene",
     "load_model": "neg_service.models.language_model",
     "neg": "neg_service.measures.neg",
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
+    "open_runs": "neg_service.storage.reader",
 }
 __all__ = [
     "Edit",
@@ -38,11 +40,13 @@ __all__ = [
     "NegResult",
     "NeurGradResult",
     "Run",
+    "Runs",
     "intervene",
     "load_model",
     "neg",
     "neurgrad",
     "open_run",
+    "open_runs",
 ]
 
 

@@ -60,7 +60,10 @@ class NeuronsConfig:
 
 @dataclass
 class ClusterConfig:
-    """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray."""
+    """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray.
+
+    stall_seconds: after how long a silence a replica is replaced; auto: ten times the median of a shard, at least 120.
+    """
 
     address: str | None = None
     replicas: Any = "auto"
@@ -68,23 +71,32 @@ class ClusterConfig:
     gpus_per_replica: Any = "auto"
     batch_tokens: Any = "auto"
     attempts: int = 3
+    stall_seconds: Any = "auto"
 
 
 @dataclass
 class StorageConfig:
-    """Where results go: a local directory or s3://bucket/prefix. Credentials come from the environment alone."""
+    """Where results go: a local directory or s3://bucket/prefix. Credentials come from the environment alone.
+
+    patience_seconds: for how long a store that fails in a way that may pass is tried again, each time.
+    """
 
     uri: str = "results"
     endpoint_url: str | None = None
+    patience_seconds: float = 600.0
 
 
 @dataclass
 class JobConfig:
-    """How this command behaves. `shard_size` is part of a run's identity; `auto` depends on the results' size."""
+    """How this command behaves. `shard_size` is part of a run's identity; `auto` depends on the results' size.
+
+    resume: the URI of the run that is to be continued; anything that would make it another run is refused.
+    """
 
     name: str | None = None
     limit: int | None = None
     shard_size: Any = "auto"
+    resume: str | None = None
     dry_run: bool = False
     progress_seconds: float = 10.0
 
@@ -140,9 +152,12 @@ def check(config: ScanConfig) -> None:
     for key, value, least in (
         ("cluster.cpus_per_replica", config.cluster.cpus_per_replica, 1),
         ("cluster.gpus_per_replica", config.cluster.gpus_per_replica, 0),
+        ("cluster.stall_seconds", config.cluster.stall_seconds, 1),
     ):
         if value != "auto" and not (isinstance(value, int | float) and value >= least):
             raise ConfigurationError(f"{key}={value}: must be auto or a number, at least {least}")
+    if config.storage.patience_seconds < 0:
+        raise ConfigurationError(f"storage.patience_seconds={config.storage.patience_seconds}: must not be negative")
     for key, number in (("job.limit", config.job.limit), ("cluster.attempts", config.cluster.attempts)):
         if number is not None and number < 1:
             raise ConfigurationError(f"{key}={number}: must be at least 1")

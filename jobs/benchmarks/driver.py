@@ -15,7 +15,7 @@ import ray
 from jobs.benchmarks.figures import bar, figure
 from neg_service.cluster.driver import Driver
 from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import Hello, Ready, Receipt, Replica
+from neg_service.cluster.replica import ACTOR_OPTIONS, Hello, Ready, Receipt, Replica
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig
 
@@ -84,8 +84,7 @@ def _rate(n_shards: int, replicas: int, memory: list[tuple[int, float]]) -> floa
             memory.append((done, _resident_mib()))
 
     def spawn() -> Any:
-        options = {"num_cpus": 0.5, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2}
-        return ray.remote(Replica).options(**options).remote(NoWork, None)
+        return ray.remote(Replica).options(num_cpus=0.5, **ACTOR_OPTIONS).remote(NoWork, None)
 
     driver = Driver((Shard(i, ()) for i in range(n_shards)), spawn, replicas, 3, on_receipt=count, on_first_ready=start)
     driver.run()

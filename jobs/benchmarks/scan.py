@@ -18,7 +18,7 @@ import ray
 from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.cluster.driver import Driver
 from neg_service.cluster.plan import Shard, make_plan, shards_of
-from neg_service.cluster.replica import Destination, Hello, Replica, ScanWorker
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Replica, ScanWorker
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures import Cost
@@ -63,7 +63,7 @@ class Loop:
                 tables = self._worker.compute(shard, 1.0)
                 measuring += time.perf_counter() - before
                 for name, table in tables.items():
-                    store.put(part_key(name, shard.index), encode_part(table, "benchmark", shard.index))
+                    store.put(part_key(name, shard.index), encode_part(name, table, "benchmark", shard.index))
             return time.perf_counter() - began, measuring
 
 
@@ -119,8 +119,7 @@ def _scan(shards: list[Shard], make_worker: Any, threads: int) -> float:
         destination = Destination(place, None, "benchmark")
 
         def spawn() -> Any:
-            options = {"num_cpus": threads, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2}
-            return ray.remote(Replica).options(**options).remote(make_worker, destination)
+            return ray.remote(Replica).options(num_cpus=threads, **ACTOR_OPTIONS).remote(make_worker, destination)
 
         ended = 0.0
 

@@ -4,6 +4,9 @@ Every replica has two shards in flight, so that it never waits for the driver an
 restarts nothing (`max_restarts=0`, `max_task_retries=0`): the driver starts another replica and gives the lost shards
 to whoever is free. A shard that has failed runs alone on its replica from then on, so that one that kills its replica
 takes no other down with it a second time.
+
+A replica that is silent for much longer than a shard takes is asked what it is doing. One that waits for storage is let
+be; one that does not answer, or still computes, is replaced, and what it may yet write is what its successor writes.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import ray
@@ -30,6 +34,9 @@ IN_FLIGHT = 2
 MOST_SET_ASIDE_IN_A_ROW = 20
 _WAIT_SECONDS = 1.0
 _REMIND_SECONDS = 30.0
+# Silence becomes suspicious after so many times the median of what a shard has taken, but not before this.
+_STALL_FACTOR, _LEAST_STALL_SECONDS, _LEAST_SHARDS_KNOWN = 10, 120.0, 5
+_ANSWER_SECONDS = 10.0
 
 
 @dataclass
@@ -50,6 +57,10 @@ class _Member:
     actor: Any
     starting: Any
     flying: dict[Any, Attempt] = field(default_factory=dict)
+    # When a shard was last finished or, with none before it, sent.
+    heard: float = 0.0
+    # The question what it is doing, and when it was asked.
+    asked: tuple[Any, float] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -80,8 +91,13 @@ class Driver:
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
         on_first_ready: Callable[[Hello], None] = lambda hello: None,
         on_set_aside: Callable[[Shard, str, int], None] = lambda shard, error, failures: None,
+        stall_seconds: float | None = None,
     ) -> None:
-        """`spawn` starts a replica actor; `attempts` is how often a shard may fail."""
+        """`spawn` starts a replica actor, which runs three calls at once: two shards, and a question what it is doing.
+
+        `attempts` is how often a shard may fail; `stall_seconds` how long a replica may be silent, by default a
+        multiple of what shards have taken so far.
+        """
         self._fresh = shards
         self._next: Attempt | None = self._draw()
         self._suspects: deque[Attempt] = deque()
@@ -91,6 +107,8 @@ class Driver:
         self._on_receipt = on_receipt
         self._on_first_ready: Callable[[Hello], None] | None = on_first_ready
         self._on_set_aside = on_set_aside
+        self._stall_seconds = stall_seconds
+        self._seconds: deque[float] = deque(maxlen=200)
         self._members: list[_Member] = []
         self._born = 0
         self._failed_starts = 0
@@ -109,6 +127,7 @@ class Driver:
                 self._hire()
                 self._feed()
                 self._collect()
+                self._replace_stalled()
         finally:
             for member in self._members:
                 ray.kill(member.actor)
@@ -145,6 +164,8 @@ class Driver:
                 self._next = self._draw()
 
     def _send(self, member: _Member, attempt: Attempt) -> None:
+        if not member.flying:
+            member.heard = time.monotonic()
         member.flying[member.actor.run.remote(attempt.shard, attempt.batch_scale)] = attempt
 
     def _collect(self) -> None:
@@ -191,6 +212,9 @@ class Driver:
             )
             return
         del member.flying[reference]
+        now = time.monotonic()
+        self._seconds.append(now - member.heard)
+        member.heard, member.asked = now, None
         self._outcome.done += 1
         self._set_aside_in_a_row = 0
         self._on_receipt(result)
@@ -199,12 +223,44 @@ class Driver:
         if reference is member.starting:
             self._fail_start(member, error)
         elif isinstance(error, ReplicaLost):
-            log.warning("replica %d is lost: %s", member.number, error)
             self._dismiss(member, error)
         else:
             attempt = member.flying.pop(reference)
+            member.heard, member.asked = time.monotonic(), None
             if self._judge(member, attempt, error) is Action.REPLACE:
                 self._dismiss(member, error)
+
+    def _replace_stalled(self) -> None:
+        now = time.monotonic()
+        for member in list(self._members):
+            if not member.is_ready or not member.flying or now - member.heard <= self._patience_with(member):
+                continue
+            if member.asked is None:
+                member.asked = (member.actor.is_only_storing.remote(), now)
+                continue
+            question, when = member.asked
+            silent = f"it has finished nothing for {now - member.heard:.0f} s"
+            if ray.wait([question], timeout=0)[0]:
+                try:
+                    is_only_storing = ray.get(question)
+                except RayError as error:
+                    self._dismiss(member, _translated(error))
+                    continue
+                if is_only_storing:
+                    member.heard, member.asked = now, None
+                else:
+                    self._dismiss(member, ReplicaLost(f"{silent} and still computes"))
+            elif now - when > _ANSWER_SECONDS:
+                self._dismiss(member, ReplicaLost(f"{silent} and does not answer"))
+
+    def _patience_with(self, member: _Member) -> float:
+        """Seconds; twice as many for each time that a shard of it has failed, which may simply be a long one."""
+        failures = max(attempt.failures for attempt in member.flying.values())
+        if self._stall_seconds is not None:
+            return float(self._stall_seconds * 2**failures)
+        if len(self._seconds) < _LEAST_SHARDS_KNOWN:
+            return float("inf")
+        return float(max(_LEAST_STALL_SECONDS, _STALL_FACTOR * median(self._seconds)) * 2**failures)
 
     def _fail_start(self, member: _Member, error: Exception) -> None:
         self._failed_starts += 1
@@ -218,6 +274,7 @@ class Driver:
 
     def _dismiss(self, member: _Member, error: Exception) -> None:
         """Give up a replica; whatever it was doing has failed with it."""
+        log.warning("replica %d is lost: %s", member.number, error)
         self._members.remove(member)
         ray.kill(member.actor)
         for attempt in member.flying.values():

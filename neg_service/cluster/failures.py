@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, ReplicaLost
+from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, ReplicaLost, StorageError
 
 
 class Action(Enum):
@@ -24,10 +24,13 @@ class Action(Enum):
 def decide(error: BaseException, failures: int, most: int) -> Action:
     """The action for a shard that has now failed `failures` times, of at most `most`.
 
-    A wrong configuration is wrong for every shard: stop. A non-finite value is there again on every retry: set
-    aside at once. All else may be the replica's or the moment's fault, and is tried again.
+    A wrong configuration is wrong for every shard: stop. So is a store that stays away: replicas have waited for it as
+    long as they were told to, and what they computed could only be thrown away. A non-finite value is there again on
+    every retry: set aside at once. All else may be the replica's or the moment's fault, and is tried again.
     """
     if isinstance(error, ConfigurationError):
+        return Action.STOP
+    if isinstance(error, StorageError) and failures >= most:
         return Action.STOP
     if isinstance(error, NonFiniteError) or failures >= most:
         return Action.SET_ASIDE

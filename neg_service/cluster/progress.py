@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from neg_service.cluster.replica import Receipt
+# A command that only shows something should not wait for torch and Ray to be loaded.
+if TYPE_CHECKING:
+    from neg_service.cluster.replica import Receipt
 
 
 class Progress:
@@ -46,7 +48,7 @@ class Progress:
     def line(self) -> str:
         """For example `128/316 prompts (41 %), 24.1 prompts/s, 0:08 left`."""
         rate = (self._done - self._before) / max(1e-9, time.monotonic() - self._began)
-        left = f"{_clock((self._total - self._done) / rate)} left" if rate else "time left unknown"
+        left = f"{clock((self._total - self._done) / rate)} left" if rate else "time left unknown"
         return (
             f"{self._done}/{self._total} prompts ({100 * self._done / self._total:.0f} %), {rate:.3g} prompts/s, {left}"
         )
@@ -68,7 +70,8 @@ class Progress:
             self._bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """For example `0:08` or `2:05:00`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

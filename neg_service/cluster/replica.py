@@ -11,8 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +33,9 @@ from neg_service.storage.objects import open_store
 from neg_service.storage.parts import encode_part, part_key
 
 log = logging.getLogger(__name__)
+
+# Of the actor: the driver alone restarts and repeats; two shards at once, and a question what the replica is doing.
+ACTOR_OPTIONS = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 3}
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,12 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Destination:
-    """Where parts go."""
+    """Where parts go, and for how long a store that does not answer is tried."""
 
     uri: str
     endpoint_url: str | None
     fingerprint: str
+    patience_seconds: float = 0
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,15 @@ class Hello:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A shard that is done: all its parts are stored."""
+    """A shard that is done: all its parts are stored.
+
+    waited_seconds: how long, since the last receipt, this replica computed nothing because parts were being put.
+    """
 
     shard: int
     n_prompts: int
     bytes: dict[str, int] = field(default_factory=dict)
+    waited_seconds: float = 0.0
 
 
 class Replica:
@@ -87,26 +98,84 @@ class Replica:
         self._make_worker = make_worker
         self._destination = destination
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._doing = _Doing()
 
     def start(self) -> Hello:
         """Load and check the model; from here on, what this process logs reaches the driver's stderr by Ray."""
         logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
         logging.getLogger("neg_service").setLevel(logging.INFO)
-        self._store = open_store(self._destination.uri, self._destination.endpoint_url) if self._destination else None
+        if self._destination is not None:
+            to = self._destination
+            self._store = open_store(to.uri, to.endpoint_url, to.patience_seconds)
         self._worker = self._make_worker()
         return Hello(os.getpid(), socket.gethostname(), self._computing.submit(self._worker.start).result())
 
     def run(self, shard: Shard, batch_scale: float = 1.0) -> Receipt:
         """Compute a shard and put its parts, the last table's last: that one is the commit."""
-        tables = self._computing.submit(self._worker.compute, shard, batch_scale).result()
+        tables = self._computing.submit(self._compute, shard, batch_scale).result()
         sizes = {}
-        for name, table in tables.items():
-            assert self._store is not None
-            assert self._destination is not None
-            data = encode_part(table, self._destination.fingerprint, shard.index)
-            self._store.put(part_key(name, shard.index), data)
-            sizes[name] = len(data)
-        return Receipt(shard.index, len(shard.prompts), sizes)
+        with self._doing.storing():
+            for name in list(tables):
+                assert self._destination is not None
+                # Taken out, so that a table that is stored takes no memory any more.
+                data = encode_part(name, tables.pop(name), self._destination.fingerprint, shard.index)
+                self._store.put(part_key(name, shard.index), data)
+                sizes[name] = len(data)
+                del data
+        return Receipt(shard.index, len(shard.prompts), sizes, self._doing.waited_since_last_asked())
+
+    def is_only_storing(self) -> bool:
+        """Asked by the driver when nothing was heard for long: whether this replica waits for storage alone."""
+        return self._doing.is_only_storing
+
+    def _compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        with self._doing.computing():
+            return self._worker.compute(shard, batch_scale)
+
+
+class _Doing:
+    """What the threads of a replica are doing, and for how long storage alone kept it busy."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._computing = self._storing = 0
+        self._since = time.monotonic()
+        self._waited = 0.0
+
+    @property
+    def is_only_storing(self) -> bool:
+        return bool(self._storing and not self._computing)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        self._change(1, 0)
+        try:
+            yield
+        finally:
+            self._change(-1, 0)
+
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        self._change(0, 1)
+        try:
+            yield
+        finally:
+            self._change(0, -1)
+
+    def waited_since_last_asked(self) -> float:
+        self._change(0, 0)
+        with self._lock:
+            waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _change(self, computing: int, storing: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self.is_only_storing:
+                self._waited += now - self._since
+            self._since = now
+            self._computing += computing
+            self._storing += storing
 
 
 class ScanWorker:

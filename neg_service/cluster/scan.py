@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,7 +31,7 @@ from neg_service.cluster.plan import (
     shards_of,
 )
 from neg_service.cluster.progress import Progress
-from neg_service.cluster.replica import Destination, Hello, Receipt, Replica, ScanWorker
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Receipt, Replica, ScanWorker
 from neg_service.cluster.resources import (
     ReplicaSize,
     connect,
@@ -41,7 +41,7 @@ from neg_service.cluster.resources import (
     replica_size,
 )
 from neg_service.config import NeuronsConfig, ScanConfig, check, typed
-from neg_service.errors import ConfigurationError, NegServiceError
+from neg_service.errors import ConfigurationError, DestinationError, NegServiceError
 from neg_service.measures import find_measure
 from neg_service.measures.choice import strongest_neurons, with_list_read
 from neg_service.measures.strength import total
@@ -49,9 +49,18 @@ from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_
 from neg_service.models.source import LocalModel, fetch
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
 from neg_service.prompts.sources import load_prompts, without_credentials
-from neg_service.storage.objects import open_store
-from neg_service.storage.reader import open_run
-from neg_service.storage.run import RUN_FILE, RunDirectory, calibration_of, fingerprint_of, note, write_or_match
+from neg_service.storage.objects import ObjectStore, open_store
+from neg_service.storage.reader import Run, open_run
+from neg_service.storage.run import (
+    RUN_COPY,
+    RUN_FILE,
+    RunDirectory,
+    calibration_of,
+    fingerprint_of,
+    note,
+    require_same,
+    write_or_match,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +79,8 @@ class Prepared:
     identity: dict[str, Any]
     tables: dict[str, pa.Schema]
     uri: str
+    # What has to be asked for to compute any shard again.
+    request: dict[str, Any] = field(default_factory=dict)
     # What else run.json should say of it.
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -105,9 +116,12 @@ def prepare(config: ScanConfig) -> Prepared:
         ConfigurationError: what was asked for cannot be done; one line says why.
     """
     check(config)
-    if Path(config.model.source).exists():
-        # Replicas do not share this process's working directory.
-        config = replace(config, model=replace(config.model, source=str(Path(config.model.source).absolute())))
+    # Replicas, and whoever repairs the run, do not share this process's working directory.
+    config = replace(
+        config,
+        model=replace(config.model, source=_absolute(config.model.source)),
+        dataset=replace(config.dataset, source=_absolute(config.dataset.source)),
+    )
     checked_dtype(config.model.dtype)
     measure = find_measure(str(config.measure.get("name")))
     options = measure.read(typed(measure.Options, config.measure, "measure"))
@@ -127,7 +141,7 @@ def prepare(config: ScanConfig) -> Prepared:
     plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
     identity = identity_of(config, info, measure.identity(options), prompts, plan)
     name = run_name(config, info, str(config.measure["name"]))
-    return Prepared(
+    prepared = Prepared(
         config=config,
         prompts=prompts,
         local=local,
@@ -136,20 +150,69 @@ def prepare(config: ScanConfig) -> Prepared:
         identity=identity,
         tables=measure.tables(options, info),
         uri=f"{config.storage.uri.rstrip('/')}/{name}-{fingerprint_of(identity)}",
+        request=_request(config),
     )
+    if config.job.resume is not None:
+        wanted = open_run(config.job.resume, config.storage.endpoint_url)
+        require_same(wanted.uri, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
+        prepared = replace(prepared, uri=wanted.uri)
+    return prepared
 
 
-def run(prepared: Prepared) -> Summary:
-    """Run the shards that are not done, on the cluster.
+def prepare_again(run: Run, config: ScanConfig) -> Prepared:
+    """Plan an existing run once more from what its run.json says was asked for.
+
+    Of `config` the cluster and the storage count, and the sources of model and data set where they are not those of a
+    new configuration: files may have moved since.
+
+    Raises:
+        ConfigurationError: the run cannot be planned, or its model, prompts or software are others by now.
+    """
+    if not run.request:
+        raise DestinationError(f"{run.uri}: does not say what was asked for; run its scan again")
+    asked = typed(ScanConfig, run.request)
+    fresh = ScanConfig()
+    if config.model.source != fresh.model.source:
+        asked.model.source = config.model.source
+    if config.dataset.source != fresh.dataset.source:
+        asked.dataset.source = config.dataset.source
+    parent = run.uri.rstrip("/").rsplit("/", 1)[0]
+    job = replace(asked.job, resume=run.uri, progress_seconds=config.job.progress_seconds)
+    return prepare(replace(asked, cluster=config.cluster, storage=replace(config.storage, uri=parent), job=job))
+
+
+def _request(config: ScanConfig) -> dict[str, Any]:
+    """What was asked for, without how it is run; credentials in a URL are not kept."""
+    job = {"name": config.job.name, "limit": config.job.limit, "shard_size": config.job.shard_size}
+    dataset = {"source": without_credentials(config.dataset.source)}
+    return {
+        "model": asdict(config.model),
+        "dataset": dataset,
+        "measure": dict(config.measure),
+        "neurons": asdict(config.neurons),
+        "job": job,
+    }
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def run(prepared: Prepared, again: Collection[int] = ()) -> Summary:
+    """Run the shards that are not done, and those to be done `again`, on the cluster.
 
     Raises:
         NegServiceError: a failure that concerns every shard. Shards that fail alone are set aside, in the summary.
     """
     began = time.monotonic()
-    store = open_store(prepared.uri, prepared.config.storage.endpoint_url)
+    storage = prepared.config.storage
+    # What is wrong with the place at the start is told at once; only later is it worth waiting for.
+    hasty = open_store(prepared.uri, storage.endpoint_url)
+    hasty.check()
+    done = RunDirectory(hasty, prepared.fingerprint, tuple(prepared.tables)).done()
+    done = done & set(range(prepared.plan.n_shards)) - set(again)
+    store = open_store(prepared.uri, storage.endpoint_url, storage.patience_seconds)
     directory = RunDirectory(store, prepared.fingerprint, tuple(prepared.tables))
-    planned = range(prepared.plan.n_shards)
-    done = directory.done() & set(planned)
     todo = prepared.plan.n_shards - len(done)
     outcome, progress = Outcome(), None
     if todo and prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
@@ -160,19 +223,25 @@ def run(prepared: Prepared) -> Summary:
         try:
             size = replica_size(prepared.config.cluster, prepared.config.model.device, prepared.memory, nodes())
             # Written before a model is loaded, which shows at once whether the place can be written at all.
-            is_new = store.get(RUN_FILE) is None
-            write_or_match(store, prepared.identity, prepared.tables, _about(prepared))
+            is_new = hasty.get(RUN_FILE) is None
+            content = (prepared.identity, prepared.tables, _about(prepared), prepared.request)
+            write_or_match(hasty, *content)
+            _clear_unfinished(store)
             try:
                 outcome, progress = _drive(prepared, directory, done, size)
             except ConfigurationError:
                 # Refused after all, by a replica that saw the weights: leave no trace of a run that never was.
                 if is_new and not any(store.list(table) for table in prepared.tables):
                     store.delete(RUN_FILE)
+                    store.delete(RUN_COPY)
                 raise
+            # Another driver of the same run may have been refused meanwhile, and have taken its run.json with it.
+            write_or_match(store, *content)
+            _require_all_there(directory, prepared, outcome)
         finally:
             disconnect()
     else:
-        write_or_match(store, prepared.identity, prepared.tables, {})
+        write_or_match(hasty, prepared.identity, prepared.tables, _about(prepared), prepared.request)
     return Summary(
         uri=store.uri,
         shards_before=len(done),
@@ -183,6 +252,29 @@ def run(prepared: Prepared) -> Summary:
         bytes_now=progress.bytes if progress else 0,
         set_aside=outcome.set_aside,
     )
+
+
+def _clear_unfinished(store: ObjectStore) -> None:
+    """Sweep up after writers that were killed; a key that may not do that can still write results."""
+    try:
+        if cleared := store.clear_unfinished():
+            log.info("removed %d unfinished objects of earlier writers", cleared)
+    except DestinationError as error:
+        log.info("unfinished objects of earlier writers, if there are any, stay: %s", error)
+
+
+def _require_all_there(directory: RunDirectory, prepared: Prepared, outcome: Outcome) -> None:
+    """What was put must be there when we look again: a last guard against a store that says yes and keeps nothing.
+
+    Raises:
+        NegServiceError: naming the shards that are gone.
+    """
+    gone = set(range(prepared.plan.n_shards)) - set(outcome.set_aside) - directory.done()
+    if gone:
+        raise NegServiceError(
+            f"{directory.store.uri}: {len(gone)} shards were put and are not there, the first is {min(gone)}; "
+            f"something else deletes or hides objects; the same command computes them again"
+        )
 
 
 def _with_strongest_listed(prepared: Prepared) -> Prepared:
@@ -238,7 +330,8 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         config = replace(config, model=replace(config.model, device="cpu"))
     known = calibration_of(directory.store)
     make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts), known)
-    destination = Destination(directory.store.uri, config.storage.endpoint_url, prepared.fingerprint)
+    storage = config.storage
+    destination = Destination(directory.store.uri, storage.endpoint_url, prepared.fingerprint, storage.patience_seconds)
 
     def spawn() -> Any:
         actor = ray.remote(Replica).options(
@@ -246,9 +339,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
             num_gpus=size.gpus,
             # On a GPU the weights lie in the GPU's memory, of which Ray knows nothing.
             memory=None if size.gpus else size.memory,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=2,
+            **ACTOR_OPTIONS,
         )
         return actor.remote(make_worker, destination)
 
@@ -280,6 +371,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         on_receipt=on_receipt,
         on_first_ready=on_first_ready,
         on_set_aside=on_set_aside,
+        stall_seconds=None if config.cluster.stall_seconds == "auto" else float(config.cluster.stall_seconds),
     )
     try:
         return driver.run(), progress

@@ -128,6 +128,19 @@ def bytes_text(count: float) -> str:
     raise AssertionError
 
 
+def ranges(numbers: Iterable[int], most: int = 20) -> str:
+    """Numbers with neighbours joined: `3, 7-11 (6)`; `none` if there are none."""
+    ordered = sorted(numbers)
+    spans: list[list[int]] = []
+    for number in ordered:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:most])
+    return f"{text}{', ...' if len(spans) > most else ''} ({len(ordered)})" if ordered else "none"
+
+
 def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     combined = column.combine_chunks()
     flat: NDArray[np.float32] = combined.flatten().to_numpy(zero_copy_only=False)

@@ -1,22 +1,31 @@
-"""Reading a run from anywhere: needs pyarrow, numpy and s3fs, and nothing of what computed it.
+"""Reading runs from anywhere: needs pyarrow, numpy and s3fs, and nothing of what computed them.
 
-    run = neg_service.open_run("results/smollm2-facts-neurgrad-0123456789ab")
-    run.table("neurgrad").to_table(columns=["prompt_id", "layer", "neurgrad"])
+    run = neg_service.open_run("s3://runs/results/smollm2-facts-neurgrad-0123456789ab")
+    run.table("neurgrad", columns=["prompt_id", "neurgrad"], filter=pc.field("layer") == 29).to_table()
+    run.neuron(29, 864)                       # one neuron over all prompts; reads nothing of the other layers
+    neg_service.open_runs([uri, other]).table("sweep").to_table()      # side by side, with a column `run`
 
 A run that is still being computed gives what is done. Page checksums are verified on every read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from neg_service.errors import ConfigurationError, DestinationError
+from neg_service.errors import ConfigurationError
 from neg_service.storage.objects import ObjectStore, open_store
-from neg_service.storage.parts import part_key
-from neg_service.storage.run import RUN_FILE, RunDirectory, parse_run_file, schema_from_json
+from neg_service.storage.parts import shard_of
+from neg_service.storage.run import RunDirectory, read_run_file, schema_from_json
+
+RUN_COLUMN = "run"
+# What a table of one neuron is made from, the most direct measurement first.
+_OF_NEURONS = ("sweep", "neurgrad", "top_neurons", "activations", "strength")
 
 
 @dataclass(frozen=True)
@@ -25,14 +34,21 @@ class Run:
 
     config: what was asked for and decides the numbers (model, prompts, measure, neurons, plan).
     about: what else is known: versions, sizes, when it began.
+    request: what has to be asked for to compute it again.
     """
 
     uri: str
     fingerprint: str
     config: dict[str, Any]
     about: dict[str, Any]
+    request: dict[str, Any]
     directory: RunDirectory
-    schemas: dict[str, Any]
+    schemas: dict[str, pa.Schema]
+
+    @property
+    def name(self) -> str:
+        """The last part of its URI: what people see, and the fingerprint."""
+        return self.uri.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def tables(self) -> list[str]:
@@ -48,43 +64,191 @@ class Run:
         """The shards that are done now."""
         return self.directory.done()
 
-    def table(self, name: str) -> pads.Dataset:
-        """A pyarrow Dataset over the parts of all shards that are done now, in the order of the prompts.
+    def table(
+        self, name: str, columns: Sequence[str] | None = None, filter: pc.Expression | None = None
+    ) -> pads.Dataset:
+        """A pyarrow Dataset over the parts of all shards that are done now, in the order of the shards.
+
+        `filter` may name columns that are not among `columns`. Within a shard rows are ordered by layer, and a filter
+        on `layer` reads those layers alone.
 
         Raises:
-            ConfigurationError: the run has no such table.
+            ConfigurationError: the run has no such table or column.
         """
+        return _Selection.of(list(self._fragments(name)), self.schemas[name], columns, filter)
+
+    def neuron(self, layer: int, index: int) -> pa.Table:
+        """All that is known of one neuron: a row a (prompt, target), or a prompt where targets play no part.
+
+        From the tables that hold neurons: of `sweep` and `top_neurons` their rows; of `neurgrad`, `activations` and
+        `strength` the one value in the place of the list, `activation` beside `neurgrad`. Reads one layer of each part,
+        as a stream.
+
+        Raises:
+            ConfigurationError: the run has no such layer or neuron.
+        """
+        (name, *_), at = [name for name in _OF_NEURONS if name in self.schemas] or [""], pc.field("layer") == layer
+        if not name:
+            raise ConfigurationError(f"{self.uri} has no table of neurons; it has {', '.join(self.tables)}")
+        self._require_neuron(layer, index)
+        if "neuron" in self.schemas[name].names:
+            return self.table(name, filter=at & (pc.field("neuron") == index)).to_table()
+        table = self._one_value(name, at, index)
+        if name == "neurgrad" and "activations" in self.schemas:
+            active = self._one_value("activations", at, index).select(["prompt_id", "activation"])
+            table = table.join(active, "prompt_id", join_type="left outer")
+            order = [key for key in ("prompt_id", "target_index") if key in table.column_names]
+            return table.sort_by([(key, "ascending") for key in order])
+        return table
+
+    def _one_value(self, name: str, at: pc.Expression, index: int) -> pa.Table:
+        chosen: dict[str, pc.Expression] = {}
+        for field in self.schemas[name]:
+            is_list = pa.types.is_fixed_size_list(field.type)
+            chosen[field.name] = pc.list_element(pc.field(field.name), index) if is_list else pc.field(field.name)
+        return self.table(name).to_table(columns=chosen, filter=at)
+
+    def _require_neuron(self, layer: int, index: int) -> None:
+        sizes = self.about.get("model", {})
+        for what, value, count in (
+            ("layer", layer, sizes.get("layers")),
+            ("neuron", index, sizes.get("neurons_a_layer")),
+        ):
+            if value < 0 or (count is not None and value >= count):
+                raise ConfigurationError(f"{self.uri} has no {what} {value}; it has {count} of them, from 0")
+
+    def _fragments(self, name: str, expression: pc.Expression | None = None) -> Iterator[pads.Fragment]:
+        """One a part; `expression` is true of all its rows."""
         if name not in self.schemas:
             raise ConfigurationError(f"{self.uri} has no table {name!r}; it has {', '.join(self.tables)}")
         filesystem, root = self.directory.store.arrow()
-        checked = pads.ParquetFileFormat(
-            default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
-        )
-        return pads.dataset(
-            [f"{root}/{part_key(name, shard)}" for shard in sorted(self.done())],
-            schema=self.schemas[name],
-            format=checked,
-            filesystem=filesystem,
-        )
+        done = self.done()
+        for entry in self.directory.store.list(name):
+            if shard_of(entry.key) in done:
+                yield _CHECKED.make_fragment(f"{root}/{entry.key}", filesystem, expression, file_size=entry.size)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Several runs side by side, of any models and data sets; each table has a column `run` with the run's name."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def tables(self) -> list[str]:
+        """The names of the tables that all of them have."""
+        return [name for name in self.runs[0].tables if all(name in run.tables for run in self.runs)]
+
+    def table(
+        self, name: str, columns: Sequence[str] | None = None, filter: pc.Expression | None = None
+    ) -> pads.Dataset:
+        """As of a single run; a filter on `run` opens the parts of those runs alone.
+
+        Raises:
+            ConfigurationError: a run has no such table, or it has other columns than in the first run, as lists of
+                neurons have when models differ in size.
+        """
+        first = self.runs[0]
+        fragments: list[pads.Fragment] = []
+        for run in self.runs:
+            fragments += run._fragments(name, pc.field(RUN_COLUMN) == run.name)
+            own, schema = run.schemas[name], first.schemas[name]
+            for field in schema:
+                if field.name not in own.names or own.field(field.name).type != field.type:
+                    found = own.field(field.name).type if field.name in own.names else "missing"
+                    raise ConfigurationError(
+                        f"table {name!r} cannot be shown side by side: column {field.name} is {field.type} in "
+                        f"{first.name} and {found} in {run.name}; read them one by one"
+                    )
+        schema = first.schemas[name].insert(0, pa.field(RUN_COLUMN, pa.string(), nullable=False))
+        return _Selection.of(fragments, schema, columns, filter)
+
+    def neuron(self, layer: int, index: int) -> pa.Table:
+        """The tables of `Run.neuron` one below the other, with the column `run`."""
+        tables = [
+            table.add_column(0, RUN_COLUMN, pa.array([run.name] * table.num_rows, pa.string()))
+            for run in self.runs
+            for table in [run.neuron(layer, index)]
+        ]
+        return pa.concat_tables(tables, promote_options="default")
+
+
+class _Selection(pads.FileSystemDataset):  # type: ignore[misc]
+    """A Dataset of which some columns are shown; pyarrow keeps a filter in a Dataset, but no choice of columns."""
+
+    shown: list[str] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        fragments: list[pads.Fragment],
+        schema: pa.Schema,
+        columns: Sequence[str] | None,
+        filter: pc.Expression | None,
+    ) -> pads.Dataset:
+        """All rows of the fragments that pass the filter."""
+        for column in columns or ():
+            if column not in schema.names:
+                raise ConfigurationError(f"there is no column {column!r}; there are {', '.join(schema.names)}")
+        dataset = cls(fragments, schema, _CHECKED)
+        dataset.shown = list(columns) if columns is not None else None
+        return dataset.filter(filter) if filter is not None else dataset
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the columns that are shown."""
+        own = super().schema
+        return own if self.shown is None else pa.schema([own.field(name) for name in self.shown], own.metadata)
+
+    def filter(self, expression: pc.Expression) -> pads.Dataset:
+        """As pyarrow's; the choice of columns stays."""
+        filtered = super().filter(expression)
+        filtered.shown = self.shown
+        return filtered
+
+    def scanner(self, columns: Any = None, **options: Any) -> pads.Scanner:
+        """As pyarrow's; no columns are those that are shown."""
+        return super().scanner(columns=self.shown if columns is None else columns, **options)
+
+
+_CHECKED = pads.ParquetFileFormat(
+    default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True, pre_buffer=True)
+)
 
 
 def open_run(uri: str, endpoint_url: str | None = None) -> Run:
-    """Open a run directory, local or s3://.
+    """Open a run directory, local or s3://, with credentials from the environment or the usual AWS chain.
 
     Raises:
-        DestinationError: there is no run at `uri`.
+        DestinationError: there is no run at `uri`, or its run.json was changed.
     """
-    store: ObjectStore = open_store(uri, endpoint_url)
-    content = store.get(RUN_FILE)
-    if content is None:
-        raise DestinationError(f"{uri}: there is no {RUN_FILE}; give the URI of a run directory")
-    parsed = parse_run_file(uri, content)
+    store = open_store(uri, endpoint_url)
+    return run_from(store, read_run_file(store))
+
+
+def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:
+    """The run at a store, whose run.json was read and parsed already."""
     schemas = {name: schema_from_json(described) for name, described in parsed["tables"].items()}
     return Run(
         uri=store.uri,
         fingerprint=parsed["fingerprint"],
         config=parsed["identity"],
         about=parsed.get("about", {}),
+        request=parsed.get("request", {}),
         directory=RunDirectory(store, parsed["fingerprint"], tuple(schemas)),
         schemas=schemas,
     )
+
+
+def open_runs(uris: Sequence[str], endpoint_url: str | None = None) -> Runs:
+    """Open several runs, to read them side by side.
+
+    Raises:
+        ConfigurationError: none are given, or one twice.
+        DestinationError: there is no run at one of them.
+    """
+    runs = tuple(open_run(uri, endpoint_url) for uri in uris)
+    names = [run.name for run in runs]
+    if not runs or len(set(names)) < len(names):
+        raise ConfigurationError(f"runs={names}: give at least one run, and each once")
+    return Runs(runs)

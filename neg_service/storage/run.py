@@ -1,13 +1,14 @@
 """A run directory: what one configuration produces, under one URI, found again by its content.
 
     <storage.uri>/<name>-<fingerprint>/
-      run.json                      what was asked, the plan, the tables' schemas, versions
+      run.json                      what was asked, the plan, the tables' schemas, versions; with a checksum
+      run.copy.json                 the same again, from which run.json is restored
       <table>/shard-000042.parquet  one part a shard and table; its existence is the commit
       set_aside/shard-000042.json   why a shard was given up; gone when the shard is done after all
 
 The fingerprint is a hash of what decides the numbers (`identity`), never of how it is run. So the same command
-continues the same run, and another configuration gets another place. A shard is done when the part of the last
-table is there, because a shard's parts are put in the order of the tables.
+continues the same run, and another configuration gets another place. A shard is done when its parts of all tables are
+there; they are put in the order of the tables, so that the last one is the commit.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import pyarrow as pa
 
 from neg_service.errors import DestinationError
 from neg_service.storage.objects import ObjectStore
-from neg_service.storage.parts import shard_of
+from neg_service.storage.parts import footer_of, shard_of
 
 RUN_FILE = "run.json"
+RUN_COPY = "run.copy.json"
 SET_ASIDE = "set_aside"
 
 
@@ -42,20 +44,20 @@ class RunDirectory:
     fingerprint: str
     tables: tuple[str, ...]
 
-    @property
-    def last_table(self) -> str:
-        """The table whose part says that a shard is done."""
-        return self.tables[-1]
-
     def done(self) -> set[int]:
-        """The shards that are done, by one listing."""
-        return {shard for key in self.store.list(self.last_table) if (shard := shard_of(key)) is not None}
+        """The shards that are done, by one listing a table."""
+        # The last table first: a shard that is finished while we look has all its earlier parts by then.
+        listed = [
+            {shard for entry in self.store.list(name) if (shard := shard_of(entry.key)) is not None}
+            for name in reversed(self.tables)
+        ]
+        return set.intersection(*listed)
 
     def set_aside(self) -> dict[int, dict[str, Any]]:
         """The shards that were given up, with what was said of each."""
         found = {}
-        for key in self.store.list(SET_ASIDE):
-            content = self.store.get(key)
+        for entry in self.store.list(SET_ASIDE):
+            content = self.store.get(entry.key)
             if content is not None:
                 record = json.loads(content)
                 found[int(record["shard"])] = record
@@ -72,39 +74,57 @@ class RunDirectory:
 
 
 def write_or_match(
-    store: ObjectStore, identity: dict[str, Any], tables: dict[str, pa.Schema], about: dict[str, Any]
+    store: ObjectStore,
+    identity: dict[str, Any],
+    tables: dict[str, pa.Schema],
+    about: dict[str, Any],
+    request: dict[str, Any] | None = None,
 ) -> RunDirectory:
     """Begin a run, or find that it was begun with the same identity.
 
-    `about` is kept beside the identity for people: versions, sizes, when it began.
+    `about` is kept beside the identity for people: versions, sizes, when it began. `request` is what has to be asked
+    for to compute any of its shards again.
 
     Raises:
         DestinationError: the place holds a run with another identity (field by field) or something else.
     """
     fingerprint = fingerprint_of(identity)
     found = store.get(RUN_FILE)
-    if found is None:
-        others = [key for key in store.list("") if not key.startswith(f"{SET_ASIDE}/")]
-        if others:
-            raise DestinationError(f"{store.uri}: holds {others[0]} but no {RUN_FILE}; it is not a run directory")
+    copy = store.get(RUN_COPY) if found is None else None
+    if found is None and copy is None:
+        _require_nothing_foreign(store, fingerprint, tables)
         content = {
             "fingerprint": fingerprint,
             "identity": identity,
             "tables": {name: _schema_to_json(schema) for name, schema in tables.items()},
             "about": about,
+            "request": request or {},
         }
-        store.put(RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        put_run_file(store, content)
     else:
-        stored = parse_run_file(store.uri, found)
-        differences = _differences(stored.get("identity", {}), identity)
-        if stored.get("fingerprint") != fingerprint and not differences:
-            differences = [f"fingerprint: {stored.get('fingerprint')} there, {fingerprint} asked"]
-        if differences:
-            raise DestinationError(
-                f"{store.uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; "
-                f"use another storage.uri or job.name, or restore the file"
-            )
+        stored = parse_run_file(store.uri, found or copy or b"")
+        require_same(store.uri, stored, identity)
+        if not is_as_written(stored):
+            raise DestinationError(_edited(store.uri))
+        if copy is not None:
+            put_run_file(store, stored)
     return RunDirectory(store, fingerprint, tuple(tables))
+
+
+def require_same(uri: str, stored: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was begun with another identity.
+
+    Raises:
+        DestinationError: naming each field that differs, with both values.
+    """
+    differences = _differences(stored.get("identity", {}), identity)
+    if not differences and stored.get("fingerprint") != fingerprint_of(identity):
+        differences = [f"fingerprint: {stored.get('fingerprint')} there, {fingerprint_of(identity)} asked"]
+    if differences:
+        raise DestinationError(
+            f"{uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; "
+            f"use another storage.uri or job.name, or restore the file (python -m jobs.verify run={uri} repair=true)"
+        )
 
 
 def note(store: ObjectStore, found: dict[str, Any]) -> None:
@@ -115,7 +135,34 @@ def note(store: ObjectStore, found: dict[str, Any]) -> None:
     parsed = parse_run_file(store.uri, content)
     about = {**found, **parsed.get("about", {})}
     if about != parsed.get("about"):
-        store.put(RUN_FILE, json.dumps({**parsed, "about": about}, indent=1, ensure_ascii=False).encode())
+        put_run_file(store, {**parsed, "about": about})
+
+
+def put_run_file(store: ObjectStore, content: dict[str, Any]) -> None:
+    """Write run.json with its checksum, and its copy; at each moment at least one of the two is whole and right."""
+    data = json.dumps({**content, "sha256": _sum_of(content)}, indent=1, ensure_ascii=False).encode()
+    store.put(RUN_COPY, data)
+    store.put(RUN_FILE, data)
+
+
+def is_as_written(parsed: dict[str, Any]) -> bool:
+    """Whether nobody has changed a run.json since this package wrote it."""
+    return parsed.get("sha256") == _sum_of(parsed)
+
+
+def read_run_file(store: ObjectStore) -> dict[str, Any]:
+    """run.json as it was written.
+
+    Raises:
+        DestinationError: there is none, it is damaged, or it was edited.
+    """
+    content = store.get(RUN_FILE)
+    if content is None:
+        raise DestinationError(f"{store.uri}: there is no {RUN_FILE}; give the URI of a run directory")
+    parsed = parse_run_file(store.uri, content)
+    if not is_as_written(parsed):
+        raise DestinationError(_edited(store.uri))
+    return parsed
 
 
 def calibration_of(store: ObjectStore) -> dict[str, Any] | None:
@@ -138,6 +185,33 @@ def parse_run_file(uri: str, content: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict) or not {"fingerprint", "identity", "tables"} <= set(parsed):
         raise DestinationError(f"{uri}/{RUN_FILE} is not a run's: it has no fingerprint, identity and tables")
     return parsed
+
+
+def _edited(uri: str) -> str:
+    return (
+        f"{uri}/{RUN_FILE} was changed after it was written: its checksum is wrong; "
+        f"restore it with python -m jobs.verify run={uri} repair=true"
+    )
+
+
+def _sum_of(content: dict[str, Any]) -> str:
+    own = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def _require_nothing_foreign(store: ObjectStore, fingerprint: str, tables: dict[str, pa.Schema]) -> None:
+    """A place without run.json is empty, or has parts of this very run, whose run.json was lost."""
+    others = [entry.key for entry in store.list("") if not entry.key.startswith(f"{SET_ASIDE}/")]
+    if not others:
+        return
+    strange = [key for key in others if key.partition("/")[0] not in tables or shard_of(key) is None]
+    if not strange:
+        try:
+            if footer_of(store.get(others[0]) or b"").get("fingerprint") == fingerprint:
+                return
+        except (pa.ArrowException, ValueError):
+            pass
+    raise DestinationError(f"{store.uri}: holds {(strange or others)[0]} but no {RUN_FILE}; it is not a run directory")
 
 
 def schema_from_json(described: dict[str, Any]) -> pa.Schema:

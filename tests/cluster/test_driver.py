@@ -13,7 +13,7 @@ import ray
 
 from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import Destination, Receipt, Replica
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Receipt, Replica
 from neg_service.errors import ModelError, NegServiceError
 from tests.fakes import FaultyWorker
 
@@ -26,8 +26,7 @@ def run(worker: FaultyWorker, tmp_path: Path, replicas: int = 2) -> tuple[Outcom
     destination = Destination(str(tmp_path), None, "f" * 12)
 
     def spawn() -> Any:
-        options = {"num_cpus": 0.5, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2}
-        return ray.remote(Replica).options(**options).remote(worker, destination)
+        return ray.remote(Replica).options(num_cpus=0.5, **ACTOR_OPTIONS).remote(worker, destination)
 
     def on_receipt(receipt: Receipt) -> None:
         receipts[receipt.shard] += 1

@@ -12,6 +12,14 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pytest
+from hydra import compose, initialize_config_dir
+
+from jobs.entry import CONF
+from neg_service.cluster.scan import prepare
+from neg_service.config import ScanConfig, typed
+from neg_service.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -32,6 +40,22 @@ def job(name: str, *arguments: str, env: dict[str, str] | None = None) -> subpro
         timeout=500,
         check=False,
     )
+
+
+def refused(message: str, *arguments: str) -> None:
+    """The scan that these settings describe is refused with one line, before anything is begun."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = compose("scan", overrides=list(arguments))
+    with pytest.raises(ConfigurationError) as error:
+        prepare(typed(ScanConfig, config))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def in_order(table: pa.Table) -> pa.Table:
+    """Rows in an order that does not depend on shards."""
+    keys = ("prompt_id", "target_index", "rank", "layer", "neuron", "edit")
+    return table.sort_by([(key, "ascending") for key in keys if key in table.column_names])
 
 
 class Running:

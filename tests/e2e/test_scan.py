@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 import neg_service
 from neg_service.report.console import accuracy, strongest
-from tests.e2e.commands import environment, job
+from tests.e2e.commands import environment, in_order, job, refused
 from tests.fakes import save_tiny_model
 
 pytestmark = pytest.mark.ray
@@ -153,6 +153,7 @@ def test_less_can_be_kept(keep: str, arguments: list[str], finished: tuple[str, 
     kept = run.table("top_neurons").to_table().to_pandas()
     assert len(kept) == 52 * 7
     for (prompt, target), rows in kept.groupby(["prompt_id", "target_index"]):
+        rows = rows.sort_values("rank")
         own = full[(full.prompt_id == prompt) & (full.target_index == target)].sort_values("layer")
         flat = np.stack(own.neurgrad.to_list()).ravel()
         layers = active[active.prompt_id == prompt].sort_values("layer")
@@ -173,7 +174,8 @@ def test_the_shard_size_and_the_number_of_replicas_change_nothing(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, other = (
-        neg_service.open_run(str(path)).table("neurgrad").to_table() for path in (finished[1], next(tmp_path.iterdir()))
+        in_order(neg_service.open_run(str(path)).table("neurgrad").to_table())
+        for path in (finished[1], next(tmp_path.iterdir()))
     )
     assert one.drop_columns(["neurgrad", "probability"]).equals(other.drop_columns(["neurgrad", "probability"]))
     a, b = (np.stack(table["neurgrad"].to_pandas().to_list()) for table in (one, other))
@@ -238,16 +240,11 @@ def test_the_help_names_every_setting() -> None:
     ("arguments", "message"),
     [
         (["modle.source=x"], "Could not override 'modle.source'"),
-        (
-            ["measure=nothing"],
-            "Available options in 'measure': intervene; neurgrad; strength; sweep",
-        ),
+        (["measure=nothing"], "Available options in 'measure': intervene; neurgrad; strength; sweep"),
         (["dataset=file"], "dataset.source: has no value; give one"),
-        (["dataset.source=nothing"], "dataset.source=nothing: neither a built-in data set"),
         (["storage.uri=ftp://host/x"], "scheme 'ftp' is unknown"),
         (["cluster.cpus_per_replica=999"], "cluster.cpus_per_replica=999: the largest node has"),
         (["storage.uri=/proc/nowhere"], "storage.uri=/proc/nowhere"),
-        (["measure.basis=bias"], "measure.basis=bias is unknown"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -261,6 +258,23 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert message in errors[0]
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name != "one.jsonl"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dataset.source=nothing"], "dataset.source=nothing: neither a built-in data set"),
+        (["measure.basis=bias"], "measure.basis=bias is unknown"),
+        (["cluster.stall_seconds=0"], "cluster.stall_seconds=0: must be auto or a number, at least 1"),
+        (["storage.patience_seconds=-1"], "storage.patience_seconds=-1.0: must not be negative"),
+        (["job.resume=nowhere"], "nowhere: there is no run.json"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_when_it_is_planned(
+    arguments: list[str], message: str, tiny_directory: Path, tmp_path: Path
+) -> None:
+    place = [f"storage.uri={tmp_path}"]
+    refused(message, f"model.source={tiny_directory}", *_tiny_data(tmp_path, arguments), *place, *arguments)
 
 
 def _tiny_data(tmp_path: Path, arguments: list[str]) -> list[str]:

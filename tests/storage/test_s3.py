@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,11 +66,12 @@ def test_objects_are_put_replaced_listed_and_deleted(server: Server) -> None:
     store.put("t/a", b"two")
     store.put("t/b", b"")
     assert (store.get("t/a"), store.get("t/b")) == (b"two", b"")
-    assert store.list("t") == ["t/a", "t/b"]
-    assert store.list("") == ["t/a", "t/b"]
+    assert [(entry.key, entry.size) for entry in store.list("t")] == [("t/a", 3), ("t/b", 0)]
+    assert [entry.key for entry in store.list("")] == ["t/a", "t/b"]
+    assert abs(store.list("t")[0].modified - time.time()) < 60
     store.delete("t/a")
     store.delete("t/a")
-    assert store.list("t") == ["t/b"]
+    assert [entry.key for entry in store.list("t")] == ["t/b"]
 
 
 @pytest.mark.usefixtures("as_writer")

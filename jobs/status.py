@@ -1,0 +1,61 @@
+"""python -m jobs.status: how far a run is, also while it runs. `--help` says what can be set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from omegaconf import DictConfig
+
+from jobs.entry import start, value_of
+from neg_service.cluster.progress import clock
+from neg_service.report.console import aligned, bytes_text, columns, ranges
+from neg_service.storage.reader import open_run
+from neg_service.storage.status import Status, status_of
+
+
+def status(config: DictConfig) -> int:
+    """Print the status of a run."""
+    run = open_run(value_of(config, "run"), config.storage.endpoint_url)
+    found = status_of(run, count_rows=bool(config.rows))
+    print(_as_json(found) if config.json else describe(found))
+    return 0
+
+
+def describe(status: Status) -> str:
+    """For a person."""
+    share = 100 * len(status.done) / status.n_shards
+    rows = [
+        ("state", _state(status)),
+        ("shards", f"{len(status.done)} of {status.n_shards} done ({share:.0f} %), of {status.shard_size} prompts"),
+        ("missing", ranges(status.missing)),
+        ("set aside", "\n".join(f"shard {i}: {one['error']}" for i, one in sorted(status.set_aside.items())) or "none"),
+    ]
+    if status.rate is not None:
+        rate = f"{status.rate * status.shard_size:.3g} prompts/s, {status.rate:.3g} shards/s in the last minutes"
+        rows.append(("rate", rate))
+    if status.seconds_left is not None:
+        rows.append(("time left", f"about {clock(status.seconds_left)}"))
+    tables = [
+        (one.name, f"{one.n_parts}", "-" if one.n_rows is None else f"{one.n_rows}", bytes_text(one.n_bytes))
+        for one in status.tables
+    ]
+    return f"{status.uri}\n{aligned(rows)}\n\n{columns(('table', 'parts', 'rows', 'stored'), tables)}"
+
+
+def _state(status: Status) -> str:
+    if not status.missing:
+        return "incomplete: the rest was set aside" if status.set_aside else "complete"
+    if status.silent_seconds is None:
+        return "begun; no shard is done yet"
+    newest = f"the newest part came {clock(status.silent_seconds)} ago"
+    return f"running: {newest}" if status.is_running else f"stopped, or waiting: {newest}"
+
+
+def _as_json(status: Status) -> str:
+    found = asdict(status)
+    return json.dumps({key: sorted(value) if isinstance(value, frozenset) else value for key, value in found.items()})
+
+
+if __name__ == "__main__":
+    start("status", status)

@@ -1,0 +1,86 @@
+"""python -m jobs.verify: check every part of a run, and repair it on request. `--help` says what can be set."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from omegaconf import DictConfig
+
+from jobs.entry import EXIT_INCOMPLETE, start, value_of
+from neg_service.cluster.progress import clock
+from neg_service.cluster.scan import prepare_again, run
+from neg_service.config import ScanConfig, plain, typed
+from neg_service.report.console import aligned, bytes_text, ranges
+from neg_service.storage.objects import ObjectStore, open_store
+from neg_service.storage.verify import Verdict, move_foreign, restore_run_file
+from neg_service.storage.verify import verify as check
+
+_PROGRESS_SECONDS = 10.0
+_SHOWN = 100
+
+
+def verify(config: DictConfig) -> int:
+    """Check a run; with `repair`, mend it and check it once more."""
+    store = open_store(value_of(config, "run"), config.storage.endpoint_url)
+    store.check()
+    verdict = _check(store)
+    print(describe(verdict))
+    if config.repair and not verdict.is_clean:
+        _repair(store, verdict, config)
+        verdict = _check(store)
+        print(f"\nafter the repair\n{describe(verdict)}")
+    return 0 if verdict.is_clean else EXIT_INCOMPLETE
+
+
+def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
+    restore_run_file(store, verdict)
+    for place in move_foreign(store, verdict):
+        print(f"moved to {place}")
+    shards = verdict.shards_to_repair
+    if not shards:
+        return
+    print(f"computing {len(shards)} shards again: {ranges(shards)}", flush=True)
+    given = plain(config)
+    moved = {key: {"source": given[key]["source"]} for key in ("model", "dataset") if given[key]["source"]}
+    how = typed(ScanConfig, {"cluster": given["cluster"], "storage": given["storage"], **moved})
+    summary = run(prepare_again(verdict.run, how), again=shards)
+    for shard, error in sorted(summary.set_aside.items()):
+        print(f"set aside: shard {shard}: {error}")
+
+
+def _check(store: ObjectStore) -> Verdict:
+    began = spoke = time.monotonic()
+
+    def on_part(done: int, of: int) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        if now - spoke >= _PROGRESS_SECONDS:
+            spoke = now
+            left = clock((now - began) / done * (of - done))
+            sys.stderr.write(f"{done}/{of} parts checked ({100 * done / of:.0f} %), {left} left\n")
+
+    return check(store, on_part)
+
+
+def describe(verdict: Verdict) -> str:
+    """For a person: what was read, and what is wrong."""
+    found = [str(finding) for finding in verdict.findings]
+    if len(found) > _SHOWN:
+        found = [*found[:_SHOWN], f"... and {len(found) - _SHOWN} more"]
+    rows = [
+        ("checked", f"{verdict.n_parts} parts, {bytes_text(verdict.n_bytes)}"),
+        ("wrong", "\n".join(found) or "nothing"),
+        ("not done", ranges(verdict.not_done)),
+    ]
+    if verdict.is_clean:
+        heading = "clean: every part is there and as it was written"
+    elif verdict.findings:
+        heading = f"not clean: {len(verdict.findings)} objects are missing, foreign or damaged; repair=true mends them"
+    else:
+        heading = f"incomplete: {len(verdict.not_done)} shards are not done; what is there is as it was written"
+    return f"{verdict.run.uri}\n{heading}\n{aligned(rows)}"
+
+
+if __name__ == "__main__":
+    start("verify", verify)

@@ -1,0 +1,85 @@
+"""How far a run is, from listings alone: also while it runs, and from any machine."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from neg_service.storage.parts import shard_of
+from neg_service.storage.reader import Run
+
+# The rate is that of the last minutes; a run is taken for running while its newest part is not much older than the
+# pauses between parts were.
+_WINDOW_SECONDS = 600.0
+_PAUSES, _LEAST_SECONDS = 5, 60.0
+
+
+@dataclass(frozen=True)
+class TableStatus:
+    """A table's parts, their bytes as stored, and their rows (None if not counted)."""
+
+    name: str
+    n_parts: int
+    n_bytes: int
+    n_rows: int | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is.
+
+    missing: shards neither done nor set aside. set_aside: shard to its record (error, attempts). rate: shards a second
+    over the last minutes in which parts came; None with fewer than two. silent_seconds: since the newest part, by the
+    clock of this machine. seconds_left: at that rate, while it runs.
+    """
+
+    uri: str
+    n_shards: int
+    shard_size: int
+    n_prompts: int
+    done: frozenset[int]
+    missing: frozenset[int]
+    set_aside: dict[int, dict[str, Any]]
+    tables: tuple[TableStatus, ...]
+    rate: float | None
+    silent_seconds: float | None
+    is_running: bool
+    seconds_left: float | None
+
+
+def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) -> Status:
+    """How far `run` is; counting rows reads the footer of each part, which takes a while where there are many."""
+    now = time.time() if now is None else now
+    done = run.done()
+    tables, finished = [], []
+    for name in run.tables:
+        parts = [entry for entry in run.directory.store.list(name) if shard_of(entry.key) is not None]
+        rows = run.table(name).count_rows() if count_rows else None
+        tables.append(TableStatus(name, len(parts), sum(part.size for part in parts), rows))
+        finished = sorted(part.modified for part in parts)
+    aside = {shard: record for shard, record in run.directory.set_aside().items() if shard not in done}
+    missing = frozenset(range(run.n_shards)) - done - set(aside)
+    recent = [when for when in finished if when > finished[-1] - _WINDOW_SECONDS]
+    spread = recent[-1] - recent[0] if recent else 0.0
+    rate = (len(recent) - 1) / spread if spread > 0 else None
+    silent = now - finished[-1] if finished else None
+    pauses = [later - earlier for earlier, later in itertools.pairwise(recent)]
+    expected = max(_LEAST_SECONDS, _PAUSES * median(pauses)) if pauses else _LEAST_SECONDS
+    is_running = bool(missing) and silent is not None and silent <= expected
+    return Status(
+        uri=run.uri,
+        n_shards=run.n_shards,
+        shard_size=int(run.config["plan"]["shard_size"]),
+        n_prompts=int(run.config["prompts"]["count"]),
+        done=frozenset(done),
+        missing=missing,
+        set_aside=aside,
+        tables=tuple(tables),
+        rate=rate,
+        silent_seconds=silent,
+        is_running=is_running,
+        seconds_left=len(missing) / rate if is_running and rate else None,
+    )

@@ -1,0 +1,163 @@
+"""Checking a run: every part against the plan and its own checksums, run.json against its own, and nothing besides.
+
+Reads every byte of the run once, a few parts at a time. What is found is data; repairing is somebody else's business,
+except for what needs no model: run.json and its copy, and objects that do not belong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from neg_service.errors import DestinationError
+from neg_service.storage.objects import ObjectStore
+from neg_service.storage.parts import part_key, problem_of, shard_of
+from neg_service.storage.reader import Run, run_from
+from neg_service.storage.run import RUN_COPY, RUN_FILE, fingerprint_of, is_as_written, parse_run_file, put_run_file
+
+# Parts in memory at once.
+_READERS = 4
+FOREIGN = "foreign"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with the object at `key`; `shard` is the one to compute again, if that mends it."""
+
+    key: str
+    problem: str
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        """For example `neurgrad/shard-000003.parquet: missing`."""
+        return f"{self.key}: {self.problem}"
+
+
+@dataclass
+class Verdict:
+    """What a check has found.
+
+    findings: wrong or lost. not_done: shards of which nothing is there. n_parts, n_bytes: what was read.
+    """
+
+    run: Run
+    findings: list[Finding] = field(default_factory=list)
+    not_done: list[int] = field(default_factory=list)
+    n_parts: int = 0
+    n_bytes: int = 0
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the run is complete and as it was written."""
+        return not self.findings and not self.not_done
+
+    @property
+    def shards_to_repair(self) -> set[int]:
+        """The shards that have to be computed again, or at all."""
+        return {finding.shard for finding in self.findings if finding.shard is not None} | set(self.not_done)
+
+
+def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done, of: None) -> Verdict:
+    """Check the run at a store; `on_part` hears how many parts of how many have been checked.
+
+    Raises:
+        DestinationError: there is no run, or neither run.json nor its copy can be trusted.
+    """
+    run, findings = _checked_run(store)
+    verdict = Verdict(run, findings)
+    to_read: list[tuple[str, int]] = []
+    shards_there: dict[int, int] = {}
+    for name in run.tables:
+        for entry in store.list(name):
+            shard = shard_of(entry.key)
+            if shard is None or shard >= run.n_shards:
+                planned = f"the plan has {run.n_shards} shards" if shard is not None else "no part has this name"
+                verdict.findings.append(Finding(entry.key, f"foreign: {planned}"))
+            else:
+                to_read.append((name, shard))
+                shards_there[shard] = shards_there.get(shard, 0) + 1
+    there = set(to_read)
+    for shard in range(run.n_shards):
+        if shard not in shards_there:
+            verdict.not_done.append(shard)
+        elif shards_there[shard] < len(run.tables):
+            missing = (part_key(name, shard) for name in run.tables if (name, shard) not in there)
+            verdict.findings += [Finding(key, "missing", shard) for key in missing]
+    for size, finding in _check_parts(run, to_read):
+        verdict.n_parts += 1
+        verdict.n_bytes += size
+        if finding is not None:
+            verdict.findings.append(finding)
+        on_part(verdict.n_parts, len(to_read))
+    verdict.findings.sort(key=lambda finding: finding.key)
+    return verdict
+
+
+def restore_run_file(store: ObjectStore, verdict: Verdict) -> None:
+    """Write run.json and its copy from the one that can be trusted, if the other cannot."""
+    if any(finding.key in (RUN_FILE, RUN_COPY) for finding in verdict.findings):
+        good = _trusted(store, RUN_FILE) or _trusted(store, RUN_COPY)
+        assert good is not None
+        put_run_file(store, {key: value for key, value in good.items() if key != "sha256"})
+
+
+def move_foreign(store: ObjectStore, verdict: Verdict) -> list[str]:
+    """Take objects that are no parts out of the tables' folders, where readers would find them; where they are now."""
+    moved = []
+    for finding in verdict.findings:
+        if finding.shard is None and finding.key not in (RUN_FILE, RUN_COPY):
+            content = store.get(finding.key)
+            if content is not None:
+                store.put(f"{FOREIGN}/{finding.key}", content)
+                store.delete(finding.key)
+                moved.append(f"{FOREIGN}/{finding.key}")
+    return moved
+
+
+def _checked_run(store: ObjectStore) -> tuple[Run, list[Finding]]:
+    findings, good = [], {}
+    for key in (RUN_FILE, RUN_COPY):
+        parsed = _trusted(store, key)
+        if parsed is not None:
+            good[key] = parsed
+            continue
+        is_there = store.get(key) is not None
+        findings.append(Finding(key, "damaged: it was changed after it was written" if is_there else "missing"))
+    if not good:
+        if all(finding.problem == "missing" for finding in findings):
+            raise DestinationError(f"{store.uri}: there is no {RUN_FILE}; give the URI of a run directory")
+        raise DestinationError(
+            f"{store.uri}: neither {RUN_FILE} nor {RUN_COPY} is as it was written, so nothing says what belongs here; "
+            f"delete both and run the scan again, which keeps the parts that are its own"
+        )
+    return run_from(store, good.get(RUN_FILE) or good[RUN_COPY]), findings
+
+
+def _trusted(store: ObjectStore, key: str) -> dict[str, object] | None:
+    content = store.get(key)
+    if content is None:
+        return None
+    try:
+        parsed = parse_run_file(store.uri, content)
+    except DestinationError:
+        return None
+    is_right = is_as_written(parsed) and parsed["fingerprint"] == fingerprint_of(parsed["identity"])
+    return parsed if is_right else None
+
+
+def _check_parts(run: Run, parts: list[tuple[str, int]]) -> Iterator[tuple[int, Finding | None]]:
+    """The size of each part, and what is wrong with it."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
+        # Not all at once, so that no more than a few parts wait for whoever asks.
+        for start in range(0, len(parts), _READERS):
+            yield from pool.map(lambda part: _check_part(run, *part), parts[start : start + _READERS])
+
+
+def _check_part(run: Run, name: str, shard: int) -> tuple[int, Finding | None]:
+    key = part_key(name, shard)
+    data = run.directory.store.get(key)
+    if data is None:
+        return 0, Finding(key, "missing", shard)
+    problem = problem_of(data, name, shard, run.fingerprint, run.schemas[name])
+    return len(data), Finding(key, problem, shard) if problem else None
