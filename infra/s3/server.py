@@ -5,7 +5,8 @@
 
 Everything lies in DIRECTORY: data, the identities with their keys, the log, and the process's id, by which alone it is
 ended. Started again on the same directory it serves what was there. It listens on 127.0.0.1 only, reports no usage to
-anybody, and takes free ports unless it had some before. The keys are made up for each directory.
+anybody, and takes free ports unless it had some before. The keys are made up for each directory. There is a bucket
+`runs` from the start.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import s3fs
+
 _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
           "s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc")  # fmt: skip
 _START_SECONDS = 30.0
+BUCKET = "runs"
 # What this process started itself, and so has to wait for when it ends.
 _CHILDREN: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -86,6 +90,7 @@ class Server:
             "admin.ui": "false",
             "s3.config": place / "s3.json",
             "master.telemetry": "false",
+            "bucket": BUCKET,
         }
         with (place / "log").open("ab") as log:
             process = subprocess.Popen(
@@ -93,6 +98,8 @@ class Server:
                 stdout=log,
                 stderr=log,
                 cwd=place,
+                # It takes options from environment variables of their names too, and some names are short.
+                env={name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ},
                 start_new_session=True,
             )
         _CHILDREN[process.pid] = process
@@ -102,6 +109,7 @@ class Server:
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the S3 server does not answer; see {place / 'log'}")
             time.sleep(0.05)
+        self._await_bucket(until)
 
     def _answers(self) -> bool:
         try:
@@ -109,6 +117,22 @@ class Server:
                 return bool(reply.status == 200)
         except (urllib.error.URLError, OSError):
             return False
+
+    def _await_bucket(self, until: float) -> None:
+        """Healthy comes before usable: wait until an object can be put."""
+        keys = {"key": self.writer.access_key, "secret": self.writer.secret_key}
+        files = s3fs.S3FileSystem(endpoint_url=self.endpoint_url, skip_instance_cache=True, **keys)
+        while True:
+            try:
+                if files.exists(BUCKET):
+                    files.pipe_file(f"{BUCKET}/.started", b"")
+                    files.rm_file(f"{BUCKET}/.started")
+                    return
+            except OSError:
+                pass
+            if time.monotonic() > until:
+                raise RuntimeError(f"nothing can be put on the S3 server; see {Path(self.directory) / 'log'}")
+            time.sleep(0.05)
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         """End its process and wait until it is gone."""
@@ -122,8 +146,8 @@ class Server:
             time.sleep(0.02)
 
 
-def server_on(directory: Path) -> Server:
-    """The server of a directory, with its ports and keys of before, or new ones."""
+def server_on(directory: Path, writer: Keys | None = None) -> Server:
+    """The server of a directory, with its ports and keys of before, or new ones; a new one can take keys that exist."""
     place = directory.absolute()
     described = place / "server.json"
     if described.exists():
@@ -131,7 +155,7 @@ def server_on(directory: Path) -> Server:
         return Server(str(place), known["ports"], Keys(**known["writer"]), Keys(**known["reader"]))
     (place / "data").mkdir(parents=True, exist_ok=True)
     place.chmod(0o700)
-    made = Server(str(place), _free_ports(), _new_keys(), _new_keys())
+    made = Server(str(place), _free_ports(), writer or _new_keys(), _new_keys())
     identities = [
         _identity("writer", made.writer, ["Admin", "Read", "Write", "List", "Tagging"]),
         _identity("reader", made.reader, ["Read", "List"]),
@@ -168,10 +192,15 @@ def main(arguments: list[str]) -> int:
         server.stop()
         print(f"ended; its data stay in {server.directory}")
         return 0
-    server.start()
+    try:
+        server.start()
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"export AWS_ACCESS_KEY_ID={server.writer.access_key}")
     print(f"export AWS_SECRET_ACCESS_KEY={server.writer.secret_key}")
-    print(f"# storage.endpoint_url={server.endpoint_url}")
+    print("export AWS_REGION=us-east-1")
+    print(f"# storage.uri=s3://{BUCKET}/results storage.endpoint_url={server.endpoint_url}")
     return 0
 
 

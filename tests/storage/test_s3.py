@@ -16,12 +16,10 @@ import pytest
 import s3fs
 
 import neg_service
-from infra.s3.server import Keys, Server, server_on
+from infra.s3.server import BUCKET, Keys, Server, server_on
 from neg_service.errors import DestinationError, StorageError
 from neg_service.storage.objects import open_store
 from tests.e2e.commands import environment, job
-
-BUCKET = "runs"
 
 
 def credentials(keys: Keys) -> dict[str, str]:
@@ -32,8 +30,6 @@ def credentials(keys: Keys) -> dict[str, str]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started = server_on(tmp_path_factory.mktemp("s3"))
     started.start()
-    keys = {"key": started.writer.access_key, "secret": started.writer.secret_key}
-    s3fs.S3FileSystem(endpoint_url=started.endpoint_url, **keys).mkdir(BUCKET)
     yield started
     started.stop()
     assert started.pid is None
@@ -97,7 +93,6 @@ def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(tmp_pa
     for name, value in credentials(own.writer).items():
         os.environ[name] = value
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem(endpoint_url=own.endpoint_url).mkdir(BUCKET)
     store = open_store(f"s3://{BUCKET}/p", own.endpoint_url)
     store.put("t/a", b"kept")
     own.stop(9)

@@ -1,0 +1,90 @@
+"""A measure that is `neurgrad`, in a replica to which things happen.
+
+What happens, and when, stands in a JSON file that $NEG_FAULTS names, as a list of orders:
+
+    {"when": "compute", "shard": 3, "do": "exit"}           before shard 3 is computed
+    {"when": "before put", "shard": 3, "table": "neurgrad", "do": "exit"}
+    {"when": "after put", "shard": 3, "table": "prompts", "do": "hold"}
+
+`exit` ends the process at once. `hold` tells the process's id and then sleeps, so that somebody can do something to
+it; `sleep` sleeps for `seconds`. An order without a shard holds for all of them, and every time; one with a shard is
+carried out once. The driver loads this module too, and nothing happens to it, because it computes and puts no parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from neg_service.config import NeuronsConfig
+from neg_service.measures import neurgrad as honest
+from neg_service.measures.neurgrad import Options, calibrate, check, cost_a_prompt, identity, read, tables
+from neg_service.models.batches import Budget
+from neg_service.models.language_model import LanguageModel
+from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.storage import objects
+from neg_service.storage.parts import shard_of
+
+__all__ = ["Options", "calibrate", "check", "cost_a_prompt", "identity", "measure", "read", "tables"]
+
+VARIABLE = "NEG_FAULTS"
+PROMPTS_A_SHARD = 2
+
+
+def measure(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    options: Options,
+    neurons: NeuronsConfig,
+    budget: Budget,
+    calibration: Mapping[str, Any],
+) -> dict[str, pa.Table]:
+    """As neurgrad, after what is ordered for this shard."""
+    happen("compute", int(prompts[0].prompt.id) // PROMPTS_A_SHARD, "")
+    return honest.measure(model, prompts, options, neurons, budget, calibration)
+
+
+def happen(when: str, shard: int, table: str) -> None:
+    """Carry out the orders for this moment."""
+    plan = Path(os.environ.get(VARIABLE, ""))
+    if not plan.is_file():
+        return
+    for number, order in enumerate(json.loads(plan.read_text())):
+        if order["when"] != when or order.get("shard", shard) != shard or order.get("table", table) != table:
+            continue
+        if "shard" in order:
+            try:
+                (plan.parent / f"{plan.name}.{number}.done").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+        if order["do"] == "exit":
+            os._exit(1)
+        if order["do"] == "hold":
+            told = plan.parent / f"{plan.name}.{number}.pid"
+            told.with_suffix(".part").write_text(str(os.getpid()))
+            told.with_suffix(".part").rename(told)
+        time.sleep(float(order.get("seconds", 60)))
+
+
+def _sabotaged(put: Callable[[Any, str, bytes], None]) -> Callable[[Any, str, bytes], None]:
+    def sabotaged(self: Any, key: str, data: bytes) -> None:
+        shard = shard_of(key)
+        if shard is None:
+            put(self, key, data)
+            return
+        table = key.partition("/")[0]
+        happen("before put", shard, table)
+        put(self, key, data)
+        happen("after put", shard, table)
+
+    return sabotaged
+
+
+objects.S3Store.put = _sabotaged(objects.S3Store.put)  # type: ignore[method-assign]
+objects.LocalStore.put = _sabotaged(objects.LocalStore.put)  # type: ignore[method-assign]

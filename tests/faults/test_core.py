@@ -1,0 +1,144 @@
+"""The faults that `make test` always runs: replicas, drivers, the server, the network between, and damaged objects."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from infra.s3.server import BUCKET, Server, server_on
+from neg_service.storage.objects import open_store
+from neg_service.storage.parts import part_key
+from tests.e2e.commands import Running, job
+from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
+from tests.faults.proxy import FAULTS, Proxy, Seen
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+Invariant = Callable[[Disturbed], None]
+
+
+@pytest.mark.parametrize("when", ["compute", "before put"])
+def test_a_replica_killed_in_a_shard_or_between_computing_and_putting(
+    when: str, disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
+) -> None:
+    shard = moments.randrange(N_SHARDS)
+    order = orders.give(when=when, shard=shard, do="hold")
+
+    def kill() -> None:
+        pid = orders.await_pid(order)
+        time.sleep(moments.uniform(0, 0.5))
+        signalled(pid, signal.SIGKILL)
+
+    with meanwhile(kill):
+        summary = disturbed.scan()
+    assert summary.shards_done == N_SHARDS
+    invariant(disturbed)
+
+
+def test_a_driver_killed_at_any_time_and_resumed_with_another_number_of_replicas(
+    disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
+) -> None:
+    orders.give(when="compute", do="sleep", seconds=0.3)
+    driver = Running("scan", *disturbed.settings, "job.progress_seconds=0", env=dict(os.environ))
+    driver.wait_for(r"replica 0 is ready")
+    time.sleep(moments.uniform(0, 0.3 * N_SHARDS))
+    os.killpg(driver.process.pid, signal.SIGKILL)
+    driver.process.wait()
+    done = disturbed.open().done()
+    orders.clear()
+    summary = disturbed.scan("cluster.replicas=2")
+    # Its last replica may still have put what it was doing when its driver was gone already.
+    assert summary.shards_before >= len(done)
+    invariant(disturbed)
+
+
+def test_the_server_killed_and_started_again_under_load(
+    arguments: list[str], orders: Orders, invariant: Invariant, moments: random.Random, tmp_path: Path, server: Server
+) -> None:
+    own = server_on(tmp_path / "s3", server.writer)
+    own.start()
+    disturbed = Disturbed(arguments, f"s3://{BUCKET}/r", own.endpoint_url)
+    order = orders.give(when="before put", shard=moments.randrange(N_SHARDS), do="hold", seconds=1)
+
+    def restart() -> None:
+        orders.await_pid(order)
+        own.stop(signal.SIGKILL)
+        time.sleep(moments.uniform(1, 4))
+        own.start()
+
+    with meanwhile(restart):
+        summary = disturbed.scan()
+    assert summary.shards_done == N_SHARDS
+    invariant(disturbed)
+    own.stop()
+
+
+def test_connections_reset_delayed_refused_cut_and_replies_lost(
+    disturbed: Disturbed, invariant: Invariant, moments: random.Random
+) -> None:
+    direct = disturbed.endpoint_url
+    assert direct is not None
+
+    def decide(request: Seen) -> str | None:
+        # Of parts and listings, a third of all requests goes wrong in one way or another.
+        return moments.choice(FAULTS) if moments.random() < 1 / 3 else None
+
+    with Proxy(direct, decide) as proxy:
+        through = Disturbed(disturbed.arguments, disturbed.uri, proxy.url)
+        summary = through.scan("cluster.replicas=2")
+        assert summary.shards_done == N_SHARDS
+        assert not summary.set_aside
+    assert len(proxy.injected) >= 3, proxy.injected
+    assert sum(proxy.injected.values()) >= 10, proxy.injected
+    invariant(disturbed)
+
+
+def test_damage_is_named_and_repaired(disturbed: Disturbed, invariant: Invariant, moments: random.Random) -> None:
+    disturbed.scan()
+    store = open_store(disturbed.run_uri, disturbed.endpoint_url)
+    # What is exchanged, cut, lost and flipped is drawn; no shard suffers twice, so that each is named for what it is.
+    flipped, cut, lost, one, other = moments.sample(range(N_SHARDS), 5)
+    content = bytearray(store.get(part_key("neurgrad", flipped)) or b"")
+    content[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
+    store.put(part_key("neurgrad", flipped), bytes(content))
+    whole = store.get(part_key("activations", cut)) or b""
+    store.put(part_key("activations", cut), whole[: moments.randrange(len(whole))])
+    store.delete(part_key("prompts", lost))
+    first, second = (store.get(part_key("neurgrad", shard)) or b"" for shard in (one, other))
+    store.put(part_key("neurgrad", one), second)
+    store.put(part_key("neurgrad", other), first)
+    store.put("neurgrad/shard-000099.parquet", first)
+    store.put("run.json", (store.get("run.json") or b"").replace(b'"float32"', b'"float16"'))
+
+    refused = job("scan", *disturbed.settings, env=dict(os.environ))
+    assert refused.returncode == 1
+    assert 'model.dtype: "float16" there, "float32" asked' in refused.stderr
+
+    where = [f"run={disturbed.run_uri}", f"storage.endpoint_url={disturbed.endpoint_url}"]
+    found = job("verify", *where, env=dict(os.environ))
+    assert found.returncode == 3, found.stderr
+    for expected in (
+        f"{part_key('neurgrad', flipped)}: damaged: ",
+        f"{part_key('activations', cut)}: damaged: ",
+        f"{part_key('prompts', lost)}: missing",
+        f"{part_key('neurgrad', one)}: foreign: shard {other} in the place of {one}",
+        f"{part_key('neurgrad', other)}: foreign: shard {one} in the place of {other}",
+        f"neurgrad/shard-000099.parquet: foreign: the plan has {N_SHARDS} shards",
+        "run.json: damaged: it was changed after it was written",
+    ):
+        assert expected in found.stdout, found.stdout
+    assert found.stdout.count(": damaged: ") + found.stdout.count(": foreign: ") + found.stdout.count(": missing") == 7
+
+    repaired = job("verify", *where, "repair=true", "cluster.cpus_per_replica=1", env=dict(os.environ))
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    assert "computing 5 shards again" in repaired.stdout
+    assert "clean: every part is there and as it was written" in repaired.stdout
+    assert store.get("foreign/neurgrad/shard-000099.parquet") == first
+    invariant(disturbed)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert all(secret not in one.stdout + one.stderr for one in (refused, found, repaired))
