@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 S3 ?= .s3
+ROUNDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test check format bench s3-up s3-down lock clean
+.PHONY: help setup model demo scan test test-faults check format bench s3-up s3-down lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ scan: model ## python -m jobs.scan with ARGS="..."
 
 test: check model ## checks, then all tests
 	$(BIN)/python -m pytest
+
+test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
+	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults -m "" -v
 
 check: $(READY) ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

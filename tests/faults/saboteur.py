@@ -6,20 +6,23 @@ What happens, and when, stands in a JSON file that $NEG_FAULTS names, as a list 
     {"when": "before put", "shard": 3, "table": "neurgrad", "do": "exit"}
     {"when": "after put", "shard": 3, "table": "prompts", "do": "hold"}
 
-`exit` ends the process at once. `hold` tells the process's id and then sleeps, so that somebody can do something to
-it; `sleep` sleeps for `seconds`. An order without a shard holds for all of them, and every time; one with a shard is
-carried out once. The driver loads this module too, and nothing happens to it, because it computes and puts no parts.
+`exit` ends the process at once, `exhaust` asks for more memory than there is. `hold` tells the process's id and then
+sleeps, so that somebody can do something to it; `sleep` sleeps for `seconds`. An order without a shard holds for all of
+them, and every time; one with a shard is carried out once. The driver loads this module too, and nothing happens to it,
+because it computes and puts no parts.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 
 from neg_service.config import NeuronsConfig
@@ -65,11 +68,24 @@ def happen(when: str, shard: int, table: str) -> None:
                 continue
         if order["do"] == "exit":
             os._exit(1)
+        if order["do"] == "exhaust":
+            _exhaust()
         if order["do"] == "hold":
             told = plan.parent / f"{plan.name}.{number}.pid"
             told.with_suffix(".part").write_text(str(os.getpid()))
             told.with_suffix(".part").rename(told)
         time.sleep(float(order.get("seconds", 60)))
+
+
+def _exhaust() -> None:
+    """Ask for more memory than this process may have."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**20, before[1]))
+    try:
+        bytearray(2**28)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _sabotaged(put: Callable[[Any, str, bytes], None]) -> Callable[[Any, str, bytes], None]:

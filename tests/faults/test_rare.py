@@ -1,0 +1,180 @@
+"""The other faults: `make test-faults`. Each ends in the same invariant, or in one line and nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from infra.s3.server import BUCKET, Server, server_on
+from neg_service.errors import DestinationError, StorageError
+from neg_service.storage.objects import open_store
+from tests.e2e.commands import Running
+from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.usefixtures("cluster")]
+Invariant = Callable[[Disturbed], None]
+TABLES = ("prompts", "activations", "neurgrad")
+
+
+@pytest.mark.parametrize("when", ["before put", "after put"])
+@pytest.mark.parametrize("table", TABLES)
+def test_death_at_each_step_of_a_put(
+    when: str, table: str, disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
+) -> None:
+    orders.give(when=when, shard=moments.randrange(N_SHARDS), table=table, do="exit")
+    summary = disturbed.scan()
+    assert not summary.set_aside
+    invariant(disturbed)
+
+
+def test_a_driver_that_dies_while_its_replica_is_putting(
+    disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
+) -> None:
+    # Between two tables of a shard; the replica goes with its driver.
+    order = orders.give(when="after put", shard=moments.randrange(N_SHARDS), table="prompts", do="hold")
+    driver = Running("scan", *disturbed.settings, env=dict(os.environ))
+    replica = orders.await_pid(order)
+    os.killpg(driver.process.pid, signal.SIGKILL)
+    driver.process.wait()
+    if psutil.pid_exists(replica):
+        psutil.Process(replica).wait(60)
+    store = open_store(disturbed.run_uri, disturbed.endpoint_url)
+    assert len(store.list("prompts")) > len(store.list("neurgrad"))
+    disturbed.scan()
+    invariant(disturbed)
+
+
+def test_a_node_is_lost(
+    disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random, cluster: Cluster
+) -> None:
+    node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    cluster.wait_for_nodes()
+    orders.give(when="compute", do="sleep", seconds=0.5)
+    # Three replicas of a CPU each need both nodes.
+    on_node: list[psutil.Process] = []
+
+    def remove() -> None:
+        until = time.monotonic() + 90
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        while not on_node:
+            assert time.monotonic() < until
+            on_node.extend(p for p in raylet.children(recursive=True) if "Replica" in " ".join(p.cmdline()))
+            time.sleep(0.05)
+        time.sleep(moments.uniform(4, 8))
+        cluster.remove_node(node, allow_graceful=False)
+
+    with meanwhile(remove):
+        summary = disturbed.scan("cluster.replicas=3")
+    assert not summary.set_aside
+    assert not any(process.is_running() for process in on_node)
+    invariant(disturbed)
+
+
+def test_two_drivers_at_once(disturbed: Disturbed, orders: Orders, invariant: Invariant) -> None:
+    orders.give(when="compute", do="sleep", seconds=0.1)
+    drivers = [Running("scan", *disturbed.settings, env=dict(os.environ)) for _ in range(2)]
+    assert [driver.finish() for driver in drivers] == [0, 0], [driver.output for driver in drivers]
+    invariant(disturbed)
+
+
+@pytest.mark.parametrize("when", ["compute", "before put"])
+def test_a_replica_that_is_stopped_and_revived_when_its_shard_was_given_away(
+    when: str,
+    disturbed: Disturbed,
+    orders: Orders,
+    invariant: Invariant,
+    moments: random.Random,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    order = orders.give(when=when, shard=moments.randrange(N_SHARDS), do="hold", seconds=1)
+    stopped: list[int] = []
+
+    def stop() -> None:
+        pid = orders.await_pid(order)
+        stopped.append(pid)
+        signalled(pid, signal.SIGSTOP)
+
+    with meanwhile(stop):
+        summary = disturbed.scan("cluster.replicas=2", "cluster.stall_seconds=3")
+    assert summary.shards_done == N_SHARDS
+    assert "and does not answer" in caplog.text
+    invariant(disturbed)
+    signalled(stopped[0], signal.SIGCONT)
+    time.sleep(3)
+    invariant(disturbed)
+    assert not psutil.pid_exists(stopped[0])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 600 kB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs more rights than this user has")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_what_was_done_stays(
+    disturbed: Disturbed, invariant: Invariant, small_disk: Path
+) -> None:
+    local = Disturbed(disturbed.arguments, str(small_disk / "results"), None)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"\0" * 500_000)
+    with pytest.raises(DestinationError, match=os.strerror(errno.ENOSPC)):
+        local.scan()
+    assert not list(small_disk.rglob(".unfinished*"))
+    kept = local.open().done()
+    assert 0 < len(kept) < N_SHARDS
+    ballast.unlink()
+    assert local.scan().shards_before == len(kept)
+    invariant(local)
+
+
+def test_a_replica_that_runs_out_of_memory_does_its_shard_in_smaller_batches(
+    disturbed: Disturbed,
+    orders: Orders,
+    invariant: Invariant,
+    moments: random.Random,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shard = moments.randrange(N_SHARDS)
+    orders.give(when="compute", shard=shard, do="exhaust")
+    summary = disturbed.scan()
+    assert not summary.set_aside
+    assert f"shard {shard} failed on replica 0 (1 of 3): split: MemoryError" in caplog.text
+    invariant(disturbed)
+
+
+def test_a_server_that_stays_away_ends_the_run_and_nothing_is_set_aside(
+    arguments: list[str], orders: Orders, invariant: Invariant, moments: random.Random, tmp_path: Path, server: Server
+) -> None:
+    own = server_on(tmp_path / "s3", server.writer)
+    own.start()
+    disturbed = Disturbed(arguments, f"s3://{BUCKET}/r", own.endpoint_url)
+    order = orders.give(when="before put", shard=moments.randrange(N_SHARDS), do="hold", seconds=1)
+
+    def stop() -> None:
+        orders.await_pid(order)
+        own.stop(signal.SIGKILL)
+
+    with meanwhile(stop), pytest.raises(StorageError, match=own.endpoint_url):
+        disturbed.scan("storage.patience_seconds=1", "cluster.attempts=1")
+    own.start()
+    before = disturbed.open().done()
+    summary = disturbed.scan()
+    assert summary.shards_before == len(before)
+    invariant(disturbed)
+    own.stop()
