@@ -33,7 +33,7 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
         datefmt="%H:%M:%S",
     )
     # Libraries speak up only when something is wrong.
-    for noisy in ("httpx", "botocore", "urllib3", "filelock", "fsspec", "accelerate"):
+    for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _check_overrides(config_name)
 

@@ -107,9 +107,11 @@ def describe_summary(prepared: Prepared, summary: Summary) -> str:
         heading = f"incomplete: {len(summary.set_aside)} shards were set aside; the same command tries them again"
     else:
         heading = "done"
+    endpoint_url = prepared.config.storage.endpoint_url
+    where = f'"{summary.uri}"' + (f', "{endpoint_url}"' if endpoint_url else "")
     snippet = (
         "import neg_service\n"
-        f'run = neg_service.open_run("{summary.uri}")\n'
+        f"run = neg_service.open_run({where})\n"
         f'table = run.table("{main}").head(1000)  # pyarrow; .to_pandas(), polars.from_arrow, duckdb.sql'
     )
     return f"\n{heading}\n{aligned(rows)}\n\nload it:\n\n{snippet}\n"

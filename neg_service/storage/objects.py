@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pyarrow.fs as pafs
 import s3fs
-from botocore.exceptions import BotoCoreError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, HTTPClientError, NoCredentialsError
 
 from neg_service.errors import DestinationError, StorageError, one_line
 
@@ -280,6 +280,10 @@ class S3Store:
             except (ValueError, RecursionError):
                 # What is no URL, and pages that lead on to other pages, where a client of S3 goes round and round.
                 raise strange from None
+            except HTTPClientError as error:
+                if isinstance(error.kwargs.get("error"), aiohttp.TooManyRedirects):
+                    raise strange from error
+                raise
             except OSError as error:
                 # An error without a code is no error of S3's.
                 if "An error occurred ()" in str(error):

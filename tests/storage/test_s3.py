@@ -1,29 +1,34 @@
-"""S3 on a real server: objects, who may do what, and a scan whose results every reader loads from there."""
+"""S3 on a real server: objects, who may do what, places that are none, and results that every reader loads."""
 
 from __future__ import annotations
 
+import datetime
+import http.server
 import json
 import os
+import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import duckdb
-import pandas as pd
-import polars as pl
-import pyarrow.dataset
+import botocore.auth
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import s3fs
 
 import neg_service
 from infra.s3.server import BUCKET, Keys, Server, server_on
+from neg_service import schema
 from neg_service.errors import DestinationError, StorageError
-from neg_service.storage.objects import open_store
-from tests.e2e.commands import environment, job
-
-
-def credentials(keys: Keys) -> dict[str, str]:
-    return {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key, "AWS_REGION": "us-east-1"}
+from neg_service.storage.objects import PatientStore, S3Store, open_store
+from neg_service.storage.parts import encode_part, part_key
+from neg_service.storage.run import write_or_match
+from tests.e2e.commands import ROOT, environment, job
+from tests.faults.proxy import Proxy
+from tests.s3 import acting_as, credentials
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def as_writer(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from _as(server.writer, monkeypatch)
-
-
-@pytest.fixture
-def as_reader(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from _as(server.reader, monkeypatch)
-
-
-def _as(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in credentials(keys).items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
+def as_writer(server: Server) -> Iterator[None]:
+    with acting_as(server.writer):
+        yield
 
 
 @pytest.mark.usefixtures("as_writer")
@@ -78,89 +71,261 @@ def test_an_object_of_several_requests_comes_back_whole(server: Server) -> None:
     assert store.get("t/large") == data
 
 
-@pytest.mark.usefixtures("as_reader")
+@pytest.mark.usefixtures("as_writer")
+def test_an_abandoned_upload_is_never_seen_and_is_aborted_when_it_is_old(server: Server) -> None:
+    store = open_store(f"s3://{BUCKET}/abandoned", server.endpoint_url)
+    client = s3fs.S3FileSystem(endpoint_url=server.endpoint_url)
+    what = {"Bucket": BUCKET, "Key": "abandoned/t/shard-000000.parquet"}
+    upload = client.call_s3("create_multipart_upload", **what)["UploadId"]
+    client.call_s3("upload_part", **what, UploadId=upload, PartNumber=1, Body=b"x" * 5 * 2**20)
+    assert store.list("") == []
+    assert store.get("t/shard-000000.parquet") is None
+    # It may be somebody's who is still at it.
+    assert store.clear_unfinished() == 0
+    assert store.clear_unfinished(older_than_seconds=0) == 1
+    assert store.clear_unfinished(older_than_seconds=0) == 0
+    assert "Uploads" not in client.call_s3("list_multipart_uploads", Bucket=BUCKET)
+
+
 def test_who_may_only_read_writes_nothing(server: Server) -> None:
-    store = open_store(f"s3://{BUCKET}/objects", server.endpoint_url)
-    assert store.list("none") == []
-    with pytest.raises(DestinationError, match="Access Denied"):
-        store.put("t/c", b"no")
+    with acting_as(server.reader):
+        store = open_store(f"s3://{BUCKET}/objects", server.endpoint_url)
+        assert store.list("none") == []
+        with pytest.raises(DestinationError, match="Access Denied"):
+            store.put("t/c", b"no")
 
 
 @pytest.mark.usefixtures("as_writer")
 def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(tmp_path: Path) -> None:
     own = server_on(tmp_path / "s3")
     own.start()
-    for name, value in credentials(own.writer).items():
-        os.environ[name] = value
+    with acting_as(own.writer):
+        store = open_store(f"s3://{BUCKET}/p", own.endpoint_url)
+        store.put("t/a", b"kept")
+        own.stop(9)
+        with pytest.raises(StorageError):
+            store.get("t/a")
+        again = server_on(tmp_path / "s3")
+        assert (again.endpoint_url, again.writer) == (own.endpoint_url, own.writer)
+        # Who is patient does not notice.
+        threading.Timer(1, again.start).start()
+        assert PatientStore(store, 60).get("t/a") == b"kept"
+        again.stop()
+
+
+class _Page(http.server.BaseHTTPRequestHandler):
+    """A web server that is not S3, and answers everything with a page."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        page = b"<!DOCTYPE html><html><body>Please sign in</body></html>"
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(self.status)
+        if self.status == 302:
+            self.send_header("Location", "/login")
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    do_PUT = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("as_writer")
+@pytest.mark.parametrize("status", [200, 403, 404, pytest.param(302, marks=pytest.mark.faults)])
+def test_an_endpoint_that_answers_with_a_page_is_no_s3_server(status: int) -> None:
+    handler = type("Page", (_Page,), {"status": status})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        with pytest.raises(DestinationError, match=r"not as an S3 server does; check storage\.endpoint_url"):
+            S3Store("s3://runs/x", f"http://127.0.0.1:{web.server_address[1]}").check()
+        web.shutdown()
+
+
+@pytest.mark.usefixtures("as_writer")
+@pytest.mark.parametrize(
+    ("uri", "endpoint_url", "message"),
+    [
+        ("s3://nobody-made-this/x", None, "storage.uri=s3://nobody-made-this/x.*bucket does not exist"),
+        ("s3://runs/x", "http://127.0.0.1:1", "127.0.0.1:1.: no server answers there: Connection refused"),
+        ("s3://runs/x", "http://no-such-host.invalid:80", "no server answers there: .*[Nn]ame"),
+        ("s3://runs/x", "127.0.0.1", "no server answers there|not as an S3 server"),
+    ],
+)
+def test_a_place_that_is_none_is_told_at_once(uri: str, endpoint_url: str | None, message: str, server: Server) -> None:
+    began = time.monotonic()
+    with pytest.raises(DestinationError, match=message) as error:
+        S3Store(uri, endpoint_url or server.endpoint_url).check()
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 5
+
+
+def test_a_uri_without_a_bucket_is_refused() -> None:
+    with pytest.raises(DestinationError, match=r"storage\.uri=s3:///x: names no bucket"):
+        open_store("s3:///x")
+
+
+@pytest.mark.usefixtures("as_writer")
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_clock_that_is_off_is_named(hours: int, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = botocore.auth.get_current_datetime
+    later = datetime.timedelta(hours=hours)
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *a, **k: now(*a, **k) + later)
     s3fs.S3FileSystem.clear_instance_cache()
-    store = open_store(f"s3://{BUCKET}/p", own.endpoint_url)
-    store.put("t/a", b"kept")
-    own.stop(9)
-    with pytest.raises(StorageError):
-        store.get("t/a")
-    again = server_on(tmp_path / "s3")
-    assert (again.endpoint_url, again.writer) == (own.endpoint_url, own.writer)
-    again.start()
-    assert store.get("t/a") == b"kept"
-    again.stop()
+    with pytest.raises(DestinationError, match="too large: set this machine's clock"):
+        S3Store(f"s3://{BUCKET}/x", server.endpoint_url).check()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (Keys("a" * 20, "b" * 40), "access key ID you provided does not exist"),
+        (None, "Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    ],
+    ids=["wrong key", "no key"],
+)
+def test_a_key_that_is_none_is_told_in_one_line(
+    keys: Keys | None, message: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with acting_as(keys), pytest.raises(DestinationError, match=message) as error:
+        S3Store(f"s3://{BUCKET}/x", server.endpoint_url).check()
+    assert "b" * 40 not in str(error.value)
+
+
+def test_a_wrong_secret_is_told_without_it(server: Server) -> None:
+    wrong = Keys(server.writer.access_key, "c" * 40)
+    with acting_as(wrong), pytest.raises(DestinationError) as error:
+        S3Store(f"s3://{BUCKET}/x", server.endpoint_url).check()
+    assert "signature" in str(error.value)
+    assert "c" * 40 not in str(error.value)
+
+
+@pytest.mark.usefixtures("as_writer")
+def test_a_prefix_that_holds_something_else_is_refused(server: Server) -> None:
+    store = open_store(f"s3://{BUCKET}/taken", server.endpoint_url)
+    store.put("holiday/photo.jpg", b"...")
+    with pytest.raises(DestinationError, match=r"holds holiday/photo\.jpg but no run\.json"):
+        write_or_match(store, {"plan": {}}, {}, {})
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"prompt": f"w1 w{i}", "targets": [" w3", " w4"], "answer": " w3", "id": f"p{i}"} for i in range(5)]
+    path = tmp_path_factory.mktemp("data") / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scanned(server: Server, tiny_directory: Path, words: Path) -> tuple[str, list[str], list[str]]:
+    """The URI of a finished run, the settings of its scan, and all that was printed."""
+    arguments = [f"model.source={tiny_directory}", f"dataset.source={words}", f"storage.uri=s3://{BUCKET}/results"]
+    arguments += [f"storage.endpoint_url={server.endpoint_url}", "job.shard_size=2"]
+    done = job("scan", *arguments, env=environment(**credentials(server.writer)))
+    assert done.returncode == 0, done.stderr
+    (uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
+    return uri, arguments, [done.stdout, done.stderr]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("as_writer")
-def test_a_scan_lands_in_s3_every_reader_loads_it_and_no_secret_is_anywhere(
-    server: Server, tiny_directory: Path, tmp_path: Path
+def test_a_scan_lands_in_s3_and_no_secret_is_anywhere(
+    scanned: tuple[str, list[str], list[str]], server: Server
 ) -> None:
-    rows = [{"prompt": f"w1 w{i}", "targets": [" w3", " w4"], "id": f"p{i}"} for i in range(5)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    uri = f"s3://{BUCKET}/results"
-    arguments = [f"model.source={tiny_directory}", f"dataset.source={tmp_path}/p.jsonl", f"storage.uri={uri}"]
-    arguments += [f"storage.endpoint_url={server.endpoint_url}", "job.shard_size=2"]
-    done = job("scan", *arguments, env=environment(**credentials(server.writer)))
-    assert done.returncode == 0, done.stderr
-    files = s3fs.S3FileSystem(endpoint_url=server.endpoint_url)
-    (place,) = files.ls(f"{BUCKET}/results")
-    run = neg_service.open_run(f"s3://{place}", server.endpoint_url)
+    uri, arguments, printed = scanned
+    assert f'open_run("{uri}", "{server.endpoint_url}")' in printed[0]
+    run = neg_service.open_run(uri, server.endpoint_url)
     assert run.done() == {0, 1, 2}
     assert run.table("neurgrad").to_table().num_rows == 5 * 2 * 3
-
-    options = {"endpoint_url": server.endpoint_url}
-    assert len(pd.read_parquet(f"s3://{place}/neurgrad", storage_options=options)) == 30
-    polars_options = {name.lower(): value for name, value in credentials(server.writer).items()}
-    polars_options["aws_endpoint_url"] = server.endpoint_url
-    assert pl.scan_parquet(f"s3://{place}/neurgrad/*.parquet", storage_options=polars_options).collect().height == 30
-    assert pyarrow.dataset.dataset(f"{place}/neurgrad", filesystem=files).count_rows() == 30
-    duckdb.register_filesystem(files)
-    ((count,),) = duckdb.sql(f"select count(*) from 's3://{place}/neurgrad/*.parquet'").fetchall()
-    assert count == 30
-
-    again = job("scan", *arguments, env=environment(**credentials(server.writer)))
+    env = environment(**credentials(server.writer))
+    again = job("scan", *arguments, env=env)
     assert "this run was finished already" in again.stdout
-    everything = [done.stdout, done.stderr, again.stdout, again.stderr]
-    everything += [files.cat_file(name).decode("latin-1") for name in files.find(place)]
+    where = [f"run={uri}", f"storage.endpoint_url={server.endpoint_url}"]
+    asked = [job(name, *where, env=env) for name in ("status", "verify")]
+    assert [one.returncode for one in asked] == [0, 0]
+    everything = [*printed, *(text for one in (again, *asked) for text in (one.stdout, one.stderr))]
+    store = open_store(uri, server.endpoint_url)
+    everything += [(store.get(entry.key) or b"").decode("latin-1") for entry in store.list("")]
     for secret in (server.writer.secret_key, server.writer.access_key):
         assert all(secret not in text for text in everything)
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("keys", "bucket", "message"),
-    [
-        (Keys("a" * 20, "b" * 40), BUCKET, "access key ID you provided does not exist"),
-        ("reader", BUCKET, "Access Denied"),
-    ],
-    ids=["wrong key", "read-only key"],
+    ("bucket", "message"), [(BUCKET, "Access Denied"), ("nobody-made-this", "bucket does not exist")]
 )
-def test_what_cannot_be_written_is_one_clear_line(
-    keys: Keys | str, bucket: str, message: str, server: Server, tiny_directory: Path, tmp_path: Path
+def test_what_cannot_be_written_is_one_clear_line_before_a_model_is_loaded(
+    bucket: str, message: str, server: Server, tiny_directory: Path, words: Path
 ) -> None:
-    (tmp_path / "p.jsonl").write_text('{"prompt": "w1", "targets": [" w2"]}\n')
-    used = getattr(server, keys) if isinstance(keys, str) else keys
-    arguments = [f"model.source={tiny_directory}", f"dataset.source={tmp_path}/p.jsonl"]
+    arguments = [f"model.source={tiny_directory}", f"dataset.source={words}"]
     arguments += [f"storage.uri=s3://{bucket}/refused", f"storage.endpoint_url={server.endpoint_url}"]
+    used = server.reader if bucket == BUCKET else server.writer
     done = job("scan", *arguments, env=environment(**credentials(used)))
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert message in error
+    assert f"storage.uri=s3://{bucket}/refused" in error
     assert "Traceback" not in done.stderr
     assert used.secret_key not in done.stdout + done.stderr
-    assert "replica 0 is ready" not in done.stderr
+    assert "shards to do" not in done.stderr
+    with acting_as(server.writer):
+        assert not s3fs.S3FileSystem(endpoint_url=server.endpoint_url).exists(f"{bucket}/refused")
+
+
+@pytest.mark.usefixtures("as_writer")
+def test_one_neuron_costs_the_bytes_of_one_layer(server: Server) -> None:
+    # 30 prompts, ten layers of 5,000 neurons: 600 kB a layer.
+    values = np.random.default_rng(0).standard_normal(30 * 10 * 5000).astype(np.float32)
+    rows = {"prompt_id": [f"p{i // 10}" for i in range(300)], "layer": [*range(10)] * 30, "basis": ["paper"] * 300}
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values), 5000)
+    table = pa.Table.from_arrays([*map(pa.array, rows.values()), lists], names=[*rows, "activation"])
+    table = table.cast(schema.activations(5000))
+    identity = {"plan": {"shards": 1, "shard_size": 1}}
+    store = open_store(f"s3://{BUCKET}/layers", server.endpoint_url)
+    run = write_or_match(store, identity, {"activations": table.schema}, {})
+    data = encode_part("activations", table, run.fingerprint, 0)
+    store.put(part_key("activations", 0), data)
+    with Proxy(server.endpoint_url) as proxy:
+        opened = neg_service.open_run(f"s3://{BUCKET}/layers", proxy.url)
+        found = opened.neuron(7, 1234)
+        assert found["activation"].to_pylist() == [values[(i * 10 + 7) * 5000 + 1234] for i in range(30)]
+        (read,) = [size for path, size in proxy.sent.items() if path.endswith(".parquet")]
+        # The layer's chunk, and the end of the object, which is read once in 64 kB to find the footer.
+        assert len(data) / 11 < read < len(data) / 10 + 2**16 + 20_000
+        proxy.sent.clear()
+        opened.table("activations", columns=["prompt_id"], filter=pc.field("layer") == 3).to_table()
+        (read,) = [size for path, size in proxy.sent.items() if path.endswith(".parquet")]
+        assert read < 2**16 + 20_000
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("as_writer")
+def test_the_recipes_of_the_readme_run_as_they_stand(
+    scanned: tuple[str, list[str], list[str]], server: Server, tmp_path: Path
+) -> None:
+    arguments = [one for one in scanned[1] if not one.startswith("job.shard_size")]
+    sweep = ["measure=sweep", "neurons=sample", "neurons.count=3", "measure.grid=coarse"]
+    done = job("scan", *arguments, *sweep, env=environment(**credentials(server.writer)))
+    (sweep_uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Load the results") : readme.index("## In a notebook")]
+    given = {"uri": scanned[0], "endpoint_url": server.endpoint_url, "sweep_uri": sweep_uri}
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        code = re.sub(r"^layer, neuron = .*$", "layer, neuron = 1, 7", block, flags=re.MULTILINE)
+        for name, value in given.items():
+            code = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", code, flags=re.MULTILINE)
+        exec(code, names)
+    # Five prompts, two targets; one layer of three.
+    assert names["matrix"].shape == (5 * 3, 40)  # type: ignore[attr-defined]
+    assert len(names["one"]) == len(names["rows"]) == len(names["frame"]) == 10  # type: ignore[arg-type]
+    assert names["table"].num_rows == 30  # type: ignore[attr-defined]
+    mine = {(row.prompt_id, row.target): row.neurgrad for row in names["one"].itertuples()}  # type: ignore[attr-defined]
+    assert {(prompt, target): value for prompt, target, value in names["rows"]} == mine  # type: ignore[attr-defined]
+    by_polars = {(row["prompt_id"], row["target"]): row["neurgrad"][7] for row in names["frame"].to_dicts()}  # type: ignore[attr-defined]
+    assert by_polars == mine
