@@ -51,6 +51,7 @@ bench: model ## time the engine and the driver; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
 	$(BIN)/python -m jobs.bench benchmark=sweep
 	$(BIN)/python -m jobs.bench benchmark=driver
+	$(BIN)/python -m jobs.bench benchmark=storage
 
 s3-up: $(READY) ## start an S3 server on this machine, on the loopback address, with its data in S3=.s3
 	@$(BIN)/python -m infra.s3.server up $(S3)

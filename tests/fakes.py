@@ -120,7 +120,7 @@ def save_tiny_model(directory: Path, change: Callable[[torch.nn.Module], None] =
 
 @dataclass
 class FaultyWorker:
-    """A worker whose shards do as told: `fails`, `kills` and `stops` name shards; `once` is a folder for marks.
+    """A worker whose shards do as told: `fails`, `kills` and `hangs` name shards; `once` is a folder for marks.
 
     A fault named in `once` happens the first time only, over all replicas.
     """
@@ -128,6 +128,7 @@ class FaultyWorker:
     fails: frozenset[int] = frozenset()
     not_finite: frozenset[int] = frozenset()
     kills: frozenset[int] = frozenset()
+    hangs: frozenset[int] = frozenset()
     start_error: str = ""
     once: str = ""
     seconds: float = 0.0
@@ -151,6 +152,8 @@ class FaultyWorker:
             raise NonFiniteError(f"prompt of shard {shard.index}: NaN")
         if shard.index in self.fails and self._is_due(shard.index):
             raise OSError(f"shard {shard.index} fails")
+        if shard.index in self.hangs and self._is_due(shard.index):
+            time.sleep(600)
         if shard.index in self.kills and self._is_due(shard.index):
             os.kill(os.getpid(), 9)
         return {"rows": pa.table({"shard": [shard.index], "batch_scale": [batch_scale]})}

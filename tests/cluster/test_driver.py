@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 N_SHARDS = 12
 
 
-def run(worker: FaultyWorker, tmp_path: Path, replicas: int = 2) -> tuple[Outcome, Counter[int]]:
+def run(
+    worker: FaultyWorker, tmp_path: Path, replicas: int = 2, stall_seconds: float | None = None
+) -> tuple[Outcome, Counter[int]]:
     receipts: Counter[int] = Counter()
     destination = Destination(str(tmp_path), None, "f" * 12)
 
@@ -32,7 +34,8 @@ def run(worker: FaultyWorker, tmp_path: Path, replicas: int = 2) -> tuple[Outcom
         receipts[receipt.shard] += 1
 
     shards = (Shard(index, ()) for index in range(N_SHARDS))
-    return Driver(shards, spawn, replicas, attempts=3, on_receipt=on_receipt).run(), receipts
+    driver = Driver(shards, spawn, replicas, attempts=3, on_receipt=on_receipt, stall_seconds=stall_seconds)
+    return driver.run(), receipts
 
 
 def parts(tmp_path: Path) -> list[int]:
@@ -110,3 +113,20 @@ def test_a_run_in_which_everything_fails_ends_early(tmp_path: Path, monkeypatch:
 def test_the_worker_is_made_in_the_replica_and_factories_travel(tmp_path: Path) -> None:
     outcome, _ = run(partial(FaultyWorker, seconds=0.0), tmp_path)  # type: ignore[arg-type]
     assert outcome.done == N_SHARDS
+
+
+def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    worker = FaultyWorker(hangs=frozenset({3}), once=str(marks))
+    outcome, receipts = run(worker, tmp_path, stall_seconds=2)
+    assert outcome.done == N_SHARDS
+    assert "and still computes" in caplog.text
+    assert all(count == 1 for count in receipts.values())
+
+
+def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # Each shard takes half as long as silence is borne, all of them together much longer.
+    outcome, _ = run(FaultyWorker(seconds=0.5), tmp_path, stall_seconds=1.5)
+    assert outcome.done == N_SHARDS
+    assert "is lost" not in caplog.text

@@ -77,6 +77,7 @@ def test_automatic_shards_hold_minutes_of_interventions_at_most() -> None:
         (ReplicaLost("x"), 3, Action.SET_ASIDE),
         (RuntimeError("CUDA error: device-side assert triggered"), 1, Action.REPLACE),
         (StorageError("x"), 1, Action.RETRY),
+        (StorageError("x"), 3, Action.STOP),
         (RuntimeError("anything"), 2, Action.RETRY),
         (RuntimeError("anything"), 3, Action.SET_ASIDE),
     ],

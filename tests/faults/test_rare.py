@@ -159,7 +159,13 @@ def test_a_replica_that_runs_out_of_memory_does_its_shard_in_smaller_batches(
 
 
 def test_a_server_that_stays_away_ends_the_run_and_nothing_is_set_aside(
-    arguments: list[str], orders: Orders, invariant: Invariant, moments: random.Random, tmp_path: Path, server: Server
+    arguments: list[str],
+    orders: Orders,
+    invariant: Invariant,
+    moments: random.Random,
+    tmp_path: Path,
+    server: Server,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     own = server_on(tmp_path / "s3", server.writer)
     own.start()
@@ -171,7 +177,9 @@ def test_a_server_that_stays_away_ends_the_run_and_nothing_is_set_aside(
         own.stop(signal.SIGKILL)
 
     with meanwhile(stop), pytest.raises(StorageError, match=own.endpoint_url):
-        disturbed.scan("storage.patience_seconds=1", "cluster.attempts=1")
+        disturbed.scan("storage.patience_seconds=1", "cluster.attempts=1", "cluster.stall_seconds=2")
+    # It waited for storage for longer than it may be silent, and was let be.
+    assert "is lost" not in caplog.text
     own.start()
     before = disturbed.open().done()
     summary = disturbed.scan()

@@ -1,0 +1,313 @@
+"""What storage costs: parts against plain uploads, waiting in a scan, memory while putting, and very many shards.
+
+Everything goes through a real S3 server on this machine, which takes processor time from what is measured.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import botocore.session
+import numpy as np
+import pyarrow as pa
+import ray
+
+from infra.s3.server import BUCKET, Server, server_on
+from jobs.benchmarks.figures import bar, figure, ratio
+from neg_service.cluster.driver import Driver
+from neg_service.cluster.plan import Shard, make_plan, shards_of
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Receipt, Replica, ScanWorker
+from neg_service.cluster.resources import connect, disconnect
+from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
+from neg_service.measures import Cost
+from neg_service.models.source import fetch
+from neg_service.prompts import facts
+from neg_service.schema import activations
+from neg_service.storage.objects import open_store
+from neg_service.storage.parts import encode_part, part_key
+from neg_service.storage.reader import open_run
+from neg_service.storage.run import write_or_match
+from neg_service.storage.status import status_of
+
+_LAYERS, _NEURONS = 30, 1536
+
+
+@dataclass
+class Settings:
+    """See `conf/benchmark/storage.yaml`."""
+
+    name: str
+    model: str
+    threads: int
+    repeats: int
+    part_mb: int
+    parts: int
+    prompts: int
+    shard_size: int
+    shards: int
+
+
+class NearlyNothing:
+    """A worker that does nothing and leaves one row."""
+
+    def start(self) -> Ready:
+        """Ready."""
+        return Ready("nothing")
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        """A row."""
+        return {"rows": pa.table({"shard": [shard.index]})}
+
+
+class LargeTables:
+    """A worker that makes one large table a shard."""
+
+    def __init__(self, megabytes: int) -> None:
+        """Of so many megabytes in memory."""
+        self._megabytes = megabytes
+
+    def start(self) -> Ready:
+        """Ready."""
+        return Ready("nothing")
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        """Fresh memory, as a measure's is."""
+        return {"activations": table_of(self._megabytes, shard.index)}
+
+
+def table_of(megabytes: int, seed: int) -> pa.Table:
+    """Activations of as many prompts as fill the megabytes: floats as hard to compress as real ones."""
+    n_prompts = max(1, megabytes * 10**6 // (4 * _LAYERS * _NEURONS))
+    rows = n_prompts * _LAYERS
+    values = np.random.default_rng(seed).standard_normal(rows * _NEURONS, dtype=np.float32)
+    return pa.Table.from_arrays(
+        [
+            pa.array([f"p{i // _LAYERS}" for i in range(rows)]),
+            pa.array([i % _LAYERS for i in range(rows)], pa.int16()),
+            pa.array(["paper"] * rows),
+            pa.FixedSizeListArray.from_arrays(pa.array(values), _NEURONS),
+        ],
+        schema=activations(_NEURONS),
+    )
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure all four."""
+    with tempfile.TemporaryDirectory() as place, _serving(Path(place)) as server:
+        throughput = _throughput(settings, server)
+        memory = _memory(settings, server)
+        connect(ClusterConfig(address="local"))
+        try:
+            waiting = _waiting(settings, server)
+            many = _many_shards(settings, server)
+        finally:
+            disconnect()
+    return {
+        "megabytes_a_second": throughput["figures"],
+        "ratios": throughput["ratios"],
+        "memory": memory,
+        "waiting": waiting,
+        "many_shards": many,
+        "bars": [
+            bar("share of a scan in which computing waits for storage", waiting["share"]["median"], 0.05, at_most=True),
+            bar("memory while putting, in parts", memory["parts in memory while one is put"], 2, at_most=True),
+            bar("seconds to list a finished run of all shards", many["resume_seconds"], 10, at_most=True),
+            bar("last tenth over first tenth, seconds a shard", many["last_over_first"], 1.2, at_most=True),
+        ],
+    }
+
+
+@contextmanager
+def _serving(place: Path) -> Iterator[Server]:
+    server = server_on(place)
+    server.start()
+    keys = {"AWS_ACCESS_KEY_ID": server.writer.access_key, "AWS_SECRET_ACCESS_KEY": server.writer.secret_key}
+    before = {name: os.environ.get(name) for name in (*keys, "AWS_REGION")}
+    os.environ.update(keys, AWS_REGION="us-east-1")
+    try:
+        yield server
+    finally:
+        server.stop()
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
+
+
+def _throughput(settings: Settings, server: Server) -> dict[str, Any]:
+    """Parts and the same bytes plainly, taking turns: one after the other, as a replica puts them."""
+    uri = f"s3://{BUCKET}/throughput"
+    store = open_store(uri, server.endpoint_url)
+    tables = [table_of(settings.part_mb, i) for i in range(settings.parts)]
+    identity = {"plan": {"shards": settings.parts, "shard_size": 1}}
+    directory = write_or_match(store, identity, {"activations": tables[0].schema}, {})
+    client = botocore.session.get_session().create_client("s3", endpoint_url=server.endpoint_url)
+    parts: list[bytes] = []
+
+    def encode() -> None:
+        parts[:] = [encode_part("activations", table, directory.fingerprint, i) for i, table in enumerate(tables)]
+
+    def put() -> None:
+        for i, part in enumerate(parts):
+            store.put(part_key("activations", i), part)
+
+    def put_plainly() -> None:
+        for i, part in enumerate(parts):
+            client.put_object(Bucket=BUCKET, Key=f"plain/{i}", Body=part)
+
+    def read() -> None:
+        assert open_run(uri, server.endpoint_url).table("activations").to_table().num_rows == sum(map(len, tables))
+
+    def get_plainly() -> None:
+        for i in range(len(parts)):
+            client.get_object(Bucket=BUCKET, Key=f"plain/{i}")["Body"].read()
+
+    ways: dict[str, Callable[[], None]] = {
+        "encode": encode, "put": put, "plain put": put_plainly, "read back as a table": read, "plain get": get_plainly
+    }  # fmt: skip
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(settings.repeats + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            rate = sum(map(len, parts)) / 1e6 / (time.perf_counter() - began)
+            if turn:
+                found[name].append(rate)
+        sys.stderr.write(f"{turn}: {', '.join(f'{n} {r[-1]:.0f} MB/s' for n, r in found.items() if r)}\n")
+    return {
+        "figures": {name: figure(rates, "MB/s, as stored") for name, rates in found.items()},
+        "ratios": {
+            "put over plain put": ratio(found["put"], found["plain put"]),
+            "read back over plain get": ratio(found["read back as a table"], found["plain get"]),
+        },
+    }
+
+
+def _memory(settings: Settings, server: Server) -> dict[str, Any]:
+    """What a replica grows by while it puts, over what it had when it was ready, in parts of the size in memory."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    size = table_of(settings.part_mb, 0).nbytes / 2**20
+    destination = Destination(f"s3://{BUCKET}/memory", server.endpoint_url, "benchmark")
+    process = multiprocessing.get_context("spawn").Process(
+        target=_put_and_tell, args=(theirs, settings.part_mb, destination, settings.parts)
+    )
+    process.start()
+    one, two = ours.recv()
+    process.join()
+    return {
+        "part in memory": {"value": round(size, 1), "unit": "MiB"},
+        "parts in memory while one is put": round(one / size, 2),
+        "parts in memory with two shards in flight": round(two / size, 2),
+    }
+
+
+def _put_and_tell(pipe: Connection, megabytes: int, destination: Destination, n_shards: int) -> None:
+    replica = Replica(partial(LargeTables, megabytes), destination)
+    replica.start()
+    # A first shard makes what stays for good: connections, code, the allocator's arenas.
+    replica.run(Shard(0, ()))
+    pa.default_memory_pool().release_unused()
+    peaks = []
+    for n_at_once in (1, 2):
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        queue = iter(range(1, n_shards + 1))
+        threads = [threading.Thread(target=_run_all, args=(replica, queue)) for _ in range(n_at_once)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        peaks.append(_resident("VmHWM") - before)
+        pa.default_memory_pool().release_unused()
+    pipe.send(peaks)
+
+
+def _run_all(replica: Replica, queue: Iterator[int]) -> None:
+    for index in queue:
+        replica.run(Shard(index, ()))
+
+
+def _resident(what: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1024
+
+
+def _waiting(settings: Settings, server: Server) -> dict[str, Any]:
+    """A scan of bare facts into S3: the seconds in which its replica computes nothing because parts are being put."""
+    config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
+    make_worker = partial(ScanWorker, config, fetch(settings.model).identity, settings.threads)
+    prompts = facts.load()[: settings.prompts]
+    shards = list(shards_of(prompts, make_plan(prompts, Cost({}, 0), settings.shard_size)))
+    shares, rates = [], []
+    for repeat in range(settings.repeats):
+        destination = Destination(f"s3://{BUCKET}/waiting-{repeat}", server.endpoint_url, "benchmark")
+        seconds, receipts = _drive(shards, make_worker, destination, settings.threads, 1)
+        # The last shard leaves nothing to compute.
+        waited = sum(receipt.waited_seconds for _, receipt in receipts[:-1])
+        shares.append(waited / seconds)
+        rates.append(len(prompts) / seconds)
+        sys.stderr.write(f"scan {repeat + 1}: {rates[-1]:.3g} prompts/s, waiting {100 * shares[-1]:.2g} %\n")
+    return {"share": figure(shares, "share"), "scan": figure(rates, "prompts/s")}
+
+
+def _many_shards(settings: Settings, server: Server) -> dict[str, Any]:
+    """Shards of a row each: seconds a shard from first to last, and what it takes to see that all are done."""
+    uri = f"s3://{BUCKET}/many"
+    store = open_store(uri, server.endpoint_url)
+    identity = {"plan": {"shards": settings.shards, "shard_size": 1}, "prompts": {"count": settings.shards}}
+    directory = write_or_match(store, identity, {"rows": pa.schema([("shard", pa.int64())])}, {})
+    shards = [Shard(index, ()) for index in range(settings.shards)]
+    destination = Destination(uri, server.endpoint_url, directory.fingerprint)
+    seconds, receipts = _drive(shards, NearlyNothing, destination, 0.5, 2)
+    tenth = settings.shards // 10
+    times = [when for when, _ in receipts]
+    spans = [times[min(i + tenth, len(times) - 1)] - times[i] for i in range(0, settings.shards - tenth + 1, tenth)]
+    listing = []
+    for _ in range(settings.repeats):
+        began = time.perf_counter()
+        assert len(directory.done()) == settings.shards
+        listing.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    status_of(open_run(uri, server.endpoint_url), count_rows=False)
+    asked = time.perf_counter() - began
+    return {
+        "shards_a_second": round(settings.shards / seconds, 1),
+        "seconds_of_each_tenth": [round(span, 2) for span in spans],
+        "last_over_first": round(spans[-1] / spans[0], 3),
+        "resume_seconds": round(median(listing), 2),
+        "status_seconds": round(asked, 2),
+    }
+
+
+def _drive(
+    shards: list[Shard], make_worker: Any, destination: Destination, cpus: float, replicas: int
+) -> tuple[float, list[tuple[float, Receipt]]]:
+    """Seconds from the first replica ready to the last receipt, and the receipts with when they came."""
+    began = 0.0
+    receipts: list[tuple[float, Receipt]] = []
+
+    def start(_hello: Hello) -> None:
+        nonlocal began
+        began = time.perf_counter()
+
+    def spawn() -> Any:
+        return ray.remote(Replica).options(num_cpus=cpus, **ACTOR_OPTIONS).remote(make_worker, destination)
+
+    def on_receipt(receipt: Receipt) -> None:
+        receipts.append((time.perf_counter(), receipt))
+        if len(receipts) % 1000 == 0:
+            sys.stderr.write(f"{len(receipts)} shards in {receipts[-1][0] - began:.1f} s\n")
+
+    Driver(iter(shards), spawn, replicas, 1, on_receipt=on_receipt, on_first_ready=start).run()
+    return receipts[-1][0] - began, receipts

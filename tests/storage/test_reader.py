@@ -1,0 +1,132 @@
+"""The reader: columns and filters in a Dataset, one neuron over all prompts, several runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+import neg_service
+from neg_service import schema
+from neg_service.errors import ConfigurationError
+from neg_service.storage.objects import LocalStore
+from neg_service.storage.parts import encode_part, part_key
+from neg_service.storage.reader import Run
+from neg_service.storage.run import write_or_match
+from tests.storage.conftest import NEURONS, begin, identity, put
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Two of three shards: as while it runs."""
+    put(begin(tmp_path / "one"), 0, 2)
+    return neg_service.open_run(str(tmp_path / "one"))
+
+
+def test_columns_and_a_filter_on_others_stay_with_the_dataset(run: Run) -> None:
+    dataset = run.table("neurgrad", columns=["prompt_id", "neurgrad"], filter=pc.field("layer") == 1)
+    assert dataset.schema.names == ["prompt_id", "neurgrad"]
+    table = dataset.to_table()
+    assert table.schema.names == ["prompt_id", "neurgrad"]
+    assert table["prompt_id"].to_pylist() == [p for p in ("p0", "p1", "p4", "p5") for _ in range(2)]
+    # p4, target 1, layer 1: -2 * (4 + 0.1 + 0.01 n).
+    np.testing.assert_allclose(table["neurgrad"][5].as_py(), [-8.2, -8.22, -8.24, -8.26], rtol=1e-6)
+    assert dataset.count_rows() == 8
+    assert dataset.filter(pc.field("prompt_id") == "p4").to_table().num_rows == 2
+    assert dataset.head(3).schema.names == ["prompt_id", "neurgrad"]
+
+
+def test_duckdb_and_polars_take_it_as_it_is(run: Run) -> None:
+    dataset = run.table("neurgrad", columns=["prompt_id", "target", "neurgrad"], filter=pc.field("layer") == 0)
+    (row,) = duckdb.sql("select neurgrad[3] from dataset where prompt_id = 'p5' and target = 'b'").fetchall()
+    assert row[0] == np.float32(-10.04)
+    frame = pl.scan_pyarrow_dataset(dataset).filter(pl.col("target") == "a").select("prompt_id").collect()
+    assert frame["prompt_id"].to_list() == ["p0", "p1", "p4", "p5"]
+
+
+def test_a_layer_is_a_row_group_of_its_own(run: Run) -> None:
+    file = pq.ParquetFile(Path(run.uri) / part_key("neurgrad", 0))
+    assert file.num_row_groups == 2
+    for group in range(2):
+        assert set(file.read_row_group(group)["layer"].to_pylist()) == {group}
+    # And within it the prompts in their order.
+    assert file.read_row_group(1)["prompt_id"].to_pylist() == ["p0", "p0", "p1", "p1"]
+
+
+def test_one_neuron_over_all_prompts_that_are_done(run: Run) -> None:
+    table = run.neuron(1, 3)
+    assert table["prompt_id"].to_pylist() == [p for p in ("p0", "p1", "p4", "p5") for _ in range(2)]
+    assert table["target_index"].to_pylist() == [0, 1] * 4
+    assert set(table["layer"].to_pylist()) == {1}
+    active = [np.float32(int(p[1:]) + 0.13) for p in table["prompt_id"].to_pylist()]
+    np.testing.assert_allclose(table["activation"], active, rtol=1e-6)
+    expected = [-(k + 1) * a for k, a in zip(table["target_index"].to_pylist(), active, strict=True)]
+    np.testing.assert_allclose(table["neurgrad"], expected, rtol=1e-6)
+
+
+def test_a_neuron_of_a_sweep_is_its_rows(tmp_path: Path) -> None:
+    names = [field.name for field in schema.sweep() if field.type == pa.float32()]
+    rows = [
+        {"prompt_id": "p", "target_index": 0, "target": "a", "layer": layer, "neuron": neuron, "is_resolved": True}
+        | {"basis": "paper", "shift": "magnitude", "dtype": "float32"}
+        | dict.fromkeys(names, layer + neuron / 10)
+        for layer in range(2)
+        for neuron in range(3)
+    ]
+    store = LocalStore(tmp_path)
+    run = write_or_match(store, {"plan": {"shards": 1}}, {"sweep": schema.sweep()}, {})
+    data = encode_part("sweep", pa.Table.from_pylist(rows, schema.sweep()), run.fingerprint, 0)
+    store.put(part_key("sweep", 0), data)
+    table = neg_service.open_run(str(tmp_path)).neuron(1, 2)
+    assert table["neg"].to_pylist() == [np.float32(1.2)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "neuron", "what"), [(2, 0, "layer 2"), (0, NEURONS, "neuron 4"), (-1, 0, "layer -1")]
+)
+def test_a_neuron_that_the_model_has_not_is_refused(layer: int, neuron: int, what: str, run: Run) -> None:
+    with pytest.raises(ConfigurationError, match=f"has no {what}; it has"):
+        run.neuron(layer, neuron)
+
+
+def test_a_column_that_is_not_there_is_refused(run: Run) -> None:
+    with pytest.raises(ConfigurationError, match="there is no column 'neg'; there are prompt_id, layer"):
+        run.table("activations", columns=["neg"])
+
+
+def test_runs_lie_side_by_side_and_tell_whose_a_row_is(run: Run, tmp_path: Path) -> None:
+    put(begin(tmp_path / "other", "bfloat16"), 1)
+    runs = neg_service.open_runs([run.uri, str(tmp_path / "other")])
+    assert runs.tables == run.tables
+    table = runs.table("prompts", columns=["run", "prompt_id"]).to_table()
+    assert table.to_pydict() == {
+        "run": ["one"] * 4 + ["other"] * 2,
+        "prompt_id": ["p0", "p1", "p4", "p5", "p2", "p3"],
+    }
+    other = runs.table("neurgrad", filter=(pc.field("run") == "other") & (pc.field("layer") == 0))
+    assert set(other.to_table()["prompt_id"].to_pylist()) == {"p2", "p3"}
+    # The other run's parts are not even opened.
+    (tmp_path / "one" / part_key("neurgrad", 0)).write_bytes(b"damaged")
+    assert set(other.to_table()["prompt_id"].to_pylist()) == {"p2", "p3"}
+    put(run.directory, 0)
+    both = runs.neuron(0, 0)
+    assert both["run"].to_pylist() == ["one"] * 8 + ["other"] * 4
+
+
+def test_runs_that_do_not_fit_side_by_side_are_refused(run: Run, tmp_path: Path) -> None:
+    larger = {"prompts": schema.PROMPTS, "activations": schema.activations(9), "neurgrad": schema.neurgrad(9)}
+    write_or_match(LocalStore(tmp_path / "larger"), {**identity(), "model": "9"}, larger, {})
+    runs = neg_service.open_runs([run.uri, str(tmp_path / "larger")])
+    assert runs.table("prompts").count_rows() == 4
+    with pytest.raises(ConfigurationError, match=r"column neurgrad is fixed_size_list.*\[4\] in one and .*\[9\]"):
+        runs.table("neurgrad")
+    with pytest.raises(ConfigurationError, match="give at least one run, and each once"):
+        neg_service.open_runs([run.uri, run.uri])
+    with pytest.raises(ConfigurationError, match="give at least one run"):
+        neg_service.open_runs([])
