@@ -9,9 +9,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -196,47 +196,35 @@ def _throughput(settings: Settings, server: Server) -> dict[str, Any]:
 
 
 def _memory(settings: Settings, server: Server) -> dict[str, Any]:
-    """What a replica grows by while it puts, over what it had when it was ready, in parts of the size in memory."""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    """What a replica grows by while it puts, over what it keeps when it has put, in parts of the size in memory."""
     size = table_of(settings.part_mb, 0).nbytes / 2**20
     destination = Destination(f"s3://{BUCKET}/memory", server.endpoint_url, "benchmark")
-    process = multiprocessing.get_context("spawn").Process(
-        target=_put_and_tell, args=(theirs, settings.part_mb, destination, settings.parts)
-    )
-    process.start()
-    one, two = ours.recv()
-    process.join()
+    spawn = multiprocessing.get_context("spawn")
+    grown = []
+    for n_at_once in (1, 2):
+        ours, theirs = spawn.Pipe()
+        arguments = (theirs, settings.part_mb, destination, n_at_once, settings.parts * n_at_once)
+        process = spawn.Process(target=_put_and_tell, args=arguments)
+        process.start()
+        grown.append(ours.recv() / size)
+        process.join()
     return {
         "part in memory": {"value": round(size, 1), "unit": "MiB"},
-        "parts in memory while one is put": round(one / size, 2),
-        "parts in memory with two shards in flight": round(two / size, 2),
+        "parts in memory while one is put": round(grown[0], 2),
+        "parts in memory with two shards in flight": round(grown[1], 2),
     }
 
 
-def _put_and_tell(pipe: Connection, megabytes: int, destination: Destination, n_shards: int) -> None:
+def _put_and_tell(pipe: Connection, megabytes: int, destination: Destination, n_at_once: int, n_shards: int) -> None:
     replica = Replica(partial(LargeTables, megabytes), destination)
     replica.start()
-    # A first shard makes what stays for good: connections, code, the allocator's arenas.
-    replica.run(Shard(0, ()))
-    pa.default_memory_pool().release_unused()
-    peaks = []
-    for n_at_once in (1, 2):
+    with ThreadPoolExecutor(n_at_once) as pool:
+        # The first shards leave what stays for good: connections, code, the allocator's arenas of these threads.
+        list(pool.map(lambda index: replica.run(Shard(index, ())), range(2 * n_at_once)))
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        queue = iter(range(1, n_shards + 1))
-        threads = [threading.Thread(target=_run_all, args=(replica, queue)) for _ in range(n_at_once)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        peaks.append(_resident("VmHWM") - before)
-        pa.default_memory_pool().release_unused()
-    pipe.send(peaks)
-
-
-def _run_all(replica: Replica, queue: Iterator[int]) -> None:
-    for index in queue:
-        replica.run(Shard(index, ()))
+        list(pool.map(lambda index: replica.run(Shard(index, ())), range(n_shards)))
+    pipe.send(_resident("VmHWM") - before)
 
 
 def _resident(what: str) -> float:
