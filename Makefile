@@ -35,7 +35,7 @@ test: check model ## checks, then all tests
 	$(BIN)/python -m pytest
 
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
-	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults -m "" -v
+	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults tests/storage/test_s3.py -m "" -v
 
 check: $(READY) ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
@@ -47,7 +47,7 @@ format: $(READY) ## format and sort imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: model ## time the engine and the driver; JSON on stdout
+bench: model ## time the engine, the driver and storage; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
 	$(BIN)/python -m jobs.bench benchmark=sweep
 	$(BIN)/python -m jobs.bench benchmark=driver

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
 from jobs.scan import describe_plan, describe_summary
-from neg_service.cluster.scan import Prepared, Summary, prepare, run
+from neg_service.cluster.prepare import Prepared, prepare
+from neg_service.cluster.scan import Summary, run
 from neg_service.config import NeuronsConfig, ScanConfig, typed
 from neg_service.prompts.prompt import Prompt
 from neg_service.report.console import agreement, aligned, columns, strongest
@@ -60,7 +61,7 @@ def _sweep(prepared: Prepared) -> Summary:
             config,
             measure={"name": "sweep", "basis": config.measure["basis"]},
             neurons=NeuronsConfig(config.neurons.layers, choose="sample", count=count),
-            job=replace(config.job, limit=min(SWEPT_PROMPTS, len(prepared.prompts)), shard_size=1),
+            job=replace(config.job, limit=min(SWEPT_PROMPTS, len(prepared.prompts)), shard_size=1, resume=None),
         )
     )
     print(f"\nNEG by intervention: {sweep.plan.n_rows} interventions on {sweep.plan.n_prompts} prompts")

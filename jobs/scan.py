@@ -7,12 +7,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
-from neg_service.cluster.scan import Prepared, Summary, prepare, run
+from neg_service.cluster.prepare import Prepared, prepare
+from neg_service.cluster.scan import Summary, run
 from neg_service.config import ScanConfig, typed
 from neg_service.measures.choice import count_of, described
 from neg_service.prompts.sources import without_credentials
 from neg_service.report.console import accuracy, agreement, aligned, bytes_text
-from neg_service.storage.reader import open_run
+from neg_service.storage.reader import Run, open_run, reading
 
 _SUMMARISED_ROWS = 5_000_000
 
@@ -78,9 +79,14 @@ def _short(value: Any) -> str:
 
 def describe_summary(prepared: Prepared, summary: Summary) -> str:
     """What a scan did, and how to load it."""
+    results = open_run(summary.uri, prepared.config.storage.endpoint_url)
+    with reading(results):
+        return _described(prepared, summary, results)
+
+
+def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
     plan, info = prepared.plan, prepared.info
     n_neurons = count_of(prepared.config.neurons, info.n_layers, info.n_neurons)
-    results = open_run(summary.uri, prepared.config.storage.endpoint_url)
     main = results.tables[-1]
     rows = [
         ("prompts", f"{plan.n_prompts} ({plan.n_targets} targets)"),

@@ -8,12 +8,14 @@ import time
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start, value_of
+from neg_service.cluster.prepare import prepare_again
 from neg_service.cluster.progress import clock
-from neg_service.cluster.scan import prepare_again, run
+from neg_service.cluster.scan import run
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.report.console import aligned, bytes_text, ranges
-from neg_service.storage.objects import ObjectStore, open_store
-from neg_service.storage.verify import Verdict, move_foreign, restore_run_file
+from neg_service.storage.objects import ObjectStore
+from neg_service.storage.stores import open_store
+from neg_service.storage.verify import Verdict, clear_wrong, restore_run_file
 from neg_service.storage.verify import verify as check
 
 _PROGRESS_SECONDS = 10.0
@@ -22,8 +24,9 @@ _SHOWN = 100
 
 def verify(config: DictConfig) -> int:
     """Check a run; with `repair`, mend it and check it once more."""
-    store = open_store(value_of(config, "run"), config.storage.endpoint_url)
-    store.check()
+    uri, endpoint_url = value_of(config, "run"), config.storage.endpoint_url
+    open_store(uri, endpoint_url).check()
+    store = open_store(uri, endpoint_url, config.storage.patience_seconds)
     verdict = _check(store)
     print(describe(verdict))
     if config.repair and not verdict.is_clean:
@@ -35,16 +38,18 @@ def verify(config: DictConfig) -> int:
 
 def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
     restore_run_file(store, verdict)
-    for place in move_foreign(store, verdict):
-        print(f"moved to {place}")
+    given = plain(config)
+    told = {key: {k: v for k, v in given[key].items() if v is not None} for key in ("model", "dataset")}
+    how = typed(ScanConfig, {"cluster": given["cluster"], "storage": given["storage"], **told})
     shards = verdict.shards_to_repair
-    if not shards:
+    # Planned before anything is touched: a model or data set that is not there any more is told here.
+    prepared = prepare_again(verdict.run, how) if shards else None
+    for place in clear_wrong(store, verdict):
+        print(f"moved to {place}")
+    if prepared is None:
         return
     print(f"computing {len(shards)} shards again: {ranges(shards)}", flush=True)
-    given = plain(config)
-    moved = {key: {"source": given[key]["source"]} for key in ("model", "dataset") if given[key]["source"]}
-    how = typed(ScanConfig, {"cluster": given["cluster"], "storage": given["storage"], **moved})
-    summary = run(prepare_again(verdict.run, how), again=shards)
+    summary = run(prepared)
     for shard, error in sorted(summary.set_aside.items()):
         print(f"set aside: shard {shard}: {error}")
 

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import s3fs
+from botocore.exceptions import BotoCoreError
 
 _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
           "s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc")  # fmt: skip
@@ -107,6 +108,7 @@ class Server:
         until = time.monotonic() + _START_SECONDS
         while not self._answers():
             if process.poll() is not None or time.monotonic() > until:
+                self.stop()
                 raise RuntimeError(f"the S3 server does not answer; see {place / 'log'}")
             time.sleep(0.05)
         self._await_bucket(until)
@@ -128,9 +130,10 @@ class Server:
                     files.pipe_file(f"{BUCKET}/.started", b"")
                     files.rm_file(f"{BUCKET}/.started")
                     return
-            except OSError:
+            except (OSError, BotoCoreError):
                 pass
             if time.monotonic() > until:
+                self.stop()
                 raise RuntimeError(f"nothing can be put on the S3 server; see {Path(self.directory) / 'log'}")
             time.sleep(0.05)
 
@@ -200,7 +203,8 @@ def main(arguments: list[str]) -> int:
     print(f"export AWS_ACCESS_KEY_ID={server.writer.access_key}")
     print(f"export AWS_SECRET_ACCESS_KEY={server.writer.secret_key}")
     print("export AWS_REGION=us-east-1")
-    print(f"# storage.uri=s3://{BUCKET}/results storage.endpoint_url={server.endpoint_url}")
+    print(f"export AWS_ENDPOINT_URL={server.endpoint_url}")
+    print(f"# then: storage.uri=s3://{BUCKET}/results storage.endpoint_url={server.endpoint_url}")
     return 0
 
 

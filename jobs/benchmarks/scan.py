@@ -24,8 +24,8 @@ from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures import Cost
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
-from neg_service.storage.objects import open_store
 from neg_service.storage.parts import encode_part, part_key
+from neg_service.storage.stores import open_store
 
 
 @dataclass

@@ -36,11 +36,11 @@ from neg_service.measures import Cost
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
 from neg_service.schema import activations
-from neg_service.storage.objects import open_store
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import open_run
 from neg_service.storage.run import write_or_match
 from neg_service.storage.status import status_of
+from neg_service.storage.stores import open_store
 
 _LAYERS, _NEURONS = 30, 1536
 
@@ -206,6 +206,7 @@ def _memory(settings: Settings, server: Server) -> dict[str, Any]:
         arguments = (theirs, settings.part_mb, destination, n_at_once, settings.parts * n_at_once)
         process = spawn.Process(target=_put_and_tell, args=arguments)
         process.start()
+        theirs.close()
         grown.append(ours.recv() / size)
         process.join()
     return {

@@ -24,14 +24,15 @@ class Action(Enum):
 def decide(error: BaseException, failures: int, most: int) -> Action:
     """The action for a shard that has now failed `failures` times, of at most `most`.
 
-    A wrong configuration is wrong for every shard: stop. So is a store that stays away: replicas have waited for it as
-    long as they were told to, and what they computed could only be thrown away. A non-finite value is there again on
-    every retry: set aside at once. All else may be the replica's or the moment's fault, and is tried again.
+    A wrong configuration is wrong for every shard: stop. So is a store that stays away from one replica after another,
+    each of which has waited as long as it was told to; a single one may have lost its network alone. A non-finite value
+    is there again on every retry: set aside at once. All else may be the replica's or the moment's fault, and is tried
+    again.
     """
     if isinstance(error, ConfigurationError):
         return Action.STOP
-    if isinstance(error, StorageError) and failures >= most:
-        return Action.STOP
+    if isinstance(error, StorageError):
+        return Action.STOP if failures >= most else Action.REPLACE
     if isinstance(error, NonFiniteError) or failures >= most:
         return Action.SET_ASIDE
     if isinstance(error, OutOfMemory):

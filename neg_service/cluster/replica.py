@@ -1,7 +1,7 @@
 """A replica: an actor that owns one model, computes shards, puts their parts itself, and returns small receipts.
 
-Results never pass through the driver or Ray's object store. The actor runs two calls at once, so that while one
-shard's parts are put the next is computed. All computing happens in one thread of its own: OpenMP keeps a pool of
+Results never pass through the driver or Ray's object store. The actor runs two shards at once, so that while one's
+parts are put the next is computed. All computing happens in one thread of its own: OpenMP keeps a pool of
 threads for each thread that computes, and when the pools together have more threads than there are processors it puts
 them to sleep at every barrier, which made a scan a third slower. What is computed is a `Worker`'s business.
 """
@@ -29,8 +29,8 @@ from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, load_model, set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
-from neg_service.storage.objects import open_store
 from neg_service.storage.parts import encode_part, part_key
+from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""A scan from configuration to results: check everything, plan, and run what is not done yet.
+"""A scan that was prepared, on the cluster: run what is not done yet, and see that all of it is there.
 
-The order is deliberate: all that can be refused is refused before anything is written, before Ray starts, and before
-a model's weights are touched; and a run that is finished is known to be so from one listing.
+What is wrong with the place for results is told before a model is loaded, and a run that is finished is known to be so
+from one listing a table.
 """
 
 from __future__ import annotations
@@ -9,29 +9,20 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 
 from neg_service.cluster.driver import Driver, Outcome
-from neg_service.cluster.plan import (
-    Plan,
-    Shard,
-    identity_of,
-    make_plan,
-    replica_bytes,
-    run_name,
-    shards_of,
-)
+from neg_service.cluster.plan import Shard, shards_of
+from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Receipt, Replica, ScanWorker
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Replica, ScanWorker
 from neg_service.cluster.resources import (
     ReplicaSize,
     connect,
@@ -40,59 +31,29 @@ from neg_service.cluster.resources import (
     replica_count,
     replica_size,
 )
-from neg_service.config import NeuronsConfig, ScanConfig, check, typed
-from neg_service.errors import ConfigurationError, DestinationError, NegServiceError
-from neg_service.measures import find_measure
-from neg_service.measures.choice import strongest_neurons, with_list_read
+from neg_service.config import NeuronsConfig
+from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
+from neg_service.measures.choice import strongest_neurons
 from neg_service.measures.strength import total
-from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model, load_tokenizer, mask_token_of
-from neg_service.models.source import LocalModel, fetch
-from neg_service.prompts.prompt import Prompt, check_prompts, encode
-from neg_service.prompts.sources import load_prompts, without_credentials
-from neg_service.storage.objects import ObjectStore, open_store
-from neg_service.storage.reader import Run, open_run
+from neg_service.models.language_model import load_tokenizer, mask_token_of
+from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.sources import without_credentials
+from neg_service.storage.objects import ObjectStore
+from neg_service.storage.reader import open_run
 from neg_service.storage.run import (
     RUN_COPY,
     RUN_FILE,
     RunDirectory,
     calibration_of,
-    fingerprint_of,
     note,
-    require_same,
+    rewrite_copy,
     write_or_match,
 )
+from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 
 _VERSIONS_OF = ("neg-service", "torch", "transformers", "pyarrow", "ray")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A scan that has been checked as far as is possible without weights and without a cluster."""
-
-    config: ScanConfig
-    prompts: Sequence[Prompt]
-    local: LocalModel
-    info: ModelInfo
-    plan: Plan
-    identity: dict[str, Any]
-    tables: dict[str, pa.Schema]
-    uri: str
-    # What has to be asked for to compute any shard again.
-    request: dict[str, Any] = field(default_factory=dict)
-    # What else run.json should say of it.
-    about: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what decides the numbers."""
-        return fingerprint_of(self.identity)
-
-    @property
-    def memory(self) -> int:
-        """About what a replica needs, in bytes."""
-        return replica_bytes(self.info, self.config.model.dtype, self.plan)
 
 
 @dataclass(frozen=True)
@@ -109,97 +70,8 @@ class Summary:
     set_aside: dict[int, str] = field(default_factory=dict)
 
 
-def prepare(config: ScanConfig) -> Prepared:
-    """Check a configuration and plan its scan; nothing is written.
-
-    Raises:
-        ConfigurationError: what was asked for cannot be done; one line says why.
-    """
-    check(config)
-    # Replicas, and whoever repairs the run, do not share this process's working directory.
-    config = replace(
-        config,
-        model=replace(config.model, source=_absolute(config.model.source)),
-        dataset=replace(config.dataset, source=_absolute(config.dataset.source)),
-    )
-    checked_dtype(config.model.dtype)
-    measure = find_measure(str(config.measure.get("name")))
-    options = measure.read(typed(measure.Options, config.measure, "measure"))
-    config = replace(config, measure=asdict(options))
-    config = replace(config, neurons=with_list_read(config.neurons))
-    prompts = load_prompts(config.dataset.source, config.job.limit)
-    check_prompts(prompts)
-    local = fetch(
-        config.model.source,
-        config.model.revision,
-        with_weights=False,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    info = inspect_model(local, config.model.trust_remote_code)
-    measure.check(options, config.neurons, info, prompts)
-    n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
-    plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
-    identity = identity_of(config, info, measure.identity(options), prompts, plan)
-    name = run_name(config, info, str(config.measure["name"]))
-    prepared = Prepared(
-        config=config,
-        prompts=prompts,
-        local=local,
-        info=info,
-        plan=plan,
-        identity=identity,
-        tables=measure.tables(options, info),
-        uri=f"{config.storage.uri.rstrip('/')}/{name}-{fingerprint_of(identity)}",
-        request=_request(config),
-    )
-    if config.job.resume is not None:
-        wanted = open_run(config.job.resume, config.storage.endpoint_url)
-        require_same(wanted.uri, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
-        prepared = replace(prepared, uri=wanted.uri)
-    return prepared
-
-
-def prepare_again(run: Run, config: ScanConfig) -> Prepared:
-    """Plan an existing run once more from what its run.json says was asked for.
-
-    Of `config` the cluster and the storage count, and the sources of model and data set where they are not those of a
-    new configuration: files may have moved since.
-
-    Raises:
-        ConfigurationError: the run cannot be planned, or its model, prompts or software are others by now.
-    """
-    if not run.request:
-        raise DestinationError(f"{run.uri}: does not say what was asked for; run its scan again")
-    asked = typed(ScanConfig, run.request)
-    fresh = ScanConfig()
-    if config.model.source != fresh.model.source:
-        asked.model.source = config.model.source
-    if config.dataset.source != fresh.dataset.source:
-        asked.dataset.source = config.dataset.source
-    parent = run.uri.rstrip("/").rsplit("/", 1)[0]
-    job = replace(asked.job, resume=run.uri, progress_seconds=config.job.progress_seconds)
-    return prepare(replace(asked, cluster=config.cluster, storage=replace(config.storage, uri=parent), job=job))
-
-
-def _request(config: ScanConfig) -> dict[str, Any]:
-    """What was asked for, without how it is run; credentials in a URL are not kept."""
-    job = {"name": config.job.name, "limit": config.job.limit, "shard_size": config.job.shard_size}
-    dataset = {"source": without_credentials(config.dataset.source)}
-    return {
-        "model": asdict(config.model),
-        "dataset": dataset,
-        "measure": dict(config.measure),
-        "neurons": asdict(config.neurons),
-        "job": job,
-    }
-
-
-def _absolute(source: str) -> str:
-    return str(Path(source).absolute()) if Path(source).exists() else source
-
-
-def run(prepared: Prepared, again: Collection[int] = ()) -> Summary:
-    """Run the shards that are not done, and those to be done `again`, on the cluster.
+def run(prepared: Prepared) -> Summary:
+    """Run the shards that are not done, on the cluster.
 
     Raises:
         NegServiceError: a failure that concerns every shard. Shards that fail alone are set aside, in the summary.
@@ -210,7 +82,7 @@ def run(prepared: Prepared, again: Collection[int] = ()) -> Summary:
     hasty = open_store(prepared.uri, storage.endpoint_url)
     hasty.check()
     done = RunDirectory(hasty, prepared.fingerprint, tuple(prepared.tables)).done()
-    done = done & set(range(prepared.plan.n_shards)) - set(again)
+    done = done & set(range(prepared.plan.n_shards))
     store = open_store(prepared.uri, storage.endpoint_url, storage.patience_seconds)
     directory = RunDirectory(store, prepared.fingerprint, tuple(prepared.tables))
     todo = prepared.plan.n_shards - len(done)
@@ -226,7 +98,7 @@ def run(prepared: Prepared, again: Collection[int] = ()) -> Summary:
             is_new = hasty.get(RUN_FILE) is None
             content = (prepared.identity, prepared.tables, _about(prepared), prepared.request)
             write_or_match(hasty, *content)
-            _clear_unfinished(store)
+            rewrite_copy(hasty)
             try:
                 outcome, progress = _drive(prepared, directory, done, size)
             except ConfigurationError:
@@ -242,6 +114,8 @@ def run(prepared: Prepared, again: Collection[int] = ()) -> Summary:
             disconnect()
     else:
         write_or_match(hasty, prepared.identity, prepared.tables, _about(prepared), prepared.request)
+    _clear_unfinished(hasty)
+    directory.take_back_done()
     return Summary(
         uri=store.uri,
         shards_before=len(done),
@@ -259,7 +133,7 @@ def _clear_unfinished(store: ObjectStore) -> None:
     try:
         if cleared := store.clear_unfinished():
             log.info("removed %d unfinished objects of earlier writers", cleared)
-    except DestinationError as error:
+    except (DestinationError, StorageError) as error:
         log.info("unfinished objects of earlier writers, if there are any, stay: %s", error)
 
 
@@ -293,7 +167,7 @@ def _with_strongest_listed(prepared: Prepared) -> Prepared:
             config,
             measure={"name": "strength", "basis": config.measure["basis"]},
             neurons=layers,
-            job=replace(config.job, name=name, shard_size="auto"),
+            job=replace(config.job, name=name, shard_size="auto", resume=None),
         )
     )
     log.info("ranking neurons over the data set first: %s", ranking.uri)
@@ -324,7 +198,6 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     config = prepared.config
     todo = prepared.plan.n_shards - len(done)
     n_replicas = replica_count(config.cluster.replicas, size, nodes(), todo)
-    aside_before = set(directory.set_aside())
     if not size.gpus and config.model.device == "auto":
         # Ray hides no GPU from an actor that asked for none; all of them would crowd the first one.
         config = replace(config, model=replace(config.model, device="cpu"))
@@ -355,11 +228,6 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         note(directory.store, {"calibration": hello.ready.calibration})
         progress.start()
 
-    def on_receipt(receipt: Receipt) -> None:
-        progress.add(receipt)
-        if receipt.shard in aside_before:
-            directory.take_back(receipt.shard)
-
     def on_set_aside(shard: Shard, error: str, failures: int) -> None:
         directory.put_aside(shard.index, error, failures)
 
@@ -368,7 +236,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         spawn,
         n_replicas,
         config.cluster.attempts,
-        on_receipt=on_receipt,
+        on_receipt=progress.add,
         on_first_ready=on_first_ready,
         on_set_aside=on_set_aside,
         stall_seconds=None if config.cluster.stall_seconds == "auto" else float(config.cluster.stall_seconds),

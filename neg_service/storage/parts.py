@@ -86,8 +86,10 @@ def problem_of(data: bytes, name: str, shard: int, fingerprint: str, schema: pa.
     except (pa.ArrowException, OSError, ValueError) as error:
         return f"damaged: no footer can be read in its {len(data)} bytes ({_short(error)})"
     given = str(footer.get("sha256"))
-    if not footer or len(given) != len(_NO_SUM):
-        return "foreign: it says nothing of a run"
+    if len(given) != len(_NO_SUM):
+        # A name in the footer may be what was damaged, but hardly both.
+        is_ours = FOOTER_KEY in data or b'"sha256"' in data
+        return "damaged: its footer is not as it was written" if is_ours else "foreign: it says nothing of a run"
     if given != _sum_of(data, given.encode()):
         return f"damaged: its {len(data)} bytes do not add up to the checksum in its footer"
     expected = {"fingerprint": fingerprint, "table": name, "shard": shard}

@@ -11,6 +11,7 @@ A run that is still being computed gives what is done. Page checksums are verifi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from neg_service.errors import ConfigurationError
-from neg_service.storage.objects import ObjectStore, open_store
+from neg_service.errors import ConfigurationError, StorageError, one_line
+from neg_service.storage.objects import ObjectStore
 from neg_service.storage.parts import shard_of
 from neg_service.storage.run import RunDirectory, read_run_file, schema_from_json
+from neg_service.storage.stores import open_store
 
 RUN_COLUMN = "run"
 # What a table of one neuron is made from, the most direct measurement first.
@@ -61,8 +63,8 @@ class Run:
         return int(self.config["plan"]["shards"])
 
     def done(self) -> set[int]:
-        """The shards that are done now."""
-        return self.directory.done()
+        """The shards of the plan that are done now."""
+        return self.directory.done() & set(range(self.n_shards))
 
     def table(
         self, name: str, columns: Sequence[str] | None = None, filter: pc.Expression | None = None
@@ -87,10 +89,11 @@ class Run:
         Raises:
             ConfigurationError: the run has no such layer or neuron.
         """
-        (name, *_), at = [name for name in _OF_NEURONS if name in self.schemas] or [""], pc.field("layer") == layer
-        if not name:
+        name = next((name for name in _OF_NEURONS if name in self.schemas), None)
+        if name is None:
             raise ConfigurationError(f"{self.uri} has no table of neurons; it has {', '.join(self.tables)}")
         self._require_neuron(layer, index)
+        at = pc.field("layer") == layer
         if "neuron" in self.schemas[name].names:
             return self.table(name, filter=at & (pc.field("neuron") == index)).to_table()
         table = self._one_value(name, at, index)
@@ -109,13 +112,12 @@ class Run:
         return self.table(name).to_table(columns=chosen, filter=at)
 
     def _require_neuron(self, layer: int, index: int) -> None:
-        sizes = self.about.get("model", {})
-        for what, value, count in (
-            ("layer", layer, sizes.get("layers")),
-            ("neuron", index, sizes.get("neurons_a_layer")),
-        ):
-            if value < 0 or (count is not None and value >= count):
-                raise ConfigurationError(f"{self.uri} has no {what} {value}; it has {count} of them, from 0")
+        measured = self.config.get("neurons", {}).get("layers")
+        if measured is not None and layer not in measured:
+            raise ConfigurationError(f"{self.uri} has no layer {layer}; it has {', '.join(map(str, measured))}")
+        count = self.about.get("model", {}).get("neurons_a_layer")
+        if index < 0 or (count is not None and index >= count):
+            raise ConfigurationError(f"{self.uri} has no neuron {index}; a layer has {count}, from 0")
 
     def _fragments(self, name: str, expression: pc.Expression | None = None) -> Iterator[pads.Fragment]:
         """One a part; `expression` is true of all its rows."""
@@ -174,7 +176,10 @@ class Runs:
 
 
 class _Selection(pads.FileSystemDataset):  # type: ignore[misc]
-    """A Dataset of which some columns are shown; pyarrow keeps a filter in a Dataset, but no choice of columns."""
+    """A Dataset of which some columns are shown; pyarrow keeps a filter in a Dataset, but no choice of columns.
+
+    It scans as one. To sort or join, rows are read first, because pyarrow does both below the choice of columns.
+    """
 
     shown: list[str] | None = None
 
@@ -192,7 +197,15 @@ class _Selection(pads.FileSystemDataset):  # type: ignore[misc]
                 raise ConfigurationError(f"there is no column {column!r}; there are {', '.join(schema.names)}")
         dataset = cls(fragments, schema, _CHECKED)
         dataset.shown = list(columns) if columns is not None else None
-        return dataset.filter(filter) if filter is not None else dataset
+        if filter is None:
+            return dataset
+        filtered = dataset.filter(filter)
+        try:
+            # Nothing is read, but the filter's columns are looked for.
+            filtered.scanner()
+            return filtered
+        except pa.ArrowInvalid as error:
+            raise ConfigurationError(f"filter={filter}: {one_line(error)}") from error
 
     @property
     def schema(self) -> pa.Schema:
@@ -205,6 +218,14 @@ class _Selection(pads.FileSystemDataset):  # type: ignore[misc]
         filtered = super().filter(expression)
         filtered.shown = self.shown
         return filtered
+
+    def sort_by(self, sorting: Any, **options: Any) -> pads.Dataset:
+        """As pyarrow's."""
+        return pads.InMemoryDataset(self.to_table()).sort_by(sorting, **options)
+
+    def join(self, right_dataset: pads.Dataset, *arguments: Any, **options: Any) -> pads.Dataset:
+        """As pyarrow's."""
+        return pads.InMemoryDataset(self.to_table()).join(right_dataset, *arguments, **options)
 
     def scanner(self, columns: Any = None, **options: Any) -> pads.Scanner:
         """As pyarrow's; no columns are those that are shown."""
@@ -220,10 +241,27 @@ def open_run(uri: str, endpoint_url: str | None = None) -> Run:
     """Open a run directory, local or s3://, with credentials from the environment or the usual AWS chain.
 
     Raises:
-        DestinationError: there is no run at `uri`, or its run.json was changed.
+        DestinationError: there is no run at `uri`, or its run.json was changed, or nobody lets us in.
     """
     store = open_store(uri, endpoint_url)
+    store.check()
     return run_from(store, read_run_file(store))
+
+
+@contextmanager
+def reading(run: Run) -> Iterator[None]:
+    """Damage and failures that show when rows are read, told in one line.
+
+    Raises:
+        StorageError: in the place of pyarrow's errors.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(
+            f"{run.uri}: its parts cannot be read: {one_line(error)}; "
+            f"python -m jobs.verify run={run.uri} names what is damaged"
+        ) from error
 
 
 def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:

@@ -68,9 +68,11 @@ class RunDirectory:
         record = {"shard": shard, "error": error, "attempts": attempts}
         self.store.put(_aside_key(shard), json.dumps(record, indent=1).encode())
 
-    def take_back(self, shard: int) -> None:
-        """A shard that was set aside is done after all."""
-        self.store.delete(_aside_key(shard))
+    def take_back_done(self) -> None:
+        """Forget why shards were set aside that are done after all, by whomever."""
+        aside = self.set_aside()
+        for shard in set(aside) & self.done() if aside else ():
+            self.store.delete(_aside_key(shard))
 
 
 def write_or_match(
@@ -122,8 +124,9 @@ def require_same(uri: str, stored: dict[str, Any], identity: dict[str, Any]) -> 
         differences = [f"fingerprint: {stored.get('fingerprint')} there, {fingerprint_of(identity)} asked"]
     if differences:
         raise DestinationError(
-            f"{uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; "
-            f"use another storage.uri or job.name, or restore the file (python -m jobs.verify run={uri} repair=true)"
+            f"{uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; ask for the same, or use "
+            f"another storage.uri or job.name; if the file was edited, python -m jobs.verify run={uri} repair=true "
+            f"restores it"
         )
 
 
@@ -134,7 +137,8 @@ def note(store: ObjectStore, found: dict[str, Any]) -> None:
         return
     parsed = parse_run_file(store.uri, content)
     about = {**found, **parsed.get("about", {})}
-    if about != parsed.get("about"):
+    # What was changed by somebody else must not get a right checksum from us.
+    if about != parsed.get("about") and is_as_written(parsed):
         put_run_file(store, {**parsed, "about": about})
 
 
@@ -143,6 +147,15 @@ def put_run_file(store: ObjectStore, content: dict[str, Any]) -> None:
     data = json.dumps({**content, "sha256": _sum_of(content)}, indent=1, ensure_ascii=False).encode()
     store.put(RUN_COPY, data)
     store.put(RUN_FILE, data)
+
+
+def rewrite_copy(store: ObjectStore) -> None:
+    """Put the copy of run.json once more: a run that goes on finds out whether its place can still be written.
+
+    Raises:
+        DestinationError: it cannot.
+    """
+    store.put(RUN_COPY, store.get(RUN_FILE) or b"")
 
 
 def is_as_written(parsed: dict[str, Any]) -> bool:
@@ -181,7 +194,9 @@ def parse_run_file(uri: str, content: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
     except ValueError as error:
-        raise DestinationError(f"{uri}/{RUN_FILE} is damaged: {error}") from error
+        raise DestinationError(
+            f"{uri}/{RUN_FILE} is damaged: {error}; python -m jobs.verify run={uri} repair=true restores it"
+        ) from error
     if not isinstance(parsed, dict) or not {"fingerprint", "identity", "tables"} <= set(parsed):
         raise DestinationError(f"{uri}/{RUN_FILE} is not a run's: it has no fingerprint, identity and tables")
     return parsed
@@ -202,16 +217,16 @@ def _sum_of(content: dict[str, Any]) -> str:
 def _require_nothing_foreign(store: ObjectStore, fingerprint: str, tables: dict[str, pa.Schema]) -> None:
     """A place without run.json is empty, or has parts of this very run, whose run.json was lost."""
     others = [entry.key for entry in store.list("") if not entry.key.startswith(f"{SET_ASIDE}/")]
-    if not others:
-        return
-    strange = [key for key in others if key.partition("/")[0] not in tables or shard_of(key) is None]
-    if not strange:
-        try:
-            if footer_of(store.get(others[0]) or b"").get("fingerprint") == fingerprint:
-                return
-        except (pa.ArrowException, ValueError):
-            pass
-    raise DestinationError(f"{store.uri}: holds {(strange or others)[0]} but no {RUN_FILE}; it is not a run directory")
+    for key in others:
+        if key.partition("/")[0] in tables and shard_of(key) is not None:
+            try:
+                if footer_of(store.get(key) or b"").get("fingerprint") == fingerprint:
+                    return
+            except (pa.ArrowException, OSError, ValueError):
+                # Damaged; another part may tell.
+                continue
+    if others:
+        raise DestinationError(f"{store.uri}: holds {others[0]} but no {RUN_FILE}; it is not a run directory")
 
 
 def schema_from_json(described: dict[str, Any]) -> pa.Schema:

@@ -9,17 +9,18 @@ from statistics import median
 from typing import Any
 
 from neg_service.storage.parts import shard_of
-from neg_service.storage.reader import Run
+from neg_service.storage.reader import Run, reading
 
-# The rate is that of the last minutes; a run is taken for running while its newest part is not much older than the
-# pauses between parts were.
+# The rate is that of the last minutes without a longer break; a run is taken for running while its newest part is not
+# much older than the pauses between parts were, or, with no more than one part, than this.
 _WINDOW_SECONDS = 600.0
 _PAUSES, _LEAST_SECONDS = 5, 60.0
+_FIRST_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
 class TableStatus:
-    """A table's parts, their bytes as stored, and their rows (None if not counted)."""
+    """Of the shards that are done: a table's parts, their bytes as stored, their rows (None if not counted)."""
 
     name: str
     n_parts: int
@@ -56,19 +57,19 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
     done = run.done()
     tables, finished = [], []
     for name in run.tables:
-        parts = [entry for entry in run.directory.store.list(name) if shard_of(entry.key) is not None]
-        rows = run.table(name).count_rows() if count_rows else None
+        parts = [entry for entry in run.directory.store.list(name) if shard_of(entry.key) in done]
+        with reading(run):
+            rows = run.table(name).count_rows() if count_rows else None
         tables.append(TableStatus(name, len(parts), sum(part.size for part in parts), rows))
         finished = sorted(part.modified for part in parts)
     aside = {shard: record for shard, record in run.directory.set_aside().items() if shard not in done}
     missing = frozenset(range(run.n_shards)) - done - set(aside)
-    recent = [when for when in finished if when > finished[-1] - _WINDOW_SECONDS]
+    recent = _without_breaks([when for when in finished if when > finished[-1] - _WINDOW_SECONDS])
     spread = recent[-1] - recent[0] if recent else 0.0
     rate = (len(recent) - 1) / spread if spread > 0 else None
-    silent = now - finished[-1] if finished else None
-    pauses = [later - earlier for earlier, later in itertools.pairwise(recent)]
-    expected = max(_LEAST_SECONDS, _PAUSES * median(pauses)) if pauses else _LEAST_SECONDS
-    is_running = bool(missing) and silent is not None and silent <= expected
+    # The server's clock may be ahead of ours.
+    silent = max(0.0, now - finished[-1]) if finished else None
+    is_running = bool(missing) and silent is not None and silent <= _longest_pause(recent)
     return Status(
         uri=run.uri,
         n_shards=run.n_shards,
@@ -83,3 +84,16 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
         is_running=is_running,
         seconds_left=len(missing) / rate if is_running and rate else None,
     )
+
+
+def _longest_pause(times: list[float]) -> float:
+    """How long a pause after these times is none to speak of."""
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return max(_LEAST_SECONDS, _PAUSES * median(pauses)) if pauses else _FIRST_SECONDS
+
+
+def _without_breaks(times: list[float]) -> list[float]:
+    """The last of them, back to where the run stood still."""
+    longest = _longest_pause(times)
+    start = max((i for i in range(1, len(times)) if times[i] - times[i - 1] > longest), default=0)
+    return times[start:]

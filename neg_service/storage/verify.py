@@ -6,9 +6,11 @@ except for what needs no model: run.json and its copy, and objects that do not b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from neg_service.errors import DestinationError
 from neg_service.storage.objects import ObjectStore
@@ -68,7 +70,8 @@ def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done
     verdict = Verdict(run, findings)
     to_read: list[tuple[str, int]] = []
     shards_there: dict[int, int] = {}
-    for name in run.tables:
+    # The last table first: a shard that is finished while we look has all its earlier parts by then.
+    for name in reversed(run.tables):
         for entry in store.list(name):
             shard = shard_of(entry.key)
             if shard is None or shard >= run.n_shards:
@@ -102,28 +105,32 @@ def restore_run_file(store: ObjectStore, verdict: Verdict) -> None:
         put_run_file(store, {key: value for key, value in good.items() if key != "sha256"})
 
 
-def move_foreign(store: ObjectStore, verdict: Verdict) -> list[str]:
-    """Take objects that are no parts out of the tables' folders, where readers would find them; where they are now."""
+def clear_wrong(store: ObjectStore, verdict: Verdict) -> list[str]:
+    """Take what is wrong out of the tables' folders, so that its shards are not done and no reader finds it.
+
+    What is damaged is deleted. What is whole and belongs elsewhere is moved; gives where it is now.
+    """
     moved = []
     for finding in verdict.findings:
-        if finding.shard is None and finding.key not in (RUN_FILE, RUN_COPY):
-            content = store.get(finding.key)
-            if content is not None:
-                store.put(f"{FOREIGN}/{finding.key}", content)
-                store.delete(finding.key)
-                moved.append(f"{FOREIGN}/{finding.key}")
+        if finding.key in (RUN_FILE, RUN_COPY) or finding.problem == "missing":
+            continue
+        content = store.get(finding.key)
+        if content is not None and finding.problem.startswith("foreign"):
+            store.put(f"{FOREIGN}/{finding.key}", content)
+            moved.append(f"{FOREIGN}/{finding.key}")
+        store.delete(finding.key)
     return moved
 
 
 def _checked_run(store: ObjectStore) -> tuple[Run, list[Finding]]:
-    findings, good = [], {}
+    """The run as the first of run.json and its copy says that is as it was written, and what is wrong with the two."""
+    findings, good = [], []
     for key in (RUN_FILE, RUN_COPY):
-        parsed = _trusted(store, key)
-        if parsed is not None:
-            good[key] = parsed
-            continue
-        is_there = store.get(key) is not None
-        findings.append(Finding(key, "damaged: it was changed after it was written" if is_there else "missing"))
+        parsed, problem = _read(store, key)
+        if problem is not None:
+            findings.append(Finding(key, problem))
+        elif parsed is not None:
+            good.append(parsed)
     if not good:
         if all(finding.problem == "missing" for finding in findings):
             raise DestinationError(f"{store.uri}: there is no {RUN_FILE}; give the URI of a run directory")
@@ -131,19 +138,34 @@ def _checked_run(store: ObjectStore) -> tuple[Run, list[Finding]]:
             f"{store.uri}: neither {RUN_FILE} nor {RUN_COPY} is as it was written, so nothing says what belongs here; "
             f"delete both and run the scan again, which keeps the parts that are its own"
         )
-    return run_from(store, good.get(RUN_FILE) or good[RUN_COPY]), findings
+    if good[0]["fingerprint"] != good[-1]["fingerprint"]:
+        raise DestinationError(
+            f"{store.uri}: {RUN_FILE} is of run {good[0]['fingerprint']}, {RUN_COPY} of run {good[-1]['fingerprint']}; "
+            f"delete the one that does not belong"
+        )
+    return run_from(store, good[0]), findings
 
 
-def _trusted(store: ObjectStore, key: str) -> dict[str, object] | None:
+def _trusted(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    return _read(store, key)[0]
+
+
+def _read(store: ObjectStore, key: str) -> tuple[dict[str, Any] | None, str | None]:
+    """run.json or its copy, if it can be trusted, or else what is wrong with it."""
     content = store.get(key)
     if content is None:
-        return None
+        return None, "missing"
     try:
         parsed = parse_run_file(store.uri, content)
     except DestinationError:
-        return None
-    is_right = is_as_written(parsed) and parsed["fingerprint"] == fingerprint_of(parsed["identity"])
-    return parsed if is_right else None
+        return None, "damaged: it was changed after it was written"
+    if not is_as_written(parsed) or parsed["fingerprint"] != fingerprint_of(parsed["identity"]):
+        return None, "damaged: it was changed after it was written"
+    # A run's directory carries its fingerprint, unless somebody gave it another name.
+    named = re.search(r"-([0-9a-f]{12})$", store.uri)
+    if named and named[1] != parsed["fingerprint"]:
+        return None, f"foreign: fingerprint {parsed['fingerprint']} in the place of {named[1]}"
+    return parsed, None
 
 
 def _check_parts(run: Run, parts: list[tuple[str, int]]) -> Iterator[tuple[int, Finding | None]]:

@@ -13,10 +13,10 @@ import ray
 from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
+from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import Receipt
 from neg_service.cluster.resources import Node, ReplicaSize, replica_count, replica_size
-from neg_service.cluster.scan import Prepared, prepare
 from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, typed
 from neg_service.errors import (
     ConfigurationError,
@@ -76,7 +76,7 @@ def test_automatic_shards_hold_minutes_of_interventions_at_most() -> None:
         (ReplicaLost("x"), 1, Action.REPLACE),
         (ReplicaLost("x"), 3, Action.SET_ASIDE),
         (RuntimeError("CUDA error: device-side assert triggered"), 1, Action.REPLACE),
-        (StorageError("x"), 1, Action.RETRY),
+        (StorageError("x"), 1, Action.REPLACE),
         (StorageError("x"), 3, Action.STOP),
         (RuntimeError("anything"), 2, Action.RETRY),
         (RuntimeError("anything"), 3, Action.SET_ASIDE),

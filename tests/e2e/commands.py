@@ -17,7 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from jobs.entry import CONF
-from neg_service.cluster.scan import prepare
+from neg_service.cluster.prepare import prepare
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ConfigurationError
 

@@ -26,12 +26,13 @@ from ray.cluster_utils import Cluster
 import neg_service
 from infra.s3.server import BUCKET, Server, server_on
 from jobs.entry import CONF
-from neg_service.cluster.scan import Summary, prepare, run
+from neg_service.cluster.prepare import prepare
+from neg_service.cluster.scan import Summary, run
 from neg_service.config import ScanConfig, typed
-from neg_service.storage.objects import open_store
 from neg_service.storage.reader import Run
+from neg_service.storage.stores import open_store
 from neg_service.storage.verify import verify
-from tests.e2e.commands import in_order
+from tests.e2e.commands import Running, in_order
 from tests.faults.saboteur import PROMPTS_A_SHARD, VARIABLE
 from tests.s3 import acting_as
 
@@ -98,6 +99,10 @@ class Orders:
         scratch.rename(self.file)
         return len(self.given) - 1
 
+    def was_carried_out(self, number: int) -> bool:
+        """Whether somebody did as ordered."""
+        return (self.file.parent / f"{self.file.name}.{number}.done").exists()
+
     def await_pid(self, number: int, seconds: float = 90) -> int:
         """The process that carries out an order to hold."""
         told = self.file.parent / f"{self.file.name}.{number}.pid"
@@ -142,6 +147,31 @@ def arguments(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ]  # fmt: skip
 
 
+@pytest.fixture
+def own_server(server: Server, tmp_path: Path) -> Iterator[Server]:
+    """A server that a test may do anything to; the keys are those that the cluster has."""
+    started = server_on(tmp_path / "s3", server.writer)
+    started.start()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def drive(disturbed: Disturbed) -> Iterator[Callable[[], Running]]:
+    """Start the scan as a command of its own process group, which does not outlive the test."""
+    started: list[Running] = []
+
+    def start() -> Running:
+        started.append(Running("scan", *disturbed.settings, "job.progress_seconds=0", env=dict(os.environ)))
+        return started[-1]
+
+    yield start
+    for one in started:
+        with suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.wait()
+
+
 @dataclass
 class Disturbed:
     """A scan into a place of its own, and what became of it."""
@@ -184,7 +214,7 @@ def disturbed(arguments: list[str], server: Server, request: pytest.FixtureReque
 @pytest.fixture(scope="session")
 def quiet(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same scan with nothing happening to it, on a local disk."""
-    calm = Disturbed(arguments, str(tmp_path_factory.mktemp("quiet")), None)
+    calm = Disturbed(arguments, f"file://{tmp_path_factory.mktemp('quiet')}", None)
     summary = calm.scan()
     assert not summary.set_aside
     return calm.open()

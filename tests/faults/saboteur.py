@@ -31,8 +31,9 @@ from neg_service.measures.neurgrad import Options, calibrate, check, cost_a_prom
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt
-from neg_service.storage import objects
+from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import shard_of
+from neg_service.storage.s3 import S3Store
 
 __all__ = ["Options", "calibrate", "check", "cost_a_prompt", "identity", "measure", "read", "tables"]
 
@@ -102,5 +103,5 @@ def _sabotaged(put: Callable[[Any, str, bytes], None]) -> Callable[[Any, str, by
     return sabotaged
 
 
-objects.S3Store.put = _sabotaged(objects.S3Store.put)  # type: ignore[method-assign]
-objects.LocalStore.put = _sabotaged(objects.LocalStore.put)  # type: ignore[method-assign]
+S3Store.put = _sabotaged(S3Store.put)  # type: ignore[method-assign]
+LocalStore.put = _sabotaged(LocalStore.put)  # type: ignore[method-assign]

@@ -7,13 +7,12 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from infra.s3.server import BUCKET, Server, server_on
-from neg_service.storage.objects import open_store
+from infra.s3.server import BUCKET, Server
 from neg_service.storage.parts import part_key
+from neg_service.storage.stores import open_store
 from tests.e2e.commands import Running, job
 from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
 from tests.faults.proxy import FAULTS, Proxy, Seen
@@ -41,12 +40,17 @@ def test_a_replica_killed_in_a_shard_or_between_computing_and_putting(
 
 
 def test_a_driver_killed_at_any_time_and_resumed_with_another_number_of_replicas(
-    disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
+    disturbed: Disturbed,
+    drive: Callable[[], Running],
+    orders: Orders,
+    invariant: Invariant,
+    moments: random.Random,
 ) -> None:
-    orders.give(when="compute", do="sleep", seconds=0.3)
-    driver = Running("scan", *disturbed.settings, "job.progress_seconds=0", env=dict(os.environ))
-    driver.wait_for(r"replica 0 is ready")
-    time.sleep(moments.uniform(0, 0.3 * N_SHARDS))
+    orders.give(when="compute", do="sleep", seconds=0.5)
+    driver = drive()
+    # From when run.json is written, over the start of the first replica, to the last shard.
+    driver.wait_for(r"shards to do")
+    time.sleep(moments.uniform(0, 6 + 0.5 * N_SHARDS))
     os.killpg(driver.process.pid, signal.SIGKILL)
     driver.process.wait()
     done = disturbed.open().done()
@@ -58,24 +62,21 @@ def test_a_driver_killed_at_any_time_and_resumed_with_another_number_of_replicas
 
 
 def test_the_server_killed_and_started_again_under_load(
-    arguments: list[str], orders: Orders, invariant: Invariant, moments: random.Random, tmp_path: Path, server: Server
+    arguments: list[str], orders: Orders, invariant: Invariant, moments: random.Random, own_server: Server
 ) -> None:
-    own = server_on(tmp_path / "s3", server.writer)
-    own.start()
-    disturbed = Disturbed(arguments, f"s3://{BUCKET}/r", own.endpoint_url)
+    disturbed = Disturbed(arguments, f"s3://{BUCKET}/r", own_server.endpoint_url)
     order = orders.give(when="before put", shard=moments.randrange(N_SHARDS), do="hold", seconds=1)
 
     def restart() -> None:
         orders.await_pid(order)
-        own.stop(signal.SIGKILL)
+        own_server.stop(signal.SIGKILL)
         time.sleep(moments.uniform(1, 4))
-        own.start()
+        own_server.start()
 
     with meanwhile(restart):
         summary = disturbed.scan()
     assert summary.shards_done == N_SHARDS
     invariant(disturbed)
-    own.stop()
 
 
 def test_connections_reset_delayed_refused_cut_and_replies_lost(
@@ -84,8 +85,12 @@ def test_connections_reset_delayed_refused_cut_and_replies_lost(
     direct = disturbed.endpoint_url
     assert direct is not None
 
+    first = iter(FAULTS)
+
     def decide(request: Seen) -> str | None:
-        # Of parts and listings, a third of all requests goes wrong in one way or another.
+        # The first parts meet each fault once; of all other requests a third goes wrong in one way or another.
+        if request.method == "PUT" and request.path.endswith(".parquet") and (fault := next(first, None)):
+            return fault
         return moments.choice(FAULTS) if moments.random() < 1 / 3 else None
 
     with Proxy(direct, decide) as proxy:
@@ -93,7 +98,7 @@ def test_connections_reset_delayed_refused_cut_and_replies_lost(
         summary = through.scan("cluster.replicas=2")
         assert summary.shards_done == N_SHARDS
         assert not summary.set_aside
-    assert len(proxy.injected) >= 3, proxy.injected
+    assert set(proxy.injected) == set(FAULTS)
     assert sum(proxy.injected.values()) >= 10, proxy.injected
     invariant(disturbed)
 

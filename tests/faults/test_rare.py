@@ -15,11 +15,11 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from infra.s3.server import BUCKET, Server, server_on
+from infra.s3.server import BUCKET, Server
 from neg_service.errors import DestinationError, StorageError
-from neg_service.storage.objects import open_store
+from neg_service.storage.stores import open_store
 from tests.e2e.commands import Running
-from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
+from tests.faults.conftest import N_PROMPTS, N_SHARDS, Disturbed, Orders, meanwhile, signalled
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.usefixtures("cluster")]
 Invariant = Callable[[Disturbed], None]
@@ -31,18 +31,23 @@ TABLES = ("prompts", "activations", "neurgrad")
 def test_death_at_each_step_of_a_put(
     when: str, table: str, disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
 ) -> None:
-    orders.give(when=when, shard=moments.randrange(N_SHARDS), table=table, do="exit")
+    order = orders.give(when=when, shard=moments.randrange(N_SHARDS), table=table, do="exit")
     summary = disturbed.scan()
     assert not summary.set_aside
+    assert orders.was_carried_out(order)
     invariant(disturbed)
 
 
 def test_a_driver_that_dies_while_its_replica_is_putting(
-    disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
+    disturbed: Disturbed,
+    drive: Callable[[], Running],
+    orders: Orders,
+    invariant: Invariant,
+    moments: random.Random,
 ) -> None:
     # Between two tables of a shard; the replica goes with its driver.
     order = orders.give(when="after put", shard=moments.randrange(N_SHARDS), table="prompts", do="hold")
-    driver = Running("scan", *disturbed.settings, env=dict(os.environ))
+    driver = drive()
     replica = orders.await_pid(order)
     os.killpg(driver.process.pid, signal.SIGKILL)
     driver.process.wait()
@@ -55,11 +60,16 @@ def test_a_driver_that_dies_while_its_replica_is_putting(
 
 
 def test_a_node_is_lost(
-    disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random, cluster: Cluster
+    disturbed: Disturbed,
+    orders: Orders,
+    invariant: Invariant,
+    moments: random.Random,
+    cluster: Cluster,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     cluster.wait_for_nodes()
-    orders.give(when="compute", do="sleep", seconds=0.5)
+    orders.give(when="compute", do="sleep", seconds=2)
     # Three replicas of a CPU each need both nodes.
     on_node: list[psutil.Process] = []
 
@@ -70,20 +80,29 @@ def test_a_node_is_lost(
             assert time.monotonic() < until
             on_node.extend(p for p in raylet.children(recursive=True) if "Replica" in " ".join(p.cmdline()))
             time.sleep(0.05)
-        time.sleep(moments.uniform(4, 8))
+        store = open_store(disturbed.run_uri, disturbed.endpoint_url)
+        while not store.list("neurgrad"):
+            time.sleep(0.1)
+        time.sleep(moments.uniform(0, 3))
         cluster.remove_node(node, allow_graceful=False)
 
     with meanwhile(remove):
         summary = disturbed.scan("cluster.replicas=3")
     assert not summary.set_aside
     assert not any(process.is_running() for process in on_node)
+    assert "is lost" in caplog.text or "could not be started" in caplog.text
     invariant(disturbed)
 
 
-def test_two_drivers_at_once(disturbed: Disturbed, orders: Orders, invariant: Invariant) -> None:
-    orders.give(when="compute", do="sleep", seconds=0.1)
-    drivers = [Running("scan", *disturbed.settings, env=dict(os.environ)) for _ in range(2)]
+def test_two_drivers_at_once(
+    disturbed: Disturbed, drive: Callable[[], Running], orders: Orders, invariant: Invariant
+) -> None:
+    orders.give(when="compute", do="sleep", seconds=0.5)
+    drivers = [drive(), drive()]
     assert [driver.finish() for driver in drivers] == [0, 0], [driver.output for driver in drivers]
+    # Each did all there was to do, beside the other.
+    assert all(f"{N_SHARDS} of {N_SHARDS} shards to do" in driver.output for driver in drivers)
+    assert all(f"{N_PROMPTS}/{N_PROMPTS} prompts" in driver.output for driver in drivers)
     invariant(disturbed)
 
 
@@ -163,26 +182,23 @@ def test_a_server_that_stays_away_ends_the_run_and_nothing_is_set_aside(
     orders: Orders,
     invariant: Invariant,
     moments: random.Random,
-    tmp_path: Path,
-    server: Server,
+    own_server: Server,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    own = server_on(tmp_path / "s3", server.writer)
-    own.start()
-    disturbed = Disturbed(arguments, f"s3://{BUCKET}/r", own.endpoint_url)
+    disturbed = Disturbed(arguments, f"s3://{BUCKET}/r", own_server.endpoint_url)
     order = orders.give(when="before put", shard=moments.randrange(N_SHARDS), do="hold", seconds=1)
 
     def stop() -> None:
         orders.await_pid(order)
-        own.stop(signal.SIGKILL)
+        own_server.stop(signal.SIGKILL)
 
-    with meanwhile(stop), pytest.raises(StorageError, match=own.endpoint_url):
-        disturbed.scan("storage.patience_seconds=1", "cluster.attempts=1", "cluster.stall_seconds=2")
-    # It waited for storage for longer than it may be silent, and was let be.
-    assert "is lost" not in caplog.text
-    own.start()
+    with meanwhile(stop), pytest.raises(StorageError, match=own_server.endpoint_url):
+        disturbed.scan("storage.patience_seconds=1", "cluster.attempts=2", "cluster.stall_seconds=2")
+    # It waited for storage for longer than it may be silent, and was let be until it gave up by itself.
+    assert "finished nothing" not in caplog.text
+    assert "replace the replica: storage.uri=" in caplog.text
+    own_server.start()
     before = disturbed.open().done()
     summary = disturbed.scan()
     assert summary.shards_before == len(before)
     invariant(disturbed)
-    own.stop()

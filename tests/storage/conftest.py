@@ -26,6 +26,7 @@ def identity(dtype: str = "float32") -> dict[str, object]:
     return {
         "model": {"identity": "sha256:1", "dtype": dtype},
         "prompts": {"sha256": "2", "count": 2 * N_SHARDS},
+        "neurons": {"layers": list(range(LAYERS))},
         "plan": {"shard_size": 2, "shards": N_SHARDS},
     }
 

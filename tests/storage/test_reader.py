@@ -91,11 +91,25 @@ def test_a_neuron_of_a_sweep_is_its_rows(tmp_path: Path) -> None:
     ("layer", "neuron", "what"), [(2, 0, "layer 2"), (0, NEURONS, "neuron 4"), (-1, 0, "layer -1")]
 )
 def test_a_neuron_that_the_model_has_not_is_refused(layer: int, neuron: int, what: str, run: Run) -> None:
-    with pytest.raises(ConfigurationError, match=f"has no {what}; it has"):
+    with pytest.raises(ConfigurationError, match=f"has no {what}; "):
         run.neuron(layer, neuron)
 
 
+def test_what_is_shown_can_be_sorted_and_joined(run: Run) -> None:
+    dataset = run.table("activations", columns=["prompt_id", "activation"], filter=pc.field("layer") == 0)
+    assert dataset.sort_by([("prompt_id", "descending")]).to_table()["prompt_id"].to_pylist() == [
+        "p5",
+        "p4",
+        "p1",
+        "p0",
+    ]
+    prompts = run.table("prompts", columns=["prompt_id", "prediction"])
+    assert prompts.join(prompts, "prompt_id", right_suffix="_b").to_table().num_rows == 4
+
+
 def test_a_column_that_is_not_there_is_refused(run: Run) -> None:
+    with pytest.raises(ConfigurationError, match=r"filter=\(nothing == 1\): No match for FieldRef"):
+        run.table("activations", filter=pc.field("nothing") == 1)
     with pytest.raises(ConfigurationError, match="there is no column 'neg'; there are prompt_id, layer"):
         run.table("activations", columns=["neg"])
 

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,11 +24,13 @@ import neg_service
 from infra.s3.server import BUCKET, Keys, Server, server_on
 from neg_service import schema
 from neg_service.errors import DestinationError, StorageError
-from neg_service.storage.objects import PatientStore, S3Store, open_store
 from neg_service.storage.parts import encode_part, part_key
+from neg_service.storage.patience import PatientStore
 from neg_service.storage.run import write_or_match
-from tests.e2e.commands import ROOT, environment, job
-from tests.faults.proxy import Proxy
+from neg_service.storage.s3 import S3Store
+from neg_service.storage.stores import open_store
+from tests.e2e.commands import ROOT, environment, job, refused
+from tests.faults.proxy import Proxy, Seen
 from tests.s3 import acting_as, credentials
 
 
@@ -87,6 +90,26 @@ def test_an_abandoned_upload_is_never_seen_and_is_aborted_when_it_is_old(server:
     assert "Uploads" not in client.call_s3("list_multipart_uploads", Bucket=BUCKET)
 
 
+@pytest.mark.usefixtures("as_writer")
+def test_the_reply_to_a_completed_upload_is_lost(server: Server) -> None:
+    lost: list[str] = []
+
+    def decide(request: Seen) -> str | None:
+        # The last request of an upload in several parts.
+        if request.method == "POST" and "uploadId=" in request.path and not lost:
+            lost.append(request.path)
+            return "lost reply"
+        return None
+
+    data = os.urandom(101 * 2**20)
+    with Proxy(server.endpoint_url, decide) as proxy:
+        open_store(f"s3://{BUCKET}/lost", proxy.url, patience_seconds=60).put("t/large", data)
+    assert lost
+    store = open_store(f"s3://{BUCKET}/lost", server.endpoint_url)
+    assert store.get("t/large") == data
+    assert store.clear_unfinished(older_than_seconds=0) == 0
+
+
 def test_who_may_only_read_writes_nothing(server: Server) -> None:
     with acting_as(server.reader):
         store = open_store(f"s3://{BUCKET}/objects", server.endpoint_url)
@@ -108,8 +131,10 @@ def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(tmp_pa
         again = server_on(tmp_path / "s3")
         assert (again.endpoint_url, again.writer) == (own.endpoint_url, own.writer)
         # Who is patient does not notice.
-        threading.Timer(1, again.start).start()
+        starting = threading.Timer(1, again.start)
+        starting.start()
         assert PatientStore(store, 60).get("t/a") == b"kept"
+        starting.join()
         again.stop()
 
 
@@ -238,6 +263,7 @@ def test_a_scan_lands_in_s3_and_no_secret_is_anywhere(
     scanned: tuple[str, list[str], list[str]], server: Server
 ) -> None:
     uri, arguments, printed = scanned
+    began = time.time()
     assert f'open_run("{uri}", "{server.endpoint_url}")' in printed[0]
     run = neg_service.open_run(uri, server.endpoint_url)
     assert run.done() == {0, 1, 2}
@@ -251,20 +277,31 @@ def test_a_scan_lands_in_s3_and_no_secret_is_anywhere(
     everything = [*printed, *(text for one in (again, *asked) for text in (one.stdout, one.stderr))]
     store = open_store(uri, server.endpoint_url)
     everything += [(store.get(entry.key) or b"").decode("latin-1") for entry in store.list("")]
+    # What Ray keeps of its processes, too.
+    sessions = Path(tempfile.gettempdir(), "ray").glob("session_2*/logs/**/*")
+    everything += [log.read_text(errors="replace") for log in sessions if log.is_file() and _is_recent(log, began)]
     for secret in (server.writer.secret_key, server.writer.access_key):
         assert all(secret not in text for text in everything)
 
 
+WRONG = Keys("a" * 20, "b" * 40)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("bucket", "message"), [(BUCKET, "Access Denied"), ("nobody-made-this", "bucket does not exist")]
+    ("who", "bucket", "message"),
+    [
+        ("reader", BUCKET, "Access Denied"),
+        ("writer", "nobody-made-this", "bucket does not exist"),
+        ("nobody", BUCKET, "access key ID you provided does not exist"),
+    ],
 )
 def test_what_cannot_be_written_is_one_clear_line_before_a_model_is_loaded(
-    bucket: str, message: str, server: Server, tiny_directory: Path, words: Path
+    who: str, bucket: str, message: str, server: Server, tiny_directory: Path, words: Path
 ) -> None:
     arguments = [f"model.source={tiny_directory}", f"dataset.source={words}"]
     arguments += [f"storage.uri=s3://{bucket}/refused", f"storage.endpoint_url={server.endpoint_url}"]
-    used = server.reader if bucket == BUCKET else server.writer
+    used = getattr(server, who, WRONG)
     done = job("scan", *arguments, env=environment(**credentials(used)))
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -303,14 +340,35 @@ def test_one_neuron_costs_the_bytes_of_one_layer(server: Server) -> None:
         assert read < 2**16 + 20_000
 
 
+def _is_recent(file: Path, began: float) -> bool:
+    return file.stat().st_mtime > began - 300
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("as_writer")
+def test_resuming_refuses_what_would_begin_another_run(scanned: tuple[str, list[str], list[str]]) -> None:
+    uri, arguments, _ = scanned
+    refused(
+        'belongs to another configuration: model.dtype: "float32" there, "bfloat16" asked; ask for the same, or use',
+        *arguments, f"job.resume={uri}", "model.dtype=bfloat16",
+    )  # fmt: skip
+    refused("plan.shard_size: 2 there, 4 asked", *arguments[:-1], f"job.resume={uri}", "job.shard_size=4")
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("as_writer")
 def test_the_recipes_of_the_readme_run_as_they_stand(
-    scanned: tuple[str, list[str], list[str]], server: Server, tmp_path: Path
+    scanned: tuple[str, list[str], list[str]], server: Server, words: Path
 ) -> None:
-    arguments = [one for one in scanned[1] if not one.startswith("job.shard_size")]
-    sweep = ["measure=sweep", "neurons=sample", "neurons.count=3", "measure.grid=coarse"]
-    done = job("scan", *arguments, *sweep, env=environment(**credentials(server.writer)))
+    # What a scan reads may lie there too: the prompts, and the neurons, as a table of an earlier one.
+    open_store(f"s3://{BUCKET}", server.endpoint_url).put("words.jsonl", words.read_bytes())
+    env = environment(**credentials(server.writer), AWS_ENDPOINT_URL=server.endpoint_url)
+    top = ["measure.keep=top_k", "measure.top_k=3"]
+    kept = job("scan", *scanned[1], f"dataset.source=s3://{BUCKET}/words.jsonl", *top, env=env)
+    (top_uri,) = re.findall(r"results +(s3://\S+)", kept.stdout)
+    sweep = ["measure=sweep", "neurons=list", f"neurons.list={top_uri}/top_neurons", "measure.grid=coarse"]
+    done = job("scan", *scanned[1], *sweep, env=env)
+    assert done.returncode == 0, done.stderr
     (sweep_uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
     readme = (ROOT / "README.md").read_text()
     section = readme[readme.index("## Load the results") : readme.index("## In a notebook")]

@@ -16,9 +16,11 @@ import pytest
 import neg_service
 from neg_service import schema
 from neg_service.errors import ConfigurationError, DestinationError, StorageError
-from neg_service.storage.objects import LocalStore, S3Store, open_store
+from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, footer_of, part_key, shard_of
 from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, write_or_match
+from neg_service.storage.s3 import S3Store
+from neg_service.storage.stores import open_store
 
 IDENTITY = {"model": {"identity": "sha256:1", "dtype": "float32"}, "plan": {"shard_size": 2, "shards": 3}}
 TABLES = {"prompts": schema.PROMPTS, "activations": schema.activations(4)}
@@ -72,7 +74,7 @@ def test_a_part_says_what_it_is(tmp_path: Path) -> None:
     assert shard_of("activations/other.parquet") is None
 
 
-def test_a_shard_is_done_when_its_last_table_is_there(tmp_path: Path) -> None:
+def test_a_shard_is_done_when_its_parts_of_all_tables_are_there(tmp_path: Path) -> None:
     run = begin(tmp_path)
     put(run, 0)
     put(run, 1, "prompts")
@@ -162,9 +164,10 @@ def test_shards_set_aside_are_kept_with_their_errors_and_taken_back(tmp_path: Pa
     run = begin(tmp_path)
     run.put_aside(4, "prompt 'x': NaN", 3)
     assert run.set_aside() == {4: {"shard": 4, "error": "prompt 'x': NaN", "attempts": 3}}
-    run.take_back(4)
-    run.take_back(4)
-    assert run.set_aside() == {}
+    put(run, 3)
+    run.put_aside(3, "prompt 'y': NaN", 3)
+    run.take_back_done()
+    assert list(run.set_aside()) == [4]
 
 
 def test_the_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
@@ -175,6 +178,8 @@ def test_the_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
 def test_uris_open_the_store_they_name(tmp_path: Path) -> None:
     assert open_store(str(tmp_path)).uri == open_store(f"file://{tmp_path}").uri == str(tmp_path)
     assert isinstance(open_store("s3://bucket/prefix"), S3Store)
+    with pytest.raises(DestinationError, match="names a host; an absolute path begins with file:///"):
+        open_store("file://results")
     with pytest.raises(DestinationError, match="scheme 'ftp' is unknown"):
         open_store("ftp://somewhere")
 

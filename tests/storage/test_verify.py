@@ -12,12 +12,14 @@ import pytest
 
 import neg_service
 from jobs.status import describe
-from neg_service.errors import DestinationError
-from neg_service.storage.objects import LocalStore, PatientStore, open_store
+from neg_service.errors import DestinationError, StorageError
+from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key, problem_of
-from neg_service.storage.run import RUN_COPY, RUN_FILE, RunDirectory, note, put_run_file
+from neg_service.storage.patience import PatientStore
+from neg_service.storage.run import RUN_COPY, RUN_FILE, RunDirectory, note, put_run_file, rewrite_copy
 from neg_service.storage.status import status_of
-from neg_service.storage.verify import move_foreign, restore_run_file, verify
+from neg_service.storage.stores import open_store
+from neg_service.storage.verify import clear_wrong, restore_run_file, verify
 from tests.storage.conftest import N_SHARDS, TABLES, begin, put, tables_of
 
 
@@ -120,6 +122,11 @@ def test_run_json_or_its_copy_lost_is_named_and_restored(key: str, run: RunDirec
 
 
 def test_both_lost_and_the_same_command_takes_the_parts_for_its_own(run: RunDirectory, tmp_path: Path) -> None:
+    # What other commands leave there does not matter, nor that a part is damaged.
+    run.store.put("plots/a.png", b"plot")
+    run.store.put("foreign/neurgrad/mine.parquet", b"mine")
+    data = run.store.get(part_key("activations", 0)) or b""
+    run.store.put(part_key("activations", 0), data[:100])
     run.store.delete(RUN_FILE)
     run.store.delete(RUN_COPY)
     with pytest.raises(DestinationError, match=r"there is no run\.json"):
@@ -127,7 +134,7 @@ def test_both_lost_and_the_same_command_takes_the_parts_for_its_own(run: RunDire
     with pytest.raises(DestinationError, match=r"holds activations/shard-000000\.parquet but no run\.json"):
         begin(tmp_path / "run", "bfloat16")
     begin(tmp_path / "run")
-    assert verify(run.store).is_clean
+    assert [finding.key for finding in verify(run.store).findings] == [part_key("activations", 0)]
 
 
 def test_both_edited_leave_nothing_to_go_by(run: RunDirectory) -> None:
@@ -153,11 +160,55 @@ def test_strangers_in_the_folders_of_tables_are_moved_away(run: RunDirectory) ->
         "neurgrad/shard-7.parquet: foreign: no part has this name",
         "prompts/shard-000003.parquet: foreign: the plan has 3 shards",
     ]
-    assert move_foreign(run.store, verify(run.store)) == [
+    assert clear_wrong(run.store, verify(run.store)) == [
         "foreign/neurgrad/mine.parquet", "foreign/neurgrad/shard-7.parquet", "foreign/prompts/shard-000003.parquet"
     ]  # fmt: skip
     assert run.store.get("foreign/neurgrad/mine.parquet") == b"mine"
     assert verify(run.store).is_clean
+
+
+def test_what_is_damaged_is_deleted_so_that_any_command_computes_it_again(run: RunDirectory) -> None:
+    whole = run.store.get(part_key("neurgrad", 1)) or b""
+    run.store.put(part_key("neurgrad", 1), whole[:-1])
+    run.store.put(part_key("neurgrad", 2), whole)
+    assert clear_wrong(run.store, verify(run.store)) == ["foreign/neurgrad/shard-000002.parquet"]
+    assert run.done() == {0}
+    assert run.store.get("foreign/neurgrad/shard-000002.parquet") == whole
+
+
+def test_run_json_of_another_run_is_foreign_and_no_part_is_touched(tmp_path: Path) -> None:
+    other = begin(tmp_path / "other", "bfloat16")
+    mine = begin(tmp_path / f"mine-{begin(tmp_path / 'x').fingerprint}")
+    put(mine, *range(N_SHARDS))
+    before = mine.store.get(RUN_FILE)
+    mine.store.put(RUN_FILE, other.store.get(RUN_FILE) or b"")
+    verdict = verify(mine.store)
+    expected = f"run.json: foreign: fingerprint {other.fingerprint} in the place of {mine.fingerprint}"
+    assert [str(finding) for finding in verdict.findings] == [expected]
+    restore_run_file(mine.store, verdict)
+    assert mine.store.get(RUN_FILE) == before
+    # In a directory of another name nothing tells which of the two it is.
+    put(renamed := begin(tmp_path / "renamed"), 0)
+    renamed.store.put(RUN_FILE, other.store.get(RUN_FILE) or b"")
+    with pytest.raises(DestinationError, match="delete the one that does not belong"):
+        verify(renamed.store)
+
+
+def test_a_part_that_cannot_be_read_is_told_in_one_line(run: RunDirectory) -> None:
+    run.store.put(part_key("neurgrad", 1), b"short")
+    with pytest.raises(StorageError, match=r"parts cannot be read: .*python -m jobs\.verify run="):
+        status_of(neg_service.open_run(run.store.uri))
+
+
+def test_a_place_that_cannot_be_written_any_more_is_found_out_before_going_on(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(key: str, data: bytes) -> None:
+        raise DestinationError("read-only")
+
+    monkeypatch.setattr(run.store, "put", refuse)
+    with pytest.raises(DestinationError, match="read-only"):
+        rewrite_copy(run.store)
 
 
 def test_the_status_of_a_run_that_is_running_stopped_or_done(tmp_path: Path) -> None:
@@ -176,7 +227,7 @@ def test_the_status_of_a_run_that_is_running_stopped_or_done(tmp_path: Path) -> 
     assert (aside.done, aside.missing, aside.is_running) == ({0, 1}, set(), False)
     assert "incomplete: the rest was set aside" in describe(aside)
     assert "shard 2: prompt 'p4': NaN" in describe(aside)
-    run.take_back(2)
+    run.store.delete("set_aside/shard-000002.json")
     running = status_of(neg_service.open_run(run.store.uri), now=now)
     assert running.is_running
     assert running.rate == pytest.approx(0.1, rel=1e-3)
@@ -215,7 +266,7 @@ def test_a_store_is_tried_again_for_as_long_as_it_was_told(tmp_path: Path, caplo
     assert caplog.text.count("Input/output error; trying again for") == 2
     failures = 10**6
     began = time.monotonic()
-    with pytest.raises(Exception, match="Input/output error"):
+    with pytest.raises(StorageError, match="Input/output error"):
         PatientStore(store, 1).put("a", b"2")
     assert 1 <= time.monotonic() - began < 5
     assert isinstance(open_store(str(tmp_path), None, 5), PatientStore)

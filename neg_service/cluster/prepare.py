@@ -1,0 +1,144 @@
+"""A scan before it begins: the configuration checked, the prompts loaded, the plan made; nothing is written.
+
+The order is deliberate: all that can be refused is refused here, before Ray starts and before a model's weights are
+touched. What was asked for is kept with the run, so that it can be planned once more from its URI alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
+from neg_service.config import ScanConfig, check, typed
+from neg_service.errors import DestinationError
+from neg_service.measures import find_measure
+from neg_service.measures.choice import with_list_read
+from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model
+from neg_service.models.source import DEFAULT, LocalModel, fetch
+from neg_service.prompts.prompt import Prompt, check_prompts
+from neg_service.prompts.sources import BUILT_IN, load_prompts, without_credentials
+from neg_service.storage.reader import Run, open_run
+from neg_service.storage.run import fingerprint_of, require_same
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scan that has been checked as far as is possible without weights and without a cluster."""
+
+    config: ScanConfig
+    prompts: Sequence[Prompt]
+    local: LocalModel
+    info: ModelInfo
+    plan: Plan
+    identity: dict[str, Any]
+    tables: dict[str, pa.Schema]
+    uri: str
+    # What has to be asked for to compute any shard again.
+    request: dict[str, Any] = field(default_factory=dict)
+    # What else run.json should say of it.
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides the numbers."""
+        return fingerprint_of(self.identity)
+
+    @property
+    def memory(self) -> int:
+        """About what a replica needs, in bytes."""
+        return replica_bytes(self.info, self.config.model.dtype, self.plan)
+
+
+def prepare(config: ScanConfig) -> Prepared:
+    """Check a configuration and plan its scan; nothing is written.
+
+    Raises:
+        ConfigurationError: what was asked for cannot be done; one line says why.
+    """
+    check(config)
+    # Replicas, and whoever repairs the run, do not share this process's working directory.
+    config = replace(
+        config,
+        model=replace(config.model, source=_absolute(config.model.source)),
+        dataset=replace(config.dataset, source=_absolute(config.dataset.source)),
+    )
+    checked_dtype(config.model.dtype)
+    measure = find_measure(str(config.measure.get("name")))
+    options = measure.read(typed(measure.Options, config.measure, "measure"))
+    config = replace(config, measure=asdict(options))
+    config = replace(config, neurons=with_list_read(config.neurons))
+    prompts = load_prompts(config.dataset.source, config.job.limit)
+    check_prompts(prompts)
+    local = fetch(
+        config.model.source,
+        config.model.revision,
+        with_weights=False,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    info = inspect_model(local, config.model.trust_remote_code)
+    measure.check(options, config.neurons, info, prompts)
+    n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
+    plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
+    identity = identity_of(config, info, measure.identity(options), prompts, plan)
+    name = run_name(config, info, str(config.measure["name"]))
+    prepared = Prepared(
+        config=config,
+        prompts=prompts,
+        local=local,
+        info=info,
+        plan=plan,
+        identity=identity,
+        tables=measure.tables(options, info),
+        uri=f"{config.storage.uri.rstrip('/')}/{name}-{fingerprint_of(identity)}",
+        request=_request(config),
+    )
+    if config.job.resume is not None:
+        wanted = open_run(config.job.resume, config.storage.endpoint_url)
+        require_same(wanted.uri, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
+        prepared = replace(prepared, uri=wanted.uri)
+    return prepared
+
+
+def prepare_again(run: Run, config: ScanConfig) -> Prepared:
+    """Plan an existing run once more from what its run.json says was asked for.
+
+    Of `config` the cluster, the storage and the device count, and the sources of model and data set where they are not
+    those of a new configuration: files may have moved since.
+
+    Raises:
+        ConfigurationError: the run cannot be planned, or its model, prompts or software are others by now.
+    """
+    if not run.request:
+        raise DestinationError(f"{run.uri}: does not say what was asked for; run its scan again")
+    asked, fresh = typed(ScanConfig, run.request), ScanConfig()
+    asked.model.device = config.model.device
+    if config.model.source != fresh.model.source:
+        asked.model.source = config.model.source
+    if config.dataset.source != fresh.dataset.source:
+        asked.dataset.source = config.dataset.source
+    parent = run.uri.rstrip("/").rsplit("/", 1)[0]
+    job = replace(asked.job, resume=run.uri, progress_seconds=config.job.progress_seconds)
+    return prepare(replace(asked, cluster=config.cluster, storage=replace(config.storage, uri=parent), job=job))
+
+
+def _request(config: ScanConfig) -> dict[str, Any]:
+    """What was asked for, without how it is run; credentials in a URL are not kept."""
+    job = {"name": config.job.name, "limit": config.job.limit, "shard_size": config.job.shard_size}
+    dataset = {"source": without_credentials(config.dataset.source)}
+    return {
+        "model": {key: value for key, value in asdict(config.model).items() if key != "device"},
+        "dataset": dataset,
+        "measure": dict(config.measure),
+        "neurons": asdict(config.neurons),
+        "job": job,
+    }
+
+
+def _absolute(source: str) -> str:
+    is_a_path = source not in (DEFAULT, *BUILT_IN) and Path(source).exists()
+    return str(Path(source).absolute()) if is_a_path else source

@@ -1,0 +1,77 @@
+"""Patience with a store that fails in a way that may pass: waiting in the place of computing again."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import pyarrow.fs as pafs
+
+from neg_service.errors import StorageError
+from neg_service.storage.objects import UNFINISHED_SECONDS, Entry, ObjectStore
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Between an operation that failed and its repetition: doubled each time, up to this, and jittered.
+_LONGEST_PAUSE_SECONDS = 30.0
+
+
+class PatientStore:
+    """Another store, each of whose operations is repeated for a while when it fails in a way that may pass.
+
+    A server that is restarted, or a network that is down for minutes, then costs waiting and nothing else.
+    """
+
+    def __init__(self, store: ObjectStore, seconds: float) -> None:
+        """`seconds`: how long an operation is repeated, from its first failure on."""
+        self._store = store
+        self._seconds = seconds
+        self.uri = store.uri
+
+    def put(self, key: str, data: bytes) -> None:
+        """See ObjectStore."""
+        self._patiently(lambda: self._store.put(key, data))
+
+    def get(self, key: str) -> bytes | None:
+        """See ObjectStore."""
+        return self._patiently(lambda: self._store.get(key))
+
+    def list(self, prefix: str) -> list[Entry]:
+        """See ObjectStore."""
+        return self._patiently(lambda: self._store.list(prefix))
+
+    def delete(self, key: str) -> None:
+        """See ObjectStore."""
+        self._patiently(lambda: self._store.delete(key))
+
+    def check(self) -> None:
+        """See ObjectStore."""
+        self._patiently(self._store.check)
+
+    def clear_unfinished(self, older_than_seconds: float = UNFINISHED_SECONDS) -> int:
+        """See ObjectStore."""
+        return self._patiently(lambda: self._store.clear_unfinished(older_than_seconds))
+
+    def arrow(self) -> tuple[pafs.FileSystem, str]:
+        """See ObjectStore."""
+        return self._store.arrow()
+
+    def _patiently(self, operation: Callable[[], T]) -> T:
+        pause, until = 1.0, None
+        while True:
+            try:
+                return operation()
+            except StorageError as error:
+                now = time.monotonic()
+                until = now + self._seconds if until is None else until
+                if now >= until:
+                    raise
+                log.warning("%s; trying again for %.0f s", error, until - now)
+                # Many replicas lose the same server at the same moment; they should not all come back at once.
+                time.sleep(min(pause * random.uniform(0.5, 1.5), until - now))
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

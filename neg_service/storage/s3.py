@@ -1,0 +1,188 @@
+"""Objects of an S3 bucket below a prefix, through s3fs.
+
+Credentials come from the environment or the usual AWS chain, never from configuration, and are in no message.
+"""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import pyarrow.fs as pafs
+import s3fs
+from botocore.exceptions import (
+    BotoCoreError,
+    HTTPClientError,
+    NoCredentialsError,
+    NoRegionError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.parsers import ResponseParserError
+
+from neg_service.errors import DestinationError, StorageError, one_line
+from neg_service.storage.objects import UNFINISHED_SECONDS, Entry
+
+# Every request is safe to repeat: a put replaces itself. After throttling, server errors, resets and timeouts botocore
+# waits longer and longer, with jitter; a server that is gone for longer than that is a PatientStore's business.
+_CONNECT_SECONDS = 10
+_REQUESTS = {
+    "connect_timeout": _CONNECT_SECONDS,
+    "read_timeout": 60,
+    "retries": {"mode": "standard", "total_max_attempts": 6},
+}
+# What no repetition mends, and what botocore says of it only on its second line.
+_WRONG_SETTINGS = (ParamValidationError, ProfileNotFound, NoRegionError, PartialCredentialsError)
+
+
+class S3Store:
+    """Objects of a bucket below a prefix, through s3fs."""
+
+    def __init__(self, uri: str, endpoint_url: str | None = None) -> None:
+        """Connects lazily: nothing is asked of the server yet."""
+        self.uri = uri.rstrip("/")
+        self.root = self.uri.removeprefix("s3://")
+        self.endpoint_url = endpoint_url
+        # Listings are never cached: another process may be writing.
+        self._files: Any = s3fs.S3FileSystem(
+            endpoint_url=endpoint_url, use_listings_cache=False, config_kwargs=_REQUESTS
+        )
+        # s3fs repeats what botocore has given up on; once more is for bodies that break off, which botocore never sees.
+        self._files.retries = 2
+
+    def put(self, key: str, data: bytes) -> None:
+        """One request, or a multipart upload that shows nothing until complete."""
+        with self._translated():
+            self._files.pipe_file(f"{self.root}/{key}", data)
+
+    def get(self, key: str) -> bytes | None:
+        """Fetch a whole object."""
+        with self._translated():
+            try:
+                data: bytes = self._files.cat_file(f"{self.root}/{key}")
+                return data
+            except FileNotFoundError:
+                return None
+
+    def list(self, prefix: str) -> list[Entry]:
+        """What is below a folder, as the server has it now."""
+        with self._translated():
+            try:
+                found = self._files.find(f"{self.root}/{prefix}", detail=True)
+            except FileNotFoundError:
+                return []
+            return sorted(
+                (
+                    Entry(path.removeprefix(f"{self.root}/"), int(known["size"]), known["LastModified"].timestamp())
+                    for path, known in found.items()
+                ),
+                key=lambda entry: entry.key,
+            )
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        with self._translated():
+            try:
+                self._files.rm_file(f"{self.root}/{key}")
+            except FileNotFoundError:
+                return
+
+    def check(self) -> None:
+        """The server answers as S3 does, the bucket exists, and the key may list it."""
+        self._require_listener()
+        strange = DestinationError(
+            f"{self._where()}: something answers there, but not as an S3 server does; check storage.endpoint_url"
+        )
+        with self._translated():
+            try:
+                bucket, _, prefix = self.root.partition("/")
+                # Below the prefix, because a key may be good for that alone.
+                reply = self._files.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
+            except (ValueError, RecursionError):
+                # What is no URL, and pages that lead on to other pages, where a client of S3 goes round and round.
+                raise strange from None
+            except HTTPClientError as error:
+                if isinstance(error.kwargs.get("error"), aiohttp.TooManyRedirects):
+                    raise strange from error
+                raise
+            except OSError as error:
+                # An error without a code is no error of S3's.
+                if "An error occurred ()" in str(error):
+                    raise strange from error
+                raise
+        # Of a page in HTML the parser understands nothing, and finds nothing wrong.
+        if "IsTruncated" not in reply:
+            raise strange
+
+    def clear_unfinished(self, older_than_seconds: float = UNFINISHED_SECONDS) -> int:
+        """Multipart uploads that were never completed; their bytes are kept, and billed, until they are aborted."""
+        bucket, _, prefix = self.root.partition("/")
+        cleared, place = 0, {"Bucket": bucket, "Prefix": f"{prefix}/"}
+        until = datetime.now(UTC).timestamp() - older_than_seconds
+        with self._translated():
+            while True:
+                reply = self._files.call_s3("list_multipart_uploads", **place)
+                for upload in reply.get("Uploads", []):
+                    if upload["Initiated"].timestamp() <= until:
+                        key, upload_id = upload["Key"], upload["UploadId"]
+                        self._files.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
+                        cleared += 1
+                if not reply.get("IsTruncated"):
+                    return cleared
+                place |= {"KeyMarker": reply["NextKeyMarker"], "UploadIdMarker": reply["NextUploadIdMarker"]}
+
+    def arrow(self) -> tuple[pafs.FileSystem, str]:
+        """s3fs behind pyarrow's interface, so that both see the same credentials and endpoint."""
+        # Parquet readers know which bytes they want; s3fs would read ahead by tens of megabytes.
+        exact = s3fs.S3FileSystem(
+            endpoint_url=self.endpoint_url, use_listings_cache=False, config_kwargs=_REQUESTS, default_cache_type="none"
+        )
+        return pafs.PyFileSystem(pafs.FSSpecHandler(exact)), self.root
+
+    def _require_listener(self) -> None:
+        """A name that nobody has and a port where nobody listens are told at once, not after many tries."""
+        if self.endpoint_url is None or urllib.request.getproxies():
+            return
+        parts = urlsplit(self.endpoint_url)
+        try:
+            place = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+            socket.create_connection(place, timeout=_CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DestinationError(f"{self._where()}: no server answers there: {reason}") from error
+
+    def _where(self) -> str:
+        at = f" (storage.endpoint_url={self.endpoint_url})" if self.endpoint_url else ""
+        return f"storage.uri={self.uri}{at}"
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (PermissionError, FileNotFoundError, NoCredentialsError, *_WRONG_SETTINGS) as error:
+            # The reply to a completed upload was lost, and the upload is not there any more: put it again.
+            if "upload" in str(error) and "does not exist" in str(error):
+                raise StorageError(f"{self._where()}: {one_line(error)}") from error
+            raise DestinationError(f"{self._where()}: {_explained(error)}") from error
+        # Refused connections are botocore's own errors, bodies that break off aiohttp's; both are no OSErrors.
+        except (OSError, BotoCoreError, ResponseParserError, aiohttp.ClientError) as error:
+            raise StorageError(f"{self._where()}: {one_line(error)}") from error
+
+
+def _explained(error: Exception) -> str:
+    """What the server said, and what to do about it where that is not plain."""
+    text = one_line(error)
+    if isinstance(error, _WRONG_SETTINGS):
+        return " ".join(str(error).split())
+    if isinstance(error, NoCredentialsError):
+        return f"{text}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or another source of the AWS chain"
+    if "request time" in text:
+        return f"{text.rstrip('.')}: set this machine's clock"
+    return text
