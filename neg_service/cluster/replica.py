@@ -117,7 +117,7 @@ class Replica:
         """Compute a shard and put its parts, the last table's last: that one is the commit."""
         tables = self._computing.submit(self._compute, shard, batch_scale).result()
         sizes = {}
-        with self._doing.storing():
+        with self._doing.one_more(storing=1):
             for name in list(tables):
                 assert self._destination is not None
                 # Taken out, so that a table that is stored takes no memory any more.
@@ -132,7 +132,7 @@ class Replica:
         return self._doing.is_only_storing
 
     def _compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
-        with self._doing.computing():
+        with self._doing.one_more(computing=1):
             return self._worker.compute(shard, batch_scale)
 
 
@@ -150,20 +150,12 @@ class _Doing:
         return bool(self._storing and not self._computing)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        self._change(1, 0)
+    def one_more(self, *, computing: int = 0, storing: int = 0) -> Iterator[None]:
+        self._change(computing, storing)
         try:
             yield
         finally:
-            self._change(-1, 0)
-
-    @contextmanager
-    def storing(self) -> Iterator[None]:
-        self._change(0, 1)
-        try:
-            yield
-        finally:
-            self._change(0, -1)
+            self._change(-computing, -storing)
 
     def waited_since_last_asked(self) -> float:
         self._change(0, 0)

@@ -82,6 +82,8 @@ class S3Store:
                 (
                     Entry(path.removeprefix(f"{self.root}/"), int(known["size"]), known["LastModified"].timestamp())
                     for path, known in found.items()
+                    # Where nothing is listed s3fs asks once more, and names the folder if something came in between.
+                    if known["type"] != "directory"
                 ),
                 key=lambda entry: entry.key,
             )

@@ -99,7 +99,7 @@ def test_two_drivers_at_once(
 ) -> None:
     orders.give(when="compute", do="sleep", seconds=0.5)
     drivers = [drive(), drive()]
-    assert [driver.finish() for driver in drivers] == [0, 0], [driver.output for driver in drivers]
+    assert [driver.finish() for driver in drivers] == [0, 0], "\n\n".join(driver.output for driver in drivers)
     # Each did all there was to do, beside the other.
     assert all(f"{N_SHARDS} of {N_SHARDS} shards to do" in driver.output for driver in drivers)
     assert all(f"{N_PROMPTS}/{N_PROMPTS} prompts" in driver.output for driver in drivers)

@@ -67,6 +67,22 @@ def test_objects_are_put_replaced_listed_and_deleted(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("as_writer")
+def test_an_object_that_comes_while_a_folder_is_listed_harms_nothing(server: Server) -> None:
+    direct = open_store(f"s3://{BUCKET}/coming", server.endpoint_url)
+
+    def decide(request: Seen) -> str | None:
+        # What s3fs asks after a listing that was empty.
+        if request.method == "HEAD":
+            direct.put("t/a", b"new")
+        return None
+
+    with Proxy(server.endpoint_url, decide) as proxy:
+        store = open_store(f"s3://{BUCKET}/coming", proxy.url)
+        assert store.list("t") == []
+        assert [entry.key for entry in store.list("t")] == ["t/a"]
+
+
+@pytest.mark.usefixtures("as_writer")
 def test_an_object_of_several_requests_comes_back_whole(server: Server) -> None:
     store = open_store(f"s3://{BUCKET}/large", server.endpoint_url)
     data = os.urandom(101 * 2**20)
