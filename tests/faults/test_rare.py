@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,11 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from infra.s3.server import BUCKET, Server
+from neg_service.cluster.plan import shards_of
+from neg_service.cluster.prepare import prepare
+from neg_service.cluster.replica import Destination, Replica, ScanWorker
 from neg_service.errors import DestinationError, StorageError
+from neg_service.storage.parts import part_key
 from neg_service.storage.stores import open_store
 from tests.e2e.commands import Running
 from tests.faults.conftest import N_PROMPTS, N_SHARDS, Disturbed, Orders, meanwhile, signalled
@@ -132,6 +137,24 @@ def test_a_replica_that_is_stopped_and_revived_when_its_shard_was_given_away(
     time.sleep(3)
     invariant(disturbed)
     assert not psutil.pid_exists(stopped[0])
+
+
+def test_what_is_written_late_is_what_is_there(
+    disturbed: Disturbed, invariant: Invariant, moments: random.Random
+) -> None:
+    disturbed.scan()
+    prepared = prepare(disturbed.config())
+    destination = Destination(disturbed.run_uri, disturbed.endpoint_url, prepared.fingerprint)
+    # As a replica does that was given up and comes to itself when all is done.
+    late = Replica(partial(ScanWorker, prepared.config, prepared.info.identity, 1), destination)
+    late.start()
+    shard = moments.choice(list(shards_of(prepared.prompts, prepared.plan)))
+    store = open_store(disturbed.run_uri, disturbed.endpoint_url)
+    before = {entry.key: entry.modified for entry in store.list("")}
+    late.run(shard, 0.5)
+    written = {entry.key for entry in store.list("") if entry.modified != before[entry.key]}
+    assert written == {part_key(table, shard.index) for table in TABLES}
+    invariant(disturbed)
 
 
 @pytest.fixture
