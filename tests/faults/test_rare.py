@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -23,7 +26,7 @@ from neg_service.cluster.replica import Destination, Replica, ScanWorker
 from neg_service.errors import DestinationError, StorageError
 from neg_service.storage.parts import part_key
 from neg_service.storage.stores import open_store
-from tests.e2e.commands import Running
+from tests.e2e.commands import Running, job
 from tests.faults.conftest import N_PROMPTS, N_SHARDS, Disturbed, Orders, meanwhile, signalled
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.usefixtures("cluster")]
@@ -155,6 +158,23 @@ def test_what_is_written_late_is_what_is_there(
     written = {entry.key for entry in store.list("") if entry.modified != before[entry.key]}
     assert written == {part_key(table, shard.index) for table in TABLES}
     invariant(disturbed)
+
+
+def test_a_sweep_of_ranked_neurons_is_repaired_from_its_uri_alone(disturbed: Disturbed) -> None:
+    sweep = ["measure=sweep", "measure.name=sweep", "measure.grid=coarse", "neurons=top", "neurons.over=dataset"]
+    few = [*sweep, "neurons.count=3", "job.limit=4", "job.shard_size=2"]
+    uri = prepare(disturbed.config(*few)).uri
+    disturbed.scan(*few)
+    store = open_store(uri, disturbed.endpoint_url)
+    whole = store.get(part_key("sweep", 1)) or b""
+    expected = pq.read_table(pa.BufferReader(whole))
+    store.put(part_key("sweep", 1), whole[:-9])
+    where = [f"run={uri}", f"storage.endpoint_url={disturbed.endpoint_url}", "cluster.cpus_per_replica=1"]
+    repaired = job("verify", *where, "repair=true", env=dict(os.environ))
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    found = pq.read_table(pa.BufferReader(store.get(part_key("sweep", 1)) or b""))
+    assert found.select(["prompt_id", "layer", "neuron"]) == expected.select(["prompt_id", "layer", "neuron"])
+    np.testing.assert_allclose(found["neg"], expected["neg"], rtol=1e-4, atol=1e-9)
 
 
 @pytest.fixture
