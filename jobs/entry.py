@@ -62,6 +62,17 @@ def value_of(config: DictConfig, key: str) -> str:
     return str(config[key])
 
 
+def flag_of(config: DictConfig, key: str) -> bool:
+    """A value that is true or false.
+
+    Raises:
+        ConfigurationError: it is something else, such as `no`.
+    """
+    if not isinstance(config[key], bool):
+        raise ConfigurationError(f"{key}={config[key]}: must be true or false")
+    return bool(config[key])
+
+
 def _check_overrides(config_name: str) -> None:
     """Compose the same configuration ahead, to tell a mistake in one line."""
     if any(argument.startswith("-") for argument in sys.argv[1:]):

@@ -10,6 +10,7 @@ from jobs.entry import EXIT_INCOMPLETE, start
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.scan import Summary, run
 from neg_service.config import ScanConfig, typed
+from neg_service.errors import StorageError
 from neg_service.measures.choice import count_of, described
 from neg_service.prompts.sources import without_credentials
 from neg_service.report.console import accuracy, agreement, aligned, bytes_text
@@ -80,8 +81,11 @@ def _short(value: Any) -> str:
 def describe_summary(prepared: Prepared, summary: Summary) -> str:
     """What a scan did, and how to load it."""
     results = open_run(summary.uri, prepared.config.storage.endpoint_url)
-    with reading(results):
-        return _described(prepared, summary, results)
+    try:
+        with reading(results):
+            return _described(prepared, summary, results)
+    except StorageError as error:
+        raise StorageError(f"{summary.shards_done} of {summary.n_shards} shards are stored, but {error}") from error
 
 
 def _described(prepared: Prepared, summary: Summary, results: Run) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from omegaconf import DictConfig
 
-from jobs.entry import start, value_of
+from jobs.entry import flag_of, start, value_of
 from neg_service.cluster.progress import clock
 from neg_service.report.console import aligned, bytes_text, columns, ranges
 from neg_service.storage.reader import open_run
@@ -17,8 +17,8 @@ from neg_service.storage.status import Status, status_of
 def status(config: DictConfig) -> int:
     """Print the status of a run."""
     run = open_run(value_of(config, "run"), config.storage.endpoint_url)
-    found = status_of(run, count_rows=bool(config.rows))
-    print(_as_json(found) if config.json else describe(found))
+    found = status_of(run, count_rows=flag_of(config, "rows"))
+    print(_as_json(found) if flag_of(config, "json") else describe(found))
     return 0
 
 
@@ -31,11 +31,13 @@ def describe(status: Status) -> str:
         ("missing", ranges(status.missing)),
         ("set aside", "\n".join(f"shard {i}: {one['error']}" for i, one in sorted(status.set_aside.items())) or "none"),
     ]
-    if status.rate is not None:
+    if status.rate is not None and status.is_running:
         rate = f"{status.rate * status.shard_size:.3g} prompts/s, {status.rate:.3g} shards/s in the last minutes"
         rows.append(("rate", rate))
     if status.seconds_left is not None:
         rows.append(("time left", f"about {clock(status.seconds_left)}"))
+    if status.unreadable:
+        rows.append(("unreadable", status.unreadable))
     tables = [
         (one.name, f"{one.n_parts}", "-" if one.n_rows is None else f"{one.n_rows}", bytes_text(one.n_bytes))
         for one in status.tables
@@ -49,7 +51,7 @@ def _state(status: Status) -> str:
     if status.silent_seconds is None:
         return "begun; no shard is done yet"
     newest = f"the newest part came {clock(status.silent_seconds)} ago"
-    return f"running: {newest}" if status.is_running else f"stopped, or waiting: {newest}"
+    return f"probably running: {newest}" if status.is_running else f"stopped, or starting: {newest}"
 
 
 def _as_json(status: Status) -> str:

@@ -7,7 +7,7 @@ import time
 
 from omegaconf import DictConfig
 
-from jobs.entry import EXIT_INCOMPLETE, start, value_of
+from jobs.entry import EXIT_INCOMPLETE, flag_of, start, value_of
 from neg_service.cluster.prepare import prepare_again
 from neg_service.cluster.progress import clock
 from neg_service.cluster.scan import run
@@ -24,12 +24,12 @@ _SHOWN = 100
 
 def verify(config: DictConfig) -> int:
     """Check a run; with `repair`, mend it and check it once more."""
-    uri, endpoint_url = value_of(config, "run"), config.storage.endpoint_url
+    uri, endpoint_url, repair = value_of(config, "run"), config.storage.endpoint_url, flag_of(config, "repair")
     open_store(uri, endpoint_url).check()
     store = open_store(uri, endpoint_url, config.storage.patience_seconds)
     verdict = _check(store)
     print(describe(verdict))
-    if config.repair and not verdict.is_clean:
+    if repair and not verdict.is_clean:
         _repair(store, verdict, config)
         verdict = _check(store)
         print(f"\nafter the repair\n{describe(verdict)}")
@@ -37,18 +37,19 @@ def verify(config: DictConfig) -> int:
 
 
 def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
-    restore_run_file(store, verdict)
+    for done in restore_run_file(store, verdict):
+        print(done)
     given = plain(config)
     told = {key: {k: v for k, v in given[key].items() if v is not None} for key in ("model", "dataset")}
     how = typed(ScanConfig, {"cluster": given["cluster"], "storage": given["storage"], **told})
     shards = verdict.shards_to_repair
     # Planned before anything is touched: a model or data set that is not there any more is told here.
     prepared = prepare_again(verdict.run, how) if shards else None
-    for place in clear_wrong(store, verdict):
-        print(f"moved to {place}")
+    for done in clear_wrong(store, verdict):
+        print(done)
     if prepared is None:
         return
-    print(f"computing {len(shards)} shards again: {ranges(shards)}", flush=True)
+    print(f"computing again: shards {ranges(shards)}", flush=True)
     summary = run(prepared)
     for shard, error in sorted(summary.set_aside.items()):
         print(f"set aside: shard {shard}: {error}")
@@ -81,7 +82,7 @@ def describe(verdict: Verdict) -> str:
     if verdict.is_clean:
         heading = "clean: every part is there and as it was written"
     elif verdict.findings:
-        heading = f"not clean: {len(verdict.findings)} objects are missing, foreign or damaged; repair=true mends them"
+        heading = f"not clean: {len(verdict.findings)} missing, foreign or damaged; repair=true mends that"
     else:
         heading = f"incomplete: {len(verdict.not_done)} shards are not done; what is there is as it was written"
     return f"{verdict.run.uri}\n{heading}\n{aligned(rows)}"

@@ -192,8 +192,9 @@ def main(arguments: list[str]) -> int:
         return 2
     server = server_on(Path(arguments[1]))
     if arguments[0] == "down":
+        was_running = server.pid is not None
         server.stop()
-        print(f"ended; its data stay in {server.directory}")
+        print(f"{'ended' if was_running else 'no server was running'}; data stay in {server.directory}")
         return 0
     try:
         server.start()

@@ -24,6 +24,7 @@ from neg_service.prompts.prompt import Prompt, check_prompts
 from neg_service.prompts.sources import BUILT_IN, load_prompts, without_credentials
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
+from neg_service.storage.stores import open_store
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def prepare(config: ScanConfig) -> Prepared:
         ConfigurationError: what was asked for cannot be done; one line says why.
     """
     check(config)
+    open_store(config.storage.uri, config.storage.endpoint_url)
     # Replicas, and whoever repairs the run, do not share this process's working directory.
     config = replace(
         config,

@@ -86,6 +86,7 @@ def run(prepared: Prepared) -> Summary:
     store = open_store(prepared.uri, storage.endpoint_url, storage.patience_seconds)
     directory = RunDirectory(store, prepared.fingerprint, tuple(prepared.tables))
     todo = prepared.plan.n_shards - len(done)
+    log.info("results: %s", store.uri)
     outcome, progress = Outcome(), None
     if todo and prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
         prepared = _with_strongest_listed(prepared)

@@ -285,6 +285,7 @@ def open_runs(uris: Sequence[str], endpoint_url: str | None = None) -> Runs:
         ConfigurationError: none are given, or one twice.
         DestinationError: there is no run at one of them.
     """
+    uris = [uris] if isinstance(uris, str) else uris
     runs = tuple(open_run(uri, endpoint_url) for uri in uris)
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):

@@ -171,6 +171,11 @@ def read_run_file(store: ObjectStore) -> dict[str, Any]:
     """
     content = store.get(RUN_FILE)
     if content is None:
+        if store.get(RUN_COPY) is not None:
+            raise DestinationError(
+                f"{store.uri}: there is no {RUN_FILE}, but {RUN_COPY} is; "
+                f"python -m jobs.verify run={store.uri} repair=true restores it"
+            )
         raise DestinationError(f"{store.uri}: there is no {RUN_FILE}; give the URI of a run directory")
     parsed = parse_run_file(store.uri, content)
     if not is_as_written(parsed):

@@ -38,6 +38,8 @@ _REQUESTS = {
     "read_timeout": 60,
     "retries": {"mode": "standard", "total_max_attempts": 6},
 }
+# At the first look nothing is worth waiting for: an endpoint that takes connections and never replies, say.
+_FIRST_LOOK = {**_REQUESTS, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
 # What no repetition mends, and what botocore says of it only on its second line.
 _WRONG_SETTINGS = (ParamValidationError, ProfileNotFound, NoRegionError, PartialCredentialsError)
 
@@ -47,8 +49,9 @@ class S3Store:
 
     def __init__(self, uri: str, endpoint_url: str | None = None) -> None:
         """Connects lazily: nothing is asked of the server yet."""
-        self.uri = uri.rstrip("/")
-        self.root = self.uri.removeprefix("s3://")
+        parts = urlsplit(uri)
+        self.root = f"{parts.netloc}{parts.path}".rstrip("/")
+        self.uri = f"s3://{self.root}"
         self.endpoint_url = endpoint_url
         # Listings are never cached: another process may be writing.
         self._files: Any = s3fs.S3FileSystem(
@@ -83,7 +86,8 @@ class S3Store:
                     Entry(path.removeprefix(f"{self.root}/"), int(known["size"]), known["LastModified"].timestamp())
                     for path, known in found.items()
                     # Where nothing is listed s3fs asks once more, and names the folder if something came in between.
-                    if known["type"] != "directory"
+                    # An object whose name ends in a slash is a folder that some tools make.
+                    if known["type"] != "directory" and not known["name"].endswith("/")
                 ),
                 key=lambda entry: entry.key,
             )
@@ -106,7 +110,11 @@ class S3Store:
             try:
                 bucket, _, prefix = self.root.partition("/")
                 # Below the prefix, because a key may be good for that alone.
-                reply = self._files.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
+                first = s3fs.S3FileSystem(
+                    endpoint_url=self.endpoint_url, use_listings_cache=False, config_kwargs=_FIRST_LOOK
+                )
+                first.retries = 1
+                reply = first.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
             except (ValueError, RecursionError):
                 # What is no URL, and pages that lead on to other pages, where a client of S3 goes round and round.
                 raise strange from None
@@ -115,8 +123,9 @@ class S3Store:
                     raise strange from error
                 raise
             except OSError as error:
-                # An error without a code is no error of S3's.
-                if "An error occurred ()" in str(error):
+                # An error without a code of S3's own is no error of S3's.
+                reply = getattr(error.__cause__, "response", {})
+                if isinstance(reply, dict) and reply.get("Error", {}).get("Code", "none") in ("", "404", "403"):
                     raise strange from error
                 raise
         # Of a page in HTML the parser understands nothing, and finds nothing wrong.
@@ -153,6 +162,8 @@ class S3Store:
         if self.endpoint_url is None or urllib.request.getproxies():
             return
         parts = urlsplit(self.endpoint_url)
+        if parts.scheme not in ("http", "https"):
+            raise DestinationError(f"{self._where()}: is no URL of a server; give http://HOST:PORT or https://HOST")
         try:
             place = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
             socket.create_connection(place, timeout=_CONNECT_SECONDS).close()
@@ -185,6 +196,8 @@ def _explained(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, NoCredentialsError):
         return f"{text}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or another source of the AWS chain"
+    if "signature" in text:
+        return f"{text}: AWS_SECRET_ACCESS_KEY, perhaps"
     if "request time" in text:
         return f"{text.rstrip('.')}: set this machine's clock"
     return text

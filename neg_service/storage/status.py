@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from neg_service.errors import StorageError
 from neg_service.storage.parts import shard_of
 from neg_service.storage.reader import Run, reading
 
@@ -34,7 +35,8 @@ class Status:
 
     missing: shards neither done nor set aside. set_aside: shard to its record (error, attempts). rate: shards a second
     over the last minutes in which parts came; None with fewer than two. silent_seconds: since the newest part, by the
-    clock of this machine. seconds_left: at that rate, while it runs.
+    clock of this machine; is_running is guessed from it. seconds_left: at that rate, while it runs. unreadable: why rows
+    of a table could not be counted.
     """
 
     uri: str
@@ -49,17 +51,22 @@ class Status:
     silent_seconds: float | None
     is_running: bool
     seconds_left: float | None
+    unreadable: str = ""
 
 
 def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) -> Status:
     """How far `run` is; counting rows reads the footer of each part, which takes a while where there are many."""
     now = time.time() if now is None else now
     done = run.done()
-    tables, finished = [], []
+    tables, finished, unreadable = [], [], ""
     for name in run.tables:
         parts = [entry for entry in run.directory.store.list(name) if shard_of(entry.key) in done]
-        with reading(run):
-            rows = run.table(name).count_rows() if count_rows else None
+        rows = None
+        try:
+            with reading(run):
+                rows = run.table(name).count_rows() if count_rows else None
+        except StorageError as error:
+            unreadable = str(error)
         tables.append(TableStatus(name, len(parts), sum(part.size for part in parts), rows))
         finished = sorted(part.modified for part in parts)
     aside = {shard: record for shard, record in run.directory.set_aside().items() if shard not in done}
@@ -83,6 +90,7 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
         silent_seconds=silent,
         is_running=is_running,
         seconds_left=len(missing) / rate if is_running and rate else None,
+        unreadable=unreadable,
     )
 
 

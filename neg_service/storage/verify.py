@@ -97,29 +97,33 @@ def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done
     return verdict
 
 
-def restore_run_file(store: ObjectStore, verdict: Verdict) -> None:
-    """Write run.json and its copy from the one that can be trusted, if the other cannot."""
-    if any(finding.key in (RUN_FILE, RUN_COPY) for finding in verdict.findings):
+def restore_run_file(store: ObjectStore, verdict: Verdict) -> list[str]:
+    """Write run.json and its copy from the one that can be trusted, if the other cannot; what was done."""
+    wrong = [finding.key for finding in verdict.findings if finding.key in (RUN_FILE, RUN_COPY)]
+    if wrong:
         good = _trusted(store, RUN_FILE) or _trusted(store, RUN_COPY)
         assert good is not None
         put_run_file(store, {key: value for key, value in good.items() if key != "sha256"})
+    return [f"restored {key} from {RUN_COPY if key == RUN_FILE else RUN_FILE}" for key in wrong]
 
 
 def clear_wrong(store: ObjectStore, verdict: Verdict) -> list[str]:
     """Take what is wrong out of the tables' folders, so that its shards are not done and no reader finds it.
 
-    What is damaged is deleted. What is whole and belongs elsewhere is moved; gives where it is now.
+    What is damaged is deleted. What is whole and belongs elsewhere is moved to a folder `foreign`. What was done.
     """
-    moved = []
+    done = []
     for finding in verdict.findings:
         if finding.key in (RUN_FILE, RUN_COPY) or finding.problem == "missing":
             continue
         content = store.get(finding.key)
         if content is not None and finding.problem.startswith("foreign"):
             store.put(f"{FOREIGN}/{finding.key}", content)
-            moved.append(f"{FOREIGN}/{finding.key}")
+            done.append(f"moved {finding.key} to {FOREIGN}/{finding.key}")
+        else:
+            done.append(f"deleted {finding.key}")
         store.delete(finding.key)
-    return moved
+    return done
 
 
 def _checked_run(store: ObjectStore) -> tuple[Run, list[Finding]]:

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -188,13 +189,22 @@ def test_an_endpoint_that_answers_with_a_page_is_no_s3_server(status: int) -> No
 
 
 @pytest.mark.usefixtures("as_writer")
+def test_an_endpoint_that_never_replies_is_told_and_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=r"storage\.endpoint_url=http://127\.0\.0\.1:\d+.*[Tt]ime"):
+            S3Store("s3://runs/x", f"http://127.0.0.1:{mute.getsockname()[1]}").check()
+        assert time.monotonic() - began < 60
+
+
+@pytest.mark.usefixtures("as_writer")
 @pytest.mark.parametrize(
     ("uri", "endpoint_url", "message"),
     [
         ("s3://nobody-made-this/x", None, "storage.uri=s3://nobody-made-this/x.*bucket does not exist"),
         ("s3://runs/x", "http://127.0.0.1:1", "127.0.0.1:1.: no server answers there: Connection refused"),
         ("s3://runs/x", "http://no-such-host.invalid:80", "no server answers there: .*[Nn]ame"),
-        ("s3://runs/x", "127.0.0.1", "no server answers there|not as an S3 server"),
+        ("s3://runs/x", "127.0.0.1:8333", "is no URL of a server; give http://HOST:PORT"),
     ],
 )
 def test_a_place_that_is_none_is_told_at_once(uri: str, endpoint_url: str | None, message: str, server: Server) -> None:
