@@ -35,8 +35,8 @@ class Status:
 
     missing: shards neither done nor set aside. set_aside: shard to its record (error, attempts). rate: shards a second
     over the last minutes in which parts came; None with fewer than two. silent_seconds: since the newest part, by the
-    clock of this machine; is_running is guessed from it. seconds_left: at that rate, while it runs. unreadable: why rows
-    of a table could not be counted.
+    clock of this machine; is_running is guessed from it. seconds_left: at that rate, while it runs. unreadable: why
+    rows of a table could not be counted.
     """
 
     uri: str
