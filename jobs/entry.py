@@ -7,6 +7,7 @@ mistake can be told in one; all of Hydra's flags (--help, --cfg, --multirun) wor
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,11 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
     def guarded(config: DictConfig) -> None:
         try:
             code = job(config)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; Python would complain once more when it closes it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_ERROR)
         except NegServiceError as error:
             _fail(str(error))
         except KeyboardInterrupt:

@@ -39,7 +39,7 @@ _REQUESTS = {
     "retries": {"mode": "standard", "total_max_attempts": 6},
 }
 # At the first look nothing is worth waiting for: an endpoint that takes connections and never replies, say.
-_FIRST_LOOK = {**_REQUESTS, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 3}}
+_FIRST_LOOK = {**_REQUESTS, "read_timeout": 5}
 # What no repetition mends, and what botocore says of it only on its second line.
 _WRONG_SETTINGS = (ParamValidationError, ProfileNotFound, NoRegionError, PartialCredentialsError)
 

@@ -194,7 +194,7 @@ def test_an_endpoint_that_never_replies_is_told_and_not_waited_for() -> None:
         began = time.monotonic()
         with pytest.raises(StorageError, match=r"storage\.endpoint_url=http://127\.0\.0\.1:\d+.*[Tt]ime"):
             S3Store("s3://runs/x", f"http://127.0.0.1:{mute.getsockname()[1]}").check()
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 120
 
 
 @pytest.mark.usefixtures("as_writer")
