@@ -101,7 +101,7 @@ def prepare(config: ScanConfig) -> Prepared:
     )
     if config.job.resume is not None:
         wanted = open_run(config.job.resume, config.storage.endpoint_url)
-        require_same(wanted.uri, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
+        require_same(wanted.directory.store, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
         prepared = replace(prepared, uri=wanted.uri)
     return prepared
 

@@ -45,6 +45,8 @@ class ObjectStore(Protocol):
     """Objects under one URI. Keys are relative, with forward slashes."""
 
     uri: str
+    # How a command names it, for messages that tell what to run next.
+    settings: str
 
     def put(self, key: str, data: bytes) -> None:
         """Write a whole object, replacing what is there."""
@@ -86,6 +88,7 @@ class LocalStore:
         """`root` need not exist yet."""
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
+        self.settings = f"run={self.uri}"
 
     def put(self, key: str, data: bytes) -> None:
         """Write beside, sync, rename: a reader or a crash at any moment sees the old object or the new one."""

@@ -31,7 +31,7 @@ class PatientStore:
         """`seconds`: how long an operation is repeated, from its first failure on."""
         self._store = store
         self._seconds = seconds
-        self.uri = store.uri
+        self.uri, self.settings = store.uri, store.settings
 
     def put(self, key: str, data: bytes) -> None:
         """See ObjectStore."""

@@ -260,7 +260,7 @@ def reading(run: Run) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
             f"{run.uri}: its parts cannot be read: {one_line(error)}; "
-            f"python -m jobs.verify run={run.uri} names what is damaged"
+            f"python -m jobs.verify {run.directory.store.settings} names what is damaged"
         ) from error
 
 

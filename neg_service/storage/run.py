@@ -104,16 +104,16 @@ def write_or_match(
         }
         put_run_file(store, content)
     else:
-        stored = parse_run_file(store.uri, found or copy or b"")
-        require_same(store.uri, stored, identity)
+        stored = parse_run_file(store, found or copy or b"")
+        require_same(store, stored, identity)
         if not is_as_written(stored):
-            raise DestinationError(_edited(store.uri))
+            raise DestinationError(_edited(store))
         if copy is not None:
             put_run_file(store, stored)
     return RunDirectory(store, fingerprint, tuple(tables))
 
 
-def require_same(uri: str, stored: dict[str, Any], identity: dict[str, Any]) -> None:
+def require_same(store: ObjectStore, stored: dict[str, Any], identity: dict[str, Any]) -> None:
     """Refuse to go on with a run that was begun with another identity.
 
     Raises:
@@ -123,10 +123,13 @@ def require_same(uri: str, stored: dict[str, Any], identity: dict[str, Any]) -> 
     if not differences and stored.get("fingerprint") != fingerprint_of(identity):
         differences = [f"fingerprint: {stored.get('fingerprint')} there, {fingerprint_of(identity)} asked"]
     if differences:
+        was_edited = "sha256" in stored and not is_as_written(stored)
+        restore = (
+            f"; it was edited: python -m jobs.verify {store.settings} repair=true restores it" if was_edited else ""
+        )
         raise DestinationError(
-            f"{uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; ask for the same, or use "
-            f"another storage.uri or job.name; if the file was edited, python -m jobs.verify run={uri} repair=true "
-            f"restores it"
+            f"{store.uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; "
+            f"ask for the same, or use another storage.uri or job.name{restore}"
         )
 
 
@@ -135,7 +138,7 @@ def note(store: ObjectStore, found: dict[str, Any]) -> None:
     content = store.get(RUN_FILE)
     if not found or content is None:
         return
-    parsed = parse_run_file(store.uri, content)
+    parsed = parse_run_file(store, content)
     about = {**found, **parsed.get("about", {})}
     # What was changed by somebody else must not get a right checksum from us.
     if about != parsed.get("about") and is_as_written(parsed):
@@ -174,23 +177,23 @@ def read_run_file(store: ObjectStore) -> dict[str, Any]:
         if store.get(RUN_COPY) is not None:
             raise DestinationError(
                 f"{store.uri}: there is no {RUN_FILE}, but {RUN_COPY} is; "
-                f"python -m jobs.verify run={store.uri} repair=true restores it"
+                f"python -m jobs.verify {store.settings} repair=true restores it"
             )
         raise DestinationError(f"{store.uri}: there is no {RUN_FILE}; give the URI of a run directory")
-    parsed = parse_run_file(store.uri, content)
+    parsed = parse_run_file(store, content)
     if not is_as_written(parsed):
-        raise DestinationError(_edited(store.uri))
+        raise DestinationError(_edited(store))
     return parsed
 
 
 def calibration_of(store: ObjectStore) -> dict[str, Any] | None:
     """What an earlier start of this run found out about its precision: the same numbers serve all of a run."""
     content = store.get(RUN_FILE)
-    found = parse_run_file(store.uri, content).get("about", {}).get("calibration") if content is not None else None
+    found = parse_run_file(store, content).get("about", {}).get("calibration") if content is not None else None
     return dict(found) if found is not None else None
 
 
-def parse_run_file(uri: str, content: bytes) -> dict[str, Any]:
+def parse_run_file(store: ObjectStore, content: bytes) -> dict[str, Any]:
     """run.json as a dictionary.
 
     Raises:
@@ -200,17 +203,18 @@ def parse_run_file(uri: str, content: bytes) -> dict[str, Any]:
         parsed = json.loads(content)
     except ValueError as error:
         raise DestinationError(
-            f"{uri}/{RUN_FILE} is damaged: {error}; python -m jobs.verify run={uri} repair=true restores it"
+            f"{store.uri}/{RUN_FILE} is damaged: {error}; "
+            f"python -m jobs.verify {store.settings} repair=true restores it"
         ) from error
     if not isinstance(parsed, dict) or not {"fingerprint", "identity", "tables"} <= set(parsed):
-        raise DestinationError(f"{uri}/{RUN_FILE} is not a run's: it has no fingerprint, identity and tables")
+        raise DestinationError(f"{store.uri}/{RUN_FILE} is not a run's: it has no fingerprint, identity and tables")
     return parsed
 
 
-def _edited(uri: str) -> str:
+def _edited(store: ObjectStore) -> str:
     return (
-        f"{uri}/{RUN_FILE} was changed after it was written: its checksum is wrong; "
-        f"restore it with python -m jobs.verify run={uri} repair=true"
+        f"{store.uri}/{RUN_FILE} was changed after it was written: its checksum is wrong; "
+        f"restore it with python -m jobs.verify {store.settings} repair=true"
     )
 
 

@@ -53,6 +53,7 @@ class S3Store:
         self.root = f"{parts.netloc}{parts.path}".rstrip("/")
         self.uri = f"s3://{self.root}"
         self.endpoint_url = endpoint_url
+        self.settings = f"run={self.uri}" + (f" storage.endpoint_url={endpoint_url}" if endpoint_url else "")
         # Listings are never cached: another process may be writing.
         self._files: Any = s3fs.S3FileSystem(
             endpoint_url=endpoint_url, use_listings_cache=False, config_kwargs=_REQUESTS

@@ -160,7 +160,7 @@ def _read(store: ObjectStore, key: str) -> tuple[dict[str, Any] | None, str | No
     if content is None:
         return None, "missing"
     try:
-        parsed = parse_run_file(store.uri, content)
+        parsed = parse_run_file(store, content)
     except DestinationError:
         return None, "damaged: it was changed after it was written"
     if not is_as_written(parsed) or parsed["fingerprint"] != fingerprint_of(parsed["identity"]):
