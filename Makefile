@@ -35,7 +35,7 @@ test: check model ## checks, then all tests
 	$(BIN)/python -m pytest
 
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
-	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults tests/storage/test_s3.py -m "" -v
+	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults tests/e2e/test_kill.py tests/storage/test_s3.py -m "" -v
 
 check: $(READY) ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

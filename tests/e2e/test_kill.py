@@ -13,7 +13,8 @@ import neg_service
 from neg_service.prompts import facts
 from tests.e2e.commands import Running
 
-pytestmark = [pytest.mark.ray, pytest.mark.model, pytest.mark.slow]
+# Minutes; `make test` kills replicas and drivers of a tiny model in `tests/faults`.
+pytestmark = [pytest.mark.ray, pytest.mark.model, pytest.mark.slow, pytest.mark.faults]
 ARGUMENTS = ["job.shard_size=16", "cluster.replicas=1", "job.progress_seconds=0"]
 
 
