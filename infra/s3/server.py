@@ -131,6 +131,7 @@ class Server:
                     files.rm_file(f"{BUCKET}/.started")
                     return
             except (OSError, BotoCoreError):
+                # Not yet; the deadline below decides when that is an error.
                 pass
             if time.monotonic() > until:
                 self.stop()

@@ -158,7 +158,10 @@ def rewrite_copy(store: ObjectStore) -> None:
     Raises:
         DestinationError: it cannot.
     """
-    store.put(RUN_COPY, store.get(RUN_FILE) or b"")
+    content = store.get(RUN_FILE)
+    # Another driver, which was refused, may just have taken it away; it is written again at the end.
+    if content is not None:
+        store.put(RUN_COPY, content)
 
 
 def is_as_written(parsed: dict[str, Any]) -> bool:
