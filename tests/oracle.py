@@ -12,37 +12,56 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_GATED = {"paper": ("up_proj", "output"), "hidden": ("down_proj", "input"), "gate": ("act_fn", "output")}
+_FUSED = {
+    "paper": ("gate_up_proj", "second half of output"),
+    "hidden": ("down_proj", "input"),
+    "gate": ("activation_fn", "output"),
+}
+_NEURONS = {
+    "Phi3MLP": _FUSED,
+    "GlmMLP": _FUSED,
+    "Glm4MLP": _FUSED,
+    "ModernBertMLP": {"paper": ("Wi", "second half of output"), "hidden": ("Wo", "input"), "gate": ("act", "output")},
+}
+# Plain MLPs: what the second projection reads, or what the first one gives after its activation.
+_PLAIN = {
+    **dict.fromkeys(("GPT2MLP", "GPTNeoMLP", "GPTBigCodeMLP", "Starcoder2MLP"), ("c_proj", "input")),
+    **dict.fromkeys(("GPTNeoXMLP", "FalconMLP", "BloomMLP"), ("dense_4h_to_h", "input")),
+    **dict.fromkeys(("GPTJMLP", "CodeGenMLP"), ("fc_out", "input")),
+    **dict.fromkeys(("OPTDecoderLayer", "PhiMLP"), ("fc2", "input")),
+    "NemotronMLP": ("down_proj", "input"),
+    "MptBlock": ("ffn.down_proj", "input"),
+    "TransformerBlock": ("ffn.lin2", "input"),
+    **dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer"), ("intermediate", "output")),
+    **dict.fromkeys(("DebertaLayer", "DebertaV2Layer", "MPNetLayer"), ("intermediate", "output")),
+}
+_LAYERS = {
+    **dict.fromkeys(("GPT2LMHeadModel", "GPTNeoForCausalLM", "GPTJForCausalLM", "CodeGenForCausalLM"), "transformer.h"),
+    **dict.fromkeys(("FalconForCausalLM", "BloomForCausalLM", "GPTBigCodeForCausalLM"), "transformer.h"),
+    "MptForCausalLM": "transformer.blocks",
+    "GPTNeoXForCausalLM": "gpt_neox.layers",
+    "OPTForCausalLM": "model.decoder.layers",
+    "Gemma3ForConditionalGeneration": "model.language_model.layers",
+    "BertForMaskedLM": "bert.encoder.layer",
+    **dict.fromkeys(("RobertaForMaskedLM", "XLMRobertaForMaskedLM"), "roberta.encoder.layer"),
+    "ElectraForMaskedLM": "electra.encoder.layer",
+    "DistilBertForMaskedLM": "distilbert.transformer.layer",
+    **dict.fromkeys(("DebertaForMaskedLM", "DebertaV2ForMaskedLM"), "deberta.encoder.layer"),
+    "MPNetForMaskedLM": "mpnet.encoder.layer",
+}
+
 
 def neuron_module(mlp: nn.Module, basis: str) -> tuple[nn.Module, str]:
     """The module of an MLP, and whether its input or its output is the neurons."""
     kind = type(mlp).__name__
-    if kind in {"GPT2MLP"}:
-        return mlp.c_proj, "input"
-    if kind in {"GPTNeoXMLP"}:
-        return mlp.dense_4h_to_h, "input"
-    if kind in {"OPTDecoderLayer", "PhiMLP"}:
-        return mlp.fc2, "input"
-    if kind in {"BertLayer", "RobertaLayer"}:
-        return mlp.intermediate, "output"
-    if kind == "TransformerBlock":
-        return mlp.ffn.lin2, "input"
-    if basis == "hidden":
-        return mlp.down_proj, "input"
-    if kind in {"Phi3MLP"}:
-        return (mlp.gate_up_proj, "second half of output") if basis == "paper" else (mlp.activation_fn, "output")
-    return (mlp.up_proj, "output") if basis == "paper" else (mlp.act_fn, "output")
+    name, side = _PLAIN[kind] if kind in _PLAIN else _NEURONS.get(kind, _GATED)[basis]
+    return mlp.get_submodule(name), side
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The MLP of each layer, by the attribute paths of the families that tests use."""
-    for name in ("bert", "roberta"):
-        if hasattr(model, name):
-            return list(getattr(model, name).encoder.layer)
-    if hasattr(model, "distilbert"):
-        return list(model.distilbert.transformer.layer)
-    inner = getattr(model, "model", None) or getattr(model, "transformer", None) or model.gpt_neox
-    inner = getattr(inner, "decoder", inner)
-    layers = getattr(inner, "layers", None) or inner.h
+    """The MLP of each layer, or the layer where that is not a module of its own."""
+    layers = model.get_submodule(_LAYERS.get(type(model).__name__, "model.layers"))
     return [getattr(layer, "mlp", layer) for layer in layers]
 
 

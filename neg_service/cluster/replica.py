@@ -40,10 +40,14 @@ ACTOR_OPTIONS = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 3}
 
 @dataclass(frozen=True)
 class Ready:
-    """What a worker says when it is ready: what it runs on, and what it found out about its own precision."""
+    """What a worker says when it is ready: what it runs on, and what it found out about its model and its precision.
+
+    engine: how the model's rows are run, see `models/language_model.py`.
+    """
 
     runs_on: str
     calibration: dict[str, Any] = field(default_factory=dict)
+    engine: str = ""
 
 
 class Worker(Protocol):
@@ -212,14 +216,13 @@ class ScanWorker:
                 f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
                 f"planned for {self._identity}: put the same files on every node"
             )
-        checked = self._model.ensure_checked()
-        log.debug("self-check passed: %s", checked)
+        log.debug("self-check passed: %s", self._model.ensure_checked())
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
         if self._calibration is None:
             samples, neurons = self._encoded(self._samples), self._config.neurons
             self._calibration = self._measure.calibrate(self._model, samples, self._options, neurons)
-        return Ready(f"{self._model.device}, {self._threads} threads", self._calibration)
+        return Ready(f"{self._model.device}, {self._threads} threads", self._calibration, self._model.engine)
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """Encode and measure a shard."""

@@ -226,7 +226,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     progress = Progress(prepared.plan.n_prompts, prepared.plan.n_prompts - left, config.job.progress_seconds)
 
     def on_first_ready(hello: Hello) -> None:
-        note(directory.store, {"calibration": hello.ready.calibration})
+        note(directory.store, {"calibration": hello.ready.calibration, "engine": hello.ready.engine})
         progress.start()
 
     def on_set_aside(shard: Shard, error: str, failures: int) -> None:

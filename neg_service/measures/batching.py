@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from neg_service.errors import OutOfMemory
-from neg_service.models.batches import Budget, fill_batches
+from neg_service.models.batches import Budget, fill_batches, is_out_of_memory
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt
 
@@ -92,9 +92,3 @@ def _halving(
 def named(prompt: EncodedPrompt, model: LanguageModel) -> str:
     """A prompt as messages name it, with what its errors mostly depend on."""
     return f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens) in {str(model.dtype).removeprefix('torch.')}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ended."""
-    # PyTorch has a class for it on accelerators; on the CPU the allocator raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

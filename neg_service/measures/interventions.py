@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
-from neg_service.measures.batching import is_out_of_memory, named
-from neg_service.measures.gradients import row_gradients, signed_by
+from neg_service.measures.batching import named
+from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
-from neg_service.models.batches import RowBudget
+from neg_service.models.backward import target_gradients
+from neg_service.models.batches import RowBudget, is_out_of_memory
 from neg_service.models.feed_forward import visiting
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.rows import Rows, flat, resuming_at
+from neg_service.models.rows import Rows, flat, form_of, resuming_at
 from neg_service.prompts.prompt import EncodedPrompt
 
 # So many targets' graphs are held at once.
@@ -54,7 +55,7 @@ class Interventions:
         self._target_ids = list(prompt.target_ids)
         self._widens_at_neurons = model.ensure_checked().widens_at_neurons
         self._inputs: list[Tensor] = []
-        self._gives_tuple: list[bool] = []
+        self._forms: list[Any] = []
         self.device = model.device
         with self._naming_memory("its tokens do"):
             self.rows: Rows = model.rows([prompt.ids], header)
@@ -62,7 +63,7 @@ class Interventions:
 
         def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self._inputs.append(args[0] if args else kwargs["hidden_states"])
-            self._gives_tuple.append(isinstance(output, tuple))
+            self._forms.append(form_of(output))
 
         with torch.no_grad(), self._naming_memory("its tokens do"), ExitStack() as stack:
             for layer in self._layers:
@@ -87,7 +88,7 @@ class Interventions:
         for start in range(0, len(self._target_ids), _TARGETS_TOGETHER):
             own = self._target_ids[start : start + _TARGETS_TOGETHER]
             with self._naming_memory("the gradients of its targets do"):
-                found = row_gradients(self.rows, [len(own)], sites, own)
+                found = target_gradients(self.rows, [own], sites)
             signed = [
                 signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
                 for slope_kn, activation_kn in zip(found.gradient_lrn, found.activation_lrn, strict=True)
@@ -144,7 +145,7 @@ class Interventions:
     def run_unshifted(self, layer: int, n_rows: int) -> None:
         """Run `n_rows` equal rows from a layer on and drop them: the least that interventions there can cost."""
         stored = self.rows.widened(self._inputs[layer], n_rows)
-        with resuming_at(self._layers, layer, stored, self._gives_tuple):
+        with resuming_at(self._layers, layer, stored, self._forms):
             self.rows.run([n_rows])
 
     @torch.no_grad()
@@ -163,7 +164,7 @@ class Interventions:
         if not self._widens_at_neurons:
             stored = self.rows.widened(stored, n_rows)
         with ExitStack() as stack:
-            stack.enter_context(resuming_at(self._layers, layer, stored, self._gives_tuple))
+            stack.enter_context(resuming_at(self._layers, layer, stored, self._forms))
             stack.enter_context(visiting({layer: site}, shift))
             head_rv = stack.enter_context(self._readout.differences([n_rows]))
             self.rows.run([1 if self._widens_at_neurons else n_rows])
@@ -173,7 +174,7 @@ class Interventions:
 def rows_that_fit(model: LanguageModel, rows: Rows, batch_bytes: float) -> RowBudget:
     """How many rows of a batch fit into a memory budget; never fewer than the two without which nothing is measured."""
     attention = 3 * model.model.config.get_text_config().num_attention_heads * rows.attended
-    a_row = model.row_values + (rows.tokens - 1) * model.token_values + rows.tokens * attention
+    a_row = model.row_values + (rows.tokens - 1) * model.token_values + rows.tokens * attention + rows.copied
     return RowBudget(max(2, int(batch_bytes) // (max(4, model.dtype.itemsize) * a_row)))
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+
 # A branch keeps a graph through every layer, a prefix token only keys and values: about this many times the memory.
 BRANCH_COST = 16
 # A pass reads all weights whatever it carries: about so many tokens' time. A group costs one, a header another.
@@ -93,6 +95,12 @@ def fill_batches(lengths: Sequence[int], branches: Sequence[int], budget: Budget
             end += 1
         yield tuple(order[start:end])
         start = end
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ended."""
+    # PyTorch has a class for it on accelerators; on the CPU the allocator raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -9,7 +9,8 @@ Four tensors are called "the neuron" in the literature; the *basis* says which:
 | `gate`   | act(gate(x))                          | refused                     |
 
 A new architecture is a row of `LAYOUTS`. What is not in the table is refused by the name of its MLP class, never
-guessed: a wrong tensor gives plausible numbers.
+guessed: a wrong tensor gives plausible numbers. Refused by name as well is what would fit the table and mislead:
+experts, of which each token uses some; layers that share one set of weights; several MLPs a layer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ BASES = ("paper", "hidden", "gate")
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the modules inside an MLP. `fused`: one projection gives gate and up, in this order."""
+    """Names of the modules inside an MLP, or inside the layer where that has no module `mlp`.
+
+    fused: one projection gives gate and up, in this order.
+    """
 
     up: str
     act: str
@@ -47,15 +51,26 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout(gate="gate_proj", up="up_proj", act="act_fn", down="down_proj"),  # Llama, Qwen, Mistral, Gemma, ...
-    Layout(up="gate_up_proj", act="activation_fn", down="down_proj", fused=True),  # Phi-3, GLM-4
-    Layout(up="c_fc", act="act", down="c_proj"),  # GPT-2, StarCoder 2
-    Layout(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),  # GPT-NeoX
-    Layout(up="fc1", act="activation_fn", down="fc2"),  # Phi; OPT, in the layer itself
-    # BERT, RoBERTa, ELECTRA, in the layer itself.
+    Layout(gate="gate_proj", up="up_proj", act="act_fn", down="down_proj"),  # Llama, Qwen, Mistral, Gemma, OLMo, ...
+    Layout(up="gate_up_proj", act="activation_fn", down="down_proj", fused=True),  # Phi-3 and 4, GLM-4
+    Layout(up="Wi", act="act", down="Wo", fused=True),  # ModernBERT
+    Layout(up="up_proj", act="act_fn", down="down_proj"),  # Nemotron, Arcee, Apertus
+    Layout(up="c_fc", act="act", down="c_proj"),  # GPT-2, GPT-Neo, StarCoder
+    Layout(up="fc_in", act="act", down="fc_out"),  # GPT-J, CodeGen
+    Layout(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),  # GPT-NeoX (Pythia), Falcon
+    Layout(up="dense_h_to_4h", act="gelu_impl", down="dense_4h_to_h"),  # BLOOM
+    Layout(up="fc1", act="activation_fn", down="fc2"),  # Phi; in the layer itself: OPT
+    Layout(up="ffn.up_proj", act="ffn.act", down="ffn.down_proj"),  # MPT
+    # BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa.
     Layout(up="intermediate.dense", act="intermediate.intermediate_act_fn", down="output.dense"),
-    Layout(up="ffn.lin1", act="ffn.activation", down="ffn.lin2"),  # DistilBERT, in the layer itself
+    Layout(up="ffn.lin1", act="ffn.activation", down="ffn.lin2"),  # DistilBERT
 )
+
+# What no name inside an MLP would show.
+_REFUSED = {
+    "albert": "runs one layer's weights as all of its layers, so that a neuron has several activations",
+    "mobilebert": "has several MLPs a layer",
+}
 
 
 @dataclass(frozen=True)
@@ -121,28 +136,36 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     Raises:
         ModelError: layers not found, an MLP that is not in the table (naming its class), unequal layers.
     """
+    name = type(model).__name__
+    if reason := _REFUSED.get(model.config.model_type):
+        raise ModelError(f"{name} {reason}: choose another model.source")
     layers = _layers(model)
+    experts = next((type(part).__name__ for part in layers.modules() if "Experts" in type(part).__name__), None)
+    if experts is not None:
+        raise ModelError(
+            f"{name} has experts ({experts}), of which each token uses some, so that not every neuron acts on every "
+            f"prompt: choose a dense model as model.source"
+        )
     mlps = tuple(_mlp(layer) for layer in layers)
     found = [next((row for row in LAYOUTS if _has(mlp, row)), None) for mlp in mlps]
     for index, (mlp, layout) in enumerate(zip(mlps, found, strict=True)):
         if layout is None:
             known = "; ".join("/".join(row.names) for row in LAYOUTS)
             raise ModelError(
-                f"the neurons of {type(mlp).__name__} (layer {index} of {type(model).__name__}) are not known; "
+                f"the neurons of {type(mlp).__name__} (layer {index} of {name}) are not known; "
                 f"known are MLPs made of {known}: choose another model.source"
             )
         if layout != found[0]:
             raise ModelError(
-                f"layers 0 and {index} of {type(model).__name__} have different MLPs: "
-                f"{type(mlps[0]).__name__} and {type(mlp).__name__}"
+                f"layers 0 and {index} of {name} have different MLPs: {type(mlps[0]).__name__} and {type(mlp).__name__}"
             )
     layout = found[0]
     assert layout is not None
     if len({id(mlp.get_submodule(layout.act)) for mlp in mlps}) < len(mlps):
-        raise ModelError(f"the layers of {type(model).__name__} share one activation module")
+        raise ModelError(f"the layers of {name} share one activation module")
     sizes = {_input_size(mlp.get_submodule(layout.down)) for mlp in mlps}
     if len(sizes) > 1:
-        raise ModelError(f"the layers of {type(model).__name__} have unequal numbers of neurons: {sorted(sizes)}")
+        raise ModelError(f"the layers of {name} have unequal numbers of neurons: {sorted(sizes)}")
     return FeedForward(layers, mlps, layout, sizes.pop())
 
 
@@ -173,7 +196,8 @@ def _hook(site: Site, layer: int, visit: Callable[[int, Tensor], Tensor | None])
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     n_layers = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    # Of a model of images and text, the part that reads text.
+    for module in model.base_model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
     raise ModelError(f"{type(model).__name__} has no list of {n_layers} layers; its neurons are not known")

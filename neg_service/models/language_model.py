@@ -1,7 +1,15 @@
 """A language model ready to be measured: weights, tokenizer, and where its neurons live.
 
-Causal models are read at a prompt's last token, masked models at its mask token; everything that depends on which of
-the two a model is, is asked here: `rows`, `groups`, `mask_token`.
+Causal models are read at a prompt's last token, masked models at its mask token. How rows are run is the model's
+*engine*, which the self-check chooses:
+
+| engine      | a row is                                                                  | for                     |
+|-------------|---------------------------------------------------------------------------|-------------------------|
+| `branches`  | the last token, over a prefix that all rows share (`branches.py`)         | causal models, fast     |
+| `rows`      | the last token, over a cache that each row repeats (`cached.py`)          | causal models, the rest |
+| `sequences` | the whole prompt (`rows.py`)                                              | masked models           |
+
+Everything that depends on it is asked here: `rows`, `groups`, `mask_token`.
 """
 
 from __future__ import annotations
@@ -13,12 +21,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from neg_service.errors import ConfigurationError, ModelError, one_line
 from neg_service.models import branches
 from neg_service.models.batches import Group, group_by_header
+from neg_service.models.cached import CachedRows, run_cached_header
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.rows import BranchRows, Rows, SequenceRows
 from neg_service.models.self_check import SelfCheck, self_check
@@ -26,6 +43,7 @@ from neg_service.models.source import LocalModel, fetch, require_complete
 
 log = logging.getLogger(__name__)
 
+ENGINES = {"branches": "causal", "rows": "causal", "sequences": "masked"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +83,7 @@ class LanguageModel:
         self.feed_forward: FeedForward = find_feed_forward(model)
         self.is_masked = _is_masked(type(model).__name__)
         self.mask_token: int | None = mask_token_of(tokenizer, name) if self.is_masked else None
+        self._engine: str | None = None
         self._headers: list[branches.Header] = []
         self._checked: SelfCheck | None = None
 
@@ -81,9 +100,32 @@ class LanguageModel:
         return dtype
 
     @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that may fit the model, the fastest first."""
+        kind = "masked" if self.is_masked else "causal"
+        return tuple(engine for engine, own in ENGINES.items() if own == kind)
+
+    @property
+    def engine(self) -> str:
+        """How rows are run; asked for first, it runs the self-check, which chooses.
+
+        Raises:
+            ModelError: see `ensure_checked`.
+        """
+        if self._engine is None:
+            self.ensure_checked()
+        assert self._engine is not None
+        return self._engine
+
+    def use_engine(self, engine: str | None) -> None:
+        """Run rows by another engine, or by the one that a new self-check chooses; what was kept is freed."""
+        self.forget_headers()
+        self._engine = engine
+
+    @property
     def context_length(self) -> int | None:
         """The most tokens a prompt may have; None where the configuration gives no limit."""
-        return _context_length(self.model.config)
+        return _context_length(self.model)
 
     @property
     def row_values(self) -> int:
@@ -100,21 +142,30 @@ class LanguageModel:
         wanted = tuple(ids)
         header = next((known for known in self._headers if known.ids == wanted), None)
         if header is None:
-            header = branches.run_header(self.model, wanted) if wanted else branches.Header()
+            run_header = branches.run_header if self.engine == "branches" else run_cached_header
+            header = run_header(self.model, wanted) if wanted else branches.Header()
         else:
             self._headers.remove(header)
         self._headers = [header, *self._headers[: keep - 1]]
         return header
 
     def rows(self, prompts: Sequence[Sequence[int]], header: Sequence[int] = ()) -> Rows:
-        """Prompts' tokens, ready to be run in rows; `header` are first ones that all share, for a causal model."""
+        """Prompts' tokens, ready to be run in rows; `header` are first ones that all share, for a causal model.
+
+        The engine `rows` takes one prompt, `groups` says so.
+        """
         if self.mask_token is not None:
             return SequenceRows(self.model, prompts, self.mask_token)
+        if self.engine == "rows":
+            return CachedRows(self.model, prompts, self.header(header))
         return BranchRows(self.model, prompts, self.header(header))
 
     def groups(self, prompts: Sequence[Sequence[int]]) -> list[Group]:
         """Which prompts to run together: those with a common header, or all, where nothing can be shared."""
-        return [Group(tuple(range(len(prompts))), 0)] if self.is_masked else group_by_header(prompts)
+        if self.is_masked:
+            return [Group(tuple(range(len(prompts))), 0)]
+        groups = group_by_header(prompts)
+        return groups if self.engine == "branches" else [Group((i,), own.header) for own in groups for i in own.members]
 
     def known_header(self, prompts: Sequence[Sequence[int]]) -> int:
         """Length of the longest header already run with which all `prompts` begin, leaving each its last token."""
@@ -129,13 +180,15 @@ class LanguageModel:
         self._headers = []
 
     def ensure_checked(self) -> SelfCheck:
-        """The self-check, run when first needed and remembered.
+        """The self-check, which also chooses the engine; run when first needed and remembered.
 
         Raises:
             ModelError: see `self_check`.
         """
         if self._checked is None:
             self._checked = self_check(self)
+            for engine, reason in self._checked.not_fitting.items():
+                log.info("%s: runs as %s, which is slower than %s: %s", self.name, self.engine, engine, reason)
         return self._checked
 
 
@@ -166,8 +219,9 @@ def load_model(
     _be_quiet()
     if chosen_dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")
+    auto_class = _auto_class(_config(local, trust_remote_code), local.name)
     model, report = _from_files(
-        lambda: _auto_class(_config(local, trust_remote_code)).from_pretrained(
+        lambda: auto_class.from_pretrained(
             local.directory,
             dtype=chosen_dtype,
             use_safetensors=True,
@@ -198,10 +252,12 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelIn
     """
     _be_quiet()
 
+    config = _config(local, trust_remote_code)
+    auto_class = _auto_class(config, local.name)
+
     def build() -> PreTrainedModel:
-        config = _config(local, trust_remote_code)
         with torch.device("meta"):
-            model: PreTrainedModel = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
             return model
 
     model = _from_files(build, local.name)
@@ -213,7 +269,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelIn
         architecture=type(model).__name__,
         n_layers=found.n_layers,
         n_neurons=found.n_neurons,
-        context_length=_context_length(model.config),
+        context_length=_context_length(model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_gated=found.layout.is_gated,
         is_masked=_is_masked(type(model).__name__),
@@ -263,13 +319,41 @@ def mask_token_of(tokenizer: Any, name: str) -> int:
 
 
 def _config(local: LocalModel, trust_remote_code: bool) -> Any:
-    return AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code)
+    return _from_files(
+        lambda: AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code), local.name
+    )
 
 
-def _auto_class(config: Any) -> Any:
-    """What a checkpoint says it is; many families (BERT) can be built as either."""
-    names = config.architectures or []
-    return AutoModelForMaskedLM if any(map(_is_masked, names)) else AutoModelForCausalLM
+def _auto_class(config: Any, name: str) -> Any:
+    """What a checkpoint says it is, or else what its kind is; many families (BERT) can be built as either.
+
+    Raises:
+        ModelError: an encoder-decoder, quantised weights, or neither a causal nor a masked language model.
+    """
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{name} ({kind}) is an encoder-decoder; a causal or masked language model is needed (model.source)"
+        )
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ModelError(
+            f"{name} has quantised weights ({getattr(method, 'value', method)}), through which gradients are not "
+            f"known to be right: choose the full weights as model.source, in model.dtype=bfloat16 if memory is short"
+        )
+    if any(map(_is_masked, config.architectures or [])):
+        return AutoModelForMaskedLM
+    is_causal, is_masked = (
+        type(config) in known for known in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING)
+    )
+    if is_masked and not (is_causal and (config.architectures or getattr(config, "is_decoder", False))):
+        return AutoModelForMaskedLM
+    # Code that comes with a model is in no list of transformers'.
+    if not is_causal and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"{name} ({kind}) is neither a causal nor a masked language model: choose another model.source"
+        )
+    return AutoModelForCausalLM
 
 
 def _is_masked(architecture: str) -> bool:
@@ -278,15 +362,15 @@ def _is_masked(architecture: str) -> bool:
 
 def _require_measurable(model: PreTrainedModel) -> None:
     """Refuse what the engine would get wrong without the self-check's seeing it."""
+    name, config = type(model).__name__, model.config.get_text_config()
     if model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; a causal model is needed (model.source)")
-    # These choose their angles by the longest position of a pass, so that one prompt would change another's.
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if found := kinds & {"longrope", "dynamic"}:
+        raise ModelError(f"{name} is an encoder-decoder; a causal or masked model is needed (model.source)")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if model._is_stateful or kinds:
+        what = f"layers of the kinds {', '.join(sorted(kinds))}" if kinds else "a recurrent state"
         raise ModelError(
-            f"{type(model).__name__} has rotary angles that depend on a pass's longest position (rope_type "
-            f"{found.pop()}), which batches of prompts cannot share: choose another model.source"
+            f"{name} has {what}, which keep no keys and values that rows could share: choose a model with attention "
+            f"alone as model.source"
         )
 
 
@@ -294,8 +378,21 @@ def _token_values(config: Any, n_neurons: int) -> int:
     return 6 * n_neurons + 12 * int(config.get_text_config().hidden_size)
 
 
-def _context_length(config: Any) -> int | None:
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+def _context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens of a prompt: positions that there are, and for which rotary angles are the same in every pass."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    # Beyond its original context `longrope` takes other angles for a whole pass, so that one prompt changes another's.
+    # `dynamic` does so beyond max_position_embeddings.
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part.get("original_max_position_embeddings"))
+    for module_name, module in model.named_modules():
+        # RoBERTa numbers positions from behind the one that stands for padding.
+        if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 def _be_quiet() -> None:

@@ -24,9 +24,13 @@ from neg_service.models.branches import Header, run_branches, run_prefix
 class Rows(Protocol):
     """Prompts, ready to be run in rows: `counts[b]` rows of prompt b, prompt by prompt."""
 
-    # How many tokens a row carries through the layers, and how many each of them attends to.
+    # How many tokens a row carries through the layers, how many each of them attends to, and how many values a row
+    # copies that others do not share.
     tokens: int
     attended: int
+    copied: int
+    # Whether a prompt's targets are read, and differentiated, from one row.
+    targets_share_rows: bool
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """Logits at the readout position of each row [R, V], in the model's precision."""
@@ -44,8 +48,10 @@ class Rows(Protocol):
 class BranchRows:
     """Rows of a causal model: branches of the last token over the prefix, which runs once, here."""
 
+    targets_share_rows = False
+
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], header: Header) -> None:
-        self.tokens, self.attended = 1, max(map(len, prompts))
+        self.tokens, self.attended, self.copied = 1, max(map(len, prompts)), 0
         self._model = model
         self._prefix = run_prefix(model, prompts, header)
 
@@ -70,9 +76,11 @@ class BranchRows:
 class SequenceRows:
     """Rows of a masked model: whole prompts, padded to the longest and read at their mask token."""
 
+    targets_share_rows = True
+
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], mask_token: int) -> None:
         longest = max(map(len, prompts))
-        self.tokens = self.attended = longest
+        self.tokens, self.attended, self.copied = longest, longest, 0
         self._model = model
         ids = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         self._ids_bt = torch.tensor(ids, device=model.device)
@@ -116,28 +124,39 @@ def flat(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def resuming_at(layers: nn.ModuleList, first: int, hidden: Tensor, gives_tuple: Sequence[bool]) -> Iterator[None]:
+def resuming_at(layers: nn.ModuleList, first: int, hidden: Tensor, forms: Sequence[Any]) -> Iterator[None]:
     """Let passes begin at layer `first` with the input `hidden`, of one row or as `Rows.widened` gives it.
 
-    The layers below are replaced, for as long as this lasts, by stand-ins that give that input; the model's own
-    forward runs otherwise unchanged, whatever its architecture.
+    The layers below are replaced, for as long as this lasts, by stand-ins that give that input, in the form that
+    `form_of` kept; the model's own forward runs otherwise unchanged, whatever its architecture.
     """
     own = list(layers[:first])
     try:
-        for index in range(first):
-            layers[index] = _StandIn(hidden, gives_tuple[index])
+        for index, layer in enumerate(own):
+            layers[index] = _StandIn(layer, hidden, forms[index])
         yield
     finally:
         for index, layer in enumerate(own):
             layers[index] = layer
 
 
+def form_of(output: Any) -> Any:
+    """What must be kept of a layer's output to stand in for it: nothing, or what else its tuple holds."""
+    return output[1:] if isinstance(output, tuple) else None
+
+
 class _StandIn(nn.Module):
     """In the place of a layer that need not run again: gives a stored tensor in the layer's own form."""
 
-    def __init__(self, stored: Tensor, gives_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, stored: Tensor, form: Any) -> None:
         super().__init__()
-        self._stored = (stored,) if gives_tuple else stored
+        # Not as a submodule: what goes through the model's modules must not meet the layer here.
+        object.__setattr__(self, "_layer", layer)
+        self._stored = stored if form is None else (stored, *form)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models ask their layers for a kind of attention before they call them.
+        return getattr(object.__getattribute__(self, "_layer"), name)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self._stored

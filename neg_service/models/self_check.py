@@ -1,13 +1,14 @@
 """Proof, before anything is measured, that the engine and a model fit each other.
 
 This is why numbers can be trusted on an architecture that nobody here has seen: rows must reproduce the plain forward
-pass, the captured neurons must reproduce their MLP, and a small poke must move the output as the gradient says.
+pass, the captured neurons must reproduce their MLP, and a small poke must move the output as the gradient says. An
+engine that does not is not used; the next slower one is tried, and where none is left the model is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from neg_service.errors import ModelError, one_line
+from neg_service.models.backward import target_gradients
+from neg_service.models.batches import is_out_of_memory
 from neg_service.models.feed_forward import Site, visiting
 from neg_service.models.rows import BranchRows, flat
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 # bfloat16; an engine that is wrong is off by 0.1 and more.
 LOGIT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 POKE_TOLERANCE = 0.05
+_CHECK_TOKENS, _CHECK_WINDOW = 12, 5
 _LOG_P_POKES, _ACTIVATION_POKES = [1e-2, 1e-3, 1e-4], [1e-1, 1e-2]
 
 
@@ -33,6 +37,7 @@ _LOG_P_POKES, _ACTIVATION_POKES = [1e-2, 1e-3, 1e-4], [1e-1, 1e-2]
 class SelfCheck:
     """The largest deviations that the self-check saw, all relative; `poke` is None where precision is too low.
 
+    engine: what fits the model, see `language_model.py`; not_fitting: why each faster one does not.
     widens_at_neurons: a layer's one row may become many at its neurons; see `_widens_at_neurons`.
     """
 
@@ -40,42 +45,62 @@ class SelfCheck:
     neurons: float
     poke: float | None
     widens_at_neurons: bool
+    engine: str
+    not_fitting: dict[str, str]
 
 
 def self_check(model: LanguageModel) -> SelfCheck:
-    """Compare the engine with the plain model on a few tokens; see the module's header.
+    """Compare engines with the plain model on a few tokens, and choose the first that fits; see the module's header.
 
     Raises:
-        ModelError: a deviation beyond its tolerance, with both numbers, or an engine that does not run at all.
+        ModelError: no engine fits; for each, a deviation beyond its tolerance, or why it does not run.
     """
-    try:
-        return _self_check(model)
-    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"self-check of {_name(model)}: the engine does not run on it: {one_line(error)}: choose another "
-            f"model.source"
-        ) from error
+    not_fitting: dict[str, str] = {}
+    for engine in model.engines:
+        model.use_engine(engine)
+        try:
+            return _self_check(model, not_fitting)
+        except _NotFittingError as error:
+            not_fitting[engine] = str(error)
+        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                model.use_engine(None)
+                raise ModelError(
+                    f"self-check of {_name(model)}: the graph of {_CHECK_TOKENS} tokens does not fit into the memory "
+                    f"of {model.device} beside the weights: use a larger device, or a smaller model.source or "
+                    f"model.dtype"
+                ) from error
+            not_fitting[engine] = f"the engine does not run on it: {one_line(error)}"
+    model.use_engine(None)
+    reasons = "; ".join(f"{engine}: {reason}" for engine, reason in not_fitting.items())
+    raise ModelError(f"self-check of {_name(model)}: {reasons}: choose another model.source or model.dtype")
 
 
-def _self_check(model: LanguageModel) -> SelfCheck:
+class _NotFittingError(Exception):
+    """An engine gives other numbers than the plain model."""
+
+
+def _self_check(model: LanguageModel, not_fitting: dict[str, str]) -> SelfCheck:
     ids = _check_ids(model)
     tolerance = LOGIT_TOLERANCE[model.dtype]
     logits = _check_logits(model, ids)
+    with _short_windows(model):
+        logits = max(logits, _check_logits(model, ids))
     neurons = _check_neurons(model, ids)
     for what, deviation in (("row logits", logits), ("captured neurons", neurons)):
         # Written so that NaN fails too.
         if not deviation <= tolerance:
-            raise ModelError(
-                f"self-check of {_name(model)}: {what} are {deviation:.1e} off the plain forward pass, at most "
-                f"{tolerance:.0e} is allowed in {model.dtype}: choose another model.source or model.dtype"
+            raise _NotFittingError(
+                f"{what} are {deviation:.1e} off the plain forward pass, at most {tolerance:.0e} is allowed in "
+                f"{model.dtype}"
             )
     poke = _check_poke(model, ids) if model.dtype in (torch.float32, torch.float64) else None
     if poke is not None and not poke <= POKE_TOLERANCE:
-        raise ModelError(
-            f"self-check of {_name(model)}: a small shift of a neuron moves the output {poke:.1e} (relative) away "
-            f"from what its gradient says, at most {POKE_TOLERANCE} is allowed"
+        raise _NotFittingError(
+            f"a small shift of a neuron moves the output {poke:.1e} (relative) away from what its gradient says, at "
+            f"most {POKE_TOLERANCE} is allowed"
         )
-    return SelfCheck(logits, neurons, poke, _widens_at_neurons(model, ids))
+    return SelfCheck(logits, neurons, poke, _widens_at_neurons(model, ids), model.engine, not_fitting)
 
 
 def _name(model: LanguageModel) -> str:
@@ -85,7 +110,7 @@ def _name(model: LanguageModel) -> str:
 def _check_ids(model: LanguageModel) -> tuple[int, ...]:
     # All different: with equal tokens a prefix in the wrong order would go unseen.
     n_tokens = model.model.get_input_embeddings().weight.shape[0]
-    ids = [n_tokens * (2 * i + 1) // 24 for i in range(12)]
+    ids = [n_tokens * (2 * i + 1) // (2 * _CHECK_TOKENS) for i in range(_CHECK_TOKENS)]
     if model.mask_token is not None:
         ids = [token if token != model.mask_token else token + 1 for token in ids]
         ids[7] = model.mask_token
@@ -106,24 +131,50 @@ def _readout(model: LanguageModel, ids: Sequence[int]) -> int:
 
 @torch.no_grad()
 def _check_logits(model: LanguageModel, ids: tuple[int, ...]) -> float:
-    """The same prompt, with and without a header, beside one of another length, in several rows."""
-    plain = _plain_logits(model, ids)
+    """The prompt, with and without a header, beside one of another length, in several rows."""
     worst = 0.0
     for header_length in (0,) if model.is_masked else (0, len(ids) // 2):
-        rows = model.rows([ids, ids[: len(ids) - 2]], ids[:header_length])
+        prompts, counts = _check_prompts(model, ids)
+        rows = model.rows(prompts, ids[:header_length])
         if isinstance(rows, BranchRows) and rows.n_layers != model.feed_forward.n_layers:
-            raise ModelError(
-                f"{type(model.model).__name__} does not go through transformers' attention interface in "
-                f"{model.feed_forward.n_layers - rows.n_layers} of its {model.feed_forward.n_layers} layers: choose "
-                f"another model.source"
+            raise _NotFittingError(
+                f"{model.feed_forward.n_layers - rows.n_layers} of the {model.feed_forward.n_layers} layers do not go "
+                f"through transformers' attention interface"
             )
-        worst = max(worst, _deviation(rows.run([2, 1])[:2], plain))
+        for own_rv, prompt in zip(torch.split(rows.run(counts), counts), prompts, strict=True):
+            worst = max(worst, _deviation(own_rv, _plain_logits(model, prompt)))
+    model.forget_headers()
     return worst
+
+
+def _check_prompts(model: LanguageModel, ids: tuple[int, ...]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The prompt in two rows, beside a shorter one in one, where the engine runs several prompts together."""
+    prompts = [ids] if model.engine == "rows" else [ids, ids[: len(ids) - 2]]
+    return prompts, [2, 1][: len(prompts)]
+
+
+@contextmanager
+def _short_windows(model: LanguageModel) -> Iterator[None]:
+    """Sliding windows shorter than the few tokens of a check, which else would never meet them."""
+    before = []
+    for part in (model.model.config.get_text_config(), *model.feed_forward.layers.modules()):
+        window = part.__dict__.get("sliding_window")
+        if isinstance(window, int) and window > _CHECK_WINDOW:
+            before.append((part, window))
+            part.sliding_window = _CHECK_WINDOW
+    try:
+        yield
+    finally:
+        for part, window in before:
+            part.sliding_window = window
 
 
 @torch.no_grad()
 def _check_neurons(model: LanguageModel, ids: tuple[int, ...]) -> float:
-    """The input of the down projection against what it should be made of: the activation, times up if gated."""
+    """The input of the down projection against what it should be made of: the activation, times up if gated.
+
+    And the neurons that rows show at their readout position against those of the plain pass.
+    """
     found = model.feed_forward
     act = [Site(mlp.get_submodule(found.layout.act), "output", 0, found.n_neurons) for mlp in found.mlps]
     sites = {"act": act, "paper": found.sites("paper"), "hidden": found.sites("hidden")}
@@ -143,7 +194,13 @@ def _check_neurons(model: LanguageModel, ids: tuple[int, ...]) -> float:
         if found.layout.is_gated:
             rebuilt = rebuilt * seen["paper", layer]
         worst = max(worst, _deviation(rebuilt, seen["hidden", layer]))
-    return worst
+    plain = {layer: flat(seen["hidden", layer])[_readout(model, ids)] for layer in range(found.n_layers)}
+    with keep("hidden"):
+        prompts, counts = _check_prompts(model, ids)
+        rows = model.rows(prompts)
+        rows.run(counts)
+    place = int(rows.positions(counts)[1])
+    return max(worst, *(_deviation(flat(seen["hidden", i])[place], own) for i, own in plain.items()))
 
 
 def _check_poke(model: LanguageModel, ids: tuple[int, ...]) -> float:
@@ -156,21 +213,11 @@ def _check_poke(model: LanguageModel, ids: tuple[int, ...]) -> float:
     sites = dict(enumerate(found.sites("paper")))
     # Not the most probable token: where that is certain, nothing moves its log p.
     target = int(_plain_logits(model, ids).topk(2).indices[1])
-    captured: dict[int, Tensor] = {}
-
-    def capture(layer: int, x: Tensor) -> Tensor | None:
-        captured[layer] = x if x.requires_grad else x.detach().requires_grad_()
-        return captured[layer]
-
-    rows = model.rows([ids])
-    place = rows.positions([1])
-    with torch.enable_grad(), visiting(sites, capture):
-        log_p = rows.run([1])[0].log_softmax(-1)[target]
-        layers = sorted({0, found.n_layers // 2, found.n_layers - 1})
-        gradients = torch.autograd.grad(log_p, [captured[layer] for layer in layers])
+    layers = sorted({0, found.n_layers // 2, found.n_layers - 1})
+    gradients = target_gradients(model.rows([ids]), [[target, 0]], {layer: sites[layer] for layer in layers})
     worst = 0.0
-    for layer, gradient in zip(layers, gradients, strict=True):
-        slopes = sites[layer].neurons(flat(gradient.contiguous())[place.to(gradient.device)])[0]
+    for layer, gradient_rn in zip(layers, gradients.gradient_lrn, strict=True):
+        slopes = gradient_rn[0]
         neuron = int(slopes.abs().argmax())
         slope, best = float(slopes[neuron]), float("inf")
         for step in [change / slope for change in _LOG_P_POKES] + _ACTIVATION_POKES:

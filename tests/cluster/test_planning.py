@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 
+from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
@@ -30,7 +31,6 @@ from neg_service.errors import (
 )
 from neg_service.measures import Cost, find_measure
 from neg_service.prompts.prompt import Prompt
-from tests.fakes import tiny_model
 
 GIB = 2**30
 PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
@@ -242,7 +242,7 @@ def test_settings_that_change_no_number_change_no_fingerprint(tiny_directory: Pa
 
 
 def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: Path, dataset: str) -> None:
-    plain = tiny_model("gpt2")
+    plain = tiny_model("GPT-2")
     plain.model.save_pretrained(tmp_path / "gpt2")
     plain.tokenizer.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ConfigurationError, match="GPT2LMHeadModel has no gate"):

@@ -47,7 +47,9 @@ def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(argumen
         assert re.search(r"neurons +18 for each target: 180 values", done.stdout)
         tables.append(table_of(tmp_path / name, "sweep"))
         (run,) = (tmp_path / name).iterdir()
-        noise = json.loads((run / "run.json").read_text())["about"]["calibration"]["noise"]
+        about = json.loads((run / "run.json").read_text())["about"]
+        assert about["engine"] == "branches"
+        noise = about["calibration"]["noise"]
         assert noise["reference"] == "float64"
         assert 0 < noise["sigma"] < 1e-5
     assert tables[0].select(KEYS) == tables[1].select(KEYS)

@@ -8,6 +8,7 @@ import torch
 
 from jobs.benchmarks import ways
 from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
+from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import coarse_grid, full_grid
 from neg_service.measures.neg import Sweep, sweep_prompt
@@ -16,14 +17,13 @@ from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import encode
 from tests import oracle
-from tests.fakes import tiny_model
 
 IDS, TARGET = (3, 14, 15, 9, 26), 7
 SHIFTED = [(1, 5, -2.0), (1, 5, 0.3), (1, 5, 1.0)]
 
 
 def test_the_other_ways_to_intervene_compute_the_same_probabilities() -> None:
-    model = tiny_model("llama", torch.float64).model
+    model = tiny_model("Llama 2", torch.float64).model
     expected = [oracle.probability_with_shift(model, IDS, TARGET, "paper", *shifted) for shifted in SHIFTED]
     for batch, logits in ((1, 0), (1, 1), (3, 1)):
         found = ways.textbook_interventions(model, IDS, TARGET, SHIFTED, batch, logits)
@@ -36,7 +36,7 @@ def test_the_other_ways_to_intervene_compute_the_same_probabilities() -> None:
 
 
 def test_the_other_ways_to_gradients_compute_the_same() -> None:
-    model = tiny_model("llama", torch.float64).model
+    model = tiny_model("Llama 2", torch.float64).model
     prompts, targets = [IDS, IDS[:3]], [(7, 8), (1, 2)]
     expected = np.concatenate(
         [oracle.gradients(model, ids, own, "paper")[1] for ids, own in zip(prompts, targets, strict=True)]

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import neg_service
+from jobs.benchmarks.tiny_models import tiny_model
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError, PromptError
 from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.models.batches import RowBudget
 from neg_service.models.precision import in_precision
 from tests import oracle
-from tests.fakes import FAMILIES, GATED, tiny_model
 from tests.measures.test_neurgrad import encoded
 
 TEXT, TARGET = "w3 w14 w15 w9 w26 w5 w35 w8", " w7"
@@ -25,31 +25,9 @@ IDS, TARGET_ID = (3, 14, 15, 9, 26, 5, 35, 8), 7
 NEURONS = [(2, 39), (0, 5), (1, 17), (0, 0)]
 
 
-@pytest.mark.parametrize(
-    ("family", "basis"),
-    [(f, b) for f in FAMILIES for b in ("paper", "hidden", "gate") if b != "gate" or f in GATED],
-)
-def test_equals_one_full_forward_pass_an_intervention(family: str, basis: str) -> None:
-    model = tiny_model(family)
-    model.ensure_checked()
-    shifts = [-2.0, -0.3, 0.1, 1.5]
-    _, _, activation = oracle.gradients(model.model, IDS, [TARGET_ID], basis)
-    # Truly float64, for the engine and for the oracle: many architectures cast to float32 on their own.
-    with in_precision(model.model, model.feed_forward.layers, torch.float64):
-        result = neg_service.neg(model, TEXT, TARGET, NEURONS, shifts, basis)
-        before = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, 0, 0, 0.0)
-        assert result.probability == pytest.approx(before, rel=1e-12)
-        for i, (layer, neuron) in enumerate(NEURONS):
-            sign = -1 if activation[layer, neuron] < 0 else 1
-            for s, shift in enumerate(shifts):
-                after = oracle.probability_with_shift(model.model, IDS, TARGET_ID, basis, layer, neuron, sign * shift)
-                # The oracle subtracts probabilities.
-                assert result.delta_p[i, s] == pytest.approx(after - before, rel=1e-6, abs=1e-13 * before)
-
-
 def linear_network() -> LanguageModel:
     """A Llama whose last layer's neurons reach the logits without a norm in between: logits are linear in them."""
-    model = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2", torch.float64)
     model.model.model.norm = nn.Identity()
     # So small that the softmax is straight, too: its curvature is of the order of the square of this.
     model.model.lm_head.weight.mul_(1e-8)
@@ -72,7 +50,7 @@ def test_of_a_linear_network_neg_is_the_known_slope_to_the_last_digits() -> None
     np.testing.assert_allclose(found.r2, 1, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt-neox"])
+@pytest.mark.parametrize("family", ["GPT-2", "GPT-NeoX (Pythia)"])
 @pytest.mark.parametrize("shift", ["magnitude", "signed"])
 def test_on_a_shrinking_grid_neg_tends_to_the_gradient(family: str, shift: str) -> None:
     model = tiny_model(family, torch.float64)
@@ -88,7 +66,7 @@ def test_on_a_shrinking_grid_neg_tends_to_the_gradient(family: str, shift: str) 
 
 
 def test_a_silent_neuron_grows() -> None:
-    model = tiny_model("opt", torch.float64)
+    model = tiny_model("OPT", torch.float64)
     _, _, activation = oracle.gradients(model.model, IDS, [TARGET_ID], "hidden")
     silent = [(int(layer), int(neuron)) for layer, neuron in np.argwhere(activation == 0)[:3]]
     assert len(silent) == 3
@@ -99,7 +77,7 @@ def test_a_silent_neuron_grows() -> None:
 
 
 def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> None:
-    model = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2", torch.float64)
     whole = neg_service.neg(model, TEXT, TARGET)
     assert whole.neurons.tolist() == [[layer, n] for layer in range(3) for n in range(40)]
     assert whole.delta_p.shape == (120, 40)
@@ -144,7 +122,7 @@ def test_float32_is_as_exact_as_promised(
 
 
 def test_nothing_of_a_sweep_stays_in_the_model() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("Llama 2")
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     before, state = model.model(ids).logits, copy.deepcopy(model.model.state_dict())
     layers = list(model.feed_forward.layers)
@@ -180,17 +158,17 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
 )
 def test_bad_requests_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        neg_service.neg(tiny_model("llama"), TEXT, TARGET, **changes)
+        neg_service.neg(tiny_model("Llama 2"), TEXT, TARGET, **changes)
 
 
 def test_one_prompt_and_one_target_are_texts() -> None:
     for prompt, target in ((TEXT, [TARGET]), ([TEXT], TARGET)):
         with pytest.raises(PromptError, match="neg takes one prompt and one target"):
-            neg_service.neg(tiny_model("llama"), prompt, target)  # type: ignore[arg-type]
+            neg_service.neg(tiny_model("Llama 2"), prompt, target)  # type: ignore[arg-type]
 
 
 def test_the_coarse_grid_is_for_the_library_too() -> None:
-    model = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2", torch.float64)
     coarse, full = (neg_service.neg(model, TEXT, TARGET, [(0, 5)], grid=grid) for grid in ("coarse", "full"))
     assert coarse.delta_p.shape == (1, 4)
     np.testing.assert_allclose(coarse.neg, full.neg, rtol=0.05)
@@ -199,7 +177,7 @@ def test_the_coarse_grid_is_for_the_library_too() -> None:
 
 
 def test_logits_that_are_not_finite_are_refused_by_prompt() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("Llama 2")
     with torch.no_grad():
         model.model.model.embed_tokens.weight[8] = float("inf")
     with pytest.raises(NonFiniteError, match="prompt '0'"):

@@ -13,6 +13,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import neg_service
+from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
@@ -26,7 +27,6 @@ from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
-from tests.fakes import tiny_model, tiny_tokenizer
 
 PROMPTS = [
     Prompt("a", "w3 w14 w15 w9 w26 w5", (" w7", " w8", " w11"), 1),
@@ -50,11 +50,11 @@ def swept(
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", ["Llama 2", "BERT"])
 @pytest.mark.parametrize("shift", ["magnitude", "signed"])
 def test_rows_are_what_the_library_gives_for_each_target_alone(family: str, shift: str) -> None:
     model = tiny_model(family, torch.float64)
-    texts = {p.id: p.text if family == "llama" else f"{p.text} w96" for p in PROMPTS}
+    texts = {p.id: p.text if family == "Llama 2" else f"{p.text} w96" for p in PROMPTS}
     prompts = [Prompt(p.id, texts[p.id], p.targets, p.answer) for p in PROMPTS]
     table = swept(model, NeuronsConfig(choose="sample", count=4), prompts, shift=shift, keep_curves=True)["sweep"]
     assert table.num_rows == (3 + 2 + 1) * 12
@@ -89,7 +89,7 @@ def test_rows_are_what_the_library_gives_for_each_target_alone(family: str, shif
 
 
 def test_each_prompts_strongest_neurons_are_swept() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("Llama 2")
     table = swept(model, NeuronsConfig(choose="top", count=5, layers=[0, 2]))["sweep"]
     for prompt in PROMPTS:
         estimate = np.abs(neg_service.neurgrad(model, [prompt.text], [prompt.targets], layers=[0, 2]).neurgrad[0])
@@ -100,7 +100,7 @@ def test_each_prompts_strongest_neurons_are_swept() -> None:
 
 
 def test_strength_over_a_data_set_is_the_sum_of_each_prompts_largest() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("Llama 2")
     encoded = list(encode(model.tokenizer, PROMPTS, None))
     tables = [
         strength.measure(model, part, strength.Options(), NeuronsConfig([1, 2]), Budget(4096), {})["strength"]
@@ -116,7 +116,7 @@ def test_strength_over_a_data_set_is_the_sum_of_each_prompts_largest() -> None:
 
 
 def test_neither_batches_nor_shards_nor_other_neurons_change_the_rows() -> None:
-    model = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2", torch.float64)
     neurons = NeuronsConfig(choose="list", list=[[0, 1], [1, 5], [1, 6], [2, 39]])
     whole = swept(model, neurons)["sweep"]
     each = [swept(model, neurons, [prompt])["sweep"] for prompt in PROMPTS]
@@ -133,7 +133,7 @@ def test_neither_batches_nor_shards_nor_other_neurons_change_the_rows() -> None:
 
 
 def test_a_neg_below_the_resolution_has_no_sign() -> None:
-    model = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2", torch.float64)
     exact = swept(model, NeuronsConfig())["sweep"]
     assert pc.all(exact["is_resolved"]).as_py()
     # With this σ, half of the NEGs of each target are below 2·p·σ/√(Σ δ²).
@@ -149,7 +149,7 @@ def test_a_neg_below_the_resolution_has_no_sign() -> None:
 def test_noise_is_measured_and_low_precision_is_marked() -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = tiny_model("llama", dtype)
+        model = tiny_model("Llama 2", dtype)
         neurons = NeuronsConfig(choose="sample", count=9)
         encoded = list(encode(model.tokenizer, PROMPTS, None))
         found[dtype] = sweep.calibrate(model, encoded, sweep.Options(), neurons)["noise"]
@@ -165,8 +165,8 @@ def test_noise_is_measured_and_low_precision_is_marked() -> None:
 
 
 def test_sigma_is_the_spread_of_the_error_against_float64() -> None:
-    model = tiny_model("llama")
-    exact = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2")
+    exact = tiny_model("Llama 2", torch.float64)
     pairs = [(layer, n) for layer in range(3) for n in range(4)]
     (encoded,) = encode(model.tokenizer, [Prompt("a", PROMPTS[0].text, (" w7",))], None)
     noise = measure_noise(model, [encoded], np.array(pairs), Sweep(full_grid()), 10**7)
@@ -181,7 +181,7 @@ def test_sigma_is_the_spread_of_the_error_against_float64() -> None:
 
 
 def test_another_precision_leaves_no_trace() -> None:
-    model = tiny_model("gemma2, soft caps, mixed windows").model
+    model = tiny_model("Gemma 2").model
     before = {name: (t, t.data_ptr(), t.dtype) for name, t in [*model.named_parameters(), *model.named_buffers()]}
     ids = torch.tensor([[3, 1, 4]])
     plain = model(ids).logits
@@ -209,7 +209,7 @@ def test_another_precision_leaves_no_trace() -> None:
 
 def test_float64_in_a_moment_is_truly_float64() -> None:
     # A norm that casts to float32 on its own would leave 1e-8 here.
-    model = tiny_model("llama").model
+    model = tiny_model("Llama 2").model
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     seen: list[torch.Tensor] = []
     with in_precision(model, model.model.layers, torch.float64):
@@ -222,7 +222,7 @@ def test_float64_in_a_moment_is_truly_float64() -> None:
 
 
 def test_pressure_on_memory_never_stops_a_run_as_if_it_were_a_setting() -> None:
-    model = tiny_model("bert", torch.float64)
+    model = tiny_model("BERT", torch.float64)
     prompts = [Prompt("a", "w1 " * 50 + "w96", ("w2",)), Prompt("b", "w1 w96", ("w2",))]
     encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
     neurons, options = NeuronsConfig(choose="sample", count=1), sweep.Options(shifts=SHIFTS)
@@ -233,7 +233,7 @@ def test_pressure_on_memory_never_stops_a_run_as_if_it_were_a_setting() -> None:
 
 
 def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2", torch.float64)
     model.ensure_checked()
     header = " ".join(f"w{i}" for i in range(1, 31))
     # Three prompts with a common beginning that is worth a pass of its own.
@@ -258,7 +258,7 @@ def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypat
 
 
 def test_every_batch_has_an_unshifted_row_and_layers_below_do_not_run() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("Llama 2")
     model.ensure_checked()
     ran: list[tuple[int, int]] = []
     for index, layer in enumerate(model.feed_forward.layers):
@@ -276,7 +276,7 @@ def test_every_batch_has_an_unshifted_row_and_layers_below_do_not_run() -> None:
     assert len({tuple(batch[1].tolist()) for batch in batches}) == 4
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2, soft caps, mixed windows", "bert"])
+@pytest.mark.parametrize("family", ["Llama 2", "Gemma 2", "BERT"])
 def test_effects_beyond_the_range_of_exponentials_are_right(family: str) -> None:
     model = tiny_model(family)
     model.model.get_output_embeddings().weight.mul_(30)
@@ -294,7 +294,7 @@ def test_effects_beyond_the_range_of_exponentials_are_right(family: str) -> None
 
 
 def test_when_memory_ends_batches_shrink_and_rows_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", torch.float64)
+    model = tiny_model("Llama 2", torch.float64)
     whole = swept(model, NeuronsConfig(choose="sample", count=4))["sweep"]
     real, sizes = interventions.Interventions._run, []
 
@@ -316,7 +316,7 @@ def test_when_memory_ends_batches_shrink_and_rows_stay_the_same(monkeypatch: pyt
 
 
 def test_prompts_with_bad_logits_are_named_and_skipped_by_the_noise_check() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("Llama 2")
     with torch.no_grad():
         model.model.model.embed_tokens.weight[51] = float("inf")
     encoded = list(encode(model.tokenizer, PROMPTS, None))

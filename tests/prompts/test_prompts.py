@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.benchmarks.tiny_models import tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.errors import PromptError
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
 from neg_service.prompts.sources import load_prompts, without_credentials
-from tests.fakes import tiny_tokenizer
 
 ROWS = [
     {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},

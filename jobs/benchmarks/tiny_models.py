@@ -1,0 +1,261 @@
+"""A tiny model of every family, made from its configuration with random weights: nothing is downloaded.
+
+All sizes differ, so that a mixed-up axis shows; windows are shorter than prompts; whatever a family does otherwise than
+others (soft caps, parallel MLPs, position biases, multipliers) is switched on. Tests and the benchmark of families take
+their models from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from neg_service.models.language_model import LanguageModel
+
+VOCABULARY = 97
+MASK = VOCABULARY - 1
+WINDOW = 5
+
+_TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "max_position_embeddings": 64,
+    **_TOKENS,
+}
+_PLAIN = {**_BASE, "intermediate_size": 40, "num_attention_heads": 4}
+_GROUPED = {**_BASE, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2}
+_OLD = {"vocab_size": VOCABULARY, "n_layer": 3, "n_embd": 24, "n_inner": 40, "n_head": 4, "n_positions": 64, **_TOKENS}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's tiny model is made.
+
+    attention: the family's own attention that is right for it; with soft caps it is not `sdpa`.
+    """
+
+    config: Callable[[], hf.PreTrainedConfig]
+    is_masked: bool = False
+    attention: str = "sdpa"
+
+
+def _causal(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), attention=attention)
+
+
+def _masked(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), is_masked=True, attention=attention)
+
+
+def _longrope() -> dict[str, Any]:
+    factors = {"short_factor": [1.0, 1.5], "long_factor": [4.0, 8.0]}
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        **factors,
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "Llama 2": _causal(hf.LlamaConfig, **_GROUPED),
+    "Llama 3": _causal(
+        hf.LlamaConfig,
+        **_GROUPED,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "Mistral": _causal(hf.MistralConfig, **_GROUPED, sliding_window=WINDOW),
+    "Qwen 2": _causal(hf.Qwen2Config, **_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "Qwen 3": _causal(hf.Qwen3Config, **_GROUPED, head_dim=8),
+    "Gemma": _causal(hf.GemmaConfig, **_GROUPED, head_dim=8),
+    "Gemma 2": _causal(
+        hf.Gemma2Config,
+        "eager",
+        **_GROUPED,
+        head_dim=8,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        query_pre_attn_scalar=8,
+    ),
+    "Gemma 3": _causal(hf.Gemma3TextConfig, **_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=_MIXED),
+    "Gemma 3, images and text": Family(
+        lambda: hf.Gemma3Config(
+            text_config={**_GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _MIXED},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+            image_token_index=90,
+            boi_token_index=91,
+            eoi_token_index=92,
+        )
+    ),
+    "Phi": _causal(hf.PhiConfig, **{**_PLAIN, "num_attention_heads": 3}, partial_rotary_factor=0.5),
+    "Phi-3": _causal(hf.Phi3Config, **_GROUPED, sliding_window=WINDOW),
+    "Phi-4": _causal(hf.Phi3Config, **_GROUPED, original_max_position_embeddings=16, rope_parameters=_longrope()),
+    "OLMo": _causal(hf.OlmoConfig, **_GROUPED, clip_qkv=0.5),
+    "OLMo 2": _causal(hf.Olmo2Config, **_GROUPED),
+    "OLMo 3": _causal(hf.Olmo3Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
+    "SmolLM 3": _causal(hf.SmolLM3Config, **_GROUPED, no_rope_layer_interval=2),
+    "StableLM": _causal(hf.StableLmConfig, **_GROUPED, partial_rotary_factor=0.5, use_parallel_residual=True),
+    "GPT-2": _causal(hf.GPT2Config, **_OLD, scale_attn_by_inverse_layer_idx=True),
+    "GPT-NeoX (Pythia)": _causal(hf.GPTNeoXConfig, **{**_PLAIN, "num_attention_heads": 3}, rotary_pct=0.5),
+    "GPT-Neo": _causal(
+        hf.GPTNeoConfig,
+        "eager",
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=4,
+        num_heads=4,
+        max_position_embeddings=64,
+        attention_types=[[["global", "local"], 2]],
+        window_size=WINDOW,
+        **_TOKENS,
+    ),
+    "GPT-J": _causal(hf.GPTJConfig, "eager", **_OLD, rotary_dim=4),
+    "CodeGen": _causal(hf.CodeGenConfig, "eager", **_OLD, rotary_dim=4),
+    "OPT": _causal(hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=24),
+    "OPT, norm after": _causal(
+        hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=20, do_layer_norm_before=False
+    ),
+    "Falcon": _causal(hf.FalconConfig, **_BASE, num_attention_heads=4, ffn_hidden_size=40, multi_query=True),
+    "Falcon, new decoder": _causal(
+        hf.FalconConfig,
+        **_BASE,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        ffn_hidden_size=40,
+        new_decoder_architecture=True,
+    ),
+    "Falcon, ALiBi": _causal(
+        hf.FalconConfig,
+        "eager",
+        **_BASE,
+        num_attention_heads=4,
+        ffn_hidden_size=40,
+        multi_query=False,
+        alibi=True,
+        parallel_attn=False,
+        bias=True,
+    ),
+    "BLOOM": _causal(hf.BloomConfig, "eager", vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=4, **_TOKENS),
+    "MPT": _causal(
+        hf.MptConfig,
+        "eager",
+        vocab_size=VOCABULARY,
+        d_model=24,
+        n_layers=3,
+        n_heads=4,
+        expansion_ratio=2,
+        max_seq_len=64,
+        **_TOKENS,
+    ),
+    "StarCoder": _causal(hf.GPTBigCodeConfig, **_OLD),
+    "StarCoder 2": _causal(hf.Starcoder2Config, **_GROUPED, sliding_window=WINDOW),
+    "Cohere": _causal(hf.CohereConfig, **_GROUPED, use_qk_norm=True),
+    "Cohere 2": _causal(hf.Cohere2Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
+    "Granite": _causal(
+        hf.GraniteConfig,
+        **_GROUPED,
+        embedding_multiplier=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.3,
+        logits_scaling=2.0,
+    ),
+    "GLM": _causal(hf.GlmConfig, **_GROUPED, head_dim=8),
+    "GLM-4": _causal(hf.Glm4Config, **_GROUPED, head_dim=8),
+    "EXAONE 4": _causal(
+        hf.Exaone4Config, **_GROUPED, sliding_window=WINDOW, sliding_window_pattern="LLG", layer_types=_MIXED
+    ),
+    "Nemotron": _causal(hf.NemotronConfig, **_GROUPED, head_dim=4),
+    "Helium": _causal(hf.HeliumConfig, **_GROUPED, head_dim=4),
+    "Seed-OSS": _causal(hf.SeedOssConfig, **_GROUPED, head_dim=8),
+    "BERT": _masked(hf.BertConfig, **_PLAIN),
+    "RoBERTa": _masked(hf.RobertaConfig, **_PLAIN),
+    "XLM-R": _masked(hf.XLMRobertaConfig, **_PLAIN),
+    "ELECTRA generator": _masked(hf.ElectraConfig, **_PLAIN, embedding_size=20),
+    "DistilBERT": _masked(
+        hf.DistilBertConfig,
+        vocab_size=VOCABULARY,
+        dim=24,
+        hidden_dim=40,
+        n_layers=3,
+        n_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    ),
+    "ModernBERT": _masked(
+        hf.ModernBertConfig, **_PLAIN, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
+    ),
+    "DeBERTa": _masked(
+        hf.DebertaConfig,
+        "eager",
+        **_PLAIN,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        max_relative_positions=64,
+        type_vocab_size=0,
+    ),
+    "DeBERTa 2 and 3": _masked(
+        hf.DebertaV2Config,
+        "eager",
+        **_PLAIN,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        type_vocab_size=0,
+    ),
+    "EuroBERT": _masked(hf.EuroBertConfig, **_GROUPED, mask_token_id=MASK),
+    "MPNet": _masked(hf.MPNetConfig, "eager", **_PLAIN),
+}
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A family's tiny model, with weights so large that neurons matter, and a tokenizer of one word a token."""
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    build = hf.AutoModelForMaskedLM if family.is_masked else hf.AutoModelForCausalLM
+    model = build.from_config(family.config(), attn_implementation=family.attention)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+            elif "bias" in parameter_name:
+                parameter.normal_(0, 0.1)
+    return LanguageModel(model.to(dtype), tiny_tokenizer(), name=name)
+
+
+def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Words `w0` to `w96`, one token each; the last is the mask token of masked models."""
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token=f"w{MASK}")

@@ -1,0 +1,106 @@
+"""Every family and basis against the textbook way, and the state in which an error leaves a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import neg_service
+from jobs.benchmarks.tiny_models import FAMILIES
+from neg_service import LanguageModel
+from neg_service.errors import ConfigurationError
+from neg_service.measures.interventions import Interventions
+from neg_service.models.batches import RowBudget
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+from tests import families
+from tests.families import bases_of, engine_of, model_of
+
+BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_self_check_passes_and_chooses_the_engine(family: str) -> None:
+    checked = model_of(family).ensure_checked()
+    assert checked.engine == engine_of(family)
+    assert checked.logits < 1e-5
+    assert checked.neurons < 1e-5
+    assert checked.poke is not None
+    assert checked.poke < 0.02
+
+
+@pytest.mark.parametrize(("family", "basis"), BASES)
+def test_neurgrad_equals_a_backward_pass_a_target(family: str, basis: str) -> None:
+    assert families.neurgrad_deviation(family, basis, families.LENGTHS) <= families.NEURGRAD_TOLERANCE
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not FAMILIES[family].is_masked])
+def test_neurgrad_with_a_shared_header_equals_a_backward_pass_a_target(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a tiny model a pass costs nothing, so that the planner shares these few tokens.
+    monkeypatch.setattr("neg_service.models.batches.PASS_COST", 0)
+    assert families.neurgrad_deviation(family, "paper", (1, 6, 3, 8), header=8) <= families.NEURGRAD_TOLERANCE
+    assert {len(known.ids) for known in model_of(family)._headers} >= {8}
+
+
+@pytest.mark.parametrize(("family", "basis"), BASES)
+def test_a_sweep_equals_a_full_forward_pass_an_intervention(family: str, basis: str) -> None:
+    assert families.sweep_deviation(family, basis) <= families.SWEEP_TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "basis"), BASES)
+def test_joint_interventions_equal_full_forward_passes(family: str, basis: str) -> None:
+    assert families.joint_deviation(family, basis) <= families.JOINT_TOLERANCE
+
+
+@pytest.mark.parametrize("family", families.PLAIN)
+def test_a_plain_mlp_has_no_gate(family: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"measure\.basis=gate: .* has no gate; use paper or hidden"):
+        model_of(family).feed_forward.sites("gate")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_leaves_a_model_as_it_was(family: str) -> None:
+    model = model_of(family)
+    model.ensure_checked()
+    text = "w3 w14 w96 w9" if model.is_masked else "w3 w14 w9"
+    targets = [["w7", "w8"] if model.is_masked else [" w7", " w8"]]
+    layers = list(model.feed_forward.layers)
+    attention = model.model.config._attn_implementation
+    plain = model.model(torch.tensor([[3, 14, 96]])).logits
+
+    def measure() -> np.ndarray:
+        found = neg_service.neurgrad(model, [text], targets).neurgrad
+        swept = neg_service.neg(model, text, targets[0][0], [(1, 5)], [1.0]).delta_p
+        return np.append(found, swept)
+
+    before = measure()
+
+    def fail(*_args: object) -> None:
+        raise KeyError("in the last layer")
+
+    # In a gradient, in a sweep that resumes at layer 1, and in a joint intervention.
+    edits = [{"neurons": [(1, 5)], "shift": 1.0}]
+    interventions = Interventions(model, _encoded(model, text), "paper")
+    handle = layers[-1].register_forward_pre_hook(fail)
+    for broken in (
+        measure,
+        lambda: interventions.delta_log_p(1, torch.tensor([5]), torch.tensor([1.0]), RowBudget(8)),
+        lambda: neg_service.intervene(model, [text], targets, edits),
+    ):
+        with pytest.raises(KeyError, match="in the last layer"):
+            broken()
+    handle.remove()
+    hooks = [h for part in model.model.modules() for h in (*part._forward_hooks, *part._forward_pre_hooks)]
+    assert not hooks
+    assert model.model.config._attn_implementation == attention
+    assert [id(layer) for layer in model.feed_forward.layers] == list(map(id, layers))
+    assert torch.equal(model.model(torch.tensor([[3, 14, 96]])).logits, plain)
+    np.testing.assert_array_equal(measure(), before)
+
+
+def _encoded(model: LanguageModel, text: str) -> EncodedPrompt:
+    prompt = Prompt("0", text, ("w7" if model.is_masked else " w7",))
+    (encoded,) = encode(model.tokenizer, [prompt], None, model.mask_token)
+    return encoded
