@@ -222,7 +222,8 @@ class ScanWorker:
         if self._calibration is None:
             samples, neurons = self._encoded(self._samples), self._config.neurons
             self._calibration = self._measure.calibrate(self._model, samples, self._options, neurons)
-        return Ready(f"{self._model.device}, {self._threads} threads", self._calibration, self._model.engine)
+        devices = ",".join(map(str, self._model.devices))
+        return Ready(f"{devices}, {self._threads} threads", self._calibration, self._model.engine)
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """Encode and measure a shard."""

@@ -95,14 +95,17 @@ def nodes() -> list[Node]:
 def replica_size(cluster: ClusterConfig, device: str, memory: int, available: list[Node]) -> ReplicaSize:
     """What a replica takes, with `auto` filled in: a GPU if there are any, and a few CPUs of the smallest node.
 
+    Several GPUs, all of one node, share the layers of one model.
+
     Raises:
         ConfigurationError: larger than any node.
     """
     gpus = cluster.gpus_per_replica
     if gpus == "auto":
-        gpus = 1 if (device == "auto" or device.startswith("cuda")) and any(node.gpus >= 1 for node in available) else 0
-    if gpus > 1:
-        raise ConfigurationError(f"cluster.gpus_per_replica={gpus:g}: a replica uses at most 1 GPU so far")
+        wants = device == "auto" or device.startswith("cuda")
+        gpus = 1 + device.count(",") if wants and any(node.gpus >= 1 for node in available) else 0
+    if gpus > 1 and gpus != int(gpus):
+        raise ConfigurationError(f"cluster.gpus_per_replica={gpus:g}: more than 1 must be a whole number")
     usable = [node for node in available if node.gpus >= gpus and node.cpus >= 1]
     cpus = cluster.cpus_per_replica
     if cpus == "auto":
@@ -126,6 +129,11 @@ def replica_size(cluster: ClusterConfig, device: str, memory: int, available: li
             f"change cluster.cpus_per_replica or cluster.gpus_per_replica"
         )
     return size
+
+
+def gpu_names(count: int) -> str:
+    """`model.device` for the GPUs of an actor."""
+    return ",".join(f"cuda:{index}" for index in range(count))
 
 
 def replica_count(replicas: int | str, size: ReplicaSize, available: list[Node], n_shards: int) -> int:

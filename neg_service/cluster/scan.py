@@ -27,6 +27,7 @@ from neg_service.cluster.resources import (
     ReplicaSize,
     connect,
     disconnect,
+    gpu_names,
     nodes,
     replica_count,
     replica_size,
@@ -202,6 +203,9 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     if not size.gpus and config.model.device == "auto":
         # Ray hides no GPU from an actor that asked for none; all of them would crowd the first one.
         config = replace(config, model=replace(config.model, device="cpu"))
+    if size.gpus > 1 and config.model.device in ("auto", "cuda"):
+        # Ray shows an actor its own GPUs alone, and they are numbered from 0 there.
+        config = replace(config, model=replace(config.model, device=gpu_names(int(size.gpus))))
     known = calibration_of(directory.store)
     make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts), known)
     storage = config.storage

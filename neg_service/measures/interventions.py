@@ -73,7 +73,7 @@ class Interventions:
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
         self._unshifted = self._readout.unshifted(head_rv[0][0], logits_rv[0], self._who)
-        self.probability_k = self._unshifted.p_v[self._target_ids]
+        self.probability_k = self._unshifted.p_v[self._target_ids].to(self.device)
         self.activation_ln = [site.neurons(flat(captured[i])[place])[0] for i, site in enumerate(self._sites)]
 
     def neurgrad(self, layers: Sequence[int]) -> Tensor:

@@ -103,7 +103,8 @@ class Readout:
             NonFiniteError: NaN or infinity in the logits; `who` names the prompt.
             ModelError: logits that are neither a multiple of the head's output nor a soft cap of it.
         """
-        head_v, logits_v = at_least_float32(head_v), at_least_float32(logits_v)
+        # The head may lie on another device than that to which a model brings its logits.
+        head_v, logits_v = at_least_float32(head_v), at_least_float32(logits_v.to(head_v.device))
         if not logits_v.isfinite().all():
             raise NonFiniteError(f"{who}: NaN or infinity in logits; try another model.dtype")
         factor = 1.0

@@ -37,6 +37,7 @@ from neg_service.models import branches
 from neg_service.models.batches import Group, group_by_header
 from neg_service.models.cached import CachedRows, run_cached_header
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
+from neg_service.models.placement import checked_devices, device_map
 from neg_service.models.rows import BranchRows, Rows, SequenceRows
 from neg_service.models.self_check import SelfCheck, self_check
 from neg_service.models.source import LocalModel, fetch, require_complete
@@ -92,6 +93,11 @@ class LanguageModel:
         """Where inputs go; with several devices, the first layer's."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that hold a part of it, the first layer's first."""
+        return tuple(dict.fromkeys(weight.device for weight in self.model.parameters()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,7 +212,8 @@ def load_model(
         source: `smollm2` (the default model), a hub id, a directory with safetensors, or a .gguf file.
         revision: branch, tag or commit, for a hub id.
         dtype: float64, float32, bfloat16 or float16; float32 computes without TF32.
-        device: a torch device, or `auto`: a GPU if there is one.
+        device: a torch device, or `auto`: a GPU if there is one. Several with commas, `cuda:0,cuda:1`, share the
+            layers of a model that is too large for one.
         trust_remote_code: run Python code that comes with the model; off unless asked for.
 
     Raises:
@@ -214,12 +221,17 @@ def load_model(
         ConfigurationError: an unknown dtype or a device that is not there.
     """
     chosen_dtype = checked_dtype(dtype)
-    chosen_device = checked_device(device)
+    devices = checked_devices(device)
     local = fetch(source, revision, trust_remote_code=trust_remote_code)
     _be_quiet()
     if chosen_dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")
-    auto_class = _auto_class(_config(local, trust_remote_code), local.name)
+    config = _config(local, trust_remote_code)
+    auto_class = _auto_class(config, local.name)
+    places: dict[str, Any] = {}
+    if len(devices) > 1:
+        # Read straight to where they belong: all of the weights may not fit this machine's memory.
+        places["device_map"] = device_map(_without_weights(auto_class, config, local.name, trust_remote_code), devices)
     model, report = _from_files(
         lambda: auto_class.from_pretrained(
             local.directory,
@@ -227,11 +239,13 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **places,
         ),
         source,
     )
     require_complete(source, report)
-    model = model.to(chosen_device)
+    if not places:
+        model = model.to(devices[0])
     return LanguageModel(model, load_tokenizer(local, trust_remote_code), name=local.name, identity=local.identity)
 
 
@@ -253,14 +267,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelIn
     _be_quiet()
 
     config = _config(local, trust_remote_code)
-    auto_class = _auto_class(config, local.name)
-
-    def build() -> PreTrainedModel:
-        with torch.device("meta"):
-            model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
-            return model
-
-    model = _from_files(build, local.name)
+    model = _without_weights(_auto_class(config, local.name), config, local.name, trust_remote_code)
     _require_measurable(model)
     found = find_feed_forward(model)
     return ModelInfo(
@@ -284,21 +291,6 @@ def checked_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def checked_device(device: str) -> torch.device:
-    """The torch device of a name in the configuration, if it is there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigurationError(f"model.device={device} is not a device; use auto, cpu or cuda") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigurationError(
-            f"model.device={device}: this machine has {torch.cuda.device_count()} GPUs; use auto or cpu"
-        )
-    return chosen
-
-
 def _from_files(load: Any, source: str) -> Any:
     try:
         return load()
@@ -316,6 +308,16 @@ def mask_token_of(tokenizer: Any, name: str) -> int:
     if token is None:
         raise ModelError(f"{name} is a masked model, but its tokenizer has no mask token: choose another model.source")
     return token
+
+
+def _without_weights(auto_class: Any, config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
+    def build() -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            return model
+
+    model: PreTrainedModel = _from_files(build, name)
+    return model
 
 
 def _config(local: LocalModel, trust_remote_code: bool) -> Any:

@@ -17,7 +17,7 @@ from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import Receipt
-from neg_service.cluster.resources import Node, ReplicaSize, replica_count, replica_size
+from neg_service.cluster.resources import Node, ReplicaSize, gpu_names, replica_count, replica_size
 from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, typed
 from neg_service.errors import (
     ConfigurationError,
@@ -95,6 +95,9 @@ def test_a_replica_takes_a_gpu_where_there_is_one() -> None:
     assert replica_size(ClusterConfig(gpus_per_replica=0.5, cpus_per_replica=2), "auto", GIB, [gpu]) == ReplicaSize(
         2, 0.5, GIB
     )
+    assert replica_size(ClusterConfig(gpus_per_replica=4), "auto", GIB, [cpu, gpu]) == ReplicaSize(1, 4, GIB)
+    assert replica_size(ClusterConfig(), "cuda:0,cuda:1", GIB, [cpu, gpu]) == ReplicaSize(1, 2, GIB)
+    assert gpu_names(3) == "cuda:0,cuda:1,cuda:2"
 
 
 def test_as_many_replicas_as_fit_but_no_more_than_shards() -> None:
@@ -111,6 +114,7 @@ def test_as_many_replicas_as_fit_but_no_more_than_shards() -> None:
     [
         (ClusterConfig(cpus_per_replica=9), GIB, "cluster.cpus_per_replica=9: the largest node has 8"),
         (ClusterConfig(gpus_per_replica=1), GIB, "cluster.gpus_per_replica=1: the largest node has 0"),
+        (ClusterConfig(gpus_per_replica=1.5), GIB, "cluster.gpus_per_replica=1.5: more than 1 must be a whole number"),
         (ClusterConfig(), 33 * GIB, "a replica needs about 33.0 GiB of memory, the largest node has 32.0 GiB"),
     ],
 )

@@ -1,0 +1,99 @@
+"""One model over several devices: which parts of it lie where.
+
+accelerate moves hidden states from device to device as layers are called; the rest follows a simple rule: what belongs
+to a layer (its prefix's keys and values, its neurons, their gradients) stays where the layer is, and logits come back
+to where token ids went in. No layer is ever split. accelerate could also choose the places; it fills one device after
+the other, and does not spread a model whose largest part are its embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from neg_service.errors import ConfigurationError
+from neg_service.models.feed_forward import find_feed_forward
+
+
+def checked_devices(device: str) -> list[torch.device]:
+    """The torch devices of a name in the configuration, if they are there: `auto`, one, or several with commas.
+
+    Raises:
+        ConfigurationError: not a device, one that is not there, or one named twice.
+    """
+    if device == "auto":
+        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    try:
+        chosen = [torch.device(name.strip()) for name in device.split(",")]
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"model.device={device} is not a device; use auto, cpu, cuda, or several with commas, cuda:0,cuda:1"
+        ) from error
+    for one in chosen:
+        if one.type == "cuda" and (one.index or 0) >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"model.device={device}: this machine has {torch.cuda.device_count()} GPUs; use auto or cpu"
+            )
+    if len(set(chosen)) < len(chosen):
+        raise ConfigurationError(f"model.device={device}: a device is named twice")
+    return chosen
+
+
+def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """For each part of a model its device: equal shares of the bytes, in the order of the layers.
+
+    What comes before the layers, and what shares its weights, is on the first device, what comes after them on the
+    last. `model` may be one without weights.
+
+    Raises:
+        ConfigurationError: fewer layers than devices.
+    """
+    layers = find_feed_forward(model).layers
+    if len(layers) < len(devices):
+        raise ConfigurationError(
+            f"model.device: {len(devices)} devices, but {type(model).__name__} has {len(layers)} layers: use fewer "
+            f"devices, or a smaller cluster.gpus_per_replica"
+        )
+    before, path, after = _around(model, layers)
+    # By identity: a head that shares its weights with the embeddings has to lie with them.
+    known = {id(weight) for name in before for weight in model.get_submodule(name).parameters()}
+    for name in list(after):
+        weights = {id(weight) for weight in model.get_submodule(name).parameters()}
+        if not weights or weights & known:
+            after.remove(name)
+            before.append(name)
+    names = [f"{path}.{index}" for index in range(len(layers))]
+    sizes = [_bytes_of(model, [name]) for name in names]
+    start = _bytes_of(model, before)
+    total = start + sum(sizes) + _bytes_of(model, after)
+    placed = dict.fromkeys(before, devices[0]) | dict.fromkeys(after, devices[-1])
+    for name, size in zip(names, sizes, strict=True):
+        # By its middle, so that no device gets more than its share and half a layer.
+        placed[name] = devices[min(len(devices) - 1, int((start + size / 2) * len(devices) / total))]
+        start += size
+    return placed
+
+
+def _around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[list[str], str, list[str]]:
+    """The path of the layers, and of the largest parts before and after them that do not hold them."""
+    path = next(name for name, module in model.named_modules() if module is layers)
+    before: list[str] = []
+    after: list[str] = []
+    found: list[str] = before
+    for name, _ in model.named_modules():
+        if name == path:
+            found = after
+        elif f"{path}.".startswith(f"{name}.") or not name or name.startswith(f"{path}."):
+            continue
+        elif not any(name.startswith(f"{part}.") for part in (*before, *after)):
+            found.append(name)
+    return before, path, after
+
+
+def _bytes_of(model: PreTrainedModel, names: Sequence[str]) -> int:
+    """Shared weights count once."""
+    weights = {id(own): own for name in names for own in model.get_submodule(name).parameters()}
+    return sum(weight.nbytes for weight in weights.values())
