@@ -1,0 +1,110 @@
+"""python -m jobs.check: whether a model can be measured, and by which engine. `--help` says what can be set."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from jobs.entry import flag_of, start
+from neg_service.config import ModelConfig, typed
+from neg_service.models.feed_forward import BASES, Site
+from neg_service.models.language_model import LanguageModel, load_model
+from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE
+from neg_service.report.console import aligned, bytes_text
+
+
+def check(config: DictConfig) -> int:
+    """Load a model, let it check itself, and print what was found."""
+    began = time.monotonic()
+    asked = typed(ModelConfig, config.model, "model")
+    model = load_model(
+        asked.source,
+        revision=asked.revision,
+        dtype=asked.dtype,
+        device=asked.device,
+        trust_remote_code=asked.trust_remote_code,
+    )
+    loaded = time.monotonic()
+    model.ensure_checked()
+    found = report(model, loaded - began, time.monotonic() - loaded)
+    print(json.dumps(found) if flag_of(config, "json") else describe(found))
+    return 0
+
+
+def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> dict[str, Any]:
+    """What there is to know of a checked model; deviations are relative, memory in bytes."""
+    checked, own = model.ensure_checked(), model.feed_forward
+    bases = BASES if own.layout.is_gated else BASES[:2]
+    return {
+        "model": model.name,
+        "identity": model.identity,
+        "architecture": type(model.model).__name__,
+        "read_at": "mask token" if model.is_masked else "last token",
+        "layers": own.n_layers,
+        "neurons_a_layer": own.n_neurons,
+        "bases": {basis: _place(model, own.sites(basis)[0]) for basis in bases},
+        "context_tokens": model.context_length,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "devices": [str(device) for device in model.devices],
+        "engine": checked.engine,
+        "not_fitting": checked.not_fitting,
+        "widens_at_neurons": checked.widens_at_neurons,
+        "deviations": {"row_logits": checked.logits, "neurons": checked.neurons, "poke": checked.poke},
+        "allowed": {"row_logits": LOGIT_TOLERANCE[model.dtype], "neurons": LOGIT_TOLERANCE[model.dtype]}
+        | ({} if checked.poke is None else {"poke": POKE_TOLERANCE}),
+        "weights_bytes": sum(weight.nbytes for weight in model.model.parameters()),
+        "peak_bytes": _peak_bytes(model),
+        "load_seconds": load_seconds,
+        "check_seconds": check_seconds,
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """For a person."""
+    layers, neurons = found["layers"], found["neurons_a_layer"]
+    deviations, allowed = found["deviations"], found["allowed"]
+    poke = f"not tried in {found['dtype']}: it drowns in rounding"
+    if deviations["poke"] is not None:
+        poke = f"{deviations['poke']:.1e} off what the gradient says, at most {allowed['poke']:g}"
+    engine = [found["engine"], *(f"not {name}: {reason}" for name, reason in found["not_fitting"].items())]
+    if not found["widens_at_neurons"]:
+        engine.append("an intervention runs its whole layer for each row")
+    peak = ", ".join(f"{bytes_text(size)} on {device}" for device, size in found["peak_bytes"].items())
+    rows = [
+        ("model", f"{found['model']} ({found['architecture']})"),
+        ("identity", found["identity"]),
+        ("layers", f"{layers}"),
+        ("neurons", f"{neurons} a layer, {layers * neurons} in all"),
+        ("basis", "\n".join(f"{basis}: {place}" for basis, place in found["bases"].items())),
+        ("read at", found["read_at"]),
+        ("context", f"{found['context_tokens']} tokens" if found["context_tokens"] else "no limit given"),
+        ("precision", f"{found['dtype']} on {', '.join(found['devices'])}"),
+        ("engine", "\n".join(engine)),
+        ("row logits", f"{deviations['row_logits']:.1e} off the plain forward pass, at most {allowed['row_logits']:g}"),
+        ("captured neurons", f"{deviations['neurons']:.1e} off their MLP, at most {allowed['neurons']:g}"),
+        ("small shift", poke),
+        ("memory", f"{bytes_text(found['weights_bytes'])} of weights; at most {peak}"),
+        ("seconds", f"{found['load_seconds']:.1f} to load, {found['check_seconds']:.1f} to check"),
+    ]
+    return aligned(rows)
+
+
+def _place(model: LanguageModel, site: Site) -> str:
+    """Where the first layer's neurons are, by the name that the model gives to the module."""
+    name = next(name for name, module in model.model.named_modules() if module is site.module)
+    return f"{site.side} of {name}" + (f", from {site.start} on" if site.start else "")
+
+
+def _peak_bytes(model: LanguageModel) -> dict[str, int]:
+    """The most memory used so far, by device; on a CPU, of this process."""
+    peaks = {str(own): torch.cuda.max_memory_allocated(own) for own in model.devices if own.type == "cuda"}
+    return peaks or {"cpu": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+if __name__ == "__main__":
+    start("check", check)

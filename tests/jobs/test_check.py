@@ -1,0 +1,62 @@
+"""The command that says whether a model can be measured: what it prints, and that it fails in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from jobs.benchmarks.tiny_models import tiny_model
+from jobs.check import check
+from jobs.entry import CONF
+from neg_service.errors import ModelError
+from tests.e2e.commands import job
+
+
+def checked(directory: Path, *settings: str) -> int:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return check(compose("check", overrides=[f"model.source={directory}", *settings]))
+
+
+def saved(family: str, directory: Path) -> Path:
+    model = tiny_model(family)
+    model.model.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_the_table_says_what_a_scan_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked(saved("GPT-J", tmp_path)) == 0
+    table = capsys.readouterr().out
+    for line in (
+        r"layers +3\n",
+        r"neurons +40 a layer, 120 in all\n",
+        r"basis +paper: input of transformer\.h\.0\.mlp\.fc_out\n +hidden: input of transformer\.h\.0\.mlp\.fc_out\n",
+        r"read at +last token\n",
+        r"engine +rows\n +not branches: 3 of the 3 layers do not go through transformers' attention interface\n",
+        r"row logits +\d\.\de-\d\d off the plain forward pass, at most 0\.0001\n",
+        r"small shift +\d\.\de-\d\d off what the gradient says, at most 0\.05\n",
+        r"memory +\d+\.\d kB of weights; at most \d.* on cpu\n",
+    ):
+        assert re.search(line, table), (line, table)
+
+
+def test_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked(saved("ModernBERT", tmp_path), "json=true", "model.dtype=bfloat16") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["engine"], found["read_at"], found["dtype"]) == ("sequences", "mask token", "bfloat16")
+    assert found["bases"]["paper"] == "output of model.layers.0.mlp.Wi, from 40 on"
+    assert found["deviations"]["poke"] is None
+    assert found["weights_bytes"] == sum(weight.nbytes for weight in tiny_model("ModernBERT").model.parameters()) / 2
+
+
+def test_a_model_that_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+        (tmp_path / "config.json").write_text("{}")
+        checked(tmp_path)
+    done = job("check", f"model.source={tmp_path}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: model.source={tmp_path}: no *.safetensors")
