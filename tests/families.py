@@ -31,13 +31,10 @@ README = Path(__file__).parents[1] / "README.md"
 # The engine's own float32 against float64; engine and oracle both in float64.
 # What a model's own code rounds to float32 (norms, attention) stays so in the float64 copy on which edits run.
 NEURGRAD_TOLERANCE, SWEEP_TOLERANCE, JOINT_TOLERANCE = 2e-5, 1e-6, 1e-5
-# The only families that do not share a prefix between rows; one more here is one that fell off the fast path.
-RUN_AS_ROWS = (
-    "GPT-Neo", "GPT-J", "CodeGen", "Falcon", "Falcon, new decoder", "Falcon, ALiBi", "BLOOM", "MPT",
-)  # fmt: skip
 PLAIN = (
     "Phi", "GPT-2", "GPT-NeoX (Pythia)", "OPT", "OPT, norm after", "StarCoder", "StarCoder 2", "Nemotron", "BERT",
-    "RoBERTa", "XLM-R", "ELECTRA generator", "DistilBERT", "DeBERTa", "DeBERTa 2 and 3", "MPNet", *RUN_AS_ROWS,
+    "RoBERTa", "XLM-R", "ELECTRA generator", "DistilBERT", "DeBERTa", "DeBERTa 2 and 3", "MPNet", "GPT-Neo", "GPT-J",
+    "CodeGen", "Falcon", "Falcon, new decoder", "Falcon, ALiBi", "BLOOM", "MPT",
 )  # fmt: skip
 
 SWEPT = [(2, 39), (0, 5), (1, 17)]
@@ -55,13 +52,6 @@ EDITS: list[dict[str, Any]] = [
 def bases_of(family: str) -> tuple[str, ...]:
     """The bases that a family has."""
     return BASES[:2] if family in PLAIN else BASES
-
-
-def engine_of(family: str) -> str:
-    """The engine that fits a family."""
-    if FAMILIES[family].is_masked:
-        return "sequences"
-    return "rows" if family in RUN_AS_ROWS else "branches"
 
 
 @functools.cache

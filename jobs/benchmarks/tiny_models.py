@@ -41,20 +41,30 @@ _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 class Family:
     """How a family's tiny model is made.
 
+    engine: what is known to fit it; another one is a family that fell off the fast path.
     attention: the family's own attention that is right for it; with soft caps it is not `sdpa`.
     """
 
     config: Callable[[], hf.PreTrainedConfig]
-    is_masked: bool = False
-    attention: str = "sdpa"
+    engine: str
+    attention: str
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it is read at its mask token."""
+        return self.engine == "sequences"
 
 
-def _causal(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
-    return Family(lambda: config(**options), attention=attention)
+def _branches(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), "branches", attention)
 
 
-def _masked(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
-    return Family(lambda: config(**options), is_masked=True, attention=attention)
+def _rows(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), "rows", attention)
+
+
+def _sequences(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), "sequences", attention)
 
 
 def _longrope() -> dict[str, Any]:
@@ -63,14 +73,14 @@ def _longrope() -> dict[str, Any]:
         "rope_type": "longrope",
         "rope_theta": 1e4,
         "factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 32,
         **factors,
     }
 
 
 FAMILIES: dict[str, Family] = {
-    "Llama 2": _causal(hf.LlamaConfig, **_GROUPED),
-    "Llama 3": _causal(
+    "Llama 2": _branches(hf.LlamaConfig, **_GROUPED),
+    "Llama 3": _branches(
         hf.LlamaConfig,
         **_GROUPED,
         tie_word_embeddings=True,
@@ -83,11 +93,13 @@ FAMILIES: dict[str, Family] = {
             "original_max_position_embeddings": 16,
         },
     ),
-    "Mistral": _causal(hf.MistralConfig, **_GROUPED, sliding_window=WINDOW),
-    "Qwen 2": _causal(hf.Qwen2Config, **_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-    "Qwen 3": _causal(hf.Qwen3Config, **_GROUPED, head_dim=8),
-    "Gemma": _causal(hf.GemmaConfig, **_GROUPED, head_dim=8),
-    "Gemma 2": _causal(
+    "Mistral": _branches(hf.MistralConfig, **_GROUPED, sliding_window=WINDOW),
+    "Qwen 2": _branches(
+        hf.Qwen2Config, **_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "Qwen 3": _branches(hf.Qwen3Config, **_GROUPED, head_dim=8),
+    "Gemma": _branches(hf.GemmaConfig, **_GROUPED, head_dim=8),
+    "Gemma 2": _branches(
         hf.Gemma2Config,
         "eager",
         **_GROUPED,
@@ -97,7 +109,7 @@ FAMILIES: dict[str, Family] = {
         final_logit_softcapping=3.0,
         query_pre_attn_scalar=8,
     ),
-    "Gemma 3": _causal(hf.Gemma3TextConfig, **_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=_MIXED),
+    "Gemma 3": _branches(hf.Gemma3TextConfig, **_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=_MIXED),
     "Gemma 3, images and text": Family(
         lambda: hf.Gemma3Config(
             text_config={**_GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _MIXED},
@@ -113,19 +125,21 @@ FAMILIES: dict[str, Family] = {
             image_token_index=90,
             boi_token_index=91,
             eoi_token_index=92,
-        )
+        ),
+        "branches",
+        "sdpa",
     ),
-    "Phi": _causal(hf.PhiConfig, **{**_PLAIN, "num_attention_heads": 3}, partial_rotary_factor=0.5),
-    "Phi-3": _causal(hf.Phi3Config, **_GROUPED, sliding_window=WINDOW),
-    "Phi-4": _causal(hf.Phi3Config, **_GROUPED, original_max_position_embeddings=16, rope_parameters=_longrope()),
-    "OLMo": _causal(hf.OlmoConfig, **_GROUPED, clip_qkv=0.5),
-    "OLMo 2": _causal(hf.Olmo2Config, **_GROUPED),
-    "OLMo 3": _causal(hf.Olmo3Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
-    "SmolLM 3": _causal(hf.SmolLM3Config, **_GROUPED, no_rope_layer_interval=2),
-    "StableLM": _causal(hf.StableLmConfig, **_GROUPED, partial_rotary_factor=0.5, use_parallel_residual=True),
-    "GPT-2": _causal(hf.GPT2Config, **_OLD, scale_attn_by_inverse_layer_idx=True),
-    "GPT-NeoX (Pythia)": _causal(hf.GPTNeoXConfig, **{**_PLAIN, "num_attention_heads": 3}, rotary_pct=0.5),
-    "GPT-Neo": _causal(
+    "Phi": _branches(hf.PhiConfig, **{**_PLAIN, "num_attention_heads": 3}, partial_rotary_factor=0.5),
+    "Phi-3": _branches(hf.Phi3Config, **_GROUPED, sliding_window=WINDOW),
+    "Phi-4": _branches(hf.Phi3Config, **_GROUPED, original_max_position_embeddings=32, rope_parameters=_longrope()),
+    "OLMo": _branches(hf.OlmoConfig, **_GROUPED, clip_qkv=0.5),
+    "OLMo 2": _branches(hf.Olmo2Config, **_GROUPED),
+    "OLMo 3": _branches(hf.Olmo3Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
+    "SmolLM 3": _branches(hf.SmolLM3Config, **_GROUPED, no_rope_layer_interval=2),
+    "StableLM": _branches(hf.StableLmConfig, **_GROUPED, partial_rotary_factor=0.5, use_parallel_residual=True),
+    "GPT-2": _branches(hf.GPT2Config, **_OLD, scale_attn_by_inverse_layer_idx=True),
+    "GPT-NeoX (Pythia)": _branches(hf.GPTNeoXConfig, **{**_PLAIN, "num_attention_heads": 3}, rotary_pct=0.5),
+    "GPT-Neo": _rows(
         hf.GPTNeoConfig,
         "eager",
         vocab_size=VOCABULARY,
@@ -138,14 +152,14 @@ FAMILIES: dict[str, Family] = {
         window_size=WINDOW,
         **_TOKENS,
     ),
-    "GPT-J": _causal(hf.GPTJConfig, "eager", **_OLD, rotary_dim=4),
-    "CodeGen": _causal(hf.CodeGenConfig, "eager", **_OLD, rotary_dim=4),
-    "OPT": _causal(hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=24),
-    "OPT, norm after": _causal(
+    "GPT-J": _rows(hf.GPTJConfig, "eager", **_OLD, rotary_dim=4),
+    "CodeGen": _rows(hf.CodeGenConfig, "eager", **_OLD, rotary_dim=4),
+    "OPT": _branches(hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=24),
+    "OPT, norm after": _branches(
         hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=20, do_layer_norm_before=False
     ),
-    "Falcon": _causal(hf.FalconConfig, **_BASE, num_attention_heads=4, ffn_hidden_size=40, multi_query=True),
-    "Falcon, new decoder": _causal(
+    "Falcon": _rows(hf.FalconConfig, **_BASE, num_attention_heads=4, ffn_hidden_size=40, multi_query=True),
+    "Falcon, new decoder": _rows(
         hf.FalconConfig,
         **_BASE,
         num_attention_heads=4,
@@ -153,7 +167,7 @@ FAMILIES: dict[str, Family] = {
         ffn_hidden_size=40,
         new_decoder_architecture=True,
     ),
-    "Falcon, ALiBi": _causal(
+    "Falcon, ALiBi": _rows(
         hf.FalconConfig,
         "eager",
         **_BASE,
@@ -164,8 +178,8 @@ FAMILIES: dict[str, Family] = {
         parallel_attn=False,
         bias=True,
     ),
-    "BLOOM": _causal(hf.BloomConfig, "eager", vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=4, **_TOKENS),
-    "MPT": _causal(
+    "BLOOM": _rows(hf.BloomConfig, "eager", vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=4, **_TOKENS),
+    "MPT": _rows(
         hf.MptConfig,
         "eager",
         vocab_size=VOCABULARY,
@@ -176,11 +190,11 @@ FAMILIES: dict[str, Family] = {
         max_seq_len=64,
         **_TOKENS,
     ),
-    "StarCoder": _causal(hf.GPTBigCodeConfig, **_OLD),
-    "StarCoder 2": _causal(hf.Starcoder2Config, **_GROUPED, sliding_window=WINDOW),
-    "Cohere": _causal(hf.CohereConfig, **_GROUPED, use_qk_norm=True),
-    "Cohere 2": _causal(hf.Cohere2Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
-    "Granite": _causal(
+    "StarCoder": _branches(hf.GPTBigCodeConfig, **_OLD),
+    "StarCoder 2": _branches(hf.Starcoder2Config, **_GROUPED, sliding_window=WINDOW),
+    "Cohere": _branches(hf.CohereConfig, **_GROUPED, use_qk_norm=True),
+    "Cohere 2": _branches(hf.Cohere2Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
+    "Granite": _branches(
         hf.GraniteConfig,
         **_GROUPED,
         embedding_multiplier=2.0,
@@ -188,19 +202,19 @@ FAMILIES: dict[str, Family] = {
         attention_multiplier=0.3,
         logits_scaling=2.0,
     ),
-    "GLM": _causal(hf.GlmConfig, **_GROUPED, head_dim=8),
-    "GLM-4": _causal(hf.Glm4Config, **_GROUPED, head_dim=8),
-    "EXAONE 4": _causal(
+    "GLM": _branches(hf.GlmConfig, **_GROUPED, head_dim=8),
+    "GLM-4": _branches(hf.Glm4Config, **_GROUPED, head_dim=8),
+    "EXAONE 4": _branches(
         hf.Exaone4Config, **_GROUPED, sliding_window=WINDOW, sliding_window_pattern="LLG", layer_types=_MIXED
     ),
-    "Nemotron": _causal(hf.NemotronConfig, **_GROUPED, head_dim=4),
-    "Helium": _causal(hf.HeliumConfig, **_GROUPED, head_dim=4),
-    "Seed-OSS": _causal(hf.SeedOssConfig, **_GROUPED, head_dim=8),
-    "BERT": _masked(hf.BertConfig, **_PLAIN),
-    "RoBERTa": _masked(hf.RobertaConfig, **_PLAIN),
-    "XLM-R": _masked(hf.XLMRobertaConfig, **_PLAIN),
-    "ELECTRA generator": _masked(hf.ElectraConfig, **_PLAIN, embedding_size=20),
-    "DistilBERT": _masked(
+    "Nemotron": _branches(hf.NemotronConfig, **_GROUPED, head_dim=4),
+    "Helium": _branches(hf.HeliumConfig, **_GROUPED, head_dim=4),
+    "Seed-OSS": _branches(hf.SeedOssConfig, **_GROUPED, head_dim=8),
+    "BERT": _sequences(hf.BertConfig, **_PLAIN),
+    "RoBERTa": _sequences(hf.RobertaConfig, **_PLAIN),
+    "XLM-R": _sequences(hf.XLMRobertaConfig, **_PLAIN),
+    "ELECTRA generator": _sequences(hf.ElectraConfig, **_PLAIN, embedding_size=20),
+    "DistilBERT": _sequences(
         hf.DistilBertConfig,
         vocab_size=VOCABULARY,
         dim=24,
@@ -210,10 +224,10 @@ FAMILIES: dict[str, Family] = {
         max_position_embeddings=64,
         pad_token_id=0,
     ),
-    "ModernBERT": _masked(
+    "ModernBERT": _sequences(
         hf.ModernBertConfig, **_PLAIN, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
     ),
-    "DeBERTa": _masked(
+    "DeBERTa": _sequences(
         hf.DebertaConfig,
         "eager",
         **_PLAIN,
@@ -222,7 +236,7 @@ FAMILIES: dict[str, Family] = {
         max_relative_positions=64,
         type_vocab_size=0,
     ),
-    "DeBERTa 2 and 3": _masked(
+    "DeBERTa 2 and 3": _sequences(
         hf.DebertaV2Config,
         "eager",
         **_PLAIN,
@@ -233,8 +247,8 @@ FAMILIES: dict[str, Family] = {
         norm_rel_ebd="layer_norm",
         type_vocab_size=0,
     ),
-    "EuroBERT": _masked(hf.EuroBertConfig, **_GROUPED, mask_token_id=MASK),
-    "MPNet": _masked(hf.MPNetConfig, "eager", **_PLAIN),
+    "EuroBERT": _sequences(hf.EuroBertConfig, **_GROUPED, mask_token_id=MASK),
+    "MPNet": _sequences(hf.MPNetConfig, "eager", **_PLAIN),
 }
 
 

@@ -70,7 +70,7 @@ def self_check(model: LanguageModel) -> SelfCheck:
                     f"of {model.device} beside the weights: use a larger device, or a smaller model.source or "
                     f"model.dtype"
                 ) from error
-            not_fitting[engine] = f"the engine does not run on it: {one_line(error)}"
+            not_fitting[engine] = f"does not run: {one_line(error)}"
     model.use_engine(None)
     reasons = "; ".join(f"{engine}: {reason}" for engine, reason in not_fitting.items())
     raise ModelError(f"self-check of {_name(model)}: {reasons}: choose another model.source or model.dtype")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.benchmarks import ways
+from jobs.benchmarks import families, ways
 from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
 from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.measures.interventions import Interventions
@@ -74,3 +74,17 @@ def test_a_longer_prompt_has_the_higher_bar() -> None:
     ratios = {name: {"median": 100.0} for name in ("textbook, one at a time, over engine", "expert, over engine")}
     assert [one["reached"] for one in _bars(30, ratios)] == [True, True]
     assert [one["reached"] for one in _bars(300, ratios)] == [False, True]
+
+
+def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = families.Settings("families", threads=1, repeats=1, prompts=4, tokens=16, targets=2, interventions=8)
+    few = {name: families.FAMILIES[name] for name in ("Llama 2", "GPT-J", "BERT")}
+    monkeypatch.setattr(families, "FAMILIES", few)
+    found = families.run(settings)
+    assert [one["engine"] for one in found["families"].values()] == ["branches", "rows", "sequences"]
+    assert found["bars"][0] == {
+        "name": "families that fell off their engine: none", "value": 0, "bar": "<= 0", "reached": True,
+    }  # fmt: skip
+    monkeypatch.setattr("neg_service.models.rows.run_prefix", None)
+    fell = families.run(settings)["bars"][0]
+    assert (fell["name"], fell["reached"]) == ("families that fell off their engine: Llama 2", False)

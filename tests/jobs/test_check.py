@@ -54,8 +54,8 @@ def test_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_model_that_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
-        (tmp_path / "config.json").write_text("{}")
         checked(tmp_path)
     done = job("check", f"model.source={tmp_path}")
     assert (done.returncode, done.stdout) == (1, "")

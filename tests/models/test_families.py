@@ -14,7 +14,7 @@ from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import RowBudget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from tests import families
-from tests.families import bases_of, engine_of, model_of
+from tests.families import bases_of, model_of
 
 BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
 
@@ -22,7 +22,7 @@ BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_self_check_passes_and_chooses_the_engine(family: str) -> None:
     checked = model_of(family).ensure_checked()
-    assert checked.engine == engine_of(family)
+    assert checked.engine == FAMILIES[family].engine
     assert checked.logits < 1e-5
     assert checked.neurons < 1e-5
     assert checked.poke is not None

@@ -281,10 +281,10 @@ def test_unknown_precisions_and_devices_are_refused(tiny_directory: Path) -> Non
 
 def test_prompts_that_change_the_rotary_angles_of_a_pass_are_refused() -> None:
     model = tiny_model("Phi-4")
-    # Of 64 positions, the angles of all change beyond the first 16.
-    assert model.context_length == 16
-    with pytest.raises(PromptError, match=r"prompt '1' has 17 tokens, the model's context holds 16"):
-        neg_service.neurgrad(model, ["w5 " * 16, "w5 " * 17], [[" w7"]] * 2)
+    # Of 64 positions, the angles of all change beyond the first 32.
+    assert model.context_length == 32
+    with pytest.raises(PromptError, match=r"prompt '1' has 33 tokens, the model's context holds 32"):
+        neg_service.neurgrad(model, ["w5 " * 32, "w5 " * 33], [[" w7"]] * 2)
 
 
 def test_weights_that_are_not_all_there_are_refused(tiny_directory: Path, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""The engine over the textbook way on a tiny model of every family, to catch one that fell off the fast path.
+
+All models have the same few neurons, so that what is timed is how often a model is called and how much each call does,
+not arithmetic; the ratios of families compare with each other, not with those of large models.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.benchmarks.figures import bar, figure, ratio
+from jobs.benchmarks.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
+from neg_service.measures.gradients import gradients
+from neg_service.measures.interventions import Interventions
+from neg_service.models.batches import Budget, RowBudget
+from neg_service.models.feed_forward import visiting
+from neg_service.models.language_model import LanguageModel, set_threads
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+# The least speed-up of each engine, gradients and interventions: far below what is measured, far above no gain.
+LEAST = {"branches": (3.0, 4.0), "rows": (0.8, 4.0), "sequences": (1.2, 4.0)}
+NEURON = 5
+
+
+@dataclass
+class Settings:
+    """See `conf/benchmark/families.yaml`."""
+
+    name: str
+    threads: int
+    repeats: int
+    prompts: int
+    tokens: int
+    targets: int
+    interventions: int
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure; the result's `bars` name the slowest family of each engine."""
+    set_threads(settings.threads)
+    found: dict[str, dict[str, Any]] = {}
+    for name in FAMILIES:
+        found[name] = _family(name, settings)
+        gains = [found[name][what]["median"] for what in ("gradients", "interventions")]
+        sys.stderr.write(f"{name}: {found[name]['engine']}, {gains[0]} and {gains[1]} times the textbook way\n")
+    others = [name for name, one in found.items() if one["engine"] != FAMILIES[name].engine]
+    bars = [bar(f"families that fell off their engine: {', '.join(others) or 'none'}", len(others), 0, at_most=True)]
+    for engine, least in LEAST.items():
+        own = {name: one for name, one in found.items() if one["engine"] == engine}
+        if not own:
+            continue
+        for what, limit in zip(("gradients", "interventions"), least, strict=True):
+            slowest = min(own, key=lambda name, what=what, own=own: own[name][what]["median"])  # type: ignore[misc]
+            value = own[slowest][what]["median"]
+            bars.append(bar(f"{what} of {engine}, the slowest family: {slowest}", value, limit, at_most=False))
+    middle = {
+        engine: {what: figure([one[what]["median"] for one in found.values() if one["engine"] == engine], "ratio")
+                 for what in ("gradients", "interventions")}
+        for engine in LEAST
+        if any(one["engine"] == engine for one in found.values())
+    }  # fmt: skip
+    return {"families": found, "engines": middle, "bars": bars}
+
+
+def _family(name: str, settings: Settings) -> dict[str, Any]:
+    model = tiny_model(name)
+    model.ensure_checked()
+    prompts = _prompts(settings, model.is_masked)
+    layers = list(range(model.feed_forward.n_layers))
+    wanted = [range(settings.targets)] * len(prompts)
+    middle = len(layers) // 2
+    shifts = torch.linspace(-2, 2, settings.interventions)
+
+    def engine_gradients() -> None:
+        model.forget_headers()
+        for _ in gradients(model, prompts, wanted, "paper", layers, Budget(4096)):
+            pass
+
+    def engine_interventions() -> None:
+        one = Interventions(model, prompts[0], "paper")
+        neurons = torch.full((settings.interventions,), NEURON)
+        one.delta_log_p(middle, neurons, shifts, RowBudget(settings.interventions + 1))
+
+    pairs: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+        "gradients": (lambda: _textbook_gradients(model, prompts), engine_gradients),
+        "interventions": (lambda: _textbook_interventions(model, prompts[0], middle, shifts), engine_interventions),
+    }
+    result: dict[str, Any] = {"engine": model.engine}
+    for what, (textbook, engine) in pairs.items():
+        slow, fast = [], []
+        for turn in range(settings.repeats + 1):
+            seconds = _seconds(textbook), _seconds(engine)
+            if turn:
+                slow.append(seconds[0])
+                fast.append(seconds[1])
+        result[what] = ratio(slow, fast) | {"engine_ms": round(1000 * median(fast), 2)}
+    return result
+
+
+def _seconds(way: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    way()
+    return time.perf_counter() - began
+
+
+def _prompts(settings: Settings, is_masked: bool) -> list[EncodedPrompt]:
+    draw = random.Random(0)
+    found = []
+    for index in range(settings.prompts):
+        length = settings.tokens - index * settings.tokens // (2 * settings.prompts)
+        ids = [draw.randrange(3, MASK) for _ in range(length)]
+        if is_masked:
+            ids[length // 2] = MASK
+        targets = draw.sample(range(VOCABULARY), settings.targets)
+        prompt = Prompt(str(index), "-", tuple(map(str, targets)))
+        found.append(EncodedPrompt(prompt, tuple(ids), tuple(targets)))
+    return found
+
+
+def _textbook_gradients(model: LanguageModel, prompts: list[EncodedPrompt]) -> None:
+    """A whole sequence with a graph, one prompt at a time, one forward pass and a backward pass a label."""
+    sites = dict(enumerate(model.feed_forward.sites("paper")))
+    for prompt in prompts:
+        seen: dict[int, Tensor] = {}
+
+        def capture(layer: int, x: Tensor, seen: dict[int, Tensor] = seen) -> Tensor:
+            seen[layer] = x if x.requires_grad else x.detach().requires_grad_()
+            return seen[layer]
+
+        with torch.enable_grad(), visiting(sites, capture):
+            log_p = model.model(torch.tensor([prompt.ids])).logits[0, _readout(model, prompt)].log_softmax(-1)
+            for token in prompt.target_ids:
+                torch.autograd.grad(log_p[token], list(seen.values()), retain_graph=True)
+
+
+@torch.no_grad()
+def _textbook_interventions(model: LanguageModel, prompt: EncodedPrompt, layer: int, shifts: Tensor) -> None:
+    """A hook on one neuron and a full forward pass, one shift at a time."""
+    site, place = model.feed_forward.sites("paper")[layer], _readout(model, prompt)
+    inputs = torch.tensor([prompt.ids])
+    for shift in shifts:
+
+        def move(_layer: int, x: Tensor, shift: Tensor = shift) -> Tensor:
+            moved = x.clone()
+            site.neurons(moved.view(-1, moved.shape[-1]))[place, NEURON] += shift
+            return moved
+
+        with visiting({layer: site}, move):
+            model.model(inputs).logits[0, place].softmax(-1)
+
+
+def _readout(model: LanguageModel, prompt: EncodedPrompt) -> int:
+    return prompt.ids.index(MASK) if model.is_masked else len(prompt.ids) - 1
