@@ -84,12 +84,14 @@ def readout(ids: Sequence[int], is_masked: bool) -> int:
     return list(ids).index(MASK) if is_masked else len(ids) - 1
 
 
-def neurgrad_deviation(family: str, basis: str, lengths: Sequence[int], header: int = 0) -> float:
+def neurgrad_deviation(
+    family: str, basis: str, lengths: Sequence[int], header: int = 0, dtype: torch.dtype = torch.float32
+) -> float:
     """Of p, gradients and activations of a batch of unequal prompts, against one backward pass a target in float64.
 
     The largest of |found - expected| / |expected|, norms over a prompt's neurons.
     """
-    model = model_of(family)
+    model = model_of(family) if dtype == torch.float32 else tiny_model(family, dtype)
     model.ensure_checked()
     # The last prompt is the second once more.
     prompts = random_ids(lengths, model.is_masked, header)

@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "Mistral": _branches(hf.MistralConfig, **_GROUPED, sliding_window=WINDOW),
-    "Qwen 2": _branches(
+    "Qwen 2 and 2.5": _branches(
         hf.Qwen2Config, **_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "Qwen 3": _branches(hf.Qwen3Config, **_GROUPED, head_dim=8),
@@ -130,8 +130,10 @@ FAMILIES: dict[str, Family] = {
         "sdpa",
     ),
     "Phi": _branches(hf.PhiConfig, **{**_PLAIN, "num_attention_heads": 3}, partial_rotary_factor=0.5),
-    "Phi-3": _branches(hf.Phi3Config, **_GROUPED, sliding_window=WINDOW),
-    "Phi-4": _branches(hf.Phi3Config, **_GROUPED, original_max_position_embeddings=32, rope_parameters=_longrope()),
+    "Phi-3 and 4": _branches(hf.Phi3Config, **_GROUPED, sliding_window=WINDOW),
+    "Phi-4-mini": _branches(
+        hf.Phi3Config, **_GROUPED, original_max_position_embeddings=32, rope_parameters=_longrope()
+    ),
     "OLMo": _branches(hf.OlmoConfig, **_GROUPED, clip_qkv=0.5),
     "OLMo 2": _branches(hf.Olmo2Config, **_GROUPED),
     "OLMo 3": _branches(hf.Olmo3Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),

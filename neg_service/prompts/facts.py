@@ -8,9 +8,9 @@ random: the same prompts come out everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.prompt import MASK, Prompt
 
 WRONG_TARGETS = 3
 
@@ -157,4 +157,12 @@ def load() -> list[Prompt]:
         for wording in range(len(relation.wordings))
         for position, subject in enumerate(relation.answers)
         for targets, answer in [_targets(relation, position)]
+    ]
+
+
+def load_masked() -> list[Prompt]:
+    """The same prompts for masked models: sentences with a mask in the answer's place, targets without their space."""
+    return [
+        replace(prompt, text=f"{prompt.text} {MASK}.", targets=tuple(target.strip() for target in prompt.targets))
+        for prompt in load()
     ]

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 from neg_service.errors import PromptError
 
+# What a prompt may write for the mask token of any masked model.
+MASK = "[MASK]"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -107,7 +110,8 @@ def encode(
 ) -> Iterator[EncodedPrompt]:
     """Encode prompts and their targets in context, lazily and in order.
 
-    A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place.
+    A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place. A
+    prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model.
 
     Raises:
         PromptError: a target that is not one token in context, two targets with the same token, an empty prompt,
@@ -116,7 +120,7 @@ def encode(
     """
     remaining = iter(prompts)
     while group := list(islice(remaining, batch)):
-        texts = [text for p in group for text in (p.text, *_with_targets(tokenizer, p, mask_token))]
+        texts = [text for p in group for text in _texts(tokenizer, p, mask_token)]
         encoded = iter(tokenizer(texts)["input_ids"])
         for prompt in group:
             ids = tuple(next(encoded))
@@ -126,16 +130,19 @@ def encode(
             yield EncodedPrompt(prompt, ids, _target_ids(tokenizer, prompt, ids, with_targets, own_of))
 
 
-def _with_targets(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> list[str]:
+def _texts(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> list[str]:
+    """The prompt, and the prompt with each of its targets."""
     if mask_token is None:
-        return [prompt.text + target for target in prompt.targets]
+        return [prompt.text, *(prompt.text + target for target in prompt.targets)]
     (mask,) = tokenizer.convert_ids_to_tokens([mask_token])
-    if prompt.text.count(mask) != 1:
+    text = prompt.text.replace(MASK, mask)
+    if text.count(mask) != 1:
+        either = repr(mask) if mask == MASK else f"{mask!r} or {MASK!r}"
         raise PromptError(
-            f"prompt {prompt.id!r} has {prompt.text.count(mask)} mask tokens {mask!r}, a masked model needs exactly 1 "
-            f"(dataset.source)"
+            f"prompt {prompt.id!r} has {text.count(mask)} mask tokens, a masked model needs exactly 1, written as "
+            f"{either} (dataset.source; dataset=facts-masked has facts with masks)"
         )
-    return [prompt.text.replace(mask, target) for target in prompt.targets]
+    return [text, *(text.replace(mask, target) for target in prompt.targets)]
 
 
 def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | None) -> None:

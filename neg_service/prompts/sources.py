@@ -23,7 +23,7 @@ from neg_service.errors import PromptError, one_line
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt
 
-BUILT_IN = {"facts": facts.load}
+BUILT_IN = {"facts": facts.load, "facts-masked": facts.load_masked}
 COLUMNS = ("prompt", "targets", "answer", "id")
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import ray
+from hydra import compose, initialize_config_dir
 
 from jobs.benchmarks.tiny_models import tiny_model
+from jobs.entry import CONF
 from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
@@ -30,6 +32,7 @@ from neg_service.errors import (
     StorageError,
 )
 from neg_service.measures import Cost, find_measure
+from neg_service.models.language_model import checked_dtype
 from neg_service.prompts.prompt import Prompt
 
 GIB = 2**30
@@ -291,3 +294,11 @@ def test_progress_is_silent_between_its_lines_but_not_at_the_end() -> None:
     assert stream.getvalue() == ""
     progress.add(Receipt(1, 2))
     assert stream.getvalue().startswith("3/3 prompts (100 %)")
+
+
+@pytest.mark.parametrize("path", sorted(Path(CONF).glob("model/*.yaml")), ids=lambda path: path.stem)
+def test_every_named_model_is_a_configuration(path: Path) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = typed(ScanConfig, compose("scan", overrides=[f"model={path.stem}"]))
+    check(config)
+    assert checked_dtype(config.model.dtype)

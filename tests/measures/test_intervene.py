@@ -37,7 +37,7 @@ EDITS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("family", ["Llama 2", "Phi-3", "BERT"])
+@pytest.mark.parametrize("family", ["Llama 2", "Phi-3 and 4", "BERT"])
 def test_equals_a_full_forward_pass_with_every_neuron_changed_by_hand(family: str) -> None:
     model = tiny_model(family, torch.float64)
     texts = [f"{text} w96" if model.is_masked else text for text in TEXTS]

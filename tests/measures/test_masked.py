@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast
 
 import neg_service
 from jobs.benchmarks.tiny_models import MASK, tiny_model, tiny_tokenizer
+from neg_service.cluster.plan import Shard
+from neg_service.cluster.prepare import prepare
+from neg_service.cluster.replica import ScanWorker
+from neg_service.config import ScanConfig, typed
 from neg_service.errors import ModelError, PromptError
 from neg_service.models.language_model import LanguageModel, inspect_model
 from neg_service.models.source import fetch
+from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, encode
 
 TEXT = "w3 w14 w96 w9 w26 w5 w35 w8"
@@ -30,7 +41,7 @@ def test_layers_below_an_intervention_do_not_run() -> None:
 @pytest.mark.parametrize(
     ("text", "target", "message"),
     [
-        ("w1 w2", "w7", "prompt 'a' has 0 mask tokens 'w96', a masked model needs exactly 1"),
+        ("w1 w2", "w7", "prompt 'a' has 0 mask tokens, a masked model needs exactly 1, written as 'w96' or "),
         ("w1 w96 w2 w96", "w7", "prompt 'a' has 2 mask tokens"),
         ("w1 w96 w2", "w7 w8", "target 'w7 w8' is 2 tokens"),
         ("w1 w96 w2", "", "target '' is 0 tokens"),
@@ -61,3 +72,37 @@ def test_a_checkpoint_says_whether_it_is_masked(tmp_path: Path) -> None:
 def test_a_masked_model_without_a_mask_token_is_refused() -> None:
     with pytest.raises(ModelError, match="has no mask token"):
         LanguageModel(tiny_model("BERT").model)
+
+
+def test_a_prompt_may_write_the_mask_of_any_model() -> None:
+    (found,) = encode(tiny_tokenizer(), [Prompt("a", "w1 [MASK] w2", ("w7",))], None, MASK)
+    assert (found.ids, found.target_ids, found.prompt.text) == ((1, MASK, 2), (7,), "w1 [MASK] w2")
+
+
+def test_the_masked_facts_are_scanned_like_any_data_set(tmp_path: Path) -> None:
+    words = re.findall(r"\w+|[^\w\s]", " ".join(f"{p.text} {' '.join(p.targets)}" for p in facts.load()))
+    vocabulary = {
+        word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({".", *words})])
+    }
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token="[MASK]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    fast.save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40
+    )
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    asked = {"model": {"source": str(tmp_path)}, "dataset": {"source": "facts-masked"}}
+    for measure in ({"name": "neurgrad"}, {"name": "sweep", "shifts": [-1, 1]}):
+        prepared = prepare(typed(ScanConfig, {**asked, "measure": measure}))
+        assert prepared.info.is_masked
+        worker = ScanWorker(prepared.config, prepared.info.identity, 2, prepared.prompts[:1])
+        assert worker.start().engine == "sequences"
+        found = worker.compute(Shard(0, tuple(prepared.prompts[::100])), 1.0)
+        assert {name: table.schema for name, table in found.items()} == prepared.tables
+        (first, *_) = found["prompts"].to_pylist()
+        assert first["prompt"] == "The capital of France is [MASK]."
+        assert fast.convert_ids_to_tokens(first["target_tokens"]) == first["targets"]

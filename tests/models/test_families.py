@@ -44,6 +44,13 @@ def test_neurgrad_with_a_shared_header_equals_a_backward_pass_a_target(
     assert {len(known.ids) for known in model_of(family)._headers} >= {8}
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.5), (torch.float16, 0.15)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_precision_is_off_by_its_rounding_alone(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    # A step of bfloat16 is 0.8 %, of float16 0.1 %; it adds up over three layers and the softmax of large logits.
+    assert families.neurgrad_deviation(family, "paper", (9, 4), dtype=dtype) <= tolerance
+
+
 @pytest.mark.parametrize(("family", "basis"), BASES)
 def test_a_sweep_equals_a_full_forward_pass_an_intervention(family: str, basis: str) -> None:
     assert families.sweep_deviation(family, basis) <= families.SWEEP_TOLERANCE
@@ -104,3 +111,19 @@ def _encoded(model: LanguageModel, text: str) -> EncodedPrompt:
     prompt = Prompt("0", text, ("w7" if model.is_masked else " w7",))
     (encoded,) = encode(model.tokenizer, [prompt], None, model.mask_token)
     return encoded
+
+
+def test_the_readme_shows_every_family() -> None:
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in families.shown()]
+    assert [row[:4] for row in rows[2:]] == [
+        [
+            family,
+            "mask token" if FAMILIES[family].is_masked else "last token",
+            ", ".join(bases_of(family)),
+            FAMILIES[family].engine,
+        ]
+        for family in FAMILIES
+    ]
+    tolerances = (families.NEURGRAD_TOLERANCE, families.SWEEP_TOLERANCE, families.JOINT_TOLERANCE)
+    for row in rows[2:]:
+        assert all(0 < float(cell) <= limit for cell, limit in zip(row[4:], tolerances, strict=True)), row

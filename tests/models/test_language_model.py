@@ -86,7 +86,7 @@ def test_windows_that_a_short_prompt_never_meets_are_checked(monkeypatch: pytest
 
 
 def test_the_self_check_finds_neurons_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("Phi-3")
+    model = tiny_model("Phi-3 and 4")
     # As if the fused projection gave up before gate.
     for mlp in model.feed_forward.mlps:
         up = mlp.gate_up_proj.weight
@@ -280,7 +280,7 @@ def test_unknown_precisions_and_devices_are_refused(tiny_directory: Path) -> Non
 
 
 def test_prompts_that_change_the_rotary_angles_of_a_pass_are_refused() -> None:
-    model = tiny_model("Phi-4")
+    model = tiny_model("Phi-4-mini")
     # Of 64 positions, the angles of all change beyond the first 32.
     assert model.context_length == 32
     with pytest.raises(PromptError, match=r"prompt '1' has 33 tokens, the model's context holds 32"):

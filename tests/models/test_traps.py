@@ -40,7 +40,7 @@ WINDOWED = [
     if family.engine == "branches" and getattr(family.config().get_text_config(), "sliding_window", None)
 ]
 ABSOLUTE_OR_ROTARY = ["GPT-2", "OPT", "Llama 2", "GPT-NeoX (Pythia)"]
-FUSED = ["Phi-3", "Phi-4", "GLM", "GLM-4", "ModernBERT"]
+FUSED = ["Phi-3 and 4", "Phi-4-mini", "GLM", "GLM-4", "ModernBERT"]
 NORM_AFTER_MLP = ["Gemma 2", "Gemma 3", "OLMo 2", "OLMo 3", "GLM-4", "EXAONE 4"]
 MASKED = [name for name in FAMILIES if FAMILIES[name].is_masked]
 

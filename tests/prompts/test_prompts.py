@@ -89,7 +89,11 @@ def test_ids_are_row_numbers_when_not_given(tmp_path: Path) -> None:
         ("a.csv", 'prompt,targets\na,"[""b""]"\n"x"y,z\n', "after line 2: is not CSV"),
         ("a.csv", "prompt,targets\na,b|c\n", "line 2: targets must be a JSON list"),
         ("a.parquet", "not parquet", "is not Parquet"),
-        ("a.txt", "", "neither a built-in data set (facts) nor a file that ends in .jsonl, .parquet, .csv"),
+        (
+            "a.txt",
+            "",
+            "neither a built-in data set (facts, facts-masked) nor a file that ends in .jsonl, .parquet, .csv",
+        ),
     ],
 )
 def test_a_broken_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
