@@ -65,7 +65,9 @@ def gradients(
     def run(indices: Sequence[int], header: tuple[int, ...]) -> list[PromptGradients]:
         return _run_batch(model, [prompts[i] for i in indices], [wanted[i] for i in indices], sites, header)
 
-    return in_batches(model, prompts, [len(own) for own in wanted], run, budget)
+    # A masked model's targets share one row.
+    counts = [1 if model.is_masked else len(own) for own in wanted]
+    return in_batches(model, prompts, counts, run, budget)
 
 
 def _run_batch(
