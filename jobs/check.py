@@ -88,10 +88,10 @@ def describe(found: dict[str, Any]) -> str:
         ("row logits", f"{deviations['row_logits']:.1e} off the plain forward pass, at most {allowed['row_logits']:g}"),
         ("captured neurons", f"{deviations['neurons']:.1e} off their MLP, at most {allowed['neurons']:g}"),
         ("small shift", poke),
-        ("memory", f"{bytes_text(found['weights_bytes'])} of weights; at most {peak}"),
+        ("memory", f"{bytes_text(found['weights_bytes'])} of weights; {peak} at the most so far"),
         ("seconds", f"{found['load_seconds']:.1f} to load, {found['check_seconds']:.1f} to check"),
     ]
-    return aligned(rows)
+    return f"{aligned(rows)}\n\nThis model can be measured."
 
 
 def _place(model: LanguageModel, site: Site) -> str:

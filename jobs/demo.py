@@ -86,4 +86,4 @@ def _neurons(results: Run, prompt_id: str, target: str) -> str:
 
 
 if __name__ == "__main__":
-    start("scan", demo)
+    start("demo", demo)

@@ -11,8 +11,8 @@ from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.scan import Summary, run
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import StorageError
+from neg_service.inputs import without_credentials
 from neg_service.measures.choice import count_of, described
-from neg_service.prompts.sources import without_credentials
 from neg_service.report.console import accuracy, agreement, aligned, bytes_text
 from neg_service.storage.reader import Run, open_run, reading
 

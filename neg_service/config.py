@@ -5,7 +5,8 @@ nothing after it knows Hydra. Science (model, dataset, measure, neurons) decides
 fingerprint; operations (cluster, storage, job) only how they are made. The options of a measure are a dataclass of
 that measure's own file, so that a new measure changes nothing here.
 
-Fields that hold `auto` or a number are typed Any, because OmegaConf knows no unions; `check` narrows them.
+Fields that hold `auto` or a number, or one name or several, are typed Any, because OmegaConf knows no unions; `check`
+narrows them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ModelConfig:
     source: str = "smollm2"
     revision: str | None = None
     dtype: str = "float32"
-    device: str = "auto"
+    device: Any = "auto"
     trust_remote_code: bool = False
 
 
@@ -184,6 +185,12 @@ def checked_layers(neurons: NeuronsConfig, n_layers: int) -> list[int]:
     if len(set(layers)) < len(layers):
         raise ConfigurationError(f"neurons.layers={layers}: a layer is named twice")
     return sorted(layers)
+
+
+def device_names(device: Any) -> list[str]:
+    """The devices of `model.device`: a name, several with commas between them, or a list as Hydra reads one."""
+    several = device.split(",") if isinstance(device, str) else device if isinstance(device, list | tuple) else [device]
+    return [str(name).strip() for name in several]
 
 
 def plain(values: Any) -> dict[str, Any]:

@@ -51,7 +51,10 @@ def run(settings: Settings) -> dict[str, Any]:
     for name in FAMILIES:
         found[name] = _family(name, settings)
         gains = [found[name][what]["median"] for what in ("gradients", "interventions")]
-        sys.stderr.write(f"{name}: {found[name]['engine']}, {gains[0]} and {gains[1]} times the textbook way\n")
+        sys.stderr.write(
+            f"{name}: {found[name]['engine']}, gradients {gains[0]} x and interventions {gains[1]} x as fast "
+            f"as the textbook way\n"
+        )
     others = [name for name, one in found.items() if one["engine"] != FAMILIES[name].engine]
     bars = [bar(f"families that fell off their engine: {', '.join(others) or 'none'}", len(others), 0, at_most=True)]
     for engine, least in LEAST.items():

@@ -15,13 +15,14 @@ import pyarrow as pa
 
 from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
 from neg_service.config import ScanConfig, check, typed
-from neg_service.errors import DestinationError
+from neg_service.errors import ConfigurationError, DestinationError
+from neg_service.inputs import without_credentials
 from neg_service.measures import find_measure
 from neg_service.measures.choice import with_list_read
 from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model
 from neg_service.models.source import DEFAULT, LocalModel, fetch
 from neg_service.prompts.prompt import Prompt, check_prompts
-from neg_service.prompts.sources import BUILT_IN, load_prompts, without_credentials
+from neg_service.prompts.sources import BUILT_IN, load_prompts
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
 from neg_service.storage.stores import open_store
@@ -83,6 +84,11 @@ def prepare(config: ScanConfig) -> Prepared:
         trust_remote_code=config.model.trust_remote_code,
     )
     info = inspect_model(local, config.model.trust_remote_code)
+    if config.dataset.source == "facts-masked" and not info.is_masked:
+        raise ConfigurationError(
+            f"dataset.source=facts-masked: its prompts have masks to fill, and {info.name} ({info.architecture}) is a "
+            f"causal model: use dataset=facts"
+        )
     measure.check(options, config.neurons, info, prompts)
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)

@@ -203,6 +203,7 @@ class ScanWorker:
     def start(self) -> Ready:
         """Load the model, check that it is the planned one, let it check itself, and calibrate the measure."""
         set_threads(self._threads)
+        began = time.monotonic()
         asked = self._config.model
         self._model: LanguageModel = load_model(
             asked.source,
@@ -211,12 +212,14 @@ class ScanWorker:
             device=asked.device,
             trust_remote_code=asked.trust_remote_code,
         )
+        log.info("loaded %s in %.1f s; checking that the engine fits it", self._model.name, time.monotonic() - began)
         if self._model.identity != self._identity:
             raise ModelError(
                 f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
                 f"planned for {self._identity}: put the same files on every node"
             )
-        log.debug("self-check passed: %s", self._model.ensure_checked())
+        checked = self._model.ensure_checked()
+        log.info("self-check passed, engine %s, row logits %.0e off the plain pass", checked.engine, checked.logits)
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
         if self._calibration is None:

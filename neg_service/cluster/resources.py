@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from neg_service.config import ClusterConfig
+from neg_service.config import ClusterConfig, device_names
 from neg_service.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def nodes() -> list[Node]:
     ]
 
 
-def replica_size(cluster: ClusterConfig, device: str, memory: int, available: list[Node]) -> ReplicaSize:
+def replica_size(cluster: ClusterConfig, device: Any, memory: int, available: list[Node]) -> ReplicaSize:
     """What a replica takes, with `auto` filled in: a GPU if there are any, and a few CPUs of the smallest node.
 
     Several GPUs, all of one node, share the layers of one model.
@@ -102,8 +102,9 @@ def replica_size(cluster: ClusterConfig, device: str, memory: int, available: li
     """
     gpus = cluster.gpus_per_replica
     if gpus == "auto":
-        wants = device == "auto" or device.startswith("cuda")
-        gpus = 1 + device.count(",") if wants and any(node.gpus >= 1 for node in available) else 0
+        names = device_names(device)
+        wants = names == ["auto"] or names[0].startswith("cuda")
+        gpus = len(names) if wants and any(node.gpus >= 1 for node in available) else 0
     if gpus > 1 and gpus != int(gpus):
         raise ConfigurationError(f"cluster.gpus_per_replica={gpus:g}: more than 1 must be a whole number")
     usable = [node for node in available if node.gpus >= gpus and node.cpus >= 1]
@@ -115,6 +116,8 @@ def replica_size(cluster: ClusterConfig, device: str, memory: int, available: li
         ("cluster.cpus_per_replica", size.cpus, max(node.cpus for node in available)),
         ("cluster.gpus_per_replica", size.gpus, max(node.gpus for node in available)),
     ):
+        if wanted > most == 0:
+            raise ConfigurationError(f"{key}={wanted:g}: no node has any; use auto or 0")
         if wanted > most:
             raise ConfigurationError(f"{key}={wanted:g}: the largest node has {most:g}; a replica must fit one node")
     largest = max(node.memory for node in available)
@@ -131,9 +134,9 @@ def replica_size(cluster: ClusterConfig, device: str, memory: int, available: li
     return size
 
 
-def gpu_names(count: int) -> str:
+def gpu_names(count: int) -> list[str]:
     """`model.device` for the GPUs of an actor."""
-    return ",".join(f"cuda:{index}" for index in range(count))
+    return [f"cuda:{index}" for index in range(count)]
 
 
 def replica_count(replicas: int | str, size: ReplicaSize, available: list[Node], n_shards: int) -> int:

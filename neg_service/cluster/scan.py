@@ -34,11 +34,11 @@ from neg_service.cluster.resources import (
 )
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
+from neg_service.inputs import without_credentials
 from neg_service.measures.choice import strongest_neurons
 from neg_service.measures.strength import total
 from neg_service.models.language_model import load_tokenizer, mask_token_of
 from neg_service.prompts.prompt import Prompt, encode
-from neg_service.prompts.sources import without_credentials
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.reader import open_run
 from neg_service.storage.run import (

@@ -20,10 +20,8 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -33,6 +31,7 @@ from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, one_line
+from neg_service.inputs import parts_of_input, suffix_of, without_credentials
 
 CHOOSE = ("all", "sample", "top", "list")
 Neurons = NDArray[np.int64]
@@ -145,19 +144,17 @@ def with_list_read(config: NeuronsConfig) -> NeuronsConfig:
     """
     if config.choose != "list" or not isinstance(config.list, str):
         return config
-    path = config.list
+    path = without_credentials(config.list)
+    parts = parts_of_input("neurons.list", config.list)
+    read = _READERS.get(suffix_of(parts[0][0])) if parts else None
+    if read is None:
+        raise ConfigurationError(
+            f"neurons.list={path}: must end in {', '.join(_READERS)}, be a folder of .parquet files, or a list of "
+            f"pairs such as [[29,864]]"
+        )
     try:
-        files, place = fsspec.url_to_fs(path)
-        # A folder is a table of results: all its parts.
-        names = sorted(files.glob(f"{place}/*.parquet")) if files.isdir(place) else [place]
-        read = _READERS.get(PurePosixPath(names[0]).suffix.lower()) if names else None
-        if read is None:
-            raise ConfigurationError(
-                f"neurons.list={path}: must end in {', '.join(_READERS)}, be a folder of .parquet files, or a list of "
-                f"pairs such as [[29,864]]"
-            )
-        table = pa.concat_tables([read(io.BytesIO(files.cat_file(name))) for name in names])
-    except (OSError, ValueError, ImportError, pa.ArrowException) as error:
+        table = pa.concat_tables([read(io.BytesIO(content)) for _, content in parts])
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigurationError(f"neurons.list={path}: cannot be read: {one_line(error)}") from error
     if table.num_rows == 0:
         raise ConfigurationError(f"neurons.list={path}: has no rows; at least one neuron is needed")

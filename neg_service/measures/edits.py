@@ -24,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from neg_service.errors import ConfigurationError, one_line
+from neg_service.inputs import read_input, suffix_of, without_credentials
 from neg_service.measures.choice import Neurons, checked_neurons
 
 OPERATIONS = ("shift", "scale", "set", "enhance", "suppress")
@@ -91,14 +91,15 @@ def read_edits(source: Any) -> Any:
     """
     if not isinstance(source, str):
         return source
+    content = read_input("measure.edits", source)
+    shown = without_credentials(source)
     try:
-        with fsspec.open(source, "rt", encoding="utf-8") as file:
-            text = file.read()
-        if source.endswith(".jsonl"):
+        text = content.decode()
+        if suffix_of(source) == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigurationError(f"measure.edits={source}: cannot be read: {one_line(error)}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"measure.edits={shown}: is not JSON: {one_line(error)}") from error
 
 
 def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neurons: int) -> CheckedEdit:

@@ -44,6 +44,7 @@ from neg_service.models.source import LocalModel, fetch, require_complete
 
 log = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 ENGINES = {"branches": "causal", "rows": "causal", "sequences": "masked"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -203,7 +204,7 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str = "float32",
-    device: str = "auto",
+    device: str | Sequence[str] = "auto",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a causal or masked language model for measuring.
@@ -212,8 +213,8 @@ def load_model(
         source: `smollm2` (the default model), a hub id, a directory with safetensors, or a .gguf file.
         revision: branch, tag or commit, for a hub id.
         dtype: float64, float32, bfloat16 or float16; float32 computes without TF32.
-        device: a torch device, or `auto`: a GPU if there is one. Several with commas, `cuda:0,cuda:1`, share the
-            layers of a model that is too large for one.
+        device: a torch device, or `auto`: a GPU if there is one. Several, `["cuda:0", "cuda:1"]`, share the layers of
+            a model that is too large for one.
         trust_remote_code: run Python code that comes with the model; off unless asked for.
 
     Raises:
@@ -243,7 +244,7 @@ def load_model(
         ),
         source,
     )
-    require_complete(source, report)
+    require_complete(source, report, head_is_outside=f"{model.base_model_prefix}.")
     if not places:
         model = model.to(devices[0])
     return LanguageModel(model, load_tokenizer(local, trust_remote_code), name=local.name, identity=local.identity)
@@ -252,6 +253,8 @@ def load_model(
 def load_tokenizer(local: LocalModel, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside a model's weights."""
     _be_quiet()
+    if not any(list(local.directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ModelError(f"model.source={local.directory}: has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     return _from_files(
         lambda: AutoTokenizer.from_pretrained(local.directory, trust_remote_code=trust_remote_code),
         str(local.directory),
@@ -322,7 +325,8 @@ def _without_weights(auto_class: Any, config: Any, name: str, trust_remote_code:
 
 def _config(local: LocalModel, trust_remote_code: bool) -> Any:
     return _from_files(
-        lambda: AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code), local.name
+        lambda: AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code),
+        str(local.directory),
     )
 
 
@@ -348,7 +352,8 @@ def _auto_class(config: Any, name: str) -> Any:
     is_causal, is_masked = (
         type(config) in known for known in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING)
     )
-    if is_masked and not (is_causal and (config.architectures or getattr(config, "is_decoder", False))):
+    # Whatever head it was saved with: unless it is a decoder, every position sees all others.
+    if is_masked and not (is_causal and getattr(config, "is_decoder", False)):
         return AutoModelForMaskedLM
     # Code that comes with a model is in no list of transformers'.
     if not is_causal and not getattr(config, "auto_map", None):
@@ -398,8 +403,9 @@ def _context_length(model: PreTrainedModel) -> int | None:
 
 
 def _be_quiet() -> None:
-    """A progress bar over weight tensors tells a person nothing here, and would break the scan's own."""
+    """Progress bars over weights tell a person nothing here; what transformers warns of, we refuse in one line."""
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def set_threads(threads: int) -> None:

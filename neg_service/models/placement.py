@@ -9,30 +9,38 @@ the other, and does not spread a model whose largest part are its embeddings.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from neg_service.config import device_names
 from neg_service.errors import ConfigurationError
 from neg_service.models.feed_forward import find_feed_forward
 
+_KINDS = ("cpu", "cuda")
 
-def checked_devices(device: str) -> list[torch.device]:
-    """The torch devices of a name in the configuration, if they are there: `auto`, one, or several with commas.
+
+def checked_devices(device: Any) -> list[torch.device]:
+    """The torch devices of `model.device`, if they are there: `auto`, one, or several.
 
     Raises:
         ConfigurationError: not a device, one that is not there, or one named twice.
     """
-    if device == "auto":
+    names = device_names(device)
+    if names == ["auto"]:
         return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
-    try:
-        chosen = [torch.device(name.strip()) for name in device.split(",")]
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"model.device={device} is not a device; use auto, cpu, cuda, or several with commas, cuda:0,cuda:1"
-        ) from error
+    device = ",".join(names)
+    chosen = []
+    for name in names:
+        try:
+            chosen.append(torch.device(name))
+        except RuntimeError as error:
+            raise _not_a_device(device, name) from error
     for one in chosen:
+        if one.type not in _KINDS:
+            raise _not_a_device(device, str(one))
         if one.type == "cuda" and (one.index or 0) >= torch.cuda.device_count():
             raise ConfigurationError(
                 f"model.device={device}: this machine has {torch.cuda.device_count()} GPUs; use auto or cpu"
@@ -40,6 +48,13 @@ def checked_devices(device: str) -> list[torch.device]:
     if len(set(chosen)) < len(chosen):
         raise ConfigurationError(f"model.device={device}: a device is named twice")
     return chosen
+
+
+def _not_a_device(device: str, name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"model.device={device}: {name} is no device that can be used; use auto, cpu, cuda, or several in a list, "
+        f"[cuda:0,cuda:1]"
+    )
 
 
 def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[str, torch.device]:

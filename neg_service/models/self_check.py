@@ -56,6 +56,11 @@ def self_check(model: LanguageModel) -> SelfCheck:
         ModelError: no engine fits; for each, a deviation beyond its tolerance, or why it does not run.
     """
     not_fitting: dict[str, str] = {}
+    if not _plain_logits(model, _check_ids(model)).isfinite().all():
+        raise ModelError(
+            f"self-check of {_name(model)}: the plain model's logits on {_CHECK_TOKENS} tokens are not finite: its "
+            f"weights are damaged (model.source), or too large for {_dtype(model)} (model.dtype)"
+        )
     for engine in model.engines:
         model.use_engine(engine)
         try:
@@ -70,7 +75,8 @@ def self_check(model: LanguageModel) -> SelfCheck:
                     f"of {model.device} beside the weights: use a larger device, or a smaller model.source or "
                     f"model.dtype"
                 ) from error
-            not_fitting[engine] = f"does not run: {one_line(error)}"
+            own = "" if model.model._supports_attention_backend else "its attention is code of its own; "
+            not_fitting[engine] = f"{own}does not run: {one_line(error)}"
     model.use_engine(None)
     reasons = "; ".join(f"{engine}: {reason}" for engine, reason in not_fitting.items())
     raise ModelError(f"self-check of {_name(model)}: {reasons}: choose another model.source or model.dtype")
@@ -96,9 +102,9 @@ def _self_check(model: LanguageModel, not_fitting: dict[str, str]) -> SelfCheck:
     ):
         # Written so that NaN fails too.
         if not deviation <= allowed:
-            dtype = str(model.dtype).removeprefix("torch.")
             raise _NotFittingError(
-                f"{what} are {deviation:.1e} off the plain forward pass, at most {allowed:.0e} is allowed in {dtype}"
+                f"{what} are {deviation:.1e} off the plain forward pass, at most {allowed:.0e} is allowed in "
+                f"{_dtype(model)}"
             )
     poke = _check_poke(model, ids) if model.dtype in (torch.float32, torch.float64) else None
     if poke is not None and not poke <= POKE_TOLERANCE:
@@ -111,6 +117,10 @@ def _self_check(model: LanguageModel, not_fitting: dict[str, str]) -> SelfCheck:
 
 def _name(model: LanguageModel) -> str:
     return f"{model.name} ({type(model.model).__name__})"
+
+
+def _dtype(model: LanguageModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _check_ids(model: LanguageModel) -> tuple[int, ...]:

@@ -88,6 +88,10 @@ def _fetch(source: str, revision: str | None, with_weights: bool, trust_remote_c
         return _from_gguf(path.stem, _file_digest(path), lambda _place: path)
     if path.is_dir():
         return _from_directory(source, path)
+    if path.is_file():
+        raise ModelError(f"model.source={source}: is a file; give its directory, or a .gguf file")
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ModelError(f"model.source={source}: no such directory")
     return _from_hub(source, revision, with_weights, trust_remote_code)
 
 
@@ -117,7 +121,8 @@ def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remot
         # The hub's own exceptions are OSErrors; anything below them (sockets, disks) is one too.
         at = f" at model.revision={revision}" if revision else ""
         raise ModelError(
-            f"model.source={source}{at}: no such directory here, and the hub gave nothing: {one_line(error)}"
+            f"model.source={source}{at}: no such directory here, and the hub gave nothing: {one_line(error)}: "
+            f"check the name and the network, or give a directory with the model's files"
         ) from error
     directory = Path(path)
     if with_weights:
@@ -169,8 +174,10 @@ def _unpack_gguf(file: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def require_complete(source: str, report: dict[str, Any]) -> None:
+def require_complete(source: str, report: dict[str, Any], head_is_outside: str | None = None) -> None:
     """Refuse weights that are not all there: transformers would fill the gaps at random and only warn.
+
+    Tensors that do not begin with `head_is_outside` belong to the head, which many checkpoints were saved without.
 
     Raises:
         ModelError: naming tensors.
@@ -179,6 +186,11 @@ def require_complete(source: str, report: dict[str, Any]) -> None:
         names = sorted(map(str, report.get(kind) or ()))
         if names:
             what = kind.removesuffix("_keys")
+            if what == "missing" and head_is_outside and not any(name.startswith(head_is_outside) for name in names):
+                raise ModelError(
+                    f"model.source={source}: has no language-model head ({', '.join(names[:3])} are missing): choose "
+                    f"a checkpoint that was saved with one"
+                )
             raise ModelError(f"model.source={source}: {len(names)} tensors are {what}: {', '.join(names[:3])}")
 
 

@@ -114,9 +114,9 @@ def encode(
     prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model.
 
     Raises:
-        PromptError: a target that is not one token in context, two targets with the same token, an empty prompt,
-            one longer than `context_length` tokens, or one that has not exactly one mask token where one is needed;
-            names the prompt, the value, and the key to change.
+        PromptError: a target that is not one token in context, or only the unknown one, two targets with the same
+            token, an empty prompt, one longer than `context_length` tokens, or one that has not exactly one mask token
+            where one is needed; names the prompt, the value, and the key to change.
     """
     remaining = iter(prompts)
     while group := list(islice(remaining, batch)):
@@ -194,6 +194,11 @@ def _target_ids(
             raise PromptError(
                 f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
                 f"it must be exactly 1 (dataset.source)"
+            )
+        if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):
+            raise PromptError(
+                f"prompt {prompt.id!r}: the model has no token for target {target!r}, only {_tokens(tokenizer, own)} "
+                f"(dataset.source)"
             )
         if own[0] in target_of:
             raise PromptError(

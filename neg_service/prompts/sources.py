@@ -11,15 +11,13 @@ import io
 import json
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neg_service.errors import PromptError, one_line
+from neg_service.inputs import read_input, suffix_of, without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt
 
@@ -36,30 +34,16 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
     if source in BUILT_IN:
         return BUILT_IN[source]()[:limit]
     shown = without_credentials(source)
-    suffix = PurePosixPath(shown).suffix.lower()
+    suffix = suffix_of(source)
     rows_of = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
     if suffix not in rows_of:
         raise PromptError(
             f"dataset.source={shown}: neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that "
             f"ends in {', '.join(rows_of)}"
         )
-    try:
-        with fsspec.open(source, "rb") as file:
-            content = file.read()
-    except (OSError, ValueError, ImportError) as error:
-        # What a library says of an address may hold what the address hides.
-        reason = one_line(error) if shown == source else type(error).__name__
-        raise PromptError(f"dataset.source={shown}: cannot be read: {reason}") from error
+    content = read_input("dataset.source", source, PromptError)
     rows = rows_of[suffix](shown, content)
     return [_prompt(shown, place, index, row) for index, (place, row) in enumerate(islice(rows, limit))]
-
-
-def without_credentials(source: str) -> str:
-    """A path or URI without the user, password and query that it may carry: fit to be printed and stored."""
-    parts = urlsplit(source)
-    if not parts.scheme or "://" not in source:
-        return source
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _jsonl_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:

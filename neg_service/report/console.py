@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,12 +81,14 @@ def agreement(run: Run) -> list[tuple[str, str]]:
         ("linear", f"{_percent((np.abs(r) >= 0.95).sum(), n)} have |r| >= 0.95"),
         ("NEG and NeurGrad", f"correlation {_correlation(neg, neurgrad):.4f}{'' if is_signed else signs}"),
         ("NEG and gradient", f"correlation {_correlation(neg, gradient):.4f}{signs if is_signed else ''}"),
-        (
-            "precision",
-            f"NEG is off {noise['reference']} by {noise['neg_error']:.0e} (median, relative) in {noise['dtype']}; "
-            f"{_percent(resolved, n)} are above the noise",
-        ),
+        ("precision", f"{_error_of(noise)}; {_percent(resolved, n)} are above the noise"),
     ]
+
+
+def _error_of(noise: Mapping[str, Any]) -> str:
+    if noise["dtype"] == noise["reference"]:
+        return f"{noise['dtype']}, which has no finer reference"
+    return f"NEG is off {noise['reference']} by {noise['neg_error']:.0e} (median, relative) in {noise['dtype']}"
 
 
 def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -35,8 +35,8 @@ class Status:
 
     missing: shards neither done nor set aside. set_aside: shard to its record (error, attempts). rate: shards a second
     over the last minutes in which parts came; None with fewer than two. silent_seconds: since the newest part, by the
-    clock of this machine; is_running is guessed from it. seconds_left: at that rate, while it runs. unreadable: why
-    rows of a table could not be counted.
+    clock of this machine; is_running is guessed from it, None before the first part. seconds_left: at that rate, while
+    it runs. unreadable: why rows of a table could not be counted.
     """
 
     uri: str
@@ -49,7 +49,7 @@ class Status:
     tables: tuple[TableStatus, ...]
     rate: float | None
     silent_seconds: float | None
-    is_running: bool
+    is_running: bool | None
     seconds_left: float | None
     unreadable: str = ""
 
@@ -76,7 +76,8 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
     rate = (len(recent) - 1) / spread if spread > 0 else None
     # The server's clock may be ahead of ours.
     silent = max(0.0, now - finished[-1]) if finished else None
-    is_running = bool(missing) and silent is not None and silent <= _longest_pause(recent)
+    # Before the first part nobody can know: replicas may be starting.
+    is_running = False if not missing else None if silent is None else silent <= _longest_pause(recent)
     return Status(
         uri=run.uri,
         n_shards=run.n_shards,

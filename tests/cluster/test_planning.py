@@ -100,7 +100,8 @@ def test_a_replica_takes_a_gpu_where_there_is_one() -> None:
     )
     assert replica_size(ClusterConfig(gpus_per_replica=4), "auto", GIB, [cpu, gpu]) == ReplicaSize(1, 4, GIB)
     assert replica_size(ClusterConfig(), "cuda:0,cuda:1", GIB, [cpu, gpu]) == ReplicaSize(1, 2, GIB)
-    assert gpu_names(3) == "cuda:0,cuda:1,cuda:2"
+    assert gpu_names(3) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert replica_size(ClusterConfig(), ["cuda:0", "cuda:1"], GIB, [gpu]) == ReplicaSize(1, 2, GIB)
 
 
 def test_as_many_replicas_as_fit_but_no_more_than_shards() -> None:
@@ -116,7 +117,7 @@ def test_as_many_replicas_as_fit_but_no_more_than_shards() -> None:
     ("cluster", "memory", "message"),
     [
         (ClusterConfig(cpus_per_replica=9), GIB, "cluster.cpus_per_replica=9: the largest node has 8"),
-        (ClusterConfig(gpus_per_replica=1), GIB, "cluster.gpus_per_replica=1: the largest node has 0"),
+        (ClusterConfig(gpus_per_replica=1), GIB, "cluster.gpus_per_replica=1: no node has any"),
         (ClusterConfig(gpus_per_replica=1.5), GIB, "cluster.gpus_per_replica=1.5: more than 1 must be a whole number"),
         (ClusterConfig(), 33 * GIB, "a replica needs about 33.0 GiB of memory, the largest node has 32.0 GiB"),
     ],

@@ -120,7 +120,7 @@ def test_the_choice_is_told_in_words() -> None:
         ({"choose": "list", "list": 7}, "must be a list of"),
         ({"choose": "list", "list": [[0, 1.5]]}, "must be a list of"),
         ({"choose": "list", "list": [[0, 1], [2]]}, "must be a list of"),
-        ({"choose": "list", "list": "neurons.txt"}, "must end in .csv, .jsonl, .parquet, be a folder"),
+        ({"choose": "list", "list": "README.md"}, "must end in .csv, .jsonl, .parquet, be a folder"),
         ({"choose": "list", "list": "nowhere.csv"}, "neurons.list=nowhere.csv: cannot be read"),
     ],
 )

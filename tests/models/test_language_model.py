@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -272,7 +273,7 @@ def test_the_default_model_comes_from_the_cache(smollm2: LanguageModel) -> None:
 def test_unknown_precisions_and_devices_are_refused(tiny_directory: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"model\.dtype=int8 is unknown; known are float64, float32"):
         neg_service.load_model(str(tiny_directory), dtype="int8")
-    with pytest.raises(ConfigurationError, match=r"model\.device=abacus is not a device"):
+    with pytest.raises(ConfigurationError, match=r"model\.device=abacus: abacus is no device that can be used"):
         neg_service.load_model(str(tiny_directory), device="abacus")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigurationError, match=r"this machine has 0 GPUs"):
@@ -294,9 +295,43 @@ def test_weights_that_are_not_all_there_are_refused(tiny_directory: Path, tmp_pa
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 tensors are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
         neg_service.load_model(str(place))
+    bare = tiny_model("BERT").model.base_model
+    bare.save_pretrained(tmp_path / "bare")
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"bare: has no language-model head \(cls\."):
+        neg_service.load_model(str(tmp_path / "bare"))
     (place / "model.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(ModelError, match="cannot be loaded"):
         neg_service.load_model(str(place))
+
+
+@pytest.mark.parametrize("saved_as", ["BertForPreTraining", "BertLMHeadModel", "BertForMaskedLM"])
+def test_an_encoder_is_read_at_its_mask_whatever_head_it_was_saved_with(saved_as: str, tmp_path: Path) -> None:
+    model = tiny_model("BERT").model
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [saved_as]}))
+    assert neg_service.load_model(str(tmp_path)).is_masked
+
+
+def test_places_without_a_model_are_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(tiny_directory, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    for place, message in (
+        (bare, r"bare: has no tokenizer"),
+        (tmp_path / "nowhere", r"nowhere: no such directory"),
+        (tiny_directory / "config.json", r"config\.json: is a file; give its directory"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            neg_service.load_model(str(place))
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    model = tiny_model("Llama 2")
+    with torch.no_grad():
+        model.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"logits on 12 tokens are not finite"):
+        model.ensure_checked()
 
 
 def test_a_default_model_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

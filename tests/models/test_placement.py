@@ -118,7 +118,8 @@ def test_a_model_is_loaded_straight_to_its_devices(tiny_directory: Path, monkeyp
 def test_devices_that_are_not_there_are_refused(tiny_directory: Path) -> None:
     assert checked_devices("cuda:0,cuda:1" if torch.cuda.device_count() > 1 else "cpu")
     for device, message in (
-        ("abacus,cpu", r"model\.device=abacus,cpu is not a device"),
+        ("abacus,cpu", r"model\.device=abacus,cpu: abacus is no device that can be used"),
+        ("mps", r"mps is no device that can be used"),
         ("cpu,cpu", r"model\.device=cpu,cpu: a device is named twice"),
         ("cuda:98,cuda:99", r"model\.device=cuda:98,cuda:99: this machine has \d GPUs"),
         ("cpu:0,cpu:1,cpu:2,cpu:3", r"4 devices, but LlamaForCausalLM has 3 layers"),

@@ -13,9 +13,10 @@ import pytest
 from jobs.benchmarks.tiny_models import tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.errors import PromptError
+from neg_service.inputs import without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
-from neg_service.prompts.sources import load_prompts, without_credentials
+from neg_service.prompts.sources import load_prompts
 
 ROWS = [
     {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},
@@ -159,9 +160,18 @@ def test_the_digest_is_of_the_content() -> None:
     assert digest(prompts) != digest([changed, *prompts[1:]])
 
 
+def test_a_target_that_the_model_has_no_token_for_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = "w0"
+    with pytest.raises(PromptError, match=r"'p': the model has no token for target ' nothing', only \['w0'\]"):
+        list(encode(tokenizer, [Prompt("p", "w5", (" w7", " nothing"))], None))
+
+
 def test_an_address_is_printed_without_what_it_hides() -> None:
     assert without_credentials("https://me:secret@host/a.csv?token=secret") == "https://host/a.csv"
     assert without_credentials("/data/a.csv") == "/data/a.csv"
+    with pytest.raises(PromptError, match=r"cannot be read: .*AWS_ENDPOINT_URL"):
+        load_prompts("s3://bucket/a.jsonl")
     with pytest.raises(PromptError) as caught:
         load_prompts("memory://me:secret@host/a.jsonl")
     assert "secret" not in str(caught.value)

@@ -238,7 +238,7 @@ def test_the_status_of_a_run_that_is_running_stopped_or_done(tmp_path: Path) -> 
     assert "shard 2: prompt 'p4': NaN" in describe(aside)
     run.store.delete("set_aside/shard-000002.json")
     running = status_of(neg_service.open_run(run.store.uri), now=now)
-    assert running.is_running
+    assert running.is_running is True
     assert running.rate == pytest.approx(0.1, rel=1e-3)
     assert running.seconds_left == pytest.approx(10, rel=1e-3)
     text = describe(running)
