@@ -161,7 +161,7 @@ def test_edits_are_read_from_a_file_into_the_options(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"measure\.edits=.*cannot be read"):
             read_edits(str(path))
     (tmp_path / "bad.json").write_text("[")
-    with pytest.raises(ConfigurationError, match="bad.json: is not JSON"):
+    with pytest.raises(ConfigurationError, match=r"bad\.json: is not JSON"):
         read_edits(str(tmp_path / "bad.json"))
 
 
