@@ -27,7 +27,7 @@ from neg_service.models.language_model import LanguageModel, set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 # The least speed-up of each engine, gradients and interventions: far below what is measured, far above no gain.
-LEAST = {"branches": (3.0, 4.0), "rows": (0.8, 4.0), "sequences": (1.2, 4.0)}
+LEAST = {"branches": (3.0, 4.0), "rows": (0.8, 4.0), "sequences": (2.5, 4.0)}
 NEURON = 5
 
 
