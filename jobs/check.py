@@ -14,7 +14,7 @@ from jobs.entry import flag_of, start
 from neg_service.config import ModelConfig, typed
 from neg_service.models.feed_forward import BASES, Site
 from neg_service.models.language_model import LanguageModel, load_model
-from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE
+from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
 from neg_service.report.console import aligned, bytes_text
 
 
@@ -53,9 +53,12 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "devices": [str(device) for device in model.devices],
         "engine": checked.engine,
         "not_fitting": checked.not_fitting,
+        "resumes": checked.resumes,
         "widens_at_neurons": checked.widens_at_neurons,
-        "deviations": {"row_logits": checked.logits, "neurons": checked.neurons, "poke": checked.poke},
+        "deviations": {"row_logits": checked.logits, "neurons": checked.neurons}
+        | {"at_readout": checked.at_readout, "poke": checked.poke},
         "allowed": {"row_logits": LOGIT_TOLERANCE[model.dtype], "neurons": LOGIT_TOLERANCE[model.dtype]}
+        | {"at_readout": READOUT_FACTOR * LOGIT_TOLERANCE[model.dtype]}
         | ({} if checked.poke is None else {"poke": POKE_TOLERANCE}),
         "weights_bytes": sum(weight.nbytes for weight in model.model.parameters()),
         "peak_bytes": _peak_bytes(model),
@@ -72,6 +75,8 @@ def describe(found: dict[str, Any]) -> str:
     if deviations["poke"] is not None:
         poke = f"{deviations['poke']:.1e} off what the gradient says, at most {allowed['poke']:g}"
     engine = [found["engine"], *(f"not {name}: {reason}" for name, reason in found["not_fitting"].items())]
+    if not found["resumes"]:
+        engine.append("an intervention runs all layers, not only those from its own on")
     if not found["widens_at_neurons"]:
         engine.append("an intervention runs its whole layer for each row")
     peak = ", ".join(f"{bytes_text(size)} on {device}" for device, size in found["peak_bytes"].items())
@@ -86,6 +91,10 @@ def describe(found: dict[str, Any]) -> str:
         ("precision", f"{found['dtype']} on {', '.join(found['devices'])}"),
         ("engine", "\n".join(engine)),
         ("row logits", f"{deviations['row_logits']:.1e} off the plain forward pass, at most {allowed['row_logits']:g}"),
+        (
+            "at readout",
+            f"{deviations['at_readout']:.1e} off the plain neurons, at most {allowed['at_readout']:g}",
+        ),
         ("captured neurons", f"{deviations['neurons']:.1e} off their MLP, at most {allowed['neurons']:g}"),
         ("small shift", poke),
         ("memory", f"{bytes_text(found['weights_bytes'])} of weights; {peak} at the most so far"),

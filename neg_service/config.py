@@ -36,9 +36,30 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    """Which prompts: `facts`, or a JSONL, Parquet or CSV file at any fsspec URI."""
+    """Which prompts: `facts`, a JSONL, Parquet or CSV file at any fsspec URI, or tasks of MCEval8K.
+
+    too_long: what happens to prompts beyond the model's context: `error`, or `skip`, which counts them.
+
+    With `task`, `source` is the hub's or a directory's MCEval8K (`prompts/mceval8k.py`), and the rest says how its rows
+    become prompts. task: one, a list, or `all`. split: one or a list. limit: rows of each task and split. balanced:
+    `down` or `up` to the same number of rows a label. seed: of the order in which rows are drawn. shots: demonstrations
+    a label; demonstration_seed: which ones. wording: its name; wordings: a .toml file of one's own. language: of the
+    words around the rows, or `auto`: each row's own. languages: rows of these only.
+    """
 
     source: str = "facts"
+    too_long: str = "error"
+    task: Any = None
+    split: Any = "valid"
+    limit: int | None = None
+    balanced: str | None = None
+    seed: int = 0
+    shots: int = 1
+    demonstration_seed: int = 0
+    wording: str = "default"
+    wordings: str | None = None
+    language: str = "auto"
+    languages: Any = None
 
 
 @dataclass
@@ -157,6 +178,8 @@ def check(config: ScanConfig) -> None:
     ):
         if value != "auto" and not (isinstance(value, int | float) and value >= least):
             raise ConfigurationError(f"{key}={value}: must be auto or a number, at least {least}")
+    if config.dataset.too_long not in ("error", "skip"):
+        raise ConfigurationError(f"dataset.too_long={config.dataset.too_long}: must be error or skip")
     if config.storage.patience_seconds < 0:
         raise ConfigurationError(f"storage.patience_seconds={config.storage.patience_seconds}: must not be negative")
     for key, number in (("job.limit", config.job.limit), ("cluster.attempts", config.cluster.attempts)):

@@ -25,6 +25,17 @@ def read_input(key: str, source: str, error: type[ConfigurationError] = Configur
         return content
 
 
+def exists(key: str, source: str, error: type[ConfigurationError] = ConfigurationError) -> bool:
+    """Whether there is a file at `source`.
+
+    Raises:
+        ConfigurationError: its place cannot be asked; of the class `error`.
+    """
+    with _told(key, source, error):
+        files, place = fsspec.url_to_fs(source)
+        return bool(files.isfile(place))
+
+
 def parts_of_input(key: str, source: str) -> list[tuple[str, bytes]]:
     """Names and contents of a file, or of all *.parquet files of a folder, which is a table of results.
 

@@ -248,6 +248,9 @@ FAMILIES: dict[str, Family] = {
         share_att_key=True,
         norm_rel_ebd="layer_norm",
         type_vocab_size=0,
+        # Between the first two layers, as the largest of them have it.
+        conv_kernel_size=3,
+        conv_act="gelu",
     ),
     "EuroBERT": _sequences(hf.EuroBertConfig, **_GROUPED, mask_token_id=MASK),
     "MPNet": _sequences(hf.MPNetConfig, "eager", **_PLAIN),

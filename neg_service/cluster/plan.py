@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from neg_service.config import ScanConfig
-from neg_service.inputs import without_credentials
 from neg_service.measures import Cost
 from neg_service.measures.choice import identity_of_choice
 from neg_service.models.language_model import ModelInfo
 from neg_service.prompts.prompt import Prompt, digest
+from neg_service.prompts.sources import dataset_name
 from neg_service.schema import SCHEMA_VERSION
 
 # A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
@@ -104,8 +104,7 @@ def identity_of(
 
 def run_name(config: ScanConfig, info: ModelInfo, measure: str) -> str:
     """What people see in front of the fingerprint."""
-    dataset = re.sub(r"\.[a-z]+$", "", without_credentials(config.dataset.source).rsplit("/", 1)[-1])
-    name = config.job.name or f"{info.name}-{dataset}-{measure.rsplit('.', 1)[-1]}"
+    name = config.job.name or f"{info.name}-{dataset_name(config.dataset)}-{measure.rsplit('.', 1)[-1]}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 

@@ -6,6 +6,7 @@ touched. What was asked for is kept with the run, so that it can be planned once
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,18 +15,21 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
-from neg_service.config import ScanConfig, check, typed
+from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.inputs import without_credentials
 from neg_service.measures import find_measure
 from neg_service.measures.choice import with_list_read
-from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model
+from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model, load_tokenizer
 from neg_service.models.source import DEFAULT, LocalModel, fetch
-from neg_service.prompts.prompt import Prompt, check_prompts
-from neg_service.prompts.sources import BUILT_IN, load_prompts
+from neg_service.prompts.mceval8k import as_masked
+from neg_service.prompts.prompt import Prompt, check_prompts, fits
+from neg_service.prompts.sources import BUILT_IN, load_dataset
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
 from neg_service.storage.stores import open_store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,14 @@ def prepare(config: ScanConfig) -> Prepared:
     config = replace(
         config,
         model=replace(config.model, source=_absolute(config.model.source)),
-        dataset=replace(config.dataset, source=_absolute(config.dataset.source)),
+        dataset=_with_absolute_paths(config.dataset),
     )
     checked_dtype(config.model.dtype)
     measure = find_measure(str(config.measure.get("name")))
     options = measure.read(typed(measure.Options, config.measure, "measure"))
     config = replace(config, measure=asdict(options))
     config = replace(config, neurons=with_list_read(config.neurons))
-    prompts = load_prompts(config.dataset.source, config.job.limit)
+    prompts = load_dataset(config.dataset, config.job.limit)
     check_prompts(prompts)
     local = fetch(
         config.model.source,
@@ -89,6 +93,11 @@ def prepare(config: ScanConfig) -> Prepared:
             f"dataset.source=facts-masked: its prompts have masks to fill, and {info.name} ({info.architecture}) is a "
             f"causal model: use dataset=facts"
         )
+    if config.dataset.task is not None and info.is_masked:
+        prompts = [as_masked(prompt) for prompt in prompts]
+    about: dict[str, Any] = {}
+    if config.dataset.too_long == "skip":
+        prompts, about = _short_enough(prompts, local, info, config)
     measure.check(options, config.neurons, info, prompts)
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
@@ -102,6 +111,7 @@ def prepare(config: ScanConfig) -> Prepared:
         plan=plan,
         identity=identity,
         tables=measure.tables(options, info),
+        about=about,
         uri=f"{config.storage.uri.rstrip('/')}/{name}-{fingerprint_of(identity)}",
         request=_request(config),
     )
@@ -137,7 +147,7 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
 def _request(config: ScanConfig) -> dict[str, Any]:
     """What was asked for, without how it is run; credentials in a URL are not kept."""
     job = {"name": config.job.name, "limit": config.job.limit, "shard_size": config.job.shard_size}
-    dataset = {"source": without_credentials(config.dataset.source)}
+    dataset = asdict(config.dataset) | {"source": without_credentials(config.dataset.source)}
     return {
         "model": {key: value for key, value in asdict(config.model).items() if key != "device"},
         "dataset": dataset,
@@ -145,6 +155,32 @@ def _request(config: ScanConfig) -> dict[str, Any]:
         "neurons": asdict(config.neurons),
         "job": job,
     }
+
+
+def _short_enough(
+    prompts: Sequence[Prompt], local: LocalModel, info: ModelInfo, config: ScanConfig
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """The prompts that the model's context holds, and how many it does not."""
+    tokenizer = load_tokenizer(local, config.model.trust_remote_code)
+    fitting = fits(tokenizer, prompts, info.context_length)
+    kept = [prompt for prompt, is_short in zip(prompts, fitting, strict=True) if is_short]
+    n_skipped = len(prompts) - len(kept)
+    if n_skipped:
+        log.info(
+            "skipping %d of %d prompts, which have more than the %s tokens of the model's context, the first is %r",
+            n_skipped, len(prompts), info.context_length, prompts[fitting.index(False)].id,
+        )  # fmt: skip
+    if not kept:
+        raise ConfigurationError(
+            f"all {len(prompts)} prompts have more than the {info.context_length} tokens of the model's context: "
+            f"shorten them, or choose another model.source"
+        )
+    return kept, {"skipped_too_long": n_skipped}
+
+
+def _with_absolute_paths(dataset: DatasetConfig) -> DatasetConfig:
+    wordings = None if dataset.wordings is None else _absolute(dataset.wordings)
+    return replace(dataset, source=_absolute(dataset.source), wordings=wordings)
 
 
 def _absolute(source: str) -> str:

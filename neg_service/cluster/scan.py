@@ -34,7 +34,6 @@ from neg_service.cluster.resources import (
 )
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
-from neg_service.inputs import without_credentials
 from neg_service.measures.choice import strongest_neurons
 from neg_service.measures.strength import total
 from neg_service.models.language_model import load_tokenizer, mask_token_of
@@ -268,7 +267,7 @@ def _about(prepared: Prepared) -> dict[str, Any]:
             "neurons_a_layer": prepared.info.n_neurons,
             "parameters": prepared.info.n_parameters,
         },
-        "dataset": without_credentials(prepared.config.dataset.source),
+        "dataset": prepared.request["dataset"],
         **prepared.about,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
     }

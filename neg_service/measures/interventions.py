@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
 from neg_service.measures.batching import named
@@ -26,7 +25,7 @@ from neg_service.models.backward import target_gradients
 from neg_service.models.batches import RowBudget, is_out_of_memory
 from neg_service.models.feed_forward import visiting
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.rows import Rows, flat, form_of, resuming_at
+from neg_service.models.rows import Rows, flat, keeping_inputs, resuming_at
 from neg_service.prompts.prompt import EncodedPrompt
 
 # So many targets' graphs are held at once.
@@ -53,21 +52,15 @@ class Interventions:
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
         self._target_ids = list(prompt.target_ids)
-        self._widens_at_neurons = model.ensure_checked().widens_at_neurons
-        self._inputs: list[Tensor] = []
-        self._forms: list[Any] = []
+        checked = model.ensure_checked()
+        self._widens_at_neurons, self._resumes = checked.widens_at_neurons, checked.resumes
         self.device = model.device
         with self._naming_memory("its tokens do"):
             self.rows: Rows = model.rows([prompt.ids], header)
         captured: dict[int, Tensor] = {}
 
-        def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._inputs.append(args[0] if args else kwargs["hidden_states"])
-            self._forms.append(form_of(output))
-
         with torch.no_grad(), self._naming_memory("its tokens do"), ExitStack() as stack:
-            for layer in self._layers:
-                stack.callback(layer.register_forward_hook(keep, with_kwargs=True).remove)
+            self._inputs, self._forms = stack.enter_context(keeping_inputs(self._layers))
             stack.enter_context(visiting(dict(enumerate(self._sites)), lambda i, x: captured.update({i: x})))
             head_rv = stack.enter_context(self._readout.watching())
             logits_rv = self.rows.run([1])
@@ -160,11 +153,13 @@ class Interventions:
             site.neurons(flat(shifted))[places] += shifts_r.to(x.device, x.dtype)
             return shifted
 
-        stored = self._inputs[layer]
+        # Where layers hand each other more than their outputs, all of them run for every intervention.
+        first = layer if self._resumes else 0
+        stored = self._inputs[first]
         if not self._widens_at_neurons:
             stored = self.rows.widened(stored, n_rows)
         with ExitStack() as stack:
-            stack.enter_context(resuming_at(self._layers, layer, stored, self._forms))
+            stack.enter_context(resuming_at(self._layers, first, stored, self._forms))
             stack.enter_context(visiting({layer: site}, shift))
             head_rv = stack.enter_context(self._readout.differences([n_rows]))
             self.rows.run([1 if self._widens_at_neurons else n_rows])

@@ -85,8 +85,9 @@ def _attention(
     softcap: float | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
-    for name in ("s_aux", "position_bias"):
-        if extras.get(name) is not None:
+    beyond = {"attention_mask": attention_mask, **extras}
+    for name in ("attention_mask", "s_aux", "position_bias", "indices", "block_indices"):
+        if beyond.get(name) is not None:
             raise ModelError(f"{type(module).__name__} has {name}, which branches over a prefix cannot express")
     view = _View(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     layer: int = module.layer_idx  # type: ignore[assignment]

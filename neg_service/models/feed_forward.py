@@ -162,7 +162,10 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     layout = found[0]
     assert layout is not None
     if len({id(mlp.get_submodule(layout.act)) for mlp in mlps}) < len(mlps):
-        raise ModelError(f"the layers of {name} share one activation module")
+        raise ModelError(
+            f"the layers of {name} share one activation module, so their neurons cannot be told apart; choose "
+            f"another model.source"
+        )
     sizes = {_input_size(mlp.get_submodule(layout.down)) for mlp in mlps}
     if len(sizes) > 1:
         raise ModelError(f"the layers of {name} have unequal numbers of neurons: {sorted(sizes)}")

@@ -372,12 +372,26 @@ def _require_measurable(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder; a causal or masked model is needed (model.source)")
+    _require_dense_attention(name, config)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if model._is_stateful or kinds:
         what = f"layers of the kinds {', '.join(sorted(kinds))}" if kinds else "a recurrent state"
         raise ModelError(
             f"{name} has {what}, which keep no keys and values that rows could share: choose a model with attention "
             f"alone as model.source"
+        )
+
+
+def _require_dense_attention(name: str, config: Any) -> None:
+    """Refuse attention that looks at other tokens when a prompt is longer, which a short self-check cannot see."""
+    sparse = ("keep_window_size", "index_topk", "attention_window")
+    own = next((key for key in sparse if getattr(config, key, None)), None)
+    if own is None and getattr(config, "attention_type", None) == "block_sparse":
+        own = "attention_type"
+    if own is not None:
+        raise ModelError(
+            f"{name} has sparse attention ({own}={getattr(config, own)}), which depends on a prompt's length: choose a "
+            f"model with dense or sliding attention as model.source"
         )
 
 

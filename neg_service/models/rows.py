@@ -11,7 +11,7 @@ Axes: B prompts, R rows in all, T tokens of the longest prompt, F features, V vo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -128,7 +128,7 @@ def resuming_at(layers: nn.ModuleList, first: int, hidden: Tensor, forms: Sequen
     """Let passes begin at layer `first` with the input `hidden`, of one row or as `Rows.widened` gives it.
 
     The layers below are replaced, for as long as this lasts, by stand-ins that give that input, in the form that
-    `form_of` kept; the model's own forward runs otherwise unchanged, whatever its architecture.
+    `keeping_inputs` kept; the model's own forward runs otherwise unchanged, whatever its architecture.
     """
     own = list(layers[:first])
     try:
@@ -140,9 +140,21 @@ def resuming_at(layers: nn.ModuleList, first: int, hidden: Tensor, forms: Sequen
             layers[index] = layer
 
 
-def form_of(output: Any) -> Any:
-    """What must be kept of a layer's output to stand in for it: nothing, or what else its tuple holds."""
-    return output[1:] if isinstance(output, tuple) else None
+@contextmanager
+def keeping_inputs(layers: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[Any]]]:
+    """The input of each layer that runs, and the form of its output, for `resuming_at`."""
+    inputs: list[Tensor] = []
+    forms: list[Any] = []
+
+    def keep(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        # What else a layer's tuple holds has to be in that of its stand-in too.
+        forms.append(output[1:] if isinstance(output, tuple) else None)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(keep, with_kwargs=True).remove)
+        yield inputs, forms
 
 
 class _StandIn(nn.Module):

@@ -19,7 +19,7 @@ from neg_service.errors import ModelError, one_line
 from neg_service.models.backward import target_gradients
 from neg_service.models.batches import is_out_of_memory
 from neg_service.models.feed_forward import Site, visiting
-from neg_service.models.rows import BranchRows, flat
+from neg_service.models.rows import BranchRows, flat, keeping_inputs, resuming_at
 
 if TYPE_CHECKING:
     from neg_service.models.language_model import LanguageModel
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 # bfloat16; an engine that is wrong is off by 0.1 and more.
 LOGIT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 POKE_TOLERANCE = 0.05
-_CHECK_TOKENS, _CHECK_WINDOW = 12, 5
+# Rounding adds up from layer to layer; another token's neurons would be off by 1.
+READOUT_FACTOR = 5
+# A prime number: nothing that cuts prompts into blocks comes out even.
+_CHECK_TOKENS, _CHECK_WINDOW = 13, 5
 _LOG_P_POKES, _ACTIVATION_POKES = [1e-2, 1e-3, 1e-4], [1e-1, 1e-2]
 
 
@@ -38,13 +41,17 @@ class SelfCheck:
     """The largest deviations that the self-check saw, all relative; `poke` is None where precision is too low.
 
     engine: what fits the model, see `language_model.py`; not_fitting: why each faster one does not.
+    at_readout: of the neurons that rows show at the readout position.
     widens_at_neurons: a layer's one row may become many at its neurons; see `_widens_at_neurons`.
+    resumes: a pass may begin at any layer; see `_resumes`.
     """
 
     logits: float
     neurons: float
+    at_readout: float
     poke: float | None
     widens_at_neurons: bool
+    resumes: bool
     engine: str
     not_fitting: dict[str, str]
 
@@ -56,7 +63,14 @@ def self_check(model: LanguageModel) -> SelfCheck:
         ModelError: no engine fits; for each, a deviation beyond its tolerance, or why it does not run.
     """
     not_fitting: dict[str, str] = {}
-    if not _plain_logits(model, _check_ids(model)).isfinite().all():
+    try:
+        plain = _plain_logits(model, _check_ids(model))
+    except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"self-check of {_name(model)}: the plain model does not run: {one_line(error)}: choose another "
+            f"model.source"
+        ) from error
+    if not plain.isfinite().all():
         raise ModelError(
             f"self-check of {_name(model)}: the plain model's logits on {_CHECK_TOKENS} tokens are not finite: its "
             f"weights are damaged (model.source), or too large for {_dtype(model)} (model.dtype)"
@@ -97,8 +111,7 @@ def _self_check(model: LanguageModel, not_fitting: dict[str, str]) -> SelfCheck:
     for what, deviation, allowed in (
         ("row logits", logits, tolerance),
         ("captured neurons", neurons, tolerance),
-        # Rounding adds up from layer to layer; another token's neurons would be off by 1.
-        ("neurons at the readout position", at_readout, 5 * tolerance),
+        ("neurons at the readout position", at_readout, READOUT_FACTOR * tolerance),
     ):
         # Written so that NaN fails too.
         if not deviation <= allowed:
@@ -112,7 +125,16 @@ def _self_check(model: LanguageModel, not_fitting: dict[str, str]) -> SelfCheck:
             f"a small shift of a neuron moves the output {poke:.1e} (relative) away from what its gradient says, at "
             f"most {POKE_TOLERANCE} is allowed"
         )
-    return SelfCheck(logits, neurons, poke, _widens_at_neurons(model, ids), model.engine, not_fitting)
+    return SelfCheck(
+        logits=logits,
+        neurons=neurons,
+        at_readout=at_readout,
+        poke=poke,
+        widens_at_neurons=_widens_at_neurons(model, ids),
+        resumes=_resumes(model, ids),
+        engine=model.engine,
+        not_fitting=not_fitting,
+    )
 
 
 def _name(model: LanguageModel) -> str:
@@ -174,15 +196,16 @@ def _short_windows(model: LanguageModel) -> Iterator[None]:
     """Sliding windows shorter than the few tokens of a check, which else would never meet them."""
     before = []
     for part in (model.model.config.get_text_config(), *model.feed_forward.layers.modules()):
-        window = part.__dict__.get("sliding_window")
-        if isinstance(window, int) and window > _CHECK_WINDOW:
-            before.append((part, window))
-            part.sliding_window = _CHECK_WINDOW
+        for name, value in part.__dict__.items():
+            if "window" in name and type(value) is int and value > _CHECK_WINDOW:
+                before.append((part, name, value))
     try:
+        for part, name, _ in before:
+            setattr(part, name, _CHECK_WINDOW)
         yield
     finally:
-        for part, window in before:
-            part.sliding_window = window
+        for part, name, value in before:
+            setattr(part, name, value)
 
 
 @torch.no_grad()
@@ -289,6 +312,27 @@ def _widens_at_neurons(model: LanguageModel, ids: Sequence[int]) -> bool:
         handle.remove()
     plain, widened = seen
     return widened.shape == plain.shape and _deviation(widened, plain) <= LOGIT_TOLERANCE[model.dtype]
+
+
+@torch.no_grad()
+def _resumes(model: LanguageModel, ids: Sequence[int]) -> bool:
+    """Whether a pass may begin at any layer with that layer's stored input, and end as a whole one does.
+
+    Not where something else happens between two layers (a convolution in DeBERTa 2), or where layers use keys and
+    values of others (Gemma 3n); there every intervention runs all layers.
+    """
+    layers, rows = model.feed_forward.layers, model.rows([ids])
+    with keeping_inputs(layers) as (inputs, forms):
+        plain = rows.run([1])
+    for first in range(1, len(layers)):
+        try:
+            with resuming_at(layers, first, inputs[first], forms):
+                resumed = rows.run([1])
+        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError):
+            return False
+        if not _deviation(resumed, plain) <= LOGIT_TOLERANCE[model.dtype]:
+            return False
+    return True
 
 
 def _deviation(found: Tensor, expected: Tensor) -> float:

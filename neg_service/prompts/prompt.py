@@ -130,6 +130,17 @@ def encode(
             yield EncodedPrompt(prompt, ids, _target_ids(tokenizer, prompt, ids, with_targets, own_of))
 
 
+def fits(tokenizer: Tokenizer, prompts: Sequence[Prompt], context_length: int | None, batch: int = 256) -> list[bool]:
+    """Whether each prompt is within the model's context."""
+    if context_length is None:
+        return [True] * len(prompts)
+    return [
+        len(ids) <= context_length
+        for start in range(0, len(prompts), batch)
+        for ids in tokenizer([prompt.text for prompt in prompts[start : start + batch]])["input_ids"]
+    ]
+
+
 def _texts(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> list[str]:
     """The prompt, and the prompt with each of its targets."""
     if mask_token is None:
@@ -151,7 +162,7 @@ def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | No
     if context_length is not None and len(ids) > context_length:
         raise PromptError(
             f"prompt {prompt.id!r} has {len(ids)} tokens, the model's context holds {context_length}: "
-            f"shorten it, or choose another model.source"
+            f"shorten it, choose another model.source, or leave such prompts out with dataset.too_long=skip"
         )
 
 
@@ -193,7 +204,7 @@ def _target_ids(
         if len(own) != 1:
             raise PromptError(
                 f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
-                f"it must be exactly 1 (dataset.source)"
+                f"it must be exactly 1 (dataset.source; of a task, dataset.wording)"
             )
         if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):
             raise PromptError(

@@ -1,4 +1,4 @@
-"""Where prompts come from: the built-in facts, or a JSONL, Parquet or CSV file at any fsspec URI.
+"""Where prompts come from: the built-in facts, tasks of MCEval8K, or a JSONL, Parquet or CSV file at any fsspec URI.
 
 A file has the columns `prompt` and `targets`, and optionally `answer` (the right target itself) and `id`. In CSV,
 `targets` is a JSON list in one cell. Every row is checked, and an error names its line or row.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -16,13 +17,32 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neg_service.config import DatasetConfig
 from neg_service.errors import PromptError, one_line
 from neg_service.inputs import read_input, suffix_of, without_credentials
 from neg_service.prompts import facts
+from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt
 
 BUILT_IN = {"facts": facts.load, "facts-masked": facts.load_masked}
 COLUMNS = ("prompt", "targets", "answer", "id")
+
+
+def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Prompt]:
+    """All prompts of a data set, or its first `limit`.
+
+    Raises:
+        PromptError: see `load_prompts` and `load_tasks`.
+    """
+    return load_prompts(dataset.source, limit) if dataset.task is None else load_tasks(dataset)[:limit]
+
+
+def dataset_name(dataset: DatasetConfig) -> str:
+    """A data set in a few words, fit for the name of a run."""
+    if dataset.task is None:
+        return re.sub(r"\.[a-z]+$", "", without_credentials(dataset.source).rsplit("/", 1)[-1])
+    tasks, splits = chosen_tasks(dataset.task), chosen_splits(dataset.split)
+    return "-".join([*(tasks if len(tasks) < 3 else [f"{len(tasks)}-tasks"]), *splits])
 
 
 def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -29,9 +31,19 @@ def test_the_self_check_passes_and_chooses_the_engine(family: str) -> None:
     assert checked.poke < 0.02
 
 
+# By family and column of the README's table: the deviations in each basis.
+_FOUND: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+
+def _noted(family: str, column: int, deviation: float) -> float:
+    _FOUND[family, column].append(deviation)
+    return deviation
+
+
 @pytest.mark.parametrize(("family", "basis"), BASES)
 def test_neurgrad_equals_a_backward_pass_a_target(family: str, basis: str) -> None:
-    assert families.neurgrad_deviation(family, basis, families.LENGTHS) <= families.NEURGRAD_TOLERANCE
+    deviation = _noted(family, 0, families.neurgrad_deviation(family, basis, families.LENGTHS))
+    assert deviation <= families.NEURGRAD_TOLERANCE
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if not FAMILIES[family].is_masked])
@@ -53,12 +65,14 @@ def test_low_precision_is_off_by_its_rounding_alone(family: str, dtype: torch.dt
 
 @pytest.mark.parametrize(("family", "basis"), BASES)
 def test_a_sweep_equals_a_full_forward_pass_an_intervention(family: str, basis: str) -> None:
-    assert families.sweep_deviation(family, basis) <= families.SWEEP_TOLERANCE
+    deviation = _noted(family, 1, families.sweep_deviation(family, basis))
+    assert deviation <= families.SWEEP_TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "basis"), BASES)
 def test_joint_interventions_equal_full_forward_passes(family: str, basis: str) -> None:
-    assert families.joint_deviation(family, basis) <= families.JOINT_TOLERANCE
+    deviation = _noted(family, 2, families.joint_deviation(family, basis))
+    assert deviation <= families.JOINT_TOLERANCE
 
 
 @pytest.mark.parametrize("family", families.PLAIN)
@@ -126,4 +140,8 @@ def test_the_readme_shows_every_family() -> None:
     ]
     tolerances = (families.NEURGRAD_TOLERANCE, families.SWEEP_TOLERANCE, families.JOINT_TOLERANCE)
     for row in rows[2:]:
+        for column, cell in enumerate(row[4:]):
+            # What this run found itself; rounding differs between machines.
+            if found := _FOUND.get((row[0], column)):
+                assert max(found) / 30 <= float(cell) <= 30 * max(found), (row, found)
         assert all(0 < float(cell) <= limit for cell, limit in zip(row[4:], tolerances, strict=True)), row

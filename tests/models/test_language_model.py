@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import neg_service
 from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, ModelError, PromptError
-from neg_service.models import branches, cached, source
+from neg_service.models import branches, cached, rows, self_check, source
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.language_model import inspect_model
 from neg_service.models.source import cache_directory, fetch
@@ -330,7 +332,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     model = tiny_model("Llama 2")
     with torch.no_grad():
         model.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"logits on 12 tokens are not finite"):
+    with pytest.raises(ModelError, match=r"logits on 13 tokens are not finite"):
         model.ensure_checked()
 
 
@@ -355,3 +357,82 @@ def test_a_header_serves_single_prompts_too() -> None:
     assert model.known_header([(*range(1, 9), 50, 51)]) == 8
     assert model.known_header([tuple(range(1, 9))]) == 0
     assert model.known_header([(*range(1, 9), 50), (1, 2, 3)]) == 0
+
+
+def _not_fitting(family: str) -> str:
+    """What the self-check says against the fast engine of a tiny model."""
+    return tiny_model(family).ensure_checked().not_fitting.get("branches", "")
+
+
+def test_the_self_check_sees_neurons_of_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rows.BranchRows.positions
+    monkeypatch.setattr(rows.BranchRows, "positions", lambda self, counts: real(self, counts).roll(-1))
+    assert "neurons at the readout position are" in _not_fitting("Llama 2")
+
+
+def test_the_self_check_sees_gradients_that_are_a_tenth_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = self_check.target_gradients
+
+    def larger(*arguments: Any) -> Any:
+        found = real(*arguments)
+        return dataclasses.replace(found, gradient_lrn=[1.1 * own for own in found.gradient_lrn])
+
+    monkeypatch.setattr(self_check, "target_gradients", larger)
+    with pytest.raises(ModelError, match="away from what its gradient says"):
+        tiny_model("Llama 2").ensure_checked()
+
+
+def test_the_self_check_sees_a_header_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = branches.run_header
+
+    def rolled(*arguments: Any) -> Any:
+        found = real(*arguments)
+        keys = {layer: own.roll(1, 1) for layer, own in found.keys_gcd.items()}
+        return dataclasses.replace(found, keys_gcd=keys)
+
+    monkeypatch.setattr(branches, "run_header", rolled)
+    assert "row logits are" in _not_fitting("Llama 2")
+
+
+def test_the_self_check_sees_padding_that_is_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branches._BranchPass, "_hidden_keys", lambda self, window, device: (None, None))
+    assert "row logits are" in _not_fitting("Llama 2")
+
+
+@pytest.mark.parametrize(("family", "resumes"), [("DeBERTa 2 and 3", False), ("DeBERTa", True), ("Llama 2", True)])
+def test_where_more_than_its_output_leaves_a_layer_no_pass_resumes(family: str, resumes: bool) -> None:
+    assert tiny_model(family).ensure_checked().resumes is resumes
+
+
+def test_a_model_whose_layers_share_keys_and_values_is_swept_by_whole_passes() -> None:
+    config = hf.Gemma3nTextConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8,
+        altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LanguageModel(hf.Gemma3nForCausalLM(config), tiny_tokenizer())
+    assert not model.ensure_checked().resumes
+    neurons = [(layer, 5) for layer in range(4)]
+    swept = neg_service.neg(model, "w1 w2 w3", " w7", neurons, [-0.5, 0.5])
+    for i, neuron in enumerate(neurons):
+        edits = [{"neurons": [neuron], "shift": 0.5}]
+        edited = neg_service.intervene(model, ["w1 w2 w3"], [[" w7"]], edits)
+        np.testing.assert_allclose(swept.delta_p[i, 1], edited.delta_p.ravel()[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("BigBird", "attention_type=block_sparse"), ("Longformer", "attention_window"), ("Doge", "keep_window_size=16")],
+)
+def test_attention_that_depends_on_the_length_of_a_prompt_is_refused(name: str, setting: str) -> None:
+    config = getattr(hf, f"{name}Config")(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        **{"BigBird": {}, "Longformer": {"attention_window": [4, 4]}, "Doge": {"keep_window_size": 16}}[name],
+    )  # fmt: skip
+    auto = hf.AutoModelForCausalLM if name == "Doge" else hf.AutoModelForMaskedLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    with pytest.raises(ModelError, match=rf"sparse attention \(.*{setting}"):
+        LanguageModel(model, tiny_tokenizer())

@@ -15,21 +15,22 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
 
 import neg_service
 from jobs.benchmarks.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
 from neg_service.measures.gradients import gradients
+from neg_service.measures.interventions import Interventions
 from neg_service.measures.readout import Readout
 from neg_service.models import branches
 from neg_service.models.batches import Budget, group_by_header
 from neg_service.models.cached import _FrozenLayer
 from neg_service.models.feed_forward import FeedForward, Site
-from neg_service.models.rows import SequenceRows
+from neg_service.models.rows import SequenceRows, resuming_at
 from neg_service.prompts.prompt import Prompt, encode
-from tests import oracle
-from tests.families import LENGTHS, bases_of, float64_of, model_of, neurgrad_deviation, random_ids, sweep_deviation
+from tests.families import LENGTHS, bases_of, model_of, neurgrad_deviation, sweep_deviation
 
 # A sprung trap moves results by this at least; right ones agree to 2e-5.
 SEEN = 1e-3
@@ -164,18 +165,35 @@ def test_one_basis_taken_for_another(family: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("family", NORM_AFTER_MLP)
-def test_adding_to_the_residual_what_the_norm_after_the_mlp_would_change(family: str) -> None:
-    model, reference = model_of(family).model, float64_of(family)
-    ids, shift = random_ids([9], is_masked=False)[0], 0.5
-    layer = reference.get_submodule("model.layers")[1]
-    column = layer.mlp.down_proj.weight[:, 5] * shift
-    handle = layer.register_forward_hook(lambda _m, _i, out: _added(out, column))
-    before = oracle.probability_with_shift(reference, ids, 7, "hidden", 0, 0, 0.0)
+def test_adding_to_the_residual_what_the_norm_after_the_mlp_would_change(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Interventions, "_run", _on_the_residual)
+    assert sweep_deviation(family, "hidden") > SEEN
+
+
+def test_adding_to_the_residual_is_right_without_such_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that the trap above is what it says it is.
+    monkeypatch.setattr(Interventions, "_run", _on_the_residual)
+    assert sweep_deviation("Llama 2", "hidden") < 1e-6
+
+
+def _on_the_residual(self: Interventions, layer: int, neurons_r: Tensor, shifts_r: Tensor) -> Tensor:
+    n_rows, own = len(shifts_r) + 1, self._layers[layer]
+    columns_rd = own.get_submodule("mlp.down_proj").weight.T[neurons_r] * shifts_r[:, None]
+
+    def add(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden.view(n_rows, -1)[1:] += columns_rd
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = own.register_forward_hook(add)
+    stored = self.rows.widened(self._inputs[layer], n_rows)
+    resumed = resuming_at(self._layers, layer, stored, self._forms)
+    with torch.no_grad(), resumed, self._readout.differences([n_rows]) as head_rv:
+        self.rows.run([n_rows])
     handle.remove()
-    right = oracle.probability_with_shift(reference, ids, 7, "hidden", 1, 5, shift)
-    plain = oracle.probability_with_shift(reference, ids, 7, "hidden", 0, 0, 0.0)
-    assert abs((before - plain) / (right - plain) - 1) > SEEN
-    assert model is not reference
+    return self._readout.delta_log_p(self._unshifted, head_rv[0][1:], self._target_ids)
 
 
 def test_dropout_that_is_left_on() -> None:

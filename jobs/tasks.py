@@ -1,0 +1,57 @@
+"""python -m jobs.tasks: what the tasks of MCEval8K are, and how a row of one is put to a model. `--help` says more."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from jobs.entry import start
+from neg_service.config import DatasetConfig, typed
+from neg_service.models.language_model import load_tokenizer
+from neg_service.models.source import fetch
+from neg_service.prompts.mceval8k import GENRES, TASKS, chosen_tasks, load_tasks, wordings_of
+from neg_service.prompts.prompt import Prompt, encode
+from neg_service.report.console import columns
+
+
+def tasks(config: DictConfig) -> int:
+    """Without a task the list of them, else an example of each that was named."""
+    if config.task is None:
+        print(_listed())
+        return 0
+    dataset = typed(DatasetConfig, config.dataset, "dataset")
+    for name in chosen_tasks(config.task):
+        dataset.task = name
+        prompts = load_tasks(dataset)
+        print(_described(name, prompts[0], len(prompts), dataset, config.model.source))
+    return 0
+
+
+def _listed() -> str:
+    rows = []
+    for genre in GENRES:
+        for task in TASKS.values():
+            if task.genre == genre:
+                found = wordings_of(task)
+                languages = ", ".join(found["default"])
+                rows.append((genre, task.name, f"{task.n_labels}", languages, ", ".join(found)))
+    return columns(("genre", "task", "labels", "languages", "wordings"), rows)
+
+
+def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, model_source: str | None) -> str:
+    labels = " or ".join(map(repr, prompt.targets))
+    answer = prompt.targets[prompt.answer or 0]
+    lines = [
+        f"--- {name}, wording {dataset.wording}: {count} prompts of {dataset.split}; this is {prompt.id}",
+        prompt.text,
+        f"--- labels {labels}; right is {answer!r}",
+    ]
+    if model_source is not None:
+        tokenizer = load_tokenizer(fetch(model_source, with_weights=False))
+        (encoded,) = encode(tokenizer, [prompt], None)
+        tokens = tokenizer.convert_ids_to_tokens(list(encoded.target_ids))
+        lines.append(f"--- {len(encoded.ids)} tokens; the labels are the tokens {', '.join(map(repr, tokens))}")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    start("tasks", tasks)
