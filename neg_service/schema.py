@@ -147,3 +147,36 @@ INTERVENE = pa.schema(
         pa.field("prediction", pa.int16(), nullable=False),
     ]
 )
+
+
+def scores(n_neurons: int) -> pa.Schema:
+    """One row a (task, score, layer) and shard. `values` [N]: the score's sum over the shard's prompts of that task.
+
+    score: `polarity`, `magnitude`, `fires/0`… (whole numbers) or `activation`; see `measures/scores.py`.
+    """
+    return pa.schema(
+        [
+            pa.field("task", pa.string(), nullable=False),
+            pa.field("n_prompts", pa.int32(), nullable=False),
+            pa.field("layer", pa.int16(), nullable=False),
+            pa.field("basis", pa.string(), nullable=False),
+            pa.field("score", pa.string(), nullable=False),
+            pa.field("values", pa.list_(pa.float64(), n_neurons), nullable=False),
+        ]
+    )
+
+
+# One row a prompt: what the neurons chosen for its task say about its K labels. The neurons are in run.json, under
+# config.measure.chosen; lists are in their order.
+VOTES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        # [K·S], label by label: the sign of NeurGrad, -1, 0 or 1.
+        pa.field("sign", pa.list_(pa.int8()), nullable=False),
+        # [S]: the label of the largest and of the smallest NeurGrad, the lower one of equals.
+        pa.field("largest", pa.list_(pa.int8()), nullable=False),
+        pa.field("smallest", pa.list_(pa.int8()), nullable=False),
+        # [S], dimensionless, at the readout position.
+        pa.field("activation", pa.list_(pa.float32()), nullable=False),
+    ]
+)

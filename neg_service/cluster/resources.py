@@ -40,11 +40,13 @@ class Node:
 
 
 def connect(cluster: ClusterConfig) -> None:
-    """Join the cluster of `cluster.address` or `$RAY_ADDRESS`, else start Ray on this machine.
+    """Join the cluster of `cluster.address` or `$RAY_ADDRESS`, else start Ray on this machine; or stay where we are.
 
     Raises:
         ConfigurationError: there is no cluster at the address.
     """
+    if ray.is_initialized():
+        return
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray reports usage over the network and warns about GPUs unless told otherwise; a local start is nobody's business.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -70,8 +70,8 @@ class Summary:
     set_aside: dict[int, str] = field(default_factory=dict)
 
 
-def run(prepared: Prepared) -> Summary:
-    """Run the shards that are not done, on the cluster.
+def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
+    """Run the shards that are not done, on the cluster; `stay_connected` leaves Ray to the next scan.
 
     Raises:
         NegServiceError: a failure that concerns every shard. Shards that fail alone are set aside, in the summary.
@@ -112,7 +112,8 @@ def run(prepared: Prepared) -> Summary:
             write_or_match(store, *content)
             _require_all_there(directory, prepared, outcome)
         finally:
-            disconnect()
+            if not stay_connected:
+                disconnect()
     else:
         write_or_match(hasty, prepared.identity, prepared.tables, _about(prepared), prepared.request)
     _clear_unfinished(hasty)

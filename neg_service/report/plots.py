@@ -47,7 +47,7 @@ def neurgrad_over_layers(run: Run) -> bytes:
     axes.set_title(f"{title}\nmedian over {run.table('prompts').count_rows()} prompts", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def neg_against_neurgrad(run: Run) -> bytes:
@@ -84,10 +84,11 @@ def neg_against_neurgrad(run: Run) -> bytes:
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2, fontsize=9, markerscale=3)
     source = run.about.get("model", {}).get("source", "model")
     figure.suptitle(f"{source}: {len(neg)} curves on {run.table('prompts').count_rows()} prompts", fontsize=12)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as an image."""
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

@@ -77,7 +77,7 @@ class Run:
         Raises:
             ConfigurationError: the run has no such table or column.
         """
-        return _Selection.of(list(self._fragments(name)), self.schemas[name], columns, filter)
+        return _Selection.of([part for _, part in self.parts(name)], self.schemas[name], columns, filter)
 
     def neuron(self, layer: int, index: int) -> pa.Table:
         """All that is known of one neuron: a row a (prompt, target), or a prompt where targets play no part.
@@ -119,15 +119,22 @@ class Run:
         if index < 0 or (count is not None and index >= count):
             raise ConfigurationError(f"{self.uri} has no neuron {index}; a layer has {count}, from 0")
 
-    def _fragments(self, name: str, expression: pc.Expression | None = None) -> Iterator[pads.Fragment]:
-        """One a part; `expression` is true of all its rows."""
+    def parts(self, name: str, expression: pc.Expression | None = None) -> Iterator[tuple[int, pads.Fragment]]:
+        """The shards that are done now, in order, each with its part of a table, for reading one after the other.
+
+        `expression` is true of all rows.
+
+        Raises:
+            ConfigurationError: the run has no such table.
+        """
         if name not in self.schemas:
             raise ConfigurationError(f"{self.uri} has no table {name!r}; it has {', '.join(self.tables)}")
         filesystem, root = self.directory.store.arrow()
         done = self.done()
         for entry in self.directory.store.list(name):
-            if shard_of(entry.key) in done:
-                yield _CHECKED.make_fragment(f"{root}/{entry.key}", filesystem, expression, file_size=entry.size)
+            shard = shard_of(entry.key)
+            if shard is not None and shard in done:
+                yield shard, _CHECKED.make_fragment(f"{root}/{entry.key}", filesystem, expression, file_size=entry.size)
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class Runs:
         first = self.runs[0]
         fragments: list[pads.Fragment] = []
         for run in self.runs:
-            fragments += run._fragments(name, pc.field(RUN_COLUMN) == run.name)
+            fragments += [part for _, part in run.parts(name, pc.field(RUN_COLUMN) == run.name)]
             own, schema = run.schemas[name], first.schemas[name]
             for field in schema:
                 if field.name not in own.names or own.field(field.name).type != field.type:

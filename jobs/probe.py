@@ -1,0 +1,139 @@
+"""python -m jobs.probe: skill neurons of tasks, and how well they do them without the model's head. See `--help`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig
+
+from jobs.entry import EXIT_INCOMPLETE, start
+from neg_service.cluster.prepare import prepare
+from neg_service.cluster.resources import disconnect
+from neg_service.cluster.scan import run
+from neg_service.config import ScanConfig, plain, typed
+from neg_service.errors import NegServiceError
+from neg_service.models.source import fetch
+from neg_service.probing.study import Context, Findings, Options, check_options, run_probe
+from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
+from neg_service.report.skills import accuracy_table, plots, studies_text
+from neg_service.storage.reader import Run, open_run
+from neg_service.storage.stores import open_store
+
+log = logging.getLogger(__name__)
+
+
+class _IncompleteError(NegServiceError):
+    """A scan left shards aside, so that a probe of it would be of other prompts than asked for."""
+
+
+@dataclass
+class ProbeConfig(ScanConfig):
+    """Everything that `python -m jobs.probe` is told: a scan's settings without its measure, and the probe's."""
+
+    probe: Options = field(default_factory=Options)
+
+
+def probe(config: DictConfig) -> int:
+    """Scan, rank, probe, study; store tables and plots, and print them."""
+    asked = typed(ProbeConfig, {key: value for key, value in plain(config).items() if key != "measure"})
+    check_options(asked.probe)
+    tasks = chosen_tasks(asked.dataset.task)
+    _require_splits(asked, tasks)
+    context = Context(asked.dataset.wording, asked.dataset.shots, asked.dataset.demonstration_seed)
+    try:
+        found = run_probe(tasks, context, asked.probe, _Scans(asked))
+    except _IncompleteError as error:
+        log.error("%s", error)
+        return EXIT_INCOMPLETE
+    finally:
+        disconnect()
+    tables = found.tables()
+    uri = _put(asked, found, tables)
+    print(f"\naccuracy on test, in percent; in brackets how many neurons, chosen on valid\n\n{_shown(tables)}")
+    print(f"\nresults: {uri}")
+    return 0
+
+
+def _require_splits(config: ProbeConfig, tasks: Sequence[str]) -> None:
+    """All three, before anything is scanned."""
+    for split in ("train", "valid", "test"):
+        load_tasks(replace(config.dataset, task=list(tasks), split=split, limit=1))
+
+
+class _Scans:
+    """Runs the scans that a probe asks for, one after the other, with one Ray."""
+
+    def __init__(self, config: ProbeConfig) -> None:
+        self._config = config
+
+    def __call__(self, measure: Mapping[str, Any], tasks: Sequence[str], split: str, context: Context) -> Run:
+        """A finished run of a measure on a split."""
+        asked = self._config
+        limit = getattr(asked.probe, split)
+        dataset = replace(
+            asked.dataset,
+            task=list(tasks),
+            split=split,
+            limit=limit if limit is not None else asked.dataset.limit,
+            wording=context.wording,
+            shots=context.shots,
+            demonstration_seed=context.demonstration_seed,
+        )
+        # Shards of one size, so that scores that were added up and those from stored gradients end at the same prompts.
+        shard_size = asked.probe.shard_size if measure["name"] in ("neurgrad", "scores") else "auto"
+        scan = ScanConfig(
+            model=asked.model,
+            dataset=dataset,
+            measure=dict(measure),
+            neurons=asked.neurons,
+            cluster=asked.cluster,
+            storage=asked.storage,
+            job=replace(asked.job, shard_size=shard_size, resume=None, name=None),
+        )
+        prepared = prepare(scan)
+        log.info(
+            "%s of %d prompts of %s, %s (%s)",
+            measure["name"], len(prepared.prompts), ", ".join(tasks), split, context.name,
+        )  # fmt: skip
+        summary = run(prepared, stay_connected=True)
+        if summary.set_aside:
+            shard, error = next(iter(summary.set_aside.items()))
+            raise _IncompleteError(
+                f"{len(summary.set_aside)} shards of {summary.uri} were set aside, shard {shard} with: {error}; the "
+                f"same command tries them again"
+            )
+        return open_run(summary.uri, asked.storage.endpoint_url)
+
+
+def _put(config: ProbeConfig, found: Findings, tables: Mapping[str, pa.Table]) -> str:
+    """Store what was found beside the runs that it comes from."""
+    about = {"probe": asdict(config.probe), "dataset": asdict(config.dataset), "runs": found.runs}
+    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+    model = fetch(config.model.source, config.model.revision, with_weights=False).name
+    uri = f"{config.storage.uri.rstrip('/')}/{config.job.name or f'{model}-probe'}-{fingerprint}"
+    store = open_store(uri, config.storage.endpoint_url, config.storage.patience_seconds)
+    for name, table in tables.items():
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        store.put(f"{name}.parquet", buffer.getvalue())
+    for name, image in plots(tables).items():
+        store.put(f"plots/{name}", image)
+    store.put("tables.txt", _shown(tables).encode())
+    store.put("probe.json", json.dumps(about, indent=2).encode())
+    return store.uri
+
+
+def _shown(tables: Mapping[str, pa.Table]) -> str:
+    return "\n\n".join(part for part in (accuracy_table(tables["accuracy"]), studies_text(tables)) if part)
+
+
+if __name__ == "__main__":
+    start("probe", probe)

@@ -1,0 +1,215 @@
+"""What a probe of skill neurons found, for people: a table by genre, and plots. Its tables: `probing/study.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pyarrow as pa
+from matplotlib.figure import Figure
+
+from neg_service.probing.probes import PROBES
+from neg_service.prompts.mceval8k import GENRES
+from neg_service.report.console import columns
+from neg_service.report.plots import png
+
+Rows = list[dict[str, Any]]
+# Baselines first, as papers print them.
+_ORDER = ("majority", "random", "probability", "activation", "polarity", "magnitude", "forest")
+_WORST, _BEST = 0.0, 1.0
+
+
+def accuracy_table(accuracy: pa.Table) -> str:
+    """Test accuracy in percent, by genre and task; beside a probe's its number of neurons, chosen on valid."""
+    rows = [row for row in accuracy.to_pylist() if row["split"] == "test" and row["is_chosen"]]
+    shown = [probe for probe in _ORDER if any(row["probe"] == probe for row in rows)]
+    lines = []
+    for genre in [*GENRES, ""]:
+        for task in dict.fromkeys(row["task"] for row in rows if row["genre"] == genre):
+            own = {row["probe"]: row for row in rows if row["task"] == task}
+            cells = [_cell(own[probe]) if probe in own else "-" for probe in shown]
+            lines.append((genre or "-", task or "-", *cells))
+    return columns(("genre", "task", *shown), lines)
+
+
+def studies_text(tables: Mapping[str, pa.Table]) -> str:
+    """A few lines on each study that was made."""
+    parts = []
+    if "efficiency" in tables:
+        rows = [row for row in tables["efficiency"].to_pylist() if row["is_chosen"] and row["probe"] == "magnitude"]
+        sizes = sorted({row["n_train"] for row in rows})
+        lines = [(task, *(_percent(_find(rows, task=task, n_train=size)) for size in sizes)) for task in _tasks(rows)]
+        parts += ["efficiency: magnitude probe by number of train prompts", columns(("task", *map(str, sizes)), lines)]
+    if "flexibility" in tables:
+        rows = [row for row in tables["flexibility"].to_pylist() if row["probe"] == "magnitude"]
+        starts = sorted({row["first_rank"] for row in rows})
+        n = rows[0]["n_neurons"]
+        lines = [
+            (task, *(_percent(_find(rows, task=task, first_rank=start)) for start in starts)) for task in _tasks(rows)
+        ]
+        head = ("task", *(f"{start}-{start + n - 1}" for start in starts))
+        parts += [f"flexibility: magnitude probe with {n} neurons, by their ranks", columns(head, lines)]
+    if "robustness" in tables:
+        rows = [row for row in tables["robustness"].to_pylist() if row["probe"] == "magnitude"]
+        for task in _tasks(rows):
+            own = [row for row in rows if row["task"] == task]
+            names = list(dict.fromkeys(row["used_with"] for row in own))
+            lines = [
+                (found, *(_percent(_find(own, found_with=found, used_with=used)) for used in names)) for found in names
+            ]
+            head = ("found with \\ used with", *(f"({i})" for i in range(1, len(names) + 1)))
+            lines = [(f"({i}) {line[0]}", *line[1:]) for i, line in enumerate(lines, 1)]
+            title = f"robustness: {task}, magnitude probe with {own[0]['n_neurons']} neurons"
+            parts += [title, columns(head, lines)]
+    if "interdependency" in tables:
+        rows = tables["interdependency"].to_pylist()
+        edits = list(dict.fromkeys(row["suppressed"] for row in rows))
+        lines = [
+            (
+                task,
+                f"{100 * next(row['accuracy_before'] for row in rows if row['task'] == task):.1f}",
+                *(_percent(_find(rows, task=task, suppressed=edit)) for edit in edits),
+            )
+            for task in _tasks(rows)
+        ]
+        title = (
+            f"interdependency: the model's accuracy while {rows[0]['n_neurons']} skill neurons of a task are "
+            f"suppressed by {rows[0]['shift']:g}"
+        )
+        parts += [title, columns(("task", "nothing", *edits), lines)]
+    return "\n\n".join(parts)
+
+
+def plots(tables: Mapping[str, pa.Table]) -> dict[str, bytes]:
+    """PNG images by file name."""
+    images = {"accuracy_by_neurons.png": _accuracy_by_neurons(tables["accuracy"])}
+    if "efficiency" in tables:
+        images["efficiency.png"] = _efficiency(tables["efficiency"])
+    if "flexibility" in tables:
+        images["flexibility.png"] = _flexibility(tables["flexibility"])
+    for name, row, column in (
+        ("robustness", "found_with", "used_with"),
+        ("interdependency", "task", "suppressed"),
+    ):
+        if name in tables:
+            images |= _matrices(name, tables[name], row, column)
+    return images
+
+
+def _accuracy_by_neurons(accuracy: pa.Table) -> bytes:
+    rows = [row for row in accuracy.to_pylist() if row["split"] == "test"]
+    figure, panels = _panels(_tasks(rows), "number of neurons", "accuracy on test")
+    for task, axes in panels.items():
+        own = [row for row in rows if row["task"] == task]
+        for i, probe in enumerate(PROBES):
+            line = [row for row in own if row["probe"] == probe]
+            if not line:
+                continue
+            if line[0]["n_neurons"] == 0:
+                axes.axhline(line[0]["accuracy"], color=f"C{i}", linestyle="--", linewidth=1, label=probe)
+            else:
+                _curve(axes, line, "n_neurons", probe, f"C{i}")
+        axes.set_xscale("log")
+    return _finished(figure, panels, "What neurons alone answer, by how many of them (bands: 95 % intervals)")
+
+
+def _efficiency(efficiency: pa.Table) -> bytes:
+    rows = [row for row in efficiency.to_pylist() if row["is_chosen"]]
+    figure, panels = _panels(_tasks(rows), "train prompts", "accuracy on test")
+    for task, axes in panels.items():
+        for i, probe in enumerate(("polarity", "magnitude")):
+            line = [row for row in rows if row["task"] == task and row["probe"] == probe]
+            _curve(axes, line, "n_train", probe, f"C{i}")
+        axes.set_xscale("log")
+    return _finished(figure, panels, "Efficiency: how many train prompts the ranking needs")
+
+
+def _flexibility(flexibility: pa.Table) -> bytes:
+    rows = flexibility.to_pylist()
+    figure, panels = _panels(_tasks(rows), "first rank of the block of neurons", "accuracy on test")
+    for task, axes in panels.items():
+        for i, probe in enumerate(("polarity", "magnitude")):
+            line = [row for row in rows if row["task"] == task and row["probe"] == probe]
+            _curve(axes, line, "first_rank", probe, f"C{i}")
+    return _finished(figure, panels, f"Flexibility: blocks of {rows[0]['n_neurons']} neurons further down the ranking")
+
+
+def _matrices(name: str, table: pa.Table, row_key: str, column_key: str) -> dict[str, bytes]:
+    """Heat maps of accuracy: one, or one a task where rows are contexts."""
+    images = {}
+    rows = [row for row in table.to_pylist() if row.get("probe", "magnitude") == "magnitude"]
+    groups = _tasks(rows) if row_key != "task" else [None]
+    for group in groups:
+        own = [row for row in rows if group is None or row["task"] == group]
+        down = list(dict.fromkeys(row[row_key] for row in own))
+        across = list(dict.fromkeys(row[column_key] for row in own))
+        values = np.array([[_value(own, **{row_key: r, column_key: c}) for c in across] for r in down])
+        figure = Figure(figsize=(3.5 + 0.75 * len(across), 2.4 + 0.45 * len(down)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(values, vmin=_WORST, vmax=_BEST, cmap="viridis")
+        for i, j in np.ndindex(values.shape):
+            axes.text(
+                j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", color="w" if values[i, j] < 0.6 else "k"
+            )
+        axes.set_xticks(range(len(across)), across, rotation=40, ha="right", fontsize=8)
+        axes.set_yticks(range(len(down)), down, fontsize=8)
+        axes.set_xlabel(column_key.replace("_", " "))
+        axes.set_ylabel("accuracy of" if row_key == "task" else row_key.replace("_", " "))
+        figure.colorbar(image, ax=axes, label="accuracy on test, 0 to 1", shrink=0.8)
+        figure.suptitle(name.capitalize() + (f": {group}" if group else ""), fontsize=10)
+        images[f"{name}{f'_{group}' if group else ''}.png"] = png(figure)
+    return images
+
+
+def _panels(tasks: Sequence[str], x: str, y: str) -> tuple[Figure, dict[str, mpl.axes.Axes]]:
+    across = min(3, len(tasks))
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(1.5 + 3.2 * across, 1.2 + 2.4 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+    for axes in grid[len(tasks) :]:
+        axes.set_visible(False)
+    panels = dict(zip(tasks, grid, strict=False))
+    for task, axes in panels.items():
+        axes.set_title(task, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(_WORST, _BEST)
+    figure.supxlabel(x, fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    return figure, panels
+
+
+def _curve(axes: mpl.axes.Axes, line: Rows, x: str, label: str, color: str) -> None:
+    line = sorted(line, key=lambda row: int(row[x]))
+    places = [row[x] for row in line]
+    axes.plot(places, [row["accuracy"] for row in line], color=color, marker=".", linewidth=1.2, label=label)
+    axes.fill_between(places, [row["low"] for row in line], [row["high"] for row in line], color=color, alpha=0.12)
+
+
+def _finished(figure: Figure, panels: Mapping[str, mpl.axes.Axes], title: str) -> bytes:
+    handles, labels = next(iter(panels.values())).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    return png(figure)
+
+
+def _tasks(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["task"] for row in rows))
+
+
+def _find(rows: Rows, **keys: Any) -> dict[str, Any] | None:
+    return next((row for row in rows if all(row[key] == value for key, value in keys.items())), None)
+
+
+def _value(rows: Rows, **keys: Any) -> float:
+    row = _find(rows, **keys)
+    return float(row["accuracy"]) if row else float("nan")
+
+
+def _percent(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{100 * row['accuracy']:.1f}"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return _percent(row) + (f" ({row['n_neurons']})" if row["n_neurons"] else "")
