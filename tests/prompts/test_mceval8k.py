@@ -1,0 +1,243 @@
+"""Tasks as prompts: every task and wording, which rows are used for what, and that every refusal names its row."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neg_service import LanguageModel
+from neg_service.cluster.prepare import prepare
+from neg_service.config import DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
+from neg_service.errors import ConfigurationError, PromptError
+from neg_service.prompts.mceval8k import GENRES, LANGUAGES, TASKS, as_masked, load_tasks, task_of, wordings_of
+from neg_service.prompts.prompt import MASK, Prompt, encode
+from neg_service.prompts.sources import load_dataset
+from tests.skills import published_row, write_all, write_split
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "mceval8k"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tasks in the published layout, rows of this project's own."""
+    return write_all(tmp_path_factory.mktemp("mceval8k"))
+
+
+def dataset(place: Path, task: Any = "agnews", **settings: Any) -> DatasetConfig:
+    return DatasetConfig(source=str(place), task=task, **settings)
+
+
+def test_there_are_22_tasks_in_six_genres() -> None:
+    assert Counter(task.genre for task in TASKS.values()) == dict(zip(GENRES, (4, 3, 4, 3, 3, 5), strict=True))
+    for genre in GENRES:
+        assert any(len(wordings_of(task)) >= 4 for task in TASKS.values() if task.genre == genre), genre
+    for task in TASKS.values():
+        for by_language in wordings_of(task).values():
+            assert set(by_language) == (set(LANGUAGES) if task.is_multilingual else {"en"}), task.name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_renders_in_every_wording_and_language(place: Path, task: str) -> None:
+    for wording, by_language in wordings_of(TASKS[task]).items():
+        for language in by_language:
+            prompts = load_tasks(dataset(place, task, wording=wording, language=language))
+            own = by_language[language]
+            n = TASKS[task].n_labels
+            for prompt in prompts:
+                number = 1000 + int(prompt.id.rsplit("/", 1)[1])
+                assert prompt.answer == number % n
+                assert prompt.targets == own.labels
+                # The instruction, a demonstration a label with its right label, and the question itself.
+                assert prompt.text.startswith(own.instruction + "\n\n")
+                assert prompt.text.count("\n\n") == n + 1
+                cue = own.question.rsplit("}", 1)[1]
+                assert sum(prompt.text.count(f"{cue}{label}\n\n") for label in own.labels) == n
+                assert prompt.text.endswith(cue)
+                assert "{" not in prompt.text
+            # Demonstrations come from train, so that all rows are left.
+            assert len(prompts) == 60
+
+
+def test_multilingual_rows_are_asked_in_their_own_language_but_not_where_it_is_the_answer(place: Path) -> None:
+    of = wordings_of(TASKS["xnli"])["default"]
+    found = {prompt.text.split("\n\n")[0] for prompt in load_tasks(dataset(place, "xnli"))}
+    assert found == {of[language].instruction for language in LANGUAGES}
+    german = load_tasks(dataset(place, "xnli", languages=["de"]))
+    assert {prompt.text.split("\n\n")[0] for prompt in german} == {of["de"].instruction}
+    assert len(german) == 12
+    one = {prompt.text.split("\n\n")[0] for prompt in load_tasks(dataset(place, "lti"))}
+    assert one == {wordings_of(TASKS["lti"])["default"]["en"].instruction}
+
+
+def test_rows_of_a_task_share_their_beginning(place: Path) -> None:
+    prompts = load_tasks(dataset(place))
+    heads = {prompt.text.rsplit("\n\n", 1)[0] for prompt in prompts}
+    assert len(heads) == 1
+    assert load_tasks(dataset(place)) == prompts
+    other = load_tasks(dataset(place, demonstration_seed=1))
+    assert [prompt.id for prompt in other] == [prompt.id for prompt in prompts]
+    assert {prompt.text.rsplit("\n\n", 1)[0] for prompt in other} != heads
+    bare = load_tasks(dataset(place, shots=0))
+    assert [prompt.id for prompt in bare] == [prompt.id for prompt in prompts]
+    assert bare[0].text.count("\n\n") == 1
+    assert load_tasks(dataset(place, shots=3))[0].text.count("\n\n") == 3 * 4 + 1
+
+
+def test_demonstrations_are_never_among_the_evaluated_rows(place: Path, tmp_path: Path) -> None:
+    prompts = load_tasks(dataset(place, split="train"))
+    assert len(prompts) == 60 - 4
+    shown = prompts[0].text.split("\n\n")[1:-1]
+    assert not any(prompt.text.rsplit("\n\n", 1)[1] == own.rsplit(" ", 1)[0] for prompt in prompts for own in shown)
+    # Without a train split they come from valid, and the rows of test stay what they are.
+    for split in ("valid", "test"):
+        write_split(tmp_path, "agnews", split, [published_row("agnews", n) for n in range(20)])
+    assert len(load_tasks(dataset(tmp_path, split="valid"))) == 16
+    assert len(load_tasks(dataset(tmp_path, split="test"))) == 20
+
+
+def test_the_order_of_rows_depends_on_the_seed_alone(place: Path) -> None:
+    prompts = load_tasks(dataset(place))
+    assert [prompt.id for prompt in prompts] != sorted(prompt.id for prompt in prompts)
+    assert load_tasks(dataset(place, limit=7)) == prompts[:7]
+    assert load_dataset(dataset(place, limit=7), 3) == prompts[:3]
+    assert [p.id for p in load_tasks(dataset(place, seed=1))] != [p.id for p in prompts]
+    both = load_tasks(dataset(place, ["agnews", "ner"], split=["valid", "test"], limit=5))
+    assert Counter((task_of(p.id), p.id.split("/")[1]) for p in both) == {
+        (task, split): 5 for task in ("agnews", "ner") for split in ("valid", "test")
+    }
+
+
+def test_labels_are_balanced_down_and_up(tmp_path: Path) -> None:
+    rows = [published_row("imdb", n) for n in range(30) if n % 2 or n < 10]
+    write_split(tmp_path, "imdb", "valid", rows)
+    for balanced, count in ((None, {0: 5, 1: 15}), ("down", {0: 5, 1: 5}), ("up", {0: 15, 1: 15})):
+        prompts = load_tasks(dataset(tmp_path, "imdb", shots=0, balanced=balanced))
+        assert Counter(prompt.answer for prompt in prompts) == count
+        assert len({prompt.id for prompt in prompts}) == len(prompts)
+    first = load_tasks(dataset(tmp_path, "imdb", shots=0, balanced="up", limit=6))
+    assert Counter(prompt.answer for prompt in first) == {0: 3, 1: 3}
+
+
+def test_what_is_published_in_two_ways(tmp_path: Path) -> None:
+    rows = [
+        {"sentence1": None, "sentence2": " bad one .\t good one .", "acceptable": 1},
+        {"sentence1": "good two .\tbad two .", "sentence2": None, "acceptable": 0},
+        {"sentence1": "a <br /><br />  b &amp; c", "sentence2": "d\n\ne", "acceptable": 0},
+    ]
+    write_split(tmp_path, "clang8", "valid", rows)
+    prompts = {p.id: p for p in load_tasks(dataset(tmp_path, "clang8", shots=0))}
+    assert "A. bad one .\nB. good one .\n" in prompts["clang8/valid/000000"].text
+    assert "A. good two .\nB. bad two .\n" in prompts["clang8/valid/000001"].text
+    assert "A. a b & c\nB. d e\n" in prompts["clang8/valid/000002"].text
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("agnews", {"text": "x"}, r"agnews/valid\.json: row 1 has no field 'label'; it has 'text'"),
+        ("agnews", {"text": "x", "label": 4}, r"row 1: label must be from 0 to 3, not 4"),
+        ("agnews", {"text": 5, "label": 0}, r"row 1: text must be a text, not 5"),
+        ("amazon-reviews", {"text": "x", "label": 0.0}, r"row 1: label must be from 1 to 5, not 0\.0"),
+        ("ner", {"text": "x", "target_chunk": ["a"], "options": ["a"], "label": 0}, r"options must be a list of 4"),
+        ("stereoset", {"stereotype": 0, "anti-stereotype": 0, "non-stereotype": 1}, r"row 1: its three kinds"),
+        ("lti", {"text": "x", "lang": "it"}, r"row 1: lang must be one of en, de, es, fr, zh, not 'it'"),
+        ("clang8", {"sentence1": None, "sentence2": "one", "acceptable": 0}, r"row 1: sentence1 is empty"),
+        ("agnews", 3, r"row 1 must be an object with fields, not 3"),
+    ],
+)  # fmt: skip
+def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, message: str) -> None:
+    write_split(tmp_path, task, "valid", [published_row(task, 0), row])
+    with pytest.raises(PromptError, match=message):
+        load_tasks(dataset(tmp_path, task, shots=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "agnew"}, r"dataset\.task=agnew is unknown; did you mean agnews"),
+        ({"task": ["ner", "ner"]}, r"dataset\.task=\['ner', 'ner'\]: give at least one task, and each once"),
+        ({"wording": "leters"}, r"dataset\.wording=leters is unknown; did you mean letters.* known of agnews are"),
+        ({"split": "validation"}, r"dataset\.split=validation is unknown; did you mean valid"),
+        ({"shots": 99}, r"dataset\.shots=99: agnews has 15 rows for label ' World' in its train split; use at most 15"),
+        ({"shots": -1}, r"dataset\.shots=-1: must be at least 0"),
+        ({"limit": 0}, r"dataset\.limit=0: must be at least 1"),
+        ({"balanced": "yes"}, r"dataset\.balanced=yes is unknown; known are down, up"),
+        ({"language": "it"}, r"dataset\.language=it is unknown; known of agnews, wording default are en"),
+        ({"source": "/nowhere/at-all/x"}, r"dataset\.source=/nowhere/at-all/x: "),
+    ],
+)
+def test_bad_settings_are_refused(place: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_tasks(replace(dataset(place), **settings))
+
+
+def test_a_missing_split_is_named_with_those_that_there_are(tmp_path: Path) -> None:
+    write_split(tmp_path, "imdb", "valid", [published_row("imdb", n) for n in range(4)])
+    with pytest.raises(
+        PromptError, match=r"imdb has no split train \(classification/imdb/train\.json\); there is valid"
+    ):
+        load_tasks(dataset(tmp_path, "imdb", split="train"))
+    with pytest.raises(PromptError, match="there is none of its splits"):
+        load_tasks(dataset(tmp_path, "ner"))
+
+
+def test_a_users_own_wordings(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    labels = "labels = [' a', ' b', ' c', ' d']"
+    file.write_text(f"[mine.en]\ninstruction = 'Choose.'\nquestion = 'News: {{text}} ->'\n{labels}")
+    prompts = load_tasks(dataset(place, wordings=str(file), wording="mine", shots=0))
+    assert prompts[0].text.startswith("Choose.\n\nNews: text ")
+    for text, message in (
+        ("[mine", "is not TOML"),
+        ("[mine.en]\ninstruction = ''", "must have instruction, question and labels"),
+        ("[mine.en]\ninstruction = ''\nquestion = '{text}'\nlabels = ['a']", "has 1 labels; agnews needs 4"),
+        (f"[mine.en]\ninstruction = ''\nquestion = '{{claim}}'\n{labels}", "uses claim; the fields are text"),
+        (f"[mine.en]\ninstruction = ''\nquestion = 'x'\n{labels}", "uses no field"),
+    ):
+        file.write_text(text)
+        with pytest.raises(PromptError, match=message):
+            load_tasks(dataset(place, wordings=str(file), wording="mine"))
+
+
+def test_prompts_beyond_the_context_are_named_or_left_out_and_counted(place: Path, tiny_directory: Path) -> None:
+    words = tiny_directory.parent / "short.jsonl"
+    lengths = [3, 70, 5]
+    rows = [{"prompt": " ".join(["w5"] * n), "targets": [" w7"], "answer": " w7", "id": str(n)} for n in lengths]
+    words.write_text("\n".join(map(json.dumps, rows)))
+    config = ScanConfig(
+        model=ModelConfig(source=str(tiny_directory)),
+        dataset=DatasetConfig(source=str(words), too_long="skip"),
+        storage=StorageConfig(uri=str(tiny_directory.parent / "results")),
+        job=JobConfig(shard_size=2),
+    )
+    prepared = prepare(config)
+    assert prepared.info.context_length == 64
+    assert [prompt.id for prompt in prepared.prompts] == ["3", "5"]
+    assert prepared.about == {"skipped_too_long": 1}
+    assert [prompt.id for prompt in prepare(replace(config, dataset=DatasetConfig(str(words)))).prompts] == [
+        "3",
+        "70",
+        "5",
+    ]
+    with pytest.raises(ConfigurationError, match=r"dataset\.too_long=ignore: must be error or skip"):
+        prepare(replace(config, dataset=DatasetConfig(str(words), too_long="ignore")))
+
+
+def test_masked_models_are_asked_for_the_word_at_a_mask() -> None:
+    asked = as_masked(Prompt("a", "It is", (" yes", " no"), 1))
+    assert asked == Prompt("a", f"It is {MASK}.", ("yes", "no"), 1)
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published rows are not at hand")
+@pytest.mark.parametrize("task", TASKS)
+def test_published_rows_become_prompts_with_one_token_a_label(smollm2: LanguageModel, task: str) -> None:
+    for wording in wordings_of(TASKS[task]):
+        prompts = load_tasks(DatasetConfig(source=str(SHARED), task=task, wording=wording, limit=20))
+        for encoded in encode(smollm2.tokenizer, prompts, smollm2.context_length):
+            assert len(set(encoded.target_ids)) == TASKS[task].n_labels
