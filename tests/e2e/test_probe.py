@@ -1,0 +1,98 @@
+"""Skill neurons by the commands that a person types, on a task with planted ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+
+from jobs.entry import CONF
+from jobs.probe import probe
+from neg_service.errors import ConfigurationError
+from tests.e2e.commands import job
+from tests.skills import PLANTED, PLANTED_WORDINGS, planted_model, planted_rows, write_split
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A model, a task and wordings on disk."""
+    place = tmp_path_factory.mktemp("probe")
+    planted_model(place / "model")
+    (place / "wordings.toml").write_text(PLANTED_WORDINGS)
+    for i, (split, count) in enumerate((("train", 50), ("valid", 26), ("test", 26))):
+        write_split(place / "data", "imdb", split, planted_rows(count, 100 * i))
+    return [
+        "dataset=mceval8k/imdb",
+        f"dataset.source={place / 'data'}",
+        f"dataset.wordings={place / 'wordings.toml'}",
+        f"model.source={place / 'model'}",
+        f"storage.uri={place / 'results'}",
+        "cluster.cpus_per_replica=1",
+    ]
+
+
+def test_a_probe_and_again(settings: list[str]) -> None:
+    asked = [
+        *settings,
+        "probe.sizes=[1,3,8]",
+        "probe.shard_size=24",
+        "probe.studies=[efficiency,flexibility,interdependency]",
+        "probe.block=3",
+        "probe.blocks=2",
+        "probe.suppressed=3",
+        "probe.suppress_by=200",
+    ]
+    done = job("probe", *asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for expected in ("classification  imdb", "100.0 (1)", "efficiency: ", "flexibility: ", "interdependency: "):
+        assert expected in done.stdout, done.stdout
+    results = Path(done.stdout.rsplit("results: ", 1)[1].strip())
+    tables = {path.stem for path in results.glob("*.parquet")}
+    assert tables == {"accuracy", "neurons", "efficiency", "flexibility", "interdependency"}
+    best = pq.read_table(results / "neurons.parquet").to_pylist()[:3]
+    assert {(row["layer"], row["neuron"]): row["polarity"] for row in best} == PLANTED
+    plots = sorted(path.name for path in (results / "plots").glob("*.png"))
+    assert plots == ["accuracy_by_neurons.png", "efficiency.png", "flexibility.png", "interdependency.png"]
+    about = json.loads((results / "probe.json").read_text())
+    assert all((Path(uri) / "run.json").is_file() for uri in about["runs"])
+    # The same command finds all scans done, computes nothing, and writes the same.
+    again = job("probe", *asked)
+    assert again.returncode == 0
+    assert "shards to do" not in again.stderr
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("dataset.source=NOT_WHOLE", "imdb has no split train (classification/imdb/train.json); there is test"),
+        ("dataset.task=imbd", "dataset.task=imbd is unknown; did you mean imdb?"),
+        ("dataset.shots=30", "dataset.shots=30: imdb has 25 rows for label ' w7' in its train split; use at most 25"),
+        ("probe.probes=[forests]", "probe.probes=forests is unknown"),
+        ("dataset.wordings=null", "targets ' negative' and ' positive' are the same token"),
+    ],
+)
+def test_what_cannot_be_probed_is_told_in_one_line(
+    settings: list[str], changed: str, message: str, tmp_path: Path
+) -> None:
+    write_split(tmp_path, "imdb", "test", planted_rows(4))
+    overrides = [*settings, changed.replace("NOT_WHOLE", str(tmp_path))]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = compose("probe", overrides=overrides)
+    with pytest.raises(ConfigurationError) as error:
+        probe(config)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tasks_are_listed_and_an_example_is_printed(settings: list[str]) -> None:
+    shown = job("tasks", "task=imdb", *settings[1:4])
+    assert shown.returncode == 0, shown.stderr
+    assert "--- imdb, wording default: 26 prompts of valid; this is imdb/valid/" in shown.stdout
+    assert "the labels are the tokens 'w7', 'w8'" in shown.stdout
+    listed = job("tasks")
+    assert listed.stdout.count("\n") == 23
+    assert "amazon-review-multi       5  en, de, es, fr, zh" in listed.stdout
