@@ -111,7 +111,7 @@ def _accuracy_by_neurons(accuracy: pa.Table) -> bytes:
                 axes.axhline(line[0]["accuracy"], color=f"C{i}", linestyle="--", linewidth=1, label=probe)
             else:
                 _curve(axes, line, "n_neurons", probe, f"C{i}")
-        axes.set_xscale("log")
+        _ticks(axes, [row["n_neurons"] for row in own if row["n_neurons"]])
     return _finished(figure, panels, "What neurons alone answer, by how many of them (bands: 95 % intervals)")
 
 
@@ -122,7 +122,7 @@ def _efficiency(efficiency: pa.Table) -> bytes:
         for i, probe in enumerate(("polarity", "magnitude")):
             line = [row for row in rows if row["task"] == task and row["probe"] == probe]
             _curve(axes, line, "n_train", probe, f"C{i}")
-        axes.set_xscale("log")
+        _ticks(axes, [row["n_train"] for row in rows if row["task"] == task])
     return _finished(figure, panels, "Efficiency: how many train prompts the ranking needs")
 
 
@@ -173,10 +173,12 @@ def _panels(tasks: Sequence[str], x: str, y: str) -> tuple[Figure, dict[str, mpl
     panels = dict(zip(tasks, grid, strict=False))
     for task, axes in panels.items():
         axes.set_title(task, fontsize=9)
+        axes.set_xlabel(x, fontsize=8)
+        axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         axes.set_ylim(_WORST, _BEST)
-    figure.supxlabel(x, fontsize=9)
-    figure.supylabel(y, fontsize=9)
+    for axes in grid[::across]:
+        axes.set_ylabel(y, fontsize=8)
     return figure, panels
 
 
@@ -185,6 +187,13 @@ def _curve(axes: mpl.axes.Axes, line: Rows, x: str, label: str, color: str) -> N
     places = [row[x] for row in line]
     axes.plot(places, [row["accuracy"] for row in line], color=color, marker=".", linewidth=1.2, label=label)
     axes.fill_between(places, [row["low"] for row in line], [row["high"] for row in line], color=color, alpha=0.12)
+
+
+def _ticks(axes: mpl.axes.Axes, places: Sequence[int]) -> None:
+    """A logarithmic axis with the numbers that were tried on it."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(set(places)), [str(place) for place in sorted(set(places))])
+    axes.minorticks_off()
 
 
 def _finished(figure: Figure, panels: Mapping[str, mpl.axes.Axes], title: str) -> bytes:
