@@ -43,7 +43,7 @@ from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.prompts.mceval8k import task_of
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
-Scores = dict[str, NDArray[np.float64]]
+Scores = dict[str, NDArray[np.floating[Any]]]
 
 
 def n_bits(n_labels: int) -> int:

@@ -30,6 +30,8 @@ from neg_service.storage.reader import Run, reading
 T = TypeVar("T")
 R = TypeVar("R")
 Ints = NDArray[np.int64]
+# Whole numbers, and so exact in float32 too.
+SNAPSHOT = ("polarity", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Ranking:
 
     neurons: Ints
     polarity: NDArray[np.int8]
-    score: NDArray[np.float64]
+    score: NDArray[np.floating[Any]]
 
     def first(self, m: int) -> Ranking:
         """The best m."""
@@ -54,7 +56,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The scores of one task, [M] each, over its first so many prompts, at ends of shards; the last are all."""
+    """The scores of one task, [M] each: all of them over all prompts, and `SNAPSHOT` over the first so many prompts."""
 
     neurons: Ints
     at: dict[int, Scores]
@@ -80,7 +82,7 @@ class TaskScores:
         drawn = np.random.default_rng(seed).permutation(len(values))[:m]
         return Ranking(self.neurons[drawn], np.sign(values[drawn]).astype(np.int8), values[drawn])
 
-    def means(self) -> NDArray[np.float64]:
+    def means(self) -> NDArray[np.floating[Any]]:
         """Of each neuron's activation [M]."""
         return self.all()["activation"] / self.n_prompts
 
@@ -116,8 +118,9 @@ def scores_of(run: Run, snapshots: Sequence[int] = ()) -> dict[str, TaskScores]:
             for name, values in one.scores.items():
                 totals[one.task][name] += values
             if any(before < size <= counts[one.task] for size in snapshots):
-                copied = {name: values.copy() for name, values in totals[one.task].items()}
-                found[one.task].at[counts[one.task]] = copied
+                # Of large models even these are gigabytes; only the scores of gradients are asked for again.
+                kept = {name: totals[one.task][name].astype(np.float32) for name in SNAPSHOT}
+                found[one.task].at[counts[one.task]] = kept
     for task, total in totals.items():
         found[task].at[counts[task]] = total
     return found

@@ -38,7 +38,9 @@ from tests.s3 import acting_as
 
 N_PROMPTS = 24
 N_SHARDS = N_PROMPTS // PROMPTS_A_SHARD
-SEED = int(os.environ.get("FAULT_SEED", random.randrange(10**6)))
+# Processes that share the tests have to draw the same.
+_DRAWN = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
+SEED = int(os.environ.get("FAULT_SEED", _DRAWN))
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "1"))
 
 
