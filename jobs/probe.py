@@ -20,9 +20,13 @@ from neg_service.cluster.resources import disconnect
 from neg_service.cluster.scan import run
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.errors import NegServiceError
+from neg_service.inputs import without_credentials
 from neg_service.models.source import fetch
-from neg_service.probing.study import Context, Findings, Options, check_options, run_probe
+from neg_service.probing.options import Context, Options, check_options, contexts_of
+from neg_service.probing.study import Findings, run_probe
 from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
+from neg_service.prompts.tasks import TASKS
+from neg_service.prompts.wording import wordings_of
 from neg_service.report.skills import accuracy_table, plots, studies_text
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.stores import open_store
@@ -46,10 +50,10 @@ def probe(config: DictConfig) -> int:
     asked = typed(ProbeConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     check_options(asked.probe)
     tasks = chosen_tasks(asked.dataset.task)
-    _require_splits(asked, tasks)
     context = Context(asked.dataset.wording, asked.dataset.shots, asked.dataset.demonstration_seed)
+    _require_prompts(asked, tasks, context)
     try:
-        found = run_probe(tasks, context, asked.probe, _Scans(asked))
+        found = run_probe(tasks, context, asked.probe, _Scans(asked), asked.dataset.wordings)
     except _IncompleteError as error:
         log.error("%s", error)
         return EXIT_INCOMPLETE
@@ -62,10 +66,15 @@ def probe(config: DictConfig) -> int:
     return 0
 
 
-def _require_splits(config: ProbeConfig, tasks: Sequence[str]) -> None:
-    """All three, before anything is scanned."""
-    for split in ("train", "valid", "test"):
-        load_tasks(replace(config.dataset, task=list(tasks), split=split, limit=1))
+def _require_prompts(config: ProbeConfig, tasks: Sequence[str], context: Context) -> None:
+    """All splits, in all contexts that will be compared, before anything is scanned."""
+    dataset = replace(config.dataset, limit=1, split=["train", "valid", "test"])
+    for task in tasks:
+        contexts = [context]
+        if "robustness" in config.probe.studies:
+            contexts = contexts_of(config.probe, context, list(wordings_of(TASKS[task], dataset.wordings)))
+        for own in contexts:
+            load_tasks(replace(dataset, task=task, **asdict(own)))
 
 
 class _Scans:
@@ -83,9 +92,7 @@ class _Scans:
             task=list(tasks),
             split=split,
             limit=limit if limit is not None else asked.dataset.limit,
-            wording=context.wording,
-            shots=context.shots,
-            demonstration_seed=context.demonstration_seed,
+            **asdict(context),
         )
         # Shards of one size, so that scores that were added up and those from stored gradients end at the same prompts.
         shard_size = asked.probe.shard_size if measure["name"] in ("neurgrad", "scores") else "auto"
@@ -115,7 +122,8 @@ class _Scans:
 
 def _put(config: ProbeConfig, found: Findings, tables: Mapping[str, pa.Table]) -> str:
     """Store what was found beside the runs that it comes from."""
-    about = {"probe": asdict(config.probe), "dataset": asdict(config.dataset), "runs": found.runs}
+    dataset = asdict(config.dataset) | {"source": without_credentials(config.dataset.source)}
+    about = {"probe": asdict(config.probe), "dataset": dataset, "runs": found.runs}
     fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     model = fetch(config.model.source, config.model.revision, with_weights=False).name
     uri = f"{config.storage.uri.rstrip('/')}/{config.job.name or f'{model}-probe'}-{fingerprint}"

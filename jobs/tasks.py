@@ -8,8 +8,10 @@ from jobs.entry import start
 from neg_service.config import DatasetConfig, typed
 from neg_service.models.language_model import load_tokenizer
 from neg_service.models.source import fetch
-from neg_service.prompts.mceval8k import GENRES, TASKS, chosen_tasks, load_tasks, wordings_of
+from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.tasks import GENRES, TASKS
+from neg_service.prompts.wording import wordings_of
 from neg_service.report.console import columns
 
 

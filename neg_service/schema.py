@@ -161,7 +161,8 @@ def scores(n_neurons: int) -> pa.Schema:
             pa.field("layer", pa.int16(), nullable=False),
             pa.field("basis", pa.string(), nullable=False),
             pa.field("score", pa.string(), nullable=False),
-            pa.field("values", pa.list_(pa.float64(), n_neurons), nullable=False),
+            # Whole numbers are exact up to 2²⁴.
+            pa.field("values", pa.list_(pa.float32(), n_neurons), nullable=False),
         ]
     )
 

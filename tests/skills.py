@@ -16,8 +16,8 @@ from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import prepare
 from neg_service.cluster.replica import Destination, Replica, ScanWorker
 from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
-from neg_service.probing.study import Context
-from neg_service.prompts.mceval8k import LANGUAGES, TASKS
+from neg_service.probing.options import Context
+from neg_service.prompts.tasks import LANGUAGES, TASKS
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import write_or_match
 from neg_service.storage.stores import open_store

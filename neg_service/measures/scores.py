@@ -40,8 +40,8 @@ from neg_service.measures.tables import fixed_size, prompt_row, table_of
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
 from neg_service.models.language_model import LanguageModel, ModelInfo
-from neg_service.prompts.mceval8k import task_of
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tasks import task_of
 
 Scores = dict[str, NDArray[np.floating[Any]]]
 
@@ -73,7 +73,8 @@ def activation_scores(activation_pn: Floats, answer_p: NDArray[np.int64], n_labe
     """`activation` and `fires/b` [N] of the prompts of a shard."""
     total = activation_pn.sum(0, dtype=np.float64)
     fires_pn = activation_pn > total / len(answer_p)
-    scores = {"activation": total}
+    # As it is stored, so that sums of stored gradients are the same.
+    scores: Scores = {"activation": total.astype(np.float32)}
     for bit in range(n_bits(n_labels)):
         is_set_p = (answer_p >> bit & 1).astype(bool)
         agree = np.count_nonzero(fires_pn == is_set_p[:, None], axis=0)

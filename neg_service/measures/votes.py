@@ -30,8 +30,8 @@ from neg_service.measures.tables import prompt_row
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
 from neg_service.models.language_model import LanguageModel, ModelInfo
-from neg_service.prompts.mceval8k import task_of
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tasks import task_of
 
 
 @dataclass(frozen=True)

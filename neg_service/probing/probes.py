@@ -30,7 +30,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.scores import n_bits
 from neg_service.measures.votes import PromptVotes, from_text, votes_of
 from neg_service.probing.ranking import ActivationPart, GradientPart, Ints, Ranking, in_order
-from neg_service.prompts.mceval8k import split_of, task_of
+from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
 
 PROBES = ("polarity", "magnitude", "forest", "probability", "activation", "random", "majority")
@@ -70,20 +70,6 @@ class Votes:
         if not np.array_equal(self.neurons[found], neurons):
             raise ConfigurationError(f"votes are known of {len(self.neurons)} neurons, not of all that were asked for")
         return found
-
-    def of(self, split: str) -> Votes:
-        """The prompts of one split."""
-        keep = np.array([split_of(own) == split for own in self.prompt_ids], bool)
-        return Votes(
-            self.neurons,
-            tuple(own for own in self.prompt_ids if split_of(own) == split),
-            self.answer_p[keep],
-            self.probability_pk[keep],
-            self.sign_pks[keep],
-            self.largest_ps[keep],
-            self.smallest_ps[keep],
-            self.activation_ps[keep],
-        )
 
 
 def read_votes(run: Run, task: str, neurons: Ints) -> Votes:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -26,29 +27,16 @@ import pyarrow.compute as pc
 from neg_service.errors import ConfigurationError
 from neg_service.measures.votes import as_text
 from neg_service.probing import probes
-from neg_service.probing.probes import PROBES, Accuracy, Votes, accuracy, read_votes
+from neg_service.probing.options import Context, Options, check_options, contexts_of
+from neg_service.probing.probes import Accuracy, Votes, accuracy, read_votes
 from neg_service.probing.ranking import Ints, Ranking, TaskScores, layers_and_size, scores_of
-from neg_service.prompts.mceval8k import TASKS, task_of, wordings_of
+from neg_service.prompts.tasks import TASKS, task_of
+from neg_service.prompts.wording import wordings_of
 from neg_service.storage.reader import Run, reading
 
 log = logging.getLogger(__name__)
 
-STUDIES = ("efficiency", "flexibility", "robustness", "interdependency")
 _KINDS = ("polarity", "magnitude")
-
-
-@dataclass(frozen=True)
-class Context:
-    """How a task is put to the model; `demonstration_seed` chooses the demonstrations."""
-
-    wording: str = "default"
-    shots: int = 1
-    demonstration_seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """For tables and plots."""
-        return f"{self.wording}, {self.shots} shot{'s' * (self.shots != 1)}, demonstrations {self.demonstration_seed}"
 
 
 class Scan(Protocol):
@@ -57,47 +45,6 @@ class Scan(Protocol):
     def __call__(self, measure: Mapping[str, Any], tasks: Sequence[str], split: str, context: Context) -> Run:
         """The finished run."""
         ...
-
-
-@dataclass
-class Options:
-    """See `conf/probe.yaml`."""
-
-    store_gradients: bool = True
-    basis: str = "paper"
-    probes: list[str] = field(default_factory=lambda: list(PROBES))
-    sizes: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 256, 1024])
-    train: int | None = None
-    valid: int | None = None
-    test: int | None = None
-    shard_size: int = 50
-    seed: int = 0
-    studies: list[str] = field(default_factory=lambda: ["efficiency", "flexibility"])
-    train_sizes: list[int] | None = None
-    efficiency_neurons: int = 256
-    block: int = 64
-    blocks: int = 8
-    contexts: list[dict[str, Any]] | None = None
-    suppressed: int = 64
-    suppress_by: float = 1.0
-
-
-def check_options(options: Options) -> None:
-    """Refuse what no model could do.
-
-    Raises:
-        ConfigurationError: naming the key, its value, and what it may be.
-    """
-    for key, given, known in (("probes", options.probes, PROBES), ("studies", options.studies, STUDIES)):
-        if unknown := [one for one in given if one not in known]:
-            raise ConfigurationError(f"probe.{key}={unknown[0]} is unknown; known are {', '.join(known)}")
-    if not options.sizes or min(options.sizes) < 1 or len(set(options.sizes)) < len(options.sizes):
-        raise ConfigurationError(f"probe.sizes={options.sizes}: must be numbers of neurons, each once, at least 1")
-    whole = ("train", "valid", "test", "shard_size", "efficiency_neurons", "block", "blocks", "suppressed")
-    for key in whole:
-        value = getattr(options, key)
-        if value is not None and value < 1:
-            raise ConfigurationError(f"probe.{key}={value}: must be at least 1")
 
 
 @dataclass
@@ -116,19 +63,27 @@ class Findings:
         return {name: pa.Table.from_pylist(rows) for name, rows in self.rows.items()}
 
 
-def run_probe(tasks: Sequence[str], context: Context, options: Options, scan: Scan) -> Findings:
-    """Probe tasks, and make the studies that were asked for.
+def run_probe(
+    tasks: Sequence[str], context: Context, options: Options, scan: Scan, wordings: str | None = None
+) -> Findings:
+    """Probe tasks, and make the studies that were asked for; `wordings` is a user's own file of them.
 
     Raises:
         ConfigurationError: an option that the model or the tasks do not allow.
     """
     check_options(options)
-    return _Probe(tasks, context, options, scan).run()
+    return _Probe(tasks, context, options, scan, wordings).run()
 
 
 class _Probe:
-    def __init__(self, tasks: Sequence[str], context: Context, options: Options, scan: Scan) -> None:
+    def __init__(
+        self, tasks: Sequence[str], context: Context, options: Options, scan: Scan, wordings: str | None
+    ) -> None:
         self.tasks, self.context, self.options = list(tasks), context, options
+        self._wordings = wordings
+        # Known once train was scanned.
+        self._n_neurons = 0
+        self._train_answers: dict[str, Ints] = {}
         self.found = Findings()
         self._scan = scan
         self._sizes = sorted(options.sizes)
@@ -144,11 +99,10 @@ class _Probe:
         chosen = {task: self._chosen(own) for task, own in scores.items()}
         wanted = ["train", "valid", "test"] if "forest" in self.options.probes else ["valid", "test"]
         read = self._votes(chosen, self.context, wanted)
-        best: dict[str, Ranking] = {}
         for task, own in scores.items():
             votes = {split: read(task, split) for split in wanted}
             self._note_neurons(task, own)
-            best[task] = self._accuracies(task, own, votes)
+            self._accuracies(task, own, votes)
             if "efficiency" in self.options.studies:
                 self._efficiency(task, own, votes)
             if "flexibility" in self.options.studies:
@@ -171,7 +125,9 @@ class _Probe:
     def _scores(self, tasks: Sequence[str], context: Context) -> dict[str, TaskScores]:
         measure = {"name": "neurgrad"} if self.options.store_gradients else {"name": "scores"}
         run = self._run(measure, tasks, "train", context)
-        self._n_neurons = layers_and_size(run)[1]
+        if context == self.context:
+            self._n_neurons = layers_and_size(run)[1]
+            self._train_answers = _answers_of(run)
         return scores_of(run, self._train_sizes() if context == self.context else ())
 
     def _votes(
@@ -210,43 +166,46 @@ class _Probe:
 
     # --- accuracies
 
-    def _accuracies(self, task: str, own: TaskScores, votes: Mapping[str, Votes]) -> Ranking:
-        """All probes and baselines; returns the neurons of the polarity probe, as many as were chosen on valid."""
-        options, valid, test = self.options, votes["valid"], votes["test"]
-        train_answers = votes["train"].answer_p if "train" in votes else valid.answer_p
-        ranked = {kind: own.ranked(kind) for kind in _KINDS}
-        drawn = own.of_random("polarity", max(self._sizes), options.seed)
-        firing = self._firing(own)
-        means = dict(zip(own.neurons.tolist(), own.means().tolist(), strict=True)) if firing else {}
-        sizes = self._sizes
-
-        def forest(asked: Votes) -> dict[int, Ints]:
-            return {
-                size: probes.forest(votes["train"], [asked], ranked["magnitude"], size, options.seed)[0]
-                for size in sizes
+    def _accuracies(self, task: str, own: TaskScores, votes: Mapping[str, Votes]) -> None:
+        """All probes and baselines, at every number of neurons, which is chosen on valid."""
+        asked = {split: votes[split] for split in ("valid", "test")}
+        for probe in self.options.probes:
+            answers = self._answers(probe, task, own, votes)
+            found = {
+                split: {m: accuracy(one, asked[split].answer_p) for m, one in answers[split].items()} for split in asked
             }
+            best = _best(found["valid"])
+            for split, by_size in found.items():
+                for m, one in by_size.items():
+                    self._note_accuracy("accuracy", task, probe, m, own.n_prompts, split, one, asked[split], m == best)
+            value = found["test"][best].value
+            log.info("%s: %s %.3f on test%s", task, probe, value, f", {best} neurons" if best else "")
 
-        answers: dict[str, Callable[[Votes], dict[int, Ints]]] = {
-            "polarity": lambda asked: probes.polarity(asked, ranked["polarity"], sizes),
-            "magnitude": lambda asked: probes.magnitude(asked, ranked["magnitude"], sizes),
-            "forest": forest,
-            "probability": lambda asked: {0: probes.probability(asked)},
-            "activation": lambda asked: probes.activation(asked, firing, means, sizes),
-            "random": lambda asked: probes.polarity(asked, drawn, sizes),
-            "majority": lambda asked: {0: probes.majority(train_answers, asked)},
-        }
-        best_size = max(sizes)
-        for probe in options.probes:
-            on_valid = {size: accuracy(own, valid.answer_p) for size, own in answers[probe](valid).items()}
-            on_test = {size: accuracy(own, test.answer_p) for size, own in answers[probe](test).items()}
-            best = _best(on_valid)
-            if probe == "polarity":
-                best_size = best
-            for split, of, asked in (("valid", on_valid, valid), ("test", on_test, test)):
-                for size, one in of.items():
-                    self._note_accuracy("accuracy", task, probe, size, own.n_prompts, split, one, asked, size == best)
-            log.info("%s: %s %.3f on test%s", task, probe, on_test[best].value, f", {best} neurons" if best else "")
-        return ranked["polarity"].first(best_size)
+    def _answers(
+        self, probe: str, task: str, own: TaskScores, votes: Mapping[str, Votes]
+    ) -> dict[str, dict[int, Ints]]:
+        """What a probe answers on valid and test, by number of neurons; 0 for baselines without neurons."""
+        sizes, seed = self._sizes, self.options.seed
+        valid, test = votes["valid"], votes["test"]
+        ask: Callable[[Votes], dict[int, Ints]]
+        if probe == "forest":
+            ranking = own.ranked("magnitude")
+            fitted = {m: probes.forest(votes["train"], [valid, test], ranking, m, seed) for m in sizes}
+            return {split: {m: both[i] for m, both in fitted.items()} for i, split in enumerate(("valid", "test"))}
+        if probe in _KINDS:
+            ranking = own.ranked(probe)
+            ask = partial(getattr(probes, probe), ranking=ranking, sizes=sizes)
+        elif probe == "random":
+            ask = partial(probes.polarity, ranking=own.of_random("polarity", max(sizes), seed), sizes=sizes)
+        elif probe == "activation":
+            means = dict(zip(own.neurons.tolist(), own.means().tolist(), strict=True))
+            ask = partial(probes.activation, rankings=self._firing(own), means=means, sizes=sizes)
+        elif probe == "probability":
+            ask = lambda one: {0: probes.probability(one)}  # noqa: E731
+        else:
+            train_answers = self._train_answers[task]
+            ask = lambda one: {0: probes.majority(train_answers, one)}  # noqa: E731
+        return {"valid": ask(valid), "test": ask(test)}
 
     def _efficiency(self, task: str, own: TaskScores, votes: Mapping[str, Votes]) -> None:
         most = min(self.options.efficiency_neurons, max(self._sizes))
@@ -276,7 +235,8 @@ class _Probe:
                 )  # fmt: skip
 
     def _robustness(self, task: str, own: TaskScores) -> None:
-        contexts = self._contexts(task)
+        wordings = list(wordings_of(TASKS[task], self._wordings))
+        contexts = contexts_of(self.options, self.context, wordings)
         m = min(self.options.block, max(self._sizes))
         scores = {
             context: own if context == self.context else self._scores([task], context)[task] for context in contexts
@@ -294,15 +254,6 @@ class _Probe:
                     n_prompts=len(test.answer_p),
                 )  # fmt: skip
             log.info("%s: neurons of %d contexts used with %s", task, len(contexts), used.name)
-
-    def _contexts(self, task: str) -> list[Context]:
-        if self.options.contexts is not None:
-            asked = [Context(**{**self.context.__dict__, **own}) for own in self.options.contexts]
-        else:
-            base = self.context
-            asked = [Context(wording, base.shots, base.demonstration_seed) for wording in wordings_of(TASKS[task])]
-            asked += [Context(base.wording, 0, 0), Context(base.wording, base.shots, base.demonstration_seed + 1)]
-        return list(dict.fromkeys([self.context, *asked]))
 
     def _interdependency(self, scores: Mapping[str, TaskScores]) -> None:
         options, n = self.options, self._n_neurons
@@ -373,6 +324,15 @@ class _Probe:
                         "overlap", task=first, other_task=second, score_name=kind, n_neurons=size, shared=len(a & b),
                         by_chance=size**2 / len(scores[first].neurons),
                     )  # fmt: skip
+
+
+def _answers_of(run: Run) -> dict[str, Ints]:
+    """The right labels of a run's prompts, by task."""
+    with reading(run):
+        table = run.table("prompts", ["prompt_id", "answer"]).to_table()
+    task_p = np.array([task_of(own) for own in table["prompt_id"].to_pylist()])
+    answer_p = table["answer"].to_numpy().astype(np.int64)
+    return {task: answer_p[task_p == task] for task in dict.fromkeys(task_p.tolist())}
 
 
 def _best(on_valid: Mapping[int, Accuracy]) -> int:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from neg_service.probing.probes import PROBES
-from neg_service.prompts.mceval8k import GENRES
+from neg_service.prompts.tasks import GENRES
 from neg_service.report.console import columns
 from neg_service.report.plots import png
 

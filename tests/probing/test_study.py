@@ -11,11 +11,12 @@ import pytest
 
 from neg_service.config import DatasetConfig
 from neg_service.errors import ConfigurationError
-from neg_service.probing.study import Context, Findings, Options, run_probe
+from neg_service.probing.options import Context, Options
+from neg_service.probing.study import Findings, run_probe
 from tests.skills import PLANTED, PLANTED_WORDINGS, ScansHere, planted_model, planted_rows, write_split
 
 OPTIONS = Options(
-    sizes=[1, 3, 8], shard_size=8, train_sizes=[16], studies=["efficiency", "flexibility"], block=3, blocks=2
+    sizes=[1, 3, 8], shard_size=24, train_sizes=[24], studies=["efficiency", "flexibility"], block=3, blocks=2
 )
 
 
@@ -34,7 +35,7 @@ def found_in(place: Path, options: Options = OPTIONS, data: str = "data") -> Fin
     """What a probe finds; runs are kept between probes, as a user's are."""
     dataset = DatasetConfig(source=str(place / data), wordings=str(place / "wordings.toml"))
     scans = ScansHere(place / "model", dataset, place / "results", options.shard_size)
-    return run_probe(["imdb"], Context(), options, scans)
+    return run_probe(["imdb"], Context(), options, scans, dataset.wordings)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_planted_neurons_do_the_task(stored: Findings) -> None:
     first, second = rows_of(stored, "flexibility", probe="polarity")
     assert (first["first_rank"], first["accuracy"], second["first_rank"]) == (0, 1.0, 3)
     assert second["accuracy"] < 1.0
-    assert {row["n_train"] for row in stored.rows["efficiency"]} == {16, 48}
+    assert {row["n_train"] for row in stored.rows["efficiency"]} == {24, 48}
 
 
 def test_both_ways_choose_the_same_neurons_and_answer_alike(stored: Findings, place: Path) -> None:
@@ -112,7 +113,7 @@ def test_robustness_and_interdependency(place: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sizes": [500]}, r"probe\.sizes=\[500\]: the chosen layers have 120 neurons"),
+        ({"sizes": [1, 500]}, r"probe\.sizes=\[1, 500\]: the chosen layers have 120 neurons"),
         ({"sizes": [0]}, r"probe\.sizes=\[0\]"),
         ({"probes": ["forests"]}, r"probe\.probes=forests is unknown; known are polarity"),
         ({"studies": ["all"]}, r"probe\.studies=all is unknown"),

@@ -14,9 +14,11 @@ from neg_service import LanguageModel
 from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError, PromptError
-from neg_service.prompts.mceval8k import GENRES, LANGUAGES, TASKS, as_masked, load_tasks, task_of, wordings_of
+from neg_service.prompts.mceval8k import as_masked, load_tasks
 from neg_service.prompts.prompt import MASK, Prompt, encode
 from neg_service.prompts.sources import load_dataset
+from neg_service.prompts.tasks import GENRES, LANGUAGES, TASKS, task_of
+from neg_service.prompts.wording import wordings_of
 from tests.skills import published_row, write_all, write_split
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "mceval8k"
@@ -94,8 +96,8 @@ def test_demonstrations_are_never_among_the_evaluated_rows(place: Path, tmp_path
     shown = prompts[0].text.split("\n\n")[1:-1]
     assert not any(prompt.text.rsplit("\n\n", 1)[1] == own.rsplit(" ", 1)[0] for prompt in prompts for own in shown)
     # Without a train split they come from valid, and the rows of test stay what they are.
-    for split in ("valid", "test"):
-        write_split(tmp_path, "agnews", split, [published_row("agnews", n) for n in range(20)])
+    for i, split in enumerate(("valid", "test")):
+        write_split(tmp_path, "agnews", split, [published_row("agnews", 100 * i + n) for n in range(20)])
     assert len(load_tasks(dataset(tmp_path, split="valid"))) == 16
     assert len(load_tasks(dataset(tmp_path, split="test"))) == 20
 
@@ -196,7 +198,7 @@ def test_a_users_own_wordings(place: Path, tmp_path: Path) -> None:
         ("[mine", "is not TOML"),
         ("[mine.en]\ninstruction = ''", "must have instruction, question and labels"),
         ("[mine.en]\ninstruction = ''\nquestion = '{text}'\nlabels = ['a']", "has 1 labels; agnews needs 4"),
-        (f"[mine.en]\ninstruction = ''\nquestion = '{{claim}}'\n{labels}", "uses claim; the fields are text"),
+        (f"[mine.en]\ninstruction = ''\nquestion = '{{claim}}'\n{labels}", "'claim' is no field; the fields are text"),
         (f"[mine.en]\ninstruction = ''\nquestion = 'x'\n{labels}", "uses no field"),
     ):
         file.write_text(text)
