@@ -123,10 +123,15 @@ class _Scans:
 def _put(config: ProbeConfig, found: Findings, tables: Mapping[str, pa.Table]) -> str:
     """Store what was found beside the runs that it comes from."""
     dataset = asdict(config.dataset) | {"source": without_credentials(config.dataset.source)}
-    about = {"probe": asdict(config.probe), "dataset": dataset, "runs": found.runs}
+    model = fetch(config.model.source, config.model.revision, with_weights=False)
+    about = {
+        "model": {"source": config.model.source, "identity": model.identity, "dtype": config.model.dtype},
+        "probe": asdict(config.probe),
+        "dataset": {key: value for key, value in dataset.items() if key not in ("split", "limit")},
+        "runs": list(dict.fromkeys(found.runs)),
+    }
     fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    model = fetch(config.model.source, config.model.revision, with_weights=False).name
-    uri = f"{config.storage.uri.rstrip('/')}/{config.job.name or f'{model}-probe'}-{fingerprint}"
+    uri = f"{config.storage.uri.rstrip('/')}/{config.job.name or f'{model.name}-probe'}-{fingerprint}"
     store = open_store(uri, config.storage.endpoint_url, config.storage.patience_seconds)
     for name, table in tables.items():
         buffer = io.BytesIO()

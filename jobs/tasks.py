@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from jobs.entry import start
 from neg_service.config import DatasetConfig, typed
-from neg_service.models.language_model import load_tokenizer
+from neg_service.models.language_model import inspect_model, load_tokenizer
 from neg_service.models.source import fetch
 from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt, encode
@@ -48,8 +48,9 @@ def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, mo
         f"--- labels {labels}; right is {answer!r}",
     ]
     if model_source is not None:
-        tokenizer = load_tokenizer(fetch(model_source, with_weights=False))
-        (encoded,) = encode(tokenizer, [prompt], None)
+        local = fetch(model_source, with_weights=False)
+        tokenizer = load_tokenizer(local)
+        (encoded,) = encode(tokenizer, [prompt], inspect_model(local).context_length)
         tokens = tokenizer.convert_ids_to_tokens(list(encoded.target_ids))
         lines.append(f"--- {len(encoded.ids)} tokens; the labels are the tokens {', '.join(map(repr, tokens))}")
     return "\n".join([*lines, ""])

@@ -6,6 +6,9 @@ driver may do about it; `cluster/failures.py` decides from the class alone.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class NegServiceError(Exception):
     """Any error that this package raises on purpose."""
@@ -41,6 +44,12 @@ class StorageError(NegServiceError):
 
 class ReplicaLost(NegServiceError):
     """A replica's process or node is gone, with what it was doing."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question whether one of the names that are known was meant, or nothing."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def one_line(error: BaseException) -> str:

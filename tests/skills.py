@@ -139,6 +139,12 @@ labels = [" w7", " w8"]
 instruction = "w2 w3"
 question = "w4 {text}"
 labels = [" w7", " w8"]
+
+# The last word alone counts in the planted model: here it says nothing.
+[blind.en]
+instruction = "w1"
+question = "{text} w95"
+labels = [" w7", " w8"]
 """
 
 

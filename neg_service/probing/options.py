@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, nearest
 from neg_service.probing.probes import PROBES
 
 STUDIES = ("efficiency", "flexibility", "robustness", "interdependency")
@@ -59,7 +59,9 @@ def check_options(options: Options) -> None:
     """
     for key, given, known in (("probes", options.probes, PROBES), ("studies", options.studies, STUDIES)):
         if unknown := [one for one in given if one not in known]:
-            raise ConfigurationError(f"probe.{key}={unknown[0]} is unknown; known are {', '.join(known)}")
+            raise ConfigurationError(
+                f"probe.{key}={unknown[0]} is unknown; {nearest(unknown[0], known)}known are {', '.join(known)}"
+            )
         if len(set(given)) < len(given) or (key == "probes" and not given):
             raise ConfigurationError(f"probe.{key}={given}: give at least one, and each once")
     whole = ("train", "valid", "test", "shard_size", "efficiency_neurons", "block", "blocks", "suppressed")

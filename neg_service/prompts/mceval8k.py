@@ -12,12 +12,12 @@ nothing is left of valid, a seventh of what is left of train is held out in its 
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from neg_service.config import DatasetConfig
-from neg_service.errors import PromptError, one_line
+from neg_service.errors import PromptError, nearest, one_line
 from neg_service.inputs import exists, read_input, without_credentials
 from neg_service.prompts.prompt import MASK, Prompt
 from neg_service.prompts.tasks import LANGUAGES, TASKS, Example, Row, Task
@@ -110,18 +110,17 @@ class _Loader:
             )
         beginnings: dict[str, tuple[str, list[tuple[str, int]]]] = {}
         for source, number in self._own[split]:
-            language = self._language(self._examples[source][number])
-            if language not in beginnings:
-                beginnings[language] = self._demonstrations(language)
+            group = self._group(self._examples[source][number])
+            if group not in beginnings:
+                beginnings[group] = self._demonstrations(group)
         shown_rows = {place for _, own in beginnings.values() for place in own}
         prompts = []
         for (source, number), repeat in self._drawn(split, shown_rows):
             example = self._examples[source][number]
-            language = self._language(example)
-            wording = self._wording(language)
+            wording = self._wording(self._group(example))
             mark = f"+{repeat}" if repeat else ""
             id_ = f"{self._task.name}/{source}/{number:06d}{mark}"
-            text = beginnings[language][0] + wording.ask(example)
+            text = beginnings[self._group(example)][0] + wording.ask(example)
             prompts.append(Prompt(id_, text, wording.labels, example.answer))
         if not prompts:
             raise PromptError(
@@ -139,6 +138,8 @@ class _Loader:
             for source, i in self._own[split]
             if (source, i) not in shown_rows and (not wanted or self._examples[source][i].language in wanted)
         ]
+        if config.limit is not None and config.limit > len(free) and config.balanced is None:
+            _say(f"{self._task.name}: {config.limit} rows of {split} were asked for, there are {len(free)}")
         if config.balanced is None:
             return [(place, 0) for place in free[: config.limit]]
         by_label: dict[int, list[tuple[str, int]]] = defaultdict(list)
@@ -150,13 +151,13 @@ class _Loader:
         rounds = [(own[turn % len(own)], turn // len(own)) for turn in range(each) for own in by_label.values()]
         return rounds[: config.limit]
 
-    def _demonstrations(self, language: str) -> tuple[str, list[tuple[str, int]]]:
-        """What every prompt of a language begins with, and the rows shown there."""
-        wording, shots = self._wording(language), self._config.shots
+    def _demonstrations(self, group: str) -> tuple[str, list[tuple[str, int]]]:
+        """What every prompt of a group begins with, and the rows shown there."""
+        wording, shots = self._wording(group), self._config.shots
         if not shots:
             return f"{wording.instruction}\n\n", []
         split = next((split for split, rows in self._own.items() if rows), next(iter(self._own)))
-        draw = random.Random(f"{self._config.demonstration_seed}/{self._task.name}/{language}")
+        draw = random.Random(f"{self._config.demonstration_seed}/{self._task.name}/{group}")
         # In the order of the rows, so that the seed of demonstrations alone decides.
         rows = sorted(place for place in self._own[split])
         chosen: list[tuple[str, int]] = []
@@ -164,10 +165,10 @@ class _Loader:
             own = []
             for source, i in rows:
                 example = self._examples[source][i]
-                if example.answer == label and self._language(example) == language:
+                if example.answer == label and self._group(example) == group:
                     own.append((source, i))
             if len(own) < shots:
-                of = f" in {language}" if self._task.is_multilingual else ""
+                of = f" in {group}" if self._task.is_multilingual else ""
                 raise PromptError(
                     f"dataset.shots={shots}: {self._task.name} has {len(own)} rows for label {wording.labels[label]!r}"
                     f"{of} in its {split} split; use at most {len(own)}"
@@ -186,13 +187,13 @@ class _Loader:
             examples = self._examples[split]
             own[split] = [(split, i) for i in self._order[split] if examples[i].question not in seen]
             if left_out := len(examples) - len(own[split]):
-                log.info("%s: %d of %d rows of %s are in a later split too, and left out",
-                         self._task.name, left_out, len(examples), split)  # fmt: skip
+                left = f"{left_out} of {len(examples)} rows of {split} are in a later split too, and left out"
+                _say(f"{self._task.name}: {left}")
             seen |= {example.question for example in examples}
         if "valid" in own and not own["valid"] and own.get("train"):
             held_out = len(own["train"]) // _HELD_OUT
             own["valid"], own["train"] = own["train"][:held_out], own["train"][held_out:]
-            log.info("%s: %d rows of train are held out as valid", self._task.name, held_out)
+            _say(f"{self._task.name}: {held_out} rows of train are held out as valid")
         return {split: own[split] for split in SPLITS if split in own}
 
     def _shuffled(self, split: str) -> list[int]:
@@ -200,13 +201,13 @@ class _Loader:
         random.Random(f"{self._config.seed}/{self._task.name}/{split}").shuffle(order)
         return order
 
-    def _language(self, example: Example) -> str:
-        """In which language an example is put into words."""
-        if self._config.language != "auto":
-            return self._config.language
+    def _group(self, example: Example) -> str:
+        """Rows of one language share their beginning; where the language is asked for, all rows do."""
         return "en" if self._task.language_is_label else example.language
 
-    def _wording(self, language: str) -> Wording:
+    def _wording(self, group: str) -> Wording:
+        """The words around the rows of a group, in their language or in the one that was asked for."""
+        language = group if self._config.language == "auto" else self._config.language
         own = self._wordings[self._config.wording]
         _require_known("dataset.language", language, own, f" of {self._task.name}, wording {self._config.wording}")
         return own[language]
@@ -220,6 +221,12 @@ class _Loader:
         return [self._task.read(Row(f"{where}: row {i}", row)) for i, row in enumerate(_parsed(where, content))]
 
 
+@cache
+def _say(message: str) -> None:
+    """Once, however often a split is loaded."""
+    log.info("%s", message)
+
+
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
@@ -231,6 +238,8 @@ def _read(source: str, path: str) -> bytes | None:
         if not exists("dataset.source", place, PromptError):
             return None
         return read_input("dataset.source", place, PromptError)
+    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        raise PromptError(f"dataset.source={source}: no such directory")
     try:
         return Path(hf_hub_download(source, path, repo_type="dataset")).read_bytes()
     except LocalEntryNotFoundError as error:
@@ -264,6 +273,4 @@ def _parsed(where: str, content: bytes) -> list[dict[str, Any]]:
 def _require_known(key: str, name: str, known: Iterable[str], of: str = "") -> None:
     known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise PromptError(f"{key}={name} is unknown; {hint}known{of} are {', '.join(known)}")
+        raise PromptError(f"{key}={name} is unknown; {nearest(name, known)}known{of} are {', '.join(known)}")

@@ -12,7 +12,7 @@ from functools import cache
 from importlib import resources
 
 from neg_service.errors import PromptError, one_line
-from neg_service.inputs import read_input
+from neg_service.inputs import exists, read_input
 from neg_service.prompts.tasks import Example, Row, Task
 
 
@@ -30,14 +30,20 @@ class Wording:
 
 
 def wordings_of(task: Task, place: str | None = None) -> dict[str, dict[str, Wording]]:
-    """The wordings of a task by name and language: ours, or those of the .toml file at `place`.
+    """The wordings of a task by name and language: ours, and those at `place`, which come first where names agree.
+
+    `place` is a .toml file for one task, or a folder of them, TASK.toml.
 
     Raises:
         PromptError: a file that cannot be read, or a wording that is not whole or uses a field that there is not.
     """
     if place is None:
         return _own_wordings(task)
-    return _wordings(task, place, read_input("dataset.wordings", place, PromptError))
+    if not place.endswith(".toml"):
+        place = f"{place.rstrip('/')}/{task.name}.toml"
+        if not exists("dataset.wordings", place, PromptError):
+            return _own_wordings(task)
+    return _own_wordings(task) | _wordings(task, place, read_input("dataset.wordings", place, PromptError))
 
 
 @cache
@@ -58,7 +64,7 @@ def _wordings(task: Task, where: str, content: bytes) -> dict[str, dict[str, Wor
         for language, own in by_language.items():
             place = f"dataset.wordings={where}: [{name}.{language}]"
             if not isinstance(own, dict) or set(own) != {"instruction", "question", "labels"}:
-                raise PromptError(f"{place} must have instruction, question and labels")
+                raise PromptError(f"{place} must have instruction, question and labels, and nothing else")
             labels = own["labels"]
             is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
             if not is_list or not all(isinstance(own[key], str) for key in ("instruction", "question")):

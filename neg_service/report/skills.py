@@ -40,8 +40,9 @@ def studies_text(tables: Mapping[str, pa.Table]) -> str:
     if "efficiency" in tables:
         rows = [row for row in tables["efficiency"].to_pylist() if row["is_chosen"] and row["probe"] == "magnitude"]
         sizes = sorted({row["n_train"] for row in rows})
-        lines = [(task, *(_percent(_find(rows, task=task, n_train=size)) for size in sizes)) for task in _tasks(rows)]
-        parts += ["efficiency: magnitude probe by number of train prompts", columns(("task", *map(str, sizes)), lines)]
+        lines = [(task, *(_cell(_find(rows, task=task, n_train=size)) for size in sizes)) for task in _tasks(rows)]
+        title = "efficiency: magnitude probe by number of train prompts (in brackets neurons, chosen on valid)"
+        parts += [title, columns(("task", *map(str, sizes)), lines)]
     if "flexibility" in tables:
         rows = [row for row in tables["flexibility"].to_pylist() if row["probe"] == "magnitude"]
         starts = sorted({row["first_rank"] for row in rows})
@@ -111,8 +112,12 @@ def _accuracy_by_neurons(accuracy: pa.Table) -> bytes:
                 axes.axhline(line[0]["accuracy"], color=f"C{i}", linestyle="--", linewidth=1, label=probe)
             else:
                 _curve(axes, line, "n_neurons", probe, f"C{i}")
+                chosen = [row for row in line if row["is_chosen"]]
+                axes.plot(chosen[0]["n_neurons"], chosen[0]["accuracy"], "o", color=f"C{i}", markersize=7, mfc="none")
         _ticks(axes, [row["n_neurons"] for row in own if row["n_neurons"]])
-    return _finished(figure, panels, "What neurons alone answer, by how many of them (bands: 95 % intervals)")
+    return _finished(
+        figure, panels, "What neurons alone answer, by how many of them (circles: number chosen on valid; bands: 95 %)"
+    )
 
 
 def _efficiency(efficiency: pa.Table) -> bytes:
@@ -133,6 +138,7 @@ def _flexibility(flexibility: pa.Table) -> bytes:
         for i, probe in enumerate(("polarity", "magnitude")):
             line = [row for row in rows if row["task"] == task and row["probe"] == probe]
             _curve(axes, line, "first_rank", probe, f"C{i}")
+            axes.set_xticks([row["first_rank"] for row in line])
     return _finished(figure, panels, f"Flexibility: blocks of {rows[0]['n_neurons']} neurons further down the ranking")
 
 
@@ -186,7 +192,7 @@ def _curve(axes: mpl.axes.Axes, line: Rows, x: str, label: str, color: str) -> N
     line = sorted(line, key=lambda row: int(row[x]))
     places = [row[x] for row in line]
     axes.plot(places, [row["accuracy"] for row in line], color=color, marker=".", linewidth=1.2, label=label)
-    axes.fill_between(places, [row["low"] for row in line], [row["high"] for row in line], color=color, alpha=0.12)
+    axes.fill_between(places, [row["low"] for row in line], [row["high"] for row in line], color=color, alpha=0.07)
 
 
 def _ticks(axes: mpl.axes.Axes, places: Sequence[int]) -> None:
@@ -220,5 +226,7 @@ def _percent(row: dict[str, Any] | None) -> str:
     return "-" if row is None else f"{100 * row['accuracy']:.1f}"
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
     return _percent(row) + (f" ({row['n_neurons']})" if row["n_neurons"] else "")

@@ -104,6 +104,38 @@ def test_probes_answer_as_the_formulas_written_out(gradients: tuple[np.ndarray, 
             assert by_firing[size][i] == first_largest(agreement)
 
 
+def test_a_forest_learns_from_train_alone() -> None:
+    draw = np.random.default_rng(1)
+    largest = draw.integers(0, 2, (60, 1)).repeat(3, 1)
+
+    def votes(rows: np.ndarray, answers: np.ndarray) -> Votes:
+        g = np.zeros((len(rows), 2, 3), np.float32)
+        np.put_along_axis(g, rows[:, None, :], 1.0, 1)
+        own = [votes_of(one, np.zeros(3, np.float32)) for one in g]
+        stacked = {name: np.stack([getattr(one, name) for one in own]) for name in ("largest_s", "smallest_s")}
+        return Votes(
+            np.arange(3), (), answers, np.zeros((len(rows), 2), np.float32), np.stack([one.sign_ks for one in own]),
+            stacked["largest_s"], stacked["smallest_s"], np.zeros((len(rows), 3), np.float32),
+        )  # fmt: skip
+
+    # In train neurons say the wrong label, in test the right one.
+    train, test = votes(largest[:40], 1 - largest[:40, 0]), votes(largest[40:], largest[40:, 0])
+    ranking = Ranking(np.arange(3), np.ones(3, np.int8), np.ones(3))
+    (answers,) = probes.forest(train, [test], ranking, 2, seed=0)
+    np.testing.assert_array_equal(answers, 1 - test.answer_p)
+
+
+def test_random_neurons_are_drawn_and_have_the_polarity_of_their_score() -> None:
+    values = np.where(np.arange(M) % 3 == 0, -2.0, 5.0)
+    scores = TaskScores(np.arange(M), {8: {"polarity": values, "activation": 8.0 * np.arange(M)}})
+    drawn = scores.of_random("polarity", 50, seed=4)
+    assert drawn.neurons.tolist() == scores.of_random("polarity", 50, seed=4).neurons.tolist()
+    assert drawn.neurons.tolist() != scores.of_random("polarity", 50, seed=5).neurons.tolist()
+    assert len(np.intersect1d(drawn.neurons, np.arange(50))) < 25
+    np.testing.assert_array_equal(drawn.polarity, np.sign(values[drawn.neurons]))
+    np.testing.assert_array_equal(scores.means(), np.arange(M))
+
+
 def test_baselines() -> None:
     votes = dense_votes(np.zeros((3, K, M), np.float32), np.zeros((3, M), np.float32), np.array([0, 1, 1]))
     assert probes.probability(votes).tolist() == [0, 0, 0]

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from neg_service.config import DatasetConfig
 from neg_service.errors import ConfigurationError
 from neg_service.probing.options import Context, Options
+from neg_service.probing.ranking import scores_of
 from neg_service.probing.study import Findings, run_probe
 from tests.skills import PLANTED, PLANTED_WORDINGS, ScansHere, planted_model, planted_rows, write_split
 
@@ -98,16 +101,60 @@ def test_the_test_split_is_seen_by_no_choice(stored: Findings, place: Path) -> N
 
 def test_robustness_and_interdependency(place: Path) -> None:
     options = replace(OPTIONS, studies=["robustness", "interdependency"], suppressed=3, suppress_by=200.0)
-    found = found_in(place, replace(options, contexts=[{"wording": "other"}, {"shots": 0}]))
+    found = found_in(place, replace(options, contexts=[{"wording": "other"}, {"wording": "blind"}]))
     rows = rows_of(found, "robustness", probe="polarity")
     assert Counter(row["found_with"] for row in rows) == Counter({row["used_with"]: 3 for row in rows})
-    # Only the last word counts in this model, so that words around it change nothing.
-    assert {row["accuracy"] for row in rows} == {1.0}
-    assert {row["shared_neurons"] for row in rows} == {3}
+    by_context = {(row["found_with"].split(",")[0], row["used_with"].split(",")[0]): row for row in rows}
+    # Only the last word counts in this model, so that words before it change nothing; a last word that says nothing
+    # hides the skill, from ranking as well as from answering.
+    for pair in (("default", "default"), ("default", "other"), ("other", "default")):
+        assert (by_context[pair]["accuracy"], by_context[pair]["shared_neurons"]) == (1.0, 3)
+    for pair in (("blind", "default"), ("default", "blind")):
+        assert by_context[pair]["accuracy"] < 0.9
+        assert by_context[pair]["shared_neurons"] < 3
     own, drawn = (rows_of(found, "interdependency", suppressed=name)[0] for name in ("imdb", "random"))
     assert own["accuracy_before"] == drawn["accuracy_before"]
     assert own["accuracy"] <= own["accuracy_before"] - 0.4
     assert abs(drawn["accuracy"] - own["accuracy_before"]) <= 0.25
+
+
+def test_efficiency_ranks_on_the_first_train_prompts_alone(place: Path) -> None:
+    dataset = DatasetConfig(source=str(place / "data"), wordings=str(place / "wordings.toml"))
+    run = ScansHere(place / "model", dataset, place / "results", 24)({"name": "scores"}, ["imdb"], "train", Context())
+    scores = scores_of(run, [24])["imdb"]
+    assert sorted(scores.at) == [24, 48]
+    first = next(part for shard, part in run.parts("scores") if shard == 0).to_table()
+    own = first.filter(pc.field("score") == "magnitude")
+    np.testing.assert_array_equal(scores.at[24]["magnitude"], np.concatenate(own["values"].to_numpy()))
+    assert not np.array_equal(scores.at[24]["magnitude"], scores.at[48]["magnitude"])
+    assert scores.ranked("magnitude", 24).neurons.tolist() != scores.ranked("magnitude").neurons.tolist()
+
+
+def test_two_tasks_keep_their_labels_and_neurons_apart(place: Path, tmp_path: Path) -> None:
+    # The second task asks for the opposite, most train rows are of label 1, and most valid rows of label 0.
+    for split, start, shares in (("train", 0, (10, 40)), ("valid", 100, (20, 6)), ("test", 200, (13, 13))):
+        rows = planted_rows(100, start)
+        write_split(tmp_path, "imdb", split, rows[:48])
+        chosen = [[row for row in rows if row["label"] == label][:count] for label, count in enumerate(shares)]
+        opposite = [{"text": row["text"], "toxic": 1 - row["label"]} for own in chosen for row in own]
+        write_split(tmp_path, "toxicity", split, opposite)
+    dataset = DatasetConfig(source=str(tmp_path), wordings=str(place / "wordings.toml"))
+    options = replace(OPTIONS, studies=[], probes=["polarity", "majority"], sizes=[3])
+    scans = ScansHere(place / "model", dataset, place / "results", options.shard_size)
+    found = run_probe(["imdb", "toxicity"], Context(), options, scans, dataset.wordings)
+    for task, sign in (("imdb", 1), ("toxicity", -1)):
+        best = rows_of(found, "neurons", task=task, score_name="polarity")
+        assert {(row["layer"], row["neuron"]): row["polarity"] for row in best} == {
+            neuron: sign * polarity for neuron, polarity in PLANTED.items()
+        }
+        (row,) = rows_of(found, "accuracy", task=task, probe="polarity", split="test")
+        assert row["accuracy"] == 1.0
+    # Of train, whose most frequent label is 0 here, whatever valid says.
+    (row,) = rows_of(found, "accuracy", task="toxicity", probe="majority", split="valid")
+    assert row["accuracy"] == pytest.approx(6 / 26)
+    (shared,) = rows_of(found, "overlap", score_name="polarity")
+    assert (shared["task"], shared["other_task"], shared["shared"]) == ("imdb", "toxicity", 3)
+    assert shared["by_chance"] == pytest.approx(9 / 120)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +162,16 @@ def test_robustness_and_interdependency(place: Path) -> None:
     [
         ({"sizes": [1, 500]}, r"probe\.sizes=\[1, 500\]: the chosen layers have 120 neurons"),
         ({"sizes": [0]}, r"probe\.sizes=\[0\]"),
-        ({"probes": ["forests"]}, r"probe\.probes=forests is unknown; known are polarity"),
+        ({"probes": ["forests"]}, r"probe\.probes=forests is unknown; did you mean forest"),
         ({"studies": ["all"]}, r"probe\.studies=all is unknown"),
         ({"block": 0}, r"probe\.block=0: must be at least 1"),
+        ({"block": 9}, r"probe\.block=9: must be at most 8, the largest of probe\.sizes"),
+        ({"seed": -1}, r"probe\.seed=-1: must not be negative"),
+        ({"probes": []}, r"probe\.probes=\[\]: give at least one"),
+        ({"shard_size": 8}, r"probe\.shard_size=8: the probe activation"),
+        ({"train_sizes": [25]}, r"probe\.train_sizes=\[25\]: .* multiple of probe\.shard_size=24"),
+        ({"sizes": [3, 8], "efficiency_neurons": 2}, r"probe\.efficiency_neurons=2: must be at least 3"),
+        ({"contexts": [{"shot": 0}]}, r"probe\.contexts\[0\]=\{'shot': 0\}: must have some of wording, shots"),
     ],
 )
 def test_bad_options_are_refused(place: Path, changed: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,12 @@ def test_every_task_renders_in_every_wording_and_language(place: Path, task: str
                 assert prompt.text.startswith(own.instruction + "\n\n")
                 assert prompt.text.count("\n\n") == n + 1
                 cue = own.question.rsplit("}", 1)[1]
-                assert sum(prompt.text.count(f"{cue}{label}\n\n") for label in own.labels) == n
+                # A made-up row is of the label that its number says.
+                shown = prompt.text.split("\n\n")[1:-1]
+                assert len(shown) == n
+                for demonstration in shown:
+                    label = own.labels[int(re.findall(r"\d+", demonstration.replace("8000", ""))[-1]) % n]
+                    assert demonstration.endswith(f"{cue}{label}"), demonstration
                 assert prompt.text.endswith(cue)
                 assert "{" not in prompt.text
             # Demonstrations come from train, so that all rows are left.
@@ -102,6 +108,49 @@ def test_demonstrations_are_never_among_the_evaluated_rows(place: Path, tmp_path
     assert len(load_tasks(dataset(tmp_path, split="test"))) == 20
 
 
+def test_a_question_belongs_to_the_last_split_that_has_it(tmp_path: Path) -> None:
+    rows = [published_row("agnews", n) for n in range(120)]
+    for split, own in (("train", rows[:100]), ("valid", [*rows[20:40], *rows[100:110]]), ("test", rows[30:50])):
+        write_split(tmp_path, "agnews", split, own)
+    loaded = {
+        split: {prompt.text.rsplit("\n\n", 1)[1] for prompt in load_tasks(dataset(tmp_path, split=split))}
+        for split in ("train", "valid", "test")
+    }
+    assert {split: len(own) for split, own in loaded.items()} == {"train": 70 - 4, "valid": 20, "test": 20}
+    assert not loaded["train"] & loaded["valid"]
+    assert not loaded["valid"] & loaded["test"]
+    assert not loaded["train"] & loaded["test"]
+    # Options in another order make no other question.
+    ner = published_row("ner", 5)
+    write_split(tmp_path, "ner", "train", [published_row("ner", n) for n in range(40)])
+    write_split(tmp_path, "ner", "test", [{**ner, "options": ner["options"][::-1], "label": 2}])
+    assert "ner/train/000005" not in {p.id for p in load_tasks(dataset(tmp_path, "ner", split="train", shots=0))}
+
+
+def test_where_valid_is_test_a_part_of_train_is_held_out(tmp_path: Path) -> None:
+    for split, numbers in (("train", range(100)), ("valid", range(60, 90)), ("test", range(60, 90))):
+        write_split(tmp_path, "agnews", split, [published_row("agnews", n) for n in numbers])
+    found = {split: {p.id for p in load_tasks(dataset(tmp_path, split=split, shots=0))} for split in ("train", "valid")}
+    assert (len(found["train"]), len(found["valid"])) == (60, 10)
+    assert not found["train"] & found["valid"]
+    assert all(id_.startswith("agnews/train/") for id_ in found["valid"])
+
+
+def test_rows_of_train_are_the_same_whatever_stands_around_them(place: Path) -> None:
+    def ids(**settings: Any) -> set[str]:
+        return {prompt.id for prompt in load_tasks(dataset(place, split="train", limit=30, **settings))}
+
+    for changed in ({"shots": 0}, {"demonstration_seed": 1}, {"wording": "brief"}):
+        # All but the rows that became demonstrations, and as many in their place.
+        assert len(ids() & ids(**changed)) >= 30 - 8
+
+
+def test_demonstrations_of_a_multilingual_task_are_in_its_language(place: Path) -> None:
+    for prompt in load_tasks(dataset(place, "xnli", limit=20)):
+        numbers = [int(own) for own in re.findall(r"so (\d+)", prompt.text)]
+        assert len({LANGUAGES[number // 3 % 5] for number in numbers}) == 1
+
+
 def test_the_order_of_rows_depends_on_the_seed_alone(place: Path) -> None:
     prompts = load_tasks(dataset(place))
     assert [prompt.id for prompt in prompts] != sorted(prompt.id for prompt in prompts)
@@ -142,6 +191,7 @@ def test_what_is_published_in_two_ways(tmp_path: Path) -> None:
     ("task", "row", "message"),
     [
         ("agnews", {"text": "x"}, r"agnews/valid\.json: row 1 has no field 'label'; it has 'text'"),
+        ("agnews", {"text": "x", "label": float("nan")}, r"row 1: label must be from 0 to 3, not nan"),
         ("agnews", {"text": "x", "label": 4}, r"row 1: label must be from 0 to 3, not 4"),
         ("agnews", {"text": 5, "label": 0}, r"row 1: text must be a text, not 5"),
         ("amazon-reviews", {"text": "x", "label": 0.0}, r"row 1: label must be from 1 to 5, not 0\.0"),
@@ -169,6 +219,10 @@ def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, message: str
         ({"shots": -1}, r"dataset\.shots=-1: must be at least 0"),
         ({"limit": 0}, r"dataset\.limit=0: must be at least 1"),
         ({"balanced": "yes"}, r"dataset\.balanced=yes is unknown; known are down, up"),
+        ({"languages": ["it"]}, r"dataset\.languages=it is unknown; known are en, de"),
+        ({"languages": ["de"]}, r"no row of agnews, valid, is left to be asked"),
+        ({"languages": ["de"], "balanced": "down"}, r"no row of agnews, valid, is left to be asked"),
+        ({"split": None}, r"dataset\.split=None: give at least one split"),
         ({"language": "it"}, r"dataset\.language=it is unknown; known of agnews, wording default are en"),
         ({"source": "/nowhere/at-all/x"}, r"dataset\.source=/nowhere/at-all/x: "),
     ],
@@ -198,6 +252,9 @@ def test_a_users_own_wordings(place: Path, tmp_path: Path) -> None:
         ("[mine", "is not TOML"),
         ("[mine.en]\ninstruction = ''", "must have instruction, question and labels"),
         ("[mine.en]\ninstruction = ''\nquestion = '{text}'\nlabels = ['a']", "has 1 labels; agnews needs 4"),
+        ("mine = 3", "mine must be a table for each language"),
+        ("[mine.en]\ninstruction = ''\nquestion = '{text}'\nlabels = 4", "labels a list of texts"),
+        (f"[mine.en]\ninstruction = ''\nquestion = '{{text:d}}'\n{labels}", "question: "),
         (f"[mine.en]\ninstruction = ''\nquestion = '{{claim}}'\n{labels}", "'claim' is no field; the fields are text"),
         (f"[mine.en]\ninstruction = ''\nquestion = 'x'\n{labels}", "uses no field"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import http.server
 import json
@@ -24,7 +25,10 @@ import s3fs
 import neg_service
 from infra.s3.server import BUCKET, Keys, Server, server_on
 from neg_service import schema
-from neg_service.errors import DestinationError, StorageError
+from neg_service.config import DatasetConfig
+from neg_service.errors import DestinationError, PromptError, StorageError
+from neg_service.prompts.mceval8k import load_tasks
+from neg_service.prompts.tasks import TASKS
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.patience import PatientStore
 from neg_service.storage.run import write_or_match
@@ -33,6 +37,7 @@ from neg_service.storage.stores import open_store
 from tests.e2e.commands import ROOT, environment, job, refused
 from tests.faults.proxy import Proxy, Seen
 from tests.s3 import acting_as, credentials
+from tests.skills import published_row, write_split
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +218,21 @@ def test_a_place_that_is_none_is_told_at_once(uri: str, endpoint_url: str | None
         S3Store(uri, endpoint_url or server.endpoint_url).check()
     assert "\n" not in str(error.value)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("as_writer")
+def test_tasks_are_read_from_a_bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
+    # fsspec remembers the instance that it made for another endpoint.
+    s3fs.S3FileSystem.clear_instance_cache()
+    rows = [published_row("agnews", number) for number in range(12)]
+    write_split(tmp_path, "agnews", "valid", rows)
+    store = open_store(f"s3://{BUCKET}/data", server.endpoint_url)
+    store.put(TASKS["agnews"].path("valid"), (tmp_path / TASKS["agnews"].path("valid")).read_bytes())
+    asked = DatasetConfig(source=f"s3://{BUCKET}/data", task="agnews")
+    assert load_tasks(asked) == load_tasks(dataclasses.replace(asked, source=str(tmp_path)))
+    with pytest.raises(PromptError, match=r"s3://runs/data: agnews has no split test .*; there is valid"):
+        load_tasks(dataclasses.replace(asked, split="test"))
 
 
 def test_a_uri_without_a_bucket_is_refused() -> None:
