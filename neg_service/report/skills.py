@@ -116,7 +116,7 @@ def _accuracy_by_neurons(accuracy: pa.Table) -> bytes:
                 axes.plot(chosen[0]["n_neurons"], chosen[0]["accuracy"], "o", color=f"C{i}", markersize=7, mfc="none")
         _ticks(axes, [row["n_neurons"] for row in own if row["n_neurons"]])
     return _finished(
-        figure, panels, "What neurons alone answer, by how many of them (circles: number chosen on valid; bands: 95 %)"
+        figure, panels, "What neurons alone answer (circles: number chosen on valid; bands: 95 %)"
     )
 
 

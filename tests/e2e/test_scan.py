@@ -246,7 +246,7 @@ def test_the_help_names_every_setting() -> None:
     ("arguments", "message"),
     [
         (["modle.source=x"], "Could not override 'modle.source'"),
-        (["measure=nothing"], "Available options in 'measure': intervene; neurgrad; strength; sweep"),
+        (["measure=nothing"], "Available options in 'measure': intervene; neurgrad; scores; strength; sweep"),
         (["dataset=file"], "dataset.source: has no value; give one"),
         (["storage.uri=ftp://host/x"], "scheme 'ftp' is unknown"),
         (["cluster.cpus_per_replica=999"], "cluster.cpus_per_replica=999: the largest node has"),

@@ -196,7 +196,7 @@ def test_one_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(OutOfMemory, match=r"'p0' .5 tokens. in float32: its 2 rows do not fit"):
         measured(model, random_prompts([5], [2]), "paper")
     # A slower engine would need even more.
-    with pytest.raises(ModelError, match=r"self-check of Llama 2 .*: the graph of 12 tokens does not fit"):
+    with pytest.raises(ModelError, match=r"self-check of Llama 2 .*: the graph of 13 tokens does not fit"):
         tiny_model("Llama 2").ensure_checked()
 
 
