@@ -31,8 +31,9 @@ demo: model ## scan the facts with the default model; prints, plots and names th
 scan: model ## python -m jobs.scan with ARGS="..."
 	$(BIN)/python -m jobs.scan $(ARGS)
 
+# Two processes, each with one thread: most of the time goes to Ray's and Python's starting.
 test: check model ## checks, then all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
 	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults tests/e2e/test_kill.py tests/storage/test_s3.py -m "" -v

@@ -115,9 +115,7 @@ def _accuracy_by_neurons(accuracy: pa.Table) -> bytes:
                 chosen = [row for row in line if row["is_chosen"]]
                 axes.plot(chosen[0]["n_neurons"], chosen[0]["accuracy"], "o", color=f"C{i}", markersize=7, mfc="none")
         _ticks(axes, [row["n_neurons"] for row in own if row["n_neurons"]])
-    return _finished(
-        figure, panels, "What neurons alone answer (circles: number chosen on valid; bands: 95 %)"
-    )
+    return _finished(figure, panels, "What neurons alone answer (circles: number chosen on valid; bands: 95 %)")
 
 
 def _efficiency(efficiency: pa.Table) -> bytes:
