@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
+from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service.config import DatasetConfig
 from neg_service.errors import ConfigurationError
 from neg_service.probing.options import Context, Options
 from neg_service.probing.ranking import scores_of
 from neg_service.probing.study import Findings, run_probe
+from neg_service.prompts.prompt import MASK
 from tests.skills import PLANTED, PLANTED_WORDINGS, ScansHere, planted_model, planted_rows, write_split
 
 OPTIONS = Options(
@@ -177,3 +179,15 @@ def test_two_tasks_keep_their_labels_and_neurons_apart(place: Path, tmp_path: Pa
 def test_bad_options_are_refused(place: Path, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         found_in(place, replace(OPTIONS, **changed))
+
+
+def test_a_masked_model_is_asked_at_its_mask(place: Path, tmp_path: Path) -> None:
+    tiny_model("BERT").model.save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    dataset = DatasetConfig(source=str(place / "data"), wordings=str(place / "wordings.toml"))
+    scans = ScansHere(tmp_path / "bert", dataset, tmp_path / "results", 24)
+    run = scans({"name": "neurgrad"}, ["imdb"], "test", Context(shots=0))
+    prompts = run.table("prompts").to_table()
+    assert all(text.endswith(f" {MASK}.") for text in prompts["prompt"].to_pylist())
+    assert prompts["targets"].to_pylist()[0] == ["w7", "w8"]
+    assert (prompts.num_rows, run.table("neurgrad").count_rows()) == (26, 26 * 2 * run.about["model"]["layers"])
