@@ -82,9 +82,12 @@ class TaskScores:
         drawn = np.random.default_rng(seed).permutation(len(values))[:m]
         return Ranking(self.neurons[drawn], np.sign(values[drawn]).astype(np.int8), values[drawn])
 
-    def means(self) -> NDArray[np.floating[Any]]:
-        """Of each neuron's activation [M]."""
-        return self.all()["activation"] / self.n_prompts
+    def means_of(self, rankings: Sequence[Ranking]) -> dict[int, float]:
+        """The mean activation of each neuron of the rankings."""
+        wanted = np.unique(np.concatenate([ranking.neurons for ranking in rankings]))
+        # Neurons are in ascending order.
+        means = self.all()["activation"][np.searchsorted(self.neurons, wanted)] / self.n_prompts
+        return dict(zip(wanted.tolist(), means.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,8 @@ class _Probe:
         elif probe == "random":
             ask = partial(probes.polarity, ranking=own.of_random("polarity", max(sizes), seed), sizes=sizes)
         elif probe == "activation":
-            means = dict(zip(own.neurons.tolist(), own.means().tolist(), strict=True))
-            ask = partial(probes.activation, rankings=self._firing(own), means=means, sizes=sizes)
+            rankings = [ranking.first(max(sizes)) for ranking in self._firing(own)]
+            ask = partial(probes.activation, rankings=rankings, means=own.means_of(rankings), sizes=sizes)
         elif probe == "probability":
             ask = lambda one: {0: probes.probability(one)}  # noqa: E731
         else:
