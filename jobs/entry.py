@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,20 +20,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from neg_service.cluster.logs import log_to_stderr
 from neg_service.errors import ConfigurationError, NegServiceError
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
-EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 3, 130, 143
+
+log = logging.getLogger(__name__)
 
 
 def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, run `job`, and exit with what it returns."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    log_to_stderr("text")
     # Libraries speak up only when something is wrong.
     for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -41,6 +40,8 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
     _check_overrides(config_name)
 
     def guarded(config: DictConfig) -> None:
+        if OmegaConf.select(config, "job.log") == "json":
+            log_to_stderr("json")
         try:
             code = job(config)
             sys.stdout.flush()
@@ -50,9 +51,12 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
             sys.exit(EXIT_ERROR)
         except NegServiceError as error:
             _fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues from here", file=sys.stderr)
-            sys.exit(EXIT_INTERRUPTED)
+        except (KeyboardInterrupt, SystemExit) as end:
+            # Ray turns the signal to stop, which `ray job stop` and Kubernetes send, into an exit with its number.
+            if isinstance(end, SystemExit) and end.code != signal.SIGTERM:
+                raise
+            log.warning("interrupted; the same command continues from here")
+            sys.exit(EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else EXIT_STOPPED)
         if code:
             sys.exit(code)
 

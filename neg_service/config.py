@@ -84,6 +84,8 @@ class NeuronsConfig:
 class ClusterConfig:
     """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray.
 
+    replicas: `{max: N}`, or N alone: at most so many; auto: as many as there is room for, also as nodes come and go.
+    wait_seconds: how long to wait for a node on which a replica fits, which an autoscaler is asked for.
     stall_seconds: after how long a silence a replica is replaced; auto: ten times the median of a shard, at least 120.
     """
 
@@ -93,6 +95,7 @@ class ClusterConfig:
     gpus_per_replica: Any = "auto"
     batch_tokens: Any = "auto"
     attempts: int = 3
+    wait_seconds: float = 0.0
     stall_seconds: Any = "auto"
 
 
@@ -113,6 +116,7 @@ class JobConfig:
     """How this command behaves. `shard_size` is part of a run's identity; `auto` depends on the results' size.
 
     resume: the URI of the run that is to be continued; anything that would make it another run is refused.
+    log: `text` for a person, or `json`: an object a line.
     """
 
     name: str | None = None
@@ -121,6 +125,7 @@ class JobConfig:
     resume: str | None = None
     dry_run: bool = False
     progress_seconds: float = 10.0
+    log: str = "text"
 
 
 @dataclass
@@ -163,8 +168,9 @@ def check(config: ScanConfig) -> None:
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
+    replicas = "cluster.replicas" + ".max" * isinstance(config.cluster.replicas, Mapping)
     at_least_one = {
-        "cluster.replicas": config.cluster.replicas,
+        replicas: most_replicas(config.cluster),
         "cluster.batch_tokens": config.cluster.batch_tokens,
         "job.shard_size": config.job.shard_size,
     }
@@ -180,11 +186,31 @@ def check(config: ScanConfig) -> None:
             raise ConfigurationError(f"{key}={value}: must be auto or a number, at least {least}")
     if config.dataset.too_long not in ("error", "skip"):
         raise ConfigurationError(f"dataset.too_long={config.dataset.too_long}: must be error or skip")
-    if config.storage.patience_seconds < 0:
-        raise ConfigurationError(f"storage.patience_seconds={config.storage.patience_seconds}: must not be negative")
+    if config.job.log not in ("text", "json"):
+        raise ConfigurationError(f"job.log={config.job.log}: must be text or json")
+    for key, seconds in (
+        ("storage.patience_seconds", config.storage.patience_seconds),
+        ("cluster.wait_seconds", config.cluster.wait_seconds),
+    ):
+        if seconds < 0:
+            raise ConfigurationError(f"{key}={seconds}: must not be negative")
     for key, number in (("job.limit", config.job.limit), ("cluster.attempts", config.cluster.attempts)):
         if number is not None and number < 1:
             raise ConfigurationError(f"{key}={number}: must be at least 1")
+
+
+def most_replicas(cluster: ClusterConfig) -> Any:
+    """`cluster.replicas.max`: a number, or auto.
+
+    Raises:
+        ConfigurationError: something else than max is set.
+    """
+    replicas = cluster.replicas
+    if not isinstance(replicas, Mapping):
+        return replicas
+    if unknown := sorted(set(replicas) - {"max"}):
+        raise ConfigurationError(f"cluster.replicas.{unknown[0]}: there is only cluster.replicas.max")
+    return replicas.get("max", "auto")
 
 
 def checked_layers(neurons: NeuronsConfig, n_layers: int) -> list[int]:

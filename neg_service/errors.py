@@ -46,6 +46,10 @@ class ReplicaLost(NegServiceError):
     """A replica's process or node is gone, with what it was doing."""
 
 
+class NodeLost(ReplicaLost):
+    """A replica's node is gone, drained, pre-empted or out of reach; that says nothing of what it was doing."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A question whether one of the names that are known was meant, or nothing."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

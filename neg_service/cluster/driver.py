@@ -7,6 +7,10 @@ takes no other down with it a second time.
 
 A replica that is silent for much longer than a shard takes is asked what it is doing. One that waits for storage is let
 be; one that does not answer, or still computes, is replaced, and what it may yet write is what its successor writes.
+
+Every few seconds the driver looks around. Nodes that came get replicas, up to as many as there is room for; a node that
+is being drained gets no more shards, and its replicas end with those that they have. What goes down with a node is
+given to others and not held against a shard.
 """
 
 from __future__ import annotations
@@ -20,12 +24,22 @@ from statistics import median
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from neg_service.cluster.failures import Action, decide
+from neg_service.cluster.metrics import Counts
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import Hello, Receipt
-from neg_service.errors import ConfigurationError, NegServiceError, OutOfMemory, ReplicaLost, one_line
+from neg_service.cluster.resources import Room
+from neg_service.errors import ConfigurationError, NegServiceError, NodeLost, OutOfMemory, ReplicaLost, one_line
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +51,8 @@ _REMIND_SECONDS = 30.0
 # Silence becomes suspicious after so many times the median of what a shard has taken, but not before this.
 _STALL_FACTOR, _LEAST_STALL_SECONDS, _LEAST_SHARDS_KNOWN = 10, 120.0, 5
 _ANSWER_SECONDS = 10.0
+_SHOW_SECONDS = 1.0
+_LOOK_SECONDS = 5.0
 
 
 @dataclass
@@ -45,6 +61,7 @@ class Attempt:
 
     shard: Shard
     failures: int = 0
+    moves: int = 0
     batch_scale: float = 1.0
     failed_on: set[int] = field(default_factory=set)
 
@@ -57,6 +74,8 @@ class _Member:
     actor: Any
     starting: Any
     flying: dict[Any, Attempt] = field(default_factory=dict)
+    node: str = ""
+    is_leaving: bool = False
     # When a shard was last finished or, with none before it, sent.
     heard: float = 0.0
     # The question what it is doing, and when it was asked.
@@ -86,27 +105,36 @@ class Driver:
         self,
         shards: Iterator[Shard],
         spawn: Callable[[], Any],
-        n_replicas: int,
+        room: int | Callable[[], Room],
         attempts: int,
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
         on_first_ready: Callable[[Hello], None] = lambda hello: None,
         on_set_aside: Callable[[Shard, str, int], None] = lambda shard, error, failures: None,
+        on_failure: Callable[[], None] = lambda: None,
+        on_counts: Callable[[Counts], None] = lambda counts: None,
         stall_seconds: float | None = None,
+        n_shards: int | None = None,
     ) -> None:
         """`spawn` starts a replica actor, which runs three calls at once: two shards, and a question what it is doing.
 
-        `attempts` is how often a shard may fail; `stall_seconds` how long a replica may be silent, by default a
-        multiple of what shards have taken so far.
+        `room` is how many replicas to run, or looks how many there is room for now. `n_shards`, where it is known,
+        keeps their number down to what is left to do. `attempts` is how often a shard may fail; `stall_seconds` how
+        long a replica may be silent, by default a multiple of what shards have taken so far.
         """
         self._fresh = shards
+        self._moved: deque[Attempt] = deque()
         self._next: Attempt | None = self._draw()
         self._suspects: deque[Attempt] = deque()
         self._spawn = spawn
-        self._n_replicas = n_replicas
+        self._look: Callable[[], Room] = room if callable(room) else lambda: Room(room)
+        self._room, self._looked = Room(0), float("-inf")
+        self._n_shards = n_shards
         self._attempts = attempts
         self._on_receipt = on_receipt
         self._on_first_ready: Callable[[Hello], None] | None = on_first_ready
         self._on_set_aside = on_set_aside
+        self._on_failure, self._on_counts = on_failure, on_counts
+        self._shown = 0.0
         self._stall_seconds = stall_seconds
         self._seconds: deque[float] = deque(maxlen=200)
         self._members: list[_Member] = []
@@ -124,27 +152,62 @@ class Driver:
         """
         try:
             while self._next or self._suspects or any(member.flying for member in self._members):
+                self._look_around()
                 self._hire()
                 self._feed()
                 self._collect()
                 self._replace_stalled()
+                self._show()
         finally:
             for member in self._members:
                 ray.kill(member.actor)
+            self._members.clear()
+            self._show(at_once=True)
         return self._outcome
 
+    def _show(self, at_once: bool = False) -> None:
+        """Not at every round: with many replicas there are hundreds a second."""
+        if not at_once and time.monotonic() - self._shown < _SHOW_SECONDS:
+            return
+        self._shown = time.monotonic()
+        n_ready = sum(member.is_ready for member in self._members)
+        running = sum(len(member.flying) for member in self._members)
+        outcome = self._outcome
+        counts = Counts(outcome.done, running, len(outcome.set_aside), n_ready, len(self._members) - n_ready)
+        self._on_counts(counts)
+
     def _draw(self) -> Attempt | None:
+        if self._moved:
+            return self._moved.popleft()
         shard = next(self._fresh, None)
         return None if shard is None else Attempt(shard)
 
+    def _look_around(self) -> None:
+        if time.monotonic() - self._looked >= _LOOK_SECONDS:
+            self._room, self._looked = self._look(), time.monotonic()
+            for member in self._members:
+                if member.node in self._room.leaving and not member.is_leaving:
+                    log.info("replica %d gets no more shards: its node is being drained", member.number)
+                    member.is_leaving = True
+        for member in [member for member in self._members if member.is_leaving and not member.flying]:
+            self._end(member)
+
     def _hire(self) -> None:
-        while len(self._members) < self._n_replicas:
+        wanted = self._room.n_replicas
+        if self._n_shards is not None:
+            wanted = min(wanted, self._n_shards - self._outcome.done - len(self._outcome.set_aside))
+        missing = wanted - sum(not member.is_leaving for member in self._members)
+        # Those that have not begun may go again, the youngest first: they have waited for the least.
+        unready = [member for member in self._members if not member.is_ready]
+        for member in unready[max(0, len(unready) + missing) :]:
+            self._end(member)
+        for _ in range(missing):
             actor = self._spawn()
             self._members.append(_Member(self._born, actor, actor.start.remote()))
             self._born += 1
 
     def _feed(self) -> None:
-        ready = [member for member in self._members if member.is_ready]
+        ready = [member for member in self._members if member.is_ready and not member.is_leaving]
         reserved: set[int] = set()
         for attempt in list(self._suspects):
             free = [m for m in ready if m.number not in reserved and not m.is_alone_with_suspect]
@@ -175,21 +238,29 @@ class Driver:
                 owner[member.starting] = member
             owner.update(dict.fromkeys(member.flying, member))
         waiting = list(owner)
+        if not waiting:
+            self._remind()
+            time.sleep(_WAIT_SECONDS)
+            return
         finished, _ = ray.wait(waiting, num_returns=1, timeout=_WAIT_SECONDS)
         if finished:
             # All that have finished by now, in one go: with many replicas a wait for each would cost too much.
             finished, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
             self._idle_since = time.monotonic()
-        elif time.monotonic() - self._idle_since > _REMIND_SECONDS and not any(
-            member.is_ready for member in self._members
-        ):
-            log.warning("no replica is ready yet; waiting for the cluster to make room or for models to load")
-            self._idle_since = time.monotonic()
+        else:
+            self._remind()
         for reference in finished:
             member = owner[reference]
             # An earlier reference of this round may have shown that the replica is lost.
             if member in self._members:
                 self._settle(member, reference)
+
+    def _remind(self) -> None:
+        if any(member.is_ready for member in self._members):
+            return
+        if time.monotonic() - self._idle_since > _REMIND_SECONDS:
+            log.warning("no replica is ready; waiting for the cluster to make room or for models to load")
+            self._idle_since = time.monotonic()
 
     def _settle(self, member: _Member, reference: Any) -> None:
         try:
@@ -198,7 +269,7 @@ class Driver:
             self._fail(member, reference, _translated(error))
             return
         if isinstance(result, Hello):
-            member.starting = None
+            member.starting, member.node = None, result.node_id
             self._failed_starts = 0
             if self._on_first_ready:
                 self._on_first_ready(result)
@@ -223,6 +294,8 @@ class Driver:
         if reference is member.starting:
             self._fail_start(member, error)
         elif isinstance(error, ReplicaLost):
+            if member.is_leaving:
+                error = NodeLost(str(error))
             self._dismiss(member, error)
         else:
             attempt = member.flying.pop(reference)
@@ -262,10 +335,16 @@ class Driver:
             return float("inf")
         return float(max(_LEAST_STALL_SECONDS, _STALL_FACTOR * median(self._seconds)) * 2**failures)
 
-    def _fail_start(self, member: _Member, error: Exception) -> None:
-        self._failed_starts += 1
+    def _end(self, member: _Member) -> None:
         self._members.remove(member)
         ray.kill(member.actor)
+
+    def _fail_start(self, member: _Member, error: Exception) -> None:
+        self._end(member)
+        if isinstance(error, NodeLost):
+            log.warning("replica %d was lost while it started: %s", member.number, error)
+            return
+        self._failed_starts += 1
         if decide(error, self._failed_starts, self._attempts) in (Action.STOP, Action.SET_ASIDE):
             if isinstance(error, NegServiceError) and not isinstance(error, ReplicaLost):
                 raise error
@@ -275,15 +354,22 @@ class Driver:
     def _dismiss(self, member: _Member, error: Exception) -> None:
         """Give up a replica; whatever it was doing has failed with it."""
         log.warning("replica %d is lost: %s", member.number, error)
-        self._members.remove(member)
-        ray.kill(member.actor)
+        self._end(member)
+        lost = NodeLost if isinstance(error, NodeLost) else ReplicaLost
         for attempt in member.flying.values():
-            self._judge(member, attempt, ReplicaLost(f"its replica was lost: {error}"))
+            self._judge(member, attempt, lost(f"its replica was lost: {error}"))
 
     def _judge(self, member: _Member, attempt: Attempt, error: Exception) -> Action:
+        self._on_failure()
+        attempt.moves += isinstance(error, NodeLost)
+        if decide(error, attempt.failures, self._attempts, attempt.moves) is Action.MOVE:
+            log.warning("shard %d goes back to the queue: %s", attempt.shard.index, error)
+            self._moved.append(attempt)
+            self._next = self._next or self._draw()
+            return Action.MOVE
         attempt.failures += 1
         attempt.failed_on.add(member.number)
-        action = decide(error, attempt.failures, self._attempts)
+        action = decide(error, attempt.failures, self._attempts, attempt.moves)
         if action is Action.STOP:
             raise error
         log.warning(
@@ -315,5 +401,11 @@ def _translated(error: Exception) -> Exception:
         return RuntimeError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")
     if isinstance(error, ActorUnschedulableError | RuntimeEnvSetupError | RaySystemError):
         return ConfigurationError(f"Ray cannot run a replica: {one_line(error)}")
-    # An actor or a node that died, or was ended by Ray because memory ran out.
-    return ReplicaLost(" ".join(str(error).split())[:300])
+    says = " ".join(str(error).split())[:300]
+    # When a process dies its node says so; when nobody answers, the node or the way to it is gone.
+    if isinstance(error, ActorUnavailableError) or (
+        isinstance(error, ActorDiedError) and (error.preempted or "node has died" in says)
+    ):
+        return NodeLost(says)
+    # A process that died, or was ended by Ray because memory ran out.
+    return ReplicaLost(says)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TYPE_CHECKING, TextIO
@@ -13,20 +14,26 @@ if TYPE_CHECKING:
     from neg_service.cluster.replica import Receipt
 
 
+log = logging.getLogger(__name__)
+
+
 class Progress:
     """Counts prompts; `done` of `total` were there before this start and do not count into the rate."""
 
-    def __init__(self, total: int, done: int, every_seconds: float, stream: TextIO | None = None) -> None:
-        """Shows itself on `stream`, stderr if not given."""
+    def __init__(
+        self, total: int, done: int, every_seconds: float, stream: TextIO | None = None, is_logged: bool = False
+    ) -> None:
+        """Shows itself on `stream`, stderr if not given, or logs its lines among all others."""
         self._stream = stream or sys.stderr
         self._total, self._done, self._before = total, done, done
         self._every = every_seconds
+        self._is_logged = is_logged
         self._began = self._spoke = time.monotonic()
         self._ended: float | None = None
         self.bytes = 0
         self._bar = (
             tqdm(total=total, initial=done, unit="prompt", file=self._stream, dynamic_ncols=True, smoothing=0.1)
-            if self._stream.isatty()
+            if self._stream.isatty() and not is_logged
             else None
         )
 
@@ -42,8 +49,11 @@ class Progress:
             self._bar.update(receipt.n_prompts)
         elif time.monotonic() - self._spoke >= self._every or self._done >= self._total:
             self._spoke = time.monotonic()
-            self._stream.write(f"{self.line()}\n")
-            self._stream.flush()
+            if self._is_logged:
+                log.info(self.line())
+            else:
+                self._stream.write(f"{self.line()}\n")
+                self._stream.flush()
 
     def line(self) -> str:
         """For example `128/316 prompts (41 %), 24.1 prompts/s, 0:08 left`."""

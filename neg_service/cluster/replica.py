@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
+import ray
 
+from neg_service.cluster.logs import log_to_stderr, logging_shard
 from neg_service.cluster.plan import Shard
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ModelError
@@ -73,12 +75,22 @@ class Destination:
 
 
 @dataclass(frozen=True)
+class LogStyle:
+    """How a replica logs (see `logs.py`), and what it is called there."""
+
+    style: str = "text"
+    run: str = ""
+    replica: int | None = None
+
+
+@dataclass(frozen=True)
 class Hello:
     """A replica that is ready."""
 
     pid: int
     node: str
     ready: Ready
+    node_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,27 +98,33 @@ class Receipt:
     """A shard that is done: all its parts are stored.
 
     waited_seconds: how long, since the last receipt, this replica computed nothing because parts were being put.
+    seconds: from when it was asked for to when it was stored, the wait for the shard before it included.
     """
 
     shard: int
     n_prompts: int
     bytes: dict[str, int] = field(default_factory=dict)
     waited_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 class Replica:
     """Runs as a Ray actor; a plain class, so that tests need no cluster."""
 
-    def __init__(self, make_worker: Callable[[], Worker], destination: Destination | None) -> None:
+    def __init__(
+        self, make_worker: Callable[[], Worker], destination: Destination | None, logs: LogStyle | None = None
+    ) -> None:
         """Cheap: the model is loaded in `start`, where an error reaches the driver as itself."""
         self._make_worker = make_worker
         self._destination = destination
+        self._logs = logs or LogStyle()
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._doing = _Doing()
 
     def start(self) -> Hello:
         """Load and check the model; from here on, what this process logs reaches the driver's stderr by Ray."""
-        logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+        log_to_stderr(self._logs.style, run=self._logs.run, replica=self._logs.replica)
+        logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("neg_service").setLevel(logging.INFO)
         # Arrow's own allocator keeps tens of megabytes of what encoding a part took; the system's gives them back, and
         # encoding is as fast.
@@ -115,13 +133,16 @@ class Replica:
             to = self._destination
             self._store = open_store(to.uri, to.endpoint_url, to.patience_seconds)
         self._worker = self._make_worker()
-        return Hello(os.getpid(), socket.gethostname(), self._computing.submit(self._worker.start).result())
+        ready = self._computing.submit(self._worker.start).result()
+        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        return Hello(os.getpid(), socket.gethostname(), ready, node_id)
 
     def run(self, shard: Shard, batch_scale: float = 1.0) -> Receipt:
         """Compute a shard and put its parts, the last table's last: that one is the commit."""
+        began = time.monotonic()
         tables = self._computing.submit(self._compute, shard, batch_scale).result()
         sizes = {}
-        with self._doing.one_more(storing=1):
+        with self._doing.one_more(storing=1), logging_shard(shard.index):
             for name in list(tables):
                 assert self._destination is not None
                 # Taken out, so that a table that is stored takes no memory any more.
@@ -129,14 +150,15 @@ class Replica:
                 self._store.put(part_key(name, shard.index), data)
                 sizes[name] = len(data)
                 del data
-        return Receipt(shard.index, len(shard.prompts), sizes, self._doing.waited_since_last_asked())
+        waited = self._doing.waited_since_last_asked()
+        return Receipt(shard.index, len(shard.prompts), sizes, waited, time.monotonic() - began)
 
     def is_only_storing(self) -> bool:
         """Asked by the driver when nothing was heard for long: whether this replica waits for storage alone."""
         return self._doing.is_only_storing
 
     def _compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
-        with self._doing.one_more(computing=1):
+        with self._doing.one_more(computing=1), logging_shard(shard.index):
             return self._worker.compute(shard, batch_scale)
 
 

@@ -1,17 +1,20 @@
-"""Connecting to Ray, and how many replicas the cluster has room for."""
+"""Connecting to Ray, and how many replicas the cluster has room for, now and as its nodes come and go."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import AuthenticationError
 
 from neg_service.config import ClusterConfig, device_names
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +22,7 @@ log = logging.getLogger(__name__)
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 _MOST_CPUS = 4
 _CONNECT_SECONDS = 10
+_LOOK_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,21 @@ class Node:
     memory: int
 
 
-def connect(cluster: ClusterConfig) -> None:
+@dataclass(frozen=True)
+class Room:
+    """How many replicas to run now, and the ids of nodes that are about to go."""
+
+    n_replicas: int
+    leaving: frozenset[str] = frozenset()
+
+
+def connect(cluster: ClusterConfig, show_replicas: bool = True) -> None:
     """Join the cluster of `cluster.address` or `$RAY_ADDRESS`, else start Ray on this machine; or stay where we are.
 
+    `show_replicas` has Ray print here what replicas print, each line with the name of its process before it.
+
     Raises:
-        ConfigurationError: there is no cluster at the address.
+        ConfigurationError: there is no cluster at the address, or it runs another version of Ray or Python.
     """
     if ray.is_initialized():
         return
@@ -51,16 +65,24 @@ def connect(cluster: ClusterConfig) -> None:
     # Ray reports usage over the network and warns about GPUs unless told otherwise; a local start is nobody's business.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": True}
+    options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": show_replicas}
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
     _require_listener(address)
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigurationError(
-            f"cluster.address={address}: no Ray cluster answers there: {str(error).splitlines()[0]}"
-        ) from error
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        raise ConfigurationError(f"cluster.address={address}: {_why_not(error)}") from error
+
+
+def _why_not(error: Exception) -> str:
+    """Why Ray did not let us in, in one line."""
+    says = " ".join(str(error).split())
+    if "Version mismatch" in says:
+        return f"the cluster runs other versions than this program; both must be the same: {says[:300]}"
+    if isinstance(error, AuthenticationError):
+        return "the cluster wants a token, or another one: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+    return f"no Ray cluster answers there: {one_line(error)}"
 
 
 def _require_listener(address: str) -> None:
@@ -81,8 +103,43 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def wait_for_size(cluster: ClusterConfig, device: Any, memory: int) -> ReplicaSize:
+    """`replica_size` on the nodes that there are or that come within `cluster.wait_seconds`.
+
+    Raises:
+        ConfigurationError: no node has room for a replica.
+    """
+    until = time.monotonic() + cluster.wait_seconds
+    has_asked = False
+    while True:
+        try:
+            size = replica_size(cluster, device, memory, nodes())
+        except ConfigurationError as error:
+            if time.monotonic() >= until:
+                raise
+            if not has_asked:
+                log.info("waiting up to %.0f s for a node with room for a replica: %s", cluster.wait_seconds, error)
+                # Without a demand no autoscaler adds a node; with none running this changes nothing.
+                wanted = {"CPU": cluster.cpus_per_replica, "GPU": cluster.gpus_per_replica}
+                known = {name: amount for name, amount in wanted.items() if amount != "auto"}
+                request_resources(bundles=[known or {"CPU": 1}])
+                has_asked = True
+            time.sleep(_LOOK_SECONDS)
+        else:
+            if has_asked:
+                request_resources(bundles=[])
+            return size
+
+
+def leaving_nodes() -> frozenset[str]:
+    """Ids of the nodes that are being drained: pre-empted, scaled down, or taken out by hand."""
+    # Ray's own libraries ask the same; no public call says it.
+    return frozenset(ray._private.state.state.get_draining_nodes())
+
+
 def nodes() -> list[Node]:
-    """The nodes that are alive."""
+    """The nodes that are alive and stay."""
+    leaving = leaving_nodes()
     return [
         Node(
             cpus=float(node["Resources"].get("CPU", 0)),
@@ -90,7 +147,7 @@ def nodes() -> list[Node]:
             memory=int(node["Resources"].get("memory", 0)),
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in leaving
     ]
 
 
@@ -102,6 +159,8 @@ def replica_size(cluster: ClusterConfig, device: Any, memory: int, available: li
     Raises:
         ConfigurationError: larger than any node.
     """
+    if not available:
+        raise ConfigurationError("the cluster has no node, or all of them are being drained: start one, or wait")
     gpus = cluster.gpus_per_replica
     if gpus == "auto":
         names = device_names(device)
@@ -141,13 +200,17 @@ def gpu_names(count: int) -> list[str]:
     return [f"cuda:{index}" for index in range(count)]
 
 
-def replica_count(replicas: int | str, size: ReplicaSize, available: list[Node], n_shards: int) -> int:
-    """How many replicas to run: as asked, or as many as fit; never more than there are shards."""
-    room = _room(size, available)
-    wanted = room if isinstance(replicas, str) else replicas
-    if wanted > room:
-        log.warning("cluster.replicas=%d, but only %d fit now; the others wait for room", wanted, room)
-    return max(1, min(wanted, n_shards))
+def replica_count(most: int | str, size: ReplicaSize, available: list[Node]) -> int:
+    """How many replicas to run on these nodes: as many as fit or, told a number, that number.
+
+    Those of a number that do not fit wait in Ray's queue, where an autoscaler sees them.
+    """
+    return _room(size, available) if isinstance(most, str) else most
+
+
+def room_now(most: int | str, size: ReplicaSize) -> Room:
+    """What there is room for at this moment."""
+    return Room(replica_count(most, size, nodes()), leaving_nodes())
 
 
 def _room(size: ReplicaSize, available: list[Node]) -> int:

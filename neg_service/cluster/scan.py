@@ -14,15 +14,18 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 from typing import Any
 
 import ray
 
 from neg_service.cluster.driver import Driver, Outcome
+from neg_service.cluster.logs import add_to_logs
+from neg_service.cluster.metrics import RunMetrics
 from neg_service.cluster.plan import Shard, shards_of
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Replica, ScanWorker
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, LogStyle, Receipt, Replica, ScanWorker
 from neg_service.cluster.resources import (
     ReplicaSize,
     connect,
@@ -30,11 +33,12 @@ from neg_service.cluster.resources import (
     gpu_names,
     nodes,
     replica_count,
-    replica_size,
+    room_now,
+    wait_for_size,
 )
-from neg_service.config import NeuronsConfig
+from neg_service.config import NeuronsConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
-from neg_service.measures.choice import strongest_neurons
+from neg_service.measures.choice import count_of, strongest_neurons
 from neg_service.measures.strength import total
 from neg_service.models.language_model import load_tokenizer, mask_token_of
 from neg_service.prompts.prompt import Prompt, encode
@@ -86,15 +90,17 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     store = open_store(prepared.uri, storage.endpoint_url, storage.patience_seconds)
     directory = RunDirectory(store, prepared.fingerprint, tuple(prepared.tables))
     todo = prepared.plan.n_shards - len(done)
+    add_to_logs(run=run_name_of(store.uri))
     log.info("results: %s", store.uri)
     outcome, progress = Outcome(), None
     if todo and prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
         prepared = _with_strongest_listed(prepared)
     if todo:
         _check_encoding(prepared, done)
-        connect(prepared.config.cluster)
+        config = prepared.config
+        connect(config.cluster, show_replicas=config.job.log == "text")
         try:
-            size = replica_size(prepared.config.cluster, prepared.config.model.device, prepared.memory, nodes())
+            size = wait_for_size(config.cluster, config.model.device, prepared.memory)
             # Written before a model is loaded, which shows at once whether the place can be written at all.
             is_new = hasty.get(RUN_FILE) is None
             content = (prepared.identity, prepared.tables, _about(prepared), prepared.request)
@@ -128,6 +134,11 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
         bytes_now=progress.bytes if progress else 0,
         set_aside=outcome.set_aside,
     )
+
+
+def run_name_of(uri: str) -> str:
+    """The last part of a run's URI: what metrics and logs call the run."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _clear_unfinished(store: ObjectStore) -> None:
@@ -199,7 +210,8 @@ def _check_encoding(prepared: Prepared, done: set[int]) -> None:
 def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: ReplicaSize) -> tuple[Outcome, Progress]:
     config = prepared.config
     todo = prepared.plan.n_shards - len(done)
-    n_replicas = replica_count(config.cluster.replicas, size, nodes(), todo)
+    most = most_replicas(config.cluster)
+    n_replicas = min(todo, replica_count(most, size, nodes()))
     if not size.gpus and config.model.device == "auto":
         # Ray hides no GPU from an actor that asked for none; all of them would crowd the first one.
         config = replace(config, model=replace(config.model, device="cpu"))
@@ -211,6 +223,8 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     storage = config.storage
     destination = Destination(directory.store.uri, storage.endpoint_url, prepared.fingerprint, storage.patience_seconds)
 
+    numbers = count()
+
     def spawn() -> Any:
         actor = ray.remote(Replica).options(
             num_cpus=size.cpus,
@@ -219,7 +233,8 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
             memory=None if size.gpus else size.memory,
             **ACTOR_OPTIONS,
         )
-        return actor.remote(make_worker, destination)
+        told = LogStyle(config.job.log, run_name_of(directory.store.uri), next(numbers))
+        return actor.remote(make_worker, destination, told)
 
     log.info(
         "%d of %d shards to do, %.3g MB in all before compression, on %d replica%s of %g CPUs and %g GPUs",
@@ -227,7 +242,21 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         n_replicas, "s" * (n_replicas > 1), size.cpus, size.gpus,
     )  # fmt: skip
     left = sum(len(shard.prompts) for shard in shards_of(prepared.prompts, prepared.plan, done))
-    progress = Progress(prepared.plan.n_prompts, prepared.plan.n_prompts - left, config.job.progress_seconds)
+    progress = Progress(
+        prepared.plan.n_prompts, prepared.plan.n_prompts - left, config.job.progress_seconds,
+        is_logged=config.job.log == "json",
+    )  # fmt: skip
+
+    metrics = RunMetrics(
+        run_name_of(directory.store.uri),
+        todo,
+        count_of(config.neurons, prepared.info.n_layers, prepared.info.n_neurons),
+        prepared.plan.n_rows / prepared.plan.n_prompts,
+    )
+
+    def on_receipt(receipt: Receipt) -> None:
+        progress.add(receipt)
+        metrics.add(receipt)
 
     def on_first_ready(hello: Hello) -> None:
         note(directory.store, {"calibration": hello.ready.calibration, "engine": hello.ready.engine})
@@ -239,11 +268,14 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
     driver = Driver(
         shards_of(prepared.prompts, prepared.plan, done),
         spawn,
-        n_replicas,
+        partial(room_now, most, size),
         config.cluster.attempts,
-        on_receipt=progress.add,
+        on_receipt=on_receipt,
         on_first_ready=on_first_ready,
         on_set_aside=on_set_aside,
+        on_failure=metrics.failed,
+        on_counts=metrics.show,
+        n_shards=todo,
         stall_seconds=None if config.cluster.stall_seconds == "auto" else float(config.cluster.stall_seconds),
     )
     try:

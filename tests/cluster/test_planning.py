@@ -104,13 +104,12 @@ def test_a_replica_takes_a_gpu_where_there_is_one() -> None:
     assert replica_size(ClusterConfig(), ["cuda:0", "cuda:1"], GIB, [gpu]) == ReplicaSize(1, 2, GIB)
 
 
-def test_as_many_replicas_as_fit_but_no_more_than_shards() -> None:
+def test_as_many_replicas_as_fit_or_as_asked() -> None:
     nodes = [Node(8, 0, 3 * GIB), Node(4, 0, 32 * GIB)]
     # The first node has memory for 3 of 4 that its CPUs would allow, the second CPUs for 2.
-    assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes, 100) == 5
-    assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes, 4) == 4
-    assert replica_count(2, ReplicaSize(2, 0, GIB), nodes, 100) == 2
-    assert replica_count("auto", ReplicaSize(1, 0.25, 99 * GIB), [Node(16, 2, GIB)], 100) == 8
+    assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes) == 5
+    assert replica_count(2, ReplicaSize(2, 0, GIB), nodes) == 2
+    assert replica_count("auto", ReplicaSize(1, 0.25, 99 * GIB), [Node(16, 2, GIB)]) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+"""What an operator watches: numbers of a run that Ray exports to Prometheus from the driver's node.
+
+Few labels: `run` alone, and `state` of shards and replicas. Ray puts `ray_` before each name. Where no agent of Ray's
+collects them they cost next to nothing and go nowhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from neg_service.cluster.replica import Receipt
+
+_SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a run at a moment: shards by state, and replicas."""
+
+    done: int
+    running: int
+    set_aside: int
+    ready_replicas: int
+    starting_replicas: int
+
+
+class RunMetrics:
+    """The metrics of one run."""
+
+    def __init__(self, run: str, n_shards: int, neurons_a_prompt: int, rows_a_prompt: float) -> None:
+        """`n_shards` are those still to do; a row is an intervention, or the branch of a target."""
+        self._n_shards, self._neurons, self._rows = n_shards, neurons_a_prompt, rows_a_prompt
+
+        def counter(name: str, what: str) -> Counter:
+            made = Counter(f"neg_{name}", what, ("run",))
+            made.set_default_tags({"run": run})
+            return made
+
+        self._prompts = counter("prompts_total", "Prompts measured")
+        self._measured = counter("neurons_total", "Neurons measured, of each prompt anew")
+        self._run_rows = counter("rows_total", "Rows run through layers: interventions, or targets")
+        self._bytes = counter("stored_bytes_total", "Bytes of parts put to storage")
+        self._waited = counter("storage_wait_seconds_total", "Seconds in which replicas computed nothing but stored")
+        self._failures = counter("shard_failures_total", "Failures of shards, tried again or set aside")
+        self._seconds = Histogram("neg_shard_seconds", "Seconds a shard took, storing included", _SECONDS, ("run",))
+        self._seconds.set_default_tags({"run": run})
+        self._shards = Gauge("neg_shards", "Shards of this start by state", ("run", "state"))
+        self._replicas = Gauge("neg_replicas", "Replicas by state", ("run", "state"))
+        self._shards.set_default_tags({"run": run})
+        self._replicas.set_default_tags({"run": run})
+
+    def add(self, receipt: Receipt) -> None:
+        """A shard is done."""
+        n = receipt.n_prompts
+        for metric, amount in (
+            (self._prompts, n),
+            (self._measured, n * self._neurons),
+            (self._run_rows, n * self._rows),
+            (self._bytes, sum(receipt.bytes.values())),
+            (self._waited, receipt.waited_seconds),
+        ):
+            # Ray refuses to count by nothing.
+            if amount > 0:
+                metric.inc(amount)
+        self._seconds.observe(max(receipt.seconds, 1e-3))
+
+    def failed(self) -> None:
+        """A shard failed."""
+        self._failures.inc()
+
+    def show(self, counts: Counts) -> None:
+        """How things are now."""
+        waiting = self._n_shards - counts.done - counts.running - counts.set_aside
+        states = {"done": counts.done, "running": counts.running, "set_aside": counts.set_aside, "waiting": waiting}
+        for state, n in states.items():
+            self._shards.set(n, {"state": state})
+        for state, n in (("ready", counts.ready_replicas), ("starting", counts.starting_replicas)):
+            self._replicas.set(n, {"state": state})
