@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -50,7 +50,10 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_ERROR)
         except NegServiceError as error:
-            _fail(str(error))
+            if OmegaConf.select(config, "job.log") != "json":
+                fail(str(error))
+            log.error("%s", error)
+            sys.exit(EXIT_ERROR)
         except (KeyboardInterrupt, SystemExit) as end:
             # Ray turns the signal to stop, which `ray job stop` and Kubernetes send, into an exit with its number.
             if isinstance(end, SystemExit) and end.code != signal.SIGTERM:
@@ -87,13 +90,17 @@ def flag_of(config: DictConfig, key: str) -> bool:
 
 def _check_overrides(config_name: str) -> None:
     """Compose the same configuration ahead, to tell a mistake in one line."""
-    if any(argument.startswith("-") for argument in sys.argv[1:]):
-        return
+    if not any(argument.startswith("-") for argument in sys.argv[1:]):
+        composed(config_name, sys.argv[1:])
+
+
+def composed(config_name: str, overrides: list[str]) -> DictConfig:
+    """`conf/<config_name>.yaml` with what is set on the command line; a mistake is told in one line, and ends."""
     try:
         with initialize_config_dir(CONF, version_base="1.3"):
-            compose(config_name, overrides=sys.argv[1:])
+            return compose(config_name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(f"{_reason(error)} (see --help for what can be set)")
+        return fail(f"{_reason(error)} (see `python -m jobs.{config_name} --help` for what can be set)")
 
 
 def _reason(error: BaseException) -> str:
@@ -110,6 +117,7 @@ def _reason(error: BaseException) -> str:
     return "; ".join(wanted[:20]).replace(":;", ":")
 
 
-def _fail(message: str) -> Any:
+def fail(message: str) -> NoReturn:
+    """Say what is wrong in one line, and end."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(EXIT_ERROR)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import Destination, Replica, ScanWorker
+from neg_service.cluster.replica import Destination, Replica, Scan
 from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.probing.options import Context
 from neg_service.prompts.tasks import LANGUAGES, TASKS
@@ -169,7 +168,7 @@ class ScansHere:
         about = {"model": {"neurons_a_layer": prepared.info.n_neurons, "layers": prepared.info.n_layers}}
         write_or_match(open_store(prepared.uri), prepared.identity, prepared.tables, about, prepared.request)
         replica = Replica(
-            partial(ScanWorker, prepared.config, prepared.info.identity, 1, (), {}),
+            Scan(prepared.config, prepared.info.identity, 1, (), {}),
             Destination(prepared.uri, None, prepared.fingerprint),
         )
         replica.start()

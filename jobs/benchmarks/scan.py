@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import ray
@@ -18,7 +17,7 @@ import ray
 from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.cluster.driver import Driver
 from neg_service.cluster.plan import Shard, make_plan, shards_of
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Replica, ScanWorker
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Replica, Scan
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures import Cost
@@ -70,7 +69,7 @@ class Loop:
 def run(settings: Settings) -> dict[str, Any]:
     """Measure both kinds of prompts, taking turns."""
     config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
-    make_worker = partial(ScanWorker, config, fetch(settings.model).identity, settings.threads)
+    make_worker = Scan(config, fetch(settings.model).identity, settings.threads)
     bare = facts.load()[: settings.prompts]
     solved = "".join(f"{p.text}{p.targets[p.answer or 0]}.\n" for p in facts.load()[:: -(316 // settings.shots)])
     few_shot = [replace(prompt, text=solved + prompt.text) for prompt in bare[: settings.few_shot_prompts]]

@@ -29,7 +29,7 @@ from infra.s3.server import BUCKET, Server, server_on
 from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.cluster.driver import Driver
 from neg_service.cluster.plan import Shard, make_plan, shards_of
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Receipt, Replica, ScanWorker
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Receipt, Replica, Scan
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures import Cost
@@ -235,7 +235,7 @@ def _resident(what: str) -> float:
 def _waiting(settings: Settings, server: Server) -> dict[str, Any]:
     """A scan of bare facts into S3: the seconds in which its replica computes nothing because parts are being put."""
     config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
-    make_worker = partial(ScanWorker, config, fetch(settings.model).identity, settings.threads)
+    make_worker = Scan(config, fetch(settings.model).identity, settings.threads)
     prompts = facts.load()[: settings.prompts]
     shards = list(shards_of(prompts, make_plan(prompts, Cost({}, 0), settings.shard_size)))
     shares, rates = [], []

@@ -9,15 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neg_service.config import ScanConfig
-from neg_service.measures import Cost
-from neg_service.measures.choice import identity_of_choice
-from neg_service.models.language_model import ModelInfo
 from neg_service.prompts.prompt import Prompt, digest
 from neg_service.prompts.sources import dataset_name
 from neg_service.schema import SCHEMA_VERSION
+
+# The module of the actor knows shards, and must not import torch; see `worker.py`.
+if TYPE_CHECKING:
+    from neg_service.measures import Cost
+    from neg_service.models.language_model import ModelInfo
 
 # A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
 SHARD_BYTES = 64 * 2**20
@@ -92,6 +94,8 @@ def identity_of(
     plan: Plan,
 ) -> dict[str, Any]:
     """Everything that decides the numbers, and nothing else; what a run's fingerprint is made of."""
+    from neg_service.measures.choice import identity_of_choice
+
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {"identity": info.identity, "dtype": config.model.dtype},

@@ -67,6 +67,9 @@ def prepare(config: ScanConfig) -> Prepared:
         ConfigurationError: what was asked for cannot be done; one line says why.
     """
     check(config)
+    # Ray unpacks what a job is sent with into a directory of such a name, and runs the job there.
+    if Path.cwd().name.startswith("_ray_pkg_"):
+        require_lasting(config.storage.uri)
     open_store(config.storage.uri, config.storage.endpoint_url)
     # Replicas, and whoever repairs the run, do not share this process's working directory.
     config = replace(
@@ -120,6 +123,19 @@ def prepare(config: ScanConfig) -> Prepared:
         require_same(wanted.directory.store, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
         prepared = replace(prepared, uri=wanted.uri)
     return prepared
+
+
+def require_lasting(uri: str) -> None:
+    """Refuse a place for results that goes when a submitted job does.
+
+    Raises:
+        ConfigurationError: a relative path.
+    """
+    if "://" not in uri and not Path(uri).is_absolute():
+        raise ConfigurationError(
+            f"storage.uri={uri}: would lie in the job's own directory, which goes when the job does: give "
+            f"s3://bucket/prefix, or an absolute path that all nodes share"
+        )
 
 
 def prepare_again(run: Run, config: ScanConfig) -> Prepared:

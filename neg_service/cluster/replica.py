@@ -3,7 +3,8 @@
 Results never pass through the driver or Ray's object store. The actor runs two shards at once, so that while one's
 parts are put the next is computed. All computing happens in one thread of its own: OpenMP keeps a pool of
 threads for each thread that computes, and when the pools together have more threads than there are processors it puts
-them to sleep at every barrier, which made a scan a third slower. What is computed is a `Worker`'s business.
+them to sleep at every barrier, which made a scan a third slower. What is computed is a `Worker`'s business, which is
+made in that thread, too.
 """
 
 from __future__ import annotations
@@ -24,13 +25,8 @@ import ray
 
 from neg_service.cluster.logs import log_to_stderr, logging_shard
 from neg_service.cluster.plan import Shard
-from neg_service.config import ScanConfig, typed
-from neg_service.errors import ModelError
-from neg_service.measures import find_measure
-from neg_service.measures.batching import default_batch_tokens
-from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel, load_model, set_threads
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+from neg_service.config import ScanConfig
+from neg_service.prompts.prompt import Prompt
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.stores import open_store
 
@@ -62,6 +58,27 @@ class Worker(Protocol):
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         """A shard's tables, in the order in which they are put; `batch_scale` shrinks batches after failures."""
         ...
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a replica is told of a scan; called, it makes the worker for it.
+
+    identity: of the model that the run was planned for; another one is refused. The measure is calibrated on `samples`,
+    unless the run was before: then with that `calibration`.
+    """
+
+    config: ScanConfig
+    identity: str
+    threads: int
+    samples: Sequence[Prompt] = ()
+    calibration: dict[str, Any] | None = None
+
+    def __call__(self) -> Worker:
+        """The worker, with all that it imports; see there."""
+        from neg_service.cluster.worker import ScanWorker
+
+        return ScanWorker(self)
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,7 @@ class Replica:
         if self._destination is not None:
             to = self._destination
             self._store = open_store(to.uri, to.endpoint_url, to.patience_seconds)
-        self._worker = self._make_worker()
+        self._worker = self._computing.submit(self._make_worker).result()
         ready = self._computing.submit(self._worker.start).result()
         node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         return Hello(os.getpid(), socket.gethostname(), ready, node_id)
@@ -197,69 +214,3 @@ class _Doing:
             self._since = now
             self._computing += computing
             self._storing += storing
-
-
-class ScanWorker:
-    """Runs a measure on a language model."""
-
-    def __init__(
-        self,
-        config: ScanConfig,
-        identity: str,
-        threads: int,
-        samples: Sequence[Prompt] = (),
-        calibration: dict[str, Any] | None = None,
-    ) -> None:
-        """`identity` is the model that the run was planned for; another one is refused.
-
-        The measure is calibrated on `samples`, unless the run was before: then with that `calibration`.
-        """
-        self._config = config
-        self._identity = identity
-        self._threads = threads
-        self._samples = samples
-        self._calibration = calibration
-        self._measure = find_measure(config.measure["name"])
-        self._options = typed(self._measure.Options, config.measure, "measure")
-
-    def start(self) -> Ready:
-        """Load the model, check that it is the planned one, let it check itself, and calibrate the measure."""
-        set_threads(self._threads)
-        began = time.monotonic()
-        asked = self._config.model
-        self._model: LanguageModel = load_model(
-            asked.source,
-            revision=asked.revision,
-            dtype=asked.dtype,
-            device=asked.device,
-            trust_remote_code=asked.trust_remote_code,
-        )
-        log.info("loaded %s in %.1f s; checking that the engine fits it", self._model.name, time.monotonic() - began)
-        if self._model.identity != self._identity:
-            raise ModelError(
-                f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
-                f"planned for {self._identity}: put the same files on every node"
-            )
-        checked = self._model.ensure_checked()
-        log.info("self-check passed, engine %s, row logits %.0e off the plain pass", checked.engine, checked.logits)
-        batch_tokens = self._config.cluster.batch_tokens
-        self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
-        if self._calibration is None:
-            samples, neurons = self._encoded(self._samples), self._config.neurons
-            self._calibration = self._measure.calibrate(self._model, samples, self._options, neurons)
-        devices = ",".join(map(str, self._model.devices))
-        return Ready(f"{devices}, {self._threads} threads", self._calibration, self._model.engine)
-
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
-        """Encode and measure a shard."""
-        prompts = self._encoded(shard.prompts)
-        # A shard that failed for memory runs in small batches without making all later ones small.
-        budget = self._budget
-        if batch_scale != 1:
-            budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
-        neurons, calibration = self._config.neurons, self._calibration or {}
-        return self._measure.measure(self._model, prompts, self._options, neurons, budget, calibration)
-
-    def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        model = self._model
-        return list(encode(model.tokenizer, prompts, model.context_length, model.mask_token))

@@ -25,7 +25,7 @@ from neg_service.cluster.metrics import RunMetrics
 from neg_service.cluster.plan import Shard, shards_of
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, LogStyle, Receipt, Replica, ScanWorker
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, LogStyle, Receipt, Replica, Scan
 from neg_service.cluster.resources import (
     ReplicaSize,
     connect,
@@ -219,7 +219,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         # Ray shows an actor its own GPUs alone, and they are numbered from 0 there.
         config = replace(config, model=replace(config.model, device=gpu_names(int(size.gpus))))
     known = calibration_of(directory.store)
-    make_worker = partial(ScanWorker, config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts), known)
+    work = Scan(config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts), known)
     storage = config.storage
     destination = Destination(directory.store.uri, storage.endpoint_url, prepared.fingerprint, storage.patience_seconds)
 
@@ -234,7 +234,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
             **ACTOR_OPTIONS,
         )
         told = LogStyle(config.job.log, run_name_of(directory.store.uri), next(numbers))
-        return actor.remote(make_worker, destination, told)
+        return actor.remote(work, destination, told)
 
     log.info(
         "%d of %d shards to do, %.3g MB in all before compression, on %d replica%s of %g CPUs and %g GPUs",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -130,3 +132,9 @@ def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest
     outcome, _ = run(FaultyWorker(seconds=0.5), tmp_path, stall_seconds=1.5)
     assert outcome.done == N_SHARDS
     assert "is lost" not in caplog.text
+
+
+def test_the_module_of_the_actor_imports_no_torch() -> None:
+    """Ray imports it in two threads at once, which torch does not survive."""
+    code = "import sys, neg_service.cluster.replica; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from ray.cluster_utils import Cluster
 from infra.s3.server import BUCKET, Server
 from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import Destination, Replica, ScanWorker
+from neg_service.cluster.replica import Destination, Replica, Scan
 from neg_service.errors import DestinationError, StorageError
 from neg_service.storage.parts import part_key
 from neg_service.storage.stores import open_store
@@ -149,7 +148,7 @@ def test_what_is_written_late_is_what_is_there(
     prepared = prepare(disturbed.config())
     destination = Destination(disturbed.run_uri, disturbed.endpoint_url, prepared.fingerprint)
     # As a replica does that was given up and comes to itself when all is done.
-    late = Replica(partial(ScanWorker, prepared.config, prepared.info.identity, 1), destination)
+    late = Replica(Scan(prepared.config, prepared.info.identity, 1), destination)
     late.start()
     shard = moments.choice(list(shards_of(prepared.prompts, prepared.plan)))
     store = open_store(disturbed.run_uri, disturbed.endpoint_url)

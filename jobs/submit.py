@@ -1,0 +1,170 @@
+"""python -m jobs.submit: send a scan, or another job, to a Ray cluster and follow it. `--help` says how."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from ray.job_submission import JobStatus
+
+from jobs.entry import CONF, EXIT_INTERRUPTED, composed, fail
+from neg_service.cluster.logs import log_to_stderr
+from neg_service.cluster.prepare import Prepared, prepare, require_lasting
+from neg_service.cluster.submission import (
+    Request,
+    check_request,
+    check_room,
+    connect_to_job_server,
+    follow,
+    last_of,
+    pack,
+    submit,
+)
+from neg_service.config import ScanConfig, check, plain, typed
+from neg_service.errors import NegServiceError
+from neg_service.models.source import DEFAULT
+from neg_service.storage.run import RunDirectory
+from neg_service.storage.stores import open_store
+
+log = logging.getLogger(__name__)
+
+JOBS = ("scan", "probe", "verify")
+# What a configuration may name on this machine that the cluster has to have, too.
+_FILES = ("dataset.source", "dataset.wordings", "measure.edits", "neurons.list")
+
+
+def main(arguments: list[str]) -> int:
+    """Submit, and follow unless told not to; the exit code of the job."""
+    asked = _parser().parse_intermixed_args(arguments)
+    config = composed(asked.job, asked.overrides)
+    client = connect_to_job_server(asked.address)
+    prepared = None
+    if asked.job == "scan":
+        scan = typed(ScanConfig, config)
+        require_lasting(scan.storage.uri)
+        if asked.unchecked:
+            check(scan)
+        else:
+            prepared = prepare(scan)
+            check_room(client._address, prepared.config, prepared.memory)
+    request = Request(
+        job=asked.job,
+        submission_id=_submission_id(asked.job, prepared, config),
+        overrides=[*asked.overrides, *_model_by_full_path(config)],
+        files=_files(config),
+        environment={name: value for name, _, value in (one.partition("=") for one in asked.env)},
+        driver={name: float(amount) for name, _, amount in (one.partition("=") for one in asked.driver)},
+    )
+    check_request(request)
+    last = last_of(client, request.submission_id)
+    if last and last[1] is JobStatus.SUCCEEDED and not asked.again and (prepared is None or _is_complete(prepared)):
+        log.info(
+            "job %s has done this already%s", last[0], f": {prepared.uri}" if prepared else "; --again runs it anew"
+        )
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        pack(request, Path(CONF).parent, Path(directory))
+        name, is_new = submit(client, request, Path(directory))
+    log.info("job %s %s at %s", name, "is submitted" if is_new else "is there already", client._address)
+    if prepared:
+        log.info("results: %s", prepared.uri)
+    if asked.no_wait:
+        print(name)
+        return 0
+    try:
+        return follow(client, name)
+    except KeyboardInterrupt:
+        log.warning("job %s goes on; the same command follows it again, `ray job stop %s` ends it", name, name)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.submit",
+        description="Send a job to a Ray cluster, follow its log, and exit as it does. The same command again finds "
+        "the job that waits or runs, and continues one that failed or was stopped.",
+        epilog="The code, conf and local files that are named (dataset.source, dataset.wordings, measure.edits, "
+        "neurons.list) travel with the job; a model's directory must be on every node. Secrets belong into the "
+        "environment of the cluster's nodes: how a job is called can be seen by everybody who sees the cluster.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of the job itself")
+    parser.add_argument("--job", choices=JOBS, default="scan", help="which: python -m jobs.JOB (scan)")
+    parser.add_argument(
+        "--address", help="the job server; RAY_API_SERVER_ADDRESS if not given, else http://127.0.0.1:8265"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and do not follow it")
+    parser.add_argument("--again", action="store_true", help="run a probe or verify anew though it succeeded")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="plan on the cluster: for a model or data that only its nodes have"
+    )
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable, not a secret")
+    parser.add_argument(
+        "--driver", action="append", default=[], metavar="RESOURCE=AMOUNT",
+        help="what the driver takes of a node, such as CPU=1; with nothing it runs on the head node",
+    )  # fmt: skip
+    return parser
+
+
+def _submission_id(job: str, prepared: Prepared | None, config: DictConfig) -> str:
+    """From the fingerprint; where it can only be known on the cluster, from what decides it."""
+    if prepared is not None:
+        return f"neg-{prepared.uri.rsplit('/', 1)[-1]}-{_digest([prepared.uri])}"
+    decides = {key: value for key, value in plain(config).items() if key not in ("cluster", "hydra")}
+    return f"neg-{job}-{_digest(decides)}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _files(config: DictConfig) -> dict[str, Path]:
+    """The local files and folders that the configuration names, except a model's."""
+    found = {}
+    for key in _FILES:
+        group, name = key.split(".")
+        value = (config.get(group) or {}).get(name)
+        if isinstance(value, str) and value != DEFAULT and "://" not in value and Path(value).exists():
+            found[key] = Path(value).absolute()
+    return found
+
+
+def _model_by_full_path(config: DictConfig) -> list[str]:
+    source = str(config.model.source)
+    is_here = source != DEFAULT and not Path(source).is_absolute() and Path(source).exists()
+    return [f"model.source='{Path(source).absolute()}'"] if is_here else []
+
+
+def _is_complete(prepared: Prepared) -> bool:
+    """Whether all is stored; where the place cannot be seen from here, what the job said counts."""
+    try:
+        store = open_store(prepared.uri, prepared.config.storage.endpoint_url)
+        done = RunDirectory(store, prepared.fingerprint, tuple(prepared.tables)).done()
+    except NegServiceError:
+        return True
+    return len(done) >= prepared.plan.n_shards
+
+
+if __name__ == "__main__":
+    log_to_stderr("text")
+    # Ray's client tells of each upload and of each connection that it closes.
+    for noisy in (
+        "ray.dashboard.modules.dashboard_sdk",
+        "ray.dashboard.modules.job.sdk",
+        "ray._private.runtime_env.packaging",
+    ):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except NegServiceError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,305 @@
+"""Sending a job to a cluster's job server: what travels, under which id, and how it is followed to its end.
+
+What travels is the code and `conf`, and the small files that the configuration names on this machine; never an
+environment's secrets, for everybody who sees a job sees what it was sent with. The id of a job comes from the
+fingerprint of its run, and Ray refuses an id that it knows: submitting twice does not run twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import ray
+import requests
+from ray.exceptions import AuthenticationError, RayError
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
+
+from neg_service.cluster.resources import Node, replica_size
+from neg_service.config import ScanConfig
+from neg_service.errors import ConfigurationError, NegServiceError, one_line
+from neg_service.inputs import without_credentials
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+# Ray keeps what a job is sent with in the memory of its head node, and takes 500 MiB there.
+MOST_BYTES = 100 * 2**20
+INPUTS = "inputs"
+_PROJECT = ("neg_service", "jobs", "conf")
+_ASK_SECONDS = 1.0
+_PATIENCE_SECONDS = 60.0
+_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
+_ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run: `python -m jobs.<job>` with `overrides`, and what of this machine goes with it.
+
+    files: the local files that overrides name, by key. environment: variables that the job sees, and everybody else.
+    driver: what the driver takes of a node, by Ray's names of resources; nothing lets it run beside the job server.
+    """
+
+    job: str
+    submission_id: str
+    overrides: Sequence[str]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    driver: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def entrypoint(self) -> str:
+        """The command on the cluster; files are named as they lie in the directory that is sent."""
+        moved = [f"{key}={INPUTS}/{name}" for key, name in _names(self.files).items()]
+        return shlex.join(["python", "-m", f"jobs.{self.job}", *self.overrides, *moved])
+
+
+def connect_to_job_server(address: str | None) -> JobSubmissionClient:
+    """The job server at `address`, of `$RAY_API_SERVER_ADDRESS`, of an http `$RAY_ADDRESS`, or of this machine.
+
+    Raises:
+        ConfigurationError: nothing answers there, it wants a token, or it runs another version of Ray.
+    """
+    surroundings = [os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
+    given = address or next((value for value in surroundings if value.startswith("http")), DEFAULT_ADDRESS)
+    if not given.startswith("http"):
+        raise ConfigurationError(f"--address={given}: must be the job server's, such as {DEFAULT_ADDRESS}")
+    # Ray lets its variables win over what it is told.
+    os.environ["RAY_API_SERVER_ADDRESS"] = given
+    with _told(given):
+        client = JobSubmissionClient(given)
+        version = client._do_request("GET", "/api/version").json()["ray_version"]
+    if version != ray.__version__:
+        raise ConfigurationError(
+            f"--address={given}: the cluster runs Ray {version}, this program is tested with {ray.__version__}: use an "
+            f"image with the versions of requirements.lock"
+        )
+    return client
+
+
+def check_room(address: str, config: ScanConfig, memory: int) -> None:
+    """Refuse what no node of the cluster could run, unless the job may wait for nodes to come.
+
+    Raises:
+        ConfigurationError: a replica fits no node.
+    """
+    if config.cluster.wait_seconds:
+        return
+    with _told(address):
+        found = list_nodes(
+            address=address, filters=[("state", "=", "ALIVE")], limit=10_000, raise_on_missing_output=False
+        )
+    totals = [node.resources_total for node in found]
+    nodes = [Node(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("memory", 0))) for total in totals]
+    replica_size(config.cluster, config.model.device, memory, nodes)
+
+
+def check_request(request: Request) -> None:
+    """Refuse to send what should not or cannot travel.
+
+    Raises:
+        ConfigurationError: a secret, which everybody could read, or too many bytes.
+    """
+    for override in request.overrides:
+        key, _, value = override.partition("=")
+        if "://" in value and without_credentials(value) != value:
+            raise ConfigurationError(
+                f"{key.lstrip('+')}: holds credentials, and everybody who sees the job sees how it was called: set "
+                f"them in the environment of the cluster"
+            )
+    for name in request.environment:
+        if _SECRET.search(name):
+            raise ConfigurationError(
+                f"--env={name}: looks like a secret, and everybody who sees the job sees its environment: set it in "
+                f"the environment of the cluster's nodes"
+            )
+    sizes = {key: sum(file.stat().st_size for file in _files_in(path)) for key, path in request.files.items()}
+    for key, size in sizes.items():
+        if size > MOST_BYTES:
+            raise ConfigurationError(
+                f"{key}={request.files[key]}: {size / 2**20:.0f} MiB are too many to travel with a job, which may take "
+                f"{MOST_BYTES / 2**20:.0f}: put it into object storage and name its URI"
+            )
+    if sum(sizes.values()) > MOST_BYTES:
+        raise ConfigurationError(
+            f"{', '.join(sizes)}: {sum(sizes.values()) / 2**20:.0f} MiB are too many to travel with a job, which may "
+            f"take {MOST_BYTES / 2**20:.0f}: put them into object storage and name their URIs"
+        )
+
+
+def pack(request: Request, project: Path, target: Path) -> None:
+    """Copy what the job needs into the empty directory `target`: code, configuration, and the files of the request."""
+    for part in _PROJECT:
+        shutil.copytree(project / part, target / part, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    for key, name in _names(request.files).items():
+        source = request.files[key]
+        (target / INPUTS / name).parent.mkdir(parents=True)
+        copy = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, target / INPUTS / name)
+
+
+def submit(client: JobSubmissionClient, request: Request, directory: Path) -> tuple[str, bool]:
+    """Send the job, unless it is there; its id, and whether it is new.
+
+    A job of that id that waits or runs is the answer. After one that ended the id gets a number, as Ray takes an id
+    once: the new job continues what is stored.
+
+    Raises:
+        ConfigurationError: the job server refuses it.
+    """
+    attempt = 1
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        name = request.submission_id + (f"-{attempt}" if attempt > 1 else "")
+        status = _status(client, name)
+        if status is not None and status not in _ENDED:
+            return name, False
+        if status is None:
+            with _told(client._address):
+                try:
+                    client.submit_job(
+                        entrypoint=request.entrypoint,
+                        submission_id=name,
+                        runtime_env={"working_dir": str(directory), "env_vars": dict(request.environment)},
+                        metadata={"neg_service": request.submission_id},
+                        entrypoint_num_cpus=request.driver.get("CPU"),
+                        entrypoint_resources={k: v for k, v in request.driver.items() if k != "CPU"} or None,
+                    )
+                except RuntimeError as error:
+                    # Says a head node that has just started.
+                    if "try again later" in str(error) and time.monotonic() < until:
+                        time.sleep(_ASK_SECONDS)
+                        continue
+                    # Somebody may have sent the same job at this very moment.
+                    if _status(client, name) is None:
+                        raise ConfigurationError(f"the job server refuses the job: {one_line(error)}") from error
+                    return name, False
+            return name, True
+        attempt += 1
+
+
+def last_of(client: JobSubmissionClient, submission_id: str) -> tuple[str, JobStatus] | None:
+    """The newest job of a submission id and its state, if there is one."""
+    found = None
+    attempt = 1
+    while (status := _status(client, name := submission_id + (f"-{attempt}" if attempt > 1 else ""))) is not None:
+        found = (name, status)
+        attempt += 1
+    return found
+
+
+def follow(client: JobSubmissionClient, name: str) -> int:
+    """Print the job's log as it grows until the job ends; its exit code.
+
+    Raises:
+        NegServiceError: the job failed without a word of its own, or the job server is gone.
+    """
+    printer = _Printer(client, name)
+    thread = threading.Thread(target=printer.run, daemon=True)
+    thread.start()
+    with _told(client._address):
+        while (status := client.get_job_status(name)) not in _ENDED:
+            time.sleep(_ASK_SECONDS)
+        thread.join(5)
+        printer.finish()
+        info = client.get_job_info(name)
+    if status is JobStatus.SUCCEEDED:
+        return 0
+    if status is JobStatus.STOPPED:
+        log.warning("job %s was stopped; the same command continues it", name)
+        return 143
+    if info.driver_exit_code is None:
+        raise NegServiceError(f"job {name} failed: {' '.join((info.message or 'it says nothing').split())[:500]}")
+    return int(info.driver_exit_code)
+
+
+class _Printer:
+    """Prints a job's log, each character once, however often the connection breaks."""
+
+    def __init__(self, client: JobSubmissionClient, name: str) -> None:
+        self._client, self._name = client, name
+        self._printed = 0
+        self._has_ended = False
+
+    def run(self) -> None:
+        while not self._has_ended:
+            try:
+                asyncio.run(self._tail())
+                return
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                log.debug("the log of %s broke off: %s", self._name, error)
+                time.sleep(_ASK_SECONDS)
+
+    def finish(self) -> None:
+        self._has_ended = True
+        try:
+            rest = self._client.get_job_logs(self._name)
+        except RuntimeError:
+            # The log lies on the driver's node, which may be what was lost.
+            return
+        self._print(rest, 0)
+
+    async def _tail(self) -> None:
+        seen = 0
+        async for text in self._client.tail_job_logs(self._name):
+            self._print(text, seen)
+            seen += len(text)
+
+    def _print(self, text: str, begins_at: int) -> None:
+        fresh = text[max(0, self._printed - begins_at) :]
+        self._printed += len(fresh)
+        sys.stdout.write(fresh)
+        sys.stdout.flush()
+
+
+def _status(client: JobSubmissionClient, name: str) -> JobStatus | None:
+    try:
+        with _told(client._address):
+            return client.get_job_status(name)
+    except RuntimeError as error:
+        if "404" in str(error) or "does not exist" in str(error):
+            return None
+        raise ConfigurationError(f"the job server says of job {name}: {one_line(error)}") from error
+
+
+def _names(files: Mapping[str, Path]) -> dict[str, str]:
+    """Names in the directory that is sent: a folder a key, for a run is called after the name of its data set."""
+    return {key: f"{key}/{re.sub('[^A-Za-z0-9._-]', '-', path.name)}" for key, path in files.items()}
+
+
+def _files_in(path: Path) -> Iterator[Path]:
+    return (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else iter((path,))
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        raise ConfigurationError(
+            f"--address={address}: no job server answers there; Ray needs its dashboard for it (`ray start --head "
+            f"--include-dashboard=true`)"
+        ) from error
+    except (AuthenticationError, requests.exceptions.HTTPError) as error:
+        if getattr(getattr(error, "response", None), "status_code", 401) not in (401, 403):
+            raise ConfigurationError(f"--address={address}: {one_line(error)}") from error
+        raise ConfigurationError(
+            f"--address={address}: the cluster wants a token, or another one: set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN"
+        ) from error
+    except (requests.exceptions.RequestException, RayError) as error:
+        raise ConfigurationError(f"--address={address}: {one_line(error)}") from error

@@ -1,0 +1,82 @@
+"""What runs inside a replica: a measure on a language model.
+
+Apart from `replica.py`, so that the module of the actor does not import torch: Ray imports the actor's class and what
+it is made with in two threads at once, and two threads that import torch at once find it half initialised.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from neg_service.cluster.plan import Shard
+from neg_service.cluster.replica import Ready, Scan
+from neg_service.config import typed
+from neg_service.errors import ModelError
+from neg_service.measures import find_measure
+from neg_service.measures.batching import default_batch_tokens
+from neg_service.models.batches import Budget
+from neg_service.models.language_model import LanguageModel, load_model, set_threads
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+
+log = logging.getLogger(__name__)
+
+
+class ScanWorker:
+    """Runs a measure on a language model."""
+
+    def __init__(self, scan: Scan) -> None:
+        """Cheap."""
+        self._config = scan.config
+        self._identity = scan.identity
+        self._threads = scan.threads
+        self._samples = scan.samples
+        self._calibration = scan.calibration
+        self._measure = find_measure(scan.config.measure["name"])
+        self._options = typed(self._measure.Options, scan.config.measure, "measure")
+
+    def start(self) -> Ready:
+        """Load the model, check that it is the planned one, let it check itself, and calibrate the measure."""
+        set_threads(self._threads)
+        began = time.monotonic()
+        asked = self._config.model
+        self._model: LanguageModel = load_model(
+            asked.source,
+            revision=asked.revision,
+            dtype=asked.dtype,
+            device=asked.device,
+            trust_remote_code=asked.trust_remote_code,
+        )
+        log.info("loaded %s in %.1f s; checking that the engine fits it", self._model.name, time.monotonic() - began)
+        if self._model.identity != self._identity:
+            raise ModelError(
+                f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
+                f"planned for {self._identity}: put the same files on every node"
+            )
+        checked = self._model.ensure_checked()
+        log.info("self-check passed, engine %s, row logits %.0e off the plain pass", checked.engine, checked.logits)
+        batch_tokens = self._config.cluster.batch_tokens
+        self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
+        if self._calibration is None:
+            samples, neurons = self._encoded(self._samples), self._config.neurons
+            self._calibration = self._measure.calibrate(self._model, samples, self._options, neurons)
+        devices = ",".join(map(str, self._model.devices))
+        return Ready(f"{devices}, {self._threads} threads", self._calibration, self._model.engine)
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        """Encode and measure a shard."""
+        prompts = self._encoded(shard.prompts)
+        # A shard that failed for memory runs in small batches without making all later ones small.
+        budget = self._budget
+        if batch_scale != 1:
+            budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
+        neurons, calibration = self._config.neurons, self._calibration or {}
+        return self._measure.measure(self._model, prompts, self._options, neurons, budget, calibration)
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        model = self._model
+        return list(encode(model.tokenizer, prompts, model.context_length, model.mask_token))

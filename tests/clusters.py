@@ -1,0 +1,158 @@
+"""Ray clusters of several nodes on this machine, each in a process of its own, with token authentication on.
+
+The nodes are real Ray processes that share one machine. `python -m tests.clusters` is the process that owns them: it
+reads commands as JSON lines, so that a test has no Ray of its own, as a person at a terminal has none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TOKEN = "a-token-that-only-this-test-knows-0123456789"
+STORE_BYTES = 80 * 2**20
+
+
+class OwnCluster:
+    """A cluster that a test owns: its head has the job server, and no CPUs unless told otherwise."""
+
+    def __init__(self, **head: Any) -> None:
+        """Start the head node; `head` goes to Ray's `add_node`."""
+        self.dashboard, self.metrics = _free_port(), _free_port()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
+            # Jobs find the tests' own measure.
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.clusters"], env=self.environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        )  # fmt: skip
+        settings = {"num_cpus": 0, "metrics_export_port": self.metrics} | head
+        self.head = self.add(
+            include_dashboard=True, dashboard_port=self.dashboard,
+            _system_config={"metrics_report_interval_ms": 1000, "health_check_period_ms": 500}, **settings,
+        )  # fmt: skip
+        self.address = self.head["address"]
+        self.jobs = f"http://127.0.0.1:{self.dashboard}"
+
+    def add(self, **node: Any) -> dict[str, str]:
+        """Start a node; its `id` and the cluster's `address`."""
+        return self._ask({"add": {"object_store_memory": STORE_BYTES} | node})
+
+    def kill(self, node: dict[str, str]) -> None:
+        """End a node's processes with SIGKILL, as a machine that is gone."""
+        self._ask({"kill": node["id"]})
+
+    def drain(self, node: dict[str, str], seconds: int = 3600) -> None:
+        """Say that a node is about to be taken away."""
+        command = [
+            "ray", "drain-node", "--address", self.address, "--node-id", node["id"], "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", str(seconds),
+        ]  # fmt: skip
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the cluster that are alive."""
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def metric(self, name: str, run: str) -> dict[str, float]:
+        """What Prometheus would read of a metric: its values for a run, by the label `state` if there is one."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        mine = [line for line in lines if line.startswith(f"ray_{name}{{") and f'run="{run}"' in line]
+        states = [re.search(r'state="(\w+)"', line) for line in mine]
+        return {
+            state[1] if state else "": float(line.rsplit(" ", 1)[1]) for state, line in zip(states, mine, strict=True)
+        }
+
+    def close(self) -> None:
+        """End everything that this cluster started."""
+        owned = self.processes()
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.stdout:
+            self._process.stdout.close()
+        for process in owned:
+            if process.is_running():
+                process.kill()
+        psutil.wait_procs(owned, timeout=20)
+
+    def _ask(self, command: dict[str, Any]) -> dict[str, str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, str] = json.loads(line)
+                return answer
+        raise AssertionError(f"the cluster ended at {command}")
+
+
+@contextmanager
+def own_cluster(**head: Any) -> Iterator[OwnCluster]:
+    """A cluster for the duration of a test."""
+    cluster = OwnCluster(**head)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def eventually(condition: Any, seconds: float = 60) -> Any:
+    """What `condition` gives as soon as it is true."""
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.2)
+    return value
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _serve() -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster, nodes = Cluster(), {}
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = {}
+        if "add" in command:
+            node = cluster.add_node(**command["add"])
+            nodes[node.node_id] = node
+            answer = {"id": node.node_id, "address": cluster.address}
+        elif "kill" in command:
+            cluster.remove_node(nodes.pop(command["kill"]), allow_graceful=False)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,182 @@
+"""Jobs on clusters of several nodes: submitted through the job server, with nodes that come, go, and are taken away.
+
+Every cluster has token authentication on. Shards take a quarter of a second each, so that there is time for things to
+happen.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import neg_service
+from neg_service.storage.reader import Run
+from tests.clusters import OwnCluster, eventually, own_cluster
+from tests.e2e.commands import Running
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[OwnCluster]:
+    """A head without CPUs, and two nodes of one."""
+    with own_cluster() as own:
+        own.add(num_cpus=1)
+        own.add(num_cpus=1)
+        yield own
+
+
+def arguments(model: Path, place: Path, n_prompts: int, name: str) -> list[str]:
+    """A scan of so many prompts, one a shard."""
+    words = place / f"{name}.jsonl"
+    words.write_text(
+        "\n".join(
+            json.dumps({"prompt": f"w{10 + i % 40} w{10 + i // 40} w9", "targets": [" w7", " w8"], "answer": " w7"})
+            for i in range(n_prompts)
+        )
+    )
+    return [
+        f"model.source={model}", f"dataset.source={words}", f"storage.uri={place / 'results'}", f"job.name={name}",
+        "job.shard_size=1", "job.progress_seconds=1", "cluster.cpus_per_replica=1", "measure.name=tests.slow_neurgrad",
+    ]  # fmt: skip
+
+
+def submitted(cluster: OwnCluster, *arguments: str) -> Running:
+    """`python -m jobs.submit` as a person runs it."""
+    return Running("submit", "--address", cluster.jobs, *arguments, env=cluster.environment)
+
+
+def ray_job(cluster: OwnCluster, *arguments: str) -> str:
+    """A command of Ray's own about jobs."""
+    command = ["ray", "job", *arguments[:1], "--address", cluster.jobs, *arguments[1:]]
+    return subprocess.run(command, env=cluster.environment, check=True, capture_output=True, text=True).stdout
+
+
+def replicas(cluster: OwnCluster) -> list[psutil.Process]:
+    """Processes of replicas."""
+    found = []
+    for process in cluster.processes():
+        try:
+            found += [process] if "ray::Replica" in " ".join(process.cmdline()) else []
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def results_of(running: Running) -> Run:
+    """The run that a scan says it made."""
+    return neg_service.open_run(running.wait_for(r"results\s+(\S+)")[1])
+
+
+def test_submitting_twice_runs_once_and_metrics_say_what_is_done(
+    cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
+) -> None:
+    asked = arguments(tiny_directory, tmp_path, 60, "once")
+    first = submitted(cluster, *asked, "--no-wait")
+    second = submitted(cluster, *asked)
+    assert first.finish() == 0
+    name = first.output.strip().splitlines()[-1]
+    assert name.startswith("neg-once-")
+    uri = second.wait_for(r"I results: (\S+)")[1]
+    seen = []
+    while second.process.poll() is None:
+        stored = len(list(Path(uri).glob("neurgrad/*.parquet")))
+        try:
+            shards = cluster.metric("neg_shards", Path(uri).name)
+            prompts = cluster.metric("neg_prompts_total", Path(uri).name)
+        except OSError:
+            continue
+        if shards.get("done") and prompts:
+            after = len(list(Path(uri).glob("neurgrad/*.parquet")))
+            seen.append((stored, shards["done"], prompts[""], after, sum(shards.values())))
+        time.sleep(0.5)
+    assert second.finish() == 0, second.output
+    assert f"job {name} is" in second.output
+    assert len(re.findall(r"60 of 60 shards to do", second.output)) == 1
+    run = neg_service.open_run(uri)
+    assert len(run.done()) == run.n_shards == 60
+    # A metric is some seconds old when it is read, never ahead of what is stored, and the states add up to all shards.
+    assert seen
+    assert all(done <= after and prompts <= after and total == 60 for _, done, prompts, after, total in seen)
+    assert max(done for _, done, *_ in seen) > 0
+    third = submitted(cluster, *asked)
+    assert third.finish() == 0
+    assert f"job {name} has done this already" in third.output
+    jobs = ray_job(cluster, "list")
+    assert len(set(re.findall(r"submission_id='(neg-once[^']*)'", jobs))) == 1
+
+
+def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues(
+    cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
+) -> None:
+    asked = arguments(tiny_directory, tmp_path, 80, "stopped")
+    place = tmp_path / "results"
+
+    def stored(name: str) -> int:
+        return len(list(place.glob(f"{name}-*/neurgrad/*.parquet")))
+
+    # Two jobs at once, each with room for one replica.
+    other = submitted(cluster, *arguments(tiny_directory, tmp_path, 60, "other"), "cluster.replicas.max=1")
+    root = Path(__file__).parent.parent.parent
+    ray_job(
+        cluster, "submit", "--no-wait", "--submission-id", "by-hand", "--working-dir", str(root), "--",
+        "python", "-m", "jobs.scan", *asked, "cluster.replicas.max=1",
+    )  # fmt: skip
+    eventually(lambda: stored("stopped") > 5 and stored("other") > 5 and len(replicas(cluster)) == 2)
+    mine = [process for process in replicas(cluster) if str(process.pid) in ray_job(cluster, "logs", "by-hand")]
+    assert len(mine) == 1
+    began = time.monotonic()
+    ray_job(cluster, "stop", "by-hand")
+    eventually(lambda: not mine[0].is_running(), 10)
+    assert time.monotonic() - began < 10
+    assert "interrupted; the same command continues from here" in ray_job(cluster, "logs", "by-hand")
+    assert other.finish() == 0, other.output
+    assert len(results_of(other).done()) == 60
+    eventually(lambda: not replicas(cluster), 10)
+    done = stored("stopped")
+    assert done < 80, "too quick to be stopped"
+    again = submitted(cluster, *asked)
+    assert again.finish() == 0, again.output
+    assert int(again.wait_for(r"(\d+) of 80 shards to do")[1]) == 80 - done
+    assert len(results_of(again).done()) == 80
+
+
+def test_nodes_come_and_go_and_the_node_of_the_driver_is_lost(tiny_directory: Path, tmp_path: Path) -> None:
+    asked = arguments(tiny_directory, tmp_path, 200, "elastic")
+    with own_cluster() as cluster:
+        driving = cluster.add(num_cpus=1, resources={"driver": 1})
+        first = submitted(cluster, *asked, "--driver", "driver=1")
+        first.wait_for(r"replica 0 is ready")
+        later = cluster.add(num_cpus=1)
+        first.wait_for(r"replica 1 is ready")
+        eventually(lambda: len(replicas(cluster)) == 2)
+        cluster.drain(later)
+        first.wait_for(r"replica 1 gets no more shards: its node is being drained")
+        eventually(lambda: len(replicas(cluster)) == 1)
+        assert first.process.poll() is None, first.output
+        assert "goes back to the queue" not in first.output
+        cluster.kill(driving)
+        assert first.finish() == 1
+        assert "error: job neg-elastic-" in first.output
+        stored = len(list((tmp_path / "results").glob("elastic-*/neurgrad/*.parquet")))
+        assert 0 < stored < 200
+        # By now only a drained node is left; the job waits until there is another one.
+        second = submitted(cluster, *asked, "cluster.wait_seconds=120")
+        second.wait_for(r"waiting up to 120 s for a node with room for a replica")
+        cluster.add(num_cpus=1)
+        third = cluster.add(num_cpus=1)
+        second.wait_for(r"replica 1 is ready")
+        # Gone without a word: what it had goes to the other, and is not counted against it.
+        cluster.kill(third)
+        second.wait_for(r"shard \d+ goes back to the queue")
+        assert second.finish() == 0, second.output
+        assert int(second.wait_for(r"(\d+) of 200 shards to do")[1]) <= 1500 - stored
+        assert "failed on replica" not in second.output
+        assert len(results_of(second).done()) == 200
