@@ -1,23 +1,28 @@
 """What Ray and storage cost: a scan with one replica against the same measure called in a plain loop.
 
+And what a second replica brings: two of one thread each against one of one thread.
+
 Both leave the same parts, the loop one shard after the other. Both start in a fresh process in each repeat: a process
 that has run before is faster, whatever it runs.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.cluster.driver import Driver
 from neg_service.cluster.plan import Shard, make_plan, shards_of
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Replica, Scan
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Replica, Scan
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures import Cost
@@ -66,6 +71,35 @@ class Loop:
             return time.perf_counter() - began, measuring
 
 
+@dataclass
+class Together:
+    """A worker that is ready when as many others are, so that the time of a scan is not that of loading models."""
+
+    make_worker: Any
+    place: str
+    replicas: int
+
+    def __call__(self) -> Together:
+        """The worker, made in its replica."""
+        self._worker = self.make_worker()
+        return self
+
+    def start(self) -> Ready:
+        """Load the model, and wait for the others."""
+        ready: Ready = self._worker.start()
+        place = Path(self.place)
+        place.mkdir(exist_ok=True)
+        (place / str(os.getpid())).touch()
+        while len(list(place.iterdir())) < self.replicas:
+            time.sleep(0.01)
+        return ready
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        """As the worker does."""
+        tables: dict[str, pa.Table] = self._worker.compute(shard, batch_scale)
+        return tables
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Measure both kinds of prompts, taking turns."""
     config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
@@ -94,6 +128,19 @@ def run(settings: Settings) -> dict[str, Any]:
             result["ratios"][f"scan over loop, {kind}"] = share
             result["ratios"][f"scan over measuring alone, {kind}"] = ratio(scanned, measured)
             result["bars"].append(bar(f"scan over loop, {kind}", share["median"], 0.95, at_most=False))
+        one, two = [], []
+        single = replace(make_worker, threads=1)
+        for repeat in range(settings.repeats):
+            one.append(len(prompts) / _scan(shards, single, 1))
+            two.append(len(prompts) / _scan(shards, single, 1, replicas=2))
+            sys.stderr.write(f"one replica {repeat + 1}: {one[-1]:.3g}, two {two[-1]:.3g} prompts/s\n")
+        result["prompts_a_second"]["one thread a replica"] = {
+            "one": figure(one, "prompts/s"),
+            "two": figure(two, "prompts/s"),
+        }
+        result["ratios"]["two replicas over one"] = ratio(two, one)
+        gain = result["ratios"]["two replicas over one"]["median"]
+        result["bars"].append(bar("two replicas over one, a thread each", gain, 1.6, at_most=False))
     finally:
         disconnect()
     return result
@@ -107,7 +154,8 @@ def _loop(shards: list[Shard], make_worker: Any, threads: int) -> tuple[float, f
     return seconds
 
 
-def _scan(shards: list[Shard], make_worker: Any, threads: int) -> float:
+def _scan(shards: list[Shard], make_worker: Any, threads: int, replicas: int = 1) -> float:
+    """Seconds from when all replicas are ready to the last receipt."""
     began = 0.0
 
     def start(_hello: Hello) -> None:
@@ -118,7 +166,8 @@ def _scan(shards: list[Shard], make_worker: Any, threads: int) -> float:
         destination = Destination(place, None, "benchmark")
 
         def spawn() -> Any:
-            return ray.remote(Replica).options(num_cpus=threads, **ACTOR_OPTIONS).remote(make_worker, destination)
+            work = Together(make_worker, f"{place}/ready", replicas)
+            return ray.remote(Replica).options(num_cpus=threads, **ACTOR_OPTIONS).remote(work, destination)
 
         ended = 0.0
 
@@ -126,5 +175,5 @@ def _scan(shards: list[Shard], make_worker: Any, threads: int) -> float:
             nonlocal ended
             ended = time.perf_counter()
 
-        Driver(iter(shards), spawn, 1, 1, on_receipt=on_receipt, on_first_ready=start).run()
+        Driver(iter(shards), spawn, replicas, 1, on_receipt=on_receipt, on_first_ready=start).run()
     return ended - began

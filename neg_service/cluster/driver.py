@@ -53,6 +53,8 @@ _STALL_FACTOR, _LEAST_STALL_SECONDS, _LEAST_SHARDS_KNOWN = 10, 120.0, 5
 _ANSWER_SECONDS = 10.0
 _SHOW_SECONDS = 1.0
 _LOOK_SECONDS = 5.0
+# For each call in flight; a replica has another shard to do meanwhile.
+_GATHER_SECONDS = 2e-5
 
 
 @dataclass
@@ -110,13 +112,15 @@ class Driver:
         on_receipt: Callable[[Receipt], None] = lambda receipt: None,
         on_first_ready: Callable[[Hello], None] = lambda hello: None,
         on_set_aside: Callable[[Shard, str, int], None] = lambda shard, error, failures: None,
-        on_failure: Callable[[], None] = lambda: None,
+        on_failure: Callable[[Action], None] = lambda action: None,
         on_counts: Callable[[Counts], None] = lambda counts: None,
         stall_seconds: float | None = None,
         n_shards: int | None = None,
+        end: Callable[[Any], None] = ray.kill,
     ) -> None:
-        """`spawn` starts a replica actor, which runs three calls at once: two shards, and a question what it is doing.
+        """`spawn` starts a replica actor, and `end` ends one.
 
+        An actor runs three calls at once: two shards, and a question what it is doing.
         `room` is how many replicas to run, or looks how many there is room for now. `n_shards`, where it is known,
         keeps their number down to what is left to do. `attempts` is how often a shard may fail; `stall_seconds` how
         long a replica may be silent, by default a multiple of what shards have taken so far.
@@ -125,7 +129,7 @@ class Driver:
         self._moved: deque[Attempt] = deque()
         self._next: Attempt | None = self._draw()
         self._suspects: deque[Attempt] = deque()
-        self._spawn = spawn
+        self._spawn, self._kill = spawn, end
         self._look: Callable[[], Room] = room if callable(room) else lambda: Room(room)
         self._room, self._looked = Room(0), float("-inf")
         self._n_shards = n_shards
@@ -160,7 +164,7 @@ class Driver:
                 self._show()
         finally:
             for member in self._members:
-                ray.kill(member.actor)
+                self._kill(member.actor)
             self._members.clear()
             self._show(at_once=True)
         return self._outcome
@@ -244,7 +248,9 @@ class Driver:
             return
         finished, _ = ray.wait(waiting, num_returns=1, timeout=_WAIT_SECONDS)
         if finished:
-            # All that have finished by now, in one go: with many replicas a wait for each would cost too much.
+            # All that have finished by now, in one go, and with many replicas after a moment in which more do: what a
+            # round costs grows with their number.
+            time.sleep(len(waiting) * _GATHER_SECONDS)
             finished, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
             self._idle_since = time.monotonic()
         else:
@@ -337,7 +343,7 @@ class Driver:
 
     def _end(self, member: _Member) -> None:
         self._members.remove(member)
-        ray.kill(member.actor)
+        self._kill(member.actor)
 
     def _fail_start(self, member: _Member, error: Exception) -> None:
         self._end(member)
@@ -360,9 +366,9 @@ class Driver:
             self._judge(member, attempt, lost(f"its replica was lost: {error}"))
 
     def _judge(self, member: _Member, attempt: Attempt, error: Exception) -> Action:
-        self._on_failure()
         attempt.moves += isinstance(error, NodeLost)
         if decide(error, attempt.failures, self._attempts, attempt.moves) is Action.MOVE:
+            self._on_failure(Action.MOVE)
             log.warning("shard %d goes back to the queue: %s", attempt.shard.index, error)
             self._moved.append(attempt)
             self._next = self._next or self._draw()
@@ -370,6 +376,7 @@ class Driver:
         attempt.failures += 1
         attempt.failed_on.add(member.number)
         action = decide(error, attempt.failures, self._attempts, attempt.moves)
+        self._on_failure(action)
         if action is Action.STOP:
             raise error
         log.warning(

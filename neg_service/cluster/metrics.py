@@ -1,6 +1,6 @@
 """What an operator watches: numbers of a run that Ray exports to Prometheus from the driver's node.
 
-Few labels: `run` alone, and `state` of shards and replicas. Ray puts `ray_` before each name. Where no agent of Ray's
+Few labels: `run`, with `state` of shards and replicas, and `action` of failures. Ray puts `ray_` before each name. Where no agent of Ray's
 collects them they cost next to nothing and go nowhere.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from neg_service.cluster.failures import Action
 from neg_service.cluster.replica import Receipt
 
 _SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
@@ -43,7 +44,9 @@ class RunMetrics:
         self._run_rows = counter("rows_total", "Rows run through layers: interventions, or targets")
         self._bytes = counter("stored_bytes_total", "Bytes of parts put to storage")
         self._waited = counter("storage_wait_seconds_total", "Seconds in which replicas computed nothing but stored")
-        self._failures = counter("shard_failures_total", "Failures of shards, tried again or set aside")
+        what = "Shards that came back undone, by what was done about it"
+        self._failures = Counter("neg_shard_failures_total", what, ("run", "action"))
+        self._failures.set_default_tags({"run": run})
         self._seconds = Histogram("neg_shard_seconds", "Seconds a shard took, storing included", _SECONDS, ("run",))
         self._seconds.set_default_tags({"run": run})
         self._shards = Gauge("neg_shards", "Shards of this start by state", ("run", "state"))
@@ -66,9 +69,9 @@ class RunMetrics:
                 metric.inc(amount)
         self._seconds.observe(max(receipt.seconds, 1e-3))
 
-    def failed(self) -> None:
-        """A shard failed."""
-        self._failures.inc()
+    def failed(self, action: Action) -> None:
+        """A shard came back undone."""
+        self._failures.inc(tags={"action": action.value})
 
     def show(self, counts: Counts) -> None:
         """How things are now."""
