@@ -191,7 +191,8 @@ class Driver:
             self._room, self._looked = self._look(), time.monotonic()
             for member in self._members:
                 if member.node in self._room.leaving and not member.is_leaving:
-                    log.info("replica %d gets no more shards: its node is being drained", member.number)
+                    what = "replica %d gets no more shards: its node is being drained"
+                    log.info(what, member.number, extra={"replica": member.number})
                     member.is_leaving = True
         for member in [member for member in self._members if member.is_leaving and not member.flying]:
             self._end(member)
@@ -286,6 +287,7 @@ class Driver:
                 result.pid,
                 result.node,
                 result.ready.runs_on,
+                extra={"replica": member.number},
             )
             return
         del member.flying[reference]
@@ -348,18 +350,20 @@ class Driver:
     def _fail_start(self, member: _Member, error: Exception) -> None:
         self._end(member)
         if isinstance(error, NodeLost):
-            log.warning("replica %d was lost while it started: %s", member.number, error)
+            what = "replica %d was lost while it started: %s"
+            log.warning(what, member.number, error, extra={"replica": member.number})
             return
         self._failed_starts += 1
         if decide(error, self._failed_starts, self._attempts) in (Action.STOP, Action.SET_ASIDE):
             if isinstance(error, NegServiceError) and not isinstance(error, ReplicaLost):
                 raise error
             raise NegServiceError(f"no replica can be started, {self._failed_starts} tries failed: {error}") from error
-        log.warning("replica %d could not be started, trying again: %s", member.number, error)
+        what = "replica %d could not be started, trying again: %s"
+        log.warning(what, member.number, error, extra={"replica": member.number})
 
     def _dismiss(self, member: _Member, error: Exception) -> None:
         """Give up a replica; whatever it was doing has failed with it."""
-        log.warning("replica %d is lost: %s", member.number, error)
+        log.warning("replica %d is lost: %s", member.number, error, extra={"replica": member.number})
         self._end(member)
         lost = NodeLost if isinstance(error, NodeLost) else ReplicaLost
         for attempt in member.flying.values():
@@ -369,7 +373,8 @@ class Driver:
         attempt.moves += isinstance(error, NodeLost)
         if decide(error, attempt.failures, self._attempts, attempt.moves) is Action.MOVE:
             self._on_failure(Action.MOVE)
-            log.warning("shard %d goes back to the queue: %s", attempt.shard.index, error)
+            about = {"replica": member.number, "shard": attempt.shard.index}
+            log.warning("shard %d goes back to the queue: %s", attempt.shard.index, error, extra=about)
             self._moved.append(attempt)
             self._next = self._next or self._draw()
             return Action.MOVE
@@ -382,6 +387,7 @@ class Driver:
         log.warning(
             "shard %d failed on replica %d (%d of %d): %s: %s",
             attempt.shard.index, member.number, attempt.failures, self._attempts, action.value, error,
+            extra={"replica": member.number, "shard": attempt.shard.index},
         )  # fmt: skip
         if action is Action.SET_ASIDE:
             self._outcome.set_aside[attempt.shard.index] = str(error)

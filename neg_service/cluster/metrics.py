@@ -1,7 +1,7 @@
 """What an operator watches: numbers of a run that Ray exports to Prometheus from the driver's node.
 
-Few labels: `run`, with `state` of shards and replicas, and `action` of failures. Ray puts `ray_` before each name. Where no agent of Ray's
-collects them they cost next to nothing and go nowhere.
+Few labels: `run`, with `state` of shards and replicas, and `action` of failures. Ray puts `ray_` before each name.
+Where no agent of Ray's collects them they cost next to nothing and go nowhere.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from neg_service.models import branches
 from neg_service.models.batches import Group, group_by_header
 from neg_service.models.cached import CachedRows, run_cached_header
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
-from neg_service.models.placement import checked_devices, device_map
+from neg_service.models.placement import checked_devices, device_map, require_room
 from neg_service.models.rows import BranchRows, Rows, SequenceRows
 from neg_service.models.self_check import SelfCheck, self_check
 from neg_service.models.source import LocalModel, fetch, require_complete
@@ -230,6 +230,10 @@ def load_model(
     config = _config(local, trust_remote_code)
     auto_class = _auto_class(config, local.name)
     places: dict[str, Any] = {}
+    if devices[0].type == "cuda":
+        empty = _without_weights(auto_class, config, local.name, trust_remote_code)
+        placed = device_map(empty, devices) if len(devices) > 1 else {"": devices[0]}
+        require_room(empty, chosen_dtype, placed, source)
     if len(devices) > 1:
         # Read straight to where they belong: all of the weights may not fit this machine's memory.
         places["device_map"] = device_map(_without_weights(auto_class, config, local.name, trust_remote_code), devices)

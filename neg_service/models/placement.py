@@ -8,7 +8,8 @@ the other, and does not spread a model whose largest part are its embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +91,38 @@ def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[
         placed[name] = devices[min(len(devices) - 1, int((start + size / 2) * len(devices) / total))]
         start += size
     return placed
+
+
+def require_room(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    placed: Mapping[str, torch.device],
+    source: str,
+    free: Callable[[torch.device], int] = lambda device: torch.cuda.mem_get_info(device)[0],
+) -> None:
+    """Refuse, before weights are read, what does not fit the memory that is free on GPUs; bytes.
+
+    `model` may be one without weights; `placed` as `device_map` gives it, with "" for the whole model.
+
+    Raises:
+        ConfigurationError: with the arithmetic.
+    """
+    weights: dict[torch.device, dict[int, int]] = {device: {} for device in placed.values()}
+    for name, device in placed.items():
+        # By identity: shared weights lie there once.
+        weights[device] |= {id(own): own.numel() for own in model.get_submodule(name).parameters()}
+    needed = {device: sum(own.values()) * dtype.itemsize for device, own in weights.items()}
+    for device, size in needed.items():
+        if device.type != "cuda" or size <= (room := free(device)):
+            continue
+        billions, whole = sum(own.numel() for own in model.parameters()) / 1e9, sum(needed.values())
+        # A tenth for what a pass needs beside the weights.
+        enough = math.ceil(1.1 * whole / max(1, room))
+        raise ConfigurationError(
+            f"model.source={source}: {billions:.2f} billion parameters of {dtype.itemsize} bytes are "
+            f"{whole / 2**30:.1f} GiB, {size / 2**30:.1f} of them on {device}, where {room / 2**30:.1f} GiB are free: "
+            f"use cluster.gpus_per_replica={enough}, a smaller model.dtype, or fewer replicas a GPU"
+        )
 
 
 def _around(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[list[str], str, list[str]]:

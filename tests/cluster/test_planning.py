@@ -20,11 +20,12 @@ from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import Receipt
 from neg_service.cluster.resources import Node, ReplicaSize, gpu_names, replica_count, replica_size
-from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, typed
+from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, most_replicas, typed
 from neg_service.errors import (
     ConfigurationError,
     DestinationError,
     ModelError,
+    NodeLost,
     NonFiniteError,
     OutOfMemory,
     PromptError,
@@ -89,6 +90,14 @@ def test_what_is_done_about_a_failure(error: Exception, failures: int, action: A
     assert decide(error, failures, 3) is action
 
 
+def test_a_shard_that_lost_its_node_is_moved_and_only_after_ten_of_them_suspected() -> None:
+    for moves in (1, 10):
+        assert decide(NodeLost("gone"), 0, 3, moves) is Action.MOVE
+        assert decide(NodeLost("gone"), 2, 3, moves) is Action.MOVE
+    assert decide(NodeLost("gone"), 1, 3, 11) is Action.REPLACE
+    assert decide(NodeLost("gone"), 3, 3, 11) is Action.SET_ASIDE
+
+
 def test_a_replica_takes_a_gpu_where_there_is_one() -> None:
     cpu, gpu = Node(8, 0, 32 * GIB), Node(16, 4, 64 * GIB)
     assert replica_size(ClusterConfig(), "auto", GIB, [cpu]) == ReplicaSize(4, 0, GIB)
@@ -110,6 +119,31 @@ def test_as_many_replicas_as_fit_or_as_asked() -> None:
     assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes) == 5
     assert replica_count(2, ReplicaSize(2, 0, GIB), nodes) == 2
     assert replica_count("auto", ReplicaSize(1, 0.25, 99 * GIB), [Node(16, 2, GIB)]) == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "most"),
+    [
+        ("cluster.replicas.max=7", 7),
+        ("cluster.replicas=7", 7),
+        ("cluster.replicas=auto", "auto"),
+        ("cluster=ray", "auto"),
+    ],
+)
+def test_the_largest_number_of_replicas_is_said_either_way(override: str, most: int | str) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = typed(ScanConfig, compose("scan", overrides=[override]))
+    check(config)
+    assert most_replicas(config.cluster) == most
+
+
+def test_something_else_than_their_largest_number_is_refused() -> None:
+    for replicas, message in (
+        ({"max": 0}, "cluster.replicas.max=0"),
+        ({"min": 1}, "there is only cluster.replicas.max"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            check(ScanConfig(cluster=ClusterConfig(replicas=replicas)))
 
 
 @pytest.mark.parametrize(

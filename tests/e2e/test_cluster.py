@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,32 @@ def test_submitting_twice_runs_once_and_metrics_say_what_is_done(
     assert f"job {name} has done this already" in third.output
     jobs = ray_job(cluster, "list")
     assert len(set(re.findall(r"submission_id='(neg-once[^']*)'", jobs))) == 1
+
+
+def test_what_a_cluster_refuses_is_told_in_one_line(cluster: OwnCluster, tiny_directory: Path, tmp_path: Path) -> None:
+    asked = arguments(tiny_directory, tmp_path, 4, "refused")
+
+    def refusal(*command: str, **extra: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], env=cluster.environment | extra, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1, done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in done.stderr
+        return line
+
+    submit = ("-m", "jobs.submit", "--address", cluster.jobs, *asked)
+    assert "the cluster wants a token, or another one" in refusal(*submit, RAY_AUTH_TOKEN="not-the-token" * 4)
+    assert "cluster.gpus_per_replica=1: no node has any" in refusal(*submit, "cluster.gpus_per_replica=1")
+    # Another version of Ray, as far as Ray itself can tell.
+    older = "import ray, runpy, sys; ray.__version__ = '2.59.0'; sys.argv = sys.argv[1:]; "
+    module = "runpy.run_module(sys.argv[0], run_name='__main__')"
+    assert "the cluster runs Ray 2." in refusal("-c", older + module, *submit[1:])
+    scan = ("jobs.scan", *asked, f"cluster.address={cluster.address}")
+    assert "the cluster runs other versions than this program" in refusal("-c", older + module, *scan)
+    assert "no Ray cluster answers there, or it wants another token" in refusal(
+        "-m", *scan, RAY_AUTH_TOKEN="not-the-token" * 4
+    )
 
 
 def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues(

@@ -288,3 +288,17 @@ def _tiny_data(tmp_path: Path, arguments: list[str]) -> list[str]:
         return []
     (tmp_path / "one.jsonl").write_text('{"prompt": "w1", "targets": [" w2"]}\n')
     return [f"dataset.source={tmp_path}/one.jsonl"]
+
+
+def test_logs_are_json_on_request(arguments: list[str], tmp_path: Path) -> None:
+    done = job("scan", *arguments, f"storage.uri={tmp_path}", "job.log=json", "job.progress_seconds=0")
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    (run,) = (path.name for path in tmp_path.iterdir())
+    assert {one["run"] for one in said} == {run}
+    assert any("is ready" in one["message"] and one["replica"] == 0 for one in said)
+    assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
+    # Errors too.
+    done = job("scan", *arguments, f"storage.uri={tmp_path}", "job.log=json", "measure.basis=none")
+    assert done.returncode == 1
+    assert json.loads(done.stderr)["level"] == "ERROR"

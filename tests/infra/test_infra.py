@@ -1,0 +1,200 @@
+"""What operators install, against the definitions of those who will read it, and against what this program accepts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from botocore.session import get_session
+from botocore.validate import ParamValidator
+from hydra import compose, initialize_config_dir
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from jobs.entry import CONF
+from neg_service import errors
+from neg_service.cluster import metrics
+from neg_service.config import ScanConfig, check, plain, typed
+
+ROOT = Path(__file__).parent.parent.parent
+INFRA = ROOT / "infra"
+DEFINITIONS = ROOT.parent / "shared" / "data" / "kuberay"
+RAY_MANIFESTS = ["rayjob", "raycluster"]
+
+
+def manifest(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((INFRA / "kuberay" / f"{name}.yaml").read_text())
+    return found
+
+
+def pods(value: Any) -> Iterator[dict[str, Any]]:
+    """All pod specifications inside a manifest."""
+    if isinstance(value, dict):
+        if "containers" in value:
+            yield value
+        for inner in value.values():
+            yield from pods(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from pods(inner)
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """A Kubernetes schema that refuses unknown fields, which the API server would silently drop."""
+    made = {key: strict(value) if isinstance(value, dict) else value for key, value in schema.items()}
+    if "properties" in schema and "additionalProperties" not in schema:
+        made["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
+        made["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields"))
+    return made
+
+
+@pytest.mark.parametrize("name", RAY_MANIFESTS)
+def test_ray_manifests_are_what_the_operator_defines(name: str) -> None:
+    definition = DEFINITIONS / f"ray.io_{name}s.yaml"
+    if not definition.exists():
+        pytest.skip(f"the operator's definitions are not at hand: {definition.name}")
+    versions = yaml.safe_load(definition.read_text())["spec"]["versions"]
+    (schema,) = [one["schema"]["openAPIV3Schema"] for one in versions if one["name"] == "v1"]
+    schema["properties"]["metadata"] = {"type": "object", "additionalProperties": True}
+    jsonschema.validate(manifest(name), strict(schema))
+    # The check has teeth.
+    wrong = manifest(name)
+    wrong["spec"]["shutDownAfterJobFinishes"] = True
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, strict(schema))
+
+
+@pytest.mark.parametrize("name", RAY_MANIFESTS)
+def test_pods_are_what_kubernetes_defines_run_as_nobody_special_and_hold_no_secrets(name: str) -> None:
+    found = list(pods(manifest(name)))
+    assert len(found) >= 3
+    for pod in found:
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod}
+        kubernetes_validate.validate(body, "1.31", strict=True)
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["resources"]["requests"]
+            assert "env" not in container, "secrets come from references alone"
+    text = (INFRA / "kuberay" / f"{name}.yaml").read_text()
+    assert not re.search(r"AKIA|hf_[A-Za-z0-9]{8}", text)
+
+
+def test_the_other_kinds_of_kubernetes_and_the_launchers_file_are_valid() -> None:
+    kubernetes_validate.validate(manifest("networkpolicy"), "1.31", strict=True)
+    launcher = yaml.safe_load((INFRA / "ray" / "aws.yaml").read_text())
+    validate_config(prepare_config(launcher))
+    assert launcher["head_node_type"] in launcher["available_node_types"]
+
+
+def test_every_entry_point_is_what_the_program_accepts() -> None:
+    entrypoint = shlex.split(manifest("rayjob")["spec"]["entrypoint"])
+    assert entrypoint[:3] == ["python", "-m", "jobs.scan"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = typed(ScanConfig, plain(compose("scan", overrides=entrypoint[3:])))
+    check(config)
+    assert config.cluster.wait_seconds > 0, "the GPU group starts empty"
+    assert config.storage.uri.startswith("s3://")
+    commands = re.findall(r"python -m jobs\.(\w+)", (INFRA / "README.md").read_text())
+    assert commands
+    assert all((ROOT / "jobs" / f"{name}.py").exists() for name in commands)
+
+
+def test_the_image_copies_what_there_is_and_does_not_run_as_root() -> None:
+    lines = (INFRA / "docker" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    for line in lines:
+        if line.startswith("COPY") and "--from" not in line:
+            assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
+    users = [line.split()[1] for line in lines if line.startswith("USER")]
+    assert users == ["1000"]
+    assert "ARG VARIANT=cpu" in lines
+    # What the image is built from is not hidden from the build.
+    shown = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {
+        source for line in lines if line.startswith("COPY") and "--from" not in line for source in line.split()[1:-1]
+    }
+    assert copied <= shown
+    assert f"rayVersion: {_locked('ray')}" in (INFRA / "kuberay" / "rayjob.yaml").read_text()
+    assert f"rayVersion: {_locked('ray')}" in (INFRA / "kuberay" / "raycluster.yaml").read_text()
+
+
+def test_the_lifecycle_rule_is_what_s3_takes() -> None:
+    rules = json.loads((INFRA / "s3" / "lifecycle.json").read_text())
+    shape = (
+        get_session()
+        .get_service_model("s3")
+        .operation_model("PutBucketLifecycleConfiguration")
+        .input_shape.members["LifecycleConfiguration"]
+    )
+    assert not ParamValidator().validate(rules, shape).has_errors()
+    assert rules["Rules"][0]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] >= 1
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_there_are() -> None:
+    source = Path(metrics.__file__).read_text()
+    own = {f"ray_neg_{name}" for name in re.findall(r'counter\("(\w+)"', source)}
+    own |= {f"ray_{name}" for name in re.findall(r'"(neg_\w+)"', source)}
+    own |= {f"ray_neg_shard_seconds_{part}" for part in ("bucket", "count", "sum")}
+    panels = json.loads((INFRA / "grafana" / "dashboard.json").read_text())["panels"]
+    asked = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    asked += [rule["expr"] for rule in alerts()]
+    used = {name for expression in asked for name in re.findall(r"ray_neg_\w+", expression)}
+    assert used <= own, used - own
+    states = {state for one in asked for text in re.findall(r'state=~?"([\w|]+)"', one) for state in text.split("|")}
+    assert states <= {"done", "running", "waiting", "set_aside", "ready", "starting"}
+    for panel in panels:
+        if panel["type"] != "row":
+            assert panel["description"]
+            assert panel["fieldConfig"]["defaults"]["unit"]
+
+
+def test_panels_do_not_cover_each_other() -> None:
+    panels = json.loads((INFRA / "grafana" / "dashboard.json").read_text())["panels"]
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not installed")
+def test_prometheus_understands_alerts_and_dashboard(tmp_path: Path) -> None:
+    panels = json.loads((INFRA / "grafana" / "dashboard.json").read_text())["panels"]
+    asked = [target["expr"].replace("$run", ".*") for panel in panels for target in panel.get("targets", [])]
+    rules = [{"record": f"panel_{i}", "expr": expression} for i, expression in enumerate(asked)]
+    (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    for file in (tmp_path / "panels.yaml", INFRA / "prometheus" / "alerts.yaml"):
+        subprocess.run(["promtool", "check", "rules", str(file)], check=True, capture_output=True)
+
+
+def test_the_runbook_has_a_heading_for_each_exception_and_each_alert() -> None:
+    headings = set(re.findall(r"^### (\w+)$", (INFRA / "README.md").read_text(), re.MULTILINE))
+    exceptions = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)
+    }
+    assert headings == exceptions | {rule["alert"] for rule in alerts()}
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((INFRA / "prometheus" / "alerts.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def _locked(package: str) -> str:
+    return next(
+        line.split("==")[1]
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if line.startswith(f"{package}==")
+    )
