@@ -82,7 +82,8 @@ def _why_not(error: Exception) -> str:
         return f"the cluster runs other versions than this program; both must be the same: {says[:300]}"
     if isinstance(error, AuthenticationError):
         return "the cluster wants a token, or another one: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-    return f"no Ray cluster answers there, or it wants another token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN): {one_line(error)}"
+    hint = "or it wants another token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)"
+    return f"no Ray cluster answers there, {hint}: {one_line(error)}"
 
 
 def _require_listener(address: str) -> None:

@@ -107,10 +107,14 @@ def _from_directory(source: str, path: Path) -> LocalModel:
 
 def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remote_code: bool) -> LocalModel:
     patterns = _SMALL_FILES + ["*.safetensors"] * with_weights + ["*.py"] * trust_remote_code
+    # The replicas of a node start together: one of them downloads, the others find it done.
+    lock = cache_directory() / "locks" / hashlib.sha256(f"{source}@{revision}".encode()).hexdigest()
+    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path = snapshot_download(
-            source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], max_workers=4
-        )
+        with FileLock(lock):
+            path = snapshot_download(
+                source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], max_workers=4
+            )
     except HFValidationError as error:
         raise ModelError(
             f"model.source={source}: neither {DEFAULT}, a directory, a .gguf file, nor a hub id (owner/name)"
