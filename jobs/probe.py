@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
-from neg_service.cluster.prepare import prepare
+from jobs.findings import IncompleteError, finished, put_findings
 from neg_service.cluster.resources import disconnect
-from neg_service.cluster.scan import run
 from neg_service.config import ScanConfig, plain, typed
-from neg_service.errors import NegServiceError
 from neg_service.inputs import without_credentials
-from neg_service.models.source import fetch
 from neg_service.probing.options import Context, Options, check_options, contexts_of
 from neg_service.probing.study import Findings, run_probe
 from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
 from neg_service.prompts.tasks import TASKS
 from neg_service.prompts.wording import wordings_of
 from neg_service.report.skills import accuracy_table, plots, studies_text
-from neg_service.storage.reader import Run, open_run
-from neg_service.storage.stores import open_store
+from neg_service.storage.reader import Run
 
 log = logging.getLogger(__name__)
-
-
-class _IncompleteError(NegServiceError):
-    """A scan left shards aside, so that a probe of it would be of other prompts than asked for."""
 
 
 @dataclass
@@ -54,7 +42,7 @@ def probe(config: DictConfig) -> int:
     _require_prompts(asked, tasks, context)
     try:
         found = run_probe(tasks, context, asked.probe, _Scans(asked), asked.dataset.wordings)
-    except _IncompleteError as error:
+    except IncompleteError as error:
         log.error("%s", error)
         return EXIT_INCOMPLETE
     finally:
@@ -105,43 +93,20 @@ class _Scans:
             storage=asked.storage,
             job=replace(asked.job, shard_size=shard_size, resume=None, name=None),
         )
-        prepared = prepare(scan)
-        log.info(
-            "%s of %d prompts of %s, %s (%s)",
-            measure["name"], len(prepared.prompts), ", ".join(tasks), split, context.name,
-        )  # fmt: skip
-        summary = run(prepared, stay_connected=True)
-        if summary.set_aside:
-            shard, error = next(iter(summary.set_aside.items()))
-            raise _IncompleteError(
-                f"{len(summary.set_aside)} shards of {summary.uri} were set aside, shard {shard} with: {error}; the "
-                f"same command tries them again"
-            )
-        return open_run(summary.uri, asked.storage.endpoint_url)
+        log.info("%s of %s, %s (%s)", measure["name"], ", ".join(tasks), split, context.name)
+        return finished(scan)
 
 
 def _put(config: ProbeConfig, found: Findings, tables: Mapping[str, pa.Table]) -> str:
     """Store what was found beside the runs that it comes from."""
     dataset = asdict(config.dataset) | {"source": without_credentials(config.dataset.source)}
-    model = fetch(config.model.source, config.model.revision, with_weights=False)
     about = {
-        "model": {"source": config.model.source, "identity": model.identity, "dtype": config.model.dtype},
         "probe": asdict(config.probe),
-        "dataset": {key: value for key, value in dataset.items() if key not in ("split", "limit")},
+        "dataset": {key: value for key, value in dataset.items() if key not in ("split", "limit", "ids")},
         "runs": list(dict.fromkeys(found.runs)),
     }
-    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    uri = f"{config.storage.uri.rstrip('/')}/{config.job.name or f'{model.name}-probe'}-{fingerprint}"
-    store = open_store(uri, config.storage.endpoint_url, config.storage.patience_seconds)
-    for name, table in tables.items():
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        store.put(f"{name}.parquet", buffer.getvalue())
-    for name, image in plots(tables).items():
-        store.put(f"plots/{name}", image)
-    store.put("tables.txt", _shown(tables).encode())
-    store.put("probe.json", json.dumps(about, indent=2).encode())
-    return store.uri
+    files = {f"plots/{name}": image for name, image in plots(tables).items()}
+    return put_findings(config, "probe", about, tables, {**files, "tables.txt": _shown(tables).encode()})
 
 
 def _shown(tables: Mapping[str, pa.Table]) -> str:

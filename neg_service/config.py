@@ -38,7 +38,8 @@ class ModelConfig:
 class DatasetConfig:
     """Which prompts: `facts`, a JSONL, Parquet or CSV file at any fsspec URI, or tasks of MCEval8K.
 
-    too_long: what happens to prompts beyond the model's context: `error`, or `skip`, which counts them.
+    too_long: what happens to prompts beyond the model's context: `error`, or `skip`, which counts them. ids: of the
+    prompts to take, in the order of the data set; all if not given.
 
     With `task`, `source` is the hub's or a directory's MCEval8K (`prompts/mceval8k.py`), and the rest says how its rows
     become prompts. task: one, a list, or `all`. split: one or a list. limit: rows of each task and split. balanced:
@@ -49,6 +50,7 @@ class DatasetConfig:
 
     source: str = "facts"
     too_long: str = "error"
+    ids: Any = None
     task: Any = None
     split: Any = "valid"
     limit: int | None = None

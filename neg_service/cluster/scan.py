@@ -279,9 +279,14 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         stall_seconds=None if config.cluster.stall_seconds == "auto" else float(config.cluster.stall_seconds),
     )
     try:
-        return driver.run(), progress
+        outcome = driver.run()
     finally:
         progress.close()
+    if not done and not outcome.set_aside:
+        # What it cost, for whoever compares measures; a run that was interrupted does not say.
+        cost = {"prompts": progress.n_now, "seconds": round(progress.seconds, 3), "replicas": n_replicas}
+        note(directory.store, {"cost": cost})
+    return outcome, progress
 
 
 def _samples(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -82,6 +82,12 @@ def linearity(grid: Grid, delta_p: Tensor) -> Linearity:
     return Linearity(neg, r.clamp(-1, 1), r2, largest)
 
 
+def judged(grid: Grid, curves: Doubles) -> dict[str, Doubles]:
+    """`linearity` of curves [I, S] in NumPy: `neg`, `r`, `r2` and `largest`, each [I]."""
+    found = linearity(grid, torch.from_numpy(np.ascontiguousarray(curves)))
+    return {name: getattr(found, name).numpy() for name in ("neg", "r", "r2", "largest")}
+
+
 def full_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
     """Shifts from -max_shift to max_shift without zero; the default has the paper's 40.
 
@@ -112,11 +118,22 @@ def coarse_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
             f"measure.grid=coarse: runs {len(COARSE_NODES)} shifts, and measure.step={step} up to "
             f"measure.max_shift={max_shift} has only {len(full.shifts)}: use measure.grid=full"
         )
-    nodes = max_shift * np.array(COARSE_NODES)
+    return _interpolated(max_shift * np.array(COARSE_NODES), full.judged)
+
+
+def range_grid(largest: float) -> Grid:
+    """40 shifts up to ±`largest`, judged from curves that are run at half and at the whole of it.
+
+    Ranges that double share shifts: 1, 2 and 4 take eight in all.
+    """
+    return _interpolated(largest * np.array([-1.0, -0.5, 0.5, 1.0]), full_grid(largest, largest / 20).judged)
+
+
+def _interpolated(nodes: Doubles, judged: Doubles) -> Grid:
     points = np.array([0.0, *nodes])
     # Lagrange's polynomials, the origin's left out: its value is 0.
-    basis = [math.prod((full.shifts - other) / (node - other) for other in points if other != node) for node in nodes]
-    return Grid(nodes, full.judged, np.stack(basis, 1))
+    basis = [math.prod((judged - other) / (node - other) for other in points if other != node) for node in nodes]
+    return Grid(nodes, judged, np.stack(basis, 1))
 
 
 def given_grid(shifts: Sequence[float] | Doubles) -> Grid:

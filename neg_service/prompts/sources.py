@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neg_service.config import DatasetConfig
-from neg_service.errors import PromptError, one_line
+from neg_service.errors import PromptError, nearest, one_line
 from neg_service.inputs import read_input, suffix_of, without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
@@ -29,12 +29,22 @@ COLUMNS = ("prompt", "targets", "answer", "id")
 
 
 def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Prompt]:
-    """All prompts of a data set, or its first `limit`.
+    """All prompts of a data set, or its first `limit`, or those with the ids that it names.
 
     Raises:
-        PromptError: see `load_prompts` and `load_tasks`.
+        PromptError: see `load_prompts` and `load_tasks`, or an id that there is not.
     """
-    return load_prompts(dataset.source, limit) if dataset.task is None else load_tasks(dataset)[:limit]
+    most = None if dataset.ids is not None else limit
+    prompts = load_prompts(dataset.source, most) if dataset.task is None else load_tasks(dataset)
+    if dataset.ids is not None:
+        wanted = {str(one) for one in (dataset.ids if isinstance(dataset.ids, list) else [dataset.ids])}
+        known = [prompt.id for prompt in prompts]
+        if missing := sorted(wanted - set(known)):
+            raise PromptError(
+                f"dataset.ids: no prompt has the id {missing[0]!r}; {nearest(missing[0], known)}".rstrip("; ")
+            )
+        prompts = [prompt for prompt in prompts if prompt.id in wanted]
+    return prompts[:limit]
 
 
 def dataset_name(dataset: DatasetConfig) -> str:

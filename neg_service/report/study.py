@@ -1,0 +1,99 @@
+"""What a study found, as text: estimators, linearity, layers and sets. Its tables: `estimation/study.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from neg_service.report.console import columns
+
+
+def study_text(tables: Mapping[str, pa.Table]) -> str:
+    """The tables for a person; intervals in brackets hold 95 % of bootstrap draws over prompts."""
+    accuracy = tables["accuracy"].to_pylist()[0]
+    counts = (
+        f"{accuracy['right']} of {accuracy['with_answer']} prompts with an answer are answered rightly; "
+        f"{accuracy['studied']} are studied"
+    )
+    parts = [counts, _estimators(tables["estimators"]), _ranges(tables["ranges"]), _layers(tables["layers"])]
+    if "additivity" in tables:
+        parts.append(_additivity(tables["additivity"]))
+    return "\n\n".join(parts)
+
+
+def _estimators(table: pa.Table) -> str:
+    rows = [row for row in table.to_pylist() if row["layer"] is None]
+    lines = [
+        (
+            row["estimator"],
+            _with_interval(row, "pearson", 4),
+            _with_interval(row, "spearman", 4),
+            _with_interval(row, "signs", 1, 100),
+            _with_interval(row, "median_relative_error", 4),
+            "-" if row["seconds_a_prompt"] is None else f"{row['seconds_a_prompt']:.3g}",
+        )
+        for row in rows
+    ]
+    cost = rows[0]["neg_seconds_a_prompt"]
+    measured = "" if cost is None else f"; measuring NEG of them took {cost:.3g} s a prompt"
+    head = ("estimator", "Pearson r", "Spearman", "equal signs %", "median relative error", "s a prompt")
+    return f"estimators against NEG: {rows[0]['n']} (prompt, neuron) pairs{measured}\n" + columns(head, lines)
+
+
+def _ranges(table: pa.Table) -> str:
+    lines = [
+        (
+            f"{row['range']:g}",
+            _percent(row["share_linear"]),
+            f"{row['r_q05']:.4f}",
+            f"{row['r_q50']:.4f}",
+            f"{row['r2_q50']:.4f}",
+            str(row["n"]),
+        )
+        for row in table.to_pylist()
+        if row["layer"] is None and row["n"]
+    ]
+    head = ("shifts up to", "linear %", "|r|, 5 %", "|r|, median", "R2, median", "curves")
+    return "linear: |r| >= 0.95, of curves whose NEG differs from zero\n" + columns(head, lines)
+
+
+def _layers(table: pa.Table) -> str:
+    lines = [
+        (
+            "all" if row["layer"] is None else str(row["layer"]),
+            _percent(row["share_linear"]),
+            f"{row['neg_q50']:.2e}",
+            f"{row['neg_q95']:.2e}",
+            _percent(row["share_positive"]),
+        )
+        for row in table.to_pylist()
+    ]
+    return "layers\n" + columns(("layer", "linear %", "|NEG|, median", "|NEG|, 95 %", "positive %"), lines)
+
+
+def _additivity(table: pa.Table) -> str:
+    lines = [
+        (
+            str(row["n_neurons"]),
+            _with_interval(row, "pearson", 4),
+            _with_interval(row, "median_relative_error", 4),
+            f"{row['median_delta_p']:.2e}",
+        )
+        for row in table.to_pylist()
+    ]
+    head = ("neurons", "Pearson r", "median relative error", "|change|, median")
+    shift = table["shift"][0].as_py()
+    return f"sets shifted together by {shift:g}, against the sum of their NEGs\n" + columns(head, lines)
+
+
+def _with_interval(row: Mapping[str, Any], name: str, digits: int, factor: float = 1.0) -> str:
+    value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None or value != value:
+        return "-"
+    return f"{factor * value:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
