@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neg_service.measures.edits import Edit
+    from neg_service.measures.integrated_gradients import IntegratedGradientsResult, integrated_gradients
     from neg_service.measures.intervene import InterveneResult, intervene
     from neg_service.measures.neg import NegResult, neg
     from neg_service.measures.neurgrad import NeurGradResult, neurgrad
@@ -20,12 +21,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Edit": "neg_service.measures.edits",
+    "IntegratedGradientsResult": "neg_service.measures.integrated_gradients",
     "InterveneResult": "neg_service.measures.intervene",
     "LanguageModel": "neg_service.models.language_model",
     "NegResult": "neg_service.measures.neg",
     "NeurGradResult": "neg_service.measures.neurgrad",
     "Run": "neg_service.storage.reader",
     "Runs": "neg_service.storage.reader",
+    "integrated_gradients": "neg_service.measures.integrated_gradients",
     "intervene": "neg_service.measures.intervene",
     "load_model": "neg_service.models.language_model",
     "neg": "neg_service.measures.neg",
@@ -35,12 +38,14 @@ _HOME = {
 }
 __all__ = [
     "Edit",
+    "IntegratedGradientsResult",
     "InterveneResult",
     "LanguageModel",
     "NegResult",
     "NeurGradResult",
     "Run",
     "Runs",
+    "integrated_gradients",
     "intervene",
     "load_model",
     "neg",

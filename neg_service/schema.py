@@ -47,6 +47,23 @@ def neurgrad(n_neurons: int) -> pa.Schema:
     )
 
 
+def integrated_gradients(n_neurons: int) -> pa.Schema:
+    """One row a (prompt, target, layer). `integrated_gradients` [N]: probability, of the target's that a neuron brings.
+
+    Over a layer's neurons it adds up, but for the steps of its sum, to the target's probability less that with the
+    layer's neurons at zero at the readout position.
+    """
+    return pa.schema(
+        [
+            *_KEY,
+            pa.field("layer", pa.int16(), nullable=False),
+            pa.field("basis", pa.string(), nullable=False),
+            pa.field("probability", pa.float32(), nullable=False),
+            pa.field("integrated_gradients", pa.list_(pa.float32(), n_neurons), nullable=False),
+        ]
+    )
+
+
 def activations(n_neurons: int) -> pa.Schema:
     """One row a (prompt, layer). `activation` [N]: dimensionless, at the readout position."""
     return pa.schema(

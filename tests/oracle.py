@@ -7,6 +7,7 @@ that a wrong row in the engine's table cannot agree with itself here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,6 +125,50 @@ def probability_with_shift(
             return float(logits.softmax(-1)[target])
     finally:
         handle.remove()
+
+
+def probabilities_with_scaled_layer(
+    model: nn.Module, ids: Sequence[int], basis: str, layer: int, factor: float, position: int = -1
+) -> tuple[Tensor, Tensor]:
+    """Probabilities [V] when all neurons of a layer are multiplied at a position, and these neurons [N]: a graph."""
+    module, side = neuron_module(layers_of(model)[layer], basis)
+    scaled: list[Tensor] = []
+
+    def scale(x: Tensor) -> Tensor:
+        x = x.clone()
+        row = x.view(-1, x.shape[-1])[position]
+        offset = len(row) // 2 if side.startswith("second") else 0
+        scaled.append((row[offset:] * factor).detach().requires_grad_())
+        row[offset:] = scaled[0]
+        return x
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(lambda _m, inputs: (scale(inputs[0]), *inputs[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _m, _i, output: scale(output))
+    try:
+        with torch.enable_grad():
+            return _logits(model, ids)[position].softmax(-1), scaled[0]
+    finally:
+        handle.remove()
+
+
+def integrated_gradients(
+    model: nn.Module,
+    ids: Sequence[int],
+    target_ids: Sequence[int],
+    basis: str,
+    layer: int,
+    m: int,
+    position: int = -1,
+) -> np.ndarray:
+    """Integrated gradients [K, N] of one layer: a full forward pass for each point, a backward pass for each target."""
+    total: Any = 0
+    for j in range(1, m + 1):
+        p, neurons = probabilities_with_scaled_layer(model, ids, basis, layer, j / m, position)
+        total += np.stack([torch.autograd.grad(p[k], neurons, retain_graph=True)[0].numpy() for k in target_ids])
+    # The last point is the activations themselves.
+    return neurons.detach().numpy() * total / m
 
 
 def changes_with_shifts(

@@ -89,6 +89,32 @@ def _halving(
         yield from zip(part, results, strict=True)
 
 
+def in_parts(n_rows: int, run: Callable[[slice], T], most: int, device: torch.device) -> tuple[list[T], int]:
+    """Run rows of one prompt, at most `most` together, in parts of even size; when memory ends, in parts half as large.
+
+    Gives what `run` gave of each part, in order, and how many rows may run together from now on. A row that does not
+    fit even alone raises what the allocator says.
+    """
+    done: list[T] = []
+    start = 0
+    while start < n_rows:
+        left = n_rows - start
+        n_parts = -(-left // most)
+        end = start + -(-left // n_parts)
+        try:
+            done.append(run(slice(start, end)))
+            start = end
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or end - start == 1:
+                raise
+        # Out of the handler, where the failed part's tensors are no longer held by the traceback.
+        most = (end - start) // 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return done, most
+
+
 def named(prompt: EncodedPrompt, model: LanguageModel) -> str:
     """A prompt as messages name it, with what its errors mostly depend on."""
     return f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens) in {str(model.dtype).removeprefix('torch.')}"

@@ -6,19 +6,19 @@ because only there do rows begin to differ. Architectures whose layers cannot gr
 finds out) run the whole layer for each row. Row 0 of every batch is not shifted: another batch
 shape alone moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
 
-Axes: K targets, L layers, I interventions, R rows of a batch, N neurons of a layer.
+Axes: K targets, L layers, I interventions, R rows of a batch, N neurons of a layer, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
-from neg_service.measures.batching import named
+from neg_service.measures.batching import in_parts, named
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
 from neg_service.models.backward import target_gradients
@@ -36,7 +36,7 @@ class Interventions:
     """One prompt, ready for interventions: layer inputs are stored, and the unshifted output is known.
 
     probability_k: of each target without a shift [K], at least float32, on the model's device.
-    activation_ln: of each layer's neurons at the readout position, on the layer's device.
+    activation_ln: of each layer's neurons at the readout position, on the layer's device; sites: where they are.
     """
 
     def __init__(self, model: LanguageModel, prompt: EncodedPrompt, basis: str, header: Sequence[int] = ()) -> None:
@@ -48,26 +48,26 @@ class Interventions:
             ModelError: the model fails its self-check, or does to its logits what no difference passes through.
         """
         self._who = named(prompt, model)
-        self._sites = model.feed_forward.sites(basis)
+        self.sites = model.feed_forward.sites(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
         self._target_ids = list(prompt.target_ids)
         checked = model.ensure_checked()
         self._widens_at_neurons, self._resumes = checked.widens_at_neurons, checked.resumes
         self.device = model.device
-        with self._naming_memory("its tokens do"):
+        with self.naming_memory("its tokens do"):
             self.rows: Rows = model.rows([prompt.ids], header)
         captured: dict[int, Tensor] = {}
 
-        with torch.no_grad(), self._naming_memory("its tokens do"), ExitStack() as stack:
+        with torch.no_grad(), self.naming_memory("its tokens do"), ExitStack() as stack:
             self._inputs, self._forms = stack.enter_context(keeping_inputs(self._layers))
-            stack.enter_context(visiting(dict(enumerate(self._sites)), lambda i, x: captured.update({i: x})))
+            stack.enter_context(visiting(dict(enumerate(self.sites)), lambda i, x: captured.update({i: x})))
             head_rv = stack.enter_context(self._readout.watching())
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
         self._unshifted = self._readout.unshifted(head_rv[0][0], logits_rv[0], self._who)
         self.probability_k = self._unshifted.p_v[self._target_ids].to(self.device)
-        self.activation_ln = [site.neurons(flat(captured[i])[place])[0] for i, site in enumerate(self._sites)]
+        self.activation_ln = [site.neurons(flat(captured[i])[place])[0] for i, site in enumerate(self.sites)]
 
     def neurgrad(self, layers: Sequence[int]) -> Tensor:
         """NeurGrad [K, L, N] of the layers' neurons, over the same prefix; probability per unit of |activation|.
@@ -76,11 +76,11 @@ class Interventions:
             NonFiniteError: NaN or infinity in a gradient.
             OutOfMemory: a few targets' graphs do not fit.
         """
-        sites = {layer: self._sites[layer] for layer in layers}
+        sites = {layer: self.sites[layer] for layer in layers}
         parts = []
         for start in range(0, len(self._target_ids), _TARGETS_TOGETHER):
             own = self._target_ids[start : start + _TARGETS_TOGETHER]
-            with self._naming_memory("the gradients of its targets do"):
+            with self.naming_memory("the gradients of its targets do"):
                 found = target_gradients(self.rows, [own], sites)
             signed = [
                 signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
@@ -93,7 +93,12 @@ class Interventions:
         return neurgrad_kln
 
     @contextmanager
-    def _naming_memory(self, what: str) -> Iterator[None]:
+    def naming_memory(self, what: str) -> Iterator[None]:
+        """Let an error that says that memory ended name the prompt, and what does not fit (`its tokens do`).
+
+        Raises:
+            OutOfMemory: in the place of that error.
+        """
         try:
             yield
         except (MemoryError, RuntimeError) as error:
@@ -112,27 +117,34 @@ class Interventions:
             OutOfMemory: one intervention beside the unshifted row does not fit.
             NonFiniteError: NaN or infinity after an intervention.
         """
-        done: list[Tensor] = []
-        start = 0
-        while start < len(shifts_i):
-            left = len(shifts_i) - start
-            n_batches = -(-left // (budget.rows - 1))
-            end = start + -(-left // n_batches)
-            try:
-                done.append(self._run(layer, neurons_i[start:end], shifts_i[start:end]))
-                start = end
-                continue
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if end - start == 1:
-                    with self._naming_memory("one intervention does"):
-                        raise
-            # Out of the handler, where the failed batch's tensors are no longer held by the traceback.
-            budget.rows = 1 + (end - start) // 2
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+
+        def run(part: slice) -> Tensor:
+            return self._run(layer, neurons_i[part], shifts_i[part])
+
+        with self.naming_memory("one intervention does"):
+            done, most = in_parts(len(shifts_i), run, budget.rows - 1, self.device)
+        budget.rows = 1 + most
         return torch.cat(done)
+
+    def run_from(self, layer: int, n_rows: int, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Logits [R, V] of rows that begin at a layer, with what `change` makes of the tensor that holds its neurons.
+
+        `change` is given a copy of that tensor for all rows as [tokens, F], which it may write to, and where in it each
+        row's readout position is [R].
+        """
+        position_r = self.rows.positions([n_rows])
+
+        def change_copy(_layer: int, x: Tensor) -> Tensor:
+            copied = (self.rows.widened(x, n_rows) if self._widens_at_neurons else x).clone()
+            return change(flat(copied), position_r.to(x.device)).view_as(copied)
+
+        # Where layers hand each other more than their outputs, all of them run for every row.
+        first = layer if self._resumes else 0
+        stored = self._inputs[first]
+        if not self._widens_at_neurons:
+            stored = self.rows.widened(stored, n_rows)
+        with resuming_at(self._layers, first, stored, self._forms), visiting({layer: self.sites[layer]}, change_copy):
+            return self.rows.run([1 if self._widens_at_neurons else n_rows])
 
     @torch.no_grad()
     def run_unshifted(self, layer: int, n_rows: int) -> None:
@@ -144,25 +156,14 @@ class Interventions:
     @torch.no_grad()
     def _run(self, layer: int, neurons_r: Tensor, shifts_r: Tensor) -> Tensor:
         n_rows = len(shifts_r) + 1
-        site = self._sites[layer]
-        positions_r = self.rows.positions([n_rows])[1:]
 
-        def shift(_layer: int, x: Tensor) -> Tensor:
-            shifted = (self.rows.widened(x, n_rows) if self._widens_at_neurons else x).clone()
-            places = (positions_r.to(x.device), neurons_r.to(x.device))
-            site.neurons(flat(shifted))[places] += shifts_r.to(x.device, x.dtype)
-            return shifted
+        def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
+            place = (position_r[1:], neurons_r.to(x_tf.device))
+            self.sites[layer].neurons(x_tf)[place] += shifts_r.to(x_tf.device, x_tf.dtype)
+            return x_tf
 
-        # Where layers hand each other more than their outputs, all of them run for every intervention.
-        first = layer if self._resumes else 0
-        stored = self._inputs[first]
-        if not self._widens_at_neurons:
-            stored = self.rows.widened(stored, n_rows)
-        with ExitStack() as stack:
-            stack.enter_context(resuming_at(self._layers, first, stored, self._forms))
-            stack.enter_context(visiting({layer: site}, shift))
-            head_rv = stack.enter_context(self._readout.differences([n_rows]))
-            self.rows.run([1 if self._widens_at_neurons else n_rows])
+        with self._readout.differences([n_rows]) as head_rv:
+            self.run_from(layer, n_rows, shift)
         return self._readout.delta_log_p(self._unshifted, head_rv[0][1:], self._target_ids)
 
 

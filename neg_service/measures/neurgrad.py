@@ -29,7 +29,7 @@ from neg_service.measures import Cost
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.gradients import Floats, PromptGradients, gradients
-from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
+from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of, target_layer_rows
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
 from neg_service.models.language_model import LanguageModel, ModelInfo
@@ -96,18 +96,13 @@ def neurgrad(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
-    check_texts(prompts, targets)
-    if len(prompts) != len(targets):
-        raise ConfigurationError(f"{len(prompts)} prompts, but targets for {len(targets)}; one list a prompt is needed")
-    asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
-    check_prompts(asked)
+    encoded = encoded_texts(model, prompts, targets)
     chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
-    encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token))
     model.ensure_checked()
     budget = Budget(batch_tokens or default_batch_tokens(model))
-    wanted = [tuple(range(len(prompt.targets))) for prompt in asked]
+    wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]
 
-    p, k, n = len(asked), max(map(len, wanted)), model.feed_forward.n_neurons
+    p, k, n = len(encoded), max(map(len, wanted)), model.feed_forward.n_neurons
     result = NeurGradResult(
         probability=np.full((p, k), np.nan, np.float32),
         neurgrad=np.full((p, k, len(chosen), n), np.nan, np.float32),
@@ -120,6 +115,23 @@ def neurgrad(
         result.neurgrad[index, : len(found.targets)] = found.gradient_kln * sign(found.activation_ln)
         result.activation[index] = found.activation_ln
     return result
+
+
+def encoded_texts(
+    model: LanguageModel, prompts: Sequence[str], targets: Sequence[Sequence[str]]
+) -> list[EncodedPrompt]:
+    """Texts with targets that follow them, as tokens; a prompt's id is its number.
+
+    Raises:
+        PromptError: an empty prompt, one beyond the model's context, or a target that is not one token.
+        ConfigurationError: not as many lists of targets as prompts.
+    """
+    check_texts(prompts, targets)
+    if len(prompts) != len(targets):
+        raise ConfigurationError(f"{len(prompts)} prompts, but targets for {len(targets)}; one list a prompt is needed")
+    asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
+    check_prompts(asked)
+    return list(encode(model.tokenizer, asked, model.context_length, model.mask_token))
 
 
 def sign(activation: Floats) -> Floats:
@@ -139,18 +151,28 @@ def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Se
     """Refuse what cannot be measured before a model is loaded."""
     check_basis(options.basis, info.is_gated, info.architecture)
     check_whole_layers(neurons, options.name)
-    if options.keep not in KEEP:
-        raise ConfigurationError(f"measure.keep={options.keep} is unknown; known are {', '.join(KEEP)}")
+    check_keep(options.keep, KEEP, prompts)
     in_all = len(checked_layers(neurons, info.n_layers)) * info.n_neurons
     if options.keep == "top_k" and not 1 <= options.top_k <= in_all:
         raise ConfigurationError(
             f"measure.top_k={options.top_k}: must be from 1 to {in_all}, the neurons of the chosen layers"
         )
-    if options.keep == "answer":
+
+
+def check_keep(keep: str, known: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Refuse an unknown `measure.keep`, and `answer` where a prompt has none.
+
+    Raises:
+        ConfigurationError: naming what it may be.
+    """
+    if keep not in known:
+        raise ConfigurationError(f"measure.keep={keep} is unknown; known are {', '.join(known)}")
+    if keep == "answer":
         unanswered = next((prompt.id for prompt in prompts if prompt.answer is None), None)
         if unanswered is not None:
+            others = " or ".join(other for other in known if other != "answer")
             raise ConfigurationError(
-                f"measure.keep=answer: prompt {unanswered!r} has no answer; use measure.keep=all or top_k"
+                f"measure.keep=answer: prompt {unanswered!r} has no answer; use measure.keep={others}"
             )
 
 
@@ -207,7 +229,7 @@ def measure(
 ) -> dict[str, pa.Table]:
     """One shard's tables."""
     layers = checked_layers(neurons, model.feed_forward.n_layers)
-    wanted = [_wanted(prompt.prompt, options) for prompt in prompts]
+    wanted = [wanted_targets(prompt.prompt, options.keep) for prompt in prompts]
     rows: list[_Rows] = [{} for _ in prompts]
     for index, found in gradients(model, prompts, wanted, options.basis, layers, budget):
         # Reduced at once, so that `top_k` never holds a shard's full gradients.
@@ -221,8 +243,9 @@ def measure(
 _Rows = dict[str, pa.Table]
 
 
-def _wanted(prompt: Prompt, options: Options) -> tuple[int, ...]:
-    if options.keep == "answer":
+def wanted_targets(prompt: Prompt, keep: str) -> tuple[int, ...]:
+    """The indices of the targets whose values `measure.keep` asks for."""
+    if keep == "answer":
         assert prompt.answer is not None
         return (prompt.answer,)
     return tuple(range(len(prompt.targets)))
@@ -243,15 +266,8 @@ def _rows(prompt: EncodedPrompt, found: PromptGradients, layers: Sequence[int], 
         basis=options.basis,
         activation=fixed_size(found.activation_ln),
     )
-    repeats = len(layers)
-    rows["neurgrad"] = table_of(
-        schema.neurgrad(n_neurons),
-        len(found.targets) * repeats,
-        **key_columns(prompt, np.repeat(found.targets, repeats)),
-        layer=np.tile(layers, len(found.targets)),
-        basis=options.basis,
-        probability=np.repeat(found.probability_k[list(found.targets)], repeats),
-        neurgrad=fixed_size(neurgrad_kln),
+    rows["neurgrad"] = target_layer_rows(
+        schema.neurgrad(n_neurons), prompt, found.targets, layers, options.basis, found.probability_k, neurgrad_kln
     )
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,31 @@ def key_columns(prompt: EncodedPrompt, target_of_row: NDArray[np.int64]) -> dict
         "target": np.array(prompt.prompt.targets, dtype=object)[target_of_row],
         "is_answer": None if answer is None else target_of_row == answer,
     }
+
+
+def target_layer_rows(
+    table_schema: pa.Schema,
+    prompt: EncodedPrompt,
+    targets: Sequence[int],
+    layers: Sequence[int],
+    basis: str,
+    probability_k: NDArray[np.float32],
+    values_kln: NDArray[np.float32],
+) -> pa.Table:
+    """Rows by target, then layer, with a value of each neuron in the schema's last column.
+
+    `targets` are indices into the prompt's, along the first axis of the values; `probability_k` is of all its targets.
+    """
+    repeats = len(layers)
+    return table_of(
+        table_schema,
+        len(targets) * repeats,
+        **key_columns(prompt, np.repeat(targets, repeats)),
+        layer=np.tile(layers, len(targets)),
+        basis=basis,
+        probability=np.repeat(probability_k[list(targets)], repeats),
+        **{table_schema.names[-1]: fixed_size(values_kln)},
+    )
 
 
 def table_of(table_schema: pa.Schema, n_rows: int, **columns: Any) -> pa.Table:

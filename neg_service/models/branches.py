@@ -304,7 +304,8 @@ def run_branches(model: PreTrainedModel, prefix: Prefix, rows: Sequence[int]) ->
     positions = [[len(prefix.header.ids) + own] * n for own, n in zip(prefix.own_lengths, rows, strict=True)]
     with running(model, _BranchPass(prefix, rows)):
         logits: Tensor = model(**packed(model, ids, positions)).logits
-    return logits[0]
+    # Some architectures (GPT-2) bring rows that became more on the way to another axis in the end.
+    return logits.flatten(0, -2)
 
 
 def packed(model: PreTrainedModel, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, Any]:

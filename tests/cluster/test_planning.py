@@ -213,7 +213,8 @@ def test_measures_are_found_by_name_or_path_and_unknown_ones_name_the_known() ->
     assert find_measure("neurgrad") is find_measure("neg_service.measures.neurgrad")
     for unknown in ("nothing", "gradients", "no.such.module"):
         with pytest.raises(
-            ConfigurationError, match=rf"measure\.name={unknown} is unknown; known are intervene, neurgrad"
+            ConfigurationError,
+            match=rf"measure\.name={unknown} is unknown; known are integrated_gradients, intervene, neurgrad",
         ):
             find_measure(unknown)
 

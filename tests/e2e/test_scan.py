@@ -238,7 +238,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments: list[str], tmp_
 def test_the_help_names_every_setting() -> None:
     done = job("scan", "--help")
     assert done.returncode == 0
-    for key in ("model.source", "dataset.source", "measure.keep", "neurons.layers", "cluster.replicas", "job.dry_run"):
+    for key in (
+        "model.source",
+        "dataset.source",
+        "measure.keep",
+        "measure.steps",
+        "neurons.layers",
+        "cluster.replicas",
+        "job.dry_run",
+    ):
         assert key in done.stdout
 
 
@@ -246,7 +254,10 @@ def test_the_help_names_every_setting() -> None:
     ("arguments", "message"),
     [
         (["modle.source=x"], "Could not override 'modle.source'"),
-        (["measure=nothing"], "Available options in 'measure': intervene; neurgrad; scores; strength; sweep"),
+        (
+            ["measure=nothing"],
+            "Available options in 'measure': integrated_gradients; intervene; neurgrad; scores; strength; sweep",
+        ),
         (["dataset=file"], "dataset.source: has no value; give one"),
         (["storage.uri=ftp://host/x"], "scheme 'ftp' is unknown"),
         (["cluster.cpus_per_replica=999"], "cluster.cpus_per_replica=999: the largest node has"),

@@ -43,6 +43,7 @@ def everything_measured(model: LanguageModel) -> dict[str, np.ndarray]:
     edits = [{"neurons": [(0, 3), (2, 39)], "suppress": 0.5}, {"neurons": [(1, 17)], "scale": 0}]
     return {
         "neurgrad": neg_service.neurgrad(model, texts, targets).neurgrad,
+        "integrated_gradients": neg_service.integrated_gradients(model, texts, targets, m=3).integrated_gradients,
         "sweep": np.stack([swept[column].to_numpy() for column in ("neg", "neurgrad", "activation")]),
         "intervene": neg_service.intervene(model, texts, targets, edits).delta_p,
         "neg": neg_service.neg(model, texts[0], targets[0][0], [(0, 3), (2, 39)], [1.0]).delta_p,

@@ -87,6 +87,23 @@ def test_a_neuron_of_a_sweep_is_its_rows(tmp_path: Path) -> None:
     assert table["neg"].to_pylist() == [np.float32(1.2)]
 
 
+def test_a_neuron_of_integrated_gradients_is_one_value_a_target(tmp_path: Path) -> None:
+    kept = schema.integrated_gradients(3)
+    rows = [
+        {"prompt_id": "p", "target_index": k, "target": target, "layer": layer, "basis": "paper", "probability": 0.5}
+        | {"integrated_gradients": [k + layer / 10 + n / 100 for n in range(3)]}
+        for k, target in enumerate("ab")
+        for layer in range(2)
+    ]
+    store = LocalStore(tmp_path)
+    run = write_or_match(store, {"plan": {"shards": 1}}, {"integrated_gradients": kept}, {})
+    data = encode_part("integrated_gradients", pa.Table.from_pylist(rows, kept), run.fingerprint, 0)
+    store.put(part_key("integrated_gradients", 0), data)
+    table = neg_service.open_run(str(tmp_path)).neuron(1, 2)
+    assert table["target"].to_pylist() == ["a", "b"]
+    assert table["integrated_gradients"].to_pylist() == [np.float32(0.12), np.float32(1.12)]
+
+
 @pytest.mark.parametrize(
     ("layer", "neuron", "what"), [(2, 0, "layer 2"), (0, NEURONS, "neuron 4"), (-1, 0, "layer -1")]
 )

@@ -1,0 +1,386 @@
+"""Integrated gradients against the textbook oracle, against what they must add up to, and against other batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+import neg_service
+from jobs.benchmarks.tiny_models import MASK, tiny_model
+from neg_service import LanguageModel, schema
+from neg_service.config import NeuronsConfig
+from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, PromptError
+from neg_service.measures import find_measure
+from neg_service.measures import integrated_gradients as measure
+from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
+from neg_service.measures.interventions import Interventions
+from neg_service.models.batches import Budget
+from neg_service.models.language_model import ModelInfo
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+from tests import oracle
+from tests.families import bases_of, float64_of, model_of, random_ids, readout
+from tests.measures.test_neurgrad import encoded, relative
+
+# Each engine; a layer that cannot grow rows at its neurons (OPT, BLOOM); one that brings grown rows to another axis
+# (GPT-2); a fused gate (Phi-3); a soft cap (Gemma 2); layers that cannot be begun at (DeBERTa 2).
+ENGINES = {
+    "branches": ["Llama 2", "GPT-2", "OPT", "Phi-3 and 4", "Gemma 2"],
+    "rows": ["GPT-J", "BLOOM"],
+    "sequences": ["BERT", "ModernBERT", "DeBERTa 2 and 3"],
+}
+TARGETS = [[7, 8, 11], [1], [2, 3]]
+PROMPTS = [
+    Prompt("a", "w3 w14 w15 w9 w26 w5", (" w7", " w8", " w11"), 1),
+    Prompt("b", "w3 w14 w15 w9 w2", (" w7", " w8"), 0),
+    Prompt("c", "w50 w51", (" w1",), 0),
+]
+INFO = ModelInfo("tiny", "sha256:0", "LlamaForCausalLM", 3, 40, 64, 1, is_gated=True, is_masked=False, row_values=1000)
+
+
+def random_prompts(is_masked: bool, header: int = 4) -> list[EncodedPrompt]:
+    found = random_ids([9, 1, 4], is_masked, header)
+    return [encoded(ids, own, f"p{i}") for i, (ids, own) in enumerate(zip(found, TARGETS, strict=True))]
+
+
+def measured(
+    model: LanguageModel, prompts: list[EncodedPrompt], basis: str, m: int, tokens: int = 4096
+) -> list[PromptIntegrals]:
+    layers = list(range(model.feed_forward.n_layers))
+    wanted = [range(len(prompt.target_ids)) for prompt in prompts]
+    found = dict(integrals(model, prompts, wanted, basis, layers, m, Budget(tokens)))
+    assert sorted(found) == list(range(len(prompts)))
+    return [found[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize(
+    ("engine", "family", "basis"),
+    [(engine, family, basis) for engine, own in ENGINES.items() for family in own for basis in bases_of(family)],
+)
+def test_equals_the_oracle_on_every_engine(engine: str, family: str, basis: str) -> None:
+    model = model_of(family)
+    assert model.engine == engine
+    prompts = random_prompts(model.is_masked)
+    for prompt, found in zip(prompts, measured(model, prompts, basis, 5), strict=True):
+        place, reference = readout(prompt.ids, model.is_masked), float64_of(family)
+        p, _, activation = oracle.gradients(reference, prompt.ids, prompt.target_ids, basis, place)
+        np.testing.assert_allclose(found.probability_k, p, rtol=1e-5)
+        assert relative(found.activation_ln, activation) < 1e-5
+        for layer in range(model.feed_forward.n_layers):
+            args = (reference, prompt.ids, prompt.target_ids, basis, layer, 5, place)
+            for own, expected in zip(found.integral_kln[:, layer], oracle.integrated_gradients(*args), strict=True):
+                assert relative(own, expected) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "basis"),
+    [("Llama 2", "paper"), ("Llama 2", "hidden"), ("Llama 2", "gate"), ("GPT-J", "paper"), ("BERT", "paper")],
+)
+def test_over_a_layer_they_add_up_to_what_the_layer_brings(family: str, basis: str) -> None:
+    # With s(x) = Σ_n a_n·∂p/∂a_n at a·x, the right Riemann sum of m points is ∫ s = p(full) - p(zero), plus
+    # (s(1) - s(0))/(2m), plus terms of order 1/m². So m times the error tends to (s(1) - s(0))/2.
+    model = tiny_model(family, torch.float64)
+    (prompt,) = [encoded((3, 14, MASK if model.is_masked else 15, 9, 26), (7,))]
+    place = readout(prompt.ids, model.is_masked)
+    sums = {m: measured(model, [prompt], basis, m)[0].integral_kln.sum(-1, dtype=float)[0] for m in (10, 100, 1000)}
+    for layer in range(model.feed_forward.n_layers):
+        ends = {}
+        for factor in (1e-9, 1.0):
+            args = (model.model, prompt.ids, basis, layer, factor, place)
+            p_v, neurons_n = oracle.probabilities_with_scaled_layer(*args)
+            (slope_n,) = torch.autograd.grad(p_v[7], neurons_n)
+            ends[factor] = float(p_v.detach()[7]), float(slope_n @ neurons_n.detach() / factor)
+        (p_zero, s_zero), (p_full, s_full) = ends[1e-9], ends[1.0]
+        errors = {m: sums[m][layer] - (p_full - p_zero) for m in sums}
+        limit = (s_full - s_zero) / 2
+        assert abs(errors[1000]) < 0.01 * abs(p_full - p_zero)
+        assert abs(errors[100]) < abs(errors[10]) / 5
+        assert abs(errors[1000]) < abs(errors[100]) / 5
+        assert 1000 * errors[1000] == pytest.approx(limit, rel=0.03)
+
+
+def test_of_one_point_they_are_activation_times_gradient() -> None:
+    model = model_of("Llama 2")
+    for prompt, found in zip(random_prompts(False), measured(model, random_prompts(False), "paper", 1), strict=True):
+        _, slopes, activation = oracle.gradients(float64_of("Llama 2"), prompt.ids, prompt.target_ids, "paper")
+        assert relative(found.integral_kln, activation * slopes) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "GPT-J", "BERT"])
+def test_the_batch_size_does_not_change_results(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = model_of(family), []
+    real = Interventions.run_from
+
+    def counted(self: Any, layer: int, n_rows: int, change: Any) -> Any:
+        sizes.append(n_rows)
+        return real(self, layer, n_rows, change)
+
+    monkeypatch.setattr(Interventions, "run_from", counted)
+    prompts = random_prompts(model.is_masked)
+    whole = measured(model, prompts, "paper", 7, 10_000)
+    assert set(sizes) == {7}
+    for tokens in (1, 200):
+        sizes.clear()
+        for one, other in zip(whole, measured(model, prompts, "paper", 7, tokens), strict=True):
+            assert relative(other.integral_kln, one.integral_kln) < 1e-5
+        assert (set(sizes) == {1}) if tokens == 1 else (min(sizes) < 7)
+
+
+def test_more_targets_than_are_differentiated_at_once() -> None:
+    model = tiny_model("Llama 2")
+    (found,) = measured(model, [encoded((3, 14, 15), range(70))], "paper", 2)
+    for k in (0, 31, 32, 69):
+        (alone,) = measured(model, [encoded((3, 14, 15), [k])], "paper", 2)
+        assert relative(found.integral_kln[k], alone.integral_kln[0]) < 1e-5
+
+
+def test_memory_that_ends_shrinks_the_batches_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model("Llama 2"), random_prompts(False)
+    whole = measured(model, prompts, "paper", 20)
+    real, sizes = Interventions.run_from, []
+
+    def small_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
+        sizes.append(n_rows)
+        if n_rows > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, layer, n_rows, change)
+
+    monkeypatch.setattr(Interventions, "run_from", small_memory)
+    for one, other in zip(whole, measured(model, prompts, "paper", 20, 16 * 4 * 20), strict=True):
+        assert relative(other.integral_kln, one.integral_kln) < 1e-5
+    # Halved once at the first layer, and remembered; two batches of ten do not fit, four of five do.
+    assert sizes[:6] == [20, 10, 5, 5, 5, 5]
+    assert max(sizes[2:12]) == 5
+
+    def no_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(Interventions, "run_from", no_memory)
+    with pytest.raises(OutOfMemory, match=r"prompt 'p.' .* one scaled point of layer 0 does not fit"):
+        measured(model, prompts, "paper", 20)
+
+
+def test_layers_below_run_once_for_all_points() -> None:
+    model = tiny_model("BERT")
+    model.ensure_checked()
+    ran: list[int] = []
+    for index, layer in enumerate(model.feed_forward.layers):
+        layer.register_forward_pre_hook(lambda _m, _a, index=index: ran.append(index))
+    neg_service.integrated_gradients(model, ["w3 w14 w96 w9"], [["w7", "w8"]], layers=[1])
+    # Once each without scaling, then all points together from layer 1 on.
+    assert ran == [0, 1, 2, 1, 2]
+
+
+def test_ragged_targets_are_padded_with_nan_and_layers_are_chosen() -> None:
+    model = model_of("Llama 2")
+    result = neg_service.integrated_gradients(
+        model, ["w1 w2 w3", "w4"], [[" w5", " w6", " w7"], [" w8"]], basis="hidden", layers=[2, 0]
+    )
+    assert result.probability.shape == (2, 3)
+    assert result.integrated_gradients.shape == (2, 3, 2, 40)
+    assert result.activation.shape == (2, 2, 40)
+    assert {array.dtype for array in (result.probability, result.integrated_gradients, result.activation)} == {
+        np.dtype(np.float32)
+    }
+    assert result.n_targets.tolist() == [3, 1]
+    assert result.layers == (0, 2)
+    assert np.isnan(result.probability[1, 1:]).all()
+    assert np.isnan(result.integrated_gradients[1, 1:]).all()
+    for i, layer in enumerate(result.layers):
+        # 20 points if nothing else is asked for.
+        expected = oracle.integrated_gradients(float64_of("Llama 2"), (1, 2, 3), (5, 6, 7), "hidden", layer, 20)
+        assert relative(result.integrated_gradients[0, :, i], expected) < 2e-5
+        expected = oracle.integrated_gradients(float64_of("Llama 2"), (4,), (8,), "hidden", layer, 20)
+        assert relative(result.integrated_gradients[1, :1, i], expected) < 2e-5
+
+
+def test_nothing_of_the_measurement_stays_in_the_model() -> None:
+    model = tiny_model("Llama 2")
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    before, state = model.model(ids).logits, copy.deepcopy(model.model.state_dict())
+    layers = list(model.feed_forward.layers)
+    measured(model, random_prompts(False), "paper", 3)
+
+    def broken(_module: Any, _inputs: Any) -> None:
+        if not isinstance(model.feed_forward.layers[0], type(layers[0])):
+            raise IndexError("in the middle of a resumed pass")
+
+    handle = layers[2].register_forward_pre_hook(broken)
+    with pytest.raises(IndexError, match="resumed"):
+        measured(model, random_prompts(False), "paper", 3)
+    handle.remove()
+    assert list(model.feed_forward.layers) == layers
+    assert torch.equal(model.model(ids).logits, before)
+    assert all(torch.equal(state[name], value) for name, value in model.model.state_dict().items())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules()) == 0
+    assert not any(weight.requires_grad or weight.grad is not None for weight in model.model.parameters())
+
+
+def test_what_is_not_finite_on_the_way_is_refused_with_its_prompt_and_layer() -> None:
+    model = tiny_model("Llama 2")
+    model.ensure_checked()
+    rows: list[int] = []
+
+    def overflow(_module: Any, _inputs: Any, output: torch.Tensor) -> Any:
+        # Logits are good without scaling, and not with the layer's neurons near zero.
+        rows.append(output.shape[-2])
+        return output if rows[-1] == 1 else output.index_fill(-2, torch.tensor([0]), float("inf"))
+
+    model.feed_forward.layers[2].mlp.register_forward_hook(overflow)
+    with pytest.raises(NonFiniteError, match=r"prompt 'bad' .* neurons of layer 2 between zero and what they are"):
+        list(integrals(model, [encoded((1, 2), (3,), "bad")], [[0]], "paper", [2], 4, Budget(4096)))
+    with torch.no_grad():
+        model.model.model.embed_tokens.weight[13] = float("nan")
+    with pytest.raises(NonFiniteError, match="prompt 'worse'"):
+        measured(model, [encoded((1, 13), (3,), "worse")], "paper", 2)
+
+
+def test_in_low_precision_they_are_about_the_same() -> None:
+    model = tiny_model("Llama 2", torch.bfloat16)
+    (prompt,) = [encoded((3, 14, 15, 9), (7, 8))]
+    (found,) = measured(model, [prompt], "paper", 4)
+    assert found.integral_kln.dtype == np.float32
+    reference = copy.deepcopy(model.model).double()
+    for layer in range(3):
+        expected = oracle.integrated_gradients(reference, prompt.ids, prompt.target_ids, "paper", layer, 4)
+        assert relative(found.integral_kln[:, layer], expected) < 0.1
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("basis", "layer", "m"), [("paper", 21, 8), ("paper", 3, 3), ("hidden", 28, 3), ("gate", 12, 3)]
+)
+def test_equals_the_oracle_on_the_default_model(
+    smollm2: LanguageModel, smollm2_float64: nn.Module, basis: str, layer: int, m: int
+) -> None:
+    ids = smollm2.tokenizer("The capital of France is")["input_ids"]
+    # " London", " Rome", and " Paris", of which the model is nearly sure, so that what float32 loses in its log p is
+    # more of what is left: the textbook way in float32 is as far off, by up to 1.5e-4.
+    targets = {4528: 1e-4, 7268: 1e-4, 7042: 3e-4}
+    ((_, found),) = integrals(smollm2, [encoded(ids, tuple(targets))], [range(3)], basis, [layer], m, Budget(2048))
+    expected_kn = oracle.integrated_gradients(smollm2_float64, ids, tuple(targets), basis, layer, m)
+    for own, expected, tolerance in zip(found.integral_kln[:, 0], expected_kn, targets.values(), strict=True):
+        assert relative(own, expected) <= tolerance
+
+
+# --- as a measure of a scan
+
+
+def scanned(
+    neurons: NeuronsConfig, prompts: list[Prompt] = PROMPTS, family: str = "Llama 2", **given: Any
+) -> dict[str, pa.Table]:
+    model, options = model_of(family), measure.Options(**given)
+    measure.check(options, neurons, INFO, prompts)
+    found = measure.measure(
+        model, list(encode(model.tokenizer, prompts, None, model.mask_token)), options, neurons, Budget(4096), {}
+    )
+    expected = measure.tables(options, INFO)
+    assert list(found) == list(expected)
+    assert {name: table.schema for name, table in found.items()} == expected
+    return found
+
+
+def test_a_scan_gives_a_row_a_prompt_target_and_layer() -> None:
+    assert find_measure("integrated_gradients") is measure
+    found = scanned(NeuronsConfig([0, 2]), steps=4, basis="hidden")
+    table = found["integrated_gradients"]
+    assert table.schema == schema.integrated_gradients(40)
+    texts, targets = [p.text for p in PROMPTS], [p.targets for p in PROMPTS]
+    expected = neg_service.integrated_gradients(model_of("Llama 2"), texts, targets, basis="hidden", layers=[0, 2], m=4)
+    rows = iter(table.to_pylist())
+    for p, prompt in enumerate(PROMPTS):
+        for k, target in enumerate(prompt.targets):
+            for i, layer in enumerate((0, 2)):
+                row = next(rows)
+                assert (row["prompt_id"], row["target_index"], row["target"]) == (prompt.id, k, target)
+                assert (row["layer"], row["basis"], row["is_answer"]) == (layer, "hidden", k == prompt.answer)
+                assert row["probability"] == expected.probability[p, k]
+                np.testing.assert_allclose(
+                    row["integrated_gradients"], expected.integrated_gradients[p, k, i], rtol=1e-4, atol=1e-9
+                )
+    assert next(rows, None) is None
+    known = find_measure("neurgrad")
+    beside = known.measure(
+        model_of("Llama 2"),
+        list(encode(model_of("Llama 2").tokenizer, PROMPTS, None)),
+        known.Options(),
+        NeuronsConfig([0]),
+        Budget(4096),
+        {},
+    )["prompts"]
+    for name in ("prompt_id", "prompt", "targets", "target_tokens", "answer", "prediction"):
+        assert found["prompts"][name].equals(beside[name])
+    for own, other in zip(found["prompts"]["probabilities"], beside["probabilities"], strict=True):
+        np.testing.assert_allclose(own.as_py(), other.as_py(), rtol=1e-5)
+
+
+def test_only_the_answers_values_are_kept_where_that_is_asked() -> None:
+    everything = scanned(NeuronsConfig(), steps=3)["integrated_gradients"]
+    answers = scanned(NeuronsConfig(), steps=3, keep="answer")
+    own = answers["integrated_gradients"]
+    right = everything.filter(everything["is_answer"])
+    assert own.select(["prompt_id", "target_index", "layer"]) == right.select(["prompt_id", "target_index", "layer"])
+    np.testing.assert_allclose(
+        own["integrated_gradients"].combine_chunks().flatten(),
+        right["integrated_gradients"].combine_chunks().flatten(),
+        rtol=1e-4,
+        atol=1e-8,
+    )
+    # Probabilities are of all targets all the same.
+    assert [len(own) for own in answers["prompts"]["probabilities"].to_pylist()] == [3, 2, 1]
+
+
+def test_a_masked_model_is_scanned_like_a_causal_one() -> None:
+    prompts = [Prompt("m", "w3 w96 w15 w9", ("w7", "w8"), 0), Prompt("n", "w5 w3 w96", ("w1",), None)]
+    found = scanned(NeuronsConfig([1]), prompts, "BERT", steps=3)["integrated_gradients"]
+    expected = oracle.integrated_gradients(float64_of("BERT"), (3, MASK, 15, 9), (7, 8), "paper", 1, 3, 1)
+    assert relative(np.array(found["integrated_gradients"].to_pylist()[:2]), expected) < 2e-5
+    assert found["is_answer"].to_pylist() == [True, False, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "neurons", "message"),
+    [
+        ({"steps": 0}, {}, r"measure\.steps=0: must be at least 1"),
+        ({"steps": -3}, {}, r"measure\.steps=-3: must be at least 1"),
+        ({"keep": "top_k"}, {}, r"measure\.keep=top_k is unknown; known are all, answer"),
+        ({"basis": "up"}, {}, r"measure\.basis=up is unknown"),
+        ({}, {"layers": [3]}, "layer 3 does not exist"),
+        ({}, {"choose": "sample", "count": 3}, "measure=integrated_gradients takes neurons=all"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_starts(
+    options: dict[str, Any], neurons: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        measure.check(measure.Options(**options), NeuronsConfig(**neurons), INFO, PROMPTS)
+
+
+def test_bad_requests_of_the_library_are_refused() -> None:
+    unanswered = [Prompt("u", "w1", (" w2",))]
+    with pytest.raises(ConfigurationError, match=r"prompt 'u' has no answer; use measure\.keep=all$"):
+        measure.check(measure.Options(keep="answer"), NeuronsConfig(), INFO, unanswered)
+    model = model_of("GPT-2")
+    with pytest.raises(ConfigurationError, match=r"^m=0: must be at least 1"):
+        neg_service.integrated_gradients(model, ["w1"], [[" w2"]], m=0)
+    with pytest.raises(ConfigurationError, match="GPT2MLP has no gate"):
+        neg_service.integrated_gradients(model, ["w1"], [[" w2"]], basis="gate")
+    with pytest.raises(PromptError, match="0 prompts"):
+        neg_service.integrated_gradients(model, [], [])
+
+
+def test_steps_are_part_of_what_a_run_is_and_of_its_cost() -> None:
+    assert measure.identity(measure.Options(steps=7)) == {
+        "name": "integrated_gradients", "basis": "paper", "keep": "all", "steps": 7
+    }  # fmt: skip
+    cost = measure.cost_a_prompt(measure.Options(steps=7), NeuronsConfig([0, 1]), INFO, 3.0)
+    assert cost.rows == 7 * 2 * 3
+    assert cost.bytes["integrated_gradients"] == 4 * 40 * 2 * 3
+    answer = measure.cost_a_prompt(measure.Options(steps=7, keep="answer"), NeuronsConfig([0, 1]), INFO, 3.0)
+    assert answer.rows == 7 * 2
+    assert answer.bytes["integrated_gradients"] == 4 * 40 * 2
