@@ -60,14 +60,6 @@ class OwnCluster:
         """End a node's processes with SIGKILL, as a machine that is gone."""
         self._ask({"kill": node["id"]})
 
-    def drain(self, node: dict[str, str], seconds: int = 3600) -> None:
-        """Say that a node is about to be taken away."""
-        command = [
-            "ray", "drain-node", "--address", self.address, "--node-id", node["id"], "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", str(seconds),
-        ]  # fmt: skip
-        subprocess.run(command, env=self.environment, check=True, capture_output=True)
-
     def processes(self) -> list[psutil.Process]:
         """All processes of the cluster that are alive."""
         return psutil.Process(self._process.pid).children(recursive=True)
