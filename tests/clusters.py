@@ -54,7 +54,9 @@ class OwnCluster:
 
     def add(self, **node: Any) -> dict[str, str]:
         """Start a node; its `id` and the cluster's `address`."""
-        return self._ask({"add": {"object_store_memory": STORE_BYTES} | node})
+        # Ray gives the agents of all nodes one port, and here they share a machine.
+        own = {"object_store_memory": STORE_BYTES, "dashboard_agent_listen_port": _free_port()}
+        return self._ask({"add": own | node})
 
     def kill(self, node: dict[str, str]) -> None:
         """End a node's processes with SIGKILL, as a machine that is gone."""
