@@ -214,6 +214,6 @@ def test_nodes_come_and_go_and_the_node_of_the_driver_is_lost(tiny_directory: Pa
         cluster.kill(third)
         second.wait_for(r"shard \d+ goes back to the queue")
         assert second.finish() == 0, second.output
-        assert int(second.wait_for(r"(\d+) of 190 shards to do")[1]) <= 140 - stored
+        assert int(second.wait_for(r"(\d+) of 190 shards to do")[1]) <= 190 - stored
         assert "failed on replica" not in second.output
         assert len(results_of(second).done()) == 190
