@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, run `job`, and exit with what it returns."""
     log_to_stderr("text")
+    # As Ray does once it is there, so that a stop is the same before.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
     # Libraries speak up only when something is wrong.
     for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

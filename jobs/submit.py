@@ -23,13 +23,14 @@ from neg_service.cluster.submission import (
     check_request,
     check_room,
     connect_to_job_server,
+    files_in,
     follow,
     last_of,
     pack,
     submit,
 )
 from neg_service.config import ScanConfig, check, plain, typed
-from neg_service.errors import NegServiceError
+from neg_service.errors import ConfigurationError, NegServiceError
 from neg_service.models.source import DEFAULT
 from neg_service.storage.run import RunDirectory
 from neg_service.storage.stores import open_store
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 JOBS = ("scan", "probe", "verify")
 # What a configuration may name on this machine that the cluster has to have, too.
+_DECIDING = ("name", "limit", "shard_size", "resume")
 _FILES = ("dataset.source", "dataset.wordings", "measure.edits", "neurons.list")
 
 
@@ -55,20 +57,23 @@ def main(arguments: list[str]) -> int:
         else:
             prepared = prepare(scan)
             check_room(client._address, prepared.config, prepared.memory)
+    files = _files(config)
     request = Request(
         job=asked.job,
-        submission_id=_submission_id(asked.job, prepared, config),
+        submission_id=_submission_id(asked.job, prepared, config, files),
         overrides=[*asked.overrides, *_model_by_full_path(config)],
-        files=_files(config),
-        environment={name: value for name, _, value in (one.partition("=") for one in asked.env)},
-        driver={name: float(amount) for name, _, amount in (one.partition("=") for one in asked.driver)},
+        files=files,
+        environment=_pairs("--env", asked.env),
+        driver=_amounts(_pairs("--driver", asked.driver)),
     )
-    check_request(request)
+    check_request(request, plain(config))
     last = last_of(client, request.submission_id)
     if last and last[1] is JobStatus.SUCCEEDED and not asked.again and (prepared is None or _is_complete(prepared)):
         log.info(
             "job %s has done this already%s", last[0], f": {prepared.uri}" if prepared else "; --again runs it anew"
         )
+        if asked.no_wait:
+            print(last[0])
         return 0
     with tempfile.TemporaryDirectory() as directory:
         pack(request, Path(CONF).parent, Path(directory))
@@ -113,12 +118,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _submission_id(job: str, prepared: Prepared | None, config: DictConfig) -> str:
+def _pairs(option: str, given: list[str]) -> dict[str, str]:
+    for one in given:
+        if not all(one.partition("=")):
+            raise ConfigurationError(f"{option}={one}: must be NAME=VALUE")
+    return {name: value for name, _, value in (one.partition("=") for one in given)}
+
+
+def _amounts(given: dict[str, str]) -> dict[str, float]:
+    try:
+        return {name: float(amount) for name, amount in given.items()}
+    except ValueError as error:
+        raise ConfigurationError(f"--driver: {error}; must be RESOURCE=AMOUNT, such as CPU=1") from error
+
+
+def _submission_id(job: str, prepared: Prepared | None, config: DictConfig, files: dict[str, Path]) -> str:
     """From the fingerprint; where it can only be known on the cluster, from what decides it."""
     if prepared is not None:
         return f"neg-{prepared.uri.rsplit('/', 1)[-1]}-{_digest([prepared.uri])}"
     decides = {key: value for key, value in plain(config).items() if key not in ("cluster", "hydra")}
-    return f"neg-{job}-{_digest(decides)}"
+    # How a run is stored, shown and watched is not what it is.
+    decides["job"] = {key: value for key, value in decides.get("job", {}).items() if key in _DECIDING}
+    decides["storage"] = {"uri": plain(config)["storage"].get("uri")}
+    contents = {
+        key: [hashlib.sha256(file.read_bytes()).hexdigest() for file in files_in(path)] for key, path in files.items()
+    }
+    return f"neg-{job}-{_digest([decides, contents])}"
 
 
 def _digest(value: Any) -> str:

@@ -87,7 +87,8 @@ class ClusterConfig:
     """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray.
 
     replicas: `{max: N}`, or N alone: at most so many; auto: as many as there is room for, also as nodes come and go.
-    wait_seconds: how long to wait for a node on which a replica fits, which an autoscaler is asked for.
+    wait_seconds: how long to wait for a node on which a replica fits, which an autoscaler is asked for. start_seconds:
+    how long a replica may take to load its model.
     stall_seconds: after how long a silence a replica is replaced; auto: ten times the median of a shard, at least 120.
     """
 
@@ -98,6 +99,7 @@ class ClusterConfig:
     batch_tokens: Any = "auto"
     attempts: int = 3
     wait_seconds: float = 0.0
+    start_seconds: float = 3600.0
     stall_seconds: Any = "auto"
 
 
@@ -193,6 +195,7 @@ def check(config: ScanConfig) -> None:
     for key, seconds in (
         ("storage.patience_seconds", config.storage.patience_seconds),
         ("cluster.wait_seconds", config.cluster.wait_seconds),
+        ("cluster.start_seconds", config.cluster.start_seconds),
     ):
         if seconds < 0:
             raise ConfigurationError(f"{key}={seconds}: must not be negative")

@@ -54,19 +54,13 @@ class OwnCluster:
 
     def add(self, **node: Any) -> dict[str, str]:
         """Start a node; its `id` and the cluster's `address`."""
-        return self._ask({"add": {"object_store_memory": STORE_BYTES} | node})
+        # Ray gives the agents of all nodes one port, and here they share a machine.
+        own = {"object_store_memory": STORE_BYTES, "dashboard_agent_listen_port": _free_port()}
+        return self._ask({"add": own | node})
 
     def kill(self, node: dict[str, str]) -> None:
         """End a node's processes with SIGKILL, as a machine that is gone."""
         self._ask({"kill": node["id"]})
-
-    def drain(self, node: dict[str, str], seconds: int = 3600) -> None:
-        """Say that a node is about to be taken away."""
-        command = [
-            "ray", "drain-node", "--address", self.address, "--node-id", node["id"], "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", str(seconds),
-        ]  # fmt: skip
-        subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
     def processes(self) -> list[psutil.Process]:
         """All processes of the cluster that are alive."""

@@ -45,6 +45,10 @@ class Host:
         self._seconds = seconds
         self._busy: dict[int, asyncio.Lock] = {}
 
+    async def where(self, number: int) -> str:
+        """No node."""
+        return ""
+
     async def start(self, number: int) -> Hello:
         """Replica `number` is ready."""
         self._busy[number] = asyncio.Lock()
@@ -76,6 +80,10 @@ class _Simulated:
     number: int
 
     @property
+    def where(self) -> _Call:
+        return _Call(self.host.where, self.number)
+
+    @property
     def start(self) -> _Call:
         return _Call(self.host.start, self.number)
 
@@ -103,7 +111,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
         def on_receipt(_receipt: Receipt) -> None:
             finished.append(time.perf_counter())
-            if len(finished) % (settings.shards // 20) == 0:
+            if len(finished) % max(1, settings.shards // 20) == 0:
                 memory.append(driver_process.memory_info().rss / 2**20)
                 sys.stderr.write(f"{len(finished)} shards, {memory[-1]:.0f} MiB\n")
 

@@ -8,9 +8,8 @@ takes no other down with it a second time.
 A replica that is silent for much longer than a shard takes is asked what it is doing. One that waits for storage is let
 be; one that does not answer, or still computes, is replaced, and what it may yet write is what its successor writes.
 
-Every few seconds the driver looks around. Nodes that came get replicas, up to as many as there is room for; a node that
-is being drained gets no more shards, and its replicas end with those that they have. What goes down with a node is
-given to others and not held against a shard.
+How many replicas there are follows the nodes of the cluster (`fleet.py`). What goes down with a node is given to others
+and not held against a shard.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from neg_service.cluster.failures import Action, decide
+from neg_service.cluster.failures import Action, Attempt, decide
+from neg_service.cluster.fleet import Fleet, Member
 from neg_service.cluster.metrics import Counts
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import Hello, Receipt
@@ -55,41 +55,6 @@ _SHOW_SECONDS = 1.0
 _LOOK_SECONDS = 5.0
 # For each call in flight; a replica has another shard to do meanwhile.
 _GATHER_SECONDS = 2e-5
-
-
-@dataclass
-class Attempt:
-    """A shard on its way, and what has happened to it so far."""
-
-    shard: Shard
-    failures: int = 0
-    moves: int = 0
-    batch_scale: float = 1.0
-    failed_on: set[int] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class _Member:
-    """A replica as the driver sees it."""
-
-    number: int
-    actor: Any
-    starting: Any
-    flying: dict[Any, Attempt] = field(default_factory=dict)
-    node: str = ""
-    is_leaving: bool = False
-    # When a shard was last finished or, with none before it, sent.
-    heard: float = 0.0
-    # The question what it is doing, and when it was asked.
-    asked: tuple[Any, float] | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        return self.starting is None
-
-    @property
-    def is_alone_with_suspect(self) -> bool:
-        return any(attempt.failures for attempt in self.flying.values())
 
 
 @dataclass
@@ -116,22 +81,21 @@ class Driver:
         on_counts: Callable[[Counts], None] = lambda counts: None,
         stall_seconds: float | None = None,
         n_shards: int | None = None,
+        start_seconds: float = float("inf"),
         end: Callable[[Any], None] = ray.kill,
     ) -> None:
-        """`spawn` starts a replica actor, and `end` ends one.
+        """`spawn` starts a replica actor, which runs three calls at once: two shards, and a question what it is doing.
 
-        An actor runs three calls at once: two shards, and a question what it is doing.
-        `room` is how many replicas to run, or looks how many there is room for now. `n_shards`, where it is known,
-        keeps their number down to what is left to do. `attempts` is how often a shard may fail; `stall_seconds` how
-        long a replica may be silent, by default a multiple of what shards have taken so far.
+        `end` ends one. `room` is how many replicas to run, or looks how many there is room for now. `n_shards`, where
+        it is known, keeps their number down to what is left to do. `attempts` is how often a shard may fail;
+        `start_seconds` how long a replica may take to start; `stall_seconds` how long one may be silent, by default a
+        multiple of what shards have taken so far.
         """
         self._fresh = shards
         self._moved: deque[Attempt] = deque()
         self._next: Attempt | None = self._draw()
         self._suspects: deque[Attempt] = deque()
-        self._spawn, self._kill = spawn, end
-        self._look: Callable[[], Room] = room if callable(room) else lambda: Room(room)
-        self._room, self._looked = Room(0), float("-inf")
+        self._fleet = Fleet(spawn, end, room, attempts, start_seconds)
         self._n_shards = n_shards
         self._attempts = attempts
         self._on_receipt = on_receipt
@@ -141,11 +105,7 @@ class Driver:
         self._shown = 0.0
         self._stall_seconds = stall_seconds
         self._seconds: deque[float] = deque(maxlen=200)
-        self._members: list[_Member] = []
-        self._born = 0
-        self._failed_starts = 0
         self._set_aside_in_a_row = 0
-        self._idle_since = time.monotonic()
         self._outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -155,17 +115,15 @@ class Driver:
             NegServiceError: a failure that concerns every shard.
         """
         try:
-            while self._next or self._suspects or any(member.flying for member in self._members):
-                self._look_around()
-                self._hire()
+            while self._next or self._suspects or any(member.flying for member in self._fleet.members):
+                done = self._outcome.done + len(self._outcome.set_aside)
+                self._fleet.look_around(None if self._n_shards is None else self._n_shards - done)
                 self._feed()
                 self._collect()
                 self._replace_stalled()
                 self._show()
         finally:
-            for member in self._members:
-                self._kill(member.actor)
-            self._members.clear()
+            self._fleet.end_all()
             self._show(at_once=True)
         return self._outcome
 
@@ -174,10 +132,10 @@ class Driver:
         if not at_once and time.monotonic() - self._shown < _SHOW_SECONDS:
             return
         self._shown = time.monotonic()
-        n_ready = sum(member.is_ready for member in self._members)
-        running = sum(len(member.flying) for member in self._members)
+        n_ready = sum(member.is_ready for member in self._fleet.members)
+        running = sum(len(member.flying) for member in self._fleet.members)
         outcome = self._outcome
-        counts = Counts(outcome.done, running, len(outcome.set_aside), n_ready, len(self._members) - n_ready)
+        counts = Counts(outcome.done, running, len(outcome.set_aside), n_ready, len(self._fleet.members) - n_ready)
         self._on_counts(counts)
 
     def _draw(self) -> Attempt | None:
@@ -186,33 +144,8 @@ class Driver:
         shard = next(self._fresh, None)
         return None if shard is None else Attempt(shard)
 
-    def _look_around(self) -> None:
-        if time.monotonic() - self._looked >= _LOOK_SECONDS:
-            self._room, self._looked = self._look(), time.monotonic()
-            for member in self._members:
-                if member.node in self._room.leaving and not member.is_leaving:
-                    what = "replica %d gets no more shards: its node is being drained"
-                    log.info(what, member.number, extra={"replica": member.number})
-                    member.is_leaving = True
-        for member in [member for member in self._members if member.is_leaving and not member.flying]:
-            self._end(member)
-
-    def _hire(self) -> None:
-        wanted = self._room.n_replicas
-        if self._n_shards is not None:
-            wanted = min(wanted, self._n_shards - self._outcome.done - len(self._outcome.set_aside))
-        missing = wanted - sum(not member.is_leaving for member in self._members)
-        # Those that have not begun may go again, the youngest first: they have waited for the least.
-        unready = [member for member in self._members if not member.is_ready]
-        for member in unready[max(0, len(unready) + missing) :]:
-            self._end(member)
-        for _ in range(missing):
-            actor = self._spawn()
-            self._members.append(_Member(self._born, actor, actor.start.remote()))
-            self._born += 1
-
     def _feed(self) -> None:
-        ready = [member for member in self._members if member.is_ready and not member.is_leaving]
+        ready = self._fleet.working
         reserved: set[int] = set()
         for attempt in list(self._suspects):
             free = [m for m in ready if m.number not in reserved and not m.is_alone_with_suspect]
@@ -231,20 +164,16 @@ class Driver:
                 self._send(member, self._next)
                 self._next = self._draw()
 
-    def _send(self, member: _Member, attempt: Attempt) -> None:
+    def _send(self, member: Member, attempt: Attempt) -> None:
         if not member.flying:
             member.heard = time.monotonic()
         member.flying[member.actor.run.remote(attempt.shard, attempt.batch_scale)] = attempt
 
     def _collect(self) -> None:
-        owner = {}
-        for member in self._members:
-            if member.starting is not None:
-                owner[member.starting] = member
-            owner.update(dict.fromkeys(member.flying, member))
+        owner = {call: member for member in self._fleet.members for call in member.calls}
         waiting = list(owner)
+        self._fleet.remind()
         if not waiting:
-            self._remind()
             time.sleep(_WAIT_SECONDS)
             return
         finished, _ = ray.wait(waiting, num_returns=1, timeout=_WAIT_SECONDS)
@@ -253,31 +182,23 @@ class Driver:
             # round costs grows with their number.
             time.sleep(len(waiting) * _GATHER_SECONDS)
             finished, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-            self._idle_since = time.monotonic()
-        else:
-            self._remind()
         for reference in finished:
             member = owner[reference]
             # An earlier reference of this round may have shown that the replica is lost.
-            if member in self._members:
+            if member in self._fleet.members:
                 self._settle(member, reference)
 
-    def _remind(self) -> None:
-        if any(member.is_ready for member in self._members):
-            return
-        if time.monotonic() - self._idle_since > _REMIND_SECONDS:
-            log.warning("no replica is ready; waiting for the cluster to make room or for models to load")
-            self._idle_since = time.monotonic()
-
-    def _settle(self, member: _Member, reference: Any) -> None:
+    def _settle(self, member: Member, reference: Any) -> None:
         try:
             result = ray.get(reference)
         except RayError as error:
             self._fail(member, reference, _translated(error))
             return
+        if reference is member.asking_where:
+            self._fleet.placed(member, result)
+            return
         if isinstance(result, Hello):
-            member.starting, member.node = None, result.node_id
-            self._failed_starts = 0
+            self._fleet.started(member)
             if self._on_first_ready:
                 self._on_first_ready(result)
                 self._on_first_ready = None
@@ -298,9 +219,9 @@ class Driver:
         self._set_aside_in_a_row = 0
         self._on_receipt(result)
 
-    def _fail(self, member: _Member, reference: Any, error: Exception) -> None:
-        if reference is member.starting:
-            self._fail_start(member, error)
+    def _fail(self, member: Member, reference: Any, error: Exception) -> None:
+        if not member.is_ready:
+            self._fleet.start_failed(member, error)
         elif isinstance(error, ReplicaLost):
             if member.is_leaving:
                 error = NodeLost(str(error))
@@ -313,7 +234,7 @@ class Driver:
 
     def _replace_stalled(self) -> None:
         now = time.monotonic()
-        for member in list(self._members):
+        for member in list(self._fleet.members):
             if not member.is_ready or not member.flying or now - member.heard <= self._patience_with(member):
                 continue
             if member.asked is None:
@@ -334,7 +255,7 @@ class Driver:
             elif now - when > _ANSWER_SECONDS:
                 self._dismiss(member, ReplicaLost(f"{silent} and does not answer"))
 
-    def _patience_with(self, member: _Member) -> float:
+    def _patience_with(self, member: Member) -> float:
         """Seconds; twice as many for each time that a shard of it has failed, which may simply be a long one."""
         failures = max(attempt.failures for attempt in member.flying.values())
         if self._stall_seconds is not None:
@@ -343,40 +264,25 @@ class Driver:
             return float("inf")
         return float(max(_LEAST_STALL_SECONDS, _STALL_FACTOR * median(self._seconds)) * 2**failures)
 
-    def _end(self, member: _Member) -> None:
-        self._members.remove(member)
-        self._kill(member.actor)
-
-    def _fail_start(self, member: _Member, error: Exception) -> None:
-        self._end(member)
-        if isinstance(error, NodeLost):
-            what = "replica %d was lost while it started: %s"
-            log.warning(what, member.number, error, extra={"replica": member.number})
-            return
-        self._failed_starts += 1
-        if decide(error, self._failed_starts, self._attempts) in (Action.STOP, Action.SET_ASIDE):
-            if isinstance(error, NegServiceError) and not isinstance(error, ReplicaLost):
-                raise error
-            raise NegServiceError(f"no replica can be started, {self._failed_starts} tries failed: {error}") from error
-        what = "replica %d could not be started, trying again: %s"
-        log.warning(what, member.number, error, extra={"replica": member.number})
-
-    def _dismiss(self, member: _Member, error: Exception) -> None:
+    def _dismiss(self, member: Member, error: Exception) -> None:
         """Give up a replica; whatever it was doing has failed with it."""
         log.warning("replica %d is lost: %s", member.number, error, extra={"replica": member.number})
-        self._end(member)
+        self._fleet.end(member)
         lost = NodeLost if isinstance(error, NodeLost) else ReplicaLost
         for attempt in member.flying.values():
             self._judge(member, attempt, lost(f"its replica was lost: {error}"))
 
-    def _judge(self, member: _Member, attempt: Attempt, error: Exception) -> Action:
+    def _judge(self, member: Member, attempt: Attempt, error: Exception) -> Action:
         attempt.moves += isinstance(error, NodeLost)
         if decide(error, attempt.failures, self._attempts, attempt.moves) is Action.MOVE:
             self._on_failure(Action.MOVE)
             about = {"replica": member.number, "shard": attempt.shard.index}
             log.warning("shard %d goes back to the queue: %s", attempt.shard.index, error, extra=about)
-            self._moved.append(attempt)
-            self._next = self._next or self._draw()
+            if attempt.failures:
+                self._suspects.append(attempt)
+            else:
+                self._moved.append(attempt)
+                self._next = self._next or self._draw()
             return Action.MOVE
         attempt.failures += 1
         attempt.failed_on.add(member.number)

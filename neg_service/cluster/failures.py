@@ -1,13 +1,26 @@
-"""What to do when a shard fails: a pure function of the error and of how often the shard has failed."""
+"""What to do when a shard fails: a pure function of the error and of what has happened to the shard before."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import Enum
 
+from neg_service.cluster.plan import Shard
 from neg_service.errors import ConfigurationError, NodeLost, NonFiniteError, OutOfMemory, ReplicaLost, StorageError
 
 # So often a shard may lose its node before that counts as a failure of the shard.
 MOST_MOVES = 10
+
+
+@dataclass
+class Attempt:
+    """A shard on its way, and what has happened to it so far."""
+
+    shard: Shard
+    failures: int = 0
+    moves: int = 0
+    batch_scale: float = 1.0
+    failed_on: set[int] = field(default_factory=set)
 
 
 class Action(Enum):

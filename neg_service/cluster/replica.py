@@ -107,7 +107,6 @@ class Hello:
     pid: int
     node: str
     ready: Ready
-    node_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,11 @@ class Replica:
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._doing = _Doing()
 
+    def where(self) -> str:
+        """The id of its node, which it knows as soon as its process is up."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
     def start(self) -> Hello:
         """Load and check the model; from here on, what this process logs reaches the driver's stderr by Ray."""
         log_to_stderr(self._logs.style, run=self._logs.run, replica=self._logs.replica)
@@ -151,8 +155,7 @@ class Replica:
             self._store = open_store(to.uri, to.endpoint_url, to.patience_seconds)
         self._worker = self._computing.submit(self._make_worker).result()
         ready = self._computing.submit(self._worker.start).result()
-        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-        return Hello(os.getpid(), socket.gethostname(), ready, node_id)
+        return Hello(os.getpid(), socket.gethostname(), ready)
 
     def run(self, shard: Shard, batch_scale: float = 1.0) -> Receipt:
         """Compute a shard and put its parts, the last table's last: that one is the commit."""

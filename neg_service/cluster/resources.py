@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,21 @@ class Node:
 
 @dataclass(frozen=True)
 class Room:
-    """How many replicas to run now, and the ids of nodes that are about to go."""
+    """What there is room for: a number of replicas that was asked for or, without one, so many more as are `free`.
 
-    n_replicas: int
+    leaving: ids of nodes that are about to go.
+    """
+
+    number: int | None
+    free: int = 0
     leaving: frozenset[str] = frozenset()
+
+    def wanted(self, staying: int, unplaced: int) -> int:
+        """How many replicas to have, of which `staying` are there and `unplaced` of them not on a node yet.
+
+        One at least, which then waits for room: an autoscaler sees it waiting.
+        """
+        return self.number if self.number is not None else max(1, staying + max(0, self.free - unplaced))
 
 
 def connect(cluster: ClusterConfig, show_replicas: bool = True) -> None:
@@ -112,24 +124,25 @@ def wait_for_size(cluster: ClusterConfig, device: Any, memory: int) -> ReplicaSi
     """
     until = time.monotonic() + cluster.wait_seconds
     has_asked = False
-    while True:
-        try:
-            size = replica_size(cluster, device, memory, nodes())
-        except ConfigurationError as error:
-            if time.monotonic() >= until:
-                raise
-            if not has_asked:
-                log.info("waiting up to %.0f s for a node with room for a replica: %s", cluster.wait_seconds, error)
-                # Without a demand no autoscaler adds a node; with none running this changes nothing.
-                wanted = {"CPU": cluster.cpus_per_replica, "GPU": cluster.gpus_per_replica}
-                known = {name: amount for name, amount in wanted.items() if amount != "auto"}
-                request_resources(bundles=[known or {"CPU": 1}])
-                has_asked = True
-            time.sleep(_LOOK_SECONDS)
-        else:
-            if has_asked:
-                request_resources(bundles=[])
-            return size
+    try:
+        while True:
+            try:
+                return replica_size(cluster, device, memory, nodes(), free_nodes())
+            except ConfigurationError as error:
+                if time.monotonic() >= until:
+                    raise
+                if not has_asked:
+                    log.info("waiting up to %.0f s for a node with room for a replica: %s", cluster.wait_seconds, error)
+                    # Without a demand no autoscaler adds a node; with none running this changes nothing.
+                    wanted = {"CPU": cluster.cpus_per_replica, "GPU": cluster.gpus_per_replica}
+                    known = {name: amount for name, amount in wanted.items() if amount != "auto"}
+                    request_resources(bundles=[known or {"CPU": 1}])
+                    has_asked = True
+                time.sleep(_LOOK_SECONDS)
+    finally:
+        # A demand outlives whoever made it.
+        if has_asked:
+            request_resources(bundles=[])
 
 
 def leaving_nodes() -> frozenset[str]:
@@ -141,21 +154,28 @@ def leaving_nodes() -> frozenset[str]:
 def nodes() -> list[Node]:
     """The nodes that are alive and stay."""
     leaving = leaving_nodes()
-    return [
-        Node(
-            cpus=float(node["Resources"].get("CPU", 0)),
-            gpus=float(node["Resources"].get("GPU", 0)),
-            memory=int(node["Resources"].get("memory", 0)),
-        )
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"] and node["NodeID"] not in leaving
-    ]
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [_node(node["Resources"]) for node in alive if node["NodeID"] not in leaving]
 
 
-def replica_size(cluster: ClusterConfig, device: Any, memory: int, available: list[Node]) -> ReplicaSize:
+def free_nodes() -> list[Node]:
+    """What of the same nodes nobody uses."""
+    leaving = leaving_nodes()
+    free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [_node(resources) for node, resources in free.items() if node not in leaving]
+
+
+def _node(resources: Mapping[str, float]) -> Node:
+    cpus, gpus, memory = (float(resources.get(name, 0)) for name in ("CPU", "GPU", "memory"))
+    return Node(cpus, gpus, int(memory))
+
+
+def replica_size(
+    cluster: ClusterConfig, device: Any, memory: int, available: list[Node], free: Sequence[Node] = ()
+) -> ReplicaSize:
     """What a replica takes, with `auto` filled in: a GPU if there are any, and a few CPUs of the smallest node.
 
-    Several GPUs, all of one node, share the layers of one model.
+    Several GPUs, all of one node, share the layers of one model. Of CPUs no more than are `free` where some are.
 
     Raises:
         ConfigurationError: larger than any node.
@@ -172,7 +192,8 @@ def replica_size(cluster: ClusterConfig, device: Any, memory: int, available: li
     usable = [node for node in available if node.gpus >= gpus and node.cpus >= 1]
     cpus = cluster.cpus_per_replica
     if cpus == "auto":
-        cpus = 1 if gpus else min(_MOST_CPUS, *(node.cpus for node in usable or available))
+        unused = [node for node in free if node.cpus >= 1]
+        cpus = 1 if gpus else max(1, int(min(_MOST_CPUS, *(node.cpus for node in unused or usable or available))))
     size = ReplicaSize(float(cpus), float(gpus), memory)
     for key, wanted, most in (
         ("cluster.cpus_per_replica", size.cpus, max(node.cpus for node in available)),
@@ -210,8 +231,10 @@ def replica_count(most: int | str, size: ReplicaSize, available: list[Node]) -> 
 
 
 def room_now(most: int | str, size: ReplicaSize) -> Room:
-    """What there is room for at this moment."""
-    return Room(replica_count(most, size, nodes()), leaving_nodes())
+    """What there is room for at this moment, beside all that others use."""
+    if isinstance(most, str):
+        return Room(None, _room(size, free_nodes()), leaving_nodes())
+    return Room(most, leaving=leaving_nodes())
 
 
 def _room(size: ReplicaSize, available: list[Node]) -> int:
@@ -219,6 +242,9 @@ def _room(size: ReplicaSize, available: list[Node]) -> int:
 
 
 def _room_on(size: ReplicaSize, node: Node) -> int:
-    # On a GPU the weights lie in the GPU's memory, of which Ray knows nothing.
-    scarce = node.gpus / size.gpus if size.gpus else node.memory / size.memory
+    # On a GPU the weights lie in the GPU's memory, of which Ray knows nothing. A part of a GPU is a part of one.
+    if size.gpus:
+        scarce = int(node.gpus) * int(1 / size.gpus) if size.gpus < 1 else node.gpus / size.gpus
+    else:
+        scarce = node.memory / size.memory
     return int(min(node.cpus / size.cpus, scarce))

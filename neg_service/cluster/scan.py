@@ -95,6 +95,7 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     outcome, progress = Outcome(), None
     if todo and prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
         prepared = _with_strongest_listed(prepared)
+        add_to_logs(run=run_name_of(store.uri))
     if todo:
         _check_encoding(prepared, done)
         config = prepared.config
@@ -237,7 +238,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         return actor.remote(work, destination, told)
 
     log.info(
-        "%d of %d shards to do, %.3g MB in all before compression, on %d replica%s of %g CPUs and %g GPUs",
+        "%d of %d shards to do, %.3g MB in all before compression, on up to %d replica%s of %g CPUs and %g GPUs",
         todo, prepared.plan.n_shards, prepared.plan.total_bytes / 1e6,
         n_replicas, "s" * (n_replicas > 1), size.cpus, size.gpus,
     )  # fmt: skip
@@ -276,6 +277,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         on_failure=metrics.failed,
         on_counts=metrics.show,
         n_shards=todo,
+        start_seconds=config.cluster.start_seconds,
         stall_seconds=None if config.cluster.stall_seconds == "auto" else float(config.cluster.stall_seconds),
     )
     try:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import ray
@@ -27,6 +28,7 @@ import requests
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from neg_service.cluster.resources import Node, replica_size
 from neg_service.config import ScanConfig
@@ -43,6 +45,9 @@ _PROJECT = ("neg_service", "jobs", "conf")
 _ASK_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
+_MARK = "neg_service"
+# What a job server that is away for a moment makes of a question.
+_AWAY = (RuntimeError, OSError, requests.exceptions.RequestException)
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -108,26 +113,25 @@ def check_room(address: str, config: ScanConfig, memory: int) -> None:
     replica_size(config.cluster, config.model.device, memory, nodes)
 
 
-def check_request(request: Request) -> None:
-    """Refuse to send what should not or cannot travel.
+def check_request(request: Request, config: Mapping[str, Any]) -> None:
+    """Refuse to send what should not or cannot travel; `config` is what the overrides come to.
 
     Raises:
         ConfigurationError: a secret, which everybody could read, or too many bytes.
     """
-    for override in request.overrides:
-        key, _, value = override.partition("=")
-        if "://" in value and without_credentials(value) != value:
+    for key, value in _texts(config):
+        if _holds_credentials(value):
             raise ConfigurationError(
-                f"{key.lstrip('+')}: holds credentials, and everybody who sees the job sees how it was called: set "
-                f"them in the environment of the cluster"
+                f"{key}: holds credentials, and everybody who sees the job sees how it was called: set them in the "
+                f"environment of the cluster"
             )
-    for name in request.environment:
-        if _SECRET.search(name):
+    for name, value in request.environment.items():
+        if _SECRET.search(name) or _holds_credentials(value):
             raise ConfigurationError(
                 f"--env={name}: looks like a secret, and everybody who sees the job sees its environment: set it in "
                 f"the environment of the cluster's nodes"
             )
-    sizes = {key: sum(file.stat().st_size for file in _files_in(path)) for key, path in request.files.items()}
+    sizes = {key: sum(file.stat().st_size for file in files_in(path)) for key, path in request.files.items()}
     for key, size in sizes.items():
         if size > MOST_BYTES:
             raise ConfigurationError(
@@ -153,70 +157,80 @@ def pack(request: Request, project: Path, target: Path) -> None:
 
 
 def submit(client: JobSubmissionClient, request: Request, directory: Path) -> tuple[str, bool]:
-    """Send the job, unless it is there; its id, and whether it is new.
+    """Send the job, unless one of the same id waits or runs; its name at the job server, and whether it is new.
 
-    A job of that id that waits or runs is the answer. After one that ended the id gets a number, as Ray takes an id
-    once: the new job continues what is stored.
+    Ray takes a name once: after a job that ended the next one has a number, and continues what is stored.
 
     Raises:
         ConfigurationError: the job server refuses it.
     """
-    attempt = 1
     until = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        name = request.submission_id + (f"-{attempt}" if attempt > 1 else "")
-        status = _status(client, name)
-        if status is not None and status not in _ENDED:
-            return name, False
-        if status is None:
-            with _told(client._address):
-                try:
-                    client.submit_job(
-                        entrypoint=request.entrypoint,
-                        submission_id=name,
-                        runtime_env={"working_dir": str(directory), "env_vars": dict(request.environment)},
-                        metadata={"neg_service": request.submission_id},
-                        entrypoint_num_cpus=request.driver.get("CPU"),
-                        entrypoint_resources={k: v for k, v in request.driver.items() if k != "CPU"} or None,
-                    )
-                except RuntimeError as error:
-                    # Says a head node that has just started.
-                    if "try again later" in str(error) and time.monotonic() < until:
-                        time.sleep(_ASK_SECONDS)
-                        continue
-                    # Somebody may have sent the same job at this very moment.
-                    if _status(client, name) is None:
-                        raise ConfigurationError(f"the job server refuses the job: {one_line(error)}") from error
-                    return name, False
-            return name, True
-        attempt += 1
+        last = last_of(client, request.submission_id)
+        if last is not None and last[1] not in _ENDED:
+            return last[0], False
+        name = request.submission_id
+        if last is not None:
+            name += f"-{int(last[0].removeprefix(name).removeprefix('-') or 1) + 1}"
+        with _told(client._address):
+            try:
+                client.submit_job(
+                    entrypoint=request.entrypoint,
+                    submission_id=name,
+                    runtime_env={"working_dir": str(directory), "env_vars": dict(request.environment)},
+                    metadata={_MARK: request.submission_id},
+                    entrypoint_num_cpus=request.driver.get("CPU"),
+                    entrypoint_num_gpus=request.driver.get("GPU"),
+                    entrypoint_resources={k: v for k, v in request.driver.items() if k not in ("CPU", "GPU")} or None,
+                )
+            except RuntimeError as error:
+                # A head node that has just started says so; and somebody may have sent the same job just now.
+                is_passing = "try again later" in str(error) or last_of(client, request.submission_id) != last
+                if is_passing and time.monotonic() < until:
+                    time.sleep(_ASK_SECONDS)
+                    continue
+                raise ConfigurationError(f"the job server refuses the job: {one_line(error)}") from error
+        return name, True
 
 
 def last_of(client: JobSubmissionClient, submission_id: str) -> tuple[str, JobStatus] | None:
     """The newest job of a submission id and its state, if there is one."""
-    found = None
-    attempt = 1
-    while (status := _status(client, name := submission_id + (f"-{attempt}" if attempt > 1 else ""))) is not None:
-        found = (name, status)
-        attempt += 1
-    return found
+    with _told(client._address):
+        jobs = [job for job in client.list_jobs() if (job.metadata or {}).get(_MARK) == submission_id]
+    if not jobs:
+        return None
+    last = max(jobs, key=lambda job: job.start_time or 0)
+    return str(last.submission_id), last.status
 
 
 def follow(client: JobSubmissionClient, name: str) -> int:
     """Print the job's log as it grows until the job ends; its exit code.
 
+    A job server that does not answer for a while is asked again; the job does not need it.
+
     Raises:
-        NegServiceError: the job failed without a word of its own, or the job server is gone.
+        NegServiceError: the job failed without a word of its own, or the job server stays away.
     """
     printer = _Printer(client, name)
     thread = threading.Thread(target=printer.run, daemon=True)
     thread.start()
-    with _told(client._address):
-        while (status := client.get_job_status(name)) not in _ENDED:
-            time.sleep(_ASK_SECONDS)
-        thread.join(5)
-        printer.finish()
-        info = client.get_job_info(name)
+    answered = time.monotonic()
+    while True:
+        try:
+            info = client.get_job_info(name)
+        except _AWAY as error:
+            if time.monotonic() - answered > _PATIENCE_SECONDS:
+                raise NegServiceError(
+                    f"the job server at {client._address} has not answered for {_PATIENCE_SECONDS:.0f} s; job {name} "
+                    f"may go on: the same command follows it again: {one_line(error)}"
+                ) from error
+        else:
+            answered = time.monotonic()
+            if (status := info.status) in _ENDED:
+                break
+        time.sleep(_ASK_SECONDS)
+    thread.join(5)
+    printer.finish()
     if status is JobStatus.SUCCEEDED:
         return 0
     if status is JobStatus.STOPPED:
@@ -240,7 +254,7 @@ class _Printer:
             try:
                 asyncio.run(self._tail())
                 return
-            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            except (*_AWAY, aiohttp.ClientError) as error:
                 log.debug("the log of %s broke off: %s", self._name, error)
                 time.sleep(_ASK_SECONDS)
 
@@ -248,7 +262,7 @@ class _Printer:
         self._has_ended = True
         try:
             rest = self._client.get_job_logs(self._name)
-        except RuntimeError:
+        except _AWAY:
             # The log lies on the driver's node, which may be what was lost.
             return
         self._print(rest, 0)
@@ -266,23 +280,30 @@ class _Printer:
         sys.stdout.flush()
 
 
-def _status(client: JobSubmissionClient, name: str) -> JobStatus | None:
-    try:
-        with _told(client._address):
-            return client.get_job_status(name)
-    except RuntimeError as error:
-        if "404" in str(error) or "does not exist" in str(error):
-            return None
-        raise ConfigurationError(f"the job server says of job {name}: {one_line(error)}") from error
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of a configuration with their keys."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
+    elif isinstance(value, str):
+        yield key, value
+
+
+def _holds_credentials(value: str) -> bool:
+    return "://" in value and without_credentials(value) != value
 
 
 def _names(files: Mapping[str, Path]) -> dict[str, str]:
     """Names in the directory that is sent: a folder a key, for a run is called after the name of its data set."""
-    return {key: f"{key}/{re.sub('[^A-Za-z0-9._-]', '-', path.name)}" for key, path in files.items()}
+    return {key: f"{key}/{re.sub('[^A-Za-z0-9._-]+', '-', path.name)}" for key, path in files.items()}
 
 
-def _files_in(path: Path) -> Iterator[Path]:
-    return (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else iter((path,))
+def files_in(path: Path) -> list[Path]:
+    """A file itself, or the files of a folder, in the order of their names."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 @contextmanager
@@ -301,5 +322,5 @@ def _told(address: str) -> Iterator[None]:
             f"--address={address}: the cluster wants a token, or another one: set RAY_AUTH_MODE=token and "
             f"RAY_AUTH_TOKEN"
         ) from error
-    except (requests.exceptions.RequestException, RayError) as error:
+    except (requests.exceptions.RequestException, RayStateApiException, RayError) as error:
         raise ConfigurationError(f"--address={address}: {one_line(error)}") from error

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from neg_service.config import device_names
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, OutOfMemory
 from neg_service.models.feed_forward import find_feed_forward
 
 _KINDS = ("cpu", "cuda")
@@ -98,14 +98,15 @@ def require_room(
     dtype: torch.dtype,
     placed: Mapping[str, torch.device],
     source: str,
-    free: Callable[[torch.device], int] = lambda device: torch.cuda.mem_get_info(device)[0],
+    memory: Callable[[torch.device], tuple[int, int]] = torch.cuda.mem_get_info,
 ) -> None:
-    """Refuse, before weights are read, what does not fit the memory that is free on GPUs; bytes.
+    """Refuse, before weights are read, what does not fit GPUs; `memory` is what a GPU has free and in all, in bytes.
 
     `model` may be one without weights; `placed` as `device_map` gives it, with "" for the whole model.
 
     Raises:
-        ConfigurationError: with the arithmetic.
+        ConfigurationError: it will never fit, with the arithmetic.
+        OutOfMemory: it does not fit beside what others have there, which may pass.
     """
     weights: dict[torch.device, dict[int, int]] = {device: {} for device in placed.values()}
     for name, device in placed.items():
@@ -113,15 +114,24 @@ def require_room(
         weights[device] |= {id(own): own.numel() for own in model.get_submodule(name).parameters()}
     needed = {device: sum(own.values()) * dtype.itemsize for device, own in weights.items()}
     for device, size in needed.items():
-        if device.type != "cuda" or size <= (room := free(device)):
+        if device.type != "cuda":
             continue
+        free, room = memory(device)
+        if size <= free:
+            continue
+        if size <= room:
+            raise OutOfMemory(
+                f"model.source={source}: {size / 2**30:.1f} GiB of weights belong on {device}, where "
+                f"{free / 2**30:.1f} GiB of {room / 2**30:.1f} are free: use fewer replicas a GPU "
+                f"(cluster.gpus_per_replica)"
+            )
         billions, whole = sum(own.numel() for own in model.parameters()) / 1e9, sum(needed.values())
         # A tenth for what a pass needs beside the weights.
         enough = math.ceil(1.1 * whole / max(1, room))
         raise ConfigurationError(
             f"model.source={source}: {billions:.2f} billion parameters of {dtype.itemsize} bytes are "
-            f"{whole / 2**30:.1f} GiB, {size / 2**30:.1f} of them on {device}, where {room / 2**30:.1f} GiB are free: "
-            f"use cluster.gpus_per_replica={enough}, a smaller model.dtype, or fewer replicas a GPU"
+            f"{whole / 2**30:.1f} GiB, {size / 2**30:.1f} of them on {device}, which has {room / 2**30:.1f} GiB: "
+            f"use cluster.gpus_per_replica={enough}, or a smaller model.dtype"
         )
 
 

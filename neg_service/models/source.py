@@ -109,8 +109,8 @@ def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remot
     patterns = _SMALL_FILES + ["*.safetensors"] * with_weights + ["*.py"] * trust_remote_code
     # The replicas of a node start together: one of them downloads, the others find it done.
     lock = cache_directory() / "locks" / hashlib.sha256(f"{source}@{revision}".encode()).hexdigest()
-    lock.parent.mkdir(parents=True, exist_ok=True)
     try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             path = snapshot_download(
                 source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], max_workers=4

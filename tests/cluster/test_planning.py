@@ -119,6 +119,20 @@ def test_as_many_replicas_as_fit_or_as_asked() -> None:
     assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes) == 5
     assert replica_count(2, ReplicaSize(2, 0, GIB), nodes) == 2
     assert replica_count("auto", ReplicaSize(1, 0.25, 99 * GIB), [Node(16, 2, GIB)]) == 8
+    # A part of a GPU is a part of one: two of 0.4 each on each of two.
+    assert replica_count("auto", ReplicaSize(1, 0.4, GIB), [Node(16, 2, GIB)]) == 4
+
+
+def test_a_replica_takes_no_more_cpus_than_are_free_where_some_are() -> None:
+    nodes = [Node(4, 0, 32 * GIB)]
+    assert replica_size(ClusterConfig(), "auto", GIB, nodes, [Node(3, 0, 32 * GIB)]).cpus == 3
+    assert replica_size(ClusterConfig(), "auto", GIB, nodes, [Node(0.5, 0, 32 * GIB)]).cpus == 4
+
+
+def test_a_cluster_whose_nodes_are_still_to_come_has_no_room() -> None:
+    for nodes in ([], [Node(0, 0, 32 * GIB)]):
+        with pytest.raises(ConfigurationError, match="no node"):
+            replica_size(ClusterConfig(), "auto", GIB, nodes)
 
 
 @pytest.mark.parametrize(

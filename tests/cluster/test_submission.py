@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import requests
+from hydra import compose, initialize_config_dir
+from ray.job_submission import JobStatus
 
 from jobs.entry import CONF
-from jobs.submit import main
+from jobs.submit import _submission_id, main
+from neg_service.cluster import submission
 from neg_service.cluster.prepare import require_lasting
 from neg_service.cluster.submission import MOST_BYTES, Request, check_request, pack
-from neg_service.errors import ConfigurationError
+from neg_service.config import plain
+from neg_service.errors import ConfigurationError, NegServiceError
 
 
 def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "my words.jsonl").write_text("{}")
+    (tmp_path / "my words (1).jsonl").write_text("{}")
     (tmp_path / "wordings").mkdir()
     (tmp_path / "wordings" / "a.toml").write_text("")
-    files = {"dataset.source": tmp_path / "my words.jsonl", "dataset.wordings": tmp_path / "wordings"}
+    files = {"dataset.source": tmp_path / "my words (1).jsonl", "dataset.wordings": tmp_path / "wordings"}
     request = Request("scan", "neg-x", ["dataset.source=my words.jsonl", "job.limit=3"], files)
     target = tmp_path / "sent"
     target.mkdir()
@@ -31,33 +38,31 @@ def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Pa
     assert command[:3] == ["python", "-m", "jobs.scan"]
     # What is named last holds: the place where the file will lie.
     assert command[-2:] == [
-        "dataset.source=inputs/dataset.source/my-words.jsonl",
+        "dataset.source=inputs/dataset.source/my-words-1-.jsonl",
         "dataset.wordings=inputs/dataset.wordings/wordings",
     ]
     assert all((target / part.partition("=")[2]).exists() for part in command[-2:])
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("source", "environment", "message"),
     [
-        (Request("scan", "x", ["dataset.source=https://me:secret@host/a.csv"]), "dataset.source: holds credentials"),
-        (
-            Request("scan", "x", ["dataset.source=https://host/a.csv?X-Amz-Signature=abc"]),
-            "dataset.source: holds credentials",
-        ),
-        (
-            Request("scan", "x", [], environment={"AWS_SECRET_ACCESS_KEY": "abc"}),
-            "--env=AWS_SECRET_ACCESS_KEY: looks like a secret",
-        ),
-        (Request("scan", "x", [], environment={"HF_TOKEN": "abc"}), "--env=HF_TOKEN: looks like a secret"),
+        ("https://me:hidden@host/a.csv", {}, "dataset.source: holds credentials"),
+        ("https://host/a.csv?X-Amz-Signature=hidden", {}, "dataset.source: holds credentials"),
+        ("facts", {"AWS_SECRET_ACCESS_KEY": "hidden"}, "--env=AWS_SECRET_ACCESS_KEY: looks like a secret"),
+        ("facts", {"HF_TOKEN": "hidden"}, "--env=HF_TOKEN: looks like a secret"),
+        ("facts", {"HTTPS_PROXY": "http://me:hidden@proxy"}, "--env=HTTPS_PROXY: looks like a secret"),
     ],
 )
-def test_secrets_do_not_travel_and_are_not_repeated(request_: Request, message: str) -> None:
+def test_secrets_do_not_travel_and_are_not_repeated(source: str, environment: dict[str, str], message: str) -> None:
+    # However the value was quoted on the command line.
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = plain(compose("scan", overrides=[f"dataset.source='{source}'"]))
     with pytest.raises(ConfigurationError) as caught:
-        check_request(request_)
+        check_request(Request("scan", "x", [], environment=environment), config)
     assert message in str(caught.value)
-    assert "secret@" not in str(caught.value)
-    assert "abc" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
+    check_request(Request("scan", "x", [], environment={"AWS_REGION": "eu-central-1"}), {"a": ["s3://bucket/x"]})
 
 
 def test_what_is_too_large_to_travel_is_refused_by_its_key(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_what_is_too_large_to_travel_is_refused_by_its_key(tmp_path: Path) -> No
     with large.open("wb") as file:
         file.truncate(MOST_BYTES + 1)
     with pytest.raises(ConfigurationError, match=r"dataset.source=.*large.jsonl: 100 MiB are too many to travel"):
-        check_request(Request("scan", "x", [], {"dataset.source": large}))
+        check_request(Request("scan", "x", [], {"dataset.source": large}), {})
 
 
 def test_results_in_the_jobs_own_directory_are_refused() -> None:
@@ -82,3 +87,74 @@ def test_no_job_server_at_the_address(address: str, monkeypatch: pytest.MonkeyPa
         ConfigurationError, match=f"--address={address}: (no job server answers|must be the job server)"
     ):
         main(["--address", address, "storage.uri=/tmp/x"])
+
+
+def test_an_id_follows_what_decides_a_job_and_nothing_else(tmp_path: Path) -> None:
+    words = tmp_path / "words.jsonl"
+
+    def made(*overrides: str) -> str:
+        with initialize_config_dir(CONF, version_base="1.3"):
+            config = compose("scan", overrides=[f"dataset.source={words}", *overrides])
+        return _submission_id("scan", None, config, {"dataset.source": words})
+
+    words.write_text("one")
+    first = made()
+    assert made("job.progress_seconds=1", "cluster.replicas.max=3", "job.log=json") == first
+    assert made("job.limit=3") != first
+    assert made("storage.uri=s3://elsewhere") != first
+    words.write_text("two")
+    assert made() != first
+
+
+@pytest.mark.parametrize("option", [["--driver", "CPU"], ["--driver", "CPU=x"], ["--env", "FOO"]])
+def test_options_that_are_no_pairs_are_refused(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.submit.connect_to_job_server", lambda address: None)
+    with pytest.raises(ConfigurationError, match=option[0]):
+        main(["--unchecked", "storage.uri=/tmp/x", *option])
+
+
+class Flaky:
+    """A job server whose answers fail now and then, and whose log breaks off."""
+
+    _address = "http://nowhere"
+
+    def __init__(self) -> None:
+        self.questions = self.tails = 0
+
+    def get_job_info(self, name: str) -> SimpleNamespace:
+        self.questions += 1
+        if self.questions in (1, 3):
+            raise (requests.exceptions.ConnectionError("away"), RuntimeError("status code 502"))[self.questions // 2]
+        status = JobStatus.RUNNING if self.questions < 5 else JobStatus.FAILED
+        return SimpleNamespace(status=status, driver_exit_code=3, message="")
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        self.tails += 1
+        yield "first line\n"
+        if self.tails == 1:
+            raise RuntimeError("broken off")
+        yield "second line\n"
+
+    def get_job_logs(self, name: str) -> str:
+        return "first line\nsecond line\nlast line\n"
+
+
+def test_a_job_is_followed_through_hiccups_and_its_log_is_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submission, "_ASK_SECONDS", 0.05)
+    assert submission.follow(Flaky(), "neg-x") == 3  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "first line\nsecond line\nlast line\n"
+
+
+def test_a_job_server_that_stays_away_is_given_up_with_word_that_the_job_may_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def away(self: Flaky, name: str) -> SimpleNamespace:
+        raise requests.exceptions.ConnectionError("away")
+
+    monkeypatch.setattr(Flaky, "get_job_info", away)
+    monkeypatch.setattr(submission, "_ASK_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "_PATIENCE_SECONDS", 0.05)
+    with pytest.raises(NegServiceError, match="job neg-x may go on"):
+        submission.follow(Flaky(), "neg-x")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -106,7 +107,10 @@ def test_submitting_twice_runs_once_and_metrics_say_what_is_done(
     # A metric is some seconds old when it is read, never ahead of what is stored, and the states add up to all shards.
     assert seen
     assert all(done <= after and prompts <= after and total == 60 for _, done, prompts, after, total in seen)
-    assert max(done for _, done, *_ in seen) > 0
+    assert all(later[1] >= earlier[1] for earlier, later in pairwise(seen))
+    # Exported every second, collected every second: what was stored four samples ago is known by now.
+    assert all(now[1] >= before[0] for before, now in zip(seen, seen[6:], strict=False))
+    assert len({done for _, done, *_ in seen}) > 3
     third = submitted(cluster, *asked)
     assert third.finish() == 0
     assert f"job {name} has done this already" in third.output
@@ -162,6 +166,8 @@ def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues
     began = time.monotonic()
     ray_job(cluster, "stop", "by-hand")
     eventually(lambda: not mine[0].is_running(), 10)
+    drivers = [process for process in cluster.processes() if "job.name=stopped" in " ".join(process.cmdline())]
+    assert not drivers
     assert time.monotonic() - began < 10
     assert "interrupted; the same command continues from here" in ray_job(cluster, "logs", "by-hand")
     assert other.finish() == 0, other.output
@@ -176,7 +182,7 @@ def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues
 
 
 def test_nodes_come_and_go_and_the_node_of_the_driver_is_lost(tiny_directory: Path, tmp_path: Path) -> None:
-    asked = arguments(tiny_directory, tmp_path, 140, "elastic")
+    asked = arguments(tiny_directory, tmp_path, 190, "elastic")
     with own_cluster() as cluster:
         driving = cluster.add(num_cpus=1, resources={"driver": 1})
         first = submitted(cluster, *asked, "--driver", "driver=1")
@@ -184,16 +190,20 @@ def test_nodes_come_and_go_and_the_node_of_the_driver_is_lost(tiny_directory: Pa
         later = cluster.add(num_cpus=1)
         first.wait_for(r"replica 1 is ready")
         eventually(lambda: len(replicas(cluster)) == 2)
-        cluster.drain(later)
+        # What its pod would run before it ends: it returns when its replica has finished what it had.
+        leave = Running(
+            "leave", "--address", cluster.address, "--node-id", later["id"], "--seconds", "60", env=cluster.environment
+        )
         first.wait_for(r"replica 1 gets no more shards: its node is being drained")
-        eventually(lambda: len(replicas(cluster)) == 1)
+        assert leave.finish() == 0, leave.output
+        assert len(replicas(cluster)) == 1
         assert first.process.poll() is None, first.output
         assert "goes back to the queue" not in first.output
         cluster.kill(driving)
         assert first.finish() == 1
         assert "error: job neg-elastic-" in first.output
         stored = len(list((tmp_path / "results").glob("elastic-*/neurgrad/*.parquet")))
-        assert 0 < stored < 140
+        assert 0 < stored < 190
         # By now only a drained node is left; the job waits until there is another one.
         second = submitted(cluster, *asked, "cluster.wait_seconds=120")
         second.wait_for(r"waiting up to 120 s for a node with room for a replica")
@@ -204,6 +214,6 @@ def test_nodes_come_and_go_and_the_node_of_the_driver_is_lost(tiny_directory: Pa
         cluster.kill(third)
         second.wait_for(r"shard \d+ goes back to the queue")
         assert second.finish() == 0, second.output
-        assert int(second.wait_for(r"(\d+) of 140 shards to do")[1]) <= 140 - stored
+        assert int(second.wait_for(r"(\d+) of 190 shards to do")[1]) <= 190 - stored
         assert "failed on replica" not in second.output
-        assert len(results_of(second).done()) == 140
+        assert len(results_of(second).done()) == 190

@@ -23,7 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from jobs.entry import CONF
 from neg_service import errors
 from neg_service.cluster import metrics
-from neg_service.config import ScanConfig, check, plain, typed
+from neg_service.config import ScanConfig, check, most_replicas, plain, typed
 
 ROOT = Path(__file__).parent.parent.parent
 INFRA = ROOT / "infra"
@@ -103,7 +103,19 @@ def test_every_entry_point_is_what_the_program_accepts() -> None:
         config = typed(ScanConfig, plain(compose("scan", overrides=entrypoint[3:])))
     check(config)
     assert config.cluster.wait_seconds > 0, "the GPU group starts empty"
+    (group,) = manifest("rayjob")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert most_replicas(config.cluster) == group["maxReplicas"], "an autoscaler adds what replicas wait for"
     assert config.storage.uri.startswith("s3://")
+    before_the_end = [
+        pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+        for name in RAY_MANIFESTS
+        for pod in pods(manifest(name))
+        if "lifecycle" in pod["containers"][0]
+    ]
+    for command in before_the_end:
+        leave = shlex.split(command.partition(";")[0])
+        assert leave[:3] == ["python", "-m", "jobs.leave"]
+        assert int(leave[leave.index("--seconds") + 1]) < 120, "the pods' grace period"
     commands = re.findall(r"python -m jobs\.(\w+)", (INFRA / "README.md").read_text())
     assert commands
     assert all((ROOT / "jobs" / f"{name}.py").exists() for name in commands)

@@ -18,7 +18,7 @@ import neg_service
 from jobs.benchmarks.tiny_models import tiny_model
 from neg_service import LanguageModel
 from neg_service.config import NeuronsConfig
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, OutOfMemory
 from neg_service.measures import sweep
 from neg_service.models.batches import Budget
 from neg_service.models.placement import checked_devices, device_map, require_room
@@ -133,14 +133,17 @@ def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     model = tiny_model("Llama 2").model
     n = sum(own.numel() for own in model.parameters())
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    require_room(model, torch.float32, {"": first}, "tiny", lambda device: 4 * n)
+    require_room(model, torch.float32, {"": first}, "tiny", lambda device: (4 * n, 8 * n))
     with pytest.raises(ConfigurationError) as caught:
-        require_room(model, torch.float32, {"": first}, "tiny", lambda device: 4 * n - 1)
+        require_room(model, torch.float32, {"": first}, "tiny", lambda device: (0, 4 * n - 1))
     for part in (f"{n / 1e9:.2f} billion parameters of 4 bytes", "on cuda:0", "cluster.gpus_per_replica=2"):
         assert part in str(caught.value)
+    # What another process has there may go again; a GPU does not grow.
+    with pytest.raises(OutOfMemory, match="are free"):
+        require_room(model, torch.float32, {"": first}, "tiny", lambda device: (4 * n - 1, 8 * n))
     # In half the precision, or on two, it fits.
-    require_room(model, torch.bfloat16, {"": first}, "tiny", lambda device: 2 * n)
+    require_room(model, torch.bfloat16, {"": first}, "tiny", lambda device: (2 * n, 2 * n))
     placed = device_map(model, [first, second])
-    require_room(model, torch.float32, placed, "tiny", lambda device: 3 * n)
+    require_room(model, torch.float32, placed, "tiny", lambda device: (3 * n, 3 * n))
     with pytest.raises(ConfigurationError, match="on cuda:1"):
-        require_room(model, torch.float32, placed, "tiny", lambda device: 4 * n if device == first else 0)
+        require_room(model, torch.float32, placed, "tiny", lambda device: (4 * n, 4 * n) if device == first else (0, 0))

@@ -1,0 +1,70 @@
+"""python -m jobs.leave: this node is about to go; let its replicas finish the shards that they have.
+
+What a pod runs before it is ended (`infra/kuberay`). Ray is told that the node is being drained; drivers give its
+replicas no more shards and let them go; when the last one is gone, or the time is over, this command ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import time
+
+import ray
+from ray.util.state import list_actors
+
+from jobs.entry import fail
+from neg_service.cluster.logs import log_to_stderr
+from neg_service.cluster.resources import connect, disconnect
+from neg_service.config import ClusterConfig
+from neg_service.errors import NegServiceError
+
+log = logging.getLogger(__name__)
+
+_REPLICA = "Replica"
+_ASK_SECONDS = 1.0
+
+
+def main(arguments: list[str]) -> int:
+    """Drain the node and wait; 0 when its replicas are gone, 3 when the time is over."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.leave", description=(__doc__ or "").partition(":")[2].strip())
+    parser.add_argument("--seconds", type=int, default=100, help="how long to wait at most (100)")
+    parser.add_argument("--address", default="auto", help="the cluster; the one that this node belongs to if not given")
+    parser.add_argument("--node-id", help="Ray's id of the node; this one if not given")
+    asked = parser.parse_args(arguments)
+    until = time.monotonic() + asked.seconds
+    connect(ClusterConfig(address=asked.address), show_replicas=False)
+    try:
+        node = asked.node_id or ray.get_runtime_context().get_node_id()
+        address = ray.get_runtime_context().gcs_address
+        # Ray has no call for it that is public; its command is what operators know.
+        drained = subprocess.run(
+            [
+                sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node,
+                "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the node is about to go",
+                "--deadline-remaining-seconds", str(asked.seconds),
+            ],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if drained.returncode:
+            raise NegServiceError(f"Ray does not drain node {node}: {' '.join(drained.stderr.split())[-300:]}")
+        while time.monotonic() < until:
+            alive = list_actors(filters=[("node_id", "=", node), ("state", "=", "ALIVE")], limit=1000)
+            if not [actor for actor in alive if actor.class_name == _REPLICA]:
+                log.info("no replica is left on node %s", node)
+                return 0
+            time.sleep(_ASK_SECONDS)
+    finally:
+        disconnect()
+    log.warning("replicas are still at work on node %s after %d s", node, asked.seconds)
+    return 3
+
+
+if __name__ == "__main__":
+    log_to_stderr("text")
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except NegServiceError as error:
+        fail(str(error))

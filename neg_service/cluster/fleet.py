@@ -1,0 +1,174 @@
+"""The replicas of a run: how many there are, which nodes they are on, and which of them begin, leave, or are lost.
+
+Every few seconds the fleet looks around. Where there is room for more replicas it has more; on a node that is being
+drained nothing new begins, and its replicas end with the shards that they have. A replica is first asked where it is,
+which it can say as soon as its process is up, and then told to start, which may take as long as a model takes to load.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from neg_service.cluster.failures import MOST_MOVES, Action, Attempt, decide
+from neg_service.cluster.resources import Room
+from neg_service.errors import NegServiceError, NodeLost, ReplicaLost
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 5.0
+_REMIND_SECONDS = 30.0
+# A start that fails while others work is tried again after a while: the reason may be its node's, and may pass.
+_RETRY_SECONDS = 30.0
+
+
+@dataclass(eq=False)
+class Member:
+    """A replica as the driver sees it."""
+
+    number: int
+    actor: Any
+    # The question where it is, and the order to start; None once they are answered.
+    asking_where: Any
+    starting: Any
+    node: str = ""
+    # Since when its process is up.
+    placed_at: float | None = None
+    is_leaving: bool = False
+    flying: dict[Any, Attempt] = field(default_factory=dict)
+    # When a shard was last finished or, with none before it, sent.
+    heard: float = 0.0
+    # The question what it is doing, and when it was asked.
+    asked: tuple[Any, float] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.starting is None
+
+    @property
+    def is_alone_with_suspect(self) -> bool:
+        return any(attempt.failures for attempt in self.flying.values())
+
+    @property
+    def calls(self) -> list[Any]:
+        """All that it has yet to answer."""
+        waiting = [call for call in (self.asking_where, self.starting) if call is not None]
+        return [*waiting, *self.flying]
+
+
+class Fleet:
+    """Hires replicas and lets them go."""
+
+    def __init__(
+        self,
+        spawn: Callable[[], Any],
+        end: Callable[[Any], None],
+        room: int | Callable[[], Room],
+        attempts: int,
+        start_seconds: float,
+    ) -> None:
+        """`spawn` starts an actor and `end` ends one; `room` is how many to have, or looks how many there is room for.
+
+        `attempts` is how often starting may fail in a row, `start_seconds` how long it may take once a process is up.
+        """
+        self.members: list[Member] = []
+        self._spawn, self._end = spawn, end
+        self._look: Callable[[], Room] = room if callable(room) else lambda: Room(room)
+        self._room, self._looked = Room(0), float("-inf")
+        self._attempts, self._start_seconds = attempts, start_seconds
+        self._born = self._failed_starts = self._lost_starts = 0
+        self._not_before, self._reminded = float("-inf"), time.monotonic()
+
+    @property
+    def working(self) -> list[Member]:
+        """Those that take shards."""
+        return [member for member in self.members if member.is_ready and not member.is_leaving]
+
+    def look_around(self, n_left: int | None) -> None:
+        """Let go who leaves, and hire while there is room and are shards left for more."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_SECONDS:
+            self._room, self._looked = self._look(), now
+            for member in self.members:
+                if member.node in self._room.leaving and not member.is_leaving:
+                    what = "replica %d gets no more shards: its node is being drained"
+                    log.info(what, member.number, extra={"replica": member.number})
+                    member.is_leaving = True
+        for member in [member for member in self.members if member.is_leaving and not member.flying]:
+            self.end(member)
+        for member in [member for member in self.members if self._takes_too_long(member, now)]:
+            self.start_failed(member, ReplicaLost(f"it has not started within {self._start_seconds:.0f} s"))
+        staying = [member for member in self.members if not member.is_leaving]
+        wanted = self._room.wanted(len(staying), sum(member.placed_at is None for member in staying))
+        if n_left is not None:
+            wanted = min(wanted, n_left)
+            # Those that have not begun may go again, the youngest first: they have waited for the least.
+            idle = [member for member in staying if not member.is_ready]
+            for member in idle[max(0, len(idle) - max(0, len(staying) - n_left)) :]:
+                self.end(member)
+        if now >= self._not_before:
+            for _ in range(wanted - len(staying)):
+                self._hire()
+
+    def placed(self, member: Member, node: str) -> None:
+        """A replica has said where it is."""
+        member.asking_where, member.node, member.placed_at = None, node, time.monotonic()
+
+    def started(self, member: Member) -> None:
+        """A replica is ready."""
+        member.starting = None
+        self._failed_starts = self._lost_starts = 0
+
+    def start_failed(self, member: Member, error: Exception) -> None:
+        """A replica could not be started: another one will be tried, unless nothing speaks for that.
+
+        Raises:
+            NegServiceError: no other replica works, and the error concerns all, or this was the last try.
+        """
+        self.end(member)
+        about = {"replica": member.number}
+        if isinstance(error, NodeLost):
+            self._lost_starts += 1
+            if self._lost_starts <= MOST_MOVES:
+                log.warning("replica %d was lost while it started: %s", member.number, error, extra=about)
+                return
+        self._failed_starts += 1
+        action = decide(error, self._failed_starts, self._attempts, self._lost_starts)
+        if action in (Action.STOP, Action.SET_ASIDE) and not self.working:
+            if isinstance(error, NegServiceError) and not isinstance(error, ReplicaLost):
+                raise error
+            raise NegServiceError(f"no replica can be started, {self._failed_starts} tries failed: {error}") from error
+        if self.working:
+            self._not_before = time.monotonic() + _RETRY_SECONDS
+        log.warning("replica %d could not be started, trying again: %s", member.number, error, extra=about)
+
+    def end(self, member: Member) -> None:
+        """Let a replica go at once."""
+        self.members.remove(member)
+        self._end(member.actor)
+
+    def end_all(self) -> None:
+        """Let all go."""
+        for member in list(self.members):
+            self.end(member)
+
+    def remind(self) -> None:
+        """Say now and then that nothing happens because no replica is ready."""
+        now = time.monotonic()
+        if any(member.is_ready for member in self.members):
+            self._reminded = now
+        elif now - self._reminded > _REMIND_SECONDS:
+            log.warning("no replica is ready; waiting for the cluster to make room or for models to load")
+            self._reminded = now
+
+    def _hire(self) -> None:
+        actor = self._spawn()
+        self.members.append(Member(self._born, actor, actor.where.remote(), actor.start.remote()))
+        self._born += 1
+
+    def _takes_too_long(self, member: Member, now: float) -> bool:
+        is_up = member.placed_at is not None and not member.is_ready
+        return is_up and now - (member.placed_at or now) > self._start_seconds

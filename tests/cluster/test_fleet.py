@@ -1,0 +1,172 @@
+"""Who is hired and who is let go, without Ray: actors that only note what was asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from neg_service.cluster import fleet as module
+from neg_service.cluster.failures import MOST_MOVES
+from neg_service.cluster.fleet import Fleet
+from neg_service.cluster.resources import Room
+from neg_service.errors import ConfigurationError, ModelError, NegServiceError, NodeLost, OutOfMemory, ReplicaLost
+
+
+class Actor:
+    """Something to hire."""
+
+    def __init__(self) -> None:
+        self.where = self.start = SimpleNamespace(remote=object)
+        self.is_ended = False
+
+
+class Hired(Fleet):
+    """A fleet in a room that tests change, at a time that they set."""
+
+    def __init__(self, room: Room, start_seconds: float = 100) -> None:
+        self.actors: list[Actor] = []
+        self.room = room
+        super().__init__(self._new, self._over, lambda: self.room, attempts=3, start_seconds=start_seconds)
+
+    def _new(self) -> Actor:
+        self.actors.append(Actor())
+        return self.actors[-1]
+
+    def _over(self, actor: Actor) -> None:
+        assert not actor.is_ended
+        actor.is_ended = True
+
+    def ready(self, index: int, node: str = "a") -> None:
+        """A member has said where it is and has started."""
+        self.placed(self.members[index], node)
+        self.started(self.members[index])
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of those that are there."""
+        return [member.number for member in self.members]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A time that only tests move."""
+    now = SimpleNamespace(value=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now.value))
+    return now
+
+
+def test_a_number_is_hired_at_once_and_kept(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(3))
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 1, 2]
+    fleet.end(fleet.members[1])
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 2, 3]
+
+
+def test_no_more_than_shards_are_left_and_the_youngest_that_wait_go(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(5))
+    fleet.look_around(3)
+    assert fleet.numbers == [0, 1, 2]
+    fleet.ready(1)
+    fleet.look_around(2)
+    assert fleet.numbers == [0, 1]
+    fleet.look_around(1)
+    assert fleet.numbers == [1]
+    # Who is ready stays, though there is nothing left for it.
+    fleet.ready(0)
+    fleet.look_around(0)
+    assert fleet.numbers == [1]
+
+
+def test_free_room_is_filled_once_and_what_waits_for_it_is_counted(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(None, free=2))
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 1]
+    # Nothing has been placed yet, so the same room is still free: it is not filled twice.
+    clock.value += 10
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 1]
+    fleet.ready(0)
+    fleet.ready(1)
+    fleet.room = Room(None, free=0)
+    clock.value += 10
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 1]
+    # A node comes.
+    fleet.room = Room(None, free=3)
+    clock.value += 10
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 1, 2, 3, 4]
+
+
+def test_where_there_is_no_room_one_waits_for_it(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(None, free=0))
+    fleet.look_around(100)
+    assert fleet.numbers == [0]
+
+
+def test_who_is_on_a_drained_node_leaves_ready_or_not_and_others_are_hired(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(3))
+    fleet.look_around(100)
+    fleet.ready(0, "going")
+    fleet.placed(fleet.members[1], "going")
+    fleet.placed(fleet.members[2], "staying")
+    fleet.members[0].flying = {object(): object()}
+    fleet.room = Room(3, leaving=frozenset({"going"}))
+    clock.value += 10
+    fleet.look_around(100)
+    # The one that only starts goes at once; the one with a shard finishes it, and gets no other.
+    assert fleet.numbers == [0, 2, 3, 4]
+    assert fleet.working == []
+    fleet.members[0].flying.clear()
+    fleet.look_around(100)
+    assert fleet.numbers == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "message"),
+    [
+        (ModelError("the wrong model"), 1, "the wrong model"),
+        (ReplicaLost("dead"), 3, "no replica can be started, 3 tries failed: dead"),
+        (OutOfMemory("full"), 3, "full"),
+        (NodeLost("gone"), MOST_MOVES + 3, "no replica can be started, 3 tries failed: gone"),
+    ],
+)
+def test_starts_that_fail_end_the_run_at_last(
+    clock: SimpleNamespace, error: NegServiceError, tries: int, message: str
+) -> None:
+    fleet = Hired(Room(1))
+    for _ in range(tries - 1):
+        fleet.look_around(100)
+        fleet.start_failed(fleet.members[0], error)
+    fleet.look_around(100)
+    with pytest.raises(NegServiceError, match=message):
+        fleet.start_failed(fleet.members[0], error)
+
+
+def test_a_late_start_that_fails_does_not_end_a_run_that_works(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(2))
+    fleet.look_around(100)
+    fleet.ready(0)
+    for _ in range(20):
+        fleet.start_failed(fleet.members[1], ConfigurationError("other files on this node"))
+        fleet.look_around(100)
+        assert fleet.numbers == [0], "not at once again"
+        clock.value += 31
+        fleet.look_around(100)
+        assert len(fleet.members) == 2
+
+
+def test_a_start_that_takes_too_long_is_tried_elsewhere(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(1), start_seconds=60)
+    fleet.look_around(100)
+    clock.value += 1000
+    fleet.look_around(100)
+    assert fleet.numbers == [0], "it waits for room, not for its model"
+    fleet.placed(fleet.members[0], "a")
+    clock.value += 61
+    fleet.look_around(100)
+    assert fleet.numbers == [1]
