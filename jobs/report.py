@@ -1,0 +1,45 @@
+"""python -m jobs.report: one self-contained page of runs, studies and probes. `--help` says what can be set."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+from omegaconf import DictConfig, ListConfig
+
+from jobs.entry import start, value_of
+from neg_service.errors import ConfigurationError
+from neg_service.report.page import render
+from neg_service.report.sections import find, sections_of
+from neg_service.storage.stores import open_store
+
+
+def report(config: DictConfig) -> int:
+    """Write the page and its figures; prints where."""
+    value_of(config, "runs")
+    runs = list(config.runs) if isinstance(config.runs, ListConfig) else [config.runs]
+    if not runs:
+        raise ConfigurationError("runs=[]: name at least one run, study or probe")
+    print(write_report([str(uri) for uri in runs], str(config.out), config.storage.endpoint_url, config.title))
+    return 0
+
+
+def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str | None = None) -> str:
+    """Write report.html and figures/*.png to a directory or prefix; the page's path."""
+    found = find(uris, endpoint_url)
+    sections = sections_of(found)
+    models = sorted({str(run.about.get("model", {}).get("source", "a model")) for run in found.runs})
+    named = title or f"Neurons of {', '.join(models) or 'a model'}"
+    made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")
+    subtitle = f"neg_service {version('neg-service')}, {made} UTC"
+    store = open_store(out, endpoint_url)
+    for section in sections:
+        for picture in section.pictures:
+            for theme, image in picture.images.items():
+                store.put(f"figures/{picture.name}{'' if theme == 'light' else '-dark'}.png", image)
+    store.put("report.html", render(named, subtitle, sections).encode())
+    return f"{store.uri.rstrip('/')}/report.html"
+
+
+if __name__ == "__main__":
+    start("report", report)

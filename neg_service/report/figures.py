@@ -1,0 +1,258 @@
+"""The figures of a report, drawn with matplotlib, each once for light and once for dark surroundings.
+
+A function draws on the axes that it is given and knows nothing of colours but the theme's.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
+from numpy.typing import NDArray
+
+Doubles = NDArray[np.float64]
+Rows = list[dict[str, Any]]
+
+_SIZE = (7.2, 4.2)
+_DPI = 130
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a surrounding. cycle: of lines, apart for those who do not tell red from green."""
+
+    paper: str
+    ink: str
+    faint: str
+    cycle: tuple[str, ...]
+
+
+LIGHT = Theme("#ffffff", "#1d2430", "#c9ced8", ("#1769aa", "#d2691e", "#2a8c6e", "#8e5aa8", "#6b7280", "#b08900"))
+DARK = Theme("#151a22", "#e4e8ef", "#3d4655", ("#6cb6ff", "#f2a35e", "#5fd0a8", "#c9a3e6", "#9aa4b5", "#e0c15a"))
+THEMES = {"light": LIGHT, "dark": DARK}
+
+Draw = Callable[[Figure, Theme], None]
+
+
+def drawn(draw: Draw, size: tuple[float, float] = _SIZE) -> dict[str, bytes]:
+    """A figure as a PNG for each theme."""
+    images = {}
+    for name, theme in THEMES.items():
+        settings = {
+            "figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper,
+            "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
+            "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint, "grid.alpha": 0.6,
+            "axes.prop_cycle": cycler(color=theme.cycle), "axes.grid": True, "axes.axisbelow": True,
+            "axes.spines.top": False, "axes.spines.right": False, "font.size": 10.5, "legend.frameon": False,
+            "figure.dpi": _DPI,
+        }  # fmt: skip
+        with mpl.rc_context(settings):
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure, theme)
+            image = io.BytesIO()
+            figure.savefig(image, format="png")
+        images[name] = image.getvalue()
+    return images
+
+
+def strength_heat_map(share_lb: Doubles, edges_b: Doubles, unit: str) -> Draw:
+    """Share of a layer's neurons (columns) by decade of |strength| (rows)."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        shown = np.where(share_lb > 0, share_lb, np.nan).T
+        layers = np.arange(share_lb.shape[0] + 1) - 0.5
+        colours = mpl.colormaps["GnBu" if theme is LIGHT else "viridis"]
+        smallest = float(np.nanmin(shown)) if np.isfinite(shown).any() else 1e-4
+        mesh = axes.pcolormesh(
+            layers, edges_b, shown, cmap=colours, norm=LogNorm(max(smallest, 1e-5), 1), rasterized=True
+        )
+        axes.set_yscale("log")
+        axes.set_xlabel("layer")
+        axes.set_ylabel(unit)
+        axes.grid(visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(mesh, ax=axes, label="share of the layer's neurons")
+
+    return draw
+
+
+def scatter_of_estimates(points: Rows, estimators: Sequence[str], scale_free: Sequence[str]) -> Draw:
+    """NEG against each estimator; those of `scale_free` have units of their own and axes of their own."""
+    neg = np.array([row["neg"] for row in points])
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        n_columns = min(3, len(estimators))
+        n_rows = -(-len(estimators) // n_columns)
+        largest = float(np.abs(neg).max(initial=0)) or 1.0
+        for number, name in enumerate(estimators):
+            axes = figure.add_subplot(n_rows, n_columns, number + 1)
+            values = np.array([row[name] for row in points])
+            axes.plot(values, neg, ".", markersize=2.5, alpha=0.45, color=theme.cycle[0])
+            own = float(np.abs(values).max(initial=0)) or 1.0
+            for axis, extent, scale in (
+                (axes.xaxis, own if name in scale_free else max(own, largest), axes.set_xscale),
+                (axes.yaxis, largest, axes.set_yscale),
+            ):
+                scale("symlog", linthresh=extent / 1e4)
+                ticks = [10.0 ** np.floor(np.log10(extent)), 10.0 ** (np.floor(np.log10(extent)) - 2)]
+                axis.set_major_locator(FixedLocator([-ticks[0], -ticks[1], 0.0, ticks[1], ticks[0]]))
+            if name not in scale_free:
+                axes.plot([-2 * largest, 2 * largest], [-2 * largest, 2 * largest], color=theme.faint, zorder=0)
+            axes.set_title(name.replace("_", " "), fontsize=10.5)
+            axes.tick_params(labelsize=7.5)
+            if number % n_columns == 0:
+                axes.set_ylabel("NEG")
+
+    return draw
+
+
+def lines_over_layers(rows: Rows, key: str, names: Sequence[str], label: str, bands: bool = True) -> Draw:
+    """A line a name over layers; rows have `layer`, `<key>` of `estimator`, and with bands `_low` and `_high`."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        for name, colour in zip(names, theme.cycle, strict=False):
+            own = sorted((row for row in rows if row["estimator"] == name and row["layer"] is not None), key=_layer)
+            layers = [row["layer"] for row in own]
+            axes.plot(layers, [row[key] for row in own], "-o", markersize=3, label=name.replace("_", " "), color=colour)
+            if bands:
+                axes.fill_between(
+                    layers,
+                    [row[f"{key}_low"] for row in own],
+                    [row[f"{key}_high"] for row in own],
+                    alpha=0.15,
+                    color=colour,
+                )
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+
+    return draw
+
+
+def linearity_over_ranges(rows: Rows) -> Draw:
+    """The share of linear curves by the largest shift: over all layers, and for each layer."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+        for layer in layers:
+            own = [row for row in rows if row["layer"] == layer and row["n"]]
+            shares = [100 * row["share_linear"] for row in own]
+            axes.plot([row["range"] for row in own], shares, color=theme.faint, linewidth=0.8, zorder=1)
+        whole = [row for row in rows if row["layer"] is None]
+        shares = [100 * row["share_linear"] for row in whole]
+        axes.plot([row["range"] for row in whole], shares, "-o", linewidth=2, label="all layers", zorder=2)
+        axes.plot([], [], color=theme.faint, label="each layer")
+        axes.set_xscale("log")
+        axes.set_xticks([row["range"] for row in whole], [f"±{row['range']:g}" for row in whole])
+        axes.minorticks_off()
+        axes.set_xlabel("largest shift, units of |activation|")
+        axes.set_ylabel("curves with |r| ≥ 0.95, %")
+        axes.legend()
+
+    return draw
+
+
+def curves(rows: Rows) -> Draw:
+    """Δp over shifts of a few neurons, with the line that NeurGrad foretells."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        n_columns = min(3, len(rows))
+        for number, row in enumerate(rows):
+            axes = figure.add_subplot(-(-len(rows) // n_columns), n_columns, number + 1)
+            shifts = np.array([*row["shifts"], 0.0])
+            order = np.argsort(shifts)
+            values = np.array([*row["delta_p"], 0.0])[order]
+            axes.plot(shifts[order], values, "o-", markersize=3, color=theme.cycle[0])
+            near = np.abs(shifts[order]) <= 2
+            axes.plot(shifts[order][near], row["neurgrad"] * shifts[order][near], "--", color=theme.cycle[1])
+            axes.set_title(f"layer {row['layer']}, neuron {row['neuron']} → {row['target'].strip()!r}", fontsize=9)
+            axes.tick_params(labelsize=8)
+            if number % n_columns == 0:
+                axes.set_ylabel("change of probability", fontsize=9)
+            if number >= len(rows) - n_columns:
+                axes.set_xlabel("shift", fontsize=9)
+
+    return draw
+
+
+def histogram(rows: Rows, label: str) -> Draw:
+    """Counts in bins, on a logarithmic axis, for most curves are in the last bin."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        width = rows[0]["high"] - rows[0]["low"]
+        total = sum(row["n"] for row in rows) or 1
+        axes.bar([row["low"] for row in rows], [100 * row["n"] / total for row in rows], width, align="edge")
+        axes.axvline(0.95, color=theme.cycle[1], linewidth=1)
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("share of curves, %")
+
+    return draw
+
+
+def strength_over_layers(rows: Rows) -> Draw:
+    """The spread of |NEG| of each layer, and beside it the share of positive ones."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        own = sorted((row for row in rows if row["layer"] is not None), key=_layer)
+        layers = [row["layer"] for row in own]
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        left.fill_between(layers, [row["neg_q05"] for row in own], [row["neg_q95"] for row in own], alpha=0.15)
+        left.fill_between(
+            layers, [row["neg_q25"] for row in own], [row["neg_q75"] for row in own], alpha=0.3, color=theme.cycle[0]
+        )
+        left.plot(layers, [row["neg_q50"] for row in own], "-o", markersize=3)
+        left.set_yscale("log")
+        left.set_ylabel("|NEG|, probability a unit")
+        shares = [np.nan if row["share_positive"] is None else 100 * row["share_positive"] for row in own]
+        right.axhline(50, color=theme.faint)
+        right.plot(layers, shares, "o", markersize=4, color=theme.cycle[1])
+        right.set_ylabel("positive NEGs, %")
+        right.set_ylim(0, 100)
+        for axes in (left, right):
+            axes.set_xlabel("layer")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return draw
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> Draw:
+    """Test accuracy of each probe and baseline, a group a task."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        tasks = list(dict.fromkeys(row["task"] for row in rows))
+        probes = list(dict.fromkeys(row["probe"] for row in rows))
+        width = 0.8 / max(1, len(probes))
+        found = {(row["task"], row["probe"]): row["accuracy"] for row in rows}
+        colours = [*theme.cycle, theme.ink]
+        for number, probe in enumerate(probes):
+            heights = [100 * found.get((task, probe), np.nan) for task in tasks]
+            places = np.arange(len(tasks)) - 0.4 + width * (number + 0.5)
+            axes.bar(places, heights, width, label=probe, color=colours[number % len(colours)])
+        axes.set_xticks(
+            range(len(tasks)), tasks, rotation=30 if len(tasks) > 4 else 0, ha="right" if len(tasks) > 4 else "center"
+        )
+        axes.set_ylabel("accuracy on test, %")
+        axes.set_ylim(0, 100)
+        axes.grid(axis="x", visible=False)
+        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+
+    return draw
+
+
+def _layer(row: Mapping[str, Any]) -> int:
+    return int(row["layer"])
