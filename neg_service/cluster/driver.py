@@ -318,7 +318,7 @@ def _translated(error: Exception) -> Exception:
         if isinstance(cause, NegServiceError):
             return cause
         # Nobody foresaw this one: whoever mends it needs to know where it happened.
-        log.warning("an unexpected error in a replica:\n%s", error.traceback_str)
+        log.warning("an unexpected error in a replica:\n%s", error)
         return RuntimeError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")
     if isinstance(error, ActorUnschedulableError | RuntimeEnvSetupError | RaySystemError):
         return ConfigurationError(f"Ray cannot run a replica: {one_line(error)}")

@@ -17,7 +17,7 @@ from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Receipt, Replica
 from neg_service.errors import ModelError, NegServiceError
-from tests.fakes import FaultyWorker
+from tests.faulty import FaultyWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 N_SHARDS = 12

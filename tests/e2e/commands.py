@@ -61,9 +61,9 @@ def in_order(table: pa.Table) -> pa.Table:
 class Running:
     """A job in the background, in a process group of its own, whose output is read as it comes."""
 
-    def __init__(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, *arguments: str, env: dict[str, str] | None = None, module: str = "") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"jobs.{name}", *arguments],
+            [sys.executable, "-m", module or f"jobs.{name}", *arguments],
             cwd=ROOT,
             env=env or environment(),
             stdout=subprocess.PIPE,
