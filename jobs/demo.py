@@ -11,6 +11,7 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
+from jobs.report import write_report
 from jobs.scan import describe_plan, describe_summary
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.scan import Summary, run
@@ -43,6 +44,9 @@ def demo(config: DictConfig) -> int:
     else:
         print("no examples of neurons: they need measure.keep=all")
     swept = _sweep(prepared)
+    out = f"{prepared.config.storage.uri.rstrip('/')}/report"
+    page = write_report([summary.uri, swept.uri], out, prepared.config.storage.endpoint_url)
+    print(f"\nreport: {page}")
     return EXIT_INCOMPLETE if summary.set_aside or swept.set_aside else 0
 
 

@@ -145,8 +145,8 @@ def _study(uri: str, about: dict[str, Any], tables: Mapping[str, pa.Table]) -> l
     best = max(estimators, key=lambda row: _number(row["pearson"]))
     text = (
         f"The model answers {counts['right']} of {counts['with_answer']} prompts rightly; {counts['studied']} were "
-        f"studied, {asked['neurons']} neurons of each layer: {best['n']} pairs of a prompt and a neuron. Intervals hold "
-        f"95 % of bootstrap draws of whole prompts. {best['estimator'].replace('_', ' ')} meets NEG best, with a "
+        f"studied, {asked['neurons']} neurons of each layer: {best['n']} pairs of a prompt and a neuron. Intervals "
+        f"hold 95 % of bootstrap draws of whole prompts. {best['estimator'].replace('_', ' ')} meets NEG best, with a "
         f"correlation of {best['pearson']:.4f}."
     )
     head = ("estimator", "Pearson r", "Spearman", "equal signs, %", "median relative error", "s a prompt")
