@@ -128,19 +128,17 @@ def run(settings: Settings) -> dict[str, Any]:
             result["ratios"][f"scan over loop, {kind}"] = share
             result["ratios"][f"scan over measuring alone, {kind}"] = ratio(scanned, measured)
             result["bars"].append(bar(f"scan over loop, {kind}", share["median"], 0.95, at_most=False))
-        one, two = [], []
-        single = replace(make_worker, threads=1)
-        for repeat in range(settings.repeats):
-            one.append(len(prompts) / _scan(shards, single, 1))
-            two.append(len(prompts) / _scan(shards, single, 1, replicas=2))
-            sys.stderr.write(f"one replica {repeat + 1}: {one[-1]:.3g}, two {two[-1]:.3g} prompts/s\n")
-        result["prompts_a_second"]["one thread a replica"] = {
-            "one": figure(one, "prompts/s"),
-            "two": figure(two, "prompts/s"),
-        }
-        result["ratios"]["two replicas over one"] = ratio(two, one)
-        gain = result["ratios"]["two replicas over one"]["median"]
-        result["bars"].append(bar("two replicas over one, a thread each", gain, 1.6, at_most=False))
+        for keep in ("answer", "all"):
+            own = replace(make_worker, threads=1, config=replace(config, measure={"name": "neurgrad", "keep": keep}))
+            one, two = [], []
+            for repeat in range(settings.repeats):
+                one.append(len(prompts) / _scan(shards, own, 1))
+                two.append(len(prompts) / _scan(shards, own, 1, replicas=2))
+                sys.stderr.write(f"keep={keep} {repeat + 1}: one {one[-1]:.3g}, two {two[-1]:.3g} prompts/s\n")
+            what = f"a thread a replica, keep={keep}"
+            result["prompts_a_second"][what] = {"one": figure(one, "prompts/s"), "two": figure(two, "prompts/s")}
+            result["ratios"][f"two replicas over one, {what}"] = gain = ratio(two, one)
+            result["bars"].append(bar(f"two replicas over one, {what}", gain["median"], 1.6, at_most=False))
     finally:
         disconnect()
     return result
