@@ -184,6 +184,20 @@ def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues
     assert len(results_of(again).done()) == 60
 
 
+def test_small_replicas_share_a_gpu_and_get_as_many_threads_as_cpus(
+    cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
+) -> None:
+    cluster.add(num_cpus=2, num_gpus=1)
+    asked = arguments(tiny_directory, tmp_path, 40, "shared")
+    # The GPU is pretended; the model itself stays on the CPU.
+    halves = ["cluster.gpus_per_replica=0.5", "model.device=cpu", f"cluster.address={cluster.address}"]
+    scan = Running("scan", *asked, *halves, env=cluster.environment)
+    assert scan.finish() == 0, scan.output
+    assert "on up to 2 replicas of 1 CPUs and 0.5 GPUs" in scan.output
+    assert re.search(r"replica 1 is ready: .*, cpu, 1 threads", scan.output)
+    assert len(results_of(scan).done()) == 40
+
+
 def test_the_node_of_the_driver_is_lost_and_the_same_command_continues(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:
