@@ -86,7 +86,6 @@ def test_the_table_of_estimators_is_what_the_runs_say(place: Path) -> None:
             assert found["pearson"] == pytest.approx(stats.pearsonr(neg, estimate).statistic, rel=1e-6)
             assert found["spearman"] == pytest.approx(stats.spearmanr(neg, estimate).statistic, rel=1e-6)
             assert found["n"] == len(neg)
-    assert rows["neurgrad", None]["pearson"] > 0.99
     assert abs(rows["random", None]["pearson"]) < 0.5
     assert rows["integrated_gradients", None]["seconds_a_prompt"] > 0
 
