@@ -2,7 +2,7 @@
 
 A curve counts as linear where |r| >= 0.95. Ranges of shifts are judged on 40 shifts each, which for a range are
 interpolated from four that were run (`measures/linearity.py`), so that a wide range is not judged on fewer points than
-a narrow one. Curves of no effect at all (every Δp is 0) are left out and counted.
+a narrow one. Curves that are all noise are left out and counted.
 
 Axes: I curves, S shifts that were run.
 """
@@ -35,14 +35,19 @@ def shifts_of_ranges(ranges: Sequence[float]) -> list[float]:
     return sorted({float(shift) for largest in ranges for shift in range_grid(largest).shifts})
 
 
-def by_range(shifts: Sequence[float], delta_p_is: Doubles, layer_i: Integers, ranges: Sequence[float]) -> list[Row]:
-    """A row a range and layer, and one a range over all layers (`layer` is None): how linear curves are there."""
+def by_range(
+    shifts: Sequence[float], delta_p_is: Doubles, layer_i: Integers, ranges: Sequence[float], noise_i: Doubles
+) -> list[Row]:
+    """A row a range and layer, and one a range over all layers (`layer` is None): how linear curves are there.
+
+    noise_i: [I] what the largest |Δp| of a range has to exceed, or the curve is left out there.
+    """
     position = {shift: index for index, shift in enumerate(shifts)}
     rows = []
     for largest in ranges:
         grid = range_grid(largest)
         found = judged(grid, delta_p_is[:, [position[float(shift)] for shift in grid.shifts]])
-        moves = found["largest"] > 0
+        moves = found["largest"] > noise_i
         for layer, chosen in _layers(layer_i):
             kept = chosen & moves
             rows.append(
@@ -56,8 +61,8 @@ def by_layer(r_i: Doubles, r2_i: Doubles, neg_i: Doubles, is_resolved_i: Boolean
     """A row a layer, and one over all: linearity, the spread of |NEG|, and the share of positive ones."""
     rows = []
     for layer, chosen in _layers(layer_i):
-        moves = chosen & (neg_i != 0)
-        neg, resolved = neg_i[chosen], neg_i[chosen & is_resolved_i]
+        moves = chosen & is_resolved_i
+        neg, resolved = neg_i[chosen], neg_i[moves]
         spread = {f"neg_{_name(q)}": _quantile(np.abs(neg), q) for q in _QUANTILES}
         rows.append(
             {"layer": layer}

@@ -56,6 +56,7 @@ class Options:
     seed: int = 0
     basis: str = "paper"
     grid: str = "full"
+    keep: str = "answer"
     steps: int = 20
     estimators: list[str] = field(default_factory=lambda: list(ESTIMATORS))
     ranges: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 10.0])
@@ -100,6 +101,11 @@ def check_options(options: Options) -> None:
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
+    for key, given in (("estimators", options.estimators), ("sets", options.sets)):
+        if len(set(given)) < len(given):
+            raise ConfigurationError(f"study.{key}={given}: one is named twice")
+    if not options.estimators:
+        raise ConfigurationError(f"study.estimators=[]: name at least one of {', '.join(ESTIMATORS)}")
     for name in options.estimators:
         if name not in ESTIMATORS:
             raise ConfigurationError(
@@ -139,44 +145,49 @@ def run_study(options: Options, neurons: NeuronsConfig, scan: Scan) -> Findings:
 
     whole = NeuronsConfig(neurons.layers)
     sample = NeuronsConfig(neurons.layers, choose="sample", count=options.neurons, per="layer", seed=options.seed)
-    answers = run("neurgrad", {"name": "neurgrad", "keep": "all"}, whole, None)
+    answers = run("neurgrad", {"name": "neurgrad", "keep": options.keep}, whole, None)
     ids, found.rows["accuracy"] = _chosen_prompts(answers, options)
     log.info("%d prompts, %d neurons of each layer", len(ids), options.neurons)
     sweep = run("sweep", {"name": "sweep", "grid": options.grid}, sample, ids)
     triples = _triples(sweep, options)
     runs = {"neurgrad": answers, "gradient": answers, "sweep": sweep}
     if "integrated_gradients" in options.estimators:
-        keep = "answer" if _has_answers(sweep) else "all"
-        measure = {"name": "integrated_gradients", "steps": options.steps, "keep": keep}
+        measure = {"name": "integrated_gradients", "steps": options.steps, "keep": options.keep}
         runs["integrated_gradients"] = run("integrated_gradients", measure, whole, ids)
         triples.estimates["integrated_gradients"] = _integrals(runs["integrated_gradients"], triples)
     found.rows["estimators"] = _estimators(triples, options, {name: _cost(own) for name, own in runs.items()})
     found.rows["layers"] = by_layer(triples.r, triples.r2, triples.neg, triples.is_resolved, triples.layer)
-    moves = triples.neg != 0
     found.rows["histogram"] = [
         {"what": what, **row}
         for what, values in (("r", np.abs(triples.r)), ("r2", triples.r2))
-        for row in histogram(values[moves])
+        for row in histogram(values[triples.is_resolved])
     ]
     shifts = shifts_of_ranges(options.ranges)
     measure = {"name": "sweep", "shifts": shifts, "keep_curves": True}
-    curves = run("ranges", measure, sample, ids[: options.range_prompts])
+    # Spread over the data set, whose prompts lie together by what they ask.
+    few = ids[:: max(1, len(ids) // options.range_prompts)][: options.range_prompts]
+    curves = run("ranges", measure, sample, few)
     found.rows["ranges"], found.rows["curves"] = _ranges(curves, options)
-    found.rows["additivity"] = _additivity(
-        run("sets", {"name": "intervene", "edits": _sets(triples, options)}, NeuronsConfig(), ids), triples, options
-    )
+    if edits := _sets(triples, options):
+        joint = run("sets", {"name": "intervene", "edits": edits}, NeuronsConfig(), ids)
+        found.rows["additivity"] = _additivity(joint, triples, options)
     found.rows["points"] = _points(triples, options)
     return found
 
 
 def _chosen_prompts(run: Run, options: Options) -> tuple[list[str], Rows]:
-    prompts = run.table("prompts", columns=["prompt_id", "answer", "prediction"]).to_table()
+    prompts = run.table("prompts", columns=["prompt_id", "targets", "answer", "prediction"]).to_table()
     ids = prompts["prompt_id"].to_pylist()
     answer, prediction = prompts["answer"].to_pylist(), prompts["prediction"].to_pylist()
     right = [own for own, a, p in zip(ids, answer, prediction, strict=True) if a is not None and a == p]
     known = sum(a is not None for a in answer)
     accuracy = {"prompts": len(ids), "with_answer": known, "right": len(right)}
     wanted = ids
+    if options.answered == "right" and known and all(len(targets) < 2 for targets in prompts["targets"].to_pylist()):
+        raise ConfigurationError(
+            "study.answered=right: prompts have one target each, which is always the most probable one; give them "
+            "several, or use study.answered=all"
+        )
     if options.answered == "right" and known:
         wanted = right
         if not right:
@@ -279,8 +290,9 @@ def _estimators(triples: Triples, options: Options, costs: Mapping[str, float | 
                     }
                 else:
                     row[statistic] = value
-            # The others are by-products of the same backward pass.
-            row["seconds_a_prompt"] = costs.get(name if name == "integrated_gradients" else "neurgrad")
+            # The others are by-products of the same backward pass, but for a random draw, which costs nothing.
+            own_cost = costs.get(name if name == "integrated_gradients" else "neurgrad")
+            row["seconds_a_prompt"] = None if name == "random" else own_cost
             row["neg_seconds_a_prompt"] = costs.get("sweep")
             rows.append(row)
     return rows
@@ -288,17 +300,19 @@ def _estimators(triples: Triples, options: Options, costs: Mapping[str, float | 
 
 def _ranges(run: Run, options: Options) -> tuple[Rows, Rows]:
     only_right = pc.field("is_answer") if _has_answers(run) else None
-    names = ["prompt_id", "target", "layer", "neuron", "neurgrad", "probability", "is_resolved", "delta_p"]
+    names = ["prompt_id", "target", "layer", "neuron", "neurgrad", "probability", "resolution", "delta_p"]
     table = run.table("sweep", names, only_right).to_table()
     shifts = run.config["measure"]["shifts"]
     curves = table["delta_p"].combine_chunks().flatten().to_numpy().reshape(-1, len(shifts)).astype(np.float64)
-    resolved = table["is_resolved"].to_numpy()
     layer = table["layer"].to_numpy().astype(np.int64)
-    rows = by_range(shifts, curves[resolved], layer[resolved], options.ranges)
+    # The resolution of a NEG is the noise of a single change over the root of the sum of its squared shifts.
+    noise = table["resolution"].to_numpy().astype(np.float64) * np.sqrt(np.sum(np.square(shifts)))
+    rows = by_range(shifts, curves, layer, options.ranges, noise)
     # For a person to look at: the strongest curve of several layers, spread over the model.
     strength = np.abs(curves).max(1)
     shown = []
-    for one in np.unique(layer)[np.linspace(0, len(np.unique(layer)) - 1, _CURVES).round().astype(int)]:
+    layers = np.unique(layer)
+    for one in layers[np.unique(np.linspace(0, len(layers) - 1, min(_CURVES, len(layers))).round().astype(int))]:
         own = np.flatnonzero(layer == one)
         index = own[strength[own].argmax()]
         shown.append(

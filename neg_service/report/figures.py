@@ -110,7 +110,7 @@ def scatter_of_estimates(points: Rows, estimators: Sequence[str], scale_free: Se
             axes.set_title(name.replace("_", " "), fontsize=10.5)
             axes.tick_params(labelsize=7.5)
             if number % n_columns == 0:
-                axes.set_ylabel("NEG")
+                axes.set_ylabel("NEG, probability a unit", fontsize=9)
 
     return draw
 
@@ -177,12 +177,16 @@ def curves(rows: Rows) -> Draw:
             axes.plot(shifts[order], values, "o-", markersize=3, color=theme.cycle[0])
             near = np.abs(shifts[order]) <= 2
             axes.plot(shifts[order][near], row["neurgrad"] * shifts[order][near], "--", color=theme.cycle[1])
-            axes.set_title(f"layer {row['layer']}, neuron {row['neuron']} → {row['target'].strip()!r}", fontsize=9)
+            axes.set_title(
+                f"layer {row['layer']}, neuron {row['neuron']} → {row['target'].strip()!r}",
+                fontsize=9,
+                parse_math=False,
+            )
             axes.tick_params(labelsize=8)
             if number % n_columns == 0:
                 axes.set_ylabel("change of probability", fontsize=9)
             if number >= len(rows) - n_columns:
-                axes.set_xlabel("shift", fontsize=9)
+                axes.set_xlabel("shift, units of |activation|", fontsize=9)
 
     return draw
 

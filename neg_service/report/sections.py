@@ -9,7 +9,7 @@ import heapq
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,8 @@ def find(uris: Sequence[str], endpoint_url: str | None) -> Found:
             found.findings.append((kind, uri, about, _tables(store)))
             runs = about.get("runs", [])
             # Of a probe there can be dozens; what they say is in its tables.
-            waiting += runs.values() if kind == "study" else []
+            # The ranges of a study reach further than its NEG; they are in its tables, and not to be taken for it.
+            waiting += [run for what, run in runs.items() if what != "ranges"] if kind == "study" else []
         elif store.get(RUN_FILE) is not None:
             found.runs.append(open_run(uri, endpoint_url))
         else:
@@ -78,11 +79,23 @@ def find(uris: Sequence[str], endpoint_url: str | None) -> Found:
 def sections_of(found: Found) -> list[Section]:
     """The page from top to bottom."""
     made = [_overview(found)]
-    for kind, uri, about, tables in found.findings:
-        made += _study(uri, about, tables) if kind == "study" else _probe(uri, about, tables)
+    for number, (kind, uri, about, tables) in enumerate(found.findings):
+        own = _study(uri, about, tables) if kind == "study" else _probe(uri, about, tables)
+        made += own if len(found.findings) == 1 else [_numbered(section, number, uri) for section in own]
     for number, run in enumerate(found.runs):
         made += _run_sections(run, number)
     return [section for section in made if section.grids or section.pictures]
+
+
+def _numbered(section: Section, number: int, uri: str) -> Section:
+    """The same section with names of its own, where there are several of its kind."""
+    return replace(
+        section,
+        name=f"{section.name}-{number}",
+        title=f"{section.title}: {uri.rsplit('/', 1)[-1]}",
+        grids=[replace(grid, name=f"{grid.name}-{number}" if grid.name else "") for grid in section.grids],
+        pictures=[replace(picture, name=f"{picture.name}-{number}") for picture in section.pictures],
+    )
 
 
 def _overview(found: Found) -> Section:
@@ -190,14 +203,15 @@ def _study(uri: str, about: dict[str, Any], tables: Mapping[str, pa.Table]) -> l
         ],
     )  # fmt: skip
     ranges = [row for row in tables["ranges"].to_pylist() if row["n"]]
-    whole = [row for row in ranges if row["layer"] is None]
+    whole = sorted((row for row in ranges if row["layer"] is None), key=lambda row: row["range"])
     histogram = [row for row in tables["histogram"].to_pylist() if row["what"] == "r"]
     head = ("shifts up to ±", "linear, %", "|r|, lowest 5 %", "|r|, median", "R², median", "curves")
     linear = Section(
         "linearity", "How linear neurons are",
-        f"A curve counts as linear where |r| ≥ 0.95. Up to ±{whole[-1]['range']:g} units of activation "
-        f"{100 * whole[-1]['share_linear']:.1f} % of curves are, up to ±{whole[0]['range']:g} "
-        f"{100 * whole[0]['share_linear']:.1f} %; curves whose effect is below the noise are left out.",
+        "A curve counts as linear where |r| ≥ 0.95; curves whose effect is below the noise are left out."
+        + "".join(
+            f" Up to ±{row['range']:g}: {100 * row['share_linear']:.1f} %." for row in whole[:: len(whole) - 1 or 1]
+        ),
         [
             Grid(
                 "Linearity by range", "Each range is judged on 40 shifts, interpolated from four that were run.", head,
@@ -220,8 +234,8 @@ def _study(uri: str, about: dict[str, Any], tables: Mapping[str, pa.Table]) -> l
             ),
             Picture(
                 "curves", "A few neurons",
-                "Change of the answer's probability over shifts of one neuron (points), the strongest of six layers; "
-                "the dashed line is what NeurGrad foretells.",
+                "Change of the answer's probability over shifts of one neuron (points), the strongest of several "
+                "layers; the dashed line is what NeurGrad foretells.",
                 "Curves of probability over shifts for six neurons",
                 drawn(figures.curves(tables["curves"].to_pylist()), (10, 5.6)),
             ),
@@ -313,7 +327,7 @@ def _probe(uri: str, about: dict[str, Any], tables: Mapping[str, pa.Table]) -> l
     name = uri.rsplit("/", 1)[-1]
     grids = [Grid("Accuracy on test", "The number of neurons is chosen on the validation split.", head, lines, (3, 4))]
     if "neurons" in tables:
-        best = tables["neurons"].to_pylist()[:500]
+        best = tables["neurons"].filter(pc.field("rank") < 20).to_pylist()
         columns = [
             key for key in ("task", "score_name", "rank", "layer", "neuron", "polarity", "score") if key in best[0]
         ]
@@ -428,7 +442,12 @@ def _sweep(run: Run, number: int) -> Section:
         taken = batch.take(pa.array(chosen)).to_pylist()
         points = sorted([*points, *zip(keys[chosen].tolist(), taken, strict=True)], key=lambda one: one[0])[:3000]
         size = np.abs(batch["neg"].to_numpy())
-        best = batch.take(pa.array(np.argsort(-size)[:2000])).to_pylist()
+        codes = [batch[key].dictionary_encode().indices.to_numpy() for key in ("prompt_id", "target")]
+        pair = codes[0].astype(np.int64) * (int(codes[1].max()) + 1) + codes[1]
+        order = np.lexsort((-size, pair))
+        first = np.flatnonzero(np.r_[True, np.diff(pair[order]) != 0])
+        rank = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
+        best = batch.take(pa.array(order[rank < _STRONGEST])).to_pylist()
         for place, row in enumerate(best):
             key = (row["prompt_id"], row["target"])
             if key not in strongest and len(strongest) >= _MOST_PROMPTS:

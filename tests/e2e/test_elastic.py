@@ -11,7 +11,7 @@ import pytest
 from tests.clusters import eventually, own_cluster
 from tests.e2e.commands import Running
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults]
 SHARDS = 250
 
 

@@ -31,7 +31,7 @@ def arguments(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def table_of(place: Path, name: str) -> pa.Table:
     """The table of the only run in `place` that has it."""
-    runs = [neg_service.open_run(str(run)) for run in place.iterdir()]
+    runs = [neg_service.open_run(str(file.parent)) for file in place.glob("*/run.json")]
     (run,) = [run for run in runs if name in run.tables]
     assert run.done() == set(range(run.n_shards))
     return in_order(run.table(name).to_table())
@@ -125,6 +125,8 @@ def test_the_demo_shows_neurons_straight_curves_and_plots(arguments: list[str], 
     plots = re.findall(r"plot: (.+\.png)", done.stdout)
     assert [Path(plot).name for plot in plots] == ["neurgrad_over_layers.png", "neg_against_neurgrad.png"]
     assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
+    (report,) = re.findall(r"report: (.+\.html)", done.stdout)
+    assert "strongest neurons of each prompt" in Path(report).read_text()
     sweep = table_of(tmp_path, "sweep").to_pandas()
     shown = float(re.search(r"linear +([\d.]+) %", done.stdout)[1])  # type: ignore[index]
     assert shown == pytest.approx(100 * (sweep.r.abs() >= 0.95).mean(), abs=0.06)

@@ -23,7 +23,7 @@ def test_a_line_is_linear_everywhere_and_a_parabola_nowhere_and_a_bend_only_near
     shifts = np.array(shifts_of_ranges(RANGES))
     # s + s^3/8 is a line near 0 and a cubic far out; four shifts and the origin hold a cubic exactly.
     curves = np.stack([0.1 * shifts, shifts**2, shifts + shifts**3 / 8, 0 * shifts])
-    rows = by_range(list(shifts), curves, np.array([0, 1, 2, 2]), RANGES)
+    rows = by_range(list(shifts), curves, np.array([0, 1, 2, 2]), RANGES, np.zeros(4))
     found = {(row["range"], row["layer"]): row for row in rows}
     for largest in RANGES:
         assert found[largest, 0]["share_linear"] == 1
@@ -54,3 +54,10 @@ def test_layers_say_how_strong_and_how_positive_their_neurons_are() -> None:
 def test_a_histogram_counts_every_value() -> None:
     bins = histogram(np.array([-3.0, 0.0, 0.01, 0.5, 1.0]), 10)
     assert [one["n"] for one in bins] == [3, 0, 0, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_what_is_below_the_noise_of_a_range_is_left_out_there_alone() -> None:
+    shifts = np.array(shifts_of_ranges(RANGES))
+    rows = by_range(list(shifts), 0.1 * shifts[None], np.array([0]), RANGES, np.array([0.15]))
+    kept = {row["range"]: row["n"] for row in rows if row["layer"] is None}
+    assert kept == {0.5: 0, 1.0: 0, 2.0: 1, 4.0: 1, 10.0: 1}
