@@ -37,7 +37,7 @@ from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 
-JOBS = ("scan", "probe", "verify")
+JOBS = ("scan", "probe", "study", "verify")
 # What a configuration may name on this machine that the cluster has to have, too.
 _DECIDING = ("name", "limit", "shard_size", "resume")
 _FILES = ("dataset.source", "dataset.wordings", "measure.edits", "neurons.list")
@@ -49,9 +49,10 @@ def main(arguments: list[str]) -> int:
     config = composed(asked.job, asked.overrides)
     client = connect_to_job_server(asked.address)
     prepared = None
+    if asked.job != "verify":
+        require_lasting(str(config.storage.uri))
     if asked.job == "scan":
         scan = typed(ScanConfig, config)
-        require_lasting(scan.storage.uri)
         if asked.unchecked:
             check(scan)
         else:
