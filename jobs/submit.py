@@ -38,8 +38,9 @@ from neg_service.storage.stores import open_store
 log = logging.getLogger(__name__)
 
 JOBS = ("scan", "probe", "study", "verify")
-# What a configuration may name on this machine that the cluster has to have, too.
+# Settings of `job` that decide what is done, and not how it is shown.
 _DECIDING = ("name", "limit", "shard_size", "resume")
+# What a configuration may name on this machine that the cluster has to have, too.
 _FILES = ("dataset.source", "dataset.wordings", "measure.edits", "neurons.list")
 
 

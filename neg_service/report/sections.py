@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from neg_service.errors import DestinationError
 from neg_service.report import figures
-from neg_service.report.console import accuracy, agreement, bytes_text
+from neg_service.report.console import accuracy, agreement
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
 from neg_service.storage.objects import ObjectStore
@@ -522,6 +522,3 @@ def _number(value: float | None) -> float:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-__all__ = ["Found", "bytes_text", "find", "sections_of"]
