@@ -260,7 +260,10 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         metrics.add(receipt)
 
     def on_first_ready(hello: Hello) -> None:
-        note(directory.store, {"calibration": hello.ready.calibration, "engine": hello.ready.engine})
+        note(
+            directory.store,
+            {"calibration": hello.ready.calibration, "engine": hello.ready.engine, "runs_on": hello.ready.runs_on},
+        )
         progress.start()
 
     def on_set_aside(shard: Shard, error: str, failures: int) -> None:
