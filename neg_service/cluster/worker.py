@@ -7,14 +7,11 @@ it is made with in two threads at once, and two threads that import torch at onc
 from __future__ import annotations
 
 import logging
-import platform
 import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow as pa
-import torch
 
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import Ready, Scan
@@ -24,6 +21,7 @@ from neg_service.measures import find_measure
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, load_model, set_threads
+from neg_service.models.placement import processor_name
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 
 log = logging.getLogger(__name__)
@@ -67,7 +65,7 @@ class ScanWorker:
         if self._calibration is None:
             samples, neurons = self._encoded(self._samples), self._config.neurons
             self._calibration = self._measure.calibrate(self._model, samples, self._options, neurons)
-        devices = ", ".join(f"{device} ({_processor(device)})" for device in self._model.devices)
+        devices = ", ".join(f"{device} ({processor_name(device)})" for device in self._model.devices)
         return Ready(f"{devices}, {self._threads} threads", self._calibration, self._model.engine)
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
@@ -83,13 +81,3 @@ class ScanWorker:
     def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         model = self._model
         return list(encode(model.tokenizer, prompts, model.context_length, model.mask_token))
-
-
-def _processor(device: torch.device) -> str:
-    """What people call a device; of a CPU Linux alone says its name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.exists() else []
-    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()

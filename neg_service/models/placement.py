@@ -9,7 +9,9 @@ the other, and does not spread a model whose largest part are its embeddings.
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,3 +157,13 @@ def _bytes_of(model: PreTrainedModel, names: Sequence[str]) -> int:
     """Shared weights count once."""
     weights = {id(own): own for name in names for own in model.get_submodule(name).parameters()}
     return sum(weight.nbytes for weight in weights.values())
+
+
+def processor_name(device: torch.device) -> str:
+    """What people call a device's processor; of a CPU Linux alone says its name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
