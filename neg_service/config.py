@@ -38,8 +38,14 @@ class ModelConfig:
 class DatasetConfig:
     """Which prompts: `facts`, a JSONL, Parquet or CSV file at any fsspec URI, or tasks of MCEval8K.
 
-    too_long: what happens to prompts beyond the model's context: `error`, or `skip`, which counts them. ids: of the
-    prompts to take, in the order of the data set; all if not given.
+    too_long: what happens to prompts beyond the model's context: `error`, or `skip`, which counts them. not_one_token:
+    what happens to targets that are not one token of the model after their prompt: `error`, or `skip`, which leaves
+    them out, and prompts whose answer is one, and counts both. ids: of the prompts to take, in the order of the data
+    set; all if not given.
+
+    Of a file, columns: what it calls `prompt`, `targets`, `answer`, `id` and `group`, where that is something else.
+    choices: how many targets a row with an answer and no targets gets: the answer, and answers of other rows, drawn
+    with `seed` from those of the same group first. group_until: what ends a group's name in its column.
 
     With `task`, `source` is the hub's or a directory's MCEval8K (`prompts/mceval8k.py`), and the rest says how its rows
     become prompts. task: one, a list, or `all`. split: one or a list. limit: rows of each task and split. balanced:
@@ -50,7 +56,11 @@ class DatasetConfig:
 
     source: str = "facts"
     too_long: str = "error"
+    not_one_token: str = "error"
     ids: Any = None
+    columns: Any = None
+    choices: int = 4
+    group_until: str | None = None
     task: Any = None
     split: Any = "valid"
     limit: int | None = None
@@ -188,8 +198,9 @@ def check(config: ScanConfig) -> None:
     ):
         if value != "auto" and not (isinstance(value, int | float) and value >= least):
             raise ConfigurationError(f"{key}={value}: must be auto or a number, at least {least}")
-    if config.dataset.too_long not in ("error", "skip"):
-        raise ConfigurationError(f"dataset.too_long={config.dataset.too_long}: must be error or skip")
+    for key, value in (("too_long", config.dataset.too_long), ("not_one_token", config.dataset.not_one_token)):
+        if value not in ("error", "skip"):
+            raise ConfigurationError(f"dataset.{key}={value}: must be error or skip")
     if config.job.log not in ("text", "json"):
         raise ConfigurationError(f"job.log={config.job.log}: must be text or json")
     for key, seconds in (

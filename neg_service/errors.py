@@ -22,6 +22,10 @@ class PromptError(ConfigurationError):
     """A prompt, a target or a data set file is unusable; the message names the prompt or the line."""
 
 
+class TargetError(PromptError):
+    """The model's tokenizer has not exactly one token of its own for a target after its prompt."""
+
+
 class ModelError(ConfigurationError):
     """The model cannot be loaded, is not understood, or failed its self-check."""
 

@@ -64,6 +64,23 @@ def integrated_gradients(n_neurons: int) -> pa.Schema:
     )
 
 
+def baseline(name: str, n_neurons: int) -> pa.Schema:
+    """One row a (prompt, target, layer). `<name>` [N]: a baseline's value of each neuron.
+
+    In probability per activation unit (`gradient`), probability (`gradient_x_activation`), or without a unit
+    (`activation`, `random`).
+    """
+    return pa.schema(
+        [
+            *_KEY,
+            pa.field("layer", pa.int16(), nullable=False),
+            pa.field("basis", pa.string(), nullable=False),
+            pa.field("probability", pa.float32(), nullable=False),
+            pa.field(name, pa.list_(pa.float32(), n_neurons), nullable=False),
+        ]
+    )
+
+
 def activations(n_neurons: int) -> pa.Schema:
     """One row a (prompt, layer). `activation` [N]: dimensionless, at the readout position."""
     return pa.schema(

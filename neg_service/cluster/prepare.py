@@ -20,10 +20,16 @@ from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.inputs import without_credentials
 from neg_service.measures import find_measure
 from neg_service.measures.choice import with_list_read
-from neg_service.models.language_model import ModelInfo, checked_dtype, inspect_model, load_tokenizer
+from neg_service.models.language_model import (
+    ModelInfo,
+    checked_dtype,
+    inspect_model,
+    load_tokenizer,
+    mask_token_of,
+)
 from neg_service.models.source import DEFAULT, LocalModel, fetch
 from neg_service.prompts.mceval8k import as_masked
-from neg_service.prompts.prompt import Prompt, check_prompts, fits
+from neg_service.prompts.prompt import Prompt, check_prompts, fits, speakable
 from neg_service.prompts.sources import BUILT_IN, load_dataset
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
@@ -99,8 +105,11 @@ def prepare(config: ScanConfig) -> Prepared:
     if config.dataset.task is not None and info.is_masked:
         prompts = [as_masked(prompt) for prompt in prompts]
     about: dict[str, Any] = {}
+    if config.dataset.not_one_token == "skip":
+        prompts, about = _of_one_token(prompts, local, info, config)
     if config.dataset.too_long == "skip":
-        prompts, about = _short_enough(prompts, local, info, config)
+        prompts, skipped = _short_enough(prompts, local, info, config)
+        about |= skipped
     measure.check(options, config.neurons, info, prompts)
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
@@ -171,6 +180,27 @@ def _request(config: ScanConfig) -> dict[str, Any]:
         "neurons": asdict(config.neurons),
         "job": job,
     }
+
+
+def _of_one_token(
+    prompts: Sequence[Prompt], local: LocalModel, info: ModelInfo, config: ScanConfig
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """The prompts with those of their targets that are one token, and how many targets and prompts go."""
+    tokenizer = load_tokenizer(local, config.model.trust_remote_code)
+    found = list(speakable(tokenizer, prompts, mask_token_of(tokenizer, info.name) if info.is_masked else None))
+    kept = [prompt for prompt, _ in found if prompt.targets]
+    n_skipped = len(prompts) - len(kept)
+    n_targets = sum(n for prompt, n in found if prompt.targets)
+    if n_skipped or n_targets:
+        log.info(
+            "skipping %d of %d prompts, whose answers are not one token of the model, and %d targets of others",
+            n_skipped, len(prompts), n_targets,
+        )  # fmt: skip
+    if not kept:
+        raise ConfigurationError(
+            f"none of {len(prompts)} prompts has an answer that is one token of the model: check dataset.source"
+        )
+    return kept, {"skipped_not_one_token": n_skipped, "skipped_targets": n_targets}
 
 
 def _short_enough(

@@ -13,7 +13,7 @@ prompts say which is right. The table `estimators` has a row an estimator and la
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, nearest
 from neg_service.estimation.linear import by_layer, by_range, histogram, shifts_of_ranges
 from neg_service.estimation.quality import Booleans, Doubles, Integers, quality
+from neg_service.measures.baselines import random_draw
 from neg_service.measures.linearity import GRIDS
 from neg_service.storage.reader import Run
 
@@ -93,6 +94,14 @@ class Triples:
     r2: Doubles
     is_resolved: Booleans
     estimates: dict[str, Doubles]
+
+    def by_layer(self) -> Iterator[tuple[tuple[int, int, int], slice]]:
+        """The triples of each (prompt, target, layer), which lie together."""
+        key = np.stack([self.prompt, self.target, self.layer], 1)
+        starts = np.flatnonzero(np.r_[True, (key[1:] != key[:-1]).any(1)]) if len(key) else []
+        for start, end in zip(starts, [*starts[1:], len(key)], strict=True):
+            prompt, target, layer = key[start].tolist()
+            yield (prompt, target, layer), slice(start, end)
 
 
 def check_options(options: Options) -> None:
@@ -220,15 +229,13 @@ def _triples(run: Run, options: Options) -> Triples:
 
     prompt, target = (table[name].combine_chunks().dictionary_encode() for name in ("prompt_id", "target"))
     gradient, activation = column("gradient"), column("activation")
-    random = np.random.default_rng(options.seed).normal(size=len(gradient))
     made = {
         "neurgrad": column("neurgrad"),
         "gradient": gradient,
         "gradient_x_activation": gradient * activation,
         "activation": activation,
-        "random": random,
     }
-    return Triples(
+    triples = Triples(
         prompts=tuple(prompt.dictionary.to_pylist()),
         targets=tuple(target.dictionary.to_pylist()),
         prompt=prompt.indices.to_numpy().astype(np.int64),
@@ -241,18 +248,27 @@ def _triples(run: Run, options: Options) -> Triples:
         is_resolved=table["is_resolved"].to_numpy(),
         estimates={name: values for name, values in made.items() if name in options.estimators},
     )
+    if "random" in options.estimators:
+        triples.estimates["random"] = _random(triples, options.seed)
+    return triples
+
+
+def _random(triples: Triples, seed: int) -> Doubles:
+    """The baseline `random` of the triples' neurons."""
+    values = np.empty(len(triples.neg))
+    n_neurons = int(triples.neuron.max(initial=-1)) + 1
+    for (prompt, target, layer), own in triples.by_layer():
+        drawn = random_draw(seed, triples.prompts[prompt], triples.targets[target], layer, n_neurons)
+        values[own] = drawn[triples.neuron[own]]
+    return values
 
 
 def _integrals(run: Run, triples: Triples) -> Doubles:
     """The integrated gradients of the triples' neurons, read part by part."""
     prompts = {name: index for index, name in enumerate(triples.prompts)}
     targets = {name: index for index, name in enumerate(triples.targets)}
-    key = np.stack([triples.prompt, triples.target, triples.layer], 1)
-    # Rows of a (prompt, target, layer) lie together, because triples are sorted by it.
-    starts = np.flatnonzero(np.r_[True, (key[1:] != key[:-1]).any(1)])
-    ends = np.r_[starts[1:], len(key)]
-    place = {tuple(key[start]): (start, end) for start, end in zip(starts, ends, strict=True)}
-    values = np.full(len(key), np.nan)
+    place = dict(triples.by_layer())
+    values = np.full(len(triples.neg), np.nan)
     columns = ["prompt_id", "target", "layer", "integrated_gradients"]
     for batch in run.table("integrated_gradients").to_batches(columns=columns, batch_size=256):
         if not batch.num_rows:
@@ -260,9 +276,9 @@ def _integrals(run: Run, triples: Triples) -> Doubles:
         matrix = batch["integrated_gradients"].flatten().to_numpy().reshape(batch.num_rows, -1)
         keys = zip(*(batch[name].to_pylist() for name in columns[:3]), strict=True)
         for row, (prompt, target, layer) in enumerate(keys):
-            found = place.get((prompts.get(prompt), targets.get(target), layer))
-            if found is not None:
-                values[slice(*found)] = matrix[row, triples.neuron[slice(*found)]]
+            own = place.get((prompts.get(prompt, -1), targets.get(target, -1), layer))
+            if own is not None:
+                values[own] = matrix[row, triples.neuron[own]]
     return values
 
 

@@ -1,7 +1,8 @@
 """How a neuron is measured. A measure is a module with the names of `Measure`; nothing registers it.
 
 `measure.name` is a module of this package (`neurgrad`), or the dotted path of one elsewhere, so that a person can
-bring a measure of their own. One driver, one replica and one store serve them all.
+bring a measure of their own. A module that is several measures says their `NAMES`; its options' `name` tells it which.
+One driver, one replica and one store serve them all.
 """
 
 from __future__ import annotations
@@ -85,13 +86,17 @@ def find_measure(name: str) -> Measure:
         ConfigurationError: an unknown name, with those that are known.
     """
     module = _module(name if "." in name else f"{__name__}.{name}")
-    if module is None or not _is_measure(module):
-        found = (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__))
-        known = [own.__name__.rsplit(".", 1)[-1] for own in found if own is not None and _is_measure(own)]
+    if module is not None and _is_measure(module) and not hasattr(module, "NAMES"):
+        return cast(Measure, module)
+    known = {}
+    for own in (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__)):
+        if own is not None and _is_measure(own):
+            known |= dict.fromkeys(getattr(own, "NAMES", [own.__name__.rsplit(".", 1)[-1]]), own)
+    if name not in known:
         raise ConfigurationError(
             f"measure.name={name} is unknown; known are {', '.join(known)}, or the dotted path of a module of yours"
         )
-    return cast(Measure, module)
+    return cast(Measure, known[name])
 
 
 def _module(path: str) -> ModuleType | None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
-from neg_service.errors import PromptError
+from neg_service.errors import PromptError, TargetError
 
 # What a prompt may write for the mask token of any masked model.
 MASK = "[MASK]"
@@ -130,6 +130,34 @@ def encode(
             yield EncodedPrompt(prompt, ids, _target_ids(tokenizer, prompt, ids, with_targets, own_of))
 
 
+def speakable(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], mask_token: int | None = None
+) -> Iterator[tuple[Prompt, int]]:
+    """Each prompt with those of its targets that are one token, and how many were left out.
+
+    Of targets with the same token the first stays, but for the right answer, which goes before all others. A prompt
+    whose answer goes, or that keeps fewer than two of several targets, keeps none.
+
+    Raises:
+        PromptError: what is wrong with a prompt itself; see `encode`.
+    """
+    for prompt in prompts:
+        token_of: dict[int, int] = {}
+        for index in sorted(range(len(prompt.targets)), key=lambda own: own != prompt.answer):
+            alone = replace(prompt, targets=(prompt.targets[index],), answer=None)
+            try:
+                (one,) = encode(tokenizer, [alone], None, mask_token)
+            except TargetError:
+                continue
+            token_of.setdefault(one.target_ids[0], index)
+        kept = sorted(token_of.values())
+        if len(kept) < min(2, len(prompt.targets)) or (prompt.answer is not None and prompt.answer not in kept):
+            kept = []
+        answer = kept.index(prompt.answer) if prompt.answer is not None and kept else None
+        targets = tuple(prompt.targets[index] for index in kept)
+        yield replace(prompt, targets=targets, answer=answer), len(prompt.targets) - len(kept)
+
+
 def fits(tokenizer: Tokenizer, prompts: Sequence[Prompt], context_length: int | None, batch: int = 256) -> list[bool]:
     """Whether each prompt is within the model's context."""
     if context_length is None:
@@ -195,24 +223,25 @@ def _target_ids(
         if own is None:
             # The tokens from where the two texts part.
             seam = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), len(ids)) - 1
-            raise PromptError(
+            raise TargetError(
                 f"prompt {prompt.id!r}: target {target!r} merges with the text beside it "
                 f"{_tokens(tokenizer, ids[max(0, seam) : seam + 2])} into "
                 f"{_tokens(tokenizer, full[max(0, seam) : seam + 3])}; "
                 f"move the space between them from the prompt to the target, or away (dataset.source)"
             )
         if len(own) != 1:
-            raise PromptError(
+            raise TargetError(
                 f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
-                f"it must be exactly 1 (dataset.source; of a task, dataset.wording)"
+                f"it must be exactly 1 (dataset.source; of a task, dataset.wording; dataset.not_one_token=skip leaves "
+                f"it out)"
             )
         if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):
-            raise PromptError(
+            raise TargetError(
                 f"prompt {prompt.id!r}: the model has no token for target {target!r}, only {_tokens(tokenizer, own)} "
                 f"(dataset.source)"
             )
         if own[0] in target_of:
-            raise PromptError(
+            raise TargetError(
                 f"prompt {prompt.id!r}: targets {target_of[own[0]]!r} and {target!r} are the same token "
                 f"{_tokens(tokenizer, own)}; targets must differ (dataset.source)"
             )

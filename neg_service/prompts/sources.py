@@ -1,19 +1,22 @@
 """Where prompts come from: the built-in facts, tasks of MCEval8K, or a JSONL, Parquet or CSV file at any fsspec URI.
 
 A file has the columns `prompt` and `targets`, and optionally `answer` (the right target itself) and `id`. In CSV,
-`targets` is a JSON list in one cell. Every row is checked, and an error names its line or row.
+`targets` is a JSON list in one cell. A row without `targets` needs an `answer`, which becomes its first target, after a
+space; the others are answers of other rows, of those with the same `group` where they are enough. Every row is checked,
+and an error names its line or row.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,7 +28,7 @@ from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt
 
 BUILT_IN = {"facts": facts.load, "facts-masked": facts.load_masked}
-COLUMNS = ("prompt", "targets", "answer", "id")
+COLUMNS = ("prompt", "targets", "answer", "id", "group")
 
 
 def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Prompt]:
@@ -35,7 +38,10 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Promp
         PromptError: see `load_prompts` and `load_tasks`, or an id that there is not.
     """
     most = None if dataset.ids is not None else limit
-    prompts = load_prompts(dataset.source, most) if dataset.task is None else load_tasks(dataset)
+    prompts = load_tasks(dataset) if dataset.task is not None else load_prompts(
+        dataset.source, most, columns=dataset.columns, choices=dataset.choices, group_until=dataset.group_until,
+        seed=dataset.seed,
+    )  # fmt: skip
     if dataset.ids is not None:
         wanted = {str(one) for one in (dataset.ids if isinstance(dataset.ids, list) else [dataset.ids])}
         known = [prompt.id for prompt in prompts]
@@ -55,8 +61,18 @@ def dataset_name(dataset: DatasetConfig) -> str:
     return "-".join([*(tasks if len(tasks) < 3 else [f"{len(tasks)}-tasks"]), *splits])
 
 
-def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str,
+    limit: int | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    choices: int = 4,
+    group_until: str | None = None,
+    seed: int = 0,
+) -> list[Prompt]:
     """All prompts of `source`, or its first `limit`: a built-in name or a file's path or URI.
+
+    The rest is of files, as in `DatasetConfig`. A row's targets do not depend on `limit`.
 
     Raises:
         PromptError: unknown source, missing column, or a broken row (with its line or row number).
@@ -71,12 +87,55 @@ def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
             f"dataset.source={shown}: neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that "
             f"ends in {', '.join(rows_of)}"
         )
+    names = _columns(columns)
+    if choices < 2:
+        raise PromptError(f"dataset.choices={choices}: must be at least 2, the answer and another one")
     content = read_input("dataset.source", source, PromptError)
-    rows = rows_of[suffix](shown, content)
-    return [_prompt(shown, place, index, row) for index, (place, row) in enumerate(islice(rows, limit))]
+    rows = [
+        (place, {column: row.get(name) for column, name in names.items()})
+        for place, row in rows_of[suffix](shown, content, names)
+    ]
+    _give_targets(rows, choices, group_until, seed)
+    return [_prompt(shown, place, index, row, names) for index, (place, row) in enumerate(rows[:limit])]
 
 
-def _jsonl_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _columns(given: Any) -> dict[str, str]:
+    """What the file calls each column."""
+    if given is not None and not (
+        isinstance(given, Mapping)
+        and all(isinstance(name, str) for name in given.values())
+        and set(given) <= set(COLUMNS)
+    ):
+        raise PromptError(
+            f"dataset.columns={given}: must say what a file calls some of {', '.join(COLUMNS)}, such as {{id: uuid}}"
+        )
+    return {column: (given or {}).get(column, column) for column in COLUMNS}
+
+
+def _give_targets(rows: Sequence[tuple[str, dict[str, Any]]], choices: int, group_until: str | None, seed: int) -> None:
+    """Targets for rows that have an answer alone: other rows' answers beside it."""
+    waiting = [row for _, row in rows if row["targets"] is None and isinstance(row["answer"], str) and row["prompt"]]
+    of_group: dict[str, dict[str, None]] = {}
+    for row in waiting:
+        group = "" if row["group"] is None else str(row["group"])
+        row["group"] = group.split(group_until)[0] if group_until else group
+        of_group.setdefault(row["group"], {})[row["answer"]] = None
+    everywhere = sorted({answer for answers in of_group.values() for answer in answers})
+    for row in waiting:
+        # Of the row alone, so that neither the order of rows nor their number decides what is drawn from a group.
+        digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['answer']}".encode()).digest()
+        draw = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        near = sorted(set(of_group[row["group"]]) - {row["answer"]})
+        far = [answer for answer in everywhere if answer != row["answer"] and answer not in near]
+        others = [pool[place] for pool in (near, far) for place in draw.permutation(len(pool))]
+        space = "" if str(row["prompt"])[-1:].isspace() else " "
+        texts = [text if text[:1].isspace() else space + text for text in [row["answer"], *others[: choices - 1]]]
+        row["answer"] = texts[0]
+        # The right one's place says nothing.
+        row["targets"] = [texts[place] for place in draw.permutation(len(texts))]
+
+
+def _jsonl_rows(source: str, content: bytes, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
@@ -89,37 +148,41 @@ def _jsonl_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, An
         yield f"line {number}", row
 
 
-def _csv_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(source: str, content: bytes, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = None
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-        missing = [column for column in COLUMNS[:2] if column not in (reader.fieldnames or [])]
-        if missing:
-            raise _missing_column(source, "its header", missing[0])
+        _require_columns(source, "its header", reader.fieldnames or [], names)
         for row in reader:
             place = f"line {reader.line_num}"
             if None in row or None in row.values():
                 raise PromptError(f"dataset.source={source}: {place} has not as many cells as the header")
-            try:
-                targets = json.loads(row["targets"])
-            except ValueError as error:
-                raise PromptError(
-                    f'dataset.source={source}: {place}: targets must be a JSON list such as [" a", " b"], '
-                    f"not {row['targets']!r}"
-                ) from error
-            yield place, {**row, "targets": targets, "answer": row.get("answer") or None, "id": row.get("id") or None}
+            # A cell has no way to say nothing but to be empty; an empty prompt is told as one.
+            given: dict[str, Any] = {
+                name: cell or (cell if name == names["prompt"] else None) for name, cell in row.items()
+            }
+            if given.get(names["targets"]) is not None:
+                given[names["targets"]] = _json_list(source, place, given[names["targets"]])
+            yield place, given
     except (csv.Error, UnicodeDecodeError) as error:
         at = f"after line {reader.line_num}: " if reader is not None else ""
         raise PromptError(f"dataset.source={source}: {at}is not CSV in UTF-8: {one_line(error)}") from error
 
 
-def _parquet_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_list(source: str, place: str, cell: str) -> Any:
+    try:
+        return json.loads(cell)
+    except ValueError as error:
+        raise PromptError(
+            f'dataset.source={source}: {place}: targets must be a JSON list such as [" a", " b"], not {cell!r}'
+        ) from error
+
+
+def _parquet_rows(source: str, content: bytes, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         file = pq.ParquetFile(io.BytesIO(content))
-        columns = [column for column in COLUMNS if column in file.schema_arrow.names]
-        missing = [column for column in COLUMNS[:2] if column not in columns]
-        if missing:
-            raise _missing_column(source, "the file", missing[0])
+        _require_columns(source, "the file", file.schema_arrow.names, names)
+        columns = [name for name in names.values() if name in file.schema_arrow.names]
         number = 0
         for batch in file.iter_batches(columns=columns):
             for row in batch.to_pylist():
@@ -129,11 +192,18 @@ def _parquet_rows(source: str, content: bytes) -> Iterator[tuple[str, dict[str, 
         raise PromptError(f"dataset.source={source}: is not Parquet: {one_line(error)}") from error
 
 
-def _prompt(source: str, place: str, index: int, row: dict[str, Any]) -> Prompt:
+def _require_columns(source: str, where: str, present: Sequence[str], names: Mapping[str, str]) -> None:
+    if names["prompt"] not in present:
+        raise _missing_column(source, where, names["prompt"])
+    if names["targets"] not in present and names["answer"] not in present:
+        raise _missing_column(source, where, names["targets"])
+
+
+def _prompt(source: str, place: str, index: int, row: dict[str, Any], names: Mapping[str, str]) -> Prompt:
     for column in COLUMNS[:2]:
-        if row.get(column) is None:
-            raise _missing_column(source, place, column)
-    text, targets, answer, id_ = (row.get(column) for column in COLUMNS)
+        if row[column] is None:
+            raise _missing_column(source, place, names[column])
+    text, targets, answer, id_ = (row[column] for column in COLUMNS[:4])
     where = f"dataset.source={source}: {place}"
     if not isinstance(text, str):
         raise PromptError(f"{where}: prompt must be a text, not {text!r}")
@@ -147,5 +217,6 @@ def _prompt(source: str, place: str, index: int, row: dict[str, Any]) -> Prompt:
 
 def _missing_column(source: str, place: str, column: str) -> PromptError:
     return PromptError(
-        f"dataset.source={source}: {place} has no {column!r}; prompt and targets are needed, answer and id are optional"
+        f"dataset.source={source}: {place} has no {column!r}; prompt is needed, and targets or answer; id is optional; "
+        f"dataset.columns={{prompt: NAME}} says what a file calls them"
     )

@@ -27,7 +27,10 @@ from neg_service.storage.stores import open_store
 
 RUN_COLUMN = "run"
 # What a table of one neuron is made from, the most direct measurement first.
-_OF_NEURONS = ("sweep", "neurgrad", "integrated_gradients", "top_neurons", "activations", "strength")
+_OF_NEURONS = (
+    "sweep", "neurgrad", "integrated_gradients", "gradient", "gradient_x_activation", "random", "activation",
+    "top_neurons", "activations", "strength",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Run:
         """All that is known of one neuron: a row a (prompt, target), or a prompt where targets play no part.
 
         From the tables that hold neurons: of `sweep` and `top_neurons` their rows; of `neurgrad`,
-        `integrated_gradients`, `activations` and `strength` the one value in the place of the list, `activation` beside
-        `neurgrad`. Reads one layer of each part, as a stream.
+        `integrated_gradients`, the baselines, `activations` and `strength` the one value in the place of the list,
+        `activation` beside `neurgrad`. Reads one layer of each part, as a stream.
 
         Raises:
             ConfigurationError: the run has no such layer or neuron.

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hydra import compose, initialize_config_dir
 
 from jobs.benchmarks.tiny_models import tiny_tokenizer
 from neg_service import LanguageModel
+from neg_service.cluster.prepare import prepare
+from neg_service.config import ScanConfig, plain, typed
 from neg_service.errors import PromptError
 from neg_service.inputs import without_credentials
+from neg_service.models.language_model import load_tokenizer
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
-from neg_service.prompts.sources import load_prompts
+from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode, speakable
+from neg_service.prompts.sources import load_dataset, load_prompts
 
 ROWS = [
     {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},
@@ -75,6 +80,115 @@ def test_ids_are_row_numbers_when_not_given(tmp_path: Path) -> None:
     assert [prompt.id for prompt in load_prompts(str(tmp_path / "a.jsonl"))] == ["000000", "000001"]
 
 
+# Answers alone, of two relations; the file has names of its own for its columns.
+ANSWERS = [
+    *({"text": f"The capital of {i} is", "word": f"C{i % 5}", "uuid": f"c{i}", "kind": f"P36-{i}"} for i in range(10)),
+    *({"text": f"The colour of {i} is ", "word": f"R{i % 2}", "uuid": f"r{i}", "kind": "P462-a"} for i in range(4)),
+]
+COLUMNS = {"prompt": "text", "answer": "word", "id": "uuid", "group": "kind"}
+
+
+def test_rows_with_answers_alone_get_others_of_their_group_as_targets(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ANSWERS))
+    asked = {"columns": COLUMNS, "group_until": "-"}
+    prompts = load_prompts(str(tmp_path / "a.jsonl"), **asked)
+    assert [prompt.id for prompt in prompts] == [row["uuid"] for row in ANSWERS]
+    for prompt, row in zip(prompts, ANSWERS, strict=True):
+        # A space stands between prompt and target, once.
+        own = row["word"] if row["text"].endswith(" ") else f" {row['word']}"
+        assert prompt.answer is not None
+        assert prompt.targets[prompt.answer] == own
+        assert len(set(prompt.targets)) == 4
+    for prompt in prompts[:10]:
+        assert all(target.startswith(" C") for target in prompt.targets)
+    # Of the second group there are two answers only: all of them, and others besides.
+    for prompt in prompts[10:]:
+        assert sum(target.startswith("R") for target in prompt.targets) == 2
+    assert len({prompt.answer for prompt in prompts}) > 1
+    assert load_prompts(str(tmp_path / "a.jsonl"), 3, **asked) == prompts[:3]
+    assert load_prompts(str(tmp_path / "a.jsonl"), seed=1, **asked) != prompts
+    assert {len(prompt.targets) for prompt in load_prompts(str(tmp_path / "a.jsonl"), choices=2, **asked)} == {2}
+    pq.write_table(pa.Table.from_pylist(ANSWERS), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text(pa_csv(ANSWERS))
+    for name in ("a.parquet", "a.csv"):
+        assert load_prompts(str(tmp_path / name), **asked) == prompts
+
+
+def pa_csv(rows: list[dict[str, str]]) -> str:
+    return "\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"columns": {"question": "text"}}, "dataset.columns={'question': 'text'}: must say what a file calls some of"),
+        ({"columns": ["text"]}, "dataset.columns=['text']: must say"),
+        ({"columns": {"prompt": "words", "answer": "word"}}, "line 1 has no 'words'"),
+        ({"columns": COLUMNS, "choices": 1}, "dataset.choices=1: must be at least 2"),
+    ],
+)
+def test_wrong_columns_are_refused(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ANSWERS))
+    with pytest.raises(PromptError) as caught:
+        load_prompts(str(tmp_path / "a.jsonl"), **asked)
+    assert message in str(caught.value)
+
+
+def test_targets_of_several_tokens_can_be_left_out_with_prompts_whose_answers_they_are() -> None:
+    class Words:
+        """A token a word, and a mark is one of its own; two spellings share one."""
+
+        def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+            words = [text.lower().replace("-", " - ").split() for text in texts]
+            return {"input_ids": [[int.from_bytes(word.encode(), "big") for word in own] for own in words]}
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [str(number) for number in ids]
+
+    prompts = [
+        Prompt("all", "a b", (" c", " d", " e"), 1),
+        Prompt("some", "a b", (" x-y", " d", " e"), 2),
+        Prompt("answer", "a b", (" c", " x-y", " e"), 1),
+        Prompt("same", "a b", (" C", " c", " e"), 1),
+        Prompt("few", "a b", (" x-y", " x-z", " e"), 2),
+        Prompt("open", "a b", (" c",), None),
+    ]
+    found = list(speakable(Words(), prompts))
+    assert [(own.id, own.targets, own.answer, gone) for own, gone in found] == [
+        ("all", (" c", " d", " e"), 1, 0),
+        ("some", (" d", " e"), 1, 1),
+        ("answer", (), None, 3),
+        ("same", (" c", " e"), 0, 1),
+        ("few", (), None, 3),
+        ("open", (" c",), None, 0),
+    ]
+    assert list(encode(Words(), [own for own, _ in found if own.targets], None))
+
+
+MYRIADLAMA = Path(__file__).parents[3] / "shared" / "data" / "myriadlama" / "prompts.jsonl"
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not MYRIADLAMA.exists(), reason="MyriadLAMA's prompts are not here")
+def test_myriadlama_is_read_by_the_general_loader(tmp_path: Path) -> None:
+    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
+        composed = compose("scan", ["dataset=myriadlama", f"dataset.source={MYRIADLAMA}", f"storage.uri={tmp_path}"])
+    prompts = load_dataset(typed(ScanConfig, plain(composed)).dataset)
+    assert len(prompts) == 1000
+    rows = [json.loads(line) for line in MYRIADLAMA.read_text().splitlines()]
+    answers_of: dict[str, set[str]] = {}
+    for row in rows:
+        answers_of.setdefault(row["tpl"].split("-")[0], set()).add(f" {row['answer']}")
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert prompt.answer is not None
+        assert (prompt.id, prompt.targets[prompt.answer]) == (row["uuid"], f" {row['answer']}")
+        near = answers_of[row["tpl"].split("-")[0]]
+        assert len(near & set(prompt.targets)) == min(4, len(near))
+    prepared = prepare(typed(ScanConfig, plain(composed)))
+    assert prepared.about["skipped_not_one_token"] == 1000 - len(prepared.prompts) > 0
+    list(encode(load_tokenizer(prepared.local, False), prepared.prompts, prepared.info.context_length))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -85,7 +199,9 @@ def test_ids_are_row_numbers_when_not_given(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": 5, "targets": ["a"]}\n', "line 1: prompt must be a text, not 5"),
         ("a.jsonl", '{"prompt": "a", "targets": "b"}\n', "line 1: targets must be a list of texts, not 'b'"),
         ("a.jsonl", '{"prompt": "a", "targets": ["b"], "answer": "c"}\n', "line 1: answer 'c' is not one of"),
-        ("a.csv", "prompt,answer\na,b\n", "its header has no 'targets'"),
+        ("a.csv", "prompt,id\na,b\n", "its header has no 'targets'"),
+        ("a.csv", "prompt,answer\na,\n", "line 2 has no 'targets'"),
+        ("a.jsonl", '{"prompt": "a", "answer": 5}\n', "line 1 has no 'targets'"),
         ("a.csv", 'prompt,targets\na,"[""b""]"\nc\n', "line 3 has not as many cells as the header"),
         ("a.csv", 'prompt,targets\na,"[""b""]"\n"x"y,z\n', "after line 2: is not CSV"),
         ("a.csv", "prompt,targets\na,b|c\n", "line 2: targets must be a JSON list"),
