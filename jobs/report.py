@@ -10,7 +10,8 @@ from omegaconf import DictConfig, ListConfig
 from jobs.entry import start, value_of
 from neg_service.errors import ConfigurationError
 from neg_service.report.page import render
-from neg_service.report.sections import find, sections_of
+from neg_service.report.sections import sections_of
+from neg_service.report.sections.found import find
 from neg_service.storage.stores import open_store
 
 
@@ -26,13 +27,16 @@ def report(config: DictConfig) -> int:
 
 def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str | None = None) -> str:
     """Write report.html and figures/*.png to a directory or prefix; the page's path."""
+    store = open_store(out, endpoint_url)
+    # What is wrong with the place is told before anything is read.
+    store.check()
     found = find(uris, endpoint_url)
     sections = sections_of(found)
-    models = sorted({str(run.about.get("model", {}).get("source", "a model")) for run in found.runs})
-    named = title or f"Neurons of {', '.join(models) or 'a model'}"
+    about = [run.about for run in found.runs] + [finding.about for finding in found.findings]
+    models = sorted({str(own.get("model", {}).get("source", "a model")) for own in about})
+    named = title or f"Neurons of {', '.join(models)}"
     made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")
     subtitle = f"neg_service {version('neg-service')}, {made} UTC"
-    store = open_store(out, endpoint_url)
     for section in sections:
         for picture in section.pictures:
             for theme, image in picture.images.items():

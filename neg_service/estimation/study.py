@@ -13,8 +13,9 @@ prompts say which is right. The table `estimators` has a row an estimator and la
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, nearest
 from neg_service.estimation.linear import by_layer, by_range, histogram, shifts_of_ranges
-from neg_service.estimation.quality import Booleans, Doubles, Integers, quality
+from neg_service.estimation.quality import Booleans, Doubles, Estimated, Integers, quality
 from neg_service.measures.baselines import random_draw
 from neg_service.measures.linearity import GRIDS
 from neg_service.storage.reader import Run
@@ -39,6 +40,8 @@ ESTIMATORS = (
     "activation",
     "random",
 )
+# Those with the unit of NEG; of the others a relative error means nothing.
+IN_UNITS_OF_NEG = ("neurgrad", "gradient")
 _POINTS = 4000
 _CURVES = 6
 
@@ -53,7 +56,7 @@ class Options:
 
     prompts: int | None = 100
     answered: str = "right"
-    neurons: int = 70
+    neurons: int | None = 70
     seed: int = 0
     basis: str = "paper"
     grid: str = "full"
@@ -98,8 +101,8 @@ class Triples:
     def by_layer(self) -> Iterator[tuple[tuple[int, int, int], slice]]:
         """The triples of each (prompt, target, layer), which lie together."""
         key = np.stack([self.prompt, self.target, self.layer], 1)
-        starts = np.flatnonzero(np.r_[True, (key[1:] != key[:-1]).any(1)]) if len(key) else []
-        for start, end in zip(starts, [*starts[1:], len(key)], strict=True):
+        starts = np.flatnonzero(np.r_[[True] * min(1, len(key)), (key[1:] != key[:-1]).any(1)])
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(key)], strict=True):
             prompt, target, layer = key[start].tolist()
             yield (prompt, target, layer), slice(start, end)
 
@@ -126,11 +129,11 @@ def check_options(options: Options) -> None:
         raise ConfigurationError(f"study.grid={options.grid} is unknown; known are {', '.join(GRIDS)}")
     shifts_of_ranges(options.ranges)
     for key, value in (
-        ("neurons", options.neurons),
         ("steps", options.steps),
         ("range_prompts", options.range_prompts),
         ("draws", options.draws),
         *(("prompts", value) for value in [options.prompts] if value is not None),
+        *(("neurons", value) for value in [options.neurons] if value is not None),
         *(("sets", value) for value in options.sets),
     ):
         if value < 1:
@@ -144,19 +147,30 @@ def run_study(options: Options, neurons: NeuronsConfig, scan: Scan) -> Findings:
         ConfigurationError: an option that cannot be, or no prompt that the model answers rightly.
     """
     check_options(options)
+    if neurons.choose != "all":
+        raise ConfigurationError(
+            f"neurons.choose={neurons.choose}: a study draws its neurons itself: study.neurons of each layer of "
+            f"neurons.layers, or null for all of them"
+        )
     found = Findings()
     basis = {"basis": options.basis}
 
     def run(what: str, measure: dict[str, Any], chosen: NeuronsConfig, ids: Sequence[str] | None) -> Run:
-        made = scan({**measure, **basis}, chosen, ids)
+        try:
+            made = scan({**measure, **basis}, chosen, ids)
+        except ConfigurationError as error:
+            # Said of a key that a scan has; in a study it is set under another name.
+            raise type(error)(re.sub(r"\bmeasure\.(basis|keep|steps|grid)\b", r"study.\1", str(error))) from error
         found.runs[what] = made.uri
         return made
 
     whole = NeuronsConfig(neurons.layers)
-    sample = NeuronsConfig(neurons.layers, choose="sample", count=options.neurons, per="layer", seed=options.seed)
+    sample = whole
+    if options.neurons is not None:
+        sample = NeuronsConfig(neurons.layers, choose="sample", count=options.neurons, per="layer", seed=options.seed)
     answers = run("neurgrad", {"name": "neurgrad", "keep": options.keep}, whole, None)
     ids, found.rows["accuracy"] = _chosen_prompts(answers, options)
-    log.info("%d prompts, %d neurons of each layer", len(ids), options.neurons)
+    log.info("%d prompts, %s neurons of each layer", len(ids), options.neurons or "all")
     sweep = run("sweep", {"name": "sweep", "grid": options.grid}, sample, ids)
     triples = _triples(sweep, options)
     runs = {"neurgrad": answers, "gradient": answers, "sweep": sweep}
@@ -296,6 +310,8 @@ def _estimators(triples: Triples, options: Options, costs: Mapping[str, float | 
             own = np.ones(len(triples.layer), bool) if layer is None else triples.layer == layer
             draws = options.draws if layer is None else max(1, options.draws // 5)
             judged = quality(triples.neg[own], estimate[own], triples.prompt[own], triples.is_resolved[own], draws)
+            if name not in IN_UNITS_OF_NEG:
+                judged = replace(judged, median_relative_error=Estimated(float("nan"), float("nan"), float("nan")))
             row: dict[str, Any] = {"estimator": name, "layer": layer}
             for statistic, value in asdict(judged).items():
                 if isinstance(value, dict):

@@ -88,7 +88,7 @@ def find_measure(name: str) -> Measure:
     module = _module(name if "." in name else f"{__name__}.{name}")
     if module is not None and _is_measure(module) and not hasattr(module, "NAMES"):
         return cast(Measure, module)
-    known = {}
+    known: dict[str, ModuleType] = {}
     for own in (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__)):
         if own is not None and _is_measure(own):
             known |= dict.fromkeys(getattr(own, "NAMES", [own.__name__.rsplit(".", 1)[-1]]), own)

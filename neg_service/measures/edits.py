@@ -83,6 +83,11 @@ def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], n_layers: int, n_ne
     return found
 
 
+def edit_name(edit: Mapping[str, Any], index: int) -> str:
+    """What results call an edit: its own name, or its number."""
+    return str(edit.get("name") or f"edit-{index}")
+
+
 def read_edits(source: Any) -> Any:
     """A list of edits as it is; a path or URI ends in .json or .jsonl and is read.
 
@@ -129,8 +134,7 @@ def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neuron
             raise ConfigurationError(f"{where}: polarity must be +1 or -1 for each neuron")
     if given.get("signed") and operation != "shift":
         raise ConfigurationError(f"{where}: signed goes with shift, not with {operation}")
-    name = str(given.get("name") or f"edit-{index}")
-    return CheckedEdit(name, neurons, operation, values, polarity, bool(given.get("signed")))
+    return CheckedEdit(edit_name(given, index), neurons, operation, values, polarity, bool(given.get("signed")))
 
 
 def _numbers(where: str, value: Any, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -64,23 +64,59 @@ def strongest(run: Run, prompt_id: str, target: str, count: int) -> list[Neuron]
     ]
 
 
+class Correlation:
+    """Pearson's r of pairs that come in parts.
+
+    Means and sums of squared distances from them are merged part by part, which does not cancel as sums of squares do.
+    """
+
+    def __init__(self) -> None:
+        """Of nothing."""
+        self._n = 0
+        self._mean_2 = np.zeros(2)
+        self._scatter_22 = np.zeros((2, 2))
+
+    def add(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
+        """Further pairs."""
+        if not len(x):
+            return
+        part_2n = np.stack([x, y])
+        mean_2 = part_2n.mean(1)
+        away = part_2n - mean_2[:, None]
+        apart, n = mean_2 - self._mean_2, self._n + len(x)
+        self._scatter_22 += away @ away.T + np.outer(apart, apart) * (self._n * len(x) / n)
+        self._mean_2 += apart * (len(x) / n)
+        self._n = n
+
+    @property
+    def value(self) -> float:
+        """NaN of fewer than two pairs, or where one side is constant."""
+        spread = float(self._scatter_22[0, 0] * self._scatter_22[1, 1])
+        return float(self._scatter_22[0, 1] / np.sqrt(spread)) if self._n > 1 and spread > 0 else float("nan")
+
+
 def agreement(run: Run) -> list[tuple[str, str]]:
     """Of a sweep: how many curves are straight, and how well estimates agree with NEG, in lines for `aligned`."""
     columns_read = ["r", "neg", "neurgrad", "gradient", "is_resolved", "signs_agree"]
-    table = run.table("sweep").to_table(columns=columns_read)
-    r, neg, neurgrad, gradient = (table[name].to_numpy() for name in columns_read[:4])
+    n = linear = agree = resolved = 0
+    with_neurgrad, with_gradient = Correlation(), Correlation()
+    for batch in run.table("sweep", columns_read).to_batches():
+        r, neg, neurgrad, gradient = (batch[name].to_numpy().astype(np.float64) for name in columns_read[:4])
+        n += batch.num_rows
+        linear += int((np.abs(r) >= 0.95).sum())
+        agree += pc.sum(batch["signs_agree"]).as_py() or 0
+        resolved += pc.sum(batch["is_resolved"]).as_py() or 0
+        with_neurgrad.add(neg, neurgrad)
+        with_gradient.add(neg, gradient)
     noise = run.about["calibration"]["noise"]
-    n = table.num_rows
-    agree = pc.sum(table["signs_agree"]).as_py() or 0
-    resolved = pc.sum(table["is_resolved"]).as_py() or 0
     signs = f", {_percent(agree, resolved)} of signs agree"
     # A neuron that moves by the shift itself is foretold by the plain gradient.
     is_signed = run.config["measure"]["shift"] == "signed"
     return [
         ("curves", f"{n}: a neuron and a target each, of {len(run.config['measure']['shifts'])} shifts"),
-        ("linear", f"{_percent((np.abs(r) >= 0.95).sum(), n)} have |r| >= 0.95"),
-        ("NEG and NeurGrad", f"correlation {_correlation(neg, neurgrad):.4f}{'' if is_signed else signs}"),
-        ("NEG and gradient", f"correlation {_correlation(neg, gradient):.4f}{signs if is_signed else ''}"),
+        ("linear", f"{_percent(linear, n)} have |r| >= 0.95"),
+        ("NEG and NeurGrad", f"correlation {with_neurgrad.value:.4f}{'' if is_signed else signs}"),
+        ("NEG and gradient", f"correlation {with_gradient.value:.4f}{signs if is_signed else ''}"),
         ("precision", f"{_error_of(noise)}; {_percent(resolved, n)} are above the noise"),
     ]
 
@@ -89,10 +125,6 @@ def _error_of(noise: Mapping[str, Any]) -> str:
     if noise["dtype"] == noise["reference"]:
         return f"{noise['dtype']}, which has no finer reference"
     return f"NEG is off {noise['reference']} by {noise['neg_error']:.0e} (median, relative) in {noise['dtype']}"
-
-
-def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    return float(np.corrcoef(a.astype(np.float64), b.astype(np.float64))[0, 1]) if len(a) > 1 else float("nan")
 
 
 def _percent(part: float, of: float) -> str:

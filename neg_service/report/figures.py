@@ -15,6 +15,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
@@ -46,15 +47,7 @@ def drawn(draw: Draw, size: tuple[float, float] = _SIZE) -> dict[str, bytes]:
     """A figure as a PNG for each theme."""
     images = {}
     for name, theme in THEMES.items():
-        settings = {
-            "figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper,
-            "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
-            "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint, "grid.alpha": 0.6,
-            "axes.prop_cycle": cycler(color=theme.cycle), "axes.grid": True, "axes.axisbelow": True,
-            "axes.spines.top": False, "axes.spines.right": False, "font.size": 10.5, "legend.frameon": False,
-            "figure.dpi": _DPI,
-        }  # fmt: skip
-        with mpl.rc_context(settings):
+        with mpl.rc_context(_settings(theme)):
             figure = Figure(figsize=size, layout="constrained")
             draw(figure, theme)
             image = io.BytesIO()
@@ -63,17 +56,40 @@ def drawn(draw: Draw, size: tuple[float, float] = _SIZE) -> dict[str, bytes]:
     return images
 
 
-def strength_heat_map(share_lb: Doubles, edges_b: Doubles, unit: str) -> Draw:
-    """Share of a layer's neurons (columns) by decade of |strength| (rows)."""
+def themed(make: Callable[[], Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
+    """PNGs by name and theme, of a function that draws several in matplotlib's current style."""
+    images: dict[str, dict[str, bytes]] = {}
+    for theme_name, theme in THEMES.items():
+        with mpl.rc_context(_settings(theme)):
+            for name, image in make().items():
+                images.setdefault(name, {})[theme_name] = image
+    return images
+
+
+def _settings(theme: Theme) -> dict[str, Any]:
+    return {
+        "figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper,
+        "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
+        "xtick.color": theme.ink, "ytick.color": theme.ink, "grid.color": theme.faint, "grid.alpha": 0.6,
+        "axes.prop_cycle": cycler(color=theme.cycle), "axes.grid": True, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "font.size": 10.5, "legend.frameon": False,
+        "figure.dpi": _DPI, "savefig.dpi": _DPI,
+    }  # fmt: skip
+
+
+def strength_heat_map(share_lb: Doubles, layers: Sequence[int], edges_b: Doubles, unit: str) -> Draw:
+    """Share of a layer's neurons (columns) by half decades of |strength| (rows); layers not measured stay empty."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
-        shown = np.where(share_lb > 0, share_lb, np.nan).T
-        layers = np.arange(share_lb.shape[0] + 1) - 0.5
+        first, last = min(layers), max(layers)
+        shown = np.full((len(edges_b) - 1, last - first + 1), np.nan)
+        shown[:, np.array(layers) - first] = np.where(share_lb > 0, share_lb, np.nan).T
+        places = np.arange(first, last + 2) - 0.5
         colours = mpl.colormaps["GnBu" if theme is LIGHT else "viridis"]
         smallest = float(np.nanmin(shown)) if np.isfinite(shown).any() else 1e-4
         mesh = axes.pcolormesh(
-            layers, edges_b, shown, cmap=colours, norm=LogNorm(max(smallest, 1e-5), 1), rasterized=True
+            places, edges_b, shown, cmap=colours, norm=LogNorm(max(smallest, 1e-5), 1), rasterized=True
         )
         axes.set_yscale("log")
         axes.set_xlabel("layer")
@@ -85,29 +101,31 @@ def strength_heat_map(share_lb: Doubles, edges_b: Doubles, unit: str) -> Draw:
     return draw
 
 
-def scatter_of_estimates(points: Rows, estimators: Sequence[str], scale_free: Sequence[str]) -> Draw:
-    """NEG against each estimator; those of `scale_free` have units of their own and axes of their own."""
+def scatter_of_estimates(points: Rows, estimators: Sequence[tuple[str, str, str]]) -> Draw:
+    """NEG against each estimator (column, name, unit); those whose unit is no slope have axes of their own."""
     neg = np.array([row["neg"] for row in points])
 
     def draw(figure: Figure, theme: Theme) -> None:
         n_columns = min(3, len(estimators))
         n_rows = -(-len(estimators) // n_columns)
         largest = float(np.abs(neg).max(initial=0)) or 1.0
-        for number, name in enumerate(estimators):
+        for number, (column, name, unit) in enumerate(estimators):
             axes = figure.add_subplot(n_rows, n_columns, number + 1)
-            values = np.array([row[name] for row in points])
+            values = np.array([row[column] for row in points])
+            is_slope = "a unit" in unit
             axes.plot(values, neg, ".", markersize=2.5, alpha=0.45, color=theme.cycle[0])
             own = float(np.abs(values).max(initial=0)) or 1.0
             for axis, extent, scale in (
-                (axes.xaxis, own if name in scale_free else max(own, largest), axes.set_xscale),
+                (axes.xaxis, max(own, largest) if is_slope else own, axes.set_xscale),
                 (axes.yaxis, largest, axes.set_yscale),
             ):
                 scale("symlog", linthresh=extent / 1e4)
                 ticks = [10.0 ** np.floor(np.log10(extent)), 10.0 ** (np.floor(np.log10(extent)) - 2)]
                 axis.set_major_locator(FixedLocator([-ticks[0], -ticks[1], 0.0, ticks[1], ticks[0]]))
-            if name not in scale_free:
+            if is_slope:
                 axes.plot([-2 * largest, 2 * largest], [-2 * largest, 2 * largest], color=theme.faint, zorder=0)
-            axes.set_title(name.replace("_", " "), fontsize=10.5)
+            axes.set_title(name, fontsize=10.5)
+            axes.set_xlabel(unit, fontsize=8)
             axes.tick_params(labelsize=7.5)
             if number % n_columns == 0:
                 axes.set_ylabel("NEG, probability a unit", fontsize=9)
@@ -115,23 +133,17 @@ def scatter_of_estimates(points: Rows, estimators: Sequence[str], scale_free: Se
     return draw
 
 
-def lines_over_layers(rows: Rows, key: str, names: Sequence[str], label: str, bands: bool = True) -> Draw:
-    """A line a name over layers; rows have `layer`, `<key>` of `estimator`, and with bands `_low` and `_high`."""
+def lines_over_layers(rows: Rows, key: str, names: Mapping[str, str], label: str) -> Draw:
+    """A line an estimator over layers, under the name it has; rows have `<key>`, `<key>_low` and `<key>_high`."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
-        for name, colour in zip(names, theme.cycle, strict=False):
-            own = sorted((row for row in rows if row["estimator"] == name and row["layer"] is not None), key=_layer)
+        for (estimator, name), colour in zip(names.items(), theme.cycle, strict=False):
+            own = sorted((row for row in rows if row["estimator"] == estimator), key=_layer)
             layers = [row["layer"] for row in own]
-            axes.plot(layers, [row[key] for row in own], "-o", markersize=3, label=name.replace("_", " "), color=colour)
-            if bands:
-                axes.fill_between(
-                    layers,
-                    [row[f"{key}_low"] for row in own],
-                    [row[f"{key}_high"] for row in own],
-                    alpha=0.15,
-                    color=colour,
-                )
+            low, high = ([row[f"{key}_{end}"] for row in own] for end in ("low", "high"))
+            axes.plot(layers, [row[key] for row in own], "-o", markersize=3, label=name, color=colour)
+            axes.fill_between(layers, low, high, alpha=0.15, color=colour)
         axes.set_xlabel("layer")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -164,8 +176,22 @@ def linearity_over_ranges(rows: Rows) -> Draw:
     return draw
 
 
-def curves(rows: Rows) -> Draw:
-    """Δp over shifts of a few neurons, with the line that NeurGrad foretells."""
+def bars_over_layers(counts: Mapping[int, int], label: str) -> Draw:
+    """Shares of a whole, a bar a layer."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        total = sum(counts.values()) or 1
+        axes.bar(list(counts), [100 * n / total for n in counts.values()], color=theme.cycle[0])
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return draw
+
+
+def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
+    """Δp over shifts of a few neurons, with the line that an estimate foretells."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         n_columns = min(3, len(rows))
@@ -176,9 +202,9 @@ def curves(rows: Rows) -> Draw:
             values = np.array([*row["delta_p"], 0.0])[order]
             axes.plot(shifts[order], values, "o-", markersize=3, color=theme.cycle[0])
             near = np.abs(shifts[order]) <= 2
-            axes.plot(shifts[order][near], row["neurgrad"] * shifts[order][near], "--", color=theme.cycle[1])
+            axes.plot(shifts[order][near], row[estimate] * shifts[order][near], "--", color=theme.cycle[1])
             axes.set_title(
-                f"layer {row['layer']}, neuron {row['neuron']} → {row['target'].strip()!r}",
+                f"layer {row['layer']}, neuron {row['neuron']} → {_drawable(repr(row['target'].strip()))}",
                 fontsize=9,
                 parse_math=False,
             )
@@ -191,18 +217,19 @@ def curves(rows: Rows) -> Draw:
     return draw
 
 
-def histogram(rows: Rows, label: str) -> Draw:
-    """Counts in bins, on a logarithmic axis, for most curves are in the last bin."""
+def histograms(panels: Mapping[str, Rows]) -> Draw:
+    """Shares of curves in bins, a panel a quantity, on logarithmic axes, for most curves are in the last bin."""
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.add_subplot()
-        width = rows[0]["high"] - rows[0]["low"]
-        total = sum(row["n"] for row in rows) or 1
-        axes.bar([row["low"] for row in rows], [100 * row["n"] / total for row in rows], width, align="edge")
-        axes.axvline(0.95, color=theme.cycle[1], linewidth=1)
-        axes.set_yscale("log")
-        axes.set_xlabel(label)
-        axes.set_ylabel("share of curves, %")
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (label, rows) in zip(grid, panels.items(), strict=True):
+            width = rows[0]["high"] - rows[0]["low"]
+            total = sum(row["n"] for row in rows) or 1
+            axes.bar([row["low"] for row in rows], [100 * row["n"] / total for row in rows], width, align="edge")
+            axes.axvline(0.95, color=theme.cycle[1], linewidth=1)
+            axes.set_yscale("log")
+            axes.set_xlabel(label)
+        grid[0].set_ylabel("share of curves, %")
 
     return draw
 
@@ -256,6 +283,15 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> Draw:
         figure.legend(loc="outside lower center", ncols=4, fontsize=9)
 
     return draw
+
+
+def _drawable(text: str) -> str:
+    """A text without what matplotlib's font has no shape for."""
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(
+        character if font.get_char_index(ord(character)) else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _layer(row: Mapping[str, Any]) -> int:

@@ -13,14 +13,23 @@ from neg_service.report.console import columns
 def study_text(tables: Mapping[str, pa.Table]) -> str:
     """The tables for a person; intervals in brackets hold 95 % of bootstrap draws over prompts."""
     accuracy = tables["accuracy"].to_pylist()[0]
-    counts = (
-        f"{accuracy['right']} of {accuracy['with_answer']} prompts with an answer are answered rightly; "
-        f"{accuracy['studied']} are studied"
-    )
-    parts = [counts, _estimators(tables["estimators"]), _ranges(tables["ranges"]), _layers(tables["layers"])]
+    parts = [
+        answered(accuracy),
+        _estimators(tables["estimators"]),
+        _ranges(tables["ranges"]),
+        _layers(tables["layers"]),
+    ]
     if "additivity" in tables:
         parts.append(_additivity(tables["additivity"]))
     return "\n\n".join(parts)
+
+
+def answered(accuracy: Mapping[str, int]) -> str:
+    """How many prompts there are, how many of them are answered rightly, and how many were studied."""
+    if not accuracy["with_answer"]:
+        return f"{accuracy['studied']} of {accuracy['prompts']} prompts are studied, which have no answers"
+    right = f"{accuracy['right']} of {accuracy['with_answer']} prompts with an answer are answered rightly"
+    return f"{right}; {accuracy['studied']} are studied"
 
 
 def _estimators(table: pa.Table) -> str:

@@ -1,0 +1,45 @@
+"""How values stand in a report's cells, and the units that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+UNIT = "probability a unit of |activation|"
+# Of measures whose tables hold a value of each neuron: what people call them, and their unit.
+VALUES = {
+    "neurgrad": ("NeurGrad", UNIT),
+    "integrated_gradients": ("integrated gradient", "probability"),
+    "gradient": ("gradient", "probability a unit of activation"),
+    "gradient_x_activation": ("gradient × activation", "probability"),
+    "activation": ("activation", "no unit"),
+    "random": ("random draw", "no unit"),
+}
+
+
+def estimator_name(name: str) -> str:
+    """What people call an estimator."""
+    return "integrated gradients" if name == "integrated_gradients" else VALUES.get(name, (name, ""))[0]
+
+
+def interval(row: Mapping[str, Any], name: str, digits: int, factor: float = 1.0) -> str:
+    """A statistic with its bootstrap interval, or a dash where it has no meaning."""
+    value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None or value != value:
+        return "-"
+    return f"{factor * value:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+
+
+def percent(share: float | None) -> str:
+    """A share of one in percent, without the sign."""
+    return "-" if share is None or share != share else f"{100 * share:.1f}"
+
+
+def short(value: Any) -> str:
+    """A number in four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def seconds_a_prompt(cost: Mapping[str, Any] | None) -> str:
+    """What a run's `about.cost` comes to for one replica; a run that was interrupted does not say."""
+    return "-" if not cost else f"{cost['seconds'] * cost['replicas'] / cost['prompts']:.3g}"

@@ -1,0 +1,85 @@
+"""What was run: models, data, software, machines, accuracy and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from neg_service.report.console import accuracy
+from neg_service.report.page import Grid, Section
+from neg_service.report.sections.cells import seconds_a_prompt
+from neg_service.report.sections.found import Found
+from neg_service.storage.reader import Run
+
+_HEAD = (
+    "run", "model", "layers × neurons", "data", "measure", "prompts", "accuracy", "shards", "s a prompt", "runs on",
+    "began",
+)  # fmt: skip
+
+
+def overview(found: Found) -> Section:
+    """The first section."""
+    of_findings = [run for finding in found.findings for run in finding.runs.values()]
+    runs = list({run.uri: run for run in [*found.runs, *of_findings]}.values())
+    text = (
+        "Accuracy is the share of prompts whose right answer is the most probable of their targets. Seconds a prompt "
+        "are those of one replica; a run that was interrupted does not say."
+    )
+    if engines := sorted({run.about["engine"] for run in runs if run.about.get("engine")}):
+        text += f" Engine: {', '.join(engines)}."
+    grids = []
+    if found.findings:
+        head = ("what", "name", "model", "data", "runs")
+        rows = [
+            (
+                finding.kind,
+                finding.name,
+                _model_of(finding.about.get("model", {})),
+                _data_of(finding.about.get("dataset", {})),
+                str(len(finding.about.get("runs", []))),
+            )
+            for finding in found.findings
+        ]
+        grids.append(Grid("Studies and probes", "", head, rows, numeric=(4,)))
+    if found.runs:
+        grids.append(Grid("Runs", "", _HEAD, [_row(run) for run in found.runs], numeric=(5, 8)))
+    if runs:
+        grids.append(Grid("Software", "", ("package", "version"), _software(runs)))
+    return Section("runs", "What was run", text, grids)
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    model = run.about.get("model", {})
+    asked = run.config["model"]
+    return (
+        run.name,
+        _model_of({"source": model.get("source", asked["identity"]), "dtype": asked["dtype"]}),
+        f"{model.get('layers', '?')} × {model.get('neurons_a_layer', '?')}",
+        _data_of(run.about.get("dataset", {})),
+        str(run.config["measure"]["name"]),
+        str(run.config["prompts"]["count"]),
+        str(accuracy(run)) if "prompts" in run.tables and run.done() else "-",
+        f"{len(run.done())} of {run.n_shards}",
+        seconds_a_prompt(run.about.get("cost")),
+        str(run.about.get("runs_on", "-")),
+        str(run.about.get("began", "")),
+    )
+
+
+def _model_of(model: Mapping[str, Any]) -> str:
+    return f"{model.get('source', '?')}, {model.get('dtype', '?')}"
+
+
+def _data_of(dataset: Mapping[str, Any]) -> str:
+    source, tasks, split = str(dataset.get("source", "?")), dataset.get("task"), dataset.get("split")
+    if tasks is None:
+        return source
+    named = tasks if isinstance(tasks, str) else ", ".join(tasks)
+    splits = "" if split is None else f" {split if isinstance(split, str) else ', '.join(split)}"
+    return f"{source}: {named}{splits}"
+
+
+def _software(runs: list[Run]) -> list[tuple[str, str]]:
+    versions = [run.about.get("versions", {}) for run in runs]
+    names = dict.fromkeys(name for own in versions for name in own)
+    return [(name, ", ".join(dict.fromkeys(own[name] for own in versions if name in own))) for name in names]

@@ -1,0 +1,147 @@
+"""A study of a tiny model in this process: which prompts and neurons it is of, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
+from neg_service.errors import ConfigurationError
+from neg_service.estimation.study import Findings, Options, Scan, check_options, run_study
+from neg_service.storage.reader import Run, open_run
+from tests.here import scan_here
+
+N_LAYERS, N_NEURONS = 3, 40
+SMALL = Options(
+    neurons=4, ranges=[1.0], range_prompts=1, sets=[2], draws=10, steps=2, grid="coarse", estimators=["neurgrad"]
+)
+
+
+@pytest.fixture(scope="module")
+def predictions(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Of each prompt, which of its three targets the tiny model takes."""
+    folder = tmp_path_factory.mktemp("predictions")
+    run = scan_here(configured(tiny_directory, folder, rows()))
+    table = run.table("prompts").to_table()
+    return dict(zip(table["prompt_id"].to_pylist(), table["prediction"].to_pylist(), strict=True))
+
+
+def rows() -> list[dict[str, Any]]:
+    return [{"prompt": f"w{i} w{i + 1}", "targets": [" w7", " w8", " w11"], "id": f"p{i}"} for i in range(20, 26)]
+
+
+def configured(model: Path, folder: Path, prompts: list[dict[str, Any]]) -> ScanConfig:
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, prompts)))
+    return ScanConfig(
+        model=ModelConfig(source=str(model)),
+        dataset=DatasetConfig(source=str(file)),
+        storage=StorageConfig(uri=str(folder / "runs")),
+        job=JobConfig(shard_size=2),
+    )
+
+
+def scans(config: ScanConfig) -> Scan:
+    def scan(measure: Mapping[str, Any], neurons: NeuronsConfig, ids: Sequence[str] | None) -> Run:
+        dataset = config.dataset if ids is None else replace(config.dataset, ids=list(ids))
+        return scan_here(replace(config, measure=dict(measure), neurons=neurons, dataset=dataset))
+
+    return scan
+
+
+def studied(found: Findings, what: str = "sweep") -> list[str]:
+    return list(dict.fromkeys(open_run(found.runs[what]).table("sweep").to_table()["prompt_id"].to_pylist()))
+
+
+def with_answers(predictions: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The first four are answered rightly, the fifth is not, the last has no answer."""
+    made = rows()
+    for number, row in enumerate(made[:5]):
+        place = predictions[row["id"]] if number < 4 else (predictions[row["id"]] + 1) % 3
+        row["answer"] = row["targets"][place]
+    return made
+
+
+def test_what_is_answered_rightly_is_studied(tmp_path: Path, tiny_directory: Path, predictions: dict[str, int]) -> None:
+    config = configured(tiny_directory, tmp_path, with_answers(predictions))
+    found = run_study(replace(SMALL, keep="all"), NeuronsConfig(), scans(config))
+    assert found.rows["accuracy"] == [{"prompts": 6, "with_answer": 5, "right": 4, "studied": 4}]
+    assert studied(found) == ["p20", "p21", "p22", "p23"]
+    # Of right answers alone: a NEG for each prompt, layer and neuron, whatever the number of targets.
+    assert found.rows["estimators"][0]["n"] == 4 * N_LAYERS * 4
+    everything = run_study(replace(SMALL, keep="all", answered="all"), NeuronsConfig(), scans(config))
+    assert studied(everything) == [f"p{i}" for i in range(20, 26)]
+
+
+def test_some_of_them_are_drawn_and_ranges_are_spread_over_them(
+    tmp_path: Path, tiny_directory: Path, predictions: dict[str, int]
+) -> None:
+    config = configured(tiny_directory, tmp_path, with_answers(predictions)[:5])
+    drawn = {
+        tuple(studied(run_study(replace(SMALL, prompts=2, seed=s), NeuronsConfig(), scans(config)))) for s in range(6)
+    }
+    assert len(drawn) > 1
+    for ids in drawn:
+        assert len(ids) == 2
+        assert list(ids) == sorted(ids)
+        assert set(ids) <= {"p20", "p21", "p22", "p23"}
+    found = run_study(replace(SMALL, range_prompts=2), NeuronsConfig(), scans(config))
+    assert studied(found, "ranges") == ["p20", "p22"]
+
+
+def test_all_neurons_and_prompts_without_answers(tmp_path: Path, tiny_directory: Path) -> None:
+    config = configured(tiny_directory, tmp_path, rows()[:2])
+    options = replace(SMALL, neurons=None, keep="all", estimators=["neurgrad", "random", "activation"])
+    found = run_study(options, NeuronsConfig([0, 2]), scans(config))
+    assert found.rows["accuracy"] == [{"prompts": 2, "with_answer": 0, "right": 0, "studied": 2}]
+    by_name = {row["estimator"]: row for row in found.rows["estimators"] if row["layer"] is None}
+    assert by_name["neurgrad"]["n"] == 2 * 3 * 2 * N_NEURONS
+    assert by_name["neurgrad"]["pearson"] > 0.9
+    assert abs(by_name["random"]["pearson"]) < 0.2
+    # What has not the unit of NEG has no relative error.
+    assert by_name["neurgrad"]["median_relative_error"] < 0.1
+    assert np.isnan(by_name["activation"]["median_relative_error"])
+    assert {row["layer"] for row in found.rows["layers"]} == {None, 0, 2}
+
+
+def test_what_cannot_be_studied_is_refused_by_the_key_to_change(
+    tmp_path: Path, tiny_directory: Path, predictions: dict[str, int]
+) -> None:
+    wrong = with_answers(predictions)[4:5]
+    one_target = [{"prompt": "w1 w2", "targets": [" w7"], "answer": " w7"}]
+    for prompts, options, neurons, message in (
+        (wrong, SMALL, NeuronsConfig(), r"study.answered=right: the model answers none of 1 prompts rightly"),
+        (one_target, SMALL, NeuronsConfig(), r"study.answered=right: prompts have one target each"),
+        (rows(), SMALL, NeuronsConfig(), r"study.keep=answer: prompt 'p20' has no answer; use study.keep=all"),
+        (rows(), replace(SMALL, keep="all", basis="x"), NeuronsConfig(), r"study.basis=x"),
+        (wrong, SMALL, NeuronsConfig(choose="sample", count=3), r"neurons.choose=sample: a study draws its neurons"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            run_study(options, neurons, scans(configured(tiny_directory, tmp_path, prompts)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"estimators": []}, r"study.estimators=\[\]: name at least one of"),
+        ({"estimators": ["neurgrads"]}, r"neurgrads is unknown; did you mean neurgrad"),
+        ({"estimators": ["neurgrad", "neurgrad"]}, "one is named twice"),
+        ({"sets": [2, 2]}, r"study.sets=\[2, 2\]: one is named twice"),
+        ({"sets": [0]}, "study.sets=0: must be at least 1"),
+        ({"answered": "rightly"}, "study.answered=rightly: must be right or all"),
+        ({"grid": "fine"}, "study.grid=fine is unknown; known are full, coarse"),
+        ({"ranges": [0.0]}, "study.ranges="),
+        ({"neurons": 0}, "study.neurons=0: must be at least 1"),
+        ({"prompts": 0}, "study.prompts=0: must be at least 1"),
+        ({"draws": 0}, "study.draws=0: must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_scanned(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        check_options(replace(Options(), **changed))

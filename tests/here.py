@@ -1,0 +1,34 @@
+"""A scan in this process, without Ray: for tests of what is made of runs."""
+
+from __future__ import annotations
+
+from neg_service.cluster.plan import shards_of
+from neg_service.cluster.prepare import prepare
+from neg_service.cluster.replica import Scan
+from neg_service.config import ScanConfig
+from neg_service.storage.parts import encode_part, part_key
+from neg_service.storage.reader import Run, open_run
+from neg_service.storage.run import note, write_or_match
+from neg_service.storage.stores import open_store
+
+
+def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
+    """Compute a run's shards, or its first so many, one after the other, with the worker that a replica has."""
+    prepared = prepare(config)
+    store = open_store(prepared.uri, None)
+    about = {
+        "model": {
+            "source": config.model.source,
+            "layers": prepared.info.n_layers,
+            "neurons_a_layer": prepared.info.n_neurons,
+        },
+        "dataset": prepared.request["dataset"],
+    }
+    directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request)
+    worker = Scan(prepared.config, prepared.info.identity, 1, prepared.prompts[:1])()
+    ready = worker.start()
+    note(store, {"calibration": ready.calibration, "engine": ready.engine, "runs_on": ready.runs_on})
+    for shard in list(shards_of(prepared.prompts, prepared.plan, directory.done()))[:shards]:
+        for name, table in worker.compute(shard, 1.0).items():
+            store.put(part_key(name, shard.index), encode_part(name, table, directory.fingerprint, shard.index))
+    return open_run(store.uri, None)

@@ -1,0 +1,274 @@
+"""Sections of a report against what the runs' tables say, for each kind of run; and the page that they make."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from jobs.report import write_report
+from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
+from neg_service.errors import DestinationError
+from neg_service.report import figures
+from neg_service.report.console import Correlation, agreement
+from neg_service.report.page import Grid, Picture, Section, render
+from neg_service.report.sections import sections_of
+from neg_service.report.sections.found import Found
+from neg_service.storage.reader import Run
+from tests.here import scan_here
+
+ROWS = [
+    {"prompt": f"w{i} <b>w{i + 1}</b>", "targets": [" w7", " w8", " w11"], "answer": " w8", "id": f"p{i}"}
+    for i in range(20, 25)
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("report")
+
+
+def run_of(
+    place: Path, model: Path, measure: dict[str, Any], neurons: NeuronsConfig | None = None, *, answered: bool = True,
+    shards: int | None = None,
+) -> Run:  # fmt: skip
+    file = place / f"prompts{answered}.jsonl"
+    rows = ROWS if answered else [{key: row[key] for key in ("prompt", "targets", "id")} for row in ROWS]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    config = ScanConfig(
+        model=ModelConfig(source=str(model)),
+        dataset=DatasetConfig(source=str(file)),
+        measure=measure,
+        neurons=neurons or NeuronsConfig(),
+        storage=StorageConfig(uri=str(place / "runs")),
+        job=JobConfig(shard_size=2),
+    )
+    return scan_here(config, shards)
+
+
+def only_section(run: Run) -> Section:
+    overview, section = sections_of(Found([run]))
+    assert overview.title == "What was run"
+    return section
+
+
+def grid_of(section: Section, name: str) -> list[dict[str, str]]:
+    (grid,) = [grid for grid in section.grids if grid.name.startswith(name)]
+    assert grid.is_interactive
+    return [dict(zip(grid.head, row, strict=True)) for row in grid.rows]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize("name", ["neurgrad", "gradient_x_activation"])
+def test_the_strongest_neurons_are_those_of_the_table(
+    place: Path, tiny_directory: Path, name: str, answered: bool
+) -> None:
+    run = run_of(place, tiny_directory, {"name": name}, answered=answered)
+    section = only_section(run)
+    found = grid_of(section, "strongest")
+    table = run.table(name, filter=pc.field("is_answer") if answered else None).to_table()
+    pairs = list(dict.fromkeys(zip(table["prompt_id"].to_pylist(), table["target"].to_pylist(), strict=True)))
+    assert len(pairs) == (5 if answered else 15)
+    assert len(found) == 5 * len(pairs)
+    texts = {row["id"]: row["prompt"] for row in ROWS}
+    for place_of, (prompt, target) in enumerate(pairs):
+        own = table.filter((pc.field("prompt_id") == prompt) & (pc.field("target") == target)).sort_by("layer")
+        values_ln = np.array(own[name].to_pylist())
+        best = np.argsort(-np.abs(values_ln), axis=None)[:5]
+        shown = found[5 * place_of : 5 * place_of + 5]
+        assert {(row["prompt"], row["target"]) for row in shown} == {(texts[prompt], target)}
+        assert [(int(row["layer"]), int(row["neuron"])) for row in shown] == list(
+            zip(*(axis.tolist() for axis in np.unravel_index(best, values_ln.shape)), strict=True)
+        )
+        what = "NeurGrad" if name == "neurgrad" else "gradient × activation"
+        assert [row[what] for row in shown] == [f"{value:+.3e}" for value in values_ln.ravel()[best]]
+    assert [picture.name for picture in section.pictures] == ["strength-0"]
+
+
+def test_a_sweep_is_shown_with_its_curves_whichever_way_neurons_were_shifted(place: Path, tiny_directory: Path) -> None:
+    for shift, unit in (("magnitude", "|activation|"), ("signed", "a unit of activation")):
+        measure = {"name": "sweep", "grid": "coarse", "shift": shift, "keep_curves": True}
+        run = run_of(place, tiny_directory, measure, NeuronsConfig([0, 2], choose="sample", count=7))
+        section = only_section(run)
+        table = run.table("sweep", filter=pc.field("is_answer")).to_table().to_pylist()
+        best = sorted((row for row in table if row["prompt_id"] == "p22"), key=lambda row: -abs(row["neg"]))[:5]
+        shown = [row for row in grid_of(section, "swept") if row["prompt"].startswith("w22")]
+        assert [(row["layer"], row["neuron"], row["NEG"]) for row in shown] == [
+            (str(row["layer"]), str(row["neuron"]), f"{row['neg']:+.3e}") for row in best
+        ]
+        assert [picture.name for picture in section.pictures] == ["strength-0", "sweep-0", "curves-0"]
+        assert all(unit in picture.caption for picture in section.pictures[:2])
+
+
+def test_agreement_is_of_all_rows_however_they_come(place: Path, tiny_directory: Path) -> None:
+    run = run_of(place, tiny_directory, {"name": "sweep", "grid": "coarse"}, NeuronsConfig(choose="sample", count=7))
+    table = run.table("sweep").to_table()
+    expected = np.corrcoef(table["neg"].to_numpy(), table["neurgrad"].to_numpy())[0, 1]
+    told = dict(agreement(run))
+    assert told["NEG and NeurGrad"].startswith(f"correlation {expected:.4f}")
+    assert told["curves"].startswith(f"{table.num_rows}:")
+
+
+def test_a_correlation_of_parts_is_that_of_the_whole() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=1000) + 1e6
+    y = x + draw.normal(size=1000)
+    found = Correlation()
+    assert np.isnan(found.value)
+    for part in np.split(np.arange(1000), [0, 1, 300, 301, 999]):
+        found.add(x[part], y[part])
+    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-9)
+    constant = Correlation()
+    constant.add(np.ones(3), np.arange(3.0))
+    assert np.isnan(constant.value)
+
+
+def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory: Path) -> None:
+    run = run_of(place, tiny_directory, {"name": "neurgrad", "keep": "top_k", "top_k": 8})
+    everything = only_section(run_of(place, tiny_directory, {"name": "neurgrad"}))
+    section = only_section(run)
+    same = [[row[key] for key in ("prompt", "layer", "neuron", "NeurGrad")] for row in grid_of(section, "strongest")]
+    assert same == [
+        [row[key] for key in ("prompt", "layer", "neuron", "NeurGrad")] for row in grid_of(everything, "strongest")
+    ]
+    assert [picture.name for picture in section.pictures] == ["strongest-layers-0"]
+
+    run = run_of(place, tiny_directory, {"name": "strength"})
+    first = grid_of(only_section(run), "strongest")[0]
+    values = run_of(place, tiny_directory, {"name": "neurgrad"}).table("neurgrad").to_table()
+    frame = values.to_pandas()
+    strength_ln = np.mean(
+        [
+            np.max([np.abs(np.stack(own.sort_values("layer")["neurgrad"])) for _, own in of.groupby("target")], 0)
+            for _, of in frame.groupby("prompt_id")
+        ],
+        0,
+    )
+    assert (int(first["layer"]), int(first["neuron"])) == np.unravel_index(strength_ln.argmax(), strength_ln.shape)
+    assert float(first["strength"]) == pytest.approx(strength_ln.max(), rel=1e-3)
+
+    edits = [{"name": "off", "neurons": [[0, 3], [2, 5]], "scale": 0.0}, {"neurons": [[1, 1]], "shift": 2.0}]
+    run = run_of(place, tiny_directory, {"name": "intervene", "edits": edits})
+    rows = grid_of(only_section(run), "edits")
+    table = run.table("intervene", filter=pc.field("is_answer")).to_table().to_pandas()
+    for row, (_, own) in zip(rows, table.groupby("edit", sort=False), strict=True):
+        assert row["edit"] == own.edit.iloc[0]
+        assert row["prompts × targets"] == "5"
+        assert row["change of p, mean"] == f"{own.delta_p.astype(float).mean():+.3e}"
+        assert row["right after, %"] == f"{100 * (own.prediction == own.target_index).mean():.1f}"
+    assert [row["neurons"] for row in rows] == ["2", "1"]
+    (open_ended,) = only_section(
+        run_of(place, tiny_directory, {"name": "intervene", "edits": edits}, answered=False)
+    ).grids
+    assert open_ended.rows[0][5:7] == ("-", "-")
+    assert open_ended.rows[0][-1] == "15"
+
+
+def test_a_run_that_is_not_done_shows_what_it_has(place: Path, tiny_directory: Path) -> None:
+    run = run_of(place, tiny_directory, {"name": "neurgrad", "keep": "answer"}, shards=1)
+    overview, section = sections_of(Found([run]))
+    (row,) = next(grid.rows for grid in overview.grids if grid.title == "Runs")
+    assert "1 of 3" in row
+    assert re.search(r"cpu \(.+\), 1 threads", str(row))
+    assert len({row["prompt"] for row in grid_of(section, "strongest")}) == 2
+    nothing = run_of(place, tiny_directory, {"name": "neurgrad", "basis": "gate"}, shards=0)
+    assert [own.title for own in sections_of(Found([nothing]))] == ["What was run"]
+
+
+def test_several_runs_stand_on_one_page_and_copies_are_found(place: Path, tiny_directory: Path, tmp_path: Path) -> None:
+    first = run_of(place, tiny_directory, {"name": "neurgrad"})
+    second = run_of(place, tiny_directory, {"name": "activation"})
+    path = Path(write_report([first.uri, second.uri, f"{first.uri}/"], str(tmp_path / "out"), None, "A <title>"))
+    page = path.read_text()
+    assert page.count("<h2>") == 3
+    assert "A &lt;title&gt;" in page
+    assert "w22 &lt;b&gt;w23&lt;/b&gt;" in page
+    assert "<b>w23</b>" not in page
+    assert {picture.name for picture in (tmp_path / "out" / "figures").iterdir()} == {
+        "strength-0.png", "strength-0-dark.png", "strength-1.png", "strength-1-dark.png",
+    }  # fmt: skip
+    with pytest.raises(DestinationError, match="is a file, not a folder"):
+        write_report([first.uri], str(path), None)
+
+
+def test_what_a_page_is_made_of_is_escaped() -> None:
+    grid = Grid("<i>", "<i>", ("<i>",), [("<i>",)], is_interactive=True, name="a")
+    picture = Picture("b", "<i>", "<i>", '"<i>', {"light": b"1", "dark": b"2"})
+    page = render("<i>", "<i>", [Section("c", "<i>", "<i>", [grid], [picture])])
+    assert "<i>" not in page
+    assert "data:image/png;base64,MQ==" in page
+    assert "data:image/png;base64,Mg==" in page
+
+
+def test_figures_can_hold_any_target() -> None:
+    row = {
+        "shifts": [-1.0, 1.0],
+        "delta_p": [-0.1, 0.1],
+        "neurgrad": 0.1,
+        "layer": 0,
+        "neuron": 1,
+        "target": " 日本 $x^2$",
+    }
+    images = figures.drawn(figures.curves([row]))
+    assert set(images) == {"light", "dark"}
+    assert figures._drawable("né 日") == "né \\u65e5"
+
+
+def test_a_probe_is_shown_with_its_studies(tmp_path: Path) -> None:
+    """Tables as a probe leaves them, of two tasks."""
+    tasks = ["agnews", "ner"]
+    interval = {"low": 0.3, "high": 0.5, "n_prompts": 100}
+    accuracies = [
+        {"task": task, "genre": "classification", "probe": probe, "n_neurons": n, "n_train": 50, "split": split,
+         "accuracy": 0.4, "is_chosen": n != 4, **interval}
+        for task in tasks for probe in ("magnitude", "polarity") for n in (1, 4) for split in ("valid", "test")
+    ]  # fmt: skip
+    neurons = [
+        {"task": task, "score_name": "magnitude", "rank": rank, "layer": 1, "neuron": rank, "score": 9 - rank,
+         "polarity": 1, "n_train": 50}
+        for task in tasks for rank in range(30)
+    ]  # fmt: skip
+    tables = {
+        "accuracy": accuracies,
+        "efficiency": accuracies,
+        "neurons": neurons,
+        "flexibility": [
+            {"task": task, "genre": "", "probe": "magnitude", "first_rank": rank, "n_neurons": 4, "accuracy": 0.4,
+             **interval}
+            for task in tasks for rank in (0, 4)
+        ],
+        "interdependency": [
+            {"task": a, "genre": "", "suppressed": b, "n_neurons": 4, "shift": 1.0, "accuracy_before": 0.5,
+             "accuracy": 0.4, **interval}
+            for a in tasks for b in tasks
+        ],
+        "overlap": [
+            {"task": a, "other_task": b, "score_name": "magnitude", "n_neurons": 4, "shared": 1, "by_chance": 0.01}
+            for a in tasks for b in tasks if a != b
+        ],
+    }  # fmt: skip
+    folder = tmp_path / "a-probe"
+    folder.mkdir()
+    for name, rows in tables.items():
+        pa.parquet.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    about = {"model": {"source": "m", "dtype": "float32"}, "dataset": {"source": "s", "task": tasks}, "runs": []}
+    (folder / "probe.json").write_text(json.dumps(about))
+    page = Path(write_report([str(folder)], str(tmp_path / "out"), None)).read_text()
+    for name in (
+        "skill-accuracy", "skill-accuracy-by-neurons", "skill-efficiency", "skill-flexibility", "skill-interdependency",
+    ):  # fmt: skip
+        assert f'id="figure-{name}"' in page
+        assert (tmp_path / "out" / "figures" / f"{name}-dark.png").exists()
+    assert "s: agnews, ner" in page
+    assert page.count("<td>agnews</td>") == page.count("<td>ner</td>")
+    shutil.copytree(folder, tmp_path / "elsewhere" / "a-probe")
+    both = write_report([str(folder), str(tmp_path / "elsewhere" / "a-probe")], str(tmp_path / "both"), None)
+    identifiers = re.findall(r'\bid="([^"]+)"', Path(both).read_text())
+    assert len(identifiers) == len(set(identifiers))
