@@ -33,8 +33,8 @@ def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str
     found = find(uris, endpoint_url)
     sections = sections_of(found)
     about = [run.about for run in found.runs] + [finding.about for finding in found.findings]
-    models = sorted({str(own.get("model", {}).get("source", "a model")) for own in about})
-    named = title or f"Neurons of {', '.join(models)}"
+    models = sorted({str(own["model"]["source"]) for own in about if "source" in own.get("model", {})})
+    named = title or f"Neurons of {', '.join(models) or 'a model'}"
     made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")
     subtitle = f"neg_service {version('neg-service')}, {made} UTC"
     for section in sections:

@@ -218,7 +218,10 @@ def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
 
 
 def histograms(panels: Mapping[str, Rows]) -> Draw:
-    """Shares of curves in bins, a panel a quantity, on logarithmic axes, for most curves are in the last bin."""
+    """Shares of curves in bins, a panel a quantity, on logarithmic axes, for most curves are in the last bin.
+
+    The first panel is of |r|, with a line where a curve begins to count as linear.
+    """
 
     def draw(figure: Figure, theme: Theme) -> None:
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -226,9 +229,9 @@ def histograms(panels: Mapping[str, Rows]) -> Draw:
             width = rows[0]["high"] - rows[0]["low"]
             total = sum(row["n"] for row in rows) or 1
             axes.bar([row["low"] for row in rows], [100 * row["n"] / total for row in rows], width, align="edge")
-            axes.axvline(0.95, color=theme.cycle[1], linewidth=1)
             axes.set_yscale("log")
             axes.set_xlabel(label)
+        grid[0].axvline(0.95, color=theme.cycle[1], linewidth=1)
         grid[0].set_ylabel("share of curves, %")
 
     return draw

@@ -15,13 +15,17 @@ from jinja2 import Environment, StrictUndefined
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure. images: PNGs by theme. caption: a sentence that says what it shows. alt: for who cannot see it."""
+    """A figure. images: PNGs by theme. caption: a sentence that says what it shows. alt: for who cannot see it.
+
+    is_wide: it has several panels, and takes the whole width.
+    """
 
     name: str
     title: str
     caption: str
     alt: str
     images: dict[str, bytes]
+    is_wide: bool = False
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ def _matrices(name: str, table: pa.Table, row_key: str, column_key: str) -> dict
         figure = Figure(figsize=(3.5 + 0.75 * len(across), 2.4 + 0.45 * len(down)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(values, vmin=_WORST, vmax=_BEST, cmap="viridis")
+        axes.grid(visible=False)
         for i, j in np.ndindex(values.shape):
             axes.text(
                 j, i, f"{100 * values[i, j]:.0f}", ha="center", va="center", color="w" if values[i, j] < 0.6 else "k"

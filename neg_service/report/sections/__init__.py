@@ -19,9 +19,10 @@ from neg_service.report.sections.studies import study_sections
 def sections_of(found: Found) -> list[Section]:
     """The page from top to bottom."""
     made = [overview(found)]
+    kinds = [finding.kind for finding in found.findings]
     for number, finding in enumerate(found.findings):
         own = study_sections(finding) if finding.kind == "study" else probe_sections(finding)
-        made += own if len(found.findings) == 1 else [_numbered(section, number, finding.name) for section in own]
+        made += own if kinds.count(finding.kind) == 1 else [_numbered(one, number, finding.name) for one in own]
     for number, run in enumerate(found.runs):
         made += run_sections(run, number)
     return [section for section in made if section.grids or section.pictures]

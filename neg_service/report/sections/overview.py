@@ -62,12 +62,12 @@ def _row(run: Run) -> tuple[str, ...]:
         f"{len(run.done())} of {run.n_shards}",
         seconds_a_prompt(run.about.get("cost")),
         str(run.about.get("runs_on", "-")),
-        str(run.about.get("began", "")),
+        str(run.about.get("began", "-"))[:16].replace("T", " "),
     )
 
 
 def _model_of(model: Mapping[str, Any]) -> str:
-    return f"{model.get('source', '?')}, {model.get('dtype', '?')}"
+    return f"{model['source']}, {model.get('dtype', '?')}" if "source" in model else "-"
 
 
 def _data_of(dataset: Mapping[str, Any]) -> str:

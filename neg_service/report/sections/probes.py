@@ -33,6 +33,8 @@ _STUDIES = {
         "suppressed.",
     ),
 }  # fmt: skip
+# Those that are one matrix, not a panel a task.
+_MATRICES = ("robustness", "interdependency")
 
 
 def probe_sections(finding: Finding) -> list[Section]:
@@ -59,7 +61,7 @@ def _accuracy(name: str, tables: Mapping[str, pa.Table]) -> Section:
     picture = Picture(
         "skill-accuracy", "Probes and baselines", "Accuracy on test of each probe and baseline, task by task.",
         "Bars of accuracy for each probe, a group a task",
-        drawn(figures.accuracies(rows), (max(7.2, 1.4 * len({row["task"] for row in rows})), 4.4)),
+        drawn(figures.accuracies(rows), (max(9, 1.4 * len({row["task"] for row in rows})), 4.4)), is_wide=True,
     )  # fmt: skip
     text = f"From {name}: how well a few neurons do a task without the model's head."
     return Section("skills", "Skill neurons", text, [grid], [picture])
@@ -108,7 +110,11 @@ def _studies(tables: Mapping[str, pa.Table]) -> Section:
         title, caption = _STUDIES[study]
         task = stem.removeprefix(study).strip("_")
         named = f"{title}: {task}" if task else title
-        pictures.append(Picture(f"skill-{stem.replace('_', '-')}", named, caption, f"Plots: {named}", images))
+        pictures.append(
+            Picture(
+                f"skill-{stem.replace('_', '-')}", named, caption, f"Plots: {named}", images, study not in _MATRICES
+            )
+        )
     return Section("skill-studies", "How few, how early, how alone", "", [], pictures)
 
 

@@ -161,6 +161,7 @@ def _sweep(run: Run, number: int) -> Section:
                 figures.scatter_of_estimates(points, [(name, *VALUES[name]) for name in ("neurgrad", "gradient")]),
                 (8, 4.0),
             ),
+            is_wide=True,
         ),
     ]  # fmt: skip
     if shown_curves := curves.rows():
@@ -170,7 +171,7 @@ def _sweep(run: Run, number: int) -> Section:
                 "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
                 f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} foretells.",
                 "Curves of probability over shifts for a few neurons",
-                drawn(figures.curves(shown_curves, "gradient" if is_signed else "neurgrad"), (10, 5.6)),
+                drawn(figures.curves(shown_curves, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
             )
         )  # fmt: skip
     facts = Grid("Linearity and agreement", "", ("what", "found"), agreement(run))

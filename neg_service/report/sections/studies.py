@@ -67,7 +67,7 @@ def _estimators(tables: Mapping[str, pa.Table], asked: Mapping[str, Any]) -> Sec
                 "A point is a neuron on a prompt: the strongest, and a sample of the rest. Axes are linear near zero "
                 f"and logarithmic beyond; on the grey diagonal an estimate is right. Vertical: NEG, {UNIT}.",
                 "Scatter plots of measured NEG against every estimator",
-                drawn(figures.scatter_of_estimates(points, shown), (10, 6.8 if len(shown) > 3 else 3.8)),
+                drawn(figures.scatter_of_estimates(points, shown), (10, 6.8 if len(shown) > 3 else 3.8)), is_wide=True,
             ),
             Picture(
                 "correlation-by-layer", "Correlation with NEG by layer",
@@ -124,14 +124,14 @@ def _linearity(tables: Mapping[str, pa.Table]) -> Section:
                 "Change of the answer's probability over shifts of one neuron (points), the strongest of several "
                 "layers; the dashed line is what NeurGrad foretells.",
                 "Curves of probability over shifts for a few neurons",
-                drawn(figures.curves(tables["curves"].to_pylist()), (10, 5.6)),
+                drawn(figures.curves(tables["curves"].to_pylist()), (10, 5.6)), is_wide=True,
             ),
             Picture(
                 "histogram-of-r", "How straight curves are",
-                "Distribution of |r| and R² over the shifts that NEG is measured on, of all curves above the noise; "
-                "right of the line a curve counts as linear. Both axes of shares are logarithmic.",
+                "Distribution of |r| and R² over the shifts that NEG is measured on, of all curves above the noise. "
+                "On the left a curve beyond the line counts as linear; the axis of shares is logarithmic.",
                 "Two histograms, with nearly all curves in the last bin",
-                drawn(figures.histograms(panels), (9, 4.0)),
+                drawn(figures.histograms(panels), (9, 4.0)), is_wide=True,
             ),
         ],
     )  # fmt: skip
@@ -161,7 +161,7 @@ def _layers(tables: Mapping[str, pa.Table]) -> Section:
                 f"Left: |NEG| of a layer's neurons ({UNIT}): median, the middle half, and the middle 90 %. Right: the "
                 "share of positive NEGs.",
                 "Bands of |NEG| over layers, and points of the share of positive ones",
-                drawn(figures.strength_over_layers(layers), (9, 4.2)),
+                drawn(figures.strength_over_layers(layers), (9, 4.2)), is_wide=True,
             )
         ],
     )  # fmt: skip
