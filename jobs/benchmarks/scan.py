@@ -24,7 +24,7 @@ from neg_service.cluster.driver import Driver
 from neg_service.cluster.plan import Shard, make_plan, shards_of
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Replica, Scan
 from neg_service.cluster.resources import connect, disconnect
-from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
+from neg_service.config import ClusterConfig, ModelConfig, NeuronsConfig, ScanConfig
 from neg_service.measures import Cost
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
@@ -44,6 +44,8 @@ class Settings:
     few_shot_prompts: int
     shots: int
     shard_size: int
+    swept_prompts: int
+    swept_neurons: int
 
 
 class Loop:
@@ -128,14 +130,22 @@ def run(settings: Settings) -> dict[str, Any]:
             result["ratios"][f"scan over loop, {kind}"] = share
             result["ratios"][f"scan over measuring alone, {kind}"] = ratio(scanned, measured)
             result["bars"].append(bar(f"scan over loop, {kind}", share["median"], 0.95, at_most=False))
-        for keep in ("answer", "all"):
-            own = replace(make_worker, threads=1, config=replace(config, measure={"name": "neurgrad", "keep": keep}))
+        few = bare[: settings.swept_prompts]
+        sampled = NeuronsConfig(choose="sample", count=settings.swept_neurons)
+        swept = replace(config, measure={"name": "sweep", "grid": "coarse"}, neurons=sampled)
+        for what, asked, own_prompts, size in (
+            ("keep=answer", replace(config, measure={"name": "neurgrad", "keep": "answer"}), bare, settings.shard_size),
+            ("keep=all", replace(config, measure={"name": "neurgrad"}), bare, settings.shard_size),
+            ("a sweep", swept, few, max(1, settings.swept_prompts // 12)),
+        ):
+            shards = list(shards_of(own_prompts, make_plan(own_prompts, Cost({}, 0), size)))
+            own = replace(make_worker, threads=1, config=asked, samples=own_prompts[:1])
             one, two = [], []
             for repeat in range(settings.repeats):
-                one.append(len(prompts) / _scan(shards, own, 1))
-                two.append(len(prompts) / _scan(shards, own, 1, replicas=2))
-                sys.stderr.write(f"keep={keep} {repeat + 1}: one {one[-1]:.3g}, two {two[-1]:.3g} prompts/s\n")
-            what = f"a thread a replica, keep={keep}"
+                one.append(len(own_prompts) / _scan(shards, own, 1))
+                two.append(len(own_prompts) / _scan(shards, own, 1, replicas=2))
+                sys.stderr.write(f"{what} {repeat + 1}: one {one[-1]:.3g}, two {two[-1]:.3g} prompts/s\n")
+            what = f"a thread a replica, {what}"
             result["prompts_a_second"][what] = {"one": figure(one, "prompts/s"), "two": figure(two, "prompts/s")}
             result["ratios"][f"two replicas over one, {what}"] = gain = ratio(two, one)
             result["bars"].append(bar(f"two replicas over one, {what}", gain["median"], 1.6, at_most=False))
