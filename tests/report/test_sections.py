@@ -176,7 +176,8 @@ def test_a_run_that_is_not_done_shows_what_it_has(place: Path, tiny_directory: P
     overview, section = sections_of(Found([run]))
     (row,) = next(grid.rows for grid in overview.grids if grid.title == "Runs")
     assert "1 of 3" in row
-    assert re.search(r"cpu \(.+\), 1 threads", str(row))
+    machines = next(grid.rows for grid in overview.grids if grid.title == "Software and machine")
+    assert re.search(r"'a replica ran on', 'cpu \(.+\), 1 threads'", str(machines))
     assert len({row["prompt"] for row in grid_of(section, "strongest")}) == 2
     nothing = run_of(place, tiny_directory, {"name": "neurgrad", "basis": "gate"}, shards=0)
     assert [own.title for own in sections_of(Found([nothing]))] == ["What was run"]

@@ -12,8 +12,7 @@ from neg_service.report.sections.found import Found
 from neg_service.storage.reader import Run
 
 _HEAD = (
-    "run", "model", "layers × neurons", "data", "measure", "prompts", "accuracy", "shards", "s a prompt", "runs on",
-    "began",
+    "run", "model", "layers × neurons", "data", "measure", "prompts", "accuracy", "shards", "s a prompt", "began",
 )  # fmt: skip
 
 
@@ -44,7 +43,7 @@ def overview(found: Found) -> Section:
     if found.runs:
         grids.append(Grid("Runs", "", _HEAD, [_row(run) for run in found.runs], numeric=(5, 8)))
     if runs:
-        grids.append(Grid("Software", "", ("package", "version"), _software(runs)))
+        grids.append(Grid("Software and machine", "", ("what", "which"), _software(runs) + _machines(runs)))
     return Section("runs", "What was run", text, grids)
 
 
@@ -61,7 +60,6 @@ def _row(run: Run) -> tuple[str, ...]:
         str(accuracy(run)) if "prompts" in run.tables and run.done() else "-",
         f"{len(run.done())} of {run.n_shards}",
         seconds_a_prompt(run.about.get("cost")),
-        str(run.about.get("runs_on", "-")),
         str(run.about.get("began", "-"))[:16].replace("T", " "),
     )
 
@@ -83,3 +81,8 @@ def _software(runs: list[Run]) -> list[tuple[str, str]]:
     versions = [run.about.get("versions", {}) for run in runs]
     names = dict.fromkeys(name for own in versions for name in own)
     return [(name, ", ".join(dict.fromkeys(own[name] for own in versions if name in own))) for name in names]
+
+
+def _machines(runs: list[Run]) -> list[tuple[str, str]]:
+    named = dict.fromkeys(str(run.about["runs_on"]) for run in runs if "runs_on" in run.about)
+    return [("a replica ran on", machine) for machine in named]
