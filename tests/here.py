@@ -15,7 +15,7 @@ from neg_service.storage.stores import open_store
 def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
     """Compute a run's shards, or its first so many, one after the other, with the worker that a replica has."""
     prepared = prepare(config)
-    store = open_store(prepared.uri, None)
+    store = open_store(prepared.uri, config.storage.endpoint_url)
     about = {
         "model": {
             "source": config.model.source,
@@ -31,4 +31,4 @@ def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
     for shard in list(shards_of(prepared.prompts, prepared.plan, directory.done()))[:shards]:
         for name, table in worker.compute(shard, 1.0).items():
             store.put(part_key(name, shard.index), encode_part(name, table, directory.fingerprint, shard.index))
-    return open_run(store.uri, None)
+    return open_run(store.uri, config.storage.endpoint_url)
