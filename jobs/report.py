@@ -32,7 +32,8 @@ def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str
     store.check()
     found = find(uris, endpoint_url)
     sections = sections_of(found)
-    about = [run.about for run in found.runs] + [finding.about for finding in found.findings]
+    runs = [*found.runs, *(run for finding in found.findings for run in finding.runs.values())]
+    about = [run.about for run in runs] or [finding.about for finding in found.findings]
     models = sorted({str(own["model"]["source"]) for own in about if "source" in own.get("model", {})})
     named = title or f"Neurons of {', '.join(models) or 'a model'}"
     made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
 from jobs.findings import IncompleteError, finished, put_findings
+from neg_service.cluster.prepare import prepare
 from neg_service.cluster.resources import disconnect
 from neg_service.config import NeuronsConfig, ScanConfig, plain, typed
 from neg_service.estimation.study import Options, check_options, run_study
@@ -33,19 +34,23 @@ def study(config: DictConfig) -> int:
     asked = typed(StudyConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     check_options(asked.study)
 
-    def scan(measure: Mapping[str, Any], neurons: NeuronsConfig, ids: Sequence[str] | None) -> Run:
+    def of(measure: Mapping[str, Any], neurons: NeuronsConfig, ids: Sequence[str] | None = None) -> ScanConfig:
         dataset = asked.dataset if ids is None else replace(asked.dataset, ids=list(ids))
         job = replace(asked.job, name=None, resume=None, limit=asked.job.limit if ids is None else None)
-        log.info("scanning: %s", measure["name"])
-        return finished(
-            ScanConfig(
-                model=asked.model, dataset=dataset, measure=dict(measure), neurons=neurons, cluster=asked.cluster,
-                storage=asked.storage, job=job,
-            )
+        return ScanConfig(
+            model=asked.model, dataset=dataset, measure=dict(measure), neurons=neurons, cluster=asked.cluster,
+            storage=asked.storage, job=job,
         )  # fmt: skip
 
+    def scan(measure: Mapping[str, Any], neurons: NeuronsConfig, ids: Sequence[str] | None) -> Run:
+        log.info("scanning: %s", measure["name"])
+        return finished(of(measure, neurons, ids))
+
+    def check(measure: Mapping[str, Any], neurons: NeuronsConfig) -> None:
+        prepare(of(measure, neurons))
+
     try:
-        found = run_study(asked.study, asked.neurons, scan)
+        found = run_study(asked.study, asked.neurons, scan, check)
     except IncompleteError as error:
         log.error("%s", error)
         return EXIT_INCOMPLETE

@@ -45,7 +45,8 @@ class DatasetConfig:
 
     Of a file, columns: what it calls `prompt`, `targets`, `answer`, `id` and `group`, where that is something else.
     choices: how many targets a row with an answer and no targets gets: the answer, and answers of other rows, drawn
-    with `seed` from those of the same group first. group_until: what ends a group's name in its column.
+    with `seed` from those of the same group first. group_until: what ends a group's name in its column. answer_prefix:
+    what stands between a prompt and such a target, unless the prompt ends with a space.
 
     With `task`, `source` is the hub's or a directory's MCEval8K (`prompts/mceval8k.py`), and the rest says how its rows
     become prompts. task: one, a list, or `all`. split: one or a list. limit: rows of each task and split. balanced:
@@ -61,6 +62,7 @@ class DatasetConfig:
     columns: Any = None
     choices: int = 4
     group_until: str | None = None
+    answer_prefix: str = " "
     task: Any = None
     split: Any = "valid"
     limit: int | None = None

@@ -31,6 +31,7 @@ class Progress:
         self._began = self._spoke = time.monotonic()
         self._ended: float | None = None
         self.bytes = 0
+        self.computed_seconds = 0.0
         self._bar = (
             tqdm(total=total, initial=done, unit="prompt", file=self._stream, dynamic_ncols=True, smoothing=0.1)
             if self._stream.isatty() and not is_logged
@@ -45,6 +46,7 @@ class Progress:
         """A shard is done."""
         self._done += receipt.n_prompts
         self.bytes += sum(receipt.bytes.values())
+        self.computed_seconds += receipt.computed_seconds
         if self._bar is not None:
             self._bar.update(receipt.n_prompts)
         elif time.monotonic() - self._spoke >= self._every or self._done >= self._total:

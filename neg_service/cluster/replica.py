@@ -115,6 +115,7 @@ class Receipt:
 
     waited_seconds: how long, since the last receipt, this replica computed nothing because parts were being put.
     seconds: from when it was asked for to when it was stored, the wait for the shard before it included.
+    computed_seconds: of these, how long it was computed.
     """
 
     shard: int
@@ -122,6 +123,7 @@ class Receipt:
     bytes: dict[str, int] = field(default_factory=dict)
     waited_seconds: float = 0.0
     seconds: float = 0.0
+    computed_seconds: float = 0.0
 
 
 class Replica:
@@ -160,7 +162,7 @@ class Replica:
     def run(self, shard: Shard, batch_scale: float = 1.0) -> Receipt:
         """Compute a shard and put its parts, the last table's last: that one is the commit."""
         began = time.monotonic()
-        tables = self._computing.submit(self._compute, shard, batch_scale).result()
+        tables, computed = self._computing.submit(self._compute, shard, batch_scale).result()
         sizes = {}
         with self._doing.one_more(storing=1), logging_shard(shard.index):
             for name in list(tables):
@@ -171,15 +173,17 @@ class Replica:
                 sizes[name] = len(data)
                 del data
         waited = self._doing.waited_since_last_asked()
-        return Receipt(shard.index, len(shard.prompts), sizes, waited, time.monotonic() - began)
+        return Receipt(shard.index, len(shard.prompts), sizes, waited, time.monotonic() - began, computed)
 
     def is_only_storing(self) -> bool:
         """Asked by the driver when nothing was heard for long: whether this replica waits for storage alone."""
         return self._doing.is_only_storing
 
-    def _compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+    def _compute(self, shard: Shard, batch_scale: float) -> tuple[dict[str, pa.Table], float]:
+        began = time.monotonic()
         with self._doing.one_more(computing=1), logging_shard(shard.index):
-            return self._worker.compute(shard, batch_scale)
+            tables = self._worker.compute(shard, batch_scale)
+        return tables, time.monotonic() - began
 
 
 class _Doing:

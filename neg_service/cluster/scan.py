@@ -289,7 +289,11 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         progress.close()
     if not done and not outcome.set_aside:
         # What it cost, for whoever compares measures; a run that was interrupted does not say.
-        cost = {"prompts": progress.n_now, "seconds": round(progress.seconds, 3), "replicas": n_replicas}
+        cost = {
+            "prompts": progress.n_now,
+            "seconds": round(progress.seconds, 3),
+            "computed_seconds": round(progress.computed_seconds, 3),
+        }
         note(directory.store, {"cost": cost})
     return outcome, progress
 

@@ -49,16 +49,25 @@ class Quality:
 
 
 def quality(
-    neg_i: Doubles, estimate_i: Doubles, prompt_i: Integers, is_resolved_i: Booleans, draws: int = 1000, seed: int = 0
+    neg_i: Doubles,
+    estimate_i: Doubles,
+    prompt_i: Integers,
+    is_resolved_i: Booleans,
+    draws: int = 1000,
+    seed: int = 0,
+    *,
+    has_errors: bool = True,
 ) -> Quality:
     """Judge one estimator.
 
     neg_i, estimate_i: [I] probability per activation unit, or whatever the estimator has for a unit. prompt_i: [I]
-    which prompt, from 0. is_resolved_i: [I] whether NEG differs from zero by more than the run's noise.
+    which prompt, from 0. is_resolved_i: [I] whether NEG differs from zero by more than the run's noise. has_errors:
+    whether estimates have the unit of NEG, so that their relative error means something; it is NaN if not. Of a single
+    prompt, intervals are NaN.
     """
     n_prompts = int(prompt_i.max(initial=-1)) + 1
     drawn = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / max(1, n_prompts)), size=draws)
-    weights_bp = np.vstack([np.ones(n_prompts), drawn])
+    weights_bp = np.vstack([np.ones(n_prompts), drawn])[: None if n_prompts > 1 else 1]
     resolved = np.flatnonzero(is_resolved_i)
     neg, estimate, prompt = neg_i[resolved], estimate_i[resolved], prompt_i[resolved]
     equal = np.sign(neg) == np.sign(estimate)
@@ -70,7 +79,7 @@ def quality(
         pearson=_interval(_correlations(neg_i, estimate_i, prompt_i, weights_bp)),
         spearman=_interval(_correlations(rankdata(neg_i), rankdata(estimate_i), prompt_i, weights_bp)),
         signs=_interval(signs_b),
-        median_relative_error=_interval(_medians(error, prompt, weights_bp)),
+        median_relative_error=_interval(_medians(error if has_errors else error[:0], prompt, weights_bp)),
         n=len(neg_i),
         n_resolved=len(resolved),
     )

@@ -86,7 +86,7 @@ def find_measure(name: str) -> Measure:
         ConfigurationError: an unknown name, with those that are known.
     """
     module = _module(name if "." in name else f"{__name__}.{name}")
-    if module is not None and _is_measure(module) and not hasattr(module, "NAMES"):
+    if module is not None and _is_measure(module) and ("." in name or not hasattr(module, "NAMES")):
         return cast(Measure, module)
     known: dict[str, ModuleType] = {}
     for own in (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__)):

@@ -38,10 +38,7 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Promp
         PromptError: see `load_prompts` and `load_tasks`, or an id that there is not.
     """
     most = None if dataset.ids is not None else limit
-    prompts = load_tasks(dataset) if dataset.task is not None else load_prompts(
-        dataset.source, most, columns=dataset.columns, choices=dataset.choices, group_until=dataset.group_until,
-        seed=dataset.seed,
-    )  # fmt: skip
+    prompts = load_prompts(dataset.source, most, dataset) if dataset.task is None else load_tasks(dataset)
     if dataset.ids is not None:
         wanted = {str(one) for one in (dataset.ids if isinstance(dataset.ids, list) else [dataset.ids])}
         known = [prompt.id for prompt in prompts]
@@ -61,18 +58,10 @@ def dataset_name(dataset: DatasetConfig) -> str:
     return "-".join([*(tasks if len(tasks) < 3 else [f"{len(tasks)}-tasks"]), *splits])
 
 
-def load_prompts(
-    source: str,
-    limit: int | None = None,
-    *,
-    columns: Mapping[str, str] | None = None,
-    choices: int = 4,
-    group_until: str | None = None,
-    seed: int = 0,
-) -> list[Prompt]:
+def load_prompts(source: str, limit: int | None = None, how: DatasetConfig | None = None) -> list[Prompt]:
     """All prompts of `source`, or its first `limit`: a built-in name or a file's path or URI.
 
-    The rest is of files, as in `DatasetConfig`. A row's targets do not depend on `limit`.
+    `how` says how a file's rows become prompts. A row's targets do not depend on `limit`.
 
     Raises:
         PromptError: unknown source, missing column, or a broken row (with its line or row number).
@@ -87,15 +76,16 @@ def load_prompts(
             f"dataset.source={shown}: neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that "
             f"ends in {', '.join(rows_of)}"
         )
-    names = _columns(columns)
-    if choices < 2:
-        raise PromptError(f"dataset.choices={choices}: must be at least 2, the answer and another one")
+    how = how or DatasetConfig(source)
+    names = _columns(how.columns)
+    if how.choices < 2:
+        raise PromptError(f"dataset.choices={how.choices}: must be at least 2, the answer and another one")
     content = read_input("dataset.source", source, PromptError)
     rows = [
         (place, {column: row.get(name) for column, name in names.items()})
         for place, row in rows_of[suffix](shown, content, names)
     ]
-    _give_targets(rows, choices, group_until, seed)
+    _give_targets([row for _, row in rows], how)
     return [_prompt(shown, place, index, row, names) for index, (place, row) in enumerate(rows[:limit])]
 
 
@@ -112,24 +102,33 @@ def _columns(given: Any) -> dict[str, str]:
     return {column: (given or {}).get(column, column) for column in COLUMNS}
 
 
-def _give_targets(rows: Sequence[tuple[str, dict[str, Any]]], choices: int, group_until: str | None, seed: int) -> None:
+def _give_targets(rows: Sequence[dict[str, Any]], how: DatasetConfig) -> None:
     """Targets for rows that have an answer alone: other rows' answers beside it."""
-    waiting = [row for _, row in rows if row["targets"] is None and isinstance(row["answer"], str) and row["prompt"]]
-    of_group: dict[str, dict[str, None]] = {}
+    waiting = [
+        row for row in rows if row["targets"] is None and isinstance(row["answer"], str) and row["answer"].strip()
+    ]
     for row in waiting:
         group = "" if row["group"] is None else str(row["group"])
-        row["group"] = group.split(group_until)[0] if group_until else group
-        of_group.setdefault(row["group"], {})[row["answer"]] = None
-    everywhere = sorted({answer for answers in of_group.values() for answer in answers})
+        row["group"] = group.split(how.group_until)[0] if how.group_until else group
+    of_group: dict[str, set[str]] = {}
+    for row in waiting:
+        of_group.setdefault(row["group"], set()).add(row["answer"].lstrip())
+    pools = {group: sorted(answers) for group, answers in of_group.items()}
+    everywhere = sorted(set().union(*of_group.values()))
     for row in waiting:
         # Of the row alone, so that neither the order of rows nor their number decides what is drawn from a group.
-        digest = hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['answer']}".encode()).digest()
+        digest = hashlib.sha256(f"{how.seed}\0{row['prompt']}\0{row['answer']}".encode()).digest()
         draw = np.random.default_rng(int.from_bytes(digest[:8], "little"))
-        near = sorted(set(of_group[row["group"]]) - {row["answer"]})
-        far = [answer for answer in everywhere if answer != row["answer"] and answer not in near]
-        others = [pool[place] for pool in (near, far) for place in draw.permutation(len(pool))]
-        space = "" if str(row["prompt"])[-1:].isspace() else " "
-        texts = [text if text[:1].isspace() else space + text for text in [row["answer"], *others[: choices - 1]]]
+        texts = [row["answer"].lstrip()]
+        for pool in (pools[row["group"]], everywhere):
+            # Of a large pool so many are drawn that enough of them differ.
+            is_small = len(pool) <= 16 * how.choices
+            places = draw.permutation(len(pool)) if is_small else draw.integers(len(pool), size=16 * how.choices)
+            for text in (pool[place] for place in places):
+                if len(texts) < how.choices and text not in texts:
+                    texts.append(text)
+        space = "" if str(row["prompt"])[-1:].isspace() else how.answer_prefix
+        texts = [space + text for text in texts]
         row["answer"] = texts[0]
         # The right one's place says nothing.
         row["targets"] = [texts[place] for place in draw.permutation(len(texts))]
@@ -200,6 +199,10 @@ def _require_columns(source: str, where: str, present: Sequence[str], names: Map
 
 
 def _prompt(source: str, place: str, index: int, row: dict[str, Any], names: Mapping[str, str]) -> Prompt:
+    if row["targets"] is None and row["answer"] is not None:
+        raise PromptError(
+            f"dataset.source={source}: {place}: answer must be a text where there are no targets, not {row['answer']!r}"
+        )
     for column in COLUMNS[:2]:
         if row[column] is None:
             raise _missing_column(source, place, names[column])

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from neg_service.estimation.linear import LINEAR
 from neg_service.storage.reader import Run
 
 
@@ -103,7 +104,7 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     for batch in run.table("sweep", columns_read).to_batches():
         r, neg, neurgrad, gradient = (batch[name].to_numpy().astype(np.float64) for name in columns_read[:4])
         n += batch.num_rows
-        linear += int((np.abs(r) >= 0.95).sum())
+        linear += int((np.abs(r) >= LINEAR).sum())
         agree += pc.sum(batch["signs_agree"]).as_py() or 0
         resolved += pc.sum(batch["is_resolved"]).as_py() or 0
         with_neurgrad.add(neg, neurgrad)
@@ -114,7 +115,7 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     is_signed = run.config["measure"]["shift"] == "signed"
     return [
         ("curves", f"{n}: a neuron and a target each, of {len(run.config['measure']['shifts'])} shifts"),
-        ("linear", f"{_percent(linear, n)} have |r| >= 0.95"),
+        ("linear", f"{_percent(linear, n)} have |r| >= {LINEAR}"),
         ("NEG and NeurGrad", f"correlation {with_neurgrad.value:.4f}{'' if is_signed else signs}"),
         ("NEG and gradient", f"correlation {with_gradient.value:.4f}{signs if is_signed else ''}"),
         ("precision", f"{_error_of(noise)}; {_percent(resolved, n)} are above the noise"),

@@ -19,6 +19,8 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FixedLocator, MaxNLocator
 from numpy.typing import NDArray
 
+from neg_service.estimation.linear import LINEAR
+
 Doubles = NDArray[np.float64]
 Rows = list[dict[str, Any]]
 
@@ -170,7 +172,7 @@ def linearity_over_ranges(rows: Rows) -> Draw:
         axes.set_xticks([row["range"] for row in whole], [f"±{row['range']:g}" for row in whole])
         axes.minorticks_off()
         axes.set_xlabel("largest shift, units of |activation|")
-        axes.set_ylabel("curves with |r| ≥ 0.95, %")
+        axes.set_ylabel(f"curves with |r| ≥ {LINEAR}, %")
         axes.legend()
 
     return draw
@@ -231,7 +233,7 @@ def histograms(panels: Mapping[str, Rows]) -> Draw:
             axes.bar([row["low"] for row in rows], [100 * row["n"] / total for row in rows], width, align="edge")
             axes.set_yscale("log")
             axes.set_xlabel(label)
-        grid[0].axvline(0.95, color=theme.cycle[1], linewidth=1)
+        grid[0].axvline(LINEAR, color=theme.cycle[1], linewidth=1)
         grid[0].set_ylabel("share of curves, %")
 
     return draw

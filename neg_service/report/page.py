@@ -1,6 +1,6 @@
 """One page that needs no network: sections of text, tables and figures as a self-contained HTML file.
 
-What is on it comes from `sections.py`; how it looks from `templates/report.html.j2`.
+What is on it comes from `sections/`; how it looks from `templates/report.html.j2`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Picture:
 class Grid:
     """A table. Cells of `numeric` columns are aligned to the right and sorted as numbers.
 
-    sort_by: with it a person can sort and filter; what each cell is sorted by, where that is not its text.
+    is_interactive: a person can sort and filter it; it needs a name.
     """
 
     title: str

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 
+from neg_service.report.cells import interval, percent
 from neg_service.report.console import columns
 
 
@@ -37,10 +37,10 @@ def _estimators(table: pa.Table) -> str:
     lines = [
         (
             row["estimator"],
-            _with_interval(row, "pearson", 4),
-            _with_interval(row, "spearman", 4),
-            _with_interval(row, "signs", 1, 100),
-            _with_interval(row, "median_relative_error", 4),
+            interval(row, "pearson", 4),
+            interval(row, "spearman", 4),
+            interval(row, "signs", 1, 100),
+            interval(row, "median_relative_error", 4),
             "-" if row["seconds_a_prompt"] is None else f"{row['seconds_a_prompt']:.3g}",
         )
         for row in rows
@@ -48,14 +48,14 @@ def _estimators(table: pa.Table) -> str:
     cost = rows[0]["neg_seconds_a_prompt"]
     measured = "" if cost is None else f"; measuring NEG of them took {cost:.3g} s a prompt"
     head = ("estimator", "Pearson r", "Spearman", "equal signs %", "median relative error", "s a prompt")
-    return f"estimators against NEG: {rows[0]['n']} (prompt, neuron) pairs{measured}\n" + columns(head, lines)
+    return f"estimators against NEG: {rows[0]['n']} NEGs{measured}\n" + columns(head, lines)
 
 
 def _ranges(table: pa.Table) -> str:
     lines = [
         (
             f"{row['range']:g}",
-            _percent(row["share_linear"]),
+            percent(row["share_linear"]),
             f"{row['r_q05']:.4f}",
             f"{row['r_q50']:.4f}",
             f"{row['r2_q50']:.4f}",
@@ -72,10 +72,10 @@ def _layers(table: pa.Table) -> str:
     lines = [
         (
             "all" if row["layer"] is None else str(row["layer"]),
-            _percent(row["share_linear"]),
+            percent(row["share_linear"]),
             f"{row['neg_q50']:.2e}",
             f"{row['neg_q95']:.2e}",
-            _percent(row["share_positive"]),
+            percent(row["share_positive"]),
         )
         for row in table.to_pylist()
     ]
@@ -86,8 +86,8 @@ def _additivity(table: pa.Table) -> str:
     lines = [
         (
             str(row["n_neurons"]),
-            _with_interval(row, "pearson", 4),
-            _with_interval(row, "median_relative_error", 4),
+            interval(row, "pearson", 4),
+            interval(row, "median_relative_error", 4),
             f"{row['median_delta_p']:.2e}",
         )
         for row in table.to_pylist()
@@ -95,14 +95,3 @@ def _additivity(table: pa.Table) -> str:
     head = ("neurons", "Pearson r", "median relative error", "|change|, median")
     shift = table["shift"][0].as_py()
     return f"sets shifted together by {shift:g}, against the sum of their NEGs\n" + columns(head, lines)
-
-
-def _with_interval(row: Mapping[str, Any], name: str, digits: int, factor: float = 1.0) -> str:
-    value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
-    if value is None or value != value:
-        return "-"
-    return f"{factor * value:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"

@@ -65,6 +65,16 @@ class Run:
         """How many shards the plan has."""
         return int(self.config["plan"]["shards"])
 
+    @property
+    def seconds_a_prompt(self) -> float | None:
+        """How long replicas computed for a prompt; None of a run that was interrupted and went on."""
+        cost = self.about.get("cost")
+        if not cost:
+            return None
+        # Runs of earlier versions say the whole time and the number of replicas.
+        seconds = cost["computed_seconds"] if "computed_seconds" in cost else cost["seconds"] * cost["replicas"]
+        return float(seconds / cost["prompts"])
+
     def done(self) -> set[int]:
         """The shards of the plan that are done now."""
         return self.directory.done() & set(range(self.n_shards))

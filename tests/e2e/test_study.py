@@ -87,7 +87,10 @@ def test_the_table_of_estimators_is_what_the_runs_say(place: Path) -> None:
             assert found["spearman"] == pytest.approx(stats.spearmanr(neg, estimate).statistic, rel=1e-6)
             assert found["n"] == len(neg)
     assert abs(rows["random", None]["pearson"]) < 0.5
-    assert rows["integrated_gradients", None]["seconds_a_prompt"] > 0
+    cost = neg_service.open_run(about["runs"]["integrated_gradients"]).about["cost"]
+    assert cost["prompts"] == PROMPTS
+    assert 0 < cost["computed_seconds"] <= cost["seconds"]
+    assert rows["integrated_gradients", None]["seconds_a_prompt"] == pytest.approx(cost["computed_seconds"] / PROMPTS)
 
 
 def test_sets_that_are_shifted_together_are_compared_with_the_sum_of_their_negs(place: Path) -> None:
@@ -207,4 +210,9 @@ def test_a_browser_shows_every_figure_and_sorts_and_filters_the_neurons(place: P
     assert set(column(0)) == {"w10 w11 w9"}
     count = browser.find_element(By.ID, f"count-{table.get_attribute('id')}").text
     assert count == f"{len(column(0))} of {len(before)} rows"
+    # A column's name asks for one of its values.
+    box.clear()
+    box.send_keys("layer 1 w10")
+    assert set(column(2)) == {"1"}
+    assert set(column(0)) <= {"w10 w11 w9"}
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []

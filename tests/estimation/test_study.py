@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError
 from neg_service.estimation.study import Findings, Options, Scan, check_options, run_study
@@ -110,6 +111,37 @@ def test_all_neurons_and_prompts_without_answers(tmp_path: Path, tiny_directory:
     assert {row["layer"] for row in found.rows["layers"]} == {None, 0, 2}
 
 
+def test_of_prompts_with_answers_the_right_ones_are_compared_though_others_have_none(
+    tmp_path: Path, tiny_directory: Path, predictions: dict[str, int]
+) -> None:
+    config = configured(tiny_directory, tmp_path, with_answers(predictions))
+    found = run_study(replace(SMALL, keep="all", answered="all"), NeuronsConfig(), scans(config))
+    # Five right answers and three targets of the prompt without one, four neurons of three layers.
+    assert found.rows["estimators"][0]["n"] == (5 + 3) * 4 * N_LAYERS
+
+
+def test_a_single_prompt_has_no_intervals(tmp_path: Path, tiny_directory: Path) -> None:
+    config = configured(tiny_directory, tmp_path, rows()[:1])
+    found = run_study(replace(SMALL, keep="all"), NeuronsConfig(), scans(config))
+    row = found.rows["estimators"][0]
+    assert row["pearson"] > 0.5
+    assert np.isnan([row["pearson_low"], row["pearson_high"], row["signs_low"]]).all()
+
+
+def test_every_scan_is_checked_before_the_first(tmp_path: Path, tiny_directory: Path) -> None:
+    config = configured(tiny_directory, tmp_path, rows())
+
+    def check(measure: Mapping[str, Any], neurons: NeuronsConfig) -> None:
+        prepare(replace(config, measure=dict(measure), neurons=neurons))
+
+    def scan(*_: Any) -> Run:
+        raise AssertionError("scanned")
+
+    options = replace(SMALL, keep="all", neurons=N_NEURONS + 1)
+    with pytest.raises(ConfigurationError, match=rf"study.neurons={N_NEURONS + 1}"):
+        run_study(options, NeuronsConfig(), scan, check)
+
+
 def test_what_cannot_be_studied_is_refused_by_the_key_to_change(
     tmp_path: Path, tiny_directory: Path, predictions: dict[str, int]
 ) -> None:
@@ -140,6 +172,9 @@ def test_what_cannot_be_studied_is_refused_by_the_key_to_change(
         ({"neurons": 0}, "study.neurons=0: must be at least 1"),
         ({"prompts": 0}, "study.prompts=0: must be at least 1"),
         ({"draws": 0}, "study.draws=0: must be at least 1"),
+        ({"keep": "top_k"}, "study.keep=top_k is unknown; known are all, answer"),
+        ({"seed": -1}, "study.seed=-1: must not be negative"),
+        ({"set_shift": float("inf")}, "study.set_shift=inf: must be a finite number"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_scanned(changed: dict[str, Any], message: str) -> None:

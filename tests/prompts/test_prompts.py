@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from jobs.benchmarks.tiny_models import tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.cluster.prepare import prepare
-from neg_service.config import ScanConfig, plain, typed
+from neg_service.config import DatasetConfig, ScanConfig, plain, typed
 from neg_service.errors import PromptError
 from neg_service.inputs import without_credentials
 from neg_service.models.language_model import load_tokenizer
@@ -90,8 +92,8 @@ COLUMNS = {"prompt": "text", "answer": "word", "id": "uuid", "group": "kind"}
 
 def test_rows_with_answers_alone_get_others_of_their_group_as_targets(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ANSWERS))
-    asked = {"columns": COLUMNS, "group_until": "-"}
-    prompts = load_prompts(str(tmp_path / "a.jsonl"), **asked)
+    asked = DatasetConfig(columns=COLUMNS, group_until="-")
+    prompts = load_prompts(str(tmp_path / "a.jsonl"), None, asked)
     assert [prompt.id for prompt in prompts] == [row["uuid"] for row in ANSWERS]
     for prompt, row in zip(prompts, ANSWERS, strict=True):
         # A space stands between prompt and target, once.
@@ -105,13 +107,26 @@ def test_rows_with_answers_alone_get_others_of_their_group_as_targets(tmp_path: 
     for prompt in prompts[10:]:
         assert sum(target.startswith("R") for target in prompt.targets) == 2
     assert len({prompt.answer for prompt in prompts}) > 1
-    assert load_prompts(str(tmp_path / "a.jsonl"), 3, **asked) == prompts[:3]
-    assert load_prompts(str(tmp_path / "a.jsonl"), seed=1, **asked) != prompts
-    assert {len(prompt.targets) for prompt in load_prompts(str(tmp_path / "a.jsonl"), choices=2, **asked)} == {2}
+    assert load_prompts(str(tmp_path / "a.jsonl"), 3, asked) == prompts[:3]
+    assert load_prompts(str(tmp_path / "a.jsonl"), None, replace(asked, seed=1)) != prompts
+    two = load_prompts(str(tmp_path / "a.jsonl"), None, replace(asked, choices=2, answer_prefix=""))
+    assert {len(prompt.targets) for prompt in two} == {2}
+    assert {target[0] for prompt in two for target in prompt.targets} == {"C", "R"}
     pq.write_table(pa.Table.from_pylist(ANSWERS), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text(pa_csv(ANSWERS))
     for name in ("a.parquet", "a.csv"):
-        assert load_prompts(str(tmp_path / name), **asked) == prompts
+        assert load_prompts(str(tmp_path / name), None, asked) == prompts
+
+
+def test_many_answers_are_drawn_from_in_no_time_and_spellings_of_one_are_one(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "answer": f"a{i}"} for i in range(20_000)] + [{"prompt": "x", "answer": " a7"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    began = time.process_time()
+    prompts = load_prompts(str(tmp_path / "a.jsonl"))
+    # Half a second; drawing from all others for each row would take hours.
+    assert time.process_time() - began < 30
+    assert all(len(set(prompt.targets)) == 4 for prompt in prompts)
+    assert len({target for prompt in prompts for target in prompt.targets}) == 20_000
 
 
 def pa_csv(rows: list[dict[str, str]]) -> str:
@@ -130,7 +145,7 @@ def pa_csv(rows: list[dict[str, str]]) -> str:
 def test_wrong_columns_are_refused(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ANSWERS))
     with pytest.raises(PromptError) as caught:
-        load_prompts(str(tmp_path / "a.jsonl"), **asked)
+        load_prompts(str(tmp_path / "a.jsonl"), None, DatasetConfig(**asked))
     assert message in str(caught.value)
 
 
@@ -201,7 +216,12 @@ def test_myriadlama_is_read_by_the_general_loader(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a", "targets": ["b"], "answer": "c"}\n', "line 1: answer 'c' is not one of"),
         ("a.csv", "prompt,id\na,b\n", "its header has no 'targets'"),
         ("a.csv", "prompt,answer\na,\n", "line 2 has no 'targets'"),
-        ("a.jsonl", '{"prompt": "a", "answer": 5}\n', "line 1 has no 'targets'"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "answer": 5}\n',
+            "line 1: answer must be a text where there are no targets, not 5",
+        ),
+        ("a.jsonl", '{"prompt": "a", "answer": " "}\n', "line 1: answer must be a text where there are no targets"),
         ("a.csv", 'prompt,targets\na,"[""b""]"\nc\n', "line 3 has not as many cells as the header"),
         ("a.csv", 'prompt,targets\na,"[""b""]"\n"x"y,z\n', "after line 2: is not CSV"),
         ("a.csv", "prompt,targets\na,b|c\n", "line 2: targets must be a JSON list"),

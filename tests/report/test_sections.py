@@ -15,12 +15,12 @@ import pytest
 
 from jobs.report import write_report
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
-from neg_service.errors import DestinationError
+from neg_service.errors import DestinationError, StorageError
 from neg_service.report import figures
 from neg_service.report.console import Correlation, agreement
 from neg_service.report.page import Grid, Picture, Section, render
 from neg_service.report.sections import sections_of
-from neg_service.report.sections.found import Found
+from neg_service.report.sections.found import Found, find
 from neg_service.storage.reader import Run
 from tests.here import scan_here
 
@@ -164,6 +164,7 @@ def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory:
         assert row["change of p, mean"] == f"{own.delta_p.astype(float).mean():+.3e}"
         assert row["right after, %"] == f"{100 * (own.prediction == own.target_index).mean():.1f}"
     assert [row["neurons"] for row in rows] == ["2", "1"]
+    assert [row["edit"] for row in rows] == ["off", "edit-1"]
     (open_ended,) = only_section(
         run_of(place, tiny_directory, {"name": "intervene", "edits": edits}, answered=False)
     ).grids
@@ -177,7 +178,7 @@ def test_a_run_that_is_not_done_shows_what_it_has(place: Path, tiny_directory: P
     (row,) = next(grid.rows for grid in overview.grids if grid.title == "Runs")
     assert "1 of 3" in row
     machines = next(grid.rows for grid in overview.grids if grid.title == "Software and machine")
-    assert re.search(r"'a replica ran on', 'cpu \(.+\), 1 threads'", str(machines))
+    assert re.search(r"'replicas ran on', 'cpu \(.+\), 1 threads'", str(machines))
     assert len({row["prompt"] for row in grid_of(section, "strongest")}) == 2
     nothing = run_of(place, tiny_directory, {"name": "neurgrad", "basis": "gate"}, shards=0)
     assert [own.title for own in sections_of(Found([nothing]))] == ["What was run"]
@@ -197,6 +198,50 @@ def test_several_runs_stand_on_one_page_and_copies_are_found(place: Path, tiny_d
     }  # fmt: skip
     with pytest.raises(DestinationError, match="is a file, not a folder"):
         write_report([first.uri], str(path), None)
+
+
+def test_wrong_targets_at_the_end_of_a_shard_harm_nothing(place: Path, tiny_directory: Path) -> None:
+    """171 prompts of three targets are 513 rows a layer, of which the last one alone is a batch."""
+    rows = [{"prompt": f"w{i % 50}", "targets": [" w7", " w8", " w11"], "answer": " w7"} for i in range(171)]
+    (place / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = ScanConfig(
+        model=ModelConfig(source=str(tiny_directory)),
+        dataset=DatasetConfig(source=str(place / "many.jsonl")),
+        neurons=NeuronsConfig([1]),
+        storage=StorageConfig(uri=str(place / "runs")),
+        job=JobConfig(shard_size=171),
+    )
+    assert len(grid_of(only_section(scan_here(config)), "strongest")) == 5 * 171
+
+
+def test_runs_of_a_study_are_found_beside_it_wherever_both_are(
+    place: Path, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(place, tiny_directory, {"name": "neurgrad"})
+    shutil.copytree(run.uri, tmp_path / run.name)
+    (tmp_path / "x-study").mkdir()
+    named = {"runs": {"neurgrad": f"/gone/{run.name}"}}
+    (tmp_path / "x-study" / "study.json").write_text(json.dumps(named))
+    monkeypatch.chdir(tmp_path)
+    for uri in ("x-study", "./x-study/", str(tmp_path / "x-study")):
+        (finding,) = find([uri], None).findings
+        assert finding.runs["neurgrad"].fingerprint == run.fingerprint
+        assert finding.name == "x-study"
+    shutil.rmtree(tmp_path / run.name)
+    with pytest.raises(DestinationError, match=r"runs=x-study: its run /gone/\S+ \(neurgrad\) is neither there nor"):
+        find(["x-study"], None)
+
+
+def test_damage_is_one_line(place: Path, tiny_directory: Path, tmp_path: Path) -> None:
+    run = run_of(place, tiny_directory, {"name": "neurgrad"})
+    copy = tmp_path / run.name
+    shutil.copytree(run.uri, copy)
+    part = next(iter(sorted((copy / "neurgrad").iterdir())))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 255
+    part.write_bytes(content)
+    with pytest.raises(StorageError, match="its parts cannot be read"):
+        write_report([str(copy)], str(tmp_path / "out"), None)
 
 
 def test_what_a_page_is_made_of_is_escaped() -> None:

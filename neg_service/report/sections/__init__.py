@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from neg_service.report.page import Section
-from neg_service.report.sections.found import Found
+from neg_service.report.sections.found import Finding, Found
 from neg_service.report.sections.overview import overview
 from neg_service.report.sections.probes import probe_sections
 from neg_service.report.sections.runs import run_sections
@@ -22,18 +22,19 @@ def sections_of(found: Found) -> list[Section]:
     kinds = [finding.kind for finding in found.findings]
     for number, finding in enumerate(found.findings):
         own = study_sections(finding) if finding.kind == "study" else probe_sections(finding)
-        made += own if kinds.count(finding.kind) == 1 else [_numbered(one, number, finding.name) for one in own]
+        made += own if kinds.count(finding.kind) == 1 else [_numbered(one, finding, number) for one in own]
     for number, run in enumerate(found.runs):
         made += run_sections(run, number)
     return [section for section in made if section.grids or section.pictures]
 
 
-def _numbered(section: Section, number: int, name: str) -> Section:
+def _numbered(section: Section, finding: Finding, number: int) -> Section:
     """The same section with names of its own, where there are several of its kind."""
+    prefix = f"{finding.kind}-{number}"
     return replace(
         section,
-        name=f"{section.name}-{number}",
-        title=f"{section.title}: {name}",
-        grids=[replace(grid, name=f"{grid.name}-{number}" if grid.name else "") for grid in section.grids],
-        pictures=[replace(picture, name=f"{picture.name}-{number}") for picture in section.pictures],
+        name=f"{prefix}-{section.name}",
+        title=f"{section.title}: {finding.name}",
+        grids=[replace(grid, name=f"{prefix}-{grid.name}" if grid.name else "") for grid in section.grids],
+        pictures=[replace(picture, name=f"{prefix}-{picture.name}") for picture in section.pictures],
     )

@@ -78,18 +78,18 @@ def _finding(uri: str, store: ObjectStore, endpoint_url: str | None) -> Finding 
         if kind == "probe":
             # One of them says with what software and on what machine.
             named = {"first": named[0]} if named else {}
-        runs = {what: run for what, own in named.items() if (run := _run(own, uri, endpoint_url)) is not None}
+        runs = {what: run for what, own in named.items() if (run := _run(own, store.uri, endpoint_url)) is not None}
         if kind == "study" and (gone := sorted(set(named) - set(runs))):
             raise DestinationError(
                 f"runs={uri}: its run {named[gone[0]]} ({gone[0]}) is neither there nor beside the study"
             )
-        return Finding(kind, uri, about, _tables(store), runs)
+        return Finding(kind, store.uri.rstrip("/"), about, _tables(store), runs)
     return None
 
 
 def _run(named: str, finding: str, endpoint_url: str | None) -> Run | None:
     """A run of a finding: beside it, for both may have been copied or moved, or where it was."""
-    beside = f"{finding.rsplit('/', 1)[0]}/{named.rstrip('/').rsplit('/', 1)[-1]}"
+    beside = f"{finding.rstrip('/').rsplit('/', 1)[0]}/{named.rstrip('/').rsplit('/', 1)[-1]}"
     for uri in dict.fromkeys((beside, named)):
         if open_store(uri, endpoint_url).get(RUN_FILE) is not None:
             return open_run(uri, endpoint_url)

@@ -7,13 +7,15 @@ from typing import Any
 
 from neg_service.report.console import accuracy
 from neg_service.report.page import Grid, Section
-from neg_service.report.sections.cells import seconds_a_prompt
 from neg_service.report.sections.found import Found
 from neg_service.storage.reader import Run
 
 _HEAD = (
-    "run", "model", "layers × neurons", "data", "measure", "prompts", "accuracy", "shards", "s a prompt", "began",
+    "run", "model", "layers × neurons", "data", "measure", "settings", "prompts", "accuracy", "shards",
+    "s a prompt", "began",
 )  # fmt: skip
+
+_SETTINGS = ("basis", "keep", "top_k", "shift", "grid", "steps", "seed")
 
 
 def overview(found: Found) -> Section:
@@ -22,7 +24,7 @@ def overview(found: Found) -> Section:
     runs = list({run.uri: run for run in [*found.runs, *of_findings]}.values())
     text = (
         "Accuracy is the share of prompts whose right answer is the most probable of their targets. Seconds a prompt "
-        "are those of one replica; a run that was interrupted does not say."
+        "are those that one replica computes; a run that was interrupted does not say."
     )
     if engines := sorted({run.about["engine"] for run in runs if run.about.get("engine")}):
         text += f" Engine: {', '.join(engines)}."
@@ -41,7 +43,7 @@ def overview(found: Found) -> Section:
         ]
         grids.append(Grid("Studies and probes", "", head, rows, numeric=(4,)))
     if found.runs:
-        grids.append(Grid("Runs", "", _HEAD, [_row(run) for run in found.runs], numeric=(5, 8)))
+        grids.append(Grid("Runs", "", _HEAD, [_row(run) for run in found.runs], numeric=(6, 9)))
     if runs:
         grids.append(Grid("Software and machine", "", ("what", "which"), _software(runs) + _machines(runs)))
     return Section("runs", "What was run", text, grids)
@@ -56,10 +58,11 @@ def _row(run: Run) -> tuple[str, ...]:
         f"{model.get('layers', '?')} × {model.get('neurons_a_layer', '?')}",
         _data_of(run.about.get("dataset", {})),
         str(run.config["measure"]["name"]),
+        _settings(run),
         str(run.config["prompts"]["count"]),
         str(accuracy(run)) if "prompts" in run.tables and run.done() else "-",
         f"{len(run.done())} of {run.n_shards}",
-        seconds_a_prompt(run.about.get("cost")),
+        "-" if run.seconds_a_prompt is None else f"{run.seconds_a_prompt:.3g}",
         str(run.about.get("began", "-"))[:16].replace("T", " "),
     )
 
@@ -77,6 +80,21 @@ def _data_of(dataset: Mapping[str, Any]) -> str:
     return f"{source}: {named}{splits}"
 
 
+def _settings(run: Run) -> str:
+    """What decides the numbers beside model and data: of the measure what is short, and which neurons."""
+    measure, neurons = run.config["measure"], run.config.get("neurons", {})
+    said = [f"{key} {measure[key]}" for key in _SETTINGS if measure.get(key) is not None]
+    chosen = neurons.get("choose", "all")
+    if chosen != "all":
+        count = f"{neurons['count']} " if neurons.get("count") else ""
+        per = f" a {neurons['per']}" if chosen == "sample" else ""
+        said.append(f"neurons: {count}{chosen}{per}")
+    layers, of = neurons.get("layers"), run.about.get("model", {}).get("layers")
+    if isinstance(layers, list) and len(layers) != of:
+        said.append(f"layers {', '.join(map(str, layers))}")
+    return ", ".join(said)
+
+
 def _software(runs: list[Run]) -> list[tuple[str, str]]:
     versions = [run.about.get("versions", {}) for run in runs]
     names = dict.fromkeys(name for own in versions for name in own)
@@ -85,4 +103,8 @@ def _software(runs: list[Run]) -> list[tuple[str, str]]:
 
 def _machines(runs: list[Run]) -> list[tuple[str, str]]:
     named = dict.fromkeys(str(run.about["runs_on"]) for run in runs if "runs_on" in run.about)
-    return [("a replica ran on", machine) for machine in named]
+    of = {machine: [run.name for run in runs if run.about.get("runs_on") == machine] for machine in named}
+    return [
+        ("replicas ran on" if len(of) == 1 else f"replicas of {', '.join(names)} ran on", machine)
+        for machine, names in of.items()
+    ]

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service.report import figures
+from neg_service.report.cells import percent, short
 from neg_service.report.figures import drawn, themed
 from neg_service.report.page import Grid, Picture, Section
-from neg_service.report.sections.cells import percent, short
 from neg_service.report.sections.found import Finding
 from neg_service.report.skills import plots
 

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.report import figures
+from neg_service.report.cells import UNIT, VALUES, estimator_name, interval, percent
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
-from neg_service.report.sections.cells import UNIT, VALUES, estimator_name, interval, percent
 from neg_service.report.sections.found import Finding
 from neg_service.report.study import answered
 
@@ -30,16 +30,20 @@ def _estimators(tables: Mapping[str, pa.Table], asked: Mapping[str, Any]) -> Sec
     everything = tables["estimators"].to_pylist()
     whole = [row for row in everything if row["layer"] is None]
     best = max(whole, key=lambda row: -2.0 if _is_missing(row["pearson"]) else row["pearson"])
+    counts = tables["accuracy"].to_pylist()[0]
     neurons = "all neurons" if asked["neurons"] is None else f"{asked['neurons']} neurons"
+    has_answers = counts["with_answer"] == counts["prompts"] or (asked["answered"] == "right" and counts["right"])
+    of = "pairs of a prompt and a neuron" if has_answers else "triples of a prompt, a target and a neuron"
+    layers = sorted({row["layer"] for row in everything if row["layer"] is not None})
     text = (
-        f"{answered(tables['accuracy'].to_pylist()[0])}, with {neurons} of each layer: {best['n']} pairs of a prompt "
-        f"and a neuron. Intervals hold 95 % of bootstrap draws of whole prompts. "
+        f"{answered(counts)}, with {neurons} (basis {asked['basis']}) of each of {len(layers)} layers: {best['n']} "
+        f"{of}. Intervals hold 95 % of bootstrap draws of whole prompts. "
         f"{_sentence(estimator_name(best['estimator']))} meets NEG best, with a correlation of {best['pearson']:.4f}."
     )
     caption = (
         "Signs and relative errors are of the pairs whose NEG differs from zero by more than the noise that the run "
-        "measured; only what has the unit of NEG has a relative error. Seconds are of all neurons of a prompt, with "
-        "one replica; estimators that one backward pass gives together share its cost."
+        "measured; only NeurGrad has the unit of NEG, and with it a relative error. Seconds are of all neurons of a "
+        "prompt, with one replica; estimators that one backward pass gives together share its cost."
     )
     if (cost := whole[0]["neg_seconds_a_prompt"]) is not None:
         caption += f" Measuring NEG of {neurons} a layer took {cost:.3g} s a prompt."
@@ -60,7 +64,7 @@ def _estimators(tables: Mapping[str, pa.Table], asked: Mapping[str, Any]) -> Sec
     shown = [(name, *VALUES.get(name, (name, ""))) for name in names if name in points[0]]
     return Section(
         "estimators", "Who estimates it best", text,
-        [Grid("Estimators against NEG", caption, head, rows, numeric=range(1, 6))],
+        [Grid("Estimators against NEG", caption, head, rows, numeric=range(1, 6)), _by_layer(everything)],
         [
             Picture(
                 "neg-against-estimators", "NEG against each estimator",
@@ -82,6 +86,21 @@ def _estimators(tables: Mapping[str, pa.Table], asked: Mapping[str, Any]) -> Sec
             ),
         ],
     )  # fmt: skip
+
+
+def _by_layer(everything: Rows) -> Grid:
+    head = ("layer", "estimator", "Pearson r", "Spearman", "equal signs, %", "median relative error", "n")
+    rows = [
+        (
+            str(row["layer"]), estimator_name(row["estimator"]), interval(row, "pearson", 4),
+            interval(row, "spearman", 4), interval(row, "signs", 1, 100), interval(row, "median_relative_error", 4),
+            str(row["n"]),
+        )
+        for row in everything
+        if row["layer"] is not None
+    ]  # fmt: skip
+    caption = "The same within each layer."
+    return Grid("By layer", caption, head, rows, (0, 2, 3, 4, 5, 6), is_interactive=True, name="estimators-by-layer")
 
 
 def _linearity(tables: Mapping[str, pa.Table]) -> Section:
@@ -121,8 +140,8 @@ def _linearity(tables: Mapping[str, pa.Table]) -> Section:
             ),
             Picture(
                 "curves", "A few neurons",
-                "Change of the answer's probability over shifts of one neuron (points), the strongest of several "
-                "layers; the dashed line is what NeurGrad foretells.",
+                "Change of a target's probability over shifts of one neuron (points), of several layers the one that "
+                "changes most over the widest range; the dashed line is what NeurGrad foretells.",
                 "Curves of probability over shifts for a few neurons",
                 drawn(figures.curves(tables["curves"].to_pylist()), (10, 5.6)), is_wide=True,
             ),
@@ -169,11 +188,11 @@ def _layers(tables: Mapping[str, pa.Table]) -> Section:
 
 def _additivity(rows: Rows) -> Section:
     head = (
-        "neurons together", "Pearson r", "median relative error", "|change of probability|, median", "sets × prompts",
+        "neurons together", "Pearson r", "median relative error", "|change of probability|, median", "joint changes",
     )  # fmt: skip
     text = (
         f"Sets of studied neurons shifted together by {rows[0]['shift']:g}, against the sum of their NEGs times the "
-        f"shift: where the error is small, neurons add up."
+        f"shift. Where the error is small, neurons are linear and add up; relative errors are of changes above noise."
     )
     lines = [
         (

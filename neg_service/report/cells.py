@@ -1,4 +1,4 @@
-"""How values stand in a report's cells, and the units that they have."""
+"""How values stand in cells of tables, and the units that they have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def interval(row: Mapping[str, Any], name: str, digits: int, factor: float = 1.0
     value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
     if value is None or value != value:
         return "-"
-    return f"{factor * value:.{digits}f} ({factor * low:.{digits}f} to {factor * high:.{digits}f})"
+    shown = f"{factor * value:.{digits}f}"
+    # Of a single prompt there is no interval.
+    return f"{shown} ({factor * low:.{digits}f} to {factor * high:.{digits}f})" if low == low else shown
 
 
 def percent(share: float | None) -> str:
@@ -38,8 +40,3 @@ def percent(share: float | None) -> str:
 def short(value: Any) -> str:
     """A number in four digits, anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def seconds_a_prompt(cost: Mapping[str, Any] | None) -> str:
-    """What a run's `about.cost` comes to for one replica; a run that was interrupted does not say."""
-    return "-" if not cost else f"{cost['seconds'] * cost['replicas'] / cost['prompts']:.3g}"

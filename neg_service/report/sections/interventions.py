@@ -1,0 +1,125 @@
+"""What interventions found: a sweep's NEGs and curves, and what joint edits do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from neg_service.measures.edits import edit_name
+from neg_service.report import figures
+from neg_service.report.cells import UNIT, VALUES, percent
+from neg_service.report.console import agreement
+from neg_service.report.figures import drawn
+from neg_service.report.page import Grid, Picture, Section
+from neg_service.report.sections.kept import Curves, Sample, Strength, rows_of, strongest_grid, strongest_rows
+from neg_service.storage.reader import Run
+
+_MOST_EDITS = 200
+
+
+def sweep_section(run: Run, number: int) -> Section:
+    """Of interventions on single neurons."""
+    shown = ["layer", "neuron", "neg", "r", "largest_delta_p", "activation"]
+    only_right, of = rows_of(run)
+    has_curves = "delta_p" in run.schemas["sweep"].names
+    columns = ["prompt_id", "target", *shown, "r2", "neurgrad", "gradient", *["delta_p"] * has_curves]
+    kept, sample, curves = Strength(), Sample(), Curves(run)
+    for batch in run.table("sweep", columns, only_right).to_batches(batch_size=8192):
+        if not batch.num_rows:
+            continue
+        sample.add(batch.select(["neg", "neurgrad", "gradient"]))
+        layers, neg = batch["layer"].to_numpy(), batch["neg"].to_numpy()
+        for layer in np.unique(layers).tolist():
+            kept.count(layer, neg[layers == layer])
+        for row in batch.take(pa.array(strongest_rows(batch, np.abs(neg)))).to_pylist():
+            if kept.wants((row["prompt_id"], row["target"])):
+                kept.keep((row["prompt_id"], row["target"]), abs(row["neg"]), row)
+        if has_curves:
+            curves.add(batch)
+    is_signed = run.config["measure"]["shift"] == "signed"
+    unit = "probability a unit of activation" if is_signed else UNIT
+    four = "{:.4f}".format
+    grid = strongest_grid(
+        run, kept, "The strongest swept neurons of each prompt",
+        f"NEG is the measured slope ({unit}) for {of}; r says how straight the curve is; beside it the largest change "
+        f"of the probability over the shifts.",
+        {
+            "layer": str, "neuron": str, "neg": "{:+.3e}".format, "r": four, "largest_delta_p": four,
+            "activation": "{:+.3f}".format,
+        },
+        {"neg": "NEG", "largest_delta_p": "largest change of p"}, f"swept-{number}",
+    )  # fmt: skip
+    points = sample.rows()
+    pictures = [
+        kept.heat_map(number, "NEG", unit, of, "a layer's swept neurons"),
+        Picture(
+            f"sweep-{number}", "NEG against NeurGrad and the plain gradient",
+            f"A point is a neuron on a prompt, {len(points)} drawn at random; on the grey diagonal an estimate is "
+            f"right. Vertical: NEG, {unit}.",
+            "Scatter plots of NEG against NeurGrad and against the gradient",
+            drawn(
+                figures.scatter_of_estimates(points, [(name, *VALUES[name]) for name in ("neurgrad", "gradient")]),
+                (8, 4.0),
+            ),
+            is_wide=True,
+        ),
+    ]  # fmt: skip
+    if shown_curves := curves.rows():
+        pictures.append(
+            Picture(
+                f"curves-{number}", "A few neurons",
+                "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
+                f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} foretells.",
+                "Curves of probability over shifts for a few neurons",
+                drawn(figures.curves(shown_curves, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
+            )
+        )  # fmt: skip
+    caption = "Of all targets, and of all curves, those below the noise among them."
+    facts = Grid("Linearity and agreement", caption, ("what", "found"), agreement(run))
+    return Section(f"run-{number}", f"NEG by intervention: {run.name}", "", [facts, grid], pictures)
+
+
+def edits_section(run: Run, number: int) -> Section:
+    """Of joint interventions: a row an edit."""
+    only_right, of = rows_of(run)
+    columns = [
+        "edit", "target_index", "is_answer", "delta_p", "probability_before", "prediction_before", "prediction",
+    ]  # fmt: skip
+    sums: dict[str, NDArray[np.float64]] = {}
+    for batch in run.table("intervene", columns, only_right).to_batches(batch_size=8192):
+        edits = batch["edit"].dictionary_encode()
+        names, codes = edits.dictionary.to_pylist(), edits.indices.to_numpy()
+        target, before, after = (
+            batch[name].to_numpy() for name in ("target_index", "prediction_before", "prediction")
+        )  # fmt: skip
+        change = batch["delta_p"].to_numpy().astype(np.float64)
+        added = np.stack(
+            [np.ones(len(target)), change, np.abs(change), before == target, after == target, before != after,
+             batch["probability_before"].to_numpy()], 1,
+        )  # fmt: skip
+        for code, name in enumerate(names):
+            sums[name] = sums.get(name, np.zeros(added.shape[1])) + added[codes == code].sum(0)
+    shown = list(sums.items())[:_MOST_EDITS]
+    sizes = {edit_name(edit, i): len(edit["neurons"]) for i, edit in enumerate(run.config["measure"]["edits"])}
+    head = (
+        "edit", "neurons", "p before", "change of p, mean", "|change of p|, mean", "right before, %", "right after, %",
+        "predictions changed, %", "prompts × targets",
+    )  # fmt: skip
+    rows = []
+    for name, summed in shown:
+        n, change, size, right_before, right_after, changed, before = summed
+        has_answers = of == "the right answer"
+        rows.append(
+            (
+                name, str(sizes.get(name, "-")), f"{before / n:.4f}", f"{change / n:+.3e}", f"{size / n:.3e}",
+                percent(right_before / n) if has_answers else "-", percent(right_after / n) if has_answers else "-",
+                percent(changed / n), f"{n:.0f}",
+            )
+        )  # fmt: skip
+    grid = Grid(
+        "Edits", f"Means over all prompts, of the probability p of {of}"
+        + (f"; the first {_MOST_EDITS} of {len(sums)} edits." if len(sums) > _MOST_EDITS else "."),
+        head, rows, range(1, len(head)), is_interactive=True, name=f"edits-{number}",
+    )  # fmt: skip
+    return Section(f"run-{number}", f"Joint interventions: {run.name}", "", [grid])
