@@ -29,6 +29,14 @@ EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 3, 130, 143
 log = logging.getLogger(__name__)
 
 
+def say(text: str, style: str) -> None:
+    """What a job has found, for a person on stdout, or where `job.log=json` as one more object in the log."""
+    if style == "json":
+        log.info("%s", text.strip())
+    else:
+        print(text)
+
+
 def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
     """Compose `conf/<config_name>.yaml` with the command line, run `job`, and exit with what it returns."""
     log_to_stderr("text")

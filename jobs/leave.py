@@ -1,7 +1,8 @@
 """python -m jobs.leave: this node is about to go; let its replicas finish the shards that they have.
 
 What a pod runs before it is ended (`infra/kuberay`). Ray is told that the node is being drained; drivers give its
-replicas no more shards and let them go; when the last one is gone, or the time is over, this command ends.
+replicas no more shards and let them go; when the last one is gone, or the time is over, this command ends. A drained
+node takes no new work, also if it stays.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import sys
 import time
 
 import ray
-from ray.util.state import list_actors
+from ray.util.state import list_actors, list_nodes
 
 from jobs.entry import fail
 from neg_service.cluster.logs import log_to_stderr
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig
-from neg_service.errors import NegServiceError
+from neg_service.errors import ConfigurationError, NegServiceError
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +30,25 @@ _ASK_SECONDS = 1.0
 
 def main(arguments: list[str]) -> int:
     """Drain the node and wait; 0 when its replicas are gone, 3 when the time is over."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.leave", description=(__doc__ or "").partition(":")[2].strip())
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.leave",
+        description="Tell Ray that a node is about to go, and wait until its replicas have finished the shards that "
+        "they have. A node that leaves takes no new work, also if it stays; work of a cluster's only node then waits "
+        "for another. Exit code: 0 when no replica is left there, 3 when the time is over, 1 for an error.",
+    )
     parser.add_argument("--seconds", type=int, default=100, help="how long to wait at most (100)")
     parser.add_argument("--address", default="auto", help="the cluster; the one that this node belongs to if not given")
     parser.add_argument("--node-id", help="Ray's id of the node; this one if not given")
     asked = parser.parse_args(arguments)
     until = time.monotonic() + asked.seconds
-    connect(ClusterConfig(address=asked.address), show_replicas=False)
+    connect(ClusterConfig(address=asked.address), show_replicas=False, key="--address")
     try:
         node = asked.node_id or ray.get_runtime_context().get_node_id()
+        alive = [one.node_id for one in list_nodes(filters=[("state", "=", "ALIVE")], limit=10_000)]
+        if node not in alive:
+            raise ConfigurationError(f"--node-id={node}: no such node; there are {', '.join(alive)}")
+        if len(alive) == 1:
+            log.warning("%s is the only node: work waits until another one comes", node)
         address = ray.get_runtime_context().gcs_address
         # Ray has no call for it that is public; its command is what operators know.
         drained = subprocess.run(
@@ -51,8 +62,8 @@ def main(arguments: list[str]) -> int:
         if drained.returncode:
             raise NegServiceError(f"Ray does not drain node {node}: {' '.join(drained.stderr.split())[-300:]}")
         while time.monotonic() < until:
-            alive = list_actors(filters=[("node_id", "=", node), ("state", "=", "ALIVE")], limit=1000)
-            if not [actor for actor in alive if actor.class_name == _REPLICA]:
+            actors = list_actors(filters=[("node_id", "=", node), ("state", "=", "ALIVE")], limit=1000)
+            if not [actor for actor in actors if actor.class_name == _REPLICA]:
                 log.info("no replica is left on node %s", node)
                 return 0
             time.sleep(_ASK_SECONDS)

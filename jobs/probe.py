@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from omegaconf import DictConfig
 
-from jobs.entry import EXIT_INCOMPLETE, start
+from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
 from neg_service.cluster.resources import disconnect
 from neg_service.config import ScanConfig, plain, typed
@@ -49,8 +49,8 @@ def probe(config: DictConfig) -> int:
         disconnect()
     tables = found.tables()
     uri = _put(asked, found, tables)
-    print(f"\naccuracy on test, in percent; in brackets how many neurons, chosen on valid\n\n{_shown(tables)}")
-    print(f"\nresults: {uri}")
+    said = f"\naccuracy on test, in percent; in brackets how many neurons, chosen on valid\n\n{_shown(tables)}"
+    say(f"{said}\n\nresults: {uri}", asked.job.log)
     return 0
 
 

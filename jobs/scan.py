@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from jobs.entry import EXIT_INCOMPLETE, start
+from jobs.entry import EXIT_INCOMPLETE, say, start
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.scan import Summary, run
 from neg_service.config import ScanConfig, typed
@@ -26,7 +26,7 @@ def scan(config: DictConfig) -> int:
         print(describe_plan(prepared))
         return 0
     summary = run(prepared)
-    print(describe_summary(prepared, summary))
+    say(describe_summary(prepared, summary), prepared.config.job.log)
     return EXIT_INCOMPLETE if summary.set_aside else 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from jobs.entry import EXIT_INCOMPLETE, start
+from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
 from neg_service.cluster.prepare import prepare
 from neg_service.cluster.resources import disconnect
@@ -65,7 +65,7 @@ def study(config: DictConfig) -> int:
     }
     text = study_text(tables)
     uri = put_findings(asked, "study", about, tables, {"tables.txt": text.encode()})
-    print(f"\n{text}\n\nresults: {uri}")
+    say(f"\n{text}\n\nresults: {uri}", asked.job.log)
     return 0
 
 

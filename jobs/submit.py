@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 from ray.job_submission import JobStatus
 
 from jobs.entry import CONF, EXIT_INTERRUPTED, composed, fail
+from jobs.scan import describe_plan
 from neg_service.cluster.logs import log_to_stderr
 from neg_service.cluster.prepare import Prepared, prepare, require_lasting
 from neg_service.cluster.submission import (
     Request,
+    check_driver,
     check_request,
     check_room,
     connect_to_job_server,
@@ -49,6 +51,7 @@ def main(arguments: list[str]) -> int:
     asked = _parser().parse_intermixed_args(arguments)
     config = composed(asked.job, asked.overrides)
     client = connect_to_job_server(asked.address)
+    driver = _amounts(_pairs("--driver", asked.driver))
     prepared = None
     if asked.job != "verify":
         require_lasting(str(config.storage.uri))
@@ -59,6 +62,12 @@ def main(arguments: list[str]) -> int:
         else:
             prepared = prepare(scan)
             check_room(client._address, prepared.config, prepared.memory)
+        if scan.job.dry_run:
+            # A job of that id is the scan itself, which the next command should find.
+            if prepared is None:
+                raise ConfigurationError("job.dry_run=true: the plan is made here, so leave out --unchecked")
+            print(describe_plan(prepared))
+            return 0
     files = _files(config)
     request = Request(
         job=asked.job,
@@ -66,9 +75,10 @@ def main(arguments: list[str]) -> int:
         overrides=[*asked.overrides, *_model_by_full_path(config)],
         files=files,
         environment=_pairs("--env", asked.env),
-        driver=_amounts(_pairs("--driver", asked.driver)),
+        driver=driver,
     )
     check_request(request, plain(config))
+    check_driver(client._address, driver)
     last = last_of(client, request.submission_id)
     if last and last[1] is JobStatus.SUCCEEDED and not asked.again and (prepared is None or _is_complete(prepared)):
         log.info(
@@ -80,7 +90,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         pack(request, Path(CONF).parent, Path(directory))
         name, is_new = submit(client, request, Path(directory))
-    log.info("job %s %s at %s", name, "is submitted" if is_new else "is there already", client._address)
+    there = "is submitted" if is_new else "is there already, as it was submitted"
+    log.info("job %s %s at %s", name, there, client._address)
     if prepared:
         log.info("results: %s", prepared.uri)
     if asked.no_wait:
@@ -100,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         "the job that waits or runs, and continues one that failed or was stopped.",
         epilog="The code, conf and local files that are named (dataset.source, dataset.wordings, measure.edits, "
         "neurons.list) travel with the job; a model's directory must be on every node. Secrets belong into the "
-        "environment of the cluster's nodes: how a job is called can be seen by everybody who sees the cluster.",
+        "environment of the cluster's nodes: how a job is called can be seen by everybody who sees the cluster. "
+        "A token that the cluster wants is taken from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN. Example: python -m "
+        "jobs.submit --address http://HEAD:8265 model=llama-3.2-3b dataset.source=my.jsonl storage.uri=s3://bucket/runs",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of the job itself")
     parser.add_argument("--job", choices=JOBS, default="scan", help="which: python -m jobs.JOB (scan)")
@@ -186,6 +199,8 @@ if __name__ == "__main__":
         "ray.dashboard.modules.dashboard_sdk",
         "ray.dashboard.modules.job.sdk",
         "ray._private.runtime_env.packaging",
+        "botocore",
+        "aiobotocore",
     ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -70,7 +70,9 @@ def _told(key: str, source: str, error: type[ConfigurationError]) -> Iterator[No
         # What a library says of an address may hold what the address hides.
         reason = one_line(problem) if shown == source else type(problem).__name__
         if isinstance(problem, FileNotFoundError):
-            reason = "no such file"
+            # fsspec says the same of a server that does not answer.
+            silent = isinstance(problem.__cause__ or problem.__context__, aiohttp.ClientConnectionError)
+            reason = "nothing answers there" if silent else "no such file"
         # The storage of results and the place of inputs need not be the same server.
         hint = "; the server, where it is not Amazon's, is named by AWS_ENDPOINT_URL" if shown.startswith("s3") else ""
         raise error(f"{key}={shown}: cannot be read: {reason}{hint}") from problem

@@ -63,10 +63,11 @@ class Room:
         return self.number if self.number is not None else max(1, staying + max(0, self.free - unplaced))
 
 
-def connect(cluster: ClusterConfig, show_replicas: bool = True) -> None:
+def connect(cluster: ClusterConfig, show_replicas: bool = True, key: str = "cluster.address") -> None:
     """Join the cluster of `cluster.address` or `$RAY_ADDRESS`, else start Ray on this machine; or stay where we are.
 
-    `show_replicas` has Ray print here what replicas print, each line with the name of its process before it.
+    `show_replicas` has Ray print here what replicas print, each line with the name of its process before it. `key` is
+    where a person says the address.
 
     Raises:
         ConfigurationError: there is no cluster at the address, or it runs another version of Ray or Python.
@@ -80,11 +81,11 @@ def connect(cluster: ClusterConfig, show_replicas: bool = True) -> None:
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": show_replicas}
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
-    _require_listener(address)
+    _require_listener(address, key)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        raise ConfigurationError(f"cluster.address={address}: {_why_not(error)}") from error
+        raise ConfigurationError(f"{key}={address}: {_why_not(error)}") from error
 
 
 def _why_not(error: Exception) -> str:
@@ -98,7 +99,7 @@ def _why_not(error: Exception) -> str:
     return f"no Ray cluster answers there, {hint}: {one_line(error)}"
 
 
-def _require_listener(address: str) -> None:
+def _require_listener(address: str, key: str) -> None:
     """Ray ends the whole process when nothing answers at a host and port, so this is asked first."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
@@ -106,9 +107,7 @@ def _require_listener(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
-        raise ConfigurationError(
-            f"cluster.address={address}: no Ray cluster answers there: {error.strerror or error}"
-        ) from error
+        raise ConfigurationError(f"{key}={address}: no Ray cluster answers there: {error.strerror or error}") from error
 
 
 def disconnect() -> None:
@@ -200,7 +199,9 @@ def replica_size(
         ("cluster.gpus_per_replica", size.gpus, max(node.gpus for node in available)),
     ):
         if wanted > most == 0:
-            raise ConfigurationError(f"{key}={wanted:g}: no node has any; use auto or 0")
+            raise ConfigurationError(
+                f"{key}={wanted:g}: no node has any; use auto or 0, or cluster.wait_seconds to wait for one that has"
+            )
         if wanted > most:
             raise ConfigurationError(f"{key}={wanted:g}: the largest node has {most:g}; a replica must fit one node")
     largest = max(node.memory for node in available)

@@ -44,7 +44,10 @@ INPUTS = "inputs"
 _PROJECT = ("neg_service", "jobs", "conf")
 _ASK_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
+_WAITING_SECONDS = 30.0
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
+# Keys of Amazon and of the hub, wherever they stand.
+_KEYS = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bhf_[A-Za-z0-9]{30,}")
 _MARK = "neg_service"
 # What a job server that is away for a moment makes of a question.
 _AWAY = (RuntimeError, OSError, requests.exceptions.RequestException)
@@ -104,13 +107,31 @@ def check_room(address: str, config: ScanConfig, memory: int) -> None:
     """
     if config.cluster.wait_seconds:
         return
+    totals = _resources(address)
+    nodes = [Node(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("memory", 0))) for total in totals]
+    replica_size(config.cluster, config.model.device, memory, nodes)
+
+
+def check_driver(address: str, driver: Mapping[str, float]) -> None:
+    """Refuse a driver that fits no node: Ray would let the job wait, and not even stop it while it does.
+
+    Raises:
+        ConfigurationError: no node has all that is asked for.
+    """
+    if driver and not any(all(total.get(k, 0.0) >= v for k, v in driver.items()) for total in _resources(address)):
+        asked = ", ".join(f"{name}={amount:g}" for name, amount in driver.items())
+        raise ConfigurationError(
+            f"--driver={asked}: no node has that; without --driver the driver runs on the head node"
+        )
+
+
+def _resources(address: str) -> list[dict[str, float]]:
+    """What each node has in all."""
     with _told(address):
         found = list_nodes(
             address=address, filters=[("state", "=", "ALIVE")], limit=10_000, raise_on_missing_output=False
         )
-    totals = [node.resources_total for node in found]
-    nodes = [Node(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("memory", 0))) for total in totals]
-    replica_size(config.cluster, config.model.device, memory, nodes)
+    return [node.resources_total for node in found]
 
 
 def check_request(request: Request, config: Mapping[str, Any]) -> None:
@@ -214,7 +235,7 @@ def follow(client: JobSubmissionClient, name: str) -> int:
     printer = _Printer(client, name)
     thread = threading.Thread(target=printer.run, daemon=True)
     thread.start()
-    answered = time.monotonic()
+    answered = spoke = time.monotonic()
     while True:
         try:
             info = client.get_job_info(name)
@@ -228,6 +249,9 @@ def follow(client: JobSubmissionClient, name: str) -> int:
             answered = time.monotonic()
             if (status := info.status) in _ENDED:
                 break
+            if status is JobStatus.PENDING and answered - spoke > _WAITING_SECONDS:
+                spoke = answered
+                log.info("job %s waits: %s", name, " ".join((info.message or "for the job server").split())[:300])
         time.sleep(_ASK_SECONDS)
     thread.join(5)
     printer.finish()
@@ -293,7 +317,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _holds_credentials(value: str) -> bool:
-    return "://" in value and without_credentials(value) != value
+    return ("://" in value and without_credentials(value) != value) or bool(_KEYS.search(value))
 
 
 def _names(files: Mapping[str, Path]) -> dict[str, str]:
@@ -319,8 +343,8 @@ def _told(address: str) -> Iterator[None]:
         if getattr(getattr(error, "response", None), "status_code", 401) not in (401, 403):
             raise ConfigurationError(f"--address={address}: {one_line(error)}") from error
         raise ConfigurationError(
-            f"--address={address}: the cluster wants a token, or another one: set RAY_AUTH_MODE=token and "
-            f"RAY_AUTH_TOKEN"
+            f"--address={address}: the cluster wants a token, or another one (set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN), or it is no Ray job server"
         ) from error
     except (requests.exceptions.RequestException, RayStateApiException, RayError) as error:
         raise ConfigurationError(f"--address={address}: {one_line(error)}") from error

@@ -52,6 +52,8 @@ def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Pa
         ("facts", {"AWS_SECRET_ACCESS_KEY": "hidden"}, "--env=AWS_SECRET_ACCESS_KEY: looks like a secret"),
         ("facts", {"HF_TOKEN": "hidden"}, "--env=HF_TOKEN: looks like a secret"),
         ("facts", {"HTTPS_PROXY": "http://me:hidden@proxy"}, "--env=HTTPS_PROXY: looks like a secret"),
+        ("facts", {"NOTE": "hf_hidden" + "x" * 30}, "--env=NOTE: looks like a secret"),
+        ("AKIAHIDDEN0123456789", {}, "dataset.source: holds credentials"),
     ],
 )
 def test_secrets_do_not_travel_and_are_not_repeated(source: str, environment: dict[str, str], message: str) -> None:
@@ -61,7 +63,7 @@ def test_secrets_do_not_travel_and_are_not_repeated(source: str, environment: di
     with pytest.raises(ConfigurationError) as caught:
         check_request(Request("scan", "x", [], environment=environment), config)
     assert message in str(caught.value)
-    assert "hidden" not in str(caught.value)
+    assert "hidden" not in str(caught.value).lower()
     check_request(Request("scan", "x", [], environment={"AWS_REGION": "eu-central-1"}), {"a": ["s3://bucket/x"]})
 
 
@@ -104,6 +106,55 @@ def test_an_id_follows_what_decides_a_job_and_nothing_else(tmp_path: Path) -> No
     assert made("storage.uri=s3://elsewhere") != first
     words.write_text("two")
     assert made() != first
+
+
+def test_a_driver_that_fits_no_node_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 4.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0}]
+    monkeypatch.setattr(submission, "_resources", lambda address: nodes)
+    for fitting in ({}, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}):
+        submission.check_driver("http://head", fitting)
+    # There are four CPUs and a GPU, but not on one node.
+    for too_much in ({"CPU": 4.0, "GPU": 1.0}, {"TPU": 1.0}):
+        with pytest.raises(ConfigurationError, match=r"--driver=.*: no node has that; without --driver"):
+            submission.check_driver("http://head", too_much)
+
+
+def test_a_dry_run_shows_the_plan_here_and_sends_nothing(
+    tmp_path: Path, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A client that can do nothing: any question to it would fail.
+    monkeypatch.setattr("jobs.submit.connect_to_job_server", lambda address: SimpleNamespace(_address="http://head"))
+    monkeypatch.setattr("jobs.submit.check_room", lambda *arguments: None)
+    words = tmp_path / "words.jsonl"
+    words.write_text('{"prompt": "w1 w2", "targets": [" w7"]}')
+    asked = [f"model.source={tiny_directory}", f"dataset.source={words}", f"storage.uri={tmp_path}/runs"]
+    assert main([*asked, "job.dry_run=true"]) == 0
+    assert "plan (nothing was done)" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match=r"job.dry_run=true: the plan is made here, so leave out --unchecked"):
+        main([*asked, "job.dry_run=true", "--unchecked"])
+
+
+def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    states = iter([JobStatus.PENDING] * 3 + [JobStatus.SUCCEEDED])
+
+    class Waiting:
+        _address = "http://head"
+
+        def get_job_info(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(status=next(states), message="It may be waiting for resources", driver_exit_code=0)
+
+        def get_job_logs(self, name: str) -> str:
+            return ""
+
+        async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+            return
+            yield
+
+    monkeypatch.setattr(submission, "_ASK_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "_WAITING_SECONDS", 0.0)
+    with caplog.at_level("INFO"):
+        assert submission.follow(Waiting(), "neg-x") == 0  # type: ignore[arg-type]
+    assert "job neg-x waits: It may be waiting for resources" in caplog.text
 
 
 @pytest.mark.parametrize("option", [["--driver", "CPU"], ["--driver", "CPU=x"], ["--env", "FOO"]])

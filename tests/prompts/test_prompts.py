@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
 from dataclasses import replace
@@ -243,8 +244,13 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path: Path, name: str, cont
 
 
 def test_a_file_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(PromptError, match=r"dataset\.source=/nowhere/a\.jsonl: cannot be read"):
+    with pytest.raises(PromptError, match=r"dataset\.source=/nowhere/a\.jsonl: cannot be read: no such file"):
         load_prompts("/nowhere/a.jsonl")
+    # Bound and not listening.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(PromptError, match=r"/a\.jsonl: cannot be read: nothing answers there"):
+            load_prompts(f"http://127.0.0.1:{bound.getsockname()[1]}/a.jsonl")
 
 
 @pytest.mark.parametrize(
