@@ -196,7 +196,7 @@ def test_small_replicas_share_a_gpu_and_get_as_many_threads_as_cpus(
     scan = Running("scan", *asked, *halves, env=cluster.environment)
     assert scan.finish() == 0, scan.output
     assert "on up to 2 replicas of 1 CPUs and 0.5 GPUs" in scan.output
-    assert re.search(r"replica 1 is ready: .*, cpu, 1 threads", scan.output)
+    assert re.search(r"replica 1 is ready: .*, cpu \(.+\), 1 threads", scan.output)
     assert len(results_of(scan).done()) == 40
 
 
