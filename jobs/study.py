@@ -43,7 +43,6 @@ def study(config: DictConfig) -> int:
         )  # fmt: skip
 
     def scan(measure: Mapping[str, Any], neurons: NeuronsConfig, ids: Sequence[str] | None) -> Run:
-        log.info("scanning: %s", measure["name"])
         return finished(of(measure, neurons, ids))
 
     def check(measure: Mapping[str, Any], neurons: NeuronsConfig) -> None:

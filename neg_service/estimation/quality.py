@@ -102,7 +102,7 @@ def _correlations(x_i: Doubles, y_i: Doubles, prompt_i: Integers, weights_bp: Do
 
 
 def _medians(values_i: Doubles, prompt_i: Integers, weights_bp: Doubles) -> Doubles:
-    """The weighted median of each draw: the smallest value that half of the weight does not exceed."""
+    """The weighted median of each draw: between the two middle values, where the half of the weight is between them."""
     if not len(values_i):
         return np.full(len(weights_bp), np.nan)
     order = np.argsort(values_i, kind="stable")
@@ -110,7 +110,8 @@ def _medians(values_i: Doubles, prompt_i: Integers, weights_bp: Doubles) -> Doub
     medians = []
     for weights_p in weights_bp:
         running = np.cumsum(weights_p[prompts])
-        medians.append(values[np.searchsorted(running, running[-1] / 2)] if running[-1] else np.nan)
+        middle = [np.searchsorted(running, running[-1] / 2, side) for side in ("left", "right")]
+        medians.append(values[middle].mean() if running[-1] else np.nan)
     return np.array(medians)
 
 

@@ -141,7 +141,10 @@ def run_study(
     for what, measure in measures.items():
         _told_of_a_study(check, measure, chosen[what])
 
+    n_scans = len(measures) + bool(options.sets)
+
     def run(what: str, ids: Sequence[str] | None) -> Run:
+        log.info("scan %d of %d: %s", len(found.runs) + 1, n_scans, what.replace("_", " "))
         made: Run = _told_of_a_study(scan, measures[what], chosen[what], ids)
         found.runs[what] = made.uri
         return made
@@ -192,7 +195,7 @@ def _told_of_a_study(call: Callable[..., Any], *arguments: Any) -> Any:
         return call(*arguments)
     except ConfigurationError as error:
         said = re.sub(r"\bmeasure\.(basis|keep|steps|grid)\b", r"study.\1", str(error))
-        said = re.sub(r"\bneurons\.count\b", "study.neurons", said)
+        said = re.sub(r"\bneurons\.count\b", "study.neurons", said).replace("keep=all or top_k", "keep=all")
         raise type(error)(said) from error
 
 
@@ -210,7 +213,8 @@ def _linearity_of(triples: Triples) -> dict[str, Rows]:
 
 def _chosen_prompts(run: Run, options: Options) -> tuple[list[str], Rows]:
     with reading(run):
-        prompts = run.table("prompts", columns=["prompt_id", "targets", "answer", "prediction"]).to_table()
+        columns = ["prompt_id", "targets", "answer", "prediction", "probabilities"]
+        prompts = run.table("prompts", columns=columns).to_table()
     ids = prompts["prompt_id"].to_pylist()
     answer, prediction = prompts["answer"].to_pylist(), prompts["prediction"].to_pylist()
     right = [own for own, a, p in zip(ids, answer, prediction, strict=True) if a is not None and a == p]
@@ -233,4 +237,11 @@ def _chosen_prompts(run: Run, options: Options) -> tuple[list[str], Rows]:
         wanted = [wanted[index] for index in sorted(draw)]
     elif options.prompts is not None and len(wanted) < options.prompts:
         log.warning("study.prompts=%d, but there are only %d such prompts", options.prompts, len(wanted))
-    return wanted, [accuracy | {"studied": len(wanted)}]
+    taken = set(wanted)
+    of_answers = [
+        p_k[a]
+        for own, a, p_k in zip(ids, answer, prompts["probabilities"].to_pylist(), strict=True)
+        if own in taken and a is not None
+    ]
+    median = float(np.median(of_answers)) if of_answers else None
+    return wanted, [accuracy | {"studied": len(wanted), "median_probability": median}]

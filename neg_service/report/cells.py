@@ -9,7 +9,7 @@ UNIT = "probability a unit of |activation|"
 # Of measures whose tables hold a value of each neuron: what people call them, and their unit.
 VALUES = {
     "neurgrad": ("NeurGrad", UNIT),
-    "integrated_gradients": ("integrated gradient", "probability"),
+    "integrated_gradients": ("integrated gradients", "probability"),
     "gradient": ("gradient", "probability a unit of activation"),
     "gradient_x_activation": ("gradient × activation", "probability"),
     "activation": ("activation", "no unit"),
@@ -19,7 +19,7 @@ VALUES = {
 
 def estimator_name(name: str) -> str:
     """What people call an estimator."""
-    return "integrated gradients" if name == "integrated_gradients" else VALUES.get(name, (name, ""))[0]
+    return VALUES.get(name, (name, ""))[0]
 
 
 def interval(row: Mapping[str, Any], name: str, digits: int, factor: float = 1.0) -> str:

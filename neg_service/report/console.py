@@ -114,12 +114,18 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     # A neuron that moves by the shift itself is foretold by the plain gradient.
     is_signed = run.config["measure"]["shift"] == "signed"
     return [
-        ("curves", f"{n}: a neuron and a target each, of {len(run.config['measure']['shifts'])} shifts"),
+        ("curves", f"{n}: a neuron and a target each, of {_shifts(run.config['measure'])}"),
         ("linear", f"{_percent(linear, n)} have |r| >= {LINEAR}"),
         ("NEG and NeurGrad", f"correlation {with_neurgrad.value:.4f}{'' if is_signed else signs}"),
         ("NEG and gradient", f"correlation {with_gradient.value:.4f}{signs if is_signed else ''}"),
         ("precision", f"{_error_of(noise)}; {_percent(resolved, n)} are above the noise"),
     ]
+
+
+def _shifts(measure: Mapping[str, Any]) -> str:
+    shifts = measure["shifts"]
+    interpolated = ", interpolated between them" if measure.get("grid") == "coarse" else ""
+    return f"{len(shifts)} shifts up to ±{max(map(abs, shifts)):g}{interpolated}"
 
 
 def _error_of(noise: Mapping[str, Any]) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from cycler import cycler
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from neg_service.estimation.linear import LINEAR
@@ -80,7 +81,7 @@ def _settings(theme: Theme) -> dict[str, Any]:
 
 
 def strength_heat_map(share_lb: Doubles, layers: Sequence[int], edges_b: Doubles, unit: str) -> Draw:
-    """Share of a layer's neurons (columns) by half decades of |strength| (rows); layers not measured stay empty."""
+    """Share of a layer's neurons (columns) by half decades of |strength| (rows); layers not measured are grey."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
@@ -93,11 +94,13 @@ def strength_heat_map(share_lb: Doubles, layers: Sequence[int], edges_b: Doubles
         mesh = axes.pcolormesh(
             places, edges_b, shown, cmap=colours, norm=LogNorm(max(smallest, 1e-5), 1), rasterized=True
         )
+        for layer in set(range(first, last + 1)) - set(layers):
+            axes.axvspan(layer - 0.5, layer + 0.5, color=theme.faint, linewidth=0)
         axes.set_yscale("log")
         axes.set_xlabel("layer")
         axes.set_ylabel(unit)
         axes.grid(visible=False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _layers_along(axes)
         figure.colorbar(mesh, ax=axes, label="share of the layer's neurons")
 
     return draw
@@ -148,7 +151,7 @@ def lines_over_layers(rows: Rows, key: str, names: Mapping[str, str], label: str
             axes.fill_between(layers, low, high, alpha=0.15, color=colour)
         axes.set_xlabel("layer")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _layers_along(axes)
         figure.legend(loc="outside lower center", ncols=3, fontsize=9)
 
     return draw
@@ -173,6 +176,7 @@ def linearity_over_ranges(rows: Rows) -> Draw:
         axes.minorticks_off()
         axes.set_xlabel("largest shift, units of |activation|")
         axes.set_ylabel(f"curves with |r| ≥ {LINEAR}, %")
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101))
         axes.legend()
 
     return draw
@@ -187,7 +191,7 @@ def bars_over_layers(counts: Mapping[int, int], label: str) -> Draw:
         axes.bar(list(counts), [100 * n / total for n in counts.values()], color=theme.cycle[0])
         axes.set_xlabel("layer")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _layers_along(axes)
 
     return draw
 
@@ -205,12 +209,12 @@ def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
             axes.plot(shifts[order], values, "o-", markersize=3, color=theme.cycle[0])
             near = np.abs(shifts[order]) <= 2
             axes.plot(shifts[order][near], row[estimate] * shifts[order][near], "--", color=theme.cycle[1])
+            what = f"layer {row['layer']}, neuron {row['neuron']} → {row['target'].strip()!r}"
             axes.set_title(
-                f"layer {row['layer']}, neuron {row['neuron']} → {_drawable(repr(row['target'].strip()))}",
-                fontsize=9,
-                parse_math=False,
-            )
+                _drawable(f"{what}\n{str(row['prompt_id'])[-30:]}"), fontsize=9, parse_math=False
+            )  # fmt: skip
             axes.tick_params(labelsize=8)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
             if number % n_columns == 0:
                 axes.set_ylabel("change of probability", fontsize=9)
             if number >= len(rows) - n_columns:
@@ -260,7 +264,7 @@ def strength_over_layers(rows: Rows) -> Draw:
         right.set_ylim(0, 100)
         for axes in (left, right):
             axes.set_xlabel("layer")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            _layers_along(axes)
 
     return draw
 
@@ -290,11 +294,21 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> Draw:
     return draw
 
 
+def _layers_along(axes: Axes) -> None:
+    """Layers are whole numbers, also where there is only one."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    low, high = axes.get_xlim()
+    if high - low < 1:
+        axes.set_xlim(low - 0.5, high + 0.5)
+
+
 def _drawable(text: str) -> str:
     """A text without what matplotlib's font has no shape for."""
     font = get_font(findfont("DejaVu Sans"))
     return "".join(
-        character if font.get_char_index(ord(character)) else character.encode("unicode_escape").decode()
+        character
+        if character == "\n" or font.get_char_index(ord(character))
+        else character.encode("unicode_escape").decode()
         for character in text
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -24,12 +25,14 @@ def study_text(tables: Mapping[str, pa.Table]) -> str:
     return "\n\n".join(parts)
 
 
-def answered(accuracy: Mapping[str, int]) -> str:
+def answered(accuracy: Mapping[str, Any]) -> str:
     """How many prompts there are, how many of them are answered rightly, and how many were studied."""
     if not accuracy["with_answer"]:
         return f"{accuracy['studied']} of {accuracy['prompts']} prompts are studied, which have no answers"
     right = f"{accuracy['right']} of {accuracy['with_answer']} prompts with an answer are answered rightly"
-    return f"{right}; {accuracy['studied']} are studied"
+    p = accuracy.get("median_probability")
+    said = f" (the most probable of their targets; median probability {p:.2g})" if p is not None else ""
+    return f"{right}{said}; {accuracy['studied']} are studied"
 
 
 def _estimators(table: pa.Table) -> str:

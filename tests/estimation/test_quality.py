@@ -15,12 +15,20 @@ def test_by_hand() -> None:
     neg = np.array([1.0, 2.0, -1.0, 4.0])
     estimate = np.array([1.5, 1.0, 1.0, 4.0])
     found = quality(neg, estimate, np.array([0, 0, 1, 1]), np.ones(4, bool), draws=10)
-    # Relative errors 0.5, 0.5, 2, 0: half of them are at most 0.5. Three of four signs are equal.
+    # Relative errors 0.5, 0.5, 2, 0: the two in the middle are 0.5. Three of four signs are equal.
     assert found.median_relative_error.value == 0.5
     assert found.signs.value == 0.75
     # Means 1.5 and 1.875; products of differences -0.5*-0.375 + 0.5*-0.875 + -2.5*-0.875 + 2.5*2.125 = 7.25, squares
     # 0.25+0.25+6.25+6.25 = 13 and 0.140625+0.765625+0.765625+4.515625 = 6.1875.
     assert found.pearson.value == pytest.approx(7.25 / np.sqrt(13 * 6.1875))
+
+
+def test_a_median_of_an_even_number_is_between_the_two_in_the_middle() -> None:
+    neg, error = np.ones(4), np.array([0.1, 0.2, 0.6, 0.9])
+    found = quality(neg, neg + error, np.array([0, 0, 1, 1]), np.ones(4, bool), draws=10)
+    assert found.median_relative_error.value == pytest.approx(0.4)
+    three = quality(neg[:3], neg[:3] + error[:3], np.array([0, 1, 1]), np.ones(3, bool), draws=10)
+    assert three.median_relative_error.value == pytest.approx(0.2)
 
 
 def test_what_is_not_resolved_has_no_sign_and_no_relative_error() -> None:

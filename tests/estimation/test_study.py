@@ -72,7 +72,11 @@ def with_answers(predictions: Mapping[str, int]) -> list[dict[str, Any]]:
 def test_what_is_answered_rightly_is_studied(tmp_path: Path, tiny_directory: Path, predictions: dict[str, int]) -> None:
     config = configured(tiny_directory, tmp_path, with_answers(predictions))
     found = run_study(replace(SMALL, keep="all"), NeuronsConfig(), scans(config))
-    assert found.rows["accuracy"] == [{"prompts": 6, "with_answer": 5, "right": 4, "studied": 4}]
+    (accuracy,) = found.rows["accuracy"]
+    median = accuracy.pop("median_probability")
+    assert accuracy == {"prompts": 6, "with_answer": 5, "right": 4, "studied": 4}
+    prompts = open_run(found.runs["sweep"]).table("prompts").to_table().to_pylist()
+    assert median == pytest.approx(np.median([row["probabilities"][row["answer"]] for row in prompts]))
     assert studied(found) == ["p20", "p21", "p22", "p23"]
     # Of right answers alone: a NEG for each prompt, layer and neuron, whatever the number of targets.
     assert found.rows["estimators"][0]["n"] == 4 * N_LAYERS * 4
@@ -100,7 +104,9 @@ def test_all_neurons_and_prompts_without_answers(tmp_path: Path, tiny_directory:
     config = configured(tiny_directory, tmp_path, rows()[:2])
     options = replace(SMALL, neurons=None, keep="all", estimators=["neurgrad", "random", "activation"])
     found = run_study(options, NeuronsConfig([0, 2]), scans(config))
-    assert found.rows["accuracy"] == [{"prompts": 2, "with_answer": 0, "right": 0, "studied": 2}]
+    assert found.rows["accuracy"] == [
+        {"prompts": 2, "with_answer": 0, "right": 0, "studied": 2, "median_probability": None}
+    ]
     by_name = {row["estimator"]: row for row in found.rows["estimators"] if row["layer"] is None}
     assert by_name["neurgrad"]["n"] == 2 * 3 * 2 * N_NEURONS
     assert by_name["neurgrad"]["pearson"] > 0.9

@@ -165,10 +165,11 @@ def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory:
         assert row["right after, %"] == f"{100 * (own.prediction == own.target_index).mean():.1f}"
     assert [row["neurons"] for row in rows] == ["2", "1"]
     assert [row["edit"] for row in rows] == ["off", "edit-1"]
+    assert [row["what"] for row in rows] == ["scale 0 of 0:3, 2:5", "shift 2 of 1:1"]
     (open_ended,) = only_section(
         run_of(place, tiny_directory, {"name": "intervene", "edits": edits}, answered=False)
     ).grids
-    assert open_ended.rows[0][5:7] == ("-", "-")
+    assert open_ended.rows[0][6:8] == ("-", "-")
     assert open_ended.rows[0][-1] == "15"
 
 
@@ -260,6 +261,7 @@ def test_figures_can_hold_any_target() -> None:
         "neurgrad": 0.1,
         "layer": 0,
         "neuron": 1,
+        "prompt_id": "a",
         "target": " 日本 $x^2$",
     }
     images = figures.drawn(figures.curves([row]))

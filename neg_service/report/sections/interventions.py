@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from neg_service.measures.edits import edit_name
+from neg_service.measures.edits import OPERATIONS, edit_name
 from neg_service.report import figures
 from neg_service.report.cells import UNIT, VALUES, percent
 from neg_service.report.console import agreement
@@ -45,7 +48,7 @@ def sweep_section(run: Run, number: int) -> Section:
         f"NEG is the measured slope ({unit}) for {of}; r says how straight the curve is; beside it the largest change "
         f"of the probability over the shifts.",
         {
-            "layer": str, "neuron": str, "neg": "{:+.3e}".format, "r": four, "largest_delta_p": four,
+            "layer": str, "neuron": str, "neg": "{:+.3e}".format, "r": four, "largest_delta_p": "{:.2e}".format,
             "activation": "{:+.3f}".format,
         },
         {"neg": "NEG", "largest_delta_p": "largest change of p"}, f"swept-{number}",
@@ -101,25 +104,33 @@ def edits_section(run: Run, number: int) -> Section:
         for code, name in enumerate(names):
             sums[name] = sums.get(name, np.zeros(added.shape[1])) + added[codes == code].sum(0)
     shown = list(sums.items())[:_MOST_EDITS]
-    sizes = {edit_name(edit, i): len(edit["neurons"]) for i, edit in enumerate(run.config["measure"]["edits"])}
+    told = {edit_name(edit, i): edit for i, edit in enumerate(run.config["measure"]["edits"])}
     head = (
-        "edit", "neurons", "p before", "change of p, mean", "|change of p|, mean", "right before, %", "right after, %",
-        "predictions changed, %", "prompts × targets",
+        "edit", "what", "neurons", "p before", "change of p, mean", "|change of p|, mean", "right before, %",
+        "right after, %", "predictions changed, %", "prompts × targets",
     )  # fmt: skip
+    has_answers = of == "the right answer"
     rows = []
-    for name, summed in shown:
-        n, change, size, right_before, right_after, changed, before = summed
-        has_answers = of == "the right answer"
+    for name, (n, change, size, right_before, right_after, changed, before) in shown:
         rows.append(
             (
-                name, str(sizes.get(name, "-")), f"{before / n:.4f}", f"{change / n:+.3e}", f"{size / n:.3e}",
-                percent(right_before / n) if has_answers else "-", percent(right_after / n) if has_answers else "-",
-                percent(changed / n), f"{n:.0f}",
+                name, _what(told[name]), str(len(told[name]["neurons"])), f"{before / n:.4f}", f"{change / n:+.3e}",
+                f"{size / n:.3e}", percent(right_before / n) if has_answers else "-",
+                percent(right_after / n) if has_answers else "-", percent(changed / n), f"{n:.0f}",
             )
         )  # fmt: skip
     grid = Grid(
         "Edits", f"Means over all prompts, of the probability p of {of}"
         + (f"; the first {_MOST_EDITS} of {len(sums)} edits." if len(sums) > _MOST_EDITS else "."),
-        head, rows, range(1, len(head)), is_interactive=True, name=f"edits-{number}",
+        head, rows, range(2, len(head)), is_interactive=True, name=f"edits-{number}",
     )  # fmt: skip
     return Section(f"run-{number}", f"Joint interventions: {run.name}", "", [grid])
+
+
+def _what(edit: Mapping[str, Any]) -> str:
+    """An edit in a few words: the operation, and the first of its neurons as layer:neuron."""
+    operation = next(name for name in OPERATIONS if edit.get(name) is not None)
+    value = edit[operation]
+    amount = f"{value:g}" if isinstance(value, int | float) else "each its own"
+    neurons = ", ".join(f"{layer}:{neuron}" for layer, neuron in edit["neurons"][:3])
+    return f"{operation} {amount} of {neurons}{', …' if len(edit['neurons']) > 3 else ''}"

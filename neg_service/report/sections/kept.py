@@ -82,7 +82,7 @@ class Strength:
         return Picture(
             f"strength-{number}", f"Strength of neurons by layer: |{what}|",
             f"Share of {neurons} by |{what}|{f' ({unit})' if unit else ''}, for {of}; colours are logarithmic, "
-            f"and what is smaller or larger than the axis is in its first or last row.",
+            f"what is smaller or larger than the axis is in its first or last row; grey layers were not measured.",
             f"A heat map of layers against |{what}|",
             drawn(figures.strength_heat_map(share, sorted(self.counts_lb), edges, label)),
         )  # fmt: skip
@@ -174,5 +174,5 @@ def _texts(run: Run, wanted: Iterable[str], most: int = 70) -> dict[str, str]:
     for batch in run.table("prompts", ["prompt_id", "prompt"], only).to_batches():
         for prompt_id, text in zip(batch["prompt_id"].to_pylist(), batch["prompt"].to_pylist(), strict=True):
             flat = " ".join(text.split())
-            found[prompt_id] = flat if len(flat) <= most else f"… {flat[-most:]}"
+            found[prompt_id] = flat if len(flat) <= most else f"… {flat[-most:].partition(' ')[2]}"
     return found

@@ -15,6 +15,7 @@ _HEAD = (
     "s a prompt", "began",
 )  # fmt: skip
 
+_LONG = 40
 _SETTINGS = ("basis", "keep", "top_k", "shift", "grid", "steps", "seed")
 
 
@@ -42,8 +43,9 @@ def overview(found: Found) -> Section:
             for finding in found.findings
         ]
         grids.append(Grid("Studies and probes", "", head, rows, numeric=(4,)))
-    if found.runs:
-        grids.append(Grid("Runs", "", _HEAD, [_row(run) for run in found.runs], numeric=(6, 9)))
+    of_studies = [run for own in found.findings if own.kind == "study" for run in own.runs.values()]
+    if listed := list({run.uri: run for run in [*found.runs, *of_studies]}.values()):
+        grids.append(Grid("Runs", "", _HEAD, [_row(run) for run in listed], numeric=(6, 9)))
     if runs:
         grids.append(Grid("Software and machine", "", ("what", "which"), _software(runs) + _machines(runs)))
     return Section("runs", "What was run", text, grids)
@@ -73,6 +75,8 @@ def _model_of(model: Mapping[str, Any]) -> str:
 
 def _data_of(dataset: Mapping[str, Any]) -> str:
     source, tasks, split = str(dataset.get("source", "?")), dataset.get("task"), dataset.get("split")
+    if len(source) > _LONG:
+        source = "…/" + "/".join(source.rsplit("/", 2)[-2:])
     if tasks is None:
         return source
     named = tasks if isinstance(tasks, str) else ", ".join(tasks)
@@ -84,6 +88,8 @@ def _settings(run: Run) -> str:
     """What decides the numbers beside model and data: of the measure what is short, and which neurons."""
     measure, neurons = run.config["measure"], run.config.get("neurons", {})
     said = [f"{key} {measure[key]}" for key in _SETTINGS if measure.get(key) is not None]
+    if shifts := measure.get("shifts"):
+        said.append(f"{len(shifts)} shifts up to ±{max(map(abs, shifts)):g}")
     chosen = neurons.get("choose", "all")
     if chosen != "all":
         count = f"{neurons['count']} " if neurons.get("count") else ""

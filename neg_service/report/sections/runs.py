@@ -79,7 +79,8 @@ def _top_neurons(run: Run, number: int) -> Section:
                 kept.keep((row["prompt_id"], row["target"]), abs(row["neurgrad"]), row)
     count = run.config["measure"]["top_k"]
     grid = strongest_grid(
-        run, kept, "The strongest neurons of each prompt: NeurGrad", f"The {STRONGEST} largest |NeurGrad| for {of}.",
+        run, kept, "The strongest neurons of each prompt: NeurGrad",
+        f"The {STRONGEST} largest |NeurGrad| for {of} ({UNIT}).",
         {"layer": str, "neuron": str, "neurgrad": "{:+.3e}".format, "activation": "{:+.3f}".format},
         {"neurgrad": "NeurGrad"}, f"strongest-{number}",
     )  # fmt: skip

@@ -36,9 +36,11 @@ def _estimators(tables: Mapping[str, pa.Table], asked: Mapping[str, Any]) -> Sec
     of = "pairs of a prompt and a neuron" if has_answers else "triples of a prompt, a target and a neuron"
     layers = sorted({row["layer"] for row in everything if row["layer"] is not None})
     text = (
-        f"{answered(counts)}, with {neurons} (basis {asked['basis']}) of each of {len(layers)} layers: {best['n']} "
-        f"{of}. Intervals hold 95 % of bootstrap draws of whole prompts. "
-        f"{_sentence(estimator_name(best['estimator']))} meets NEG best, with a correlation of {best['pearson']:.4f}."
+        f"{answered(counts)}, with {neurons} (basis {asked['basis']}) of each of {len(layers)} "
+        f"layer{'s' * (len(layers) > 1)}: {best['n']} {of}. Intervals hold 95 % of bootstrap draws of whole prompts"
+        f"{', and with so few prompts they say little' if counts['studied'] < 10 else ''}. "
+        f"{_sentence(estimator_name(best['estimator']))} meets NEG best, with a correlation "
+        f"{'above 0.9999' if best['pearson'] > 0.99995 else 'of ' + format(best['pearson'], '.4f')}."
     )
     caption = (
         "Signs and relative errors are of the pairs whose NEG differs from zero by more than the noise that the run "
@@ -96,8 +98,7 @@ def _by_layer(everything: Rows) -> Grid:
             interval(row, "spearman", 4), interval(row, "signs", 1, 100), interval(row, "median_relative_error", 4),
             str(row["n"]),
         )
-        for row in everything
-        if row["layer"] is not None
+        for row in sorted((row for row in everything if row["layer"] is not None), key=lambda row: row["layer"])
     ]  # fmt: skip
     caption = "The same within each layer."
     return Grid("By layer", caption, head, rows, (0, 2, 3, 4, 5, 6), is_interactive=True, name="estimators-by-layer")
@@ -141,7 +142,8 @@ def _linearity(tables: Mapping[str, pa.Table]) -> Section:
             Picture(
                 "curves", "A few neurons",
                 "Change of a target's probability over shifts of one neuron (points), of several layers the one that "
-                "changes most over the widest range; the dashed line is what NeurGrad foretells.",
+                "changes most over the widest range, where neurons may go far through zero; below it the prompt's id. "
+                "The dashed line is what NeurGrad foretells.",
                 "Curves of probability over shifts for a few neurons",
                 drawn(figures.curves(tables["curves"].to_pylist()), (10, 5.6)), is_wide=True,
             ),
