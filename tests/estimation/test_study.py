@@ -76,7 +76,7 @@ def test_what_is_answered_rightly_is_studied(tmp_path: Path, tiny_directory: Pat
     median = accuracy.pop("median_probability")
     assert accuracy == {"prompts": 6, "with_answer": 5, "right": 4, "studied": 4}
     prompts = open_run(found.runs["sweep"]).table("prompts").to_table().to_pylist()
-    assert median == pytest.approx(np.median([row["probabilities"][row["answer"]] for row in prompts]))
+    assert median == pytest.approx(np.median([row["probabilities"][row["answer"]] for row in prompts]), rel=1e-5)
     assert studied(found) == ["p20", "p21", "p22", "p23"]
     # Of right answers alone: a NEG for each prompt, layer and neuron, whatever the number of targets.
     assert found.rows["estimators"][0]["n"] == 4 * N_LAYERS * 4
