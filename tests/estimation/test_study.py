@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError
@@ -146,6 +147,19 @@ def test_every_scan_is_checked_before_the_first(tmp_path: Path, tiny_directory: 
     options = replace(SMALL, keep="all", neurons=N_NEURONS + 1)
     with pytest.raises(ConfigurationError, match=rf"study.neurons={N_NEURONS + 1}"):
         run_study(options, NeuronsConfig(), scan, check)
+
+
+def test_a_masked_model_is_studied_as_any_other(tmp_path: Path) -> None:
+    tiny_model("BERT").model.save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    prompts = [{"prompt": f"w{i} [MASK] w{i + 1}", "targets": ["w7", "w8"], "answer": "w7"} for i in (20, 21)]
+    config = configured(tmp_path / "bert", tmp_path, prompts)
+    options = replace(SMALL, answered="all", estimators=["neurgrad", "integrated_gradients"])
+    found = run_study(options, NeuronsConfig(), scans(config))
+    by_name = {row["estimator"]: row for row in found.rows["estimators"] if row["layer"] is None}
+    assert by_name["neurgrad"]["pearson"] > 0.9
+    assert np.isfinite(by_name["integrated_gradients"]["pearson"])
+    assert found.rows["additivity"][0]["pearson"] > 0.9
 
 
 def test_what_cannot_be_studied_is_refused_by_the_key_to_change(
