@@ -256,7 +256,7 @@ def test_the_help_names_every_setting() -> None:
         (["modle.source=x"], "Could not override 'modle.source'"),
         (
             ["measure=nothing"],
-            "Available options in 'measure': integrated_gradients; intervene; neurgrad; scores; strength; sweep",
+            "Available options in 'measure': activation; gradient; gradient_x_activation; integrated_gradients;",
         ),
         (["dataset=file"], "dataset.source: has no value; give one"),
         (["storage.uri=ftp://host/x"], "scheme 'ftp' is unknown"),
