@@ -8,6 +8,7 @@ layer.
 from __future__ import annotations
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SCHEMA_VERSION = 2
 
@@ -25,6 +26,9 @@ PROMPTS = pa.schema(
         pa.field("prediction", pa.int16(), nullable=False),
     ]
 )
+
+# Rows of right answers, and all of prompts that have none.
+RIGHT = pc.field("is_answer").is_null() | pc.field("is_answer")
 
 _KEY = [
     pa.field("prompt_id", pa.string(), nullable=False),

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from neg_service import schema
 from neg_service.estimation.linear import by_range
 from neg_service.estimation.quality import quality
-from neg_service.estimation.triples import RIGHT, Triples
+from neg_service.estimation.triples import Triples, noise_of_changes
 from neg_service.storage.reader import Run, reading
 
 # What has the unit of NEG when magnitudes are shifted; of the others a relative error means nothing.
@@ -63,12 +64,11 @@ def ranges_tables(run: Run, ranges: Sequence[float]) -> tuple[Rows, Rows]:
     """How linear curves are over each range, and a few of them, from a sweep of all ranges' shifts."""
     names = ["prompt_id", "target", "layer", "neuron", "neurgrad", "probability", "resolution", "delta_p"]
     with reading(run):
-        table = run.table("sweep", names, RIGHT).to_table()
+        table = run.table("sweep", names, schema.RIGHT).to_table()
     shifts = run.config["measure"]["shifts"]
     curves = table["delta_p"].combine_chunks().flatten().to_numpy().reshape(-1, len(shifts)).astype(np.float64)
     layer = table["layer"].to_numpy().astype(np.int64)
-    # The resolution of a NEG is the noise of a single change over the root of the sum of its squared shifts.
-    noise = table["resolution"].to_numpy().astype(np.float64) * np.sqrt(np.sum(np.square(shifts)))
+    noise = noise_of_changes(run, table["resolution"].to_numpy().astype(np.float64))
     rows = by_range(shifts, curves, layer, ranges, noise)
     # For a person to look at: the strongest curve of several layers, spread over the model.
     strength = np.abs(curves).max(1)
@@ -101,14 +101,13 @@ def additivity_table(run: Run, triples: Triples, edits: Sequence[Mapping[str, An
     A relative error is of joint changes above the noise of a single readout.
     """
     with reading(run):
-        table = run.table("intervene", ["prompt_id", "target", "edit", "delta_p"], RIGHT).to_table()
+        table = run.table("intervene", ["prompt_id", "target", "edit", "delta_p"], schema.RIGHT).to_table()
     measured = {(row["prompt_id"], row["target"], row["edit"]): row["delta_p"] for row in table.to_pylist()}
     width = int(triples.neuron.max()) + 1
     code = triples.layer * width + triples.neuron
     pair = triples.prompt * len(triples.targets) + triples.target
     pairs, first = np.unique(pair, return_index=True)
-    # A NEG's resolution is the noise of a single change over the root of the sum of its squared shifts.
-    noise_of = dict(zip(pairs.tolist(), triples.resolution[first].tolist(), strict=True))
+    noise_of = dict(zip(pairs.tolist(), triples.noise[first].tolist(), strict=True))
     rows: Rows = []
     for size in dict.fromkeys(len(edit["neurons"]) for edit in edits):
         foretold, joint, prompts, noise = [], [], [], []
@@ -122,7 +121,7 @@ def additivity_table(run: Run, triples: Triples, edits: Sequence[Mapping[str, An
                 foretold.append(shift * sums[key])
                 joint.append(measured[triples.prompts[prompt], triples.targets[target], edit["name"]])
                 prompts.append(prompt)
-                noise.append(noise_of[key] * triples.shifts_norm)
+                noise.append(noise_of[key])
         truth = np.array(joint)
         judged = quality(truth, np.array(foretold), np.array(prompts), np.abs(truth) > np.array(noise), draws)
         rows.append(

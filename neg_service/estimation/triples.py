@@ -13,20 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
+from neg_service import schema
 from neg_service.estimation.quality import Booleans, Doubles, Integers
 from neg_service.measures.baselines import random_draw
+from neg_service.measures.linearity import chosen_grid, given_grid
 from neg_service.storage.reader import Run, reading
-
-# Rows of right answers, and of prompts that have none.
-RIGHT = pc.field("is_answer").is_null() | pc.field("is_answer")
 
 
 @dataclass(frozen=True)
 class Triples:
     """Triples with their NEG and what estimates it, each [I], in the order of prompts, targets, layers and neurons.
 
-    prompt, target: indices into `prompts` and `targets`. resolution: the smallest |NEG| whose sign is known. estimates:
-    by the estimator's name. shifts_norm: the root of the sum of the squared shifts that NEG was fitted over.
+    prompt, target: indices into `prompts` and `targets`. noise: what a single |Δp| has to exceed. estimates: by the
+    estimator's name.
     """
 
     prompts: tuple[str, ...]
@@ -38,9 +37,8 @@ class Triples:
     neg: Doubles
     r: Doubles
     r2: Doubles
-    resolution: Doubles
+    noise: Doubles
     is_resolved: Booleans
-    shifts_norm: float
     estimates: dict[str, Doubles]
 
     def by_layer(self) -> Iterator[tuple[tuple[int, int, int], slice]]:
@@ -56,7 +54,7 @@ def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
     """The triples of a sweep, with those estimates that came with it; `seed` is of the estimator `random`."""
     names = ["prompt_id", "target", "target_index", "layer", "neuron", "neg", "r", "r2", "resolution", "is_resolved"]
     with reading(sweep):
-        table = sweep.table("sweep", [*names, "neurgrad", "gradient", "activation"], RIGHT).to_table()
+        table = sweep.table("sweep", [*names, "neurgrad", "gradient", "activation"], schema.RIGHT).to_table()
     order = pc.sort_indices(table, [(key, "ascending") for key in ("prompt_id", "target_index", "layer", "neuron")])
     table = table.take(order)
 
@@ -82,14 +80,23 @@ def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
         neg=column("neg"),
         r=column("r"),
         r2=column("r2"),
-        resolution=column("resolution"),
+        noise=noise_of_changes(sweep, column("resolution")),
         is_resolved=table["is_resolved"].to_numpy(),
-        shifts_norm=float(np.sqrt(np.sum(np.square(sweep.config["measure"]["shifts"])))),
         estimates={name: values for name, values in made.items() if name in estimators},
     )
     if "random" in estimators:
         triples.estimates["random"] = _random(triples, seed)
     return triples
+
+
+def noise_of_changes(sweep: Run, resolution_i: Doubles) -> Doubles:
+    """What a single |Δp| has to exceed, from the resolution of the NEGs, which are weighted sums of several."""
+    measure = sweep.config["measure"]
+    if measure["grid"] == "coarse":
+        grid = chosen_grid("coarse", None, measure["max_shift"], measure["step"])
+    else:
+        grid = given_grid(measure["shifts"])
+    return resolution_i / float(np.linalg.norm(grid.weights))
 
 
 def _random(triples: Triples, seed: int) -> Doubles:

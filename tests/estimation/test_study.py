@@ -16,6 +16,7 @@ from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError
 from neg_service.estimation.study import Findings, Options, Scan, check_options, run_study
+from neg_service.estimation.triples import triples_of
 from neg_service.storage.reader import Run, open_run
 from tests.here import scan_here
 
@@ -125,6 +126,21 @@ def test_of_prompts_with_answers_the_right_ones_are_compared_though_others_have_
     found = run_study(replace(SMALL, keep="all", answered="all"), NeuronsConfig(), scans(config))
     # Five right answers and three targets of the prompt without one, four neurons of three layers.
     assert found.rows["estimators"][0]["n"] == (5 + 3) * 4 * N_LAYERS
+
+
+def test_the_noise_of_a_change_does_not_depend_on_the_grid_that_it_is_told_from(
+    tmp_path: Path, tiny_directory: Path
+) -> None:
+    config = configured(tiny_directory, tmp_path, rows()[:1])
+    noise = {}
+    for grid in ("full", "coarse"):
+        measure = {"name": "sweep", "grid": grid}
+        run = scan_here(replace(config, measure=measure, neurons=NeuronsConfig(choose="sample", count=3)))
+        first = run.table("sweep").head(1).to_pylist()[0]
+        assert first["target_index"] == 0
+        two_deviations = 2 * first["probability"] * run.about["calibration"]["noise"]["sigma"]
+        noise[grid] = triples_of(run, [], 0).noise[0] / two_deviations
+    assert noise == pytest.approx({"full": 1, "coarse": 1}, rel=1e-5)
 
 
 def test_a_single_prompt_has_no_intervals(tmp_path: Path, tiny_directory: Path) -> None:

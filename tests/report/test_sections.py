@@ -92,6 +92,15 @@ def test_the_strongest_neurons_are_those_of_the_table(
     assert [picture.name for picture in section.pictures] == ["strength-0"]
 
 
+@pytest.mark.parametrize("name", ["gradient", "activation"])
+def test_a_neuron_of_a_baselines_run_can_be_loaded(place: Path, tiny_directory: Path, name: str) -> None:
+    run = run_of(place, tiny_directory, {"name": name})
+    whole = run.table(name, filter=pc.field("layer") == 1).to_table().to_pylist()
+    one = run.neuron(1, 7).to_pylist()
+    assert [row[name] for row in one] == [row[name][7] for row in whole]
+    assert len(one) == 15
+
+
 def test_a_sweep_is_shown_with_its_curves_whichever_way_neurons_were_shifted(place: Path, tiny_directory: Path) -> None:
     for shift, unit in (("magnitude", "|activation|"), ("signed", "a unit of activation")):
         measure = {"name": "sweep", "grid": "coarse", "shift": shift, "keep_curves": True}

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from neg_service import schema
 from neg_service.report import figures
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture
@@ -32,10 +33,9 @@ def rows_of(run: Run) -> tuple[pc.Expression, str]:
     n = without = 0
     for batch in run.table("prompts", columns=["answer"]).to_batches():
         n, without = n + batch.num_rows, without + batch["answer"].null_count
-    right = pc.field("is_answer").is_null() | pc.field("is_answer")
     if without == 0:
-        return right, "the right answer"
-    return right, "each target" if without == n else "the right answer, or each target of prompts without one"
+        return schema.RIGHT, "the right answer"
+    return schema.RIGHT, "each target" if without == n else "the right answer, or each target of prompts without one"
 
 
 @dataclass
