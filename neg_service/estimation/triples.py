@@ -96,7 +96,7 @@ def noise_of_changes(sweep: Run, resolution_i: Doubles) -> Doubles:
         grid = chosen_grid("coarse", None, measure["max_shift"], measure["step"])
     else:
         grid = given_grid(measure["shifts"])
-    return resolution_i / float(np.linalg.norm(grid.weights))
+    return resolution_i / grid.noise_gain
 
 
 def _random(triples: Triples, seed: int) -> Doubles:

@@ -51,6 +51,16 @@ class Grid:
         fit_g = self.judged / (self.judged @ self.judged)
         return fit_g if self.interpolation is None else fit_g @ self.interpolation
 
+    @property
+    def noise_gain(self) -> float:
+        """How much larger the error of a NEG is than that of a single Δp: √(Σ_s w_s² + (Σ_s w_s)²).
+
+        All Δp of a curve are differences from one unshifted row, whose error they share: it cancels where the weights
+        sum up to zero, as they do over a symmetric grid, and adds up where all shifts have one sign.
+        """
+        weights = self.weights
+        return float(np.sqrt((weights**2).sum() + weights.sum() ** 2))
+
 
 @dataclass(frozen=True)
 class Linearity:

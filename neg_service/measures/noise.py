@@ -3,10 +3,14 @@
 What is left of rounding after the difference readout happens inside the layers. Its standard deviation σ, in Δ log p,
 says which NEGs mean anything. With w_s the weights with which a curve is summed up to its NEG (Σ_s w_s·Δp_s),
 
-    resolution = 2 · p · σ · √(Σ_s w_s²)        which is 2·p·σ/√(Σ_s δ_s²) where all shifts are run
+    resolution = 2 · p · σ · √(Σ_s w_s² + (Σ_s w_s)²)      which is 2·p·σ/√(Σ_s δ_s²) where all shifts of a symmetric
+                                                           grid are run
 
-in probability per activation unit: a NEG below it has no known sign. The reference is float64 for a model in float32,
-and float32 for a model in a lower precision.
+in probability per activation unit: a NEG below it has no known sign. The second sum is the unshifted row's error, which
+all shifts of a curve share; over a symmetric grid it cancels. Measured on SmolLM2-135M (80 neurons of five layers, two
+prompts, two targets, float32 against float64, 2026-11), half of σ² is that row's, and 95 to 98 % of NEGs are off by
+less than their resolution, with symmetric, one-sided and skewed grids and with a single shift; without it, 75 % with
+shifts 0.1 to 2.0. The reference is float64 for a model in float32, and float32 for a model in a lower precision.
 
 Axes: n neurons, S shifts, K targets.
 """
@@ -53,7 +57,7 @@ class Noise:
 
 def resolution(grid: Grid, sigma: float) -> float:
     """The smallest NEG whose sign is known, in units of the target's probability: times p it is a NEG."""
-    return 2 * sigma * float(np.sqrt((grid.weights**2).sum()))
+    return 2 * sigma * grid.noise_gain
 
 
 def measure_noise(

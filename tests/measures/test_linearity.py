@@ -8,6 +8,7 @@ import torch
 
 from neg_service.errors import ConfigurationError
 from neg_service.measures.linearity import Grid, coarse_grid, full_grid, given_grid, linearity
+from neg_service.measures.noise import resolution
 
 
 def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
@@ -95,3 +96,32 @@ def test_bad_grids_are_refused(max_shift: float, step: float) -> None:
 def test_bad_shifts_are_refused(shifts: list[float], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         given_grid(shifts)
+
+
+def test_the_resolution_of_one_sided_grids_has_the_unshifted_rows_error() -> None:
+    # One shift of 2: NEG is Δp/2, and its weight 1/2 counts for the shifted row and for the unshifted one.
+    assert resolution(given_grid([2.0]), 0.1) == pytest.approx(2 * 0.1 * np.sqrt(1 / 4 + 1 / 4))
+    # Shifts 1 and 2: weights 1/5 and 2/5, squares 1/25 + 4/25, sum 3/5.
+    assert resolution(given_grid([1.0, 2.0]), 0.1) == pytest.approx(2 * 0.1 * np.sqrt(5 / 25 + 9 / 25))
+    # Symmetric: the sum is 0.
+    assert resolution(given_grid([-1.0, 1.0]), 0.1) == pytest.approx(2 * 0.1 * np.sqrt(1 / 2))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        full_grid(),
+        coarse_grid(),
+        given_grid(np.arange(1, 21) / 10),
+        given_grid(-np.arange(1, 21) / 10),
+        given_grid([1.0]),
+        given_grid([-0.2, 0.5, 1.0, 1.5, 2.0]),
+    ],
+    ids=["full", "coarse", "up", "down", "one", "skewed"],
+)
+def test_nearly_all_negs_of_rounding_errors_alone_are_below_the_resolution(grid: Grid) -> None:
+    draw = np.random.default_rng(0)
+    # Rows of equal error; a difference of two has sigma 1.
+    rows = draw.normal(scale=np.sqrt(0.5), size=(4000, 1 + len(grid.shifts)))
+    errors = torch.from_numpy(rows[:, 1:] - rows[:, :1])
+    assert 0.95 < float((linearity(grid, errors).neg.abs() < resolution(grid, 1.0)).double().mean()) <= 1
