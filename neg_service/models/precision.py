@@ -1,7 +1,8 @@
 """The same model in another precision, for a moment: what rounding does to a result is measured, not guessed.
 
-Weights are converted as they are needed, a layer at a time, and put back untouched; so a check in float64 costs the
-memory of one layer and of what lies outside the layers, not of a second model.
+Weights are converted as they are needed, a layer at a time, and put back untouched. Embeddings and heads can be larger
+than many layers: of them only the rows that are looked up are converted, and for a product pieces of `PIECE_BYTES`.
+So a check in float64 costs the memory of one layer, not of a second model; `cluster/plan.py` counts it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
+
+# A weight outside the layers that is larger than this, converted, is converted in pieces.
+PIECE_BYTES = 64 * 2**20
 
 
 @contextmanager
@@ -41,9 +47,12 @@ def in_precision(model: PreTrainedModel, layers: Iterable[nn.Module], dtype: tor
             stack.callback(layer.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(layer.register_forward_hook(leave, always_call=True).remove)
         outside = [tensor for tensor in _floating(model) if id(tensor) not in in_layers]
-        stack.callback(_converted(outside, dtype))
+        large = [tensor for tensor in outside if tensor.ndim == 2 and tensor.numel() * dtype.itemsize > PIECE_BYTES]
+        stack.callback(_converted([tensor for tensor in outside if all(tensor is not own for own in large)], dtype))
         if dtype == torch.float64:
             stack.enter_context(_Float32IsFloat64())  # type: ignore[no-untyped-call]
+        if large:
+            stack.enter_context(_InPieces(large, dtype))
         yield
 
 
@@ -73,3 +82,36 @@ class _Float32IsFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+class _InPieces(TorchFunctionMode):
+    """Lets large weights [rows, E] act as if they were of another precision, and never converts one whole if it can.
+
+    What is neither a look-up of rows nor a product with them, which no known model does, gets a converted copy.
+    """
+
+    def __init__(self, weights: list[Tensor], dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._weights = {id(weight): weight for weight in weights}
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if func is nn.functional.embedding and id(weight) in self._weights:
+            # Looking up rows rounds nothing, so it can come first.
+            return func(*args, **kwargs).to(self._dtype)
+        if func is nn.functional.linear and id(weight) in self._weights:
+            return self._product(*args, **kwargs)
+        if id(args[0] if args else None) in self._weights and getattr(func, "__name__", "") == "__get__":
+            return self._dtype if func is torch.Tensor.dtype.__get__ else func(*args, **kwargs)
+        args, kwargs = tree_map(self._whole, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        pieces = torch.split(weight, max(1, PIECE_BYTES // (weight.shape[1] * self._dtype.itemsize)))
+        product = torch.cat([nn.functional.linear(input, piece.to(self._dtype)) for piece in pieces], -1)
+        return product if bias is None else product + bias
+
+    def _whole(self, one: Any) -> Any:
+        return one.to(self._dtype) if id(one) in self._weights else one
