@@ -36,7 +36,7 @@ from neg_service.cluster.resources import (
     room_now,
     wait_for_size,
 )
-from neg_service.config import NeuronsConfig, most_replicas
+from neg_service.config import NeuronsConfig, ScanConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
 from neg_service.measures.choice import count_of, strongest_neurons
 from neg_service.measures.strength import total
@@ -165,6 +165,18 @@ def _require_all_there(directory: RunDirectory, prepared: Prepared, outcome: Out
         )
 
 
+def ranking_of(config: ScanConfig) -> ScanConfig:
+    """The scan that finds the strongest neurons over the data set for another one, in its basis if it has one."""
+    name = None if config.job.name is None else f"{config.job.name}-strength"
+    basis = {key: value for key, value in config.measure.items() if key == "basis"}
+    return replace(
+        config,
+        measure={"name": "strength", **basis},
+        neurons=NeuronsConfig(config.neurons.layers),
+        job=replace(config.job, name=name, shard_size="auto", resume=None),
+    )
+
+
 def _with_strongest_listed(prepared: Prepared) -> Prepared:
     """The same scan with its neurons as a list: the strongest over the data set, which a scan of its own finds.
 
@@ -174,16 +186,7 @@ def _with_strongest_listed(prepared: Prepared) -> Prepared:
         NegServiceError: shards of the ranking were set aside.
     """
     config = prepared.config
-    layers = NeuronsConfig(config.neurons.layers)
-    name = None if config.job.name is None else f"{config.job.name}-strength"
-    ranking = prepare(
-        replace(
-            config,
-            measure={"name": "strength", "basis": config.measure["basis"]},
-            neurons=layers,
-            job=replace(config.job, name=name, shard_size="auto", resume=None),
-        )
-    )
+    ranking = prepare(ranking_of(config))
     log.info("ranking neurons over the data set first: %s", ranking.uri)
     summary = run(ranking)
     if summary.set_aside:

@@ -20,6 +20,7 @@ from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import Receipt
 from neg_service.cluster.resources import Node, ReplicaSize, gpu_names, replica_count, replica_size
+from neg_service.cluster.scan import ranking_of
 from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, most_replicas, typed
 from neg_service.errors import (
     ConfigurationError,
@@ -316,6 +317,15 @@ def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: 
 )
 def test_every_way_in_which_ray_loses_a_replica_is_understood(error: Exception, expected: type[Exception]) -> None:
     assert isinstance(_translated(error), expected)
+
+
+@pytest.mark.parametrize("measure", [{"name": "my.measure"}, {"name": "sweep", "basis": "hidden"}])
+def test_neurons_are_ranked_in_the_basis_of_the_measure_if_it_has_one(measure: dict[str, Any]) -> None:
+    config = ScanConfig(measure=measure, neurons=NeuronsConfig([1, 2], choose="top", count=5, over="dataset"))
+    ranking = ranking_of(config)
+    assert ranking.measure == {**measure, "name": "strength"}
+    assert ranking.neurons == NeuronsConfig([1, 2])
+    assert ranking.dataset == config.dataset
 
 
 def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:
