@@ -115,9 +115,10 @@ def run_name(config: ScanConfig, info: ModelInfo, measure: str) -> str:
 def replica_bytes(info: ModelInfo, dtype: str, plan: Plan) -> int:
     """About what a replica needs: weights, the runtime, a batch's graph, and two shards' results.
 
-    Beside the weights a fifth of them for loading, or a layer in float64 for measuring noise, whichever is larger.
+    Beside the weights a fifth of them for loading, or what measuring noise holds in float64, whichever is larger: a
+    layer, and pieces of the embeddings and the head (`models/precision.py`).
     """
     weights = info.n_parameters * _DTYPE_BYTES[dtype]
-    layer_in_float64 = info.n_parameters // info.n_layers * _DTYPE_BYTES["float64"]
+    in_float64 = info.n_parameters // info.n_layers * _DTYPE_BYTES["float64"] + 2 * 2**28
     shard = plan.total_bytes // max(1, plan.n_shards)
-    return weights + max(weights // 5, layer_in_float64) + _RUNTIME_BYTES + 2**29 + 4 * shard
+    return weights + max(weights // 5, in_float64) + _RUNTIME_BYTES + 2**29 + 4 * shard

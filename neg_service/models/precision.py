@@ -2,7 +2,7 @@
 
 Weights are converted as they are needed, a layer at a time, and put back untouched. Embeddings and heads can be larger
 than many layers: of them only the rows that are looked up are converted, and for a product pieces of `PIECE_BYTES`.
-So a check in float64 costs the memory of one layer, not of a second model; `cluster/plan.py` counts it.
+So a check in float64 costs the memory of a layer and two pieces, not of a second model; `cluster/plan.py` counts it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-# A weight outside the layers that is larger than this, converted, is converted in pieces.
-PIECE_BYTES = 64 * 2**20
+# A weight outside the layers that is larger than this, converted, is converted in pieces, anew in each pass.
+PIECE_BYTES = 2**28
 
 
 @contextmanager
