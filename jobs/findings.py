@@ -54,7 +54,7 @@ def put_findings(
     store = open_store(uri, config.storage.endpoint_url, config.storage.patience_seconds)
     for name, table in tables.items():
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
         store.put(f"{name}.parquet", buffer.getvalue())
     for name, content in files.items():
         store.put(name, content)

@@ -7,6 +7,7 @@ driver may do about it; `cluster/failures.py` decides from the class alone.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 
 
@@ -63,3 +64,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def one_line(error: BaseException) -> str:
     """The first line that an error says, or its class if it says nothing."""
     return next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def shortened(value: object) -> str:
+    """A value as Python writes it, with so much left out that it fits into a line, however large or nested it is."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 4, 12, 8, 120, 120

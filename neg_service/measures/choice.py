@@ -16,27 +16,20 @@ A sample per layer does not depend on which other layers are chosen.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.errors import ConfigurationError, one_line
-from neg_service.inputs import parts_of_input, suffix_of, without_credentials
+from neg_service.errors import ConfigurationError, shortened
+from neg_service.measures.lists import pairs_in
 
 CHOOSE = ("all", "sample", "top", "list")
 Neurons = NDArray[np.int64]
-
-_READERS = {".csv": pyarrow.csv.read_csv, ".jsonl": pyarrow.json.read_json, ".parquet": pq.read_table}
 
 
 def check_choice(config: NeuronsConfig, n_layers: int, n_neurons: int) -> None:
@@ -140,33 +133,11 @@ def with_list_read(config: NeuronsConfig) -> NeuronsConfig:
     """The same choice, with the pairs of a list's file in the place of its name.
 
     Raises:
-        ConfigurationError: a file that cannot be read, or without the columns `layer` and `neuron`.
+        ConfigurationError: see `pairs_in`.
     """
     if config.choose != "list" or not isinstance(config.list, str):
         return config
-    path = without_credentials(config.list)
-    parts = parts_of_input("neurons.list", config.list)
-    read = _READERS.get(suffix_of(parts[0][0])) if parts else None
-    if read is None:
-        raise ConfigurationError(
-            f"neurons.list={path}: must end in {', '.join(_READERS)}, be a folder of .parquet files, or a list of "
-            f"pairs such as [[29,864]]"
-        )
-    try:
-        table = pa.concat_tables([read(io.BytesIO(content)) for _, content in parts])
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigurationError(f"neurons.list={path}: cannot be read: {one_line(error)}") from error
-    if table.num_rows == 0:
-        raise ConfigurationError(f"neurons.list={path}: has no rows; at least one neuron is needed")
-    for column in ("layer", "neuron"):
-        if column not in table.column_names or not pa.types.is_integer(table.schema.field(column).type):
-            raise ConfigurationError(
-                f"neurons.list={path}: needs whole numbers in a column {column!r}; its columns are "
-                f"{', '.join(table.column_names)}"
-            )
-    pairs = zip(table["layer"].to_pylist(), table["neuron"].to_pylist(), strict=True)
-    # A file of results names a neuron once for each prompt and target.
-    return replace(config, list=[list(pair) for pair in sorted(set(pairs))])
+    return replace(config, list=pairs_in(config.list))
 
 
 def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: int) -> Neurons:
@@ -177,12 +148,16 @@ def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: 
     """
     try:
         chosen = np.asarray(neurons)
-    except ValueError:
+    except (ValueError, RecursionError):
         chosen = np.empty(1)
     if chosen.size == 0:
         raise ConfigurationError("neurons: the choice is empty; at least one neuron is needed")
-    if chosen.ndim != 2 or chosen.shape[1] != 2 or not np.issubdtype(chosen.dtype, np.integer):
-        raise ConfigurationError("neurons: must be a list of (layer, index) pairs of whole numbers")
+    # Beyond 64 bits numbers are objects, of which none exists; true and false would become 1 and 0.
+    is_whole = np.issubdtype(chosen.dtype, np.integer) or all(type(value) is int for value in chosen.flat)
+    if chosen.ndim != 2 or chosen.shape[1] != 2 or not is_whole or _has_truth_value(neurons):
+        raise ConfigurationError(
+            f"neurons: must be a list of (layer, index) pairs of whole numbers, not {shortened(neurons)}"
+        )
     exists = ((chosen >= 0) & (chosen < [n_layers, n_neurons])).all(1)
     if not exists.all():
         layer, index = chosen[exists.argmin()]
@@ -191,6 +166,12 @@ def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: 
             f"and neurons 0 to {n_neurons - 1}"
         )
     return chosen.astype(np.int64)
+
+
+def _has_truth_value(neurons: Any) -> bool:
+    return not isinstance(neurons, np.ndarray) and any(
+        isinstance(value, bool | np.bool_) for pair in neurons if isinstance(pair, list | tuple) for value in pair
+    )
 
 
 def _listed(config: NeuronsConfig, n_layers: int, n_neurons: int) -> Neurons:

@@ -18,7 +18,6 @@ Source of enhance and suppress: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradie
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,12 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from neg_service.errors import ConfigurationError, one_line
+from neg_service.contents import is_deeper, json_lines, json_of, repeated
+from neg_service.errors import ConfigurationError, shortened
 from neg_service.inputs import read_input, suffix_of, without_credentials
 from neg_service.measures.choice import Neurons, checked_neurons
 
 OPERATIONS = ("shift", "scale", "set", "enhance", "suppress")
 _KEYS = {"name", "neurons", "polarity", "signed", *OPERATIONS}
+# A list of edits, with lists of neurons, of which each is a pair; two more are told what is wrong with them.
+_LEVELS = 6
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,10 @@ def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], n_layers: int, n_ne
             appear twice in an edit, two edits of one name.
     """
     if isinstance(edits, str | Mapping) or not isinstance(edits, Sequence) or not edits:
-        raise ConfigurationError(f"measure.edits={edits!r}: must be a list of at least one edit")
+        raise ConfigurationError(f"measure.edits={shortened(edits)}: must be a list of at least one edit")
     found = [_checked(edit, index, n_layers, n_neurons) for index, edit in enumerate(edits)]
-    names = [edit.name for edit in found]
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise ConfigurationError(f"measure.edits: two edits are named {repeated!r}; names must differ")
+    if (name := repeated(edit.name for edit in found)) is not None:
+        raise ConfigurationError(f"measure.edits: two edits are named {name!r}; names must differ")
     return found
 
 
@@ -92,19 +92,21 @@ def read_edits(source: Any) -> Any:
     """A list of edits as it is; a path or URI ends in .json or .jsonl and is read.
 
     Raises:
-        ConfigurationError: a file that cannot be read or is not JSON.
+        ConfigurationError: a file that cannot be read, or is not JSON, or nested too deep to be edits.
     """
     if not isinstance(source, str):
         return source
     content = read_input("measure.edits", source)
-    shown = without_credentials(source)
-    try:
-        text = content.decode()
-        if suffix_of(source) == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigurationError(f"measure.edits={shown}: is not JSON: {one_line(error)}") from error
+    where = f"measure.edits={without_credentials(source)}"
+    is_lines = suffix_of(source) == ".jsonl"
+    edits = [edit for _, edit in json_lines(where, content)] if is_lines else json_of(where, content)
+    # Before anything walks through them.
+    if is_deeper(edits, _LEVELS):
+        raise ConfigurationError(
+            f"{where}: is nested more than {_LEVELS} deep; edits are a list of objects such as "
+            f'{{"neurons": [[0, 5]], "shift": 0.5}}'
+        )
+    return edits
 
 
 def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neurons: int) -> CheckedEdit:
@@ -113,7 +115,8 @@ def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neuron
     if not isinstance(given, Mapping):
         raise ConfigurationError(f"{where}: must be an edit such as {{neurons: [[0, 5]], shift: 0.5}}")
     if unknown := set(given) - _KEYS:
-        raise ConfigurationError(f"{where}: {min(unknown)} is unknown; known are {', '.join(sorted(_KEYS))}")
+        raise ConfigurationError(f"{where}: {min(map(str, unknown))} is unknown; known are {', '.join(sorted(_KEYS))}")
+    _require_name_and_kind(where, given)
     operations = [name for name in OPERATIONS if given.get(name) is not None]
     if len(operations) != 1:
         raise ConfigurationError(f"{where}: has {len(operations)} operations, needs one of {', '.join(OPERATIONS)}")
@@ -137,11 +140,27 @@ def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neuron
     return CheckedEdit(edit_name(given, index), neurons, operation, values, polarity, bool(given.get("signed")))
 
 
+def _require_name_and_kind(where: str, given: Mapping[str, Any]) -> None:
+    name, signed = given.get("name"), given.get("signed")
+    if isinstance(name, bool) or not isinstance(name, str | int | float | None):
+        raise ConfigurationError(f"{where}.name={shortened(name)}: must be a text")
+    if any("\ud800" <= character <= "\udfff" for character in str(name)):
+        raise ConfigurationError(f"{where}.name={name!a}: holds a lone surrogate, which no text has")
+    # Any text is true, also "false".
+    if not isinstance(signed, bool | None):
+        raise ConfigurationError(f"{where}.signed={shortened(signed)}: must be true or false")
+
+
 def _numbers(where: str, value: Any, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     try:
-        numbers = np.broadcast_to(np.asarray(value, dtype=np.float64), (n,))
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{where}={value!r}: must be a number, or {n} numbers, one a neuron") from error
+        given = np.asarray(value)
+    except (TypeError, ValueError, RecursionError):
+        given = np.empty(0, dtype=object)
+    # Text and truth values would become numbers too, and a list of one would be for all.
+    is_odd = isinstance(value, list | tuple) and any(isinstance(one, bool | np.bool_) for one in value)
+    if is_odd or given.dtype.kind not in "iuf" or given.shape not in ((), (n,)):
+        raise ConfigurationError(f"{where}={shortened(value)}: must be a number, or {n} numbers, one a neuron")
+    numbers = np.broadcast_to(given.astype(np.float64), (n,))
     bad = next((number for number in numbers if not math.isfinite(number)), None)
     if bad is not None:
         raise ConfigurationError(f"{where}: {bad:g} is not finite")

@@ -12,7 +12,6 @@ nothing is left of valid, a seventh of what is left of train is held out in its 
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections import defaultdict
@@ -25,8 +24,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from neg_service.config import DatasetConfig
-from neg_service.errors import PromptError, nearest, one_line
-from neg_service.inputs import exists, read_input, without_credentials
+from neg_service.contents import json_of
+from neg_service.errors import PromptError, nearest, one_line, shortened
+from neg_service.inputs import read_if_there, without_credentials
 from neg_service.prompts.prompt import MASK, Prompt
 from neg_service.prompts.tasks import LANGUAGES, TASKS, Example, Row, Task
 from neg_service.prompts.wording import Wording, wordings_of
@@ -235,9 +235,7 @@ def _read(source: str, path: str) -> bytes | None:
     """A published file from a directory, a URI, or the hub; None if it is not there."""
     if "://" in source or Path(source).is_dir():
         place = f"{source.rstrip('/')}/{path}"
-        if not exists("dataset.source", place, PromptError):
-            return None
-        return read_input("dataset.source", place, PromptError)
+        return read_if_there("dataset.source", place, PromptError)
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise PromptError(f"dataset.source={source}: no such directory")
     try:
@@ -258,15 +256,12 @@ def _hub_error(source: str, path: str, error: Exception) -> PromptError:
 
 
 def _parsed(where: str, content: bytes) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(content)
-    except ValueError as error:
-        raise PromptError(f"{where}: is not JSON: {one_line(error)}") from error
+    rows = json_of(where, content, PromptError)
     if not isinstance(rows, list):
         raise PromptError(f"{where}: must be a list of rows")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise PromptError(f"{where}: row {number} must be an object with fields, not {row!r}")
+            raise PromptError(f"{where}: row {number} must be an object with fields, not {shortened(row)}")
     return rows
 
 

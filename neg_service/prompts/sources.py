@@ -8,20 +8,17 @@ and an error names its line or row.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from neg_service.config import DatasetConfig
-from neg_service.errors import PromptError, nearest, one_line
+from neg_service.contents import csv_of, json_lines, json_value, parquet_batches, parquet_of, repeated
+from neg_service.errors import PromptError, nearest, one_line, shortened
 from neg_service.inputs import read_input, suffix_of, without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
@@ -80,13 +77,14 @@ def load_prompts(source: str, limit: int | None = None, how: DatasetConfig | Non
     names = _columns(how.columns)
     if how.choices < 2:
         raise PromptError(f"dataset.choices={how.choices}: must be at least 2, the answer and another one")
+    where = f"dataset.source={shown}"
     content = read_input("dataset.source", source, PromptError)
     rows = [
-        (place, {column: row.get(name) for column, name in names.items()})
-        for place, row in rows_of[suffix](shown, content, names)
+        (f"{where}: {place}", {column: row.get(name) for column, name in names.items()})
+        for place, row in rows_of[suffix](where, content, names)
     ]
-    _give_targets([row for _, row in rows], how)
-    return [_prompt(shown, place, index, row, names) for index, (place, row) in enumerate(rows[:limit])]
+    _give_targets(rows, how)
+    return [_prompt(place, index, row, names) for index, (place, row) in enumerate(rows[:limit])]
 
 
 def _columns(given: Any) -> dict[str, str]:
@@ -99,25 +97,35 @@ def _columns(given: Any) -> dict[str, str]:
         raise PromptError(
             f"dataset.columns={given}: must say what a file calls some of {', '.join(COLUMNS)}, such as {{id: uuid}}"
         )
-    return {column: (given or {}).get(column, column) for column in COLUMNS}
+    names = {column: (given or {}).get(column, column) for column in COLUMNS}
+    # Whoever says so may take ids and groups from where something else comes from.
+    alone = [column for column in COLUMNS if column in ("prompt", "targets", "answer") or column not in (given or {})]
+    if (name := repeated(names[column] for column in alone)) is not None:
+        both = " and ".join(column for column in alone if names[column] == name)
+        raise PromptError(f"dataset.columns={given}: {both} would both be the column {name!r}; give each its own")
+    return names
 
 
-def _give_targets(rows: Sequence[dict[str, Any]], how: DatasetConfig) -> None:
+def _give_targets(rows: Sequence[tuple[str, dict[str, Any]]], how: DatasetConfig) -> None:
     """Targets for rows that have an answer alone: other rows' answers beside it."""
-    waiting = [
-        row for row in rows if row["targets"] is None and isinstance(row["answer"], str) and row["answer"].strip()
-    ]
-    for row in waiting:
-        group = "" if row["group"] is None else str(row["group"])
-        row["group"] = group.split(how.group_until)[0] if how.group_until else group
+    waiting = []
+    for place, row in rows:
+        if row["targets"] is None and isinstance(row["answer"], str) and row["answer"].strip():
+            group = "" if row["group"] is None else _name(place, "group", row["group"])
+            row["group"] = group.split(how.group_until)[0] if how.group_until else group
+            waiting.append(row)
     of_group: dict[str, set[str]] = {}
     for row in waiting:
         of_group.setdefault(row["group"], set()).add(row["answer"].lstrip())
     pools = {group: sorted(answers) for group, answers in of_group.items()}
     everywhere = sorted(set().union(*of_group.values()))
     for row in waiting:
+        if not isinstance(row["prompt"], str):
+            continue
         # Of the row alone, so that neither the order of rows nor their number decides what is drawn from a group.
-        digest = hashlib.sha256(f"{how.seed}\0{row['prompt']}\0{row['answer']}".encode()).digest()
+        # Lone surrogates are refused later, with the prompt's id.
+        own = f"{how.seed}\0{row['prompt']}\0{row['answer']}".encode(errors="surrogatepass")
+        digest = hashlib.sha256(own).digest()
         draw = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         texts = [row["answer"].lstrip()]
         for pool in (pools[row["group"]], everywhere):
@@ -127,99 +135,96 @@ def _give_targets(rows: Sequence[dict[str, Any]], how: DatasetConfig) -> None:
             for text in (pool[place] for place in places):
                 if len(texts) < how.choices and text not in texts:
                     texts.append(text)
-        space = "" if str(row["prompt"])[-1:].isspace() else how.answer_prefix
+        space = "" if row["prompt"][-1:].isspace() else how.answer_prefix
         texts = [space + text for text in texts]
         row["answer"] = texts[0]
         # The right one's place says nothing.
         row["targets"] = [texts[place] for place in draw.permutation(len(texts))]
 
 
-def _jsonl_rows(source: str, content: bytes, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise PromptError(f"dataset.source={source}: line {number} is not JSON: {error}") from error
+_Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def _jsonl_rows(where: str, content: bytes, names: Mapping[str, str]) -> _Rows:
+    for number, row in json_lines(where, content, PromptError):
         if not isinstance(row, dict):
-            raise PromptError(f"dataset.source={source}: line {number} is not a JSON object")
+            raise PromptError(f"{where}: line {number} is not a JSON object")
         yield f"line {number}", row
 
 
-def _csv_rows(source: str, content: bytes, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = None
-    try:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-        _require_columns(source, "its header", reader.fieldnames or [], names)
-        for row in reader:
-            place = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                raise PromptError(f"dataset.source={source}: {place} has not as many cells as the header")
-            # A cell has no way to say nothing but to be empty; an empty prompt is told as one.
-            given: dict[str, Any] = {
-                name: cell or (cell if name == names["prompt"] else None) for name, cell in row.items()
-            }
-            if given.get(names["targets"]) is not None:
-                given[names["targets"]] = _json_list(source, place, given[names["targets"]])
-            yield place, given
-    except (csv.Error, UnicodeDecodeError) as error:
-        at = f"after line {reader.line_num}: " if reader is not None else ""
-        raise PromptError(f"dataset.source={source}: {at}is not CSV in UTF-8: {one_line(error)}") from error
+def _csv_rows(where: str, content: bytes, names: Mapping[str, str]) -> _Rows:
+    header, rows = csv_of(where, content, PromptError)
+    _require_columns(f"{where}: its header", header, names)
+    for number, row in rows:
+        # A cell has no way to say nothing but to be empty; an empty prompt is told as one.
+        given: dict[str, Any] = {
+            name: cell or (cell if name == names["prompt"] else None) for name, cell in zip(header, row, strict=True)
+        }
+        if given.get(names["targets"]) is not None:
+            given[names["targets"]] = _json_list(f"{where}: line {number}", given[names["targets"]])
+        yield f"line {number}", given
 
 
-def _json_list(source: str, place: str, cell: str) -> Any:
+def _json_list(where: str, cell: str) -> Any:
     try:
-        return json.loads(cell)
+        return json_value(cell)
     except ValueError as error:
         raise PromptError(
-            f'dataset.source={source}: {place}: targets must be a JSON list such as [" a", " b"], not {cell!r}'
+            f'{where}: targets must be a JSON list such as [" a", " b"], not {shortened(cell)}, which {one_line(error)}'
         ) from error
 
 
-def _parquet_rows(source: str, content: bytes, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        file = pq.ParquetFile(io.BytesIO(content))
-        _require_columns(source, "the file", file.schema_arrow.names, names)
-        columns = [name for name in names.values() if name in file.schema_arrow.names]
-        number = 0
-        for batch in file.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                yield f"row {number}", row
-                number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"dataset.source={source}: is not Parquet: {one_line(error)}") from error
+def _parquet_rows(where: str, content: bytes, names: Mapping[str, str]) -> _Rows:
+    file = parquet_of(where, content, PromptError)
+    present = file.schema_arrow.names
+    _require_columns(f"{where}: the file", present, names)
+    number = 0
+    wanted = dict.fromkeys(name for name in names.values() if name in present)
+    for batch in parquet_batches(where, file, list(wanted), PromptError):
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError) as error:
+            # Times that Python has no value for.
+            raise PromptError(f"{where}: rows from {number} on cannot be read: {one_line(error)}") from error
+        for row in rows:
+            yield f"row {number}", row
+            number += 1
 
 
-def _require_columns(source: str, where: str, present: Sequence[str], names: Mapping[str, str]) -> None:
+def _require_columns(where: str, present: Sequence[str], names: Mapping[str, str]) -> None:
     if names["prompt"] not in present:
-        raise _missing_column(source, where, names["prompt"])
+        raise _missing_column(where, names["prompt"])
     if names["targets"] not in present and names["answer"] not in present:
-        raise _missing_column(source, where, names["targets"])
+        raise _missing_column(where, names["targets"])
 
 
-def _prompt(source: str, place: str, index: int, row: dict[str, Any], names: Mapping[str, str]) -> Prompt:
-    if row["targets"] is None and row["answer"] is not None:
-        raise PromptError(
-            f"dataset.source={source}: {place}: answer must be a text where there are no targets, not {row['answer']!r}"
-        )
-    for column in COLUMNS[:2]:
-        if row[column] is None:
-            raise _missing_column(source, place, names[column])
+def _prompt(where: str, index: int, row: dict[str, Any], names: Mapping[str, str]) -> Prompt:
     text, targets, answer, id_ = (row[column] for column in COLUMNS[:4])
-    where = f"dataset.source={source}: {place}"
+    if text is None:
+        raise _missing_column(where, names["prompt"])
     if not isinstance(text, str):
-        raise PromptError(f"{where}: prompt must be a text, not {text!r}")
+        raise PromptError(f"{where}: prompt must be a text, not {shortened(text)}")
+    if targets is None and answer is not None:
+        raise PromptError(f"{where}: answer must be a text where there are no targets, not {shortened(answer)}")
+    if targets is None:
+        raise _missing_column(where, names["targets"])
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise PromptError(f"{where}: targets must be a list of texts, not {targets!r}")
+        raise PromptError(f"{where}: targets must be a list of texts, not {shortened(targets)}")
     if answer is not None and answer not in targets:
-        raise PromptError(f"{where}: answer {answer!r} is not one of the targets {targets!r}")
-    id_ = f"{index:06d}" if id_ is None else str(id_)
+        raise PromptError(f"{where}: answer {shortened(answer)} is not one of the targets {shortened(targets)}")
+    id_ = f"{index:06d}" if id_ is None else _name(where, "id", id_)
     return Prompt(id_, text, tuple(targets), None if answer is None else targets.index(answer))
 
 
-def _missing_column(source: str, place: str, column: str) -> PromptError:
+def _name(where: str, column: str, value: Any) -> str:
+    """An id or a group as a text."""
+    if isinstance(value, list | dict | bytes) or (isinstance(value, float) and not math.isfinite(value)):
+        raise PromptError(f"{where}: {column} must be a text or a number, not {shortened(value)}")
+    return str(value)
+
+
+def _missing_column(where: str, column: str) -> PromptError:
     return PromptError(
-        f"dataset.source={source}: {place} has no {column!r}; prompt is needed, and targets or answer; id is optional; "
+        f"{where} has no {column!r}; prompt is needed, and targets or answer; id is optional; "
         f"dataset.columns={{prompt: NAME}} says what a file calls them"
     )

@@ -10,13 +10,12 @@ iszhaoxin/MCEval8K on the Hugging Face hub.
 from __future__ import annotations
 
 import html
-import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neg_service.errors import PromptError
+from neg_service.errors import PromptError, shortened
 
 LANGUAGES = ("en", "de", "es", "fr", "zh")
 GENRES = ("linguistic", "classification", "fact", "nli", "self-reflection", "multilingual")
@@ -43,29 +42,33 @@ class Row:
         """A list of texts, `count` of them if given."""
         found = self._of(field, list, "a list of texts")
         if not all(isinstance(one, str) for one in found) or count not in (None, len(found)):
-            raise PromptError(f"{self.where}: {field} must be a list of {count or ''} texts, not {found!r}")
+            raise PromptError(f"{self.where}: {field} must be a list of {count or ''} texts, not {shortened(found)}")
         return [_clean(one) for one in found]
 
     def index(self, field: str, count: int, first: int = 0) -> int:
         """A whole number (also as 3.0) from `first` on, as an index from 0 below `count`."""
         value = self._of(field, (int, float), "a whole number")
-        if not math.isfinite(value) or value != int(value) or not first <= value < first + count:
-            raise PromptError(f"{self.where}: {field} must be from {first} to {first + count - 1}, not {value!r}")
+        # A truth value is an index of two; of more it is another field's.
+        is_index = (count, first) == (2, 0) or not isinstance(value, bool)
+        if not is_index or value not in range(first, first + count):
+            raise PromptError(
+                f"{self.where}: {field} must be from {first} to {first + count - 1}, not {shortened(value)}"
+            )
         return int(value) - first
 
     def language(self) -> str:
         """The code of its language."""
         code = self.text("lang")
         if code not in LANGUAGES:
-            raise PromptError(f"{self.where}: lang must be one of {', '.join(LANGUAGES)}, not {code!r}")
+            raise PromptError(f"{self.where}: lang must be one of {', '.join(LANGUAGES)}, not {shortened(code)}")
         return code
 
     def _of(self, field: str, kind: Any, wanted: str) -> Any:
         if field not in self.values:
             raise PromptError(f"{self.where} has no field {field!r}; it has {', '.join(map(repr, self.values))}")
         value = self.values[field]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is str):
-            raise PromptError(f"{self.where}: {field} must be {wanted}, not {value!r}")
+        if not isinstance(value, kind):
+            raise PromptError(f"{self.where}: {field} must be {wanted}, not {shortened(value)}")
         return value
 
 
@@ -150,7 +153,7 @@ def _clang8(row: Row) -> Example:
         other = next(name for name in names if name != empty)
         both = row.raw_text(other).split("\t")
         if len(both) != 2:
-            raise PromptError(f"{row.where}: {empty} is empty, and {other} is not two sentences: {both!r}")
+            raise PromptError(f"{row.where}: {empty} is empty, and {other} is not two sentences: {shortened(both)}")
         first, second = map(_clean, both)
     return Example({"first": first, "second": second}, row.index("acceptable", 2))
 

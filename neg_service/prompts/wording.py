@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from neg_service.contents import text_of
 from neg_service.errors import PromptError, one_line
-from neg_service.inputs import exists, read_input
+from neg_service.inputs import read_if_there, read_input
 from neg_service.prompts.tasks import Example, Row, Task
 
 
@@ -39,11 +40,12 @@ def wordings_of(task: Task, place: str | None = None) -> dict[str, dict[str, Wor
     """
     if place is None:
         return _own_wordings(task)
-    if not place.endswith(".toml"):
+    if place.endswith(".toml"):
+        content: bytes | None = read_input("dataset.wordings", place, PromptError)
+    else:
         place = f"{place.rstrip('/')}/{task.name}.toml"
-        if not exists("dataset.wordings", place, PromptError):
-            return _own_wordings(task)
-    return _own_wordings(task) | _wordings(task, place, read_input("dataset.wordings", place, PromptError))
+        content = read_if_there("dataset.wordings", place, PromptError)
+    return _own_wordings(task) if content is None else _own_wordings(task) | _wordings(task, place, content)
 
 
 @cache
@@ -53,9 +55,10 @@ def _own_wordings(task: Task) -> dict[str, dict[str, Wording]]:
 
 
 def _wordings(task: Task, where: str, content: bytes) -> dict[str, dict[str, Wording]]:
+    text = text_of(f"dataset.wordings={where}", content, PromptError)
     try:
-        read = tomllib.loads(content.decode())
-    except ValueError as error:
+        read = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"dataset.wordings={where}: is not TOML: {one_line(error)}") from error
     found: dict[str, dict[str, Wording]] = {}
     for name, by_language in read.items():

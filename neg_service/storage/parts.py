@@ -81,17 +81,11 @@ def problem_of(data: bytes, name: str, shard: int, fingerprint: str, schema: pa.
 
     Damage is looked for first: what a damaged footer says means nothing.
     """
-    try:
-        footer = footer_of(data)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return f"damaged: no footer can be read in its {len(data)} bytes ({_short(error)})"
-    given = str(footer.get("sha256"))
-    if len(given) != len(_NO_SUM):
-        # A name in the footer may be what was damaged, but hardly both.
-        is_ours = FOOTER_KEY in data or b'"sha256"' in data
-        return "damaged: its footer is not as it was written" if is_ours else "foreign: it says nothing of a run"
-    if given != _sum_of(data, given.encode()):
-        return f"damaged: its {len(data)} bytes do not add up to the checksum in its footer"
+    if (damage := _damage(data)) is not None:
+        return damage
+    footer = footer_of(data)
+    if "sha256" not in footer:
+        return "foreign: it says nothing of a run"
     expected = {"fingerprint": fingerprint, "table": name, "shard": shard}
     for key, value in expected.items():
         if footer.get(key) != value:
@@ -104,6 +98,33 @@ def problem_of(data: bytes, name: str, shard: int, fingerprint: str, schema: pa.
     except (pa.ArrowException, OSError) as error:
         return f"damaged: {_short(error)}"
     return None if rows == footer.get("rows") else f"damaged: {rows} rows, its footer says {footer.get('rows')}"
+
+
+def damage_of(name: str, data: bytes) -> str | None:
+    """What tells that a part of any run, in a file of this name, is damaged; None if nothing does, or it is no part.
+
+    A table that somebody made of a part keeps its footer's words, but not the name of a part's file.
+    """
+    match = _KEY.fullmatch(f"table/{name}")
+    return _damage(data) if match and _is_ours(data) else None
+
+
+def _damage(data: bytes) -> str | None:
+    try:
+        footer = footer_of(data)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return f"damaged: no footer can be read in its {len(data)} bytes ({_short(error)})"
+    given = str(footer.get("sha256"))
+    if len(given) != len(_NO_SUM):
+        return "damaged: its footer is not as it was written" if _is_ours(data) else None
+    if given != _sum_of(data, given.encode()):
+        return f"damaged: its {len(data)} bytes do not add up to the checksum in its footer"
+    return None
+
+
+def _is_ours(data: bytes) -> bool:
+    # A name in the footer may be what was damaged, but hardly both.
+    return FOOTER_KEY in data or b'"sha256": "' in data
 
 
 def _row_groups(table: pa.Table) -> Iterator[pa.Table]:

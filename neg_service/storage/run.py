@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from neg_service.errors import DestinationError
+from neg_service.errors import DestinationError, one_line
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.parts import footer_of, shard_of
 
@@ -55,12 +55,11 @@ class RunDirectory:
 
     def set_aside(self) -> dict[int, dict[str, Any]]:
         """The shards that were given up, with what was said of each."""
-        found = {}
+        found: dict[int, dict[str, Any]] = {}
         for entry in self.store.list(SET_ASIDE):
             content = self.store.get(entry.key)
             if content is not None:
-                record = json.loads(content)
-                found[int(record["shard"])] = record
+                found |= _record(self.store, entry.key, content)
         return found
 
     def put_aside(self, shard: int, error: str, attempts: int) -> None:
@@ -204,9 +203,9 @@ def parse_run_file(store: ObjectStore, content: bytes) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DestinationError(
-            f"{store.uri}/{RUN_FILE} is damaged: {error}; "
+            f"{store.uri}/{RUN_FILE} is damaged: {one_line(error)}; "
             f"python -m jobs.verify {store.settings} repair=true restores it"
         ) from error
     if not isinstance(parsed, dict) or not {"fingerprint", "identity", "tables"} <= set(parsed):
@@ -260,6 +259,14 @@ def _differences(stored: Any, asked: Any, path: str = "") -> list[str]:
         nested = (_differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key) for key in keys)
         return [difference for differences in nested for difference in differences]
     return [] if stored == asked else [f"{path}: {json.dumps(stored)} there, {json.dumps(asked)} asked"]
+
+
+def _record(store: ObjectStore, key: str, content: bytes) -> dict[int, dict[str, Any]]:
+    try:
+        record = json.loads(content)
+        return {int(record["shard"]): record}
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        raise DestinationError(f"{store.uri}/{key} is damaged: {one_line(error)}; delete it") from error
 
 
 def _aside_key(shard: int) -> str:

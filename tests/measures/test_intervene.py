@@ -187,11 +187,35 @@ def test_edits_are_read_from_a_file_into_the_options(tmp_path: Path) -> None:
         ([{"neurons": [[0, 1]], "enhance": 1, "polarity": [0]}], r"polarity must be \+1 or -1"),
         ([{"neurons": [[0, 1]], "scale": 1, "signed": True}], "signed goes with shift"),
         ([{"neurons": [[0, 1]], "shift": 1, "name": "a"}] * 2, "two edits are named 'a'"),
+        ([{"neurons": [[0, True]], "shift": 1}], r"edits\[0\]: neurons: must be a list of .* not \[\[0, True\]\]"),
+        ([{"neurons": [[0, 3.7]], "shift": 1}], r"edits\[0\]: neurons: must be a list of"),
+        ([{"neurons": None, "shift": 1}], r"edits\[0\]: neurons: must be a list of"),
+        ([{"neurons": [[0, 1]], "shift": True}], r"edits\[0\]\.shift=True: must be a number"),
+        ([{"neurons": [[0, 1], [0, 2]], "shift": [1.0, True]}], r"edits\[0\]\.shift=.*: must be a number"),
+        ([{"neurons": [[0, 1]], "shift": "0.5"}], r"edits\[0\]\.shift='0.5': must be a number"),
+        ([{"neurons": [[0, 1], [0, 2]], "shift": [1.0]}], r"edits\[0\]\.shift=\[1.0\]: must be a number, or 2 numbers"),
+        ([{"neurons": [[0, 1]], "shift": {"by": 1}}], r"edits\[0\]\.shift=.*: must be a number"),
+        ([{"neurons": [[0, 1]], "shift": 10**400}], r"edits\[0\]\.shift=.*: must be a number"),
+        ([{"neurons": [[0, 1]], "shift": float("inf")}], r"edits\[0\]\.shift: inf is not finite"),
+        ([{"neurons": [[0, 1]], "enhance": 1, "polarity": [True]}], r"edits\[0\]\.polarity=\[True\]: must be a number"),
+        ([{"neurons": [[0, 1]], "shift": 1, "signed": "false"}], r"edits\[0\]\.signed='false': must be true or false"),
+        ([{"neurons": [[0, 1]], "shift": 1, "signed": 0}], r"edits\[0\]\.signed=0: must be true or false"),
+        ([{"neurons": [[0, 1]], "shift": 1, "name": ["a"]}], r"edits\[0\]\.name=\['a'\]: must be a text"),
+        ([{"neurons": [[0, 1]], "shift": 1, "name": "\ud800"}], r"edits\[0\]\.name='.ud800': holds a lone surrogate"),
+        ([{"neurons": [[0, 1]], "shift": 1, 5: 1, "move": 2}], r"edits\[0\]: 5 is unknown"),
     ],
 )
 def test_bad_edits_are_refused(edits: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         checked_edits(edits, 3, 40)
+
+
+def test_numbers_of_every_kind_that_numpy_has_are_numbers() -> None:
+    neurons = np.array([[0, 1], [2, 3]])
+    for shift in (1, 1.0, np.float32(1), np.array([1, 1]), (1.0, 1), [np.int64(1), 1.0]):
+        (edit,) = checked_edits([{"neurons": neurons, "shift": shift, "signed": None, "name": 7}], 3, 40)
+        assert edit.values.tolist() == [1.0, 1.0]
+        assert edit.name == "7"
 
 
 def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

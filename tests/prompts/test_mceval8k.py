@@ -300,3 +300,31 @@ def test_published_rows_become_prompts_with_one_token_a_label(smollm2: LanguageM
         prompts = load_tasks(DatasetConfig(source=str(SHARED), task=task, wording=wording, limit=20))
         for encoded in encode(smollm2.tokenizer, prompts, smollm2.context_length):
             assert len(set(encoded.target_ids)) == TASKS[task].n_labels
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "is_right"),
+    [
+        ("fever", True, True),
+        ("fever", False, True),
+        ("agnews", 3.0, True),
+        ("agnews", True, False),
+        ("amazon-reviews", True, False),
+        ("agnews", 10**400, False),
+        ("agnews", -(10**400), False),
+        ("agnews", float("inf"), False),
+        ("agnews", float("nan"), False),
+        ("agnews", 2.5, False),
+    ],
+)
+def test_a_label_is_an_index_and_a_truth_value_where_there_are_two(
+    tmp_path: Path, task: str, label: Any, is_right: bool
+) -> None:
+    row = {**published_row(task, 0), "label": label}
+    write_split(tmp_path, task, "valid", [row])
+    if is_right:
+        (prompt,) = load_tasks(dataset(tmp_path, task, shots=0))
+        assert prompt.answer == int(label)
+        return
+    with pytest.raises(PromptError, match="row 0: label must be from"):
+        load_tasks(dataset(tmp_path, task, shots=0))

@@ -139,6 +139,10 @@ def pa_csv(rows: list[dict[str, str]]) -> str:
     [
         ({"columns": {"question": "text"}}, "dataset.columns={'question': 'text'}: must say what a file calls some of"),
         ({"columns": ["text"]}, "dataset.columns=['text']: must say"),
+        ({"columns": {"prompt": "text", "answer": "text"}}, "prompt and answer would both be the column 'text'"),
+        ({"columns": {"prompt": "answer"}}, "prompt and answer would both be the column 'answer'; give each its own"),
+        ({"columns": {"answer": "targets"}}, "targets and answer would both be the column 'targets'"),
+        ({"columns": {"prompt": "id"}}, "prompt and id would both be the column 'id'"),
         ({"columns": {"prompt": "words", "answer": "word"}}, "line 1 has no 'words'"),
         ({"columns": COLUMNS, "choices": 1}, "dataset.choices=1: must be at least 2"),
     ],
@@ -222,6 +226,17 @@ def test_myriadlama_is_read_by_the_general_loader(tmp_path: Path) -> None:
             '{"prompt": "a", "answer": 5}\n',
             "line 1: answer must be a text where there are no targets, not 5",
         ),
+        ("a.jsonl", '{"prompt": "a", "targets": ["b"], "id": [1]}\n', "line 1: id must be a text or a number, not [1]"),
+        ("a.jsonl", '{"prompt": "a", "targets": ["b"], "id": NaN}\n', "line 1: id must be a text or a number, not nan"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "answer": "b", "group": {}}\n',
+            "line 1: group must be a text or a number, not {}",
+        ),
+        ("a.jsonl", '{"prompt": "a", "targets": ["b", 5]}\n', "line 1: targets must be a list of texts, not ['b', 5]"),
+        ("a.jsonl", '{"prompt": true, "targets": ["b"]}\n', "line 1: prompt must be a text, not True"),
+        ("a.jsonl", '{"prompt": "a", "id": ' + "9" * 5000 + "}\n", "line 1 is not JSON that can be read: Exceeds"),
+        ("a.csv", 'prompt,targets\na,"[""b"""\n', "line 2: targets must be a JSON list"),
         ("a.jsonl", '{"prompt": "a", "answer": " "}\n', "line 1: answer must be a text where there are no targets"),
         ("a.csv", 'prompt,targets\na,"[""b""]"\nc\n', "line 3 has not as many cells as the header"),
         ("a.csv", 'prompt,targets\na,"[""b""]"\n"x"y,z\n', "after line 2: is not CSV"),
@@ -241,6 +256,18 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path: Path, name: str, cont
     assert message in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_lone_surrogate_is_refused_by_its_prompt_also_where_targets_are_drawn(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\\ud800", "answer": "b"}\n{"prompt": "c", "answer": "d\\udfff"}\n')
+    with pytest.raises(PromptError, match="prompt '000000' holds a lone surrogate"):
+        check_prompts(load_prompts(str(tmp_path / "a.jsonl")))
+
+
+def test_ids_and_groups_may_be_what_something_else_is_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
+    found = load_prompts(str(tmp_path / "a.jsonl"), None, DatasetConfig(columns={"id": "prompt", "group": "answer"}))
+    assert [prompt.id for prompt in found] == ["a", "c"]
 
 
 def test_a_file_that_is_not_there_is_one_line() -> None:

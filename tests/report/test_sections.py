@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.report import write_report
@@ -240,6 +241,28 @@ def test_runs_of_a_study_are_found_beside_it_wherever_both_are(
     shutil.rmtree(tmp_path / run.name)
     with pytest.raises(DestinationError, match=r"runs=x-study: its run /gone/\S+ \(neurgrad\) is neither there nor"):
         find(["x-study"], None)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (b"{", "study.json: is not JSON"),
+        (b"[" * 100_000, "study.json: is JSON with lists or objects nested too deep"),
+        (b"[]", r"study.json: must be a JSON object, not \[\]"),
+        (b"{}", "found.parquet: is damaged: .*CRC checksum"),
+    ],
+)
+def test_findings_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, message: str) -> None:
+    table = tmp_path / "found.parquet"
+    pq.write_table(pa.table({"a": range(100)}), table, write_page_checksum=True, use_dictionary=False)
+    content = bytearray(table.read_bytes())
+    column = pq.read_metadata(table).row_group(0).column(0)
+    content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+    table.write_bytes(content)
+    (tmp_path / "study.json").write_bytes(said)
+    with pytest.raises(DestinationError, match=message) as caught:
+        find([str(tmp_path)], None)
+    assert "\n" not in str(caught.value)
 
 
 def test_damage_is_one_line(place: Path, tiny_directory: Path, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ import s3fs
 import neg_service
 from infra.s3.server import BUCKET, Keys, Server, server_on
 from neg_service import schema
-from neg_service.config import DatasetConfig
+from neg_service.config import DatasetConfig, NeuronsConfig
 from neg_service.errors import DestinationError, PromptError, StorageError
+from neg_service.measures.choice import with_list_read
 from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.tasks import TASKS
 from neg_service.storage.parts import encode_part, part_key
@@ -233,6 +234,21 @@ def test_tasks_are_read_from_a_bucket(server: Server, tmp_path: Path, monkeypatc
     assert load_tasks(asked) == load_tasks(dataclasses.replace(asked, source=str(tmp_path)))
     with pytest.raises(PromptError, match=r"s3://runs/data: agnews has no split test .*; there is valid"):
         load_tasks(dataclasses.replace(asked, split="test"))
+
+
+@pytest.mark.usefixtures("as_writer")
+@pytest.mark.parametrize("name", ["results[1]", "a*b", "{x}", "a b"])
+def test_a_list_is_a_folder_of_any_name_in_a_bucket(server: Server, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
+    s3fs.S3FileSystem.clear_instance_cache()
+    for shard, folder in enumerate((name, name, "results1", "axb", "x")):
+        table = pa.table({"layer": [2 if folder == name else 9], "neuron": [shard]})
+        store = open_store(f"s3://{BUCKET}/lists/{folder}", server.endpoint_url)
+        store.put(part_key("sweep", shard), encode_part("sweep", table, "f", shard))
+    asked = NeuronsConfig(choose="list", list=f"s3://{BUCKET}/lists/{name}/sweep")
+    assert with_list_read(asked).list == [[2, 0], [2, 1]]
+    one = dataclasses.replace(asked, list=f"{asked.list}/shard-000001.parquet")
+    assert with_list_read(one).list == [[2, 1]]
 
 
 def test_a_uri_without_a_bucket_is_refused() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from neg_service.errors import DestinationError
+from neg_service.contents import json_of, parquet_batches, parquet_of
+from neg_service.errors import DestinationError, shortened
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import RUN_FILE
@@ -73,7 +71,7 @@ def _finding(uri: str, store: ObjectStore, endpoint_url: str | None) -> Finding 
         content = store.get(f"{kind}.json")
         if content is None:
             continue
-        about = json.loads(content)
+        about = _said(f"runs={uri}: {kind}.json", content)
         named = about.get("runs", {})
         if kind == "probe":
             # One of them says with what software and on what machine.
@@ -99,4 +97,18 @@ def _run(named: str, finding: str, endpoint_url: str | None) -> Run | None:
 def _tables(store: ObjectStore) -> dict[str, pa.Table]:
     keys = [entry.key for entry in store.list("")]
     names = [key for key in keys if key.endswith(".parquet") and "/" not in key]
-    return {name.removesuffix(".parquet"): pq.read_table(io.BytesIO(store.get(name) or b"")) for name in names}
+    return {name.removesuffix(".parquet"): _table(store, name) for name in names}
+
+
+def _table(store: ObjectStore, name: str) -> pa.Table:
+    where = f"runs={store.uri}: {name}"
+    file = parquet_of(where, store.get(name) or b"", DestinationError)
+    batches = list(parquet_batches(where, file, file.schema_arrow.names, DestinationError))
+    return pa.Table.from_batches(batches, file.schema_arrow)
+
+
+def _said(where: str, content: bytes) -> dict[str, Any]:
+    about = json_of(where, content, DestinationError)
+    if not isinstance(about, dict):
+        raise DestinationError(f"{where}: must be a JSON object, not {shortened(about)}")
+    return about

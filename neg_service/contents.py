@@ -1,0 +1,252 @@
+"""What the content of a file that a user gives says: text, JSON, CSV and Parquet, read strictly.
+
+Nothing is guessed. Text is UTF-8, with or without a byte-order mark; a name stands once among columns and once among
+the keys of an object; a row has as many cells as the header; checksums of Parquet's pages are verified where a file has
+them. `where` begins every message: the setting and its file. How content is fetched: `inputs.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from neg_service.errors import ConfigurationError, one_line
+
+Refusal = type[ConfigurationError]
+
+# The longer mark of two that begin alike comes first.
+_ENCODINGS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_OTHER_FILES = {
+    b"\x1f\x8b": "data compressed with gzip: unpack it",
+    b"\x28\xb5\x2f\xfd": "data compressed with zstd: unpack it",
+    b"PK\x03\x04": "a zip archive: zip://NAME::FILE names a file in it",
+    b"version https://git-lfs": "a Git LFS pointer in the place of the file: git lfs pull fetches the file",
+    b"<!doctype html": "a page of HTML: the address is of a page about the file, perhaps",
+    b"<html": "a page of HTML: the address is of a page about the file, perhaps",
+}
+_PARQUET = b"PAR1"
+
+# The csv module has one limit for all cells of a process; so many rows are read while it is another.
+_CSV_LIMIT = threading.Lock()
+_MOST_CSV_LIMIT = 2**31 - 1
+_CSV_ROWS = 1000
+
+
+def text_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> str:
+    """The text of a file, without its byte-order mark.
+
+    Raises:
+        ConfigurationError: it is not UTF-8, or no text at all; of the class `refusal`, as in all of this file.
+    """
+    for mark, name in _ENCODINGS.items():
+        if content.startswith(mark):
+            raise refusal(f"{where}: is {name}, not UTF-8: save it as UTF-8")
+    if content.startswith(_PARQUET):
+        raise refusal(f"{where}: is Parquet, not text: its name must end in .parquet")
+    if other := _other_file(content):
+        raise refusal(f"{where}: is {other}")
+    if (at := content.find(b"\0")) >= 0:
+        line = content.count(b"\n", 0, at) + 1
+        raise refusal(
+            f"{where}: line {line} holds a NUL byte, as UTF-16 without a byte-order mark does: save it as UTF-8"
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = content.count(b"\n", 0, problem.start) + 1
+        raise refusal(
+            f"{where}: line {line} is not UTF-8 (byte 0x{content[problem.start]:02x}; the file is Latin-1 or of a "
+            f"Windows code page, or damaged): save it as UTF-8"
+        ) from problem
+
+
+def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> Any:
+    """What a file of JSON says.
+
+    Raises:
+        ConfigurationError: it is not JSON, an object has a key twice, or it is nested too deep.
+    """
+    text = text_of(where, content, refusal)
+    try:
+        return json_value(text)
+    except ValueError as problem:
+        raise refusal(f"{where}: {problem}") from problem
+
+
+def json_lines(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> Iterator[tuple[int, Any]]:
+    """What the lines of a JSONL file say, with their numbers from 1; empty lines are left out.
+
+    Only line feeds and carriage returns end a line: texts may hold U+2028 and whatever else ends one elsewhere.
+
+    Raises:
+        ConfigurationError: see `json_of`; naming the line.
+    """
+    for number, line in enumerate(io.StringIO(text_of(where, content, refusal), newline=None), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json_value(line.rstrip())
+        except ValueError as problem:
+            raise refusal(f"{where}: line {number} {problem}") from problem
+
+
+def json_value(text: str) -> Any:
+    """What a text of JSON says.
+
+    Raises:
+        ValueError: what is wrong, as the end of a sentence.
+    """
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as problem:
+        line = f"line {problem.lineno}, " if "\n" in text else ""
+        raise ValueError(f"is not JSON: {problem.msg} at {line}column {problem.colno}") from problem
+    except RecursionError as problem:
+        raise ValueError("is JSON with lists or objects nested too deep") from problem
+    except _RepeatedKey:
+        raise
+    except ValueError as problem:
+        # Whole numbers of thousands of digits.
+        raise ValueError(f"is not JSON that can be read: {one_line(problem).split(';')[0]}") from problem
+
+
+class _RepeatedKey(ValueError):
+    """Two values, of which a dictionary would keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKey(f"has an object with the key {repeated(name for name, _ in pairs)!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first of the names that stand twice, if any."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested deeper than `levels`; it recurses into nothing itself."""
+    inner = [value]
+    for _ in range(levels + 1):
+        inner = [
+            one
+            for outer in inner
+            if isinstance(outer, dict | list)
+            for one in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not inner:
+            return False
+    return True
+
+
+def csv_of(
+    where: str, content: bytes, refusal: Refusal = ConfigurationError
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The header of a CSV file, and its rows with the numbers of their lines; empty lines are left out.
+
+    Raises:
+        ConfigurationError: it is not CSV in UTF-8, two columns have one name, or a row has not as many cells as the
+            header; the latter as rows are read.
+    """
+    rows = _csv_rows(where, text_of(where, content, refusal), refusal)
+    _, header = next(rows, (0, []))
+    # Spreadsheets write columns without a name, any number of them; of a space beside a name nobody knows.
+    if (name := repeated(name.strip() for name in header if name.strip())) is not None:
+        raise refusal(f"{where}: its header has two columns {name!r}; names must differ")
+    return header, _of_length(where, rows, len(header), refusal)
+
+
+def _of_length(
+    where: str, rows: Iterator[tuple[int, list[str]]], length: int, refusal: Refusal
+) -> Iterator[tuple[int, list[str]]]:
+    for number, row in rows:
+        if len(row) != length:
+            raise refusal(f"{where}: line {number} has not as many cells as the header: {len(row)} and {length}")
+        yield number, row
+
+
+def _csv_rows(where: str, text: str, refusal: Refusal) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    last = 0
+    while True:
+        rows = []
+        with _CSV_LIMIT:
+            limit = csv.field_size_limit()
+            # No cell is longer than the file; and nobody's limit is lowered, not for a moment.
+            csv.field_size_limit(max(limit, min(len(text), _MOST_CSV_LIMIT)))
+            try:
+                for row in islice(reader, _CSV_ROWS):
+                    last = reader.line_num
+                    rows.append((last, row))
+            except csv.Error as problem:
+                after = f"after line {last}: " if last else ""
+                raise refusal(f"{where}: {after}is not CSV: {one_line(problem)}") from problem
+            finally:
+                csv.field_size_limit(limit)
+        if not rows:
+            return
+        yield from (row for row in rows if row[1])
+
+
+def parquet_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> pq.ParquetFile:
+    """A Parquet file whose checksums are verified as it is read.
+
+    Raises:
+        ConfigurationError: it is not Parquet, or two columns have one name.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        names = file.schema_arrow.names
+    except (pa.ArrowException, OSError, ValueError) as problem:
+        reason = f"but {other}" if (other := _other_file(content)) else one_line(problem)
+        raise refusal(f"{where}: is not Parquet, or damaged: {reason}") from problem
+    if (name := repeated(names)) is not None:
+        raise refusal(f"{where}: has two columns {name!r}; names must differ")
+    return file
+
+
+def parquet_batches(
+    where: str, file: pq.ParquetFile, columns: Sequence[str], refusal: Refusal = ConfigurationError
+) -> Iterator[pa.RecordBatch]:
+    """Some columns of a Parquet file, a batch of rows after the other.
+
+    Raises:
+        ConfigurationError: a checksum is wrong, or it is damaged in another way.
+    """
+    count = 0
+    try:
+        for batch in file.iter_batches(columns=list(columns)):
+            # Texts that are not UTF-8, too, which a file without checksums can come to hold.
+            batch.validate(full=True)
+            count += batch.num_rows
+            yield batch
+    except (pa.ArrowException, OSError, ValueError) as problem:
+        raise refusal(f"{where}: is damaged: {one_line(problem)}") from problem
+    # A page whose kind is changed is passed over.
+    if count != file.metadata.num_rows:
+        raise refusal(f"{where}: is damaged: {count} rows can be read of {file.metadata.num_rows}")
+
+
+def _other_file(content: bytes) -> str | None:
+    """What a file is whose content is neither text nor Parquet, if it can be told from its beginning."""
+    beginning = content[:64].lstrip() if content[:1].isspace() else content[:64]
+    return next((what for mark, what in _OTHER_FILES.items() if beginning[: len(mark)].lower() == mark.lower()), None)

@@ -1,0 +1,271 @@
+"""Files at any URI: archives whose checksums are wrong, servers that refuse or break off, folders of odd names."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import io
+import lzma
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.s3.server import Keys
+from neg_service.config import DatasetConfig, NeuronsConfig
+from neg_service.errors import ConfigurationError, NegServiceError, PromptError
+from neg_service.inputs import parts_of_input, read_if_there, read_input
+from neg_service.measures.choice import with_list_read
+from neg_service.prompts.mceval8k import load_tasks
+from neg_service.prompts.sources import load_prompts
+from neg_service.prompts.tasks import TASKS
+from neg_service.prompts.wording import wordings_of
+from neg_service.storage.parts import encode_part
+from tests.s3 import acting_as
+
+ROWS = b"".join(b'{"prompt": "a%d", "targets": ["b"], "id": "%d"}\n' % (i, i * i) for i in range(300))
+
+
+def _zip(method: int) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as archive:
+        archive.writestr("a.jsonl", ROWS)
+    return content.getvalue()
+
+
+def _tar() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        entry = tarfile.TarInfo("a.jsonl")
+        entry.size = len(ROWS)
+        archive.addfile(entry, io.BytesIO(ROWS))
+    return content.getvalue()
+
+
+ARCHIVES = {
+    "stored.zip": _zip(zipfile.ZIP_STORED),
+    "deflated.zip": _zip(zipfile.ZIP_DEFLATED),
+    "bzip2.zip": _zip(zipfile.ZIP_BZIP2),
+    "lzma.zip": _zip(zipfile.ZIP_LZMA),
+    # Small blocks, so that most bytes are of rows.
+    "a.tar.gz": gzip.compress(_tar(), 1),
+    "a.tar.xz": lzma.compress(_tar()),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_the_checksums_of_archives_are_verified(tmp_path: Path, name: str) -> None:
+    content = ARCHIVES[name]
+    uri = f"{'zip' if name.endswith('zip') else 'tar'}://a.jsonl::{tmp_path / name}"
+    (tmp_path / name).write_bytes(content)
+    assert read_input("dataset.source", uri, PromptError) == ROWS
+    # Well within the rows; and an archive that was cut short.
+    for broken in (
+        _flipped(content, len(content) // 3),
+        _flipped(content, len(content) // 2),
+        content[: len(content) // 2],
+    ):
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(PromptError, match="cannot be read: ") as caught:
+            read_input("dataset.source", uri, PromptError)
+        assert "\n" not in str(caught.value)
+
+
+def _flipped(content: bytes, at: int) -> bytes:
+    broken = bytearray(content)
+    broken[at] ^= 2
+    return bytes(broken)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "zip://b.jsonl::PLACE/deflated.zip",
+        "zip://a.jsonl",
+        "zip://a.jsonl::PLACE/nowhere.zip",
+        "zip://a.jsonl::PLACE/a.jsonl",
+        "tar://a.jsonl::PLACE/a.jsonl",
+        "reference://a.jsonl",
+        "dir://a.jsonl",
+        "jupyter://a.jsonl",
+        "nothing://a.jsonl",
+        "simplecache::nothing://a.jsonl",
+        "git://a.jsonl",
+        "PLACE",
+        "PLACE/a.jsonl/b.jsonl",
+        "\0.jsonl",
+    ],
+)
+def test_whatever_a_file_system_raises_is_one_line(tmp_path: Path, source: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(ROWS)
+    (tmp_path / "deflated.zip").write_bytes(ARCHIVES["deflated.zip"])
+    with pytest.raises(ConfigurationError, match="cannot be read: ") as caught:
+        read_input("dataset.source", source.replace("PLACE", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+EXPIRED = (
+    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>CODE</Code><Message>What S3 says of it.</Message>'
+    b"<RequestId>1</RequestId></Error>"
+)
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """Refuses as the path says: /401/..., /cut/... breaks off, /ExpiredToken/... is S3's 400 with that code."""
+
+    def do_GET(self) -> None:
+        _, first, *_ = self.path.split("?")[0].split("/")
+        if first == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(ROWS)))
+            self.end_headers()
+            self.wfile.write(ROWS[: len(ROWS) // 2])
+            self.close_connection = True
+            return
+        # To HEAD nothing is said but the status.
+        says = b"" if self.command == "HEAD" else EXPIRED.replace(b"CODE", first.encode())
+        status = int(first) if first.isdigit() else 403 if first in ("AccessDenied", "InvalidAccessKeyId") else 400
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(says)))
+        self.end_headers()
+        self.wfile.write(says)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (
+            "401/x",
+            "the server says 401 Unauthorized: it needs credentials, or those in the address are wrong or have ex",
+        ),
+        (
+            "403/x",
+            "the server says 403 Forbidden: it needs credentials, or those in the address are wrong or have expired",
+        ),
+        ("410/x", "the server says 410 Gone"),
+        ("404/x", "no such file"),
+        ("cut/x", "damaged or cut short: "),
+    ],
+)
+def test_a_server_that_refuses_or_breaks_off_is_told_with_its_reason(refusing: str, path: str, reason: str) -> None:
+    for query in ("", "?signature=secret"):
+        with pytest.raises(PromptError, match="cannot be read: ") as caught:
+            load_prompts(f"{refusing}/{path}/a.jsonl{query}")
+        assert f"dataset.source={refusing}/{path}/a.jsonl: cannot be read: " in str(caught.value)
+        assert "secret" not in str(caught.value)
+        assert query or reason in str(caught.value)
+        assert reason.split(":")[0] in str(caught.value) or path.startswith("cut")
+    # Also where a file need not be there: what refuses to say is no file that is not there.
+    if path == "404/x":
+        assert read_if_there("dataset.source", f"{refusing}/{path}/a.jsonl") is None
+        return
+    with pytest.raises(PromptError, match="cannot be read: "):
+        load_tasks(DatasetConfig(source=f"{refusing}/{path}", task="agnews"))
+    with pytest.raises(PromptError, match="cannot be read: "):
+        wordings_of(TASKS["agnews"], f"{refusing}/{path}")
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        ("ExpiredToken", "the credentials in the environment are of a session that is over or another's: renew them"),
+        ("TokenRefreshRequired", "renew them"),
+        ("InvalidToken", "AWS_SESSION_TOKEN does not belong to the keys in the environment"),
+        ("InvalidAccessKeyId", "AWS_ACCESS_KEY_ID is unknown there"),
+        ("AccessDenied", "the key in the environment may not read it"),
+    ],
+)
+def test_credentials_that_s3_refuses_are_named(
+    refusing: str, monkeypatch: pytest.MonkeyPatch, code: str, advice: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", refusing)
+    with acting_as(Keys("a", "b")):
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "c")
+        with pytest.raises(PromptError) as caught:
+            load_prompts(f"s3://{code}/x/a.jsonl")
+        assert f"s3://{code}/x/a.jsonl: cannot be read: {code}: What S3 says of it: " in str(caught.value)
+        assert advice in str(caught.value)
+        with pytest.raises(PromptError, match=f"cannot be read: {code}: "):
+            load_tasks(DatasetConfig(source=f"s3://{code}/x", task="agnews"))
+        with pytest.raises(ConfigurationError, match=f"cannot be read: {code}: "):
+            with_list_read(NeuronsConfig(choose="list", list=f"s3://{code}/x/n.csv"))
+
+
+ODD = ("results[1]", "a*b", "what?", "{x}", "[!a]", "a b", "ä")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_of_any_name_is_a_list_of_its_own_parts_alone(tmp_path: Path, name: str) -> None:
+    # What the name would match, were it a pattern.
+    for other in ("results1", "axb", "whatx", "x", "b"):
+        (tmp_path / other / "sweep").mkdir(parents=True)
+        pq.write_table(pa.table({"layer": [9], "neuron": [9]}), tmp_path / other / "sweep/shard-000000.parquet")
+    place = tmp_path / name / "sweep"
+    place.mkdir(parents=True)
+    for shard in range(2):
+        table = pa.table({"layer": [2], "neuron": [shard]})
+        (place / f"shard-{shard:06d}.parquet").write_bytes(encode_part("sweep", table, "f", shard))
+    (place / "note.txt").write_text("no part")
+    (place / "folder.parquet").mkdir()
+    for uri in (str(place), f"{place}/"):
+        assert with_list_read(NeuronsConfig(choose="list", list=uri)).list == [[2, 0], [2, 1]]
+    (place / "n.csv").write_text("layer,neuron\n1,2\n")
+    assert with_list_read(NeuronsConfig(choose="list", list=str(place / "n.csv"))).list == [[1, 2]]
+    (place / "a.jsonl").write_bytes(ROWS)
+    assert len(load_prompts(str(place / "a.jsonl"))) == 300
+
+
+def test_a_damaged_part_among_results_is_named_wherever_a_bit_flips(tmp_path: Path) -> None:
+    content = encode_part("sweep", pa.table({"layer": [2, 1], "neuron": [3, 4]}), "f", 0)
+    part = tmp_path / "shard-000000.parquet"
+    refused = 0
+    for at in range(4, len(content), 3):
+        part.write_bytes(_flipped(content, at))
+        try:
+            found = with_list_read(NeuronsConfig(choose="list", list=str(tmp_path))).list
+        except NegServiceError as error:
+            refused += f"neurons.list={part}" in str(error)
+            continue
+        raise AssertionError(f"byte {at} makes it {found}")
+    assert refused == len(range(4, len(content), 3))
+    # What somebody made of a part has its words in the footer, and a sum that is not its own.
+    part.write_bytes(content)
+    pq.write_table(pq.read_table(part).slice(0, 1), tmp_path / "mine.parquet")
+    assert with_list_read(NeuronsConfig(choose="list", list=str(tmp_path / "mine.parquet"))).list == [[1, 4]]
+
+
+def test_parts_are_fetched_one_after_the_other(tmp_path: Path) -> None:
+    for i in range(3):
+        pq.write_table(pa.table({"layer": [i], "neuron": [i]}), tmp_path / f"{i}.parquet")
+    parts = parts_of_input("neurons.list", str(tmp_path))
+    assert next(parts)[0].endswith("0.parquet")
+    (tmp_path / "1.parquet").unlink()
+    with pytest.raises(ConfigurationError, match="cannot be read: no such file"):
+        next(parts)
+
+
+def test_a_file_in_memory_is_read() -> None:
+    with fsspec.open("memory://a.jsonl", "wb") as file:
+        file.write(ROWS)
+    assert len(load_prompts("memory://a.jsonl")) == 300
