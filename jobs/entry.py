@@ -45,8 +45,6 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
     # Libraries speak up only when something is wrong.
     for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It announces each retry, twice; what comes of it we say ourselves.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _check_overrides(config_name)
 
     def guarded(config: DictConfig) -> None:

@@ -20,6 +20,7 @@ from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.inputs import without_credentials
 from neg_service.measures import find_measure
 from neg_service.measures.choice import with_list_read
+from neg_service.models.folder import LocalModel
 from neg_service.models.language_model import (
     ModelInfo,
     checked_dtype,
@@ -27,7 +28,7 @@ from neg_service.models.language_model import (
     load_tokenizer,
     mask_token_of,
 )
-from neg_service.models.source import DEFAULT, LocalModel, fetch
+from neg_service.models.source import DEFAULT, fetch
 from neg_service.prompts.mceval8k import as_masked
 from neg_service.prompts.prompt import Prompt, check_prompts, fits, speakable
 from neg_service.prompts.sources import BUILT_IN, load_dataset
@@ -96,7 +97,7 @@ def prepare(config: ScanConfig) -> Prepared:
         with_weights=False,
         trust_remote_code=config.model.trust_remote_code,
     )
-    info = inspect_model(local, config.model.trust_remote_code)
+    info = inspect_model(local, config.model.trust_remote_code, check_files=True)
     if config.dataset.source == "facts-masked" and not info.is_masked:
         raise ConfigurationError(
             f"dataset.source=facts-masked: its prompts have masks to fill, and {info.name} ({info.architecture}) is a "

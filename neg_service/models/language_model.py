@@ -15,32 +15,33 @@ Everything that depends on it is asked here: `rows`, `groups`, `mask_token`.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedModel
 
-from neg_service.errors import ConfigurationError, ModelError, one_line
+from neg_service.errors import ConfigurationError, ModelError
 from neg_service.models import branches
 from neg_service.models.batches import Group, group_by_header
 from neg_service.models.cached import CachedRows, run_cached_header
+from neg_service.models.configuration import (
+    auto_class_of,
+    guarded,
+    is_masked_architecture,
+    read_config,
+    without_weights,
+)
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
+from neg_service.models.folder import LocalModel, damaged_json
+from neg_service.models.library_log import hear_libraries
 from neg_service.models.placement import checked_devices, device_map, require_room
 from neg_service.models.rows import BranchRows, Rows, SequenceRows
 from neg_service.models.self_check import SelfCheck, self_check
-from neg_service.models.source import LocalModel, fetch, require_complete
+from neg_service.models.source import fetch
+from neg_service.models.weights import rehearse
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class LanguageModel:
         self.name = name
         self.identity = identity
         self.feed_forward: FeedForward = find_feed_forward(model)
-        self.is_masked = _is_masked(type(model).__name__)
+        self.is_masked = is_masked_architecture(type(model).__name__)
         self.mask_token: int | None = mask_token_of(tokenizer, name) if self.is_masked else None
         self._engine: str | None = None
         self._headers: list[branches.Header] = []
@@ -200,7 +201,7 @@ class LanguageModel:
 
 
 def load_model(
-    source: str = "smollm2",
+    source: str | os.PathLike[str] = "smollm2",
     *,
     revision: str | None = None,
     dtype: str = "float32",
@@ -210,7 +211,7 @@ def load_model(
     """Load a causal or masked language model for measuring.
 
     Args:
-        source: `smollm2` (the default model), a hub id, a directory with safetensors, or a .gguf file.
+        source: `smollm2` (the default model), a hub id, a directory with safetensors, or a .gguf file; a text or path.
         revision: branch, tag or commit, for a hub id.
         dtype: float64, float32, bfloat16 or float16; float32 computes without TF32.
         device: a torch device, or `auto`: a GPU if there is one. Several, `["cuda:0", "cuda:1"]`, share the layers of
@@ -218,65 +219,78 @@ def load_model(
         trust_remote_code: run Python code that comes with the model; off unless asked for.
 
     Raises:
-        ModelError: nothing usable at `source`, or an architecture whose neurons are not known.
+        ModelError: nothing usable at `source`, files that the model would not take as they are, or an architecture
+            whose neurons are not known.
         ConfigurationError: an unknown dtype or a device that is not there.
     """
     chosen_dtype = checked_dtype(dtype)
     devices = checked_devices(device)
     local = fetch(source, revision, trust_remote_code=trust_remote_code)
-    _be_quiet()
+    source = os.fsdecode(source)
     if chosen_dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")
-    config = _config(local, trust_remote_code)
-    auto_class = _auto_class(config, local.name)
+    config = read_config(local, trust_remote_code)
+    auto_class = auto_class_of(config, local.name)
+    empty = without_weights(auto_class, config, local, trust_remote_code)
+    _require_measurable(empty)
+    find_feed_forward(empty)
+    rehearse(local, auto_class, empty, trust_remote_code, source)
     places: dict[str, Any] = {}
     if devices[0].type == "cuda":
-        empty = _without_weights(auto_class, config, local.name, trust_remote_code)
         placed = device_map(empty, devices) if len(devices) > 1 else {"": devices[0]}
         require_room(empty, chosen_dtype, placed, source)
     if len(devices) > 1:
         # Read straight to where they belong: all of the weights may not fit this machine's memory.
-        places["device_map"] = device_map(_without_weights(auto_class, config, local.name, trust_remote_code), devices)
-    model, report = _from_files(
+        places["device_map"] = device_map(empty, devices)
+    model: PreTrainedModel = guarded(
         lambda: auto_class.from_pretrained(
             local.directory,
             dtype=chosen_dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
             **places,
         ),
         source,
     )
-    require_complete(source, report, head_is_outside=f"{model.base_model_prefix}.")
     if not places:
         model = model.to(devices[0])
     return LanguageModel(model, load_tokenizer(local, trust_remote_code), name=local.name, identity=local.identity)
 
 
 def load_tokenizer(local: LocalModel, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model's weights."""
-    _be_quiet()
+    """The tokenizer beside a model's weights.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    hear_libraries()
     if not any(list(local.directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise ModelError(f"model.source={local.directory}: has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
-    return _from_files(
+    damaged = damaged_json(local.directory)
+    return guarded(
         lambda: AutoTokenizer.from_pretrained(local.directory, trust_remote_code=trust_remote_code),
-        str(local.directory),
+        local.directory,
+        f"the tokenizer{f' ({damaged})' if damaged else ''} ",
     )
 
 
-def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelInfo:
+def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_files: bool = False) -> ModelInfo:
     """Describe a model from its configuration alone: built without memory for weights.
 
-    Raises:
-        ModelError: an architecture whose neurons are not known, or neither a causal nor a masked language model.
-    """
-    _be_quiet()
+    check_files: also see whether the model would take what lies in its files, as far as they are here.
 
-    config = _config(local, trust_remote_code)
-    model = _without_weights(_auto_class(config, local.name), config, local.name, trust_remote_code)
+    Raises:
+        ModelError: an architecture whose neurons are not known, or neither a causal nor a masked language model; files
+            that the model would not take as they are.
+    """
+    hear_libraries()
+    config = read_config(local, trust_remote_code)
+    auto_class = auto_class_of(config, local.name)
+    model = without_weights(auto_class, config, local, trust_remote_code)
     _require_measurable(model)
     found = find_feed_forward(model)
+    if check_files and local.has_weights:
+        rehearse(local, auto_class, model, trust_remote_code)
     return ModelInfo(
         name=local.name,
         identity=local.identity,
@@ -286,7 +300,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False) -> ModelIn
         context_length=_context_length(model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_gated=found.layout.is_gated,
-        is_masked=_is_masked(type(model).__name__),
+        is_masked=is_masked_architecture(type(model).__name__),
         row_values=3 * model.config.get_text_config().vocab_size + _token_values(model.config, found.n_neurons),
     )
 
@@ -296,13 +310,6 @@ def checked_dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigurationError(f"model.dtype={dtype} is unknown; known are {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _from_files(load: Any, source: str) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.source={source}: cannot be loaded: {one_line(error)}") from error
 
 
 def mask_token_of(tokenizer: Any, name: str) -> int:
@@ -315,60 +322,6 @@ def mask_token_of(tokenizer: Any, name: str) -> int:
     if token is None:
         raise ModelError(f"{name} is a masked model, but its tokenizer has no mask token: choose another model.source")
     return token
-
-
-def _without_weights(auto_class: Any, config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
-    def build() -> PreTrainedModel:
-        with torch.device("meta"):
-            model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
-            return model
-
-    model: PreTrainedModel = _from_files(build, name)
-    return model
-
-
-def _config(local: LocalModel, trust_remote_code: bool) -> Any:
-    return _from_files(
-        lambda: AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code),
-        str(local.directory),
-    )
-
-
-def _auto_class(config: Any, name: str) -> Any:
-    """What a checkpoint says it is, or else what its kind is; many families (BERT) can be built as either.
-
-    Raises:
-        ModelError: an encoder-decoder, quantised weights, or neither a causal nor a masked language model.
-    """
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{name} ({kind}) is an encoder-decoder; a causal or masked language model is needed (model.source)"
-        )
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise ModelError(
-            f"{name} has quantised weights ({getattr(method, 'value', method)}), through which gradients are not "
-            f"known to be right: choose the full weights as model.source, in model.dtype=bfloat16 if memory is short"
-        )
-    if any(map(_is_masked, config.architectures or [])):
-        return AutoModelForMaskedLM
-    is_causal, is_masked = (
-        type(config) in known for known in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING)
-    )
-    # Whatever head it was saved with: unless it is a decoder, every position sees all others.
-    if is_masked and not (is_causal and getattr(config, "is_decoder", False)):
-        return AutoModelForMaskedLM
-    # Code that comes with a model is in no list of transformers'.
-    if not is_causal and not getattr(config, "auto_map", None):
-        raise ModelError(
-            f"{name} ({kind}) is neither a causal nor a masked language model: choose another model.source"
-        )
-    return AutoModelForCausalLM
-
-
-def _is_masked(architecture: str) -> bool:
-    return architecture.endswith("ForMaskedLM")
 
 
 def _require_measurable(model: PreTrainedModel) -> None:
@@ -418,12 +371,6 @@ def _context_length(model: PreTrainedModel) -> int | None:
         if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((int(limit) for limit in limits if limit), default=None)
-
-
-def _be_quiet() -> None:
-    """Progress bars over weights tell a person nothing here; what transformers warns of, we refuse in one line."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 def set_threads(threads: int) -> None:

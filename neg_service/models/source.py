@@ -15,24 +15,21 @@ import json
 import logging
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.utils import logging as transformers_logging
 
-from neg_service.errors import ModelError, one_line
+from neg_service.errors import ConfigurationError, ModelError, one_line
+from neg_service.models.folder import CONFIG, LocalModel, require_plain_files
+from neg_service.models.gguf_file import unpack as _unpack_gguf
+from neg_service.models.library_log import hear_libraries
 
 log = logging.getLogger(__name__)
 
@@ -46,48 +43,74 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _HASHED = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 
 
-@dataclass(frozen=True)
-class LocalModel:
-    """A model's files on this machine. `name` is short and fit for a file name."""
-
-    directory: Path
-    name: str
-    identity: str
-
-
 def cache_directory() -> Path:
-    """Where converted models and file digests are kept."""
-    if configured := os.environ.get("NEG_SERVICE_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neg_service"
+    """Where converted models and file digests are kept.
+
+    Raises:
+        ConfigurationError: a home directory that nobody knows.
+    """
+    configured = os.environ.get("NEG_SERVICE_CACHE")
+    try:
+        if configured:
+            return Path(configured).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "neg_service"
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"NEG_SERVICE_CACHE={configured or ''}: {one_line(error)} set it to an absolute path"
+        ) from error
 
 
 def fetch(
-    source: str, revision: str | None = None, *, with_weights: bool = True, trust_remote_code: bool = False
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    with_weights: bool = True,
+    trust_remote_code: bool = False,
 ) -> LocalModel:
     """Bring a model's files to this machine; without weights for planning alone.
 
     Raises:
-        ModelError: nothing is there, the download failed, or there are no safetensors.
+        ModelError: nothing is there, the download failed, there are no safetensors, or what is there is a pointer or
+            an adapter.
+        ConfigurationError: the cache directory cannot be used.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise ModelError(f"model.source={source!r}: must be a text or a path, such as {DEFAULT}")
+    named = os.fsdecode(source)
+    hear_libraries()
     try:
-        return _fetch(source, revision, with_weights, trust_remote_code)
-    except PermissionError as error:
-        raise ModelError(
-            f"model.source={source}: {error.filename}: {error.strerror}; set NEG_SERVICE_CACHE to a place for models"
-        ) from error
+        return _fetch(named, revision, with_weights, trust_remote_code)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+        if _is_of_cache(error):
+            raise ConfigurationError(
+                f"NEG_SERVICE_CACHE={cache_directory()}: what is made of models cannot be kept there: {reason}: set it "
+                f"to a directory that can be written"
+            ) from error
+        raise ModelError(f"model.source={named}: {reason}") from error
+
+
+def _is_of_cache(error: OSError) -> bool:
+    """Whether a path of the cache, or above it, is what failed."""
+    if error.filename is None:
+        return False
+    cache, file = cache_directory().absolute(), Path(os.fsdecode(error.filename)).absolute()
+    return file.is_relative_to(cache) or cache.is_relative_to(file)
 
 
 def _fetch(source: str, revision: str | None, with_weights: bool, trust_remote_code: bool) -> LocalModel:
     if source == DEFAULT:
         return _from_gguf(DEFAULT, DEFAULT_SHA256, _download_default)
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"model.source={source}: {one_line(error)}") from error
+    if path.is_dir():
+        return _from_directory(source, path)
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.source={source}: no such file")
         return _from_gguf(path.stem, _file_digest(path), lambda _place: path)
-    if path.is_dir():
-        return _from_directory(source, path)
     if path.is_file():
         raise ModelError(f"model.source={source}: is a file; give its directory, or a .gguf file")
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
@@ -96,10 +119,11 @@ def _fetch(source: str, revision: str | None, with_weights: bool, trust_remote_c
 
 
 def _from_directory(source: str, path: Path) -> LocalModel:
-    if not (path / "config.json").is_file():
-        raise ModelError(f"model.source={source}: the directory has no config.json")
+    require_plain_files(source, path)
+    if not (path / CONFIG).is_file():
+        raise ModelError(f"model.source={source}: the directory has no {CONFIG}{_or_a_gguf_file(path)}")
     _require_safetensors(source, path)
-    files = sorted(file for file in path.iterdir() if file.suffix in _HASHED)
+    files = sorted(file for file in path.iterdir() if file.suffix in _HASHED and file.is_file())
     digests = [(file.name, _file_digest(file)) for file in files]
     identity = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     return LocalModel(path, path.resolve().name, f"sha256:{identity}")
@@ -119,9 +143,9 @@ def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remot
         raise ModelError(
             f"model.source={source}: neither {DEFAULT}, a directory, a .gguf file, nor a hub id (owner/name)"
         ) from error
-    except PermissionError:
-        raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, PermissionError) or _is_of_cache(error):
+            raise
         # The hub's own exceptions are OSErrors; anything below them (sockets, disks) is one too.
         at = f" at model.revision={revision}" if revision else ""
         raise ModelError(
@@ -129,10 +153,11 @@ def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remot
             f"check the name and the network, or give a directory with the model's files"
         ) from error
     directory = Path(path)
+    require_plain_files(source, directory)
     if with_weights:
         _require_safetensors(source, directory)
     # The hub's cache names a snapshot's folder by its commit.
-    return LocalModel(directory, source.rsplit("/", 1)[-1], f"hub:{source}@{directory.name}")
+    return LocalModel(directory, source.rsplit("/", 1)[-1], f"hub:{source}@{directory.name}", with_weights)
 
 
 def _require_safetensors(source: str, directory: Path) -> None:
@@ -142,7 +167,13 @@ def _require_safetensors(source: str, directory: Path) -> None:
     raise ModelError(
         f"model.source={source}: no *.safetensors"
         + (f", only pickled weights ({', '.join(pickled[:3])}), which are never loaded" if pickled else "")
+        + _or_a_gguf_file(directory)
     )
+
+
+def _or_a_gguf_file(directory: Path) -> str:
+    found = sorted(file.name for file in directory.iterdir() if file.suffix.lower() == ".gguf")
+    return f"; to load {found[0]}, give that file itself" if found else ""
 
 
 def _from_gguf(name: str, sha256: str, provide: Callable[[Path], Path]) -> LocalModel:
@@ -157,45 +188,6 @@ def _from_gguf(name: str, sha256: str, provide: Callable[[Path], Path]) -> Local
                 _unpack_gguf(provide(Path(scratch)), unpacked)
                 unpacked.rename(directory)
     return LocalModel(directory, name, f"gguf-sha256:{sha256}")
-
-
-def _unpack_gguf(file: Path, target: Path) -> None:
-    log.info("unpacking %s to safetensors, once", file.name)
-    transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError, struct.error) as error:
-        raise ModelError(f"model.source={file}: cannot be read as GGUF: {one_line(error)}") from error
-    require_complete(str(file), report)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
-
-def require_complete(source: str, report: dict[str, Any], head_is_outside: str | None = None) -> None:
-    """Refuse weights that are not all there: transformers would fill the gaps at random and only warn.
-
-    Tensors that do not begin with `head_is_outside` belong to the head, which many checkpoints were saved without.
-
-    Raises:
-        ModelError: naming tensors.
-    """
-    for kind in ("missing_keys", "mismatched_keys"):
-        names = sorted(map(str, report.get(kind) or ()))
-        if names:
-            what = kind.removesuffix("_keys")
-            if what == "missing" and head_is_outside and not any(name.startswith(head_is_outside) for name in names):
-                raise ModelError(
-                    f"model.source={source}: has no language-model head ({', '.join(names[:3])} are missing): choose "
-                    f"a checkpoint that was saved with one"
-                )
-            raise ModelError(f"model.source={source}: {len(names)} tensors are {what}: {', '.join(names[:3])}")
 
 
 def _download_default(scratch: Path) -> Path:

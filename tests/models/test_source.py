@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import neg_service
+from neg_service.errors import ConfigurationError, ModelError
 from neg_service.models import source
 
 REPLICAS = 4
@@ -60,3 +62,45 @@ def test_replicas_of_a_node_do_not_download_beside_each_other(tmp_path: Path, mo
     monkeypatch.setenv("NEG_SERVICE_CACHE", str(tmp_path / "cache"))
     at_once(lambda: source.fetch("someone/something"))
     assert (download.calls, download.most) == (REPLICAS, 1)
+
+
+def test_a_path_is_as_good_as_its_text(tiny_directory: Path) -> None:
+    assert neg_service.load_model(tiny_directory).identity == source.fetch(str(tiny_directory)).identity
+    for bad in (None, 3, ["a"]):
+        with pytest.raises(ModelError, match=r"model\.source=.*: must be a text or a path"):
+            neg_service.load_model(bad)  # type: ignore[arg-type]
+
+
+def test_a_directory_may_be_called_like_a_file(tiny_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").symlink_to(tiny_directory)
+    assert source.fetch(tmp_path / "tiny.gguf").identity == source.fetch(tiny_directory).identity
+
+
+def test_the_cache_may_be_in_the_home_directory(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NEG_SERVICE_CACHE", "~/models")
+    source.fetch(tiny_directory)
+    assert (tmp_path / "home" / "models" / "digests").is_dir()
+    assert not (tmp_path / "~").exists()
+    monkeypatch.setenv("NEG_SERVICE_CACHE", "~nobody-of-this-name/x")
+    with pytest.raises(ConfigurationError, match=r"NEG_SERVICE_CACHE=~nobody-of-this-name/x: .*absolute path"):
+        source.fetch(tiny_directory)
+
+
+# A file, below a file, a kernel's file system that takes no files, a name that is too long.
+@pytest.mark.parametrize("cache", ["{file}", "{file}/x", "/proc/neg", "/sys/neg", "{file}-" + 300 * "x"])
+@pytest.mark.parametrize("model", ["directory", "gguf", "hub"])
+def test_a_cache_that_cannot_be_is_told(
+    cache: str, model: str, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file.gguf"
+    file.write_bytes(b"GGUF")
+    place = cache.format(file=file)
+    monkeypatch.setenv("NEG_SERVICE_CACHE", place)
+    asked = {"directory": tiny_directory, "gguf": file, "hub": "someone/something"}[model]
+    with pytest.raises(ConfigurationError, match=rf"NEG_SERVICE_CACHE={place}: .*: set it to a directory") as error:
+        source.fetch(asked)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,270 @@
+"""What lies in a model's folder: the files that hold its weights, what else is there, and what only looks like a file.
+
+Names, sizes and headers are read, no weights, so that a folder is judged before anything is loaded from it. Whether the
+model takes the tensors that are found here, `weights.py` asks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from neg_service.errors import ModelError, one_line
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+# What is read beside the weights.
+_READ = (
+    CONFIG, "generation_config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py",
+)  # fmt: skip
+_ADAPTER_FILES = (
+    "adapter_config.json", "adapter*.safetensors", "adapter*.bin", "adapter*.pt", "adapter*.npz",
+    "*lora*.safetensors", "*lora*.bin", "*lora*.pt", "pytorch_adapter.bin",
+)  # fmt: skip
+_ADAPTER_TENSOR = re.compile(r"(^|[._])(lora|ia3|vera|hada|oft|boft|adapters?|prompt_encoder)(_|\.|$)", re.IGNORECASE)
+_WEIGHTS_OF_OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5", "*.msgpack", "*.npz")
+_POINTERS = (
+    (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
+    (b"version https://hawser.github.com/spec/v1", "Git LFS"),
+    (b"# xet version", "Xet"),
+    (b"/annex/objects/", "git-annex"),
+)
+# Git LFS keeps its pointers below this.
+_POINTER_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model's files on this machine. `name` is short and fit for a file name.
+
+    has_weights: not so where they were left out on purpose, for planning alone.
+    """
+
+    directory: Path
+    name: str
+    identity: str
+    has_weights: bool = True
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file tells it; `dtype` in the words of safetensors."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def require_plain_files(source: str, directory: Path) -> None:
+    """Refuse a folder with an adapter, or with pointers in the place of files that are read.
+
+    Raises:
+        ModelError: naming the file and what to do.
+    """
+    adapter = _matching(directory, _ADAPTER_FILES)
+    if adapter:
+        beside = "beside full weights" if any(directory.glob("*.safetensors")) else "without its base model"
+        raise ModelError(
+            f"model.source={source}: {', '.join(file.name for file in adapter[:3])}: an adapter {beside}, which would "
+            f"not be applied: merge it into its base model and save that, or take its files out of the folder, if the "
+            f"full weights alone are meant"
+        )
+    for file in _matching(directory, _READ):
+        require_real_file(source, file)
+    for file in sorted(directory.glob("*/adapter_config.json")):
+        log.warning("model.source=%s: the adapter in %s/ is not applied", source, file.parent.name)
+
+
+def require_real_file(source: str, file: Path) -> None:
+    """Refuse a link that leads nowhere, and the small text that stands for a large file until that is fetched.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    if not file.exists():
+        raise ModelError(f"model.source={source}: {file.name} is a link to {file.readlink()}, where nothing is")
+    if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
+        return
+    text = file.read_bytes()
+    for start, system in _POINTERS:
+        if text.startswith(start):
+            size = re.search(rb"^size (\d+)", text, re.MULTILINE)
+            what = f", which stands for {int(size.group(1))} bytes" if size else ""
+            how = {"Git LFS": "run `git lfs pull` there", "git-annex": "run `git annex get` there"}.get(system)
+            raise ModelError(
+                f"model.source={source}: {file.name} is a {system} pointer{what}, not the file itself: "
+                f"{how or 'download the file'}"
+            )
+
+
+def weight_files(source: str, directory: Path) -> list[Path]:
+    """The safetensors files that are loaded, in the order in which they are read; the others are logged.
+
+    Raises:
+        ModelError: there are none, an index that is damaged or names files that are not there, or an adapter among
+            the others.
+    """
+    used = _used_files(source, directory)
+    for file in used:
+        require_real_file(source, file)
+    others = [file for file in _matching(directory, _WEIGHTS_OF_OTHERS) if file not in used]
+    for file in others:
+        _require_no_adapter_inside(source, file)
+    if others:
+        names = ", ".join(file.name for file in others[:3])
+        log.info("%s: not used: %s", directory.name, f"{names} and {len(others) - 3} more" if others[3:] else names)
+    return used
+
+
+def _used_files(source: str, directory: Path) -> list[Path]:
+    index = directory / INDEX
+    chosen = _chosen_by_configuration(directory)
+    if chosen is not None:
+        index = directory / chosen
+        if not chosen.endswith(".index.json"):
+            return [index]
+    elif (directory / WEIGHTS).is_file() or (directory / WEIGHTS).is_symlink():
+        return [directory / WEIGHTS]
+    if not index.is_file():
+        found = ", ".join(file.name for file in _matching(directory, ("*.safetensors",))[:3])
+        raise ModelError(
+            f"model.source={source}: cannot be loaded: neither {WEIGHTS} nor {INDEX} is there; of {found} nothing says "
+            f"that they are the whole model"
+        )
+    require_real_file(source, index)
+    names = _names_in_index(source, index)
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ModelError(f"model.source={source}: {index.name} names {outside[0]!r}, which is not in the folder")
+    missing = [name for name in names if not (directory / name).exists() and not (directory / name).is_symlink()]
+    if missing:
+        raise ModelError(
+            f"model.source={source}: {index.name} names {len(names)} files, of which {len(missing)} are missing: "
+            f"{', '.join(missing[:3])}: fetch the whole model"
+        )
+    return [directory / name for name in names]
+
+
+def _chosen_by_configuration(directory: Path) -> str | None:
+    try:
+        chosen = json.loads((directory / CONFIG).read_text()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        # Whoever reads the configuration for itself says what is wrong with it.
+        return None
+    return chosen if isinstance(chosen, str) and (directory / chosen).is_file() else None
+
+
+def _names_in_index(source: str, index: Path) -> list[str]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"model.source={source}: {index.name} is no JSON: {one_line(error)}") from error
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ModelError(f"model.source={source}: {index.name}: weight_map must name a file for each tensor")
+    if not isinstance(content.get("metadata"), dict):
+        raise ModelError(f"model.source={source}: {index.name}: metadata must be there, if only as {{}}")
+    return sorted(set(places.values()))
+
+
+def _require_no_adapter_inside(source: str, file: Path) -> None:
+    """Of a file that is not loaded, whatever its name."""
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, "pt") as opened:
+            own = next((name for name in opened.keys() if _ADAPTER_TENSOR.search(name)), None)  # noqa: SIM118
+    except (SafetensorError, OSError):
+        # It is not loaded, so it may be anything.
+        return
+    if own is not None:
+        raise ModelError(
+            f"model.source={source}: {file.name}: an adapter ({own}) beside full weights, which would not be applied: "
+            f"merge it into the model and save that, or take the file out of the folder"
+        )
+
+
+def stored_tensors(source: str, files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Every tensor in the files, by name.
+
+    Raises:
+        ModelError: a file that is cut off or no safetensors, or two files with different tensors of one name.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in _header(source, file).items():
+            if name in found and not _is_same(name, found[name].file, file):
+                raise ModelError(
+                    f"model.source={source}: {found[name].file.name} and {file.name} have different tensors of the "
+                    f"name {name}: fetch the model anew into an empty folder"
+                )
+            found[name] = tensor
+    return found
+
+
+def _header(source: str, file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(file, str(own.get_dtype()), tuple(own.get_shape())) for name, own in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"model.source={source}: cannot be loaded: {file.name}: {_what_is_wrong(file) or one_line(error)}: fetch "
+            f"the file again"
+        ) from error
+
+
+def _what_is_wrong(file: Path) -> str | None:
+    """In numbers, where a safetensors file is not as long as it says: 8 bytes for the header's length, header, data."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or 8 + length > size:
+            said = f"a header of {length} bytes" if size >= 8 else "the length of a header"
+            return f"is no safetensors, or is cut off: {said} does not fit into its {size} bytes"
+        try:
+            header = json.loads(opened.read(length))
+            end = 8 + length + max((own["data_offsets"][1] for own in _tensors_in(header)), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return "is no safetensors: its header is damaged"
+    return None if end == size else f"has {size} bytes, but its header tells of {end}"
+
+
+def damaged_json(directory: Path) -> str | None:
+    """The first of a tokenizer's files that is no JSON, with the reason."""
+    for file in _matching(
+        directory, ("tokenizer*.json", "vocab*.json", "special_tokens_map.json", "added_tokens.json")
+    ):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError) as error:
+            return f"{file.name} is no JSON: {one_line(error)}"
+    return None
+
+
+def _tensors_in(header: Mapping[str, Any]) -> Iterable[Any]:
+    return (own for name, own in header.items() if name != "__metadata__")
+
+
+def _is_same(name: str, first: Path, second: Path) -> bool:
+    with safe_open(first, "pt") as one, safe_open(second, "pt") as other:
+        return torch.equal(one.get_tensor(name), other.get_tensor(name))
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    # Links that lead nowhere are found too, which is what a glob leaves out for names without a star.
+    return sorted(file for file in directory.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns))

@@ -1,0 +1,130 @@
+"""A configuration whose values cannot be ends in one line that names the key, or means what transformers says."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.benchmarks.tiny_models import tiny_model
+from neg_service.errors import ModelError, NegServiceError
+from neg_service.models.language_model import inspect_model, load_model
+from neg_service.models.source import fetch
+from tests.e2e.commands import job
+
+HUGE = 10**12
+
+
+@functools.cache
+def folder_of(family: str) -> tuple[Path, dict[str, Any]]:
+    """A family's tiny model on disk, and its configuration as it was written."""
+    directory = Path(tempfile.mkdtemp(prefix="neg-configuration-"))
+    model = tiny_model(family)
+    model.model.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
+    return directory, json.loads((directory / "config.json").read_text())
+
+
+def refusal(family: str, config: dict[str, Any]) -> str | None:
+    """Why a family's model is not planned with another configuration; None if it is."""
+    directory, _ = folder_of(family)
+    (directory / "config.json").write_text(json.dumps(config))
+    text = None
+    try:
+        inspect_model(fetch(str(directory)), check_files=True)
+    except NegServiceError as error:
+        text = str(error)
+    assert "\n" not in (text or "")
+    return text
+
+
+# Keys, values, and what the refusal says of them.
+REFUSED: list[tuple[str, str, Any, str]] = [
+    ("Llama 2", "max_position_embeddings", None, "max_position_embeddings=null: expected int"),
+    ("Llama 2", "tie_word_embeddings", None, "tie_word_embeddings=null: expected bool"),
+    ("Llama 2", "max_position_embeddings", "64", 'max_position_embeddings="64": expected int'),
+    ("Llama 2", "max_position_embeddings", [64], "max_position_embeddings=[64]: expected int"),
+    ("Llama 2", "max_position_embeddings", -1, "max_position_embeddings=-1: must be at least 1"),
+    ("Llama 2", "max_position_embeddings", 0, "max_position_embeddings=0: must be at least 1"),
+    ("Llama 2", "max_position_embeddings", math.inf, "max_position_embeddings=Infinity: must be a finite number"),
+    ("Llama 2", "hidden_size", "24", 'hidden_size="24": expected int'),
+    ("Llama 2", "num_hidden_layers", HUGE, f"num_hidden_layers={HUGE}: must be from 1 to 10000"),
+    ("Llama 2", "num_hidden_layers", 0, "num_hidden_layers=0: must be from 1 to 10000"),
+    ("Llama 2", "num_hidden_layers", -3, "num_hidden_layers=-3: must be from 1 to 10000"),
+    ("Llama 2", "num_attention_heads", 0, "num_attention_heads=0: must be at least 1"),
+    ("Llama 2", "num_key_value_heads", 0, "num_key_value_heads=0: must be at least 1"),
+    ("Llama 2", "head_dim", 0, "head_dim=0: must be at least 1"),
+    ("Llama 2", "rms_norm_eps", "1e-5", 'rms_norm_eps="1e-5": expected float'),
+    ("Llama 2", "rms_norm_eps", math.nan, "rms_norm_eps=NaN: must be a finite number"),
+    ("Llama 2", "rms_norm_eps", -1.0, "rms_norm_eps=-1.0: must be 0 or more"),
+    ("Llama 2", "hidden_act", "swiglu", 'hidden_act="swiglu": is no activation that is known; did you mean'),
+    ("GPT-2", "activation_function", "gelu_newest", 'activation_function="gelu_newest": is no activation'),
+    ("DistilBERT", "activation", "x", 'activation="x": is no activation that is known'),
+    ("Llama 2", "rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}, 'rope_type="spiral": is no kind of'),
+    ("Llama 2", "rope_scaling", {"type": "spiral", "factor": 2.0}, 'rope_scaling.type="spiral": is no kind of'),
+    ("Llama 2", "rope_scaling", {"rope_type": 3}, "rope_scaling.rope_type=3: is no kind of"),
+    ("Llama 2", "rope_parameters", {"rope_type": "default", "rope_theta": math.inf}, "rope_theta=Infinity: must be"),
+    ("Llama 2", "rope_parameters", {"rope_type": "default", "rope_theta": -1}, "rope_theta=-1: must be more than 0"),
+    ("Phi-4-mini", "sliding_window", -1, "sliding_window=-1: must be at least 1"),
+    ("Llama 2", "dtype", "float33", 'dtype="float33": must be the name of a torch dtype'),
+    ("Llama 2", "architectures", "LlamaForCausalLM", "must be a list of names"),
+    ("Llama 2", "architectures", [1], "architectures=[1]: must be a list of names"),
+    ("Llama 2", "model_type", ["llama"], 'model_type=["llama"]: must be a name'),
+    ("Llama 2", "pad_token_id", HUGE, f"pad_token_id={HUGE}: Padding_idx must be within num_embeddings"),
+    ("GPT-2", "attn_pdrop", -1, "attn_pdrop=-1: dropout probability has to be between 0 and 1"),
+    ("GPT-J", "n_positions", HUGE, "this machine has"),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value", "words"), REFUSED)
+def test_a_value_that_cannot_be_is_refused_by_its_key(family: str, key: str, value: Any, words: str) -> None:
+    _, config = folder_of(family)
+    text = refusal(family, config | {key: value})
+    assert text is not None
+    assert "config.json: " in text
+    assert words in text
+
+
+def test_a_value_that_cannot_be_is_one_line_of_a_command() -> None:
+    directory, config = folder_of("Llama 2")
+    text = refusal("Llama 2", config | {"max_position_embeddings": None})
+    done = job("check", f"model.source={directory}")
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", f"error: {text}")
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "Gemma 2", "GPT-2", "BERT"])
+def test_whatever_a_configuration_says_nothing_ends_in_a_traceback(family: str) -> None:
+    _, config = folder_of(family)
+    for key in config:
+        for value in (None, "x", [1], -1, 0, math.inf, HUGE):
+            refusal(family, config | {key: value})
+        refusal(family, {own: known for own, known in config.items() if own != key})
+
+
+# null where transformers gives it a meaning.
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [("Llama 2", "head_dim"), ("Llama 2", "rope_parameters"), ("Llama 2", "architectures"), ("GPT-2", "pad_token_id")],
+)
+def test_null_means_what_transformers_says(family: str, key: str) -> None:
+    directory, config = folder_of(family)
+    assert refusal(family, config | {key: None}) is None
+    ids = torch.tensor([[3, 4, 5, 6]])
+    torch.testing.assert_close(load_model(str(directory)).model(ids).logits, tiny_model(family).model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"{", b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}", b'{"a": ' * 100_000]
+)
+def test_a_configuration_that_is_no_json_object_is_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"cannot be loaded: config\.json is no JSON") as error:
+        inspect_model(fetch(str(tmp_path)))
+    assert "\n" not in str(error.value)
