@@ -6,9 +6,9 @@ from omegaconf import DictConfig
 
 from jobs.entry import start
 from neg_service.config import DatasetConfig, typed
-from neg_service.models.language_model import inspect_model, load_tokenizer
+from neg_service.models.language_model import inspect_model, load_tokenizer, mask_token_of
 from neg_service.models.source import fetch
-from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
+from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt, encode
 from neg_service.prompts.tasks import GENRES, TASKS
 from neg_service.prompts.wording import wordings_of
@@ -49,8 +49,10 @@ def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, mo
     ]
     if model_source is not None:
         local = fetch(model_source, with_weights=False)
-        tokenizer = load_tokenizer(local)
-        (encoded,) = encode(tokenizer, [prompt], inspect_model(local).context_length)
+        tokenizer, info = load_tokenizer(local), inspect_model(local)
+        mask_token = mask_token_of(tokenizer, info.name, info.n_input_ids) if info.is_masked else None
+        asked = as_masked(prompt) if info.is_masked else prompt
+        (encoded,) = encode(tokenizer, [asked], info.context_length, mask_token, model=info)
         tokens = tokenizer.convert_ids_to_tokens(list(encoded.target_ids))
         lines.append(f"--- {len(encoded.ids)} tokens; the labels are the tokens {', '.join(map(repr, tokens))}")
     return "\n".join([*lines, ""])
