@@ -6,9 +6,9 @@ from omegaconf import DictConfig
 
 from jobs.entry import start
 from neg_service.config import DatasetConfig, typed
-from neg_service.models.language_model import inspect_model, load_tokenizer
+from neg_service.models.language_model import inspect_model, load_tokenizer, mask_token_of
 from neg_service.models.source import fetch
-from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
+from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt, encode
 from neg_service.prompts.tasks import GENRES, TASKS
 from neg_service.prompts.wording import wordings_of
@@ -40,20 +40,22 @@ def _listed() -> str:
 
 
 def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, model_source: str | None) -> str:
-    labels = " or ".join(map(repr, prompt.targets))
-    answer = prompt.targets[prompt.answer or 0]
-    lines = [
-        f"--- {name}, wording {dataset.wording}: {count} prompts of {dataset.split}; this is {prompt.id}",
-        prompt.text,
-        f"--- labels {labels}; right is {answer!r}",
-    ]
+    tokens = ""
     if model_source is not None:
         local = fetch(model_source, with_weights=False)
-        tokenizer = load_tokenizer(local)
-        (encoded,) = encode(tokenizer, [prompt], inspect_model(local).context_length)
-        tokens = tokenizer.convert_ids_to_tokens(list(encoded.target_ids))
-        lines.append(f"--- {len(encoded.ids)} tokens; the labels are the tokens {', '.join(map(repr, tokens))}")
-    return "\n".join([*lines, ""])
+        tokenizer, info = load_tokenizer(local), inspect_model(local)
+        mask_token = mask_token_of(tokenizer, info.name, info.n_input_ids) if info.is_masked else None
+        prompt = as_masked(prompt) if info.is_masked else prompt
+        (encoded,) = encode(tokenizer, [prompt], info.context_length, mask_token, model=info)
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(encoded.target_ids))))
+        tokens = f"--- {len(encoded.ids)} tokens; the labels are the tokens {names}\n"
+    labels = " or ".join(map(repr, prompt.targets))
+    return (
+        f"--- {name}, wording {dataset.wording}: {count} prompts of {dataset.split}; this is {prompt.id}\n"
+        f"{prompt.text}\n"
+        f"--- labels {labels}; right is {prompt.targets[prompt.answer or 0]!r}\n"
+        f"{tokens}"
+    )
 
 
 if __name__ == "__main__":

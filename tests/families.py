@@ -114,11 +114,11 @@ def neurgrad_deviation(
     return worst
 
 
-def sweep_deviation(family: str, basis: str) -> float:
+def sweep_deviation(family: str, basis: str, length: int = 9) -> float:
     """Of Δp of single interventions, against a full forward pass each, all in float64, relative to a neuron's curve."""
     model = model_of(family)
     model.ensure_checked()
-    ids = random_ids([9], model.is_masked)[0]
+    ids = random_ids([length], model.is_masked)[0]
     place, text = readout(ids, model.is_masked), " ".join(f"w{i}" for i in ids)
     _, _, activation = oracle.gradients(float64_of(family), ids, [7], basis, place)
     worst = 0.0
@@ -137,11 +137,11 @@ def sweep_deviation(family: str, basis: str) -> float:
     return worst
 
 
-def joint_deviation(family: str, basis: str) -> float:
+def joint_deviation(family: str, basis: str, lengths: Sequence[int] = (6, 3)) -> float:
     """Of probabilities with several neurons edited at once, against full forward passes, all in float64."""
     model = model_of(family)
     model.ensure_checked()
-    prompts = random_ids([6, 3], model.is_masked)
+    prompts = random_ids(lengths, model.is_masked)
     targets = [[7, 8, 11], [1]]
     texts = [" ".join(f"w{i}" for i in ids) for ids in prompts]
     names = [[f"w{t}" if model.is_masked else f" w{t}" for t in own] for own in targets]

@@ -87,7 +87,7 @@ def _prepare(
     model = load_model(settings.model, device="cpu")
     model.ensure_checked()
     prompts = load_tasks(DatasetConfig(source=settings.source, task=task, limit=settings.prompts))
-    encoded = list(encode(model.tokenizer, prompts, model.context_length))
+    encoded = list(encode(model.tokenizer, prompts, model.context_length, model=model))
     sys.stderr.write(f"ready: {task}, {sum(len(own.ids) for own in encoded) / len(encoded):.0f} tokens a prompt\n")
 
     def once() -> float:

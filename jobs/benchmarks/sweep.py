@@ -158,7 +158,7 @@ def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:
     neurons = chosen_neurons(sample, model.feed_forward.n_layers, model.feed_forward.n_neurons)
     prompts = load()[:: len(load()) // 4][:4]
     neg_error, r_error = [], []
-    for prompt in encode(model.tokenizer, prompts, model.context_length):
+    for prompt in encode(model.tokenizer, prompts, model.context_length, model=model):
         interventions = Interventions(model, prompt, "paper")
         full, coarse = (
             sweep_prompt(

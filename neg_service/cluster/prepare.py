@@ -135,6 +135,16 @@ def prepare(config: ScanConfig) -> Prepared:
     return prepared
 
 
+def tokenizer_of(local: LocalModel, info: ModelInfo, config: ScanConfig) -> tuple[Any, int | None]:
+    """A model's tokenizer, and the id of its mask token if it is a masked one.
+
+    Raises:
+        ModelError: there is none, or it is another model's.
+    """
+    tokenizer = load_tokenizer(local, config.model.trust_remote_code)
+    return tokenizer, mask_token_of(tokenizer, info.name, info.n_input_ids) if info.is_masked else None
+
+
 def require_lasting(uri: str) -> None:
     """Refuse a place for results that goes when a submitted job does.
 
@@ -187,8 +197,8 @@ def _of_one_token(
     prompts: Sequence[Prompt], local: LocalModel, info: ModelInfo, config: ScanConfig
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """The prompts with those of their targets that are one token, and how many targets and prompts go."""
-    tokenizer = load_tokenizer(local, config.model.trust_remote_code)
-    found = list(speakable(tokenizer, prompts, mask_token_of(tokenizer, info.name) if info.is_masked else None))
+    tokenizer, mask_token = tokenizer_of(local, info, config)
+    found = list(speakable(tokenizer, prompts, mask_token, info))
     kept = [prompt for prompt, _ in found if prompt.targets]
     n_skipped = len(prompts) - len(kept)
     n_targets = sum(n for prompt, n in found if prompt.targets)
@@ -208,8 +218,8 @@ def _short_enough(
     prompts: Sequence[Prompt], local: LocalModel, info: ModelInfo, config: ScanConfig
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """The prompts that the model's context holds, and how many it does not."""
-    tokenizer = load_tokenizer(local, config.model.trust_remote_code)
-    fitting = fits(tokenizer, prompts, info.context_length)
+    tokenizer, mask_token = tokenizer_of(local, info, config)
+    fitting = fits(tokenizer, prompts, info.context_length, mask_token=mask_token, model=info)
     kept = [prompt for prompt, is_short in zip(prompts, fitting, strict=True) if is_short]
     n_skipped = len(prompts) - len(kept)
     if n_skipped:

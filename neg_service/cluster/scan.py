@@ -23,7 +23,7 @@ from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.logs import add_to_logs
 from neg_service.cluster.metrics import RunMetrics
 from neg_service.cluster.plan import Shard, shards_of
-from neg_service.cluster.prepare import Prepared, prepare
+from neg_service.cluster.prepare import Prepared, prepare, tokenizer_of
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, LogStyle, Receipt, Replica, Scan
 from neg_service.cluster.resources import (
@@ -40,7 +40,6 @@ from neg_service.config import NeuronsConfig, ScanConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
 from neg_service.measures.choice import count_of, strongest_neurons
 from neg_service.measures.strength import total
-from neg_service.models.language_model import load_tokenizer, mask_token_of
 from neg_service.prompts.prompt import Prompt, encode
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.reader import open_run
@@ -204,10 +203,10 @@ def _with_strongest_listed(prepared: Prepared) -> Prepared:
 
 def _check_encoding(prepared: Prepared, done: set[int]) -> None:
     """Encode what is still to do, for the sake of its errors: replicas encode their own shards."""
-    tokenizer = load_tokenizer(prepared.local, prepared.config.model.trust_remote_code)
-    mask_token = mask_token_of(tokenizer, prepared.info.name) if prepared.info.is_masked else None
+    tokenizer, mask_token = tokenizer_of(prepared.local, prepared.info, prepared.config)
+    info = prepared.info
     for shard in shards_of(prepared.prompts, prepared.plan, done):
-        for _ in encode(tokenizer, shard.prompts, prepared.info.context_length, mask_token):
+        for _ in encode(tokenizer, shard.prompts, info.context_length, mask_token, model=info):
             pass
 
 

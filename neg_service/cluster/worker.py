@@ -80,4 +80,4 @@ class ScanWorker:
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         model = self._model
-        return list(encode(model.tokenizer, prompts, model.context_length, model.mask_token))
+        return list(encode(model.tokenizer, prompts, model.context_length, model.mask_token, model=model))

@@ -101,7 +101,7 @@ def intervene(
     ]
     check_prompts(asked)
     checked = checked_edits(edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
-    encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token))
+    encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
     model.ensure_checked()
     if batch_tokens is not None and batch_tokens < 1:
         raise ConfigurationError(f"batch_tokens={batch_tokens}: must be at least 1")

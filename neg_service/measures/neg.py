@@ -97,7 +97,7 @@ def neg(
     check_shift(shift)
     sweep = Sweep(chosen_grid(grid, shifts), basis, shift)
     chosen = _asked_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
-    (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token)
+    (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model)
     model.ensure_checked()
     check_batch_bytes(batch_bytes, model.row_values)
     interventions = Interventions(model, encoded, basis)

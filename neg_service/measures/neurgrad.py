@@ -131,7 +131,7 @@ def encoded_texts(
         raise ConfigurationError(f"{len(prompts)} prompts, but targets for {len(targets)}; one list a prompt is needed")
     asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
     check_prompts(asked)
-    return list(encode(model.tokenizer, asked, model.context_length, model.mask_token))
+    return list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
 
 
 def sign(activation: Floats) -> Floats:

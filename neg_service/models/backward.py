@@ -75,7 +75,10 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], sites: Map
 def _for_each_target(
     log_p_bv: Tensor, target_ids: Sequence[Sequence[int]], leaves: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """d log p[k] / d leaf [K, B, F] of each leaf [B, F]; for a prompt with fewer targets the rest is zero."""
+    """d log p[k] / d leaf [K, B, F] of each leaf [B, F], or [B, 1, F] where prompts are their mask tokens alone.
+
+    For a prompt with fewer targets the rest is zero.
+    """
     device = log_p_bv.device
     summed_k = torch.stack(
         [
@@ -87,4 +90,5 @@ def _for_each_target(
         ]
     )
     one_each = torch.eye(len(summed_k), dtype=summed_k.dtype, device=device)
-    return torch.autograd.grad(summed_k, leaves, grad_outputs=one_each, is_grads_batched=True)
+    slopes = torch.autograd.grad(summed_k, leaves, grad_outputs=one_each, is_grads_batched=True)
+    return [slope.flatten(1, -2) for slope in slopes]

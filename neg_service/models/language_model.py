@@ -65,6 +65,9 @@ class ModelInfo:
     is_masked: bool
     # Values that a row of interventions carries: for its one token, or its first of several.
     row_values: int
+    # Rows of the embedding and of the vocabulary head, which may be more than the tokenizer has tokens.
+    n_input_ids: int | None = None
+    n_output_ids: int | None = None
 
 
 class LanguageModel:
@@ -85,7 +88,8 @@ class LanguageModel:
         self.identity = identity
         self.feed_forward: FeedForward = find_feed_forward(model)
         self.is_masked = is_masked_architecture(type(model).__name__)
-        self.mask_token: int | None = mask_token_of(tokenizer, name) if self.is_masked else None
+        self.n_input_ids, self.n_output_ids = _vocabulary(model)
+        self.mask_token: int | None = mask_token_of(tokenizer, name, self.n_input_ids) if self.is_masked else None
         self._engine: str | None = None
         self._headers: list[branches.Header] = []
         self._checked: SelfCheck | None = None
@@ -291,6 +295,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
     found = find_feed_forward(model)
     if check_files and local.has_weights:
         rehearse(local, auto_class, model, trust_remote_code)
+    n_input_ids, n_output_ids = _vocabulary(model)
     return ModelInfo(
         name=local.name,
         identity=local.identity,
@@ -302,6 +307,8 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         is_gated=found.layout.is_gated,
         is_masked=is_masked_architecture(type(model).__name__),
         row_values=3 * model.config.get_text_config().vocab_size + _token_values(model.config, found.n_neurons),
+        n_input_ids=n_input_ids,
+        n_output_ids=n_output_ids,
     )
 
 
@@ -312,15 +319,20 @@ def checked_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def mask_token_of(tokenizer: Any, name: str) -> int:
+def mask_token_of(tokenizer: Any, name: str, n_input_ids: int | None = None) -> int:
     """The id of a masked model's mask token.
 
     Raises:
-        ModelError: the tokenizer has none.
+        ModelError: the tokenizer has none, or one that the embedding of `n_input_ids` rows does not have.
     """
     token: int | None = getattr(tokenizer, "mask_token_id", None)
     if token is None:
         raise ModelError(f"{name} is a masked model, but its tokenizer has no mask token: choose another model.source")
+    if n_input_ids is not None and token >= n_input_ids:
+        raise ModelError(
+            f"{name}: the mask token {tokenizer.mask_token!r} has the id {token}, but it embeds only the ids below "
+            f"{n_input_ids}: the tokenizer beside the weights is another model's (model.source)"
+        )
     return token
 
 
@@ -350,6 +362,19 @@ def _require_dense_attention(name: str, config: Any) -> None:
             f"{name} has sparse attention ({own}={getattr(config, own)}), which depends on a prompt's length: choose a "
             f"model with dense or sliding attention as model.source"
         )
+
+
+def _vocabulary(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """How many ids can be read and predicted: rows of the embedding and of the vocabulary head."""
+    config = model.config.get_text_config()
+    # Gemma 3n reads a second, shorter table of embeddings in each layer.
+    read = [model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size_per_layer_input", None)]
+    head = model.get_output_embeddings()
+    predicted = getattr(head, "weight", None)
+    return (
+        min(int(rows) for rows in read if rows),
+        int(config.vocab_size) if predicted is None else int(predicted.shape[0]),
+    )
 
 
 def _token_values(config: Any, n_neurons: int) -> int:

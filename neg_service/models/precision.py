@@ -91,7 +91,7 @@ class _InPieces(TorchFunctionMode):
     """
 
     def __init__(self, weights: list[Tensor], dtype: torch.dtype) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._weights = {id(weight): weight for weight in weights}
         self._dtype = dtype
 
@@ -104,7 +104,8 @@ class _InPieces(TorchFunctionMode):
         if func is nn.functional.linear and id(weight) in self._weights:
             return self._product(*args, **kwargs)
         if id(args[0] if args else None) in self._weights and getattr(func, "__name__", "") == "__get__":
-            return self._dtype if func is torch.Tensor.dtype.__get__ else func(*args, **kwargs)
+            is_asked_for_dtype = getattr(func, "__self__", None) is torch.Tensor.dtype
+            return self._dtype if is_asked_for_dtype else func(*args, **kwargs)
         args, kwargs = tree_map(self._whole, (args, kwargs))
         return func(*args, **kwargs)
 

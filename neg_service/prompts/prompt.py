@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 from neg_service.errors import PromptError, TargetError
+from neg_service.prompts.added import Tokenizer, added_by, read_once
 
 # What a prompt may write for the mask token of any masked model.
 MASK = "[MASK]"
@@ -40,16 +40,32 @@ class EncodedPrompt:
     target_ids: tuple[int, ...]
 
 
-class Tokenizer(Protocol):
-    """What is used of a tokenizer; those of transformers fit."""
+class Vocabulary(Protocol):
+    """How many tokens a model reads and predicts, None where that is not known: a `LanguageModel` or a `ModelInfo`."""
 
-    def __call__(self, text: list[str]) -> Any:
-        """Token ids of each text, under `input_ids`, special tokens included."""
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
         ...
 
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        """The tokens behind the ids, for messages."""
+    @property
+    def n_input_ids(self) -> int | None:
+        """Rows of its embedding."""
         ...
+
+    @property
+    def n_output_ids(self) -> int | None:
+        """Rows of its vocabulary head."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A prompt as it is read: its tokens, and for each target those of the text with it."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    with_targets: tuple[tuple[int, ...], ...]
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
@@ -107,31 +123,40 @@ def encode(
     context_length: int | None,
     mask_token: int | None = None,
     batch: int = 256,
+    model: Vocabulary | None = None,
 ) -> Iterator[EncodedPrompt]:
     """Encode prompts and their targets in context, lazily and in order.
 
     A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place. A
-    prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model.
+    prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model. What the tokenizer adds
+    to every text is there once, also where a prompt spells it, and is not there behind a prompt that a target follows;
+    see `added.py`. `model` says which ids there are.
 
     Raises:
         PromptError: a target that is not one token in context, or only the unknown one, two targets with the same
-            token, an empty prompt, one longer than `context_length` tokens, or one that has not exactly one mask token
-            where one is needed; names the prompt, the value, and the key to change.
+            token, an empty prompt, one longer than `context_length` tokens, one that has not exactly one mask token
+            where one is needed, one that spells what the tokenizer adds in a way that is not clear, or ids that
+            `model` does not have; names the prompt, the value, and the key to change.
     """
-    remaining = iter(prompts)
-    while group := list(islice(remaining, batch)):
-        texts = [text for p in group for text in _texts(tokenizer, p, mask_token)]
-        encoded = iter(tokenizer(texts)["input_ids"])
-        for prompt in group:
-            ids = tuple(next(encoded))
-            with_targets = [tuple(next(encoded)) for _ in prompt.targets]
-            _check_length(prompt, ids, context_length)
-            own_of = _after if mask_token is None else partial(_instead_of, mask_token)
-            yield EncodedPrompt(prompt, ids, _target_ids(tokenizer, prompt, ids, with_targets, own_of))
+    for read in _reads(tokenizer, prompts, mask_token, model, batch):
+        _check_length(read.prompt, read.ids, context_length)
+        token_of: dict[int, str] = {}
+        for target, full in zip(read.prompt.targets, read.with_targets, strict=True):
+            token = _target_id(tokenizer, read, target, full, mask_token, model)
+            if token in token_of:
+                raise TargetError(
+                    f"prompt {read.prompt.id!r}: targets {token_of[token]!r} and {target!r} are the same token "
+                    f"{_tokens(tokenizer, [token])}; targets must differ (dataset.source)"
+                )
+            token_of[token] = target
+        yield EncodedPrompt(read.prompt, read.ids, tuple(token_of))
 
 
 def speakable(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], mask_token: int | None = None
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    mask_token: int | None = None,
+    model: Vocabulary | None = None,
 ) -> Iterator[tuple[Prompt, int]]:
     """Each prompt with those of its targets that are one token, and how many were left out.
 
@@ -139,17 +164,18 @@ def speakable(
     whose answer goes, or that keeps fewer than two of several targets, keeps none.
 
     Raises:
-        PromptError: what is wrong with a prompt itself; see `encode`.
+        PromptError: what is wrong with a prompt itself, or with the tokenizer; see `encode`.
     """
-    for prompt in prompts:
+    for read in _reads(tokenizer, prompts, mask_token, model):
+        prompt = read.prompt
+        _check_length(prompt, read.ids, None)
         token_of: dict[int, int] = {}
         for index in sorted(range(len(prompt.targets)), key=lambda own: own != prompt.answer):
-            alone = replace(prompt, targets=(prompt.targets[index],), answer=None)
             try:
-                (one,) = encode(tokenizer, [alone], None, mask_token)
+                token = _target_id(tokenizer, read, prompt.targets[index], read.with_targets[index], mask_token, model)
             except TargetError:
                 continue
-            token_of.setdefault(one.target_ids[0], index)
+            token_of.setdefault(token, index)
         kept = sorted(token_of.values())
         if len(kept) < min(2, len(prompt.targets)) or (prompt.answer is not None and prompt.answer not in kept):
             kept = []
@@ -158,22 +184,64 @@ def speakable(
         yield replace(prompt, targets=targets, answer=answer), len(prompt.targets) - len(kept)
 
 
-def fits(tokenizer: Tokenizer, prompts: Sequence[Prompt], context_length: int | None, batch: int = 256) -> list[bool]:
-    """Whether each prompt is within the model's context."""
+def fits(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    context_length: int | None,
+    batch: int = 256,
+    mask_token: int | None = None,
+    model: Vocabulary | None = None,
+) -> list[bool]:
+    """Whether each prompt is within the model's context.
+
+    Raises:
+        PromptError: what is wrong with a prompt itself, or with the tokenizer; see `encode`.
+    """
     if context_length is None:
         return [True] * len(prompts)
-    return [
-        len(ids) <= context_length
-        for start in range(0, len(prompts), batch)
-        for ids in tokenizer([prompt.text for prompt in prompts[start : start + batch]])["input_ids"]
-    ]
+    alone = (replace(prompt, targets=()) for prompt in prompts)
+    return [len(read.ids) <= context_length for read in _reads(tokenizer, alone, mask_token, model, batch)]
 
 
-def _texts(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> list[str]:
-    """The prompt, and the prompt with each of its targets."""
-    if mask_token is None:
-        return [prompt.text, *(prompt.text + target for target in prompt.targets)]
-    (mask,) = tokenizer.convert_ids_to_tokens([mask_token])
+def _reads(
+    tokenizer: Tokenizer,
+    prompts: Iterable[Prompt],
+    mask_token: int | None,
+    model: Vocabulary | None,
+    batch: int = 256,
+) -> Iterator[_Read]:
+    """Prompts as they are read, with each of their targets."""
+    remaining, is_masked, added = iter(prompts), mask_token is not None, None
+    while group := list(islice(remaining, batch)):
+        asked = [_with_models_mask(tokenizer, prompt, mask_token) for prompt in group]
+        encoded = [tuple(ids) for ids in tokenizer(asked)["input_ids"]]
+        added = added or added_by(tokenizer, encoded)
+        read = [
+            read_once(tokenizer, prompt.id, text, ids, added, keeps_after=is_masked)
+            for prompt, text, ids in zip(group, asked, encoded, strict=True)
+        ]
+        mask = _mask(tokenizer, mask_token)
+        texts = [
+            text + target if mask is None else text.replace(mask, target)
+            for prompt, (text, _) in zip(group, read, strict=True)
+            for target in prompt.targets
+        ]
+        full = iter(zip(texts, tokenizer(texts)["input_ids"] if texts else [], strict=True))
+        for prompt, (_, ids) in zip(group, read, strict=True):
+            of_targets = ((text, tuple(own)) for text, own in islice(full, len(prompt.targets)))
+            _check_known(tokenizer, prompt, ids, model)
+            yield _Read(
+                prompt,
+                ids,
+                tuple(own if is_masked else added.without_after(text, own) for text, own in of_targets),
+            )
+
+
+def _with_models_mask(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> str:
+    """A prompt's text with the mask token as the model writes it."""
+    mask = _mask(tokenizer, mask_token)
+    if mask is None:
+        return prompt.text
     text = prompt.text.replace(MASK, mask)
     if text.count(mask) != 1:
         either = repr(mask) if mask == MASK else f"{mask!r} or {MASK!r}"
@@ -181,7 +249,24 @@ def _texts(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> list
             f"prompt {prompt.id!r} has {text.count(mask)} mask tokens, a masked model needs exactly 1, written as "
             f"{either} (dataset.source; dataset=facts-masked has facts with masks)"
         )
-    return [text, *(text.replace(mask, target) for target in prompt.targets)]
+    return text
+
+
+def _mask(tokenizer: Tokenizer, mask_token: int | None) -> str | None:
+    return None if mask_token is None else tokenizer.convert_ids_to_tokens([mask_token])[0]
+
+
+def _check_known(tokenizer: Tokenizer, prompt: Prompt, ids: tuple[int, ...], model: Vocabulary | None) -> None:
+    """Refuse tokens that the model's embedding does not have: on a GPU they would end the process."""
+    if model is None or model.n_input_ids is None:
+        return
+    strange = next((token for token in ids if token >= model.n_input_ids), None)
+    if strange is not None:
+        raise PromptError(
+            f"prompt {prompt.id!r}: its token {_tokens(tokenizer, [strange])[0]!r} has the id {strange}, but "
+            f"{model.name} embeds only the ids below {model.n_input_ids}: the tokenizer beside the weights is another "
+            f"model's (model.source)"
+        )
 
 
 def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | None) -> None:
@@ -194,10 +279,7 @@ def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | No
         )
 
 
-# Gives a target's own tokens within the tokens of the prompt with it, or None where these do not match the prompt's.
-_OwnTokens = Callable[[tuple[int, ...], tuple[int, ...]], tuple[int, ...] | None]
-
-
+# A target's own tokens within the tokens of the prompt with it, or None where these do not match the prompt's.
 def _after(ids: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, ...] | None:
     return full[len(ids) :] if full[: len(ids)] == ids else None
 
@@ -210,43 +292,44 @@ def _instead_of(mask_token: int, ids: tuple[int, ...], full: tuple[int, ...]) ->
     return full[place : len(full) - after]
 
 
-def _target_ids(
+def _target_id(
     tokenizer: Tokenizer,
-    prompt: Prompt,
-    ids: tuple[int, ...],
-    with_targets: list[tuple[int, ...]],
-    own_tokens: _OwnTokens,
-) -> tuple[int, ...]:
-    target_of: dict[int, str] = {}
-    for target, full in zip(prompt.targets, with_targets, strict=True):
-        own = own_tokens(ids, full)
-        if own is None:
-            # The tokens from where the two texts part.
-            seam = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), len(ids)) - 1
-            raise TargetError(
-                f"prompt {prompt.id!r}: target {target!r} merges with the text beside it "
-                f"{_tokens(tokenizer, ids[max(0, seam) : seam + 2])} into "
-                f"{_tokens(tokenizer, full[max(0, seam) : seam + 3])}; "
-                f"move the space between them from the prompt to the target, or away (dataset.source)"
-            )
-        if len(own) != 1:
-            raise TargetError(
-                f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
-                f"it must be exactly 1 (dataset.source; of a task, dataset.wording; dataset.not_one_token=skip leaves "
-                f"it out)"
-            )
-        if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):
-            raise TargetError(
-                f"prompt {prompt.id!r}: the model has no token for target {target!r}, only {_tokens(tokenizer, own)} "
-                f"(dataset.source)"
-            )
-        if own[0] in target_of:
-            raise TargetError(
-                f"prompt {prompt.id!r}: targets {target_of[own[0]]!r} and {target!r} are the same token "
-                f"{_tokens(tokenizer, own)}; targets must differ (dataset.source)"
-            )
-        target_of[own[0]] = target
-    return tuple(target_of)
+    read: _Read,
+    target: str,
+    full: tuple[int, ...],
+    mask_token: int | None,
+    model: Vocabulary | None,
+) -> int:
+    """The one token of a target after its prompt, or in the place of its mask."""
+    prompt, ids = read.prompt, read.ids
+    own = _after(ids, full) if mask_token is None else _instead_of(mask_token, ids, full)
+    if own is None:
+        # The tokens from where the two texts part.
+        seam = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), len(ids)) - 1
+        raise TargetError(
+            f"prompt {prompt.id!r}: target {target!r} merges with the text beside it "
+            f"{_tokens(tokenizer, ids[max(0, seam) : seam + 2])} into "
+            f"{_tokens(tokenizer, full[max(0, seam) : seam + 3])}; "
+            f"move the space between them from the prompt to the target, or away (dataset.source)"
+        )
+    if len(own) != 1:
+        raise TargetError(
+            f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
+            f"it must be exactly 1 (dataset.source; of a task, dataset.wording; dataset.not_one_token=skip leaves "
+            f"it out)"
+        )
+    if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):
+        raise TargetError(
+            f"prompt {prompt.id!r}: the model has no token for target {target!r}, only {_tokens(tokenizer, own)} "
+            f"(dataset.source)"
+        )
+    if model is not None and model.n_output_ids is not None and own[0] >= model.n_output_ids:
+        raise PromptError(
+            f"prompt {prompt.id!r}: target {target!r} is the token {_tokens(tokenizer, own)[0]!r} with the id "
+            f"{own[0]}, but {model.name} predicts only the ids below {model.n_output_ids}: the tokenizer beside the "
+            f"weights is another model's (model.source)"
+        )
+    return own[0]
 
 
 def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import ray
 from hydra import compose, initialize_config_dir
+from transformers import LlamaForCausalLM
 
-from jobs.benchmarks.tiny_models import tiny_model
+from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from jobs.entry import CONF
 from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
@@ -20,7 +22,7 @@ from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import Receipt
 from neg_service.cluster.resources import Node, ReplicaSize, gpu_names, replica_count, replica_size
-from neg_service.cluster.scan import ranking_of
+from neg_service.cluster.scan import ranking_of, run
 from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, most_replicas, typed
 from neg_service.errors import (
     ConfigurationError,
@@ -290,6 +292,38 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     with pytest.raises(ConfigurationError) as caught:
         _prepared(tiny_directory, dataset=dataset, **changes)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"not_one_token": "skip"}, {"too_long": "skip"}])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "w3 w70", "targets": [" w5"]}, "prompt '000002': its token 'w70' has the id 70, but other embeds"),
+        ({"prompt": "w3", "targets": [" w5", " w70"]}, "prompt '000002': target ' w70' is the token 'w70' with the id"),
+    ],
+)
+def test_another_models_tokenizer_is_refused_before_ray_starts(
+    settings: dict[str, str], bad: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = tiny_model("Llama 2").model.config
+    place = tmp_path / "other"
+    LlamaForCausalLM(type(config)(**{**config.to_dict(), "vocab_size": 50})).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    rows = [{"prompt": "w1", "targets": [" w2"]}, {"prompt": "w3 w49", "targets": [" w4"]}, bad]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    asked = {
+        "model": {"source": str(place)},
+        "dataset": {"source": str(tmp_path / "data.jsonl"), **settings},
+        "measure": {"name": "neurgrad"},
+        "storage": {"uri": str(tmp_path / "results")},
+    }
+    with pytest.raises(PromptError) as caught:
+        run(prepare(typed(ScanConfig, asked)))
+    assert str(caught.value).startswith(message)
+    assert "below 50" in str(caught.value)
+    assert "model.source" in str(caught.value)
+    assert not ray.is_initialized()
+    assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
 
 
 def test_settings_that_change_no_number_change_no_fingerprint(tiny_directory: Path, dataset: str) -> None:

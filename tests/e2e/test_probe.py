@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
+from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from jobs.entry import CONF
 from jobs.probe import probe
+from jobs.tasks import tasks
 from neg_service.errors import ConfigurationError
 from tests.e2e.commands import job
 from tests.skills import PLANTED, PLANTED_WORDINGS, planted_model, planted_rows, write_split
@@ -96,3 +98,15 @@ def test_tasks_are_listed_and_an_example_is_printed(settings: list[str]) -> None
     listed = job("tasks")
     assert listed.stdout.count("\n") == 23
     assert "amazon-review-multi       5  en, de, es, fr, zh" in listed.stdout
+
+
+def test_the_example_of_a_masked_model_has_its_mask(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("BERT").model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with initialize_config_dir(CONF, version_base="1.3"):
+        tasks(compose("tasks", overrides=["task=imdb", *settings[1:3], f"model.source={tmp_path}"]))
+    shown = capsys.readouterr().out
+    assert " [MASK].\n--- labels 'w7' or 'w8'; right is 'w" in shown
+    assert "the labels are the tokens 'w7', 'w8'" in shown

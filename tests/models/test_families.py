@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import neg_service
-from jobs.benchmarks.tiny_models import FAMILIES
+from jobs.benchmarks.tiny_models import FAMILIES, MASK
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError
+from neg_service.measures.integrated_gradients import integrated_gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import RowBudget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
-from tests import families
+from tests import families, oracle
 from tests.families import bases_of, model_of
 
 BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
@@ -73,6 +74,23 @@ def test_a_sweep_equals_a_full_forward_pass_an_intervention(family: str, basis: 
 def test_joint_interventions_equal_full_forward_passes(family: str, basis: str) -> None:
     deviation = _noted(family, 2, families.joint_deviation(family, basis))
     assert deviation <= families.JOINT_TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "basis"), [own for own in BASES if FAMILIES[own[0]].is_masked])
+def test_a_masked_prompt_may_be_its_mask_token_alone(family: str, basis: str) -> None:
+    # In batches of such prompts alone every token is read, and nothing is padded.
+    assert families.neurgrad_deviation(family, basis, (1, 1)) <= families.NEURGRAD_TOLERANCE
+    assert families.sweep_deviation(family, basis, 1) <= families.SWEEP_TOLERANCE
+    assert families.joint_deviation(family, basis, (1, 1)) <= families.JOINT_TOLERANCE
+    model = model_of(family)
+    found = integrated_gradients(model, ["w96"], [["w7", "w9"]], basis=basis, layers=[1], m=3)
+    expected = oracle.integrated_gradients(families.float64_of(family), [MASK], [7, 9], basis, 1, 3, 0)
+    np.testing.assert_allclose(found.integrated_gradients[0, :, 0], expected, rtol=0, atol=1e-5 * abs(expected).max())
+    # A sweep's own NeurGrad, which its table shows beside NEG.
+    interventions = Interventions(model, _encoded(model, "w96"), basis)
+    (alone,) = neg_service.neurgrad(model, ["w96"], [["w7"]], basis=basis).neurgrad
+    swept = interventions.neurgrad(range(model.feed_forward.n_layers)).numpy()
+    np.testing.assert_allclose(swept, alone, rtol=0, atol=1e-5 * abs(alone).max())
 
 
 @pytest.mark.parametrize("family", families.PLAIN)

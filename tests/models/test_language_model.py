@@ -22,6 +22,7 @@ import neg_service
 from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, ModelError, PromptError
+from neg_service.measures.integrated_gradients import integrated_gradients
 from neg_service.models import branches, cached, rows, self_check, source
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.language_model import inspect_model
@@ -397,6 +398,72 @@ def test_the_self_check_sees_a_header_in_the_wrong_order(monkeypatch: pytest.Mon
 def test_the_self_check_sees_padding_that_is_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branches._BranchPass, "_hidden_keys", lambda self, window, device: (None, None))
     assert "row logits are" in _not_fitting("Llama 2")
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "BLOOM", "Gemma 3", "BERT", "DeBERTa", "MPNet", "ModernBERT"])
+def test_the_ids_of_a_model_are_known_with_and_without_its_weights(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    info = inspect_model(fetch(str(tmp_path)))
+    assert (model.n_input_ids, model.n_output_ids) == (info.n_input_ids, info.n_output_ids) == (97, 97)
+
+
+def test_the_ids_of_a_model_are_those_of_its_shortest_table() -> None:
+    config = hf.Gemma3nTextConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=90, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"], altup_num_inputs=2, laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 2,
+    )  # fmt: skip
+    model = LanguageModel(hf.Gemma3nForCausalLM(config), tiny_tokenizer())
+    assert (model.n_input_ids, model.n_output_ids) == (90, 97)
+    with pytest.raises(PromptError, match="its token 'w92' has the id 92, but model embeds only the ids below 90"):
+        neg_service.neurgrad(model, ["w92 w3"], [[" w4"]])
+
+
+def _with_a_head_of(rows: int) -> LanguageModel:
+    own = tiny_model("Llama 2").model
+    own.lm_head = nn.Linear(24, rows, bias=False)
+    return LanguageModel(own, tiny_tokenizer(), name="small")
+
+
+def test_the_library_refuses_ids_that_a_model_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = LanguageModel(hf.LlamaForCausalLM(_llama_of(50)), tiny_tokenizer(), name="small")
+    edit = {"neurons": [(0, 0)], "shift": 1.0}
+    # Nothing is run before.
+    monkeypatch.setattr(LanguageModel, "ensure_checked", lambda _self: pytest.fail("runs"))
+    for model, text, target, message in (
+        (short, "w3 w70", " w4", "prompt '0': its token 'w70' has the id 70, but small embeds only the ids below 50"),
+        (short, "w3 w4", " w70", "prompt '0': target ' w70' is the token 'w70' with the id 70, but small predicts"),
+        (_with_a_head_of(60), "w3 w70", " w60", r"'w60' with the id 60, but small predicts only the ids below 60: .*"),
+    ):
+        for measure in (
+            lambda m, x, t: neg_service.neurgrad(m, [x], [[t]]),
+            lambda m, x, t: neg_service.neg(m, x, t, [(0, 0)], [1.0]),
+            lambda m, x, t: neg_service.intervene(m, [x], [[t]], [edit]),
+            lambda m, x, t: integrated_gradients(m, [x], [[t]]),
+        ):
+            with pytest.raises(PromptError, match=message) as caught:
+                measure(model, text, target)
+            assert "model.source" in str(caught.value)
+
+
+def _llama_of(vocabulary: int) -> Any:
+    config = tiny_model("Llama 2").model.config
+    return type(config)(**{**config.to_dict(), "vocab_size": vocabulary})
+
+
+def test_rows_of_the_vocabulary_without_a_token_are_no_fault() -> None:
+    padded = LanguageModel(hf.LlamaForCausalLM(_llama_of(128)), tiny_tokenizer())
+    assert neg_service.neurgrad(padded, ["w3 w96"], [[" w95"]]).neurgrad.shape == (1, 1, 3, 40)
+
+
+def test_a_mask_token_that_a_model_does_not_have_is_refused() -> None:
+    config = tiny_model("BERT").model.config
+    own = hf.BertForMaskedLM(type(config)(**{**config.to_dict(), "vocab_size": 50}))
+    with pytest.raises(ModelError, match=r"small: the mask token 'w96' has the id 96, .* below 50: .*model\.source"):
+        LanguageModel(own, tiny_tokenizer(), name="small")
 
 
 @pytest.mark.parametrize(("family", "resumes"), [("DeBERTa 2 and 3", False), ("DeBERTa", True), ("Llama 2", True)])

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
-from jobs.benchmarks.tiny_models import tiny_tokenizer
+from jobs.benchmarks.tiny_models import MASK, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, ScanConfig, plain, typed
@@ -23,7 +23,7 @@ from neg_service.errors import PromptError
 from neg_service.inputs import without_credentials
 from neg_service.models.language_model import load_tokenizer
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode, speakable
+from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode, fits, speakable
 from neg_service.prompts.sources import load_dataset, load_prompts
 
 ROWS = [
@@ -334,6 +334,53 @@ def test_a_target_that_the_model_has_no_token_for_is_refused() -> None:
     tokenizer.unk_token = "w0"
     with pytest.raises(PromptError, match=r"'p': the model has no token for target ' nothing', only \['w0'\]"):
         list(encode(tokenizer, [Prompt("p", "w5", (" w7", " nothing"))], None))
+
+
+@dataclass(frozen=True)
+class Ids:
+    """How many ids a model has."""
+
+    n_input_ids: int | None
+    n_output_ids: int | None
+    name: str = "small"
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "model", "message"),
+    [
+        ("w1 w50 w2", " w3", Ids(50, 97), "its token 'w50' has the id 50, but small embeds only the ids below 50"),
+        ("w1 w2", " w60", Ids(97, 60), "target ' w60' is the token 'w60' with the id 60, but small predicts only the"),
+        # The first of several, and of a prompt that is all in the dark.
+        ("w91 w92", " w93", Ids(7, 7), "its token 'w91' has the id 91, but small embeds only the ids below 7"),
+    ],
+)
+def test_ids_of_another_models_tokenizer_are_refused_by_all_who_encode(
+    text: str, target: str, model: Ids, message: str
+) -> None:
+    prompts = [Prompt("good", "w1 w2", (" w3",)), Prompt("x", text, (" w4", target))]
+    for refused in (
+        lambda: list(encode(tiny_tokenizer(), prompts, None, model=model)),
+        lambda: list(speakable(tiny_tokenizer(), prompts, model=model)),
+    ):
+        with pytest.raises(PromptError) as caught:
+            refused()
+        assert str(caught.value).startswith(f"prompt 'x': {message}")
+        assert str(caught.value).endswith("the tokenizer beside the weights is another model's (model.source)")
+    # A masked model predicts what stands in the place of the mask, and need not read it.
+    with_mask = [Prompt("x", "w1 w96", ("w60",))]
+    with pytest.raises(PromptError, match="prompt 'x': target 'w60' is the token 'w60' with the id 60"):
+        list(encode(tiny_tokenizer(), with_mask, None, MASK, model=Ids(97, 60)))
+    assert list(encode(tiny_tokenizer(), with_mask, None, MASK, model=Ids(97, 61)))
+
+
+def test_ids_up_to_the_last_of_a_model_are_encoded() -> None:
+    prompts = [Prompt("x", "w1 w49", (" w59",))]
+    for model in (Ids(50, 60), Ids(None, None), Ids(128, 128)):
+        (found,) = encode(tiny_tokenizer(), prompts, None, model=model)
+        assert (found.ids, found.target_ids) == ((1, 49), (59,))
+    # Too long is too long, whatever is in it; what is left in must be known.
+    with pytest.raises(PromptError, match=r"its token 'w49' has the id 49"):
+        fits(tiny_tokenizer(), prompts, 8, model=Ids(49, 60))
 
 
 def test_an_address_is_printed_without_what_it_hides() -> None:

@@ -1,0 +1,331 @@
+"""What tokenizers add to every text: once, also where a prompt spells it, and never behind a causal prompt."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers as hf
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, WordLevel, WordPiece
+from tokenizers.normalizers import BertNormalizer, Prepend, Replace, Sequence
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace, Whitespace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+
+import neg_service
+from jobs.benchmarks.tiny_models import VOCABULARY, tiny_model
+from neg_service import LanguageModel
+from neg_service.errors import PromptError, TargetError
+from neg_service.models.language_model import load_tokenizer
+from neg_service.models.source import LocalModel
+from neg_service.prompts import added
+from neg_service.prompts.added import added_by
+from neg_service.prompts.prompt import Prompt, encode, fits, speakable
+from tests import families, oracle
+
+Made = Callable[[], hf.PreTrainedTokenizerFast]
+TEXT = "The capital of France is Paris, the capital of Italy is Rome\nParis"
+IS, END = " is", "</s>"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told() -> Iterator[None]:
+    """What is told once a process is told in each test."""
+    before = set(added._told)
+    added._told.clear()
+    yield
+    added._told.clear()
+    added._told.update(before)
+
+
+def byte_level(template: str | None = None, special: tuple[str, ...] = ("<s>", END), **options: bool) -> Made:
+    """As GPT-2, Llama 3 and Qwen have it: no text is unknown, a space belongs to the word behind it."""
+    own = Tokenizer(BPE())
+    own.pre_tokenizer = ByteLevel(add_prefix_space=options.pop("add_prefix_space", False))
+    trainer = BpeTrainer(
+        vocab_size=400, special_tokens=list(special), initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    return _trained(own, trainer, template, **options)
+
+
+def metaspace(template: str, scheme: str = "first") -> Made:
+    """As Llama 2 and Gemma have it; `normalizer`, as their older files do, gives every stretch a space of its own."""
+    own = Tokenizer(BPE(unk_token="<unk>"))
+    if scheme == "normalizer":
+        own.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+        own.pre_tokenizer = Metaspace(prepend_scheme="never")
+    else:
+        own.pre_tokenizer = Metaspace(prepend_scheme=scheme)
+    special = ["<unk>", "<s>", END]
+    trainer = BpeTrainer(vocab_size=200, special_tokens=special, initial_alphabet=["\n", "?"], show_progress=False)
+    return _trained(own, trainer, template)
+
+
+def _trained(own: Tokenizer, trainer: BpeTrainer, template: str | None, **options: bool) -> Made:
+    own.train_from_iterator([TEXT] * 3, trainer)
+    if template is not None:
+        own.post_processor = TemplateProcessing(
+            single=template,
+            special_tokens=[(token, own.token_to_id(token)) for token in set(template.split()) - {"$A"}],
+        )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=own, **options)
+
+
+def llama(**options: bool) -> hf.PreTrainedTokenizerFast:
+    """The class of Llama 2 itself, which makes its template from its options."""
+    trained = json.loads(metaspace("$A").backend_tokenizer.to_str())["model"]
+    return hf.LlamaTokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]], **options)
+
+
+def word_piece(is_registered: bool = True) -> hf.PreTrainedTokenizerFast:
+    """As BERT has it; not registered, `[CLS]` is put in front of a text and cannot be written in one."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "is", "paris", "."]
+    own = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    own.normalizer, own.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    own.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if is_registered else {}
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=own, mask_token="[MASK]", unk_token="[UNK]", pad_token="[PAD]", **special
+    )
+
+
+def roberta() -> hf.PreTrainedTokenizerFast:
+    """As RoBERTa has it: the mask token takes the space before it."""
+    found = byte_level("<s> $A </s>", ("<s>", END))
+    found.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
+    return found
+
+
+def words_of_tiny_models(template: str) -> hf.PreTrainedTokenizerFast:
+    """A word a token for tiny models, of which two are `<s>` and `</s>`."""
+    words = {f"w{i}": i for i in range(VOCABULARY) if i not in (1, 2)} | {"<s>": 1, END: 2}
+    own = Tokenizer(WordLevel(words, unk_token="w0"))
+    own.pre_tokenizer = Whitespace()
+    own.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), (END, 2)])
+    return hf.PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token=END)
+
+
+GLM = ("[gMASK]", "<sop>")
+# What they put in front of a text, and how they are made.
+IN_FRONT: dict[str, tuple[str, Made]] = {
+    "byte level": ("<s>", lambda: byte_level("<s> $A")),
+    "byte level, a space first": ("<s>", lambda: byte_level("<s> $A", add_prefix_space=True)),
+    "byte level, both": ("<s>", lambda: byte_level("<s> $A </s>")),
+    "special tokens are read as text": ("<s>", lambda: byte_level("<s> $A", split_special_tokens=True)),
+    "two tokens": ("[gMASK]<sop>", lambda: byte_level("[gMASK] <sop> $A", GLM)),
+    "one token twice": ("<s><s>", lambda: byte_level("<s> <s> $A")),
+    "the same at both ends": (END, lambda: byte_level("</s> $A </s>")),
+    "Metaspace, first": ("<s>", lambda: metaspace("<s> $A")),
+    "Metaspace, always": ("<s>", lambda: metaspace("<s> $A", "always")),
+    "Metaspace, never": ("<s>", lambda: metaspace("<s> $A </s>", "never")),
+    "Prepend": ("<s>", lambda: metaspace("<s> $A", "normalizer")),
+    "Llama": ("<s>", lambda: llama(add_bos_token=True)),
+    "Llama, legacy, both": ("<s>", lambda: llama(add_bos_token=True, add_eos_token=True, legacy=True)),
+}
+
+
+@functools.cache
+def in_front(name: str) -> tuple[str, hf.PreTrainedTokenizerFast]:
+    spelled, make = IN_FRONT[name]
+    return spelled, make()
+
+
+def ids_of(tokenizer: hf.PreTrainedTokenizerFast, text: str, target: str = IS) -> tuple[tuple[int, ...], int]:
+    """The prompt's tokens, and the target's."""
+    (found,) = encode(tokenizer, [Prompt("x", text, (target,))], None)
+    return found.ids, found.target_ids[0]
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_a_prompt_that_spells_what_is_put_in_front_has_it_once(name: str) -> None:
+    spelled, tokenizer = in_front(name)
+    bare = ids_of(tokenizer, "The capital of France")
+    assert tokenizer.convert_ids_to_tokens(list(bare[0]))[-1].endswith("France")
+    before = added_by(tokenizer).before
+    assert "".join(tokenizer.convert_ids_to_tokens(list(before))) == spelled
+    assert bare[0][: len(before)] == before
+    assert not set(before) & set(bare[0][len(before) :])
+    assert ids_of(tokenizer, f"{spelled}The capital of France") == bare
+    # White space behind it is the prompt's own, or the tokenizer's, and no reason to have it twice.
+    spaced = ids_of(tokenizer, f"{spelled} The capital of France")
+    assert spaced in (bare, ids_of(tokenizer, " The capital of France"))
+    assert ids_of(tokenizer, f"{spelled}\nThe capital of France") == ids_of(tokenizer, "\nThe capital of France")
+    # Alone it is a prompt: what comes first of all.
+    assert ids_of(tokenizer, spelled, "The")[0] == before
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("form", ["{0}{0}The capital", " {0}The capital", "\n\n{0} The capital", "{0} {0}The capital"])
+def test_what_is_put_in_front_is_refused_where_a_prompt_has_it_in_another_way(name: str, form: str) -> None:
+    spelled, tokenizer = in_front(name)
+    with pytest.raises(PromptError, match=r"prompt 'x' would begin with \[.*\]: the tokenizer puts") as caught:
+        ids_of(tokenizer, form.format(spelled))
+    assert repr(spelled) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[gMASK]The", "<sop>The", "[gMASK] <sop> The", " <sop>The", "<sop>[gMASK]The"])
+def test_a_part_of_what_is_put_in_front_is_refused(text: str) -> None:
+    with pytest.raises(PromptError, match=r"prompt 'x' would begin with \['\[gMASK\]', '<sop>', "):
+        ids_of(in_front("two tokens")[1], text)
+
+
+def test_a_data_set_may_spell_it_in_some_prompts_only(caplog: pytest.LogCaptureFixture) -> None:
+    _, tokenizer = in_front("Metaspace, first")
+    texts = ["The capital", "<s>The capital", "<s> The capital", "The capital", "<s>The capital"]
+    prompts = [Prompt(str(i), text, (IS, " of"), 0) for i, text in enumerate(texts)]
+    with caplog.at_level(logging.INFO):
+        found = list(encode(tokenizer, prompts, None))
+    assert len({(one.ids, one.target_ids) for one in found}) == 1
+    # Results name prompts as they were given.
+    assert [one.prompt for one in found] == prompts
+    assert found == list(encode(tokenizer, prompts, None, batch=2))
+    assert [own for own, _ in speakable(tokenizer, prompts)] == prompts
+    length = len(found[0].ids)
+    assert fits(tokenizer, prompts, length) == [True] * 5
+    assert fits(tokenizer, prompts, length - 1) == [False] * 5
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["prompts that spell '<s>' are read without it: the tokenizer adds it to every text"]
+
+
+def test_special_tokens_within_a_prompt_stay_and_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    _, tokenizer = in_front("byte level")
+    texts = ["<s>The capital</s><s>The capital", "The capital of<s> The"]
+    with caplog.at_level(logging.WARNING):
+        found = list(encode(tokenizer, [Prompt(str(i), text, (IS,)) for i, text in enumerate(texts)], None))
+    assert [one.ids.count(0) for one in found] == [2, 2]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("prompt '0' spells tokens of '<s>' in its middle, where they stay")
+
+
+def test_a_tokenizer_that_adds_nothing_reads_prompts_as_they_are() -> None:
+    tokenizer = byte_level()
+    assert added_by(tokenizer) == added.Added()
+    for text in ("<s>The capital", "<s><s>The capital", " <s>The capital", "The capital</s>"):
+        assert list(ids_of(tokenizer, text)[0]) == tokenizer(text)["input_ids"]
+    # A word that begins like what is put in front is another word.
+    words = words_of_tiny_models("<s> $A")
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
+    assert ids_of(words, "w33 w4", " w5")[0] == (3, 33, 4)
+    assert ids_of(words, "w3 w4", " w5")[0] == (3, 4)
+
+
+BEHIND: dict[str, Made] = {
+    "byte level": lambda: byte_level("$A </s>"),
+    "both": lambda: byte_level("<s> $A </s>"),
+    "the same at both ends": lambda: byte_level("</s> $A </s>"),
+    "several": lambda: byte_level("<s> $A </s> <sep> </s>", ("<s>", END, "<sep>")),
+    "Metaspace": lambda: metaspace("<s> $A </s>"),
+    "Prepend": lambda: metaspace("$A </s>", "normalizer"),
+    "Llama": lambda: llama(add_bos_token=True, add_eos_token=True),
+    "where there is none": hf.ByT5Tokenizer,
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_what_is_put_behind_a_text_is_taken_off(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = BEHIND[name]()
+    end, target = tokenizer.convert_tokens_to_ids(END), "s" if name == "where there is none" else IS
+    whole = tokenizer("The capital")["input_ids"]
+    with caplog.at_level(logging.INFO):
+        prompts = [Prompt(str(i), "The capital", (target, END)) for i in range(3)]
+        (found, *others) = encode(tokenizer, prompts, None)
+    after = added_by(tokenizer).after
+    assert found.ids + after == tuple(whole)
+    assert found.ids[-1] != end
+    # The target stands where the tokenizer would have put its own.
+    assert found.target_ids == (tokenizer("The capital" + target)["input_ids"][len(found.ids)], end)
+    assert all((other.ids, other.target_ids) == (found.ids, found.target_ids) for other in others)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.match(r"the tokenizer puts '</s>.* behind every text: taken off", told)
+    assert fits(tokenizer, prompts[:1], len(found.ids)) == [True]
+    assert [(own, gone) for own, gone in speakable(tokenizer, prompts[:1])] == [(prompts[0], 0)]
+    # A prompt's own stays, and is told.
+    caplog.clear()
+    ids, token = ids_of(tokenizer, "The capital</s>", END)
+    assert (ids, token) == ((*found.ids, end), end)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+def test_a_prompt_of_what_is_put_behind_it_alone_is_empty() -> None:
+    with pytest.raises(PromptError, match="prompt 'x' has no tokens"):
+        ids_of(words_of_tiny_models("$A </s>"), " ", " w3")
+
+
+MASKED: dict[str, tuple[str, str, Made]] = {
+    "BERT": ("[CLS]", "[SEP]", word_piece),
+    "BERT, not registered": ("[CLS]", "[SEP]", lambda: word_piece(False)),
+    "RoBERTa": ("<s>", END, roberta),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_prompt_that_spells_what_is_added_has_it_once(name: str) -> None:
+    first, last, make = MASKED[name]
+    tokenizer = make()
+    target = "paris" if first == "[CLS]" else "Paris"
+
+    def masked(text: str) -> tuple[int, ...]:
+        (found,) = encode(tokenizer, [Prompt("x", text, (target,))], None, tokenizer.mask_token_id)
+        assert tokenizer.convert_ids_to_tokens(list(found.target_ids))[0].lstrip("Ġ") == target
+        assert [found.ids.count(token) for token in tokenizer.convert_tokens_to_ids([first, last])] == [1, 1]
+        assert tokenizer.convert_ids_to_tokens([found.ids[0], found.ids[-1]]) == [first, last]
+        return found.ids
+
+    for text in ("the capital of [MASK].", "[MASK]"):
+        bare = masked(text)
+        for form in (f"{first}{text}{last}", f"{first}{text}", f"{text}{last}"):
+            assert masked(form) == bare
+        assert masked(f"{first} {text} {last}") in (bare, masked(f" {text} "))
+    for wrong in ("{0}{0}the [MASK]", "the [MASK]{1}{1}", "{0}the [MASK]{1} {1}", " {0} {0}the [MASK]"):
+        with pytest.raises(PromptError, match=r"prompt 'x' would (begin|end) with"):
+            masked(wrong.format(first, last))
+
+
+def test_a_masked_prompt_keeps_what_stands_within() -> None:
+    tokenizer = word_piece()
+    prompt = Prompt("x", "[CLS] the capital [SEP] is [MASK] [SEP]", ("paris",))
+    (found,) = encode(tokenizer, [prompt], None, tokenizer.mask_token_id)
+    assert found.ids == (2, 5, 6, 3, 8, 4, 3)
+    # `[MASK]` is one token for every model, also when lengths are counted.
+    tokenizer = roberta()
+    prompt = Prompt("x", "The capital [MASK]", ("Paris",))
+    (found,) = encode(tokenizer, [prompt], None, tokenizer.mask_token_id)
+    for most, is_short in ((len(found.ids), True), (len(found.ids) - 1, False)):
+        assert fits(tokenizer, [prompt], most, mask_token=tokenizer.mask_token_id) == [is_short]
+
+
+@pytest.mark.parametrize("text", ["w3 w14 w9", "<s>w3 w14 w9", "<s> w3 w14 w9"])
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_the_library_measures_behind_the_prompt_itself(text: str, template: str) -> None:
+    model = LanguageModel(tiny_model("Llama 2").model, words_of_tiny_models(template))
+    reference = families.float64_of("Llama 2")
+    targets, token = [" w7", END], 2
+    p, expected, _ = oracle.neurgrad(reference, [1, 3, 14, 9], [7, token], "paper")
+    found = neg_service.neurgrad(model, [text], [targets])
+    np.testing.assert_allclose(found.probability[0], p, rtol=1e-5)
+    np.testing.assert_allclose(found.neurgrad[0], expected, rtol=0, atol=1e-5 * abs(expected).max())
+    np.testing.assert_allclose(neg_service.neg(model, text, END, [(1, 5)], [1.0]).probability, p[1], rtol=1e-5)
+    edited = neg_service.intervene(model, [text], [targets], [{"neurons": [(1, 5)], "shift": 0.5}])
+    np.testing.assert_allclose(edited.probability_before[0], p, rtol=1e-5)
+
+
+def test_a_tokenizer_beside_weights_adds_what_its_configuration_says(tmp_path: Path) -> None:
+    llama(add_bos_token=True, add_eos_token=True).save_pretrained(tmp_path)
+    loaded = load_tokenizer(LocalModel(tmp_path, "own", "none"))
+    assert added_by(loaded).after_text == END
+    assert ids_of(loaded, "<s>The capital") == ids_of(llama(add_bos_token=True), "The capital")
+
+
+def test_a_merged_target_is_still_refused_without_what_is_put_behind() -> None:
+    with pytest.raises(TargetError, match=r"target 'ital' merges with the text beside it") as caught:
+        ids_of(byte_level("<s> $A </s>"), "The cap", "ital")
+    assert END not in str(caught.value)
