@@ -73,7 +73,7 @@ def test_metrics_count_what_was_done(reporting_ray: str, tiny_directory: Path, t
     began = time.time()
     summary = run(prepared, stay_connected=True)
     name = prepared.uri.rsplit("/", 1)[1]
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     found = scraped(reporting_ray, name)
     # A gauge goes soon after nobody sets it any more: what comes last is looked at as soon as it is there.
     while "ended_timestamp_seconds_total" not in found and time.monotonic() < until:
@@ -134,7 +134,7 @@ def test_waiting_for_storage_shows_while_the_store_is_away(reporting_ray: str) -
 
 
 def awaited(
-    address: str, run_name: str, is_there: Callable[[dict[str, float]], bool], seconds: float = 120
+    address: str, run_name: str, is_there: Callable[[dict[str, float]], bool], seconds: float = 300
 ) -> dict[str, float]:
     """The metrics of a run as soon as they are as expected."""
     until = time.monotonic() + seconds
