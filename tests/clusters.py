@@ -114,7 +114,7 @@ def own_cluster(**head: Any) -> Iterator[OwnCluster]:
         cluster.close()
 
 
-def eventually(condition: Any, seconds: float = 60) -> Any:
+def eventually(condition: Any, seconds: float = 300) -> Any:
     """What `condition` gives as soon as it is true."""
     until = time.monotonic() + seconds
     while not (value := condition()):

@@ -60,10 +60,17 @@ class Progress:
     def line(self) -> str:
         """For example `128/316 prompts (41 %), 24.1 prompts/s, 0:08 left`."""
         rate = (self._done - self._before) / max(1e-9, time.monotonic() - self._began)
-        left = f"{clock((self._total - self._done) / rate)} left" if rate else "time left unknown"
+        left = "time left unknown" if self.seconds_left is None else f"{clock(self.seconds_left)} left"
         return (
             f"{self._done}/{self._total} prompts ({100 * self._done / self._total:.0f} %), {rate:.3g} prompts/s, {left}"
         )
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace since the first replica was ready; None while nothing is known of it."""
+        if self._done == self._before:
+            return None
+        return (self._total - self._done) * self.seconds / (self._done - self._before)
 
     @property
     def n_now(self) -> int:

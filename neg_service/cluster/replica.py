@@ -24,6 +24,7 @@ import pyarrow as pa
 import ray
 
 from neg_service.cluster.logs import log_to_stderr, logging_shard
+from neg_service.cluster.metrics import report_waiting
 from neg_service.cluster.plan import Shard
 from neg_service.config import ScanConfig
 from neg_service.prompts.prompt import Prompt
@@ -155,6 +156,8 @@ class Replica:
         if self._destination is not None:
             to = self._destination
             self._store = open_store(to.uri, to.endpoint_url, to.patience_seconds)
+        if ray.is_initialized():
+            report_waiting(self._logs.run, self._doing.waited_seconds)
         self._worker = self._computing.submit(self._make_worker).result()
         ready = self._computing.submit(self._worker.start).result()
         return Hello(os.getpid(), socket.gethostname(), ready)
@@ -193,7 +196,7 @@ class _Doing:
         self._lock = threading.Lock()
         self._computing = self._storing = 0
         self._since = time.monotonic()
-        self._waited = 0.0
+        self._waited = self._told = 0.0
 
     @property
     def is_only_storing(self) -> bool:
@@ -207,10 +210,15 @@ class _Doing:
         finally:
             self._change(-computing, -storing)
 
-    def waited_since_last_asked(self) -> float:
+    def waited_seconds(self) -> float:
+        """Until now, also while it waits."""
         self._change(0, 0)
+        return self._waited
+
+    def waited_since_last_asked(self) -> float:
+        now = self.waited_seconds()
         with self._lock:
-            waited, self._waited = self._waited, 0.0
+            waited, self._told = now - self._told, now
         return waited
 
     def _change(self, computing: int, storing: int) -> None:

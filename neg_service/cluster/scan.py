@@ -280,7 +280,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         on_first_ready=on_first_ready,
         on_set_aside=on_set_aside,
         on_failure=metrics.failed,
-        on_counts=metrics.show,
+        on_counts=lambda counts: metrics.show(counts, progress.seconds_left),
         n_shards=todo,
         start_seconds=config.cluster.start_seconds,
         stall_seconds=None if config.cluster.stall_seconds == "auto" else float(config.cluster.stall_seconds),
@@ -289,6 +289,7 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         outcome = driver.run()
     finally:
         progress.close()
+        metrics.end()
     if not done and not outcome.set_aside:
         # What it cost, for whoever compares measures; a run that was interrupted does not say.
         cost = {

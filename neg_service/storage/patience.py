@@ -12,6 +12,7 @@ import pyarrow.fs as pafs
 
 from neg_service.errors import StorageError
 from neg_service.storage.objects import UNFINISHED_SECONDS, Entry, ObjectStore
+from neg_service.storage.waiting import Waiting, waiting
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class PatientStore:
     """
 
     def __init__(self, store: ObjectStore, seconds: float) -> None:
-        """`seconds`: how long an operation is repeated, from its first failure on."""
+        """`seconds`: how long an operation may get nowhere, with all its repetitions."""
         self._store = store
         self._seconds = seconds
         self.uri, self.settings = store.uri, store.settings
@@ -62,16 +63,23 @@ class PatientStore:
         return self._store.arrow()
 
     def _patiently(self, operation: Callable[[], T]) -> T:
-        pause, until = 1.0, None
+        pause, wait = 1.0, Waiting(self._seconds, is_repeated=True)
         while True:
             try:
-                return operation()
+                with waiting(wait):
+                    result = operation()
             except StorageError as error:
-                now = time.monotonic()
-                until = now + self._seconds if until is None else until
-                if now >= until:
-                    raise
-                log.warning("%s; trying again for %.0f s", error, until - now)
+                left = wait.fail()
+                if left <= 0:
+                    took = f"given up after {time.monotonic() - wait.began:.0f} s"
+                    raise StorageError(f"{error}; {took} (storage.patience_seconds={self._seconds:g})") from error
+                log.warning("%s; trying again for %.0f s", error, left)
+                wait.has_spoken = True
                 # Many replicas lose the same server at the same moment; they should not all come back at once.
-                time.sleep(min(pause * random.uniform(0.5, 1.5), until - now))
+                time.sleep(min(pause * random.uniform(0.5, 1.5), left))
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                wait.begin_attempt()
+            else:
+                if wait.has_spoken:
+                    log.info("%s answers again, after %.0f s", self.uri, time.monotonic() - wait.began)
+                return result

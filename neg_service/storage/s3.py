@@ -29,13 +29,16 @@ from botocore.parsers import ResponseParserError
 
 from neg_service.errors import DestinationError, StorageError, one_line
 from neg_service.storage.objects import UNFINISHED_SECONDS, Entry
+from neg_service.storage.ranges import RangeFiles
+from neg_service.storage.requests import Requests, traffic_with, within
 
 # Every request is safe to repeat: a put replaces itself. After throttling, server errors, resets and timeouts botocore
-# waits longer and longer, with jitter; a server that is gone for longer than that is a PatientStore's business.
+# waits longer and longer, with jitter; a server that is gone for longer than that is a PatientStore's business. When
+# nothing moves, `Requests` ends it all much sooner than the time-out of a read.
 _CONNECT_SECONDS = 10
 _REQUESTS = {
     "connect_timeout": _CONNECT_SECONDS,
-    "read_timeout": 60,
+    "read_timeout": 120,
     "retries": {"mode": "standard", "total_max_attempts": 6},
 }
 # At the first look nothing is worth waiting for: an endpoint that takes connections and never replies, say.
@@ -54,12 +57,8 @@ class S3Store:
         self.uri = f"s3://{self.root}"
         self.endpoint_url = endpoint_url
         self.settings = f"run={self.uri}" + (f" storage.endpoint_url={endpoint_url}" if endpoint_url else "")
-        # Listings are never cached: another process may be writing.
-        self._files: Any = s3fs.S3FileSystem(
-            endpoint_url=endpoint_url, use_listings_cache=False, config_kwargs=_REQUESTS
-        )
         # s3fs repeats what botocore has given up on; once more is for bodies that break off, which botocore never sees.
-        self._files.retries = 2
+        self._files = self._requests(_REQUESTS, retries=2)
 
     def put(self, key: str, data: bytes) -> None:
         """One request, or a multipart upload that shows nothing until complete."""
@@ -111,10 +110,7 @@ class S3Store:
             try:
                 bucket, _, prefix = self.root.partition("/")
                 # Below the prefix, because a key may be good for that alone.
-                first = s3fs.S3FileSystem(
-                    endpoint_url=self.endpoint_url, use_listings_cache=False, config_kwargs=_FIRST_LOOK
-                )
-                first.retries = 1
+                first = self._requests(_FIRST_LOOK, retries=1)
                 reply = first.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
             except (ValueError, RecursionError):
                 # What is no URL, and pages that lead on to other pages, where a client of S3 goes round and round.
@@ -152,11 +148,18 @@ class S3Store:
 
     def arrow(self) -> tuple[pafs.FileSystem, str]:
         """s3fs behind pyarrow's interface, so that both see the same credentials and endpoint."""
-        # Parquet readers know which bytes they want; s3fs would read ahead by tens of megabytes.
-        exact = s3fs.S3FileSystem(
-            endpoint_url=self.endpoint_url, use_listings_cache=False, config_kwargs=_REQUESTS, default_cache_type="none"
+        return pafs.PyFileSystem(RangeFiles(self._files)), self.root
+
+    def _requests(self, config: dict[str, Any], retries: int) -> Requests:
+        traffic = traffic_with(self.endpoint_url)
+        # Listings are never cached: another process may be writing.
+        files: Any = s3fs.S3FileSystem(
+            endpoint_url=self.endpoint_url,
+            use_listings_cache=False,
+            config_kwargs={**config, "connector_args": {"socket_factory": traffic}},
         )
-        return pafs.PyFileSystem(pafs.FSSpecHandler(exact)), self.root
+        files.retries = retries
+        return Requests(files, traffic, self._where())
 
     def _require_listener(self) -> None:
         """A name that nobody has and a port where nobody listens are told at once, not after many tries."""
@@ -167,7 +170,7 @@ class S3Store:
             raise DestinationError(f"{self._where()}: is no URL of a server; give http://HOST:PORT or https://HOST")
         try:
             place = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-            socket.create_connection(place, timeout=_CONNECT_SECONDS).close()
+            within(_CONNECT_SECONDS, lambda: socket.create_connection(place, timeout=_CONNECT_SECONDS)).close()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DestinationError(f"{self._where()}: no server answers there: {reason}") from error

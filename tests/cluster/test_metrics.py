@@ -7,19 +7,23 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 
+from neg_service.cluster.metrics import RunMetrics
+from neg_service.cluster.plan import Shard
 from neg_service.cluster.prepare import prepare
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, LogStyle, Ready, Replica
 from neg_service.cluster.scan import run
 from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
 
 PROMPTS, SHARD = 12, 3
-# Ray's agents collect every second here, and every ten by default.
-REPORT = {"metrics_report_interval_ms": 1000}
+# Ray's agents collect every three seconds here, and every ten by default; a gauge stays for twice as long.
+REPORT = {"metrics_report_interval_ms": 3000}
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +70,15 @@ def test_metrics_count_what_was_done(reporting_ray: str, tiny_directory: Path, t
             job=JobConfig(shard_size=SHARD),
         )
     )
+    began = time.time()
     summary = run(prepared, stay_connected=True)
     name = prepared.uri.rsplit("/", 1)[1]
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     found = scraped(reporting_ray, name)
-    while found.get("shards/done") != PROMPTS / SHARD and time.monotonic() < until:
-        time.sleep(1)
-        found = scraped(reporting_ray, name)
+    # A gauge goes soon after nobody sets it any more: what comes last is looked at as soon as it is there.
+    while "ended_timestamp_seconds_total" not in found and time.monotonic() < until:
+        time.sleep(0.3)
+        found |= scraped(reporting_ray, name)
     neurons = prepared.info.n_layers * prepared.info.n_neurons
     assert found["prompts_total"] == PROMPTS == summary.n_prompts_now
     assert found["neurons_total"] == PROMPTS * neurons
@@ -83,4 +89,55 @@ def test_metrics_count_what_was_done(reporting_ray: str, tiny_directory: Path, t
         "done": PROMPTS / SHARD, "running": 0, "set_aside": 0, "waiting": 0,
     }  # fmt: skip
     assert (found["replicas/ready"], found["replicas/starting"]) == (0, 0)
+    # The driver was at work until it ended, and says when.
+    assert found["seconds_left"] == 0
+    assert began <= found["heartbeat_timestamp_seconds"] <= found["ended_timestamp_seconds_total"] <= time.time()
     assert "shard_failures_total" not in found
+
+
+def test_a_run_that_ends_twice_in_one_process_says_when_it_ended_last(reporting_ray: str) -> None:
+    ends = []
+    for _ in range(2):
+        RunMetrics("twice", 1, 1, 1.0).end()
+        ends.append(time.time())
+    found = awaited(reporting_ray, "twice", lambda found: found.get("ended_timestamp_seconds_total", 0) > ends[0])
+    assert ends[0] <= found["ended_timestamp_seconds_total"] <= ends[1]
+
+
+class OneTable:
+    """A worker that computes nothing."""
+
+    def start(self) -> Ready:
+        return Ready("nothing")
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        return {"prompts": pa.table({"prompt_id": ["a"]})}
+
+
+def test_waiting_for_storage_shows_while_the_store_is_away(reporting_ray: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        to = Destination("s3://runs/x", f"http://127.0.0.1:{mute.getsockname()[1]}", "f", patience_seconds=600)
+        environment = {"env_vars": {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}}
+        actor = ray.remote(Replica).options(num_cpus=1, runtime_env=environment, **ACTOR_OPTIONS)
+        replica = actor.remote(OneTable, to, LogStyle(run="away"))
+        try:
+            ray.get(replica.start.remote())
+            stored = replica.run.remote(Shard(0, ()))
+            first = awaited(reporting_ray, "away", lambda found: found.get("storage_wait_seconds_total", 0) > 0)
+            before = first["storage_wait_seconds_total"]
+            found = awaited(reporting_ray, "away", lambda found: found["storage_wait_seconds_total"] > before + 3)
+            # It goes on while nothing has been stored, and nobody has had a word of it.
+            assert found["storage_wait_seconds_total"] > before + 3
+            assert not ray.wait([stored], timeout=0)[0]
+        finally:
+            ray.kill(replica)
+
+
+def awaited(
+    address: str, run_name: str, is_there: Callable[[dict[str, float]], bool], seconds: float = 300
+) -> dict[str, float]:
+    """The metrics of a run as soon as they are as expected."""
+    until = time.monotonic() + seconds
+    while not is_there(found := scraped(address, run_name)) and time.monotonic() < until:
+        time.sleep(0.3)
+    return found

@@ -81,7 +81,7 @@ class Running:
             for line in self.process.stdout:
                 self.output += line
 
-    def wait_for(self, pattern: str, seconds: float = 200) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 400) -> re.Match[str]:
         """Wait until the output matches, and give the last match."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:

@@ -307,9 +307,10 @@ def test_logs_are_json_on_request(arguments: list[str], tmp_path: Path) -> None:
     said = [json.loads(line) for line in done.stderr.splitlines()]
     (run,) = (path.name for path in tmp_path.iterdir())
     assert {one["run"] for one in said} == {run}
-    assert any("is ready" in one["message"] and one["replica"] == 0 for one in said)
+    # A line that no replica is ready yet, as on a machine with much to do, is about none.
+    assert any("is ready: pid" in one["message"] and one.get("replica") == 0 for one in said)
     assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
     # Errors too.
     done = job("scan", *arguments, f"storage.uri={tmp_path}", "job.log=json", "measure.basis=none")
     assert done.returncode == 1
-    assert json.loads(done.stderr)["level"] == "ERROR"
+    assert json.loads(done.stderr.splitlines()[-1])["level"] == "ERROR"

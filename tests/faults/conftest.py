@@ -105,7 +105,7 @@ class Orders:
         """Whether somebody did as ordered."""
         return (self.file.parent / f"{self.file.name}.{number}.done").exists()
 
-    def await_pid(self, number: int, seconds: float = 90) -> int:
+    def await_pid(self, number: int, seconds: float = 300) -> int:
         """The process that carries out an order to hold."""
         told = self.file.parent / f"{self.file.name}.{number}.pid"
         until = time.monotonic() + seconds

@@ -138,3 +138,50 @@ def _reset(client: socketserver.StreamRequestHandler) -> None:
     client.connection.close()
     # What the handler would still flush has nowhere to go.
     client.wfile = open("/dev/null", "wb")  # noqa: SIM115, PTH123
+
+
+@dataclass
+class Link:
+    """A TCP connection to `endpoint_url` that may be slow, or swallow all that is sent without a word."""
+
+    endpoint_url: str
+    bytes_a_second: float = float("inf")
+    is_cut: bool = False
+    passed: int = 0
+
+    def __enter__(self) -> Link:
+        """Listen on a free port."""
+        self._open = [socket.socket()]
+        self._listener = self._open[0]
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening, and end what is open."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for one in self._open:
+            one.close()
+
+    def _accept(self) -> None:
+        parts = urlsplit(self.endpoint_url)
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection((parts.hostname or "", parts.port or 80))
+                self._open += [client, server]
+                for a, b in ((client, server), (server, client)):
+                    threading.Thread(target=self._carry, args=(a, b), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(2**13):
+                if not self.is_cut:
+                    time.sleep(len(data) / self.bytes_a_second)
+                    sink.sendall(data)
+                    self.passed += len(data)
+        for one in (source, sink):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)

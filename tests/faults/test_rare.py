@@ -81,7 +81,7 @@ def test_a_node_is_lost(
     on_node: list[psutil.Process] = []
 
     def remove() -> None:
-        until = time.monotonic() + 90
+        until = time.monotonic() + 300
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         while not on_node:
             assert time.monotonic() < until

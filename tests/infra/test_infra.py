@@ -181,7 +181,12 @@ def test_panels_do_not_cover_each_other() -> None:
     assert max(x for x, _ in cells) < 24
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not installed")
+with_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not installed"
+)
+
+
+@with_promtool
 def test_prometheus_understands_alerts_and_dashboard(tmp_path: Path) -> None:
     panels = json.loads((INFRA / "grafana" / "dashboard.json").read_text())["panels"]
     asked = [target["expr"].replace("$run", ".*") for panel in panels for target in panel.get("targets", [])]
@@ -189,6 +194,35 @@ def test_prometheus_understands_alerts_and_dashboard(tmp_path: Path) -> None:
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     for file in (tmp_path / "panels.yaml", INFRA / "prometheus" / "alerts.yaml"):
         subprocess.run(["promtool", "check", "rules", str(file)], check=True, capture_output=True)
+
+
+@with_promtool
+def test_alerts_fire_when_they_should_and_else_are_silent(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(INFRA / "prometheus" / "alerts_test.yaml")],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The test of the tests: without its conditions an alert fires where it should not.
+    text = (INFRA / "prometheus" / "alerts.yaml").read_text()
+    (tmp_path / "alerts.yaml").write_text(re.sub(r"> \d[\d.]*\n", "> -1\n", text))
+    shutil.copy(INFRA / "prometheus" / "alerts_test.yaml", tmp_path)
+    wrong = ["promtool", "test", "rules", str(tmp_path / "alerts_test.yaml")]
+    assert subprocess.run(wrong, check=False, capture_output=True).returncode != 0
+
+
+def test_each_alert_is_tested_to_fire_and_to_be_silent() -> None:
+    tests = yaml.safe_load((INFRA / "prometheus" / "alerts_test.yaml").read_text())["tests"]
+    asked = [(one["alertname"], bool(one.get("exp_alerts"))) for test in tests for one in test["alert_rule_test"]]
+    assert set(asked) == {(rule["alert"], fires) for rule in alerts() for fires in (True, False)}
+
+
+def test_the_readme_names_every_metric() -> None:
+    source = Path(metrics.__file__).read_text()
+    own = {f"neg_{name}" for name in re.findall(r'counter\("(\w+)"', source)} | set(re.findall(r'"(neg_\w+)"', source))
+    section = (ROOT / "README.md").read_text()
+    section = section[section.index("| metric | what |") :].partition("\n\n")[0]
+    assert set(re.findall(r"`(neg_\w+)", section)) == own
 
 
 def test_the_runbook_has_a_heading_for_each_exception_and_each_alert() -> None:

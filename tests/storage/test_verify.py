@@ -277,7 +277,7 @@ def test_a_store_is_tried_again_for_as_long_as_it_was_told(tmp_path: Path, caplo
     began = time.monotonic()
     with pytest.raises(StorageError, match="Input/output error"):
         PatientStore(store, 1).put("a", b"2")
-    assert 1 <= time.monotonic() - began < 5
+    assert 1 <= time.monotonic() - began < 60
     assert isinstance(open_store(str(tmp_path), None, 5), PatientStore)
 
 
