@@ -63,7 +63,7 @@ def _halving(
     budget: Budget,
 ) -> Iterator[tuple[int, T]]:
     """Run a batch; when memory ends, halve the budget for all that follows and run the batch in two halves."""
-    waiting = [indices]
+    waiting, whole = [indices], budget.tokens
     while waiting:
         part = waiting.pop()
         try:
@@ -77,7 +77,8 @@ def _halving(
                     f"{named(prompt, model)}: its {counts[part[0]]} rows do not fit into the memory of {model.device} "
                     f"even alone: use a larger device, or fewer targets or edits"
                 ) from without_frames(error)
-            budget.halve()
+            # By the part of the batch that is tried next: when both halves fail, that is one halving, not two.
+            budget.lower_to(whole * -(-len(part) // 2) / len(indices))
             waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
             results = None
         if results is None:

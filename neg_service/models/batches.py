@@ -81,7 +81,11 @@ class Budget:
 
     def lower(self, factor: float) -> None:
         """The same, where it is known by how much."""
-        self._limit = self._limit.lowered(self._limit.now * factor)
+        self.lower_to(self._limit.now * factor)
+
+    def lower_to(self, tokens: float) -> None:
+        """The same, where it is known to what; what is lower already stays."""
+        self._limit = self._limit.lowered(tokens)
 
     def has_fitted(self) -> None:
         """After a batch that fitted: what was lowered recovers in time."""

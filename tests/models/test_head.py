@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from jobs.benchmarks.tiny_models import FAMILIES, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.measures.gradients import gradients
-from neg_service.measures.integrated_gradients import integrals
 from neg_service.models.batches import Budget
 from neg_service.models.head import exact_head_gradient, product_in_parts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -75,15 +74,6 @@ def test_a_large_vocabulary_costs_gradients_no_digits(family: str) -> None:
     position = readout(ids, model.is_masked)
     _, expected, _ = oracle.gradients(reference, ids, targets, "paper", position)
     assert relative(found.gradient_kln, expected) < 1e-5
-
-
-def test_nor_integrated_gradients() -> None:
-    model = large_vocabulary("Llama 2")
-    ids, targets = (3, 14, 15, 92, 65), (70_000,)
-    ((_, found),) = integrals(model, [encoded(ids, targets)], [(0,)], "paper", [1], 2, Budget(4096))
-    reference = copy.deepcopy(model.model).double()
-    expected = oracle.integrated_gradients(reference, ids, targets, "paper", 1, 2)
-    assert relative(found.integral_kln[:, 0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
