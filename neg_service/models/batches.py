@@ -170,11 +170,11 @@ def fill_batches(lengths: Sequence[int], branches: Sequence[int], budget: Budget
 
 def return_cached_memory() -> None:
     """Give back to accelerators what their allocators keep, also for a batch that failed; on a CPU there is nothing."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
-    if torch.xpu.is_initialized():
+    if torch.xpu.is_initialized():  # type: ignore[no-untyped-call]
         torch.xpu.empty_cache()
 
 

@@ -9,7 +9,7 @@ added in float64: 1e-6 for any vocabulary, any number of rows and any library.
 
 In low precision the products are float32 inside and are rounded to far fewer digits after; there nothing is changed.
 
-Axes: R rows, V vocabulary, F features.
+Axes: R rows, V vocabulary, P tokens of a part, F features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# So short a sum has an error of 1e-6 in any order; shorter parts are slower.
+# So short a sum has an error of 1e-6 in any order. On SmolLM2 the product takes a fifth longer for it, all of NeurGrad
+# less than a hundredth.
 _PART = 512
 
 
@@ -35,7 +36,7 @@ def exact_head_gradient(model: PreTrainedModel) -> Iterator[None]:
         return
 
     def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        found: Tensor = _Head.apply(inputs[0], module.weight, output.detach())
+        found: Tensor = _Head.apply(inputs[0], module.weight, output.detach())  # type: ignore[no-untyped-call]
         return found
 
     handle = head.register_forward_hook(replace)
@@ -62,6 +63,6 @@ class _Head(torch.autograd.Function):
 def product_in_parts(slope_rv: Tensor, weight_vf: Tensor) -> Tensor:
     """`slope_rv @ weight_vf` in parts of the vocabulary, which are added in float64; in the precision of the slopes."""
     total_rf = slope_rv.new_zeros(*slope_rv.shape[:-1], weight_vf.shape[1], dtype=torch.float64)
-    for slope, weight in zip(slope_rv.split(_PART, -1), weight_vf.split(_PART), strict=True):
-        total_rf += slope @ weight
+    for slope_rp, weight_pf in zip(torch.split(slope_rv, _PART, -1), torch.split(weight_vf, _PART), strict=True):
+        total_rf += slope_rp @ weight_pf
     return total_rf.to(slope_rv.dtype)

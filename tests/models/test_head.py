@@ -105,9 +105,7 @@ def test_the_heads_output_stays_bit_for_bit_and_its_hooks_are_undone(dtype: torc
 
 
 @pytest.mark.model
-def test_float32_on_long_prompts_is_as_good_as_the_textbook_way(
-    smollm2: LanguageModel, smollm2_float64: nn.Module
-) -> None:
+def test_float32_keeps_its_digits_on_a_long_prompt(smollm2: LanguageModel, smollm2_float64: nn.Module) -> None:
     text = " ".join(
         f"In the year {1000 + 7 * i} the town of {_TOWNS[i % 5]} had {3 * i + 2} mills, and its people sold "
         f"{_WARES[i % 7]} by the river."
@@ -116,8 +114,8 @@ def test_float32_on_long_prompts_is_as_good_as_the_textbook_way(
     ids, targets = tuple(smollm2.tokenizer(text)["input_ids"][:1000]), (260, 4200)
     assert len(ids) == 1000
     expected = oracle.gradients_over_cache(smollm2_float64, ids, targets, "paper")
-    _, textbook, _ = oracle.gradients(smollm2.model, ids, targets[:1], "paper")
     layers = list(range(smollm2.feed_forward.n_layers))
     ((_, found),) = gradients(smollm2, [encoded(ids, targets)], [(0, 1)], "paper", layers, Budget(2048))
-    allowed = 1.5 * relative(textbook[0], expected[0])
-    assert relative(found.gradient_kln[0], expected[0]) < allowed
+    # 4e-5 for both; with the vocabulary summed one token after the other 0.8e-4 and 1.3e-4.
+    for k in range(len(targets)):
+        assert relative(found.gradient_kln[k], expected[k]) < 6e-5
