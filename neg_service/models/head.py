@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# So short a sum has an error of 1e-6 in any order. On SmolLM2 the product takes a fifth longer for it, all of NeurGrad
-# less than a hundredth.
+# So short a sum has an error of 1e-6 in any order. On SmolLM2 the product takes a fifth longer for it, which is about a
+# hundredth of all that NeurGrad does.
 _PART = 512
 
 
