@@ -40,7 +40,11 @@ class NonFiniteError(NegServiceError):
 
 
 class OutOfMemory(NegServiceError):
-    """One prompt alone did not fit into memory, at the smallest batch."""
+    """Memory ended, which smaller batches may help."""
+
+
+class DoesNotFit(OutOfMemory):
+    """One prompt alone did not fit into memory, at the smallest batch: a retry asks for as much again."""
 
 
 class StorageError(NegServiceError):

@@ -6,6 +6,7 @@ that a wrong row in the engine's table cannot agree with itself here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +87,26 @@ def gradients(
         rows.append(np.stack([_at(slope, position, basis, model) for slope in slopes]))
         activations = np.stack([_at(seen[layer], position, basis, model) for layer in range(len(seen))])
     return np.array(probabilities), np.stack(rows), activations
+
+
+def gradients_over_cache(model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str) -> np.ndarray:
+    """Gradients [K, L, N] as `gradients` has them at the last token, which runs alone over the library's own cache."""
+    with torch.no_grad():
+        cache = model(torch.tensor([list(ids)[:-1]]), use_cache=True, logits_to_keep=1).past_key_values
+    rows = []
+    for target in target_ids:
+        seen: dict[int, Tensor] = {}
+        handles = [_capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
+        try:
+            with torch.enable_grad():
+                last = torch.tensor([list(ids)[-1:]])
+                logits = model(last, past_key_values=copy.deepcopy(cache)).logits[0, -1]
+                slopes = torch.autograd.grad(logits.softmax(-1)[target], [seen[layer] for layer in range(len(seen))])
+        finally:
+            for handle in handles:
+                handle.remove()
+        rows.append(np.stack([_at(slope, -1, basis, model) for slope in slopes]))
+    return np.stack(rows)
 
 
 def neurgrad(

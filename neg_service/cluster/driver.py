@@ -40,6 +40,7 @@ from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import Hello, Receipt
 from neg_service.cluster.resources import Room
 from neg_service.errors import ConfigurationError, NegServiceError, NodeLost, OutOfMemory, ReplicaLost, one_line
+from neg_service.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -313,10 +314,10 @@ def _translated(error: Exception) -> Exception:
     """The error that happened in the replica, or what its loss means."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        if isinstance(cause, MemoryError):
-            return OutOfMemory(f"MemoryError {cause}".strip())
         if isinstance(cause, NegServiceError):
             return cause
+        if is_out_of_memory(cause):
+            return OutOfMemory(f"{type(cause).__name__} {' '.join(str(cause).split())}".strip())
         # Nobody foresaw this one: whoever mends it needs to know where it happened.
         log.warning("an unexpected error in a replica:\n%s", error)
         return RuntimeError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")

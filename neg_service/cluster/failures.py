@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from neg_service.cluster.plan import Shard
-from neg_service.errors import ConfigurationError, NodeLost, NonFiniteError, OutOfMemory, ReplicaLost, StorageError
+from neg_service.errors import (
+    ConfigurationError,
+    DoesNotFit,
+    NodeLost,
+    NonFiniteError,
+    OutOfMemory,
+    ReplicaLost,
+    StorageError,
+)
 
 # So often a shard may lose its node before that counts as a failure of the shard.
 MOST_MOVES = 10
@@ -45,8 +53,9 @@ def decide(error: BaseException, failures: int, most: int, moves: int = 0) -> Ac
     Nodes come and go, on spot machines several times a day: a shard that loses its node is moved, and only one that
     has lost more than ten is suspected of having ended them. A wrong configuration is wrong for every shard: stop. So
     is a store that stays away from one replica after another, each of which has waited as long as it was told to; a
-    single one may have lost its network alone. A non-finite value is there again on every retry: set aside at once. All
-    else may be the replica's or the moment's fault, and is tried again.
+    single one may have lost its network alone. A non-finite value is there again on every retry, and a prompt that did
+    not fit alone asks for as much again: set aside at once. All else may be the replica's or the moment's fault, and is
+    tried again.
     """
     if isinstance(error, ConfigurationError):
         return Action.STOP
@@ -54,7 +63,7 @@ def decide(error: BaseException, failures: int, most: int, moves: int = 0) -> Ac
         return Action.MOVE
     if isinstance(error, StorageError):
         return Action.STOP if failures >= most else Action.REPLACE
-    if isinstance(error, NonFiniteError) or failures >= most:
+    if isinstance(error, NonFiniteError | DoesNotFit) or failures >= most:
         return Action.SET_ASIDE
     if isinstance(error, OutOfMemory):
         return Action.SPLIT

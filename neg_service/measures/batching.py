@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import torch
-
-from neg_service.errors import OutOfMemory
-from neg_service.models.batches import Budget, fill_batches, is_out_of_memory
+from neg_service.errors import DoesNotFit
+from neg_service.memory import is_out_of_memory
+from neg_service.models.batches import Budget, RowBudget, fill_batches, return_cached_memory, without_frames
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt
 
@@ -38,7 +37,7 @@ def in_batches(
     `header`, and gives their results in order.
 
     Raises:
-        OutOfMemory: a prompt does not fit even alone.
+        DoesNotFit: a prompt does not fit even alone.
     """
     for start in range(0, len(prompts), PLANNED_TOGETHER):
         block = range(len(prompts))[start : start + PLANNED_TOGETHER]
@@ -64,7 +63,7 @@ def _halving(
     budget: Budget,
 ) -> Iterator[tuple[int, T]]:
     """Run a batch; when memory ends, halve the budget for all that follows and run the batch in two halves."""
-    waiting = [indices]
+    waiting, whole = [indices], budget.tokens
     while waiting:
         part = waiting.pop()
         try:
@@ -74,45 +73,46 @@ def _halving(
                 raise
             if len(part) == 1:
                 prompt = prompts[part[0]]
-                raise OutOfMemory(
+                raise DoesNotFit(
                     f"{named(prompt, model)}: its {counts[part[0]]} rows do not fit into the memory of {model.device} "
                     f"even alone: use a larger device, or fewer targets or edits"
-                ) from error
-            budget.halve()
+                ) from without_frames(error)
+            # By the part of the batch that is tried next: when both halves fail, that is one halving, not two.
+            budget.lower_to(whole * -(-len(part) // 2) / len(indices))
             waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
             results = None
         if results is None:
             # Out of the handler, where the failed batch's tensors are no longer held by the traceback.
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            return_cached_memory()
             continue
+        budget.has_fitted()
         yield from zip(part, results, strict=True)
 
 
-def in_parts(n_rows: int, run: Callable[[slice], T], most: int, device: torch.device) -> tuple[list[T], int]:
-    """Run rows of one prompt, at most `most` together, in parts of even size; when memory ends, in parts half as large.
+def in_parts(n_rows: int, run: Callable[[slice], T], budget: RowBudget) -> list[T]:
+    """Run rows of one prompt beside its unshifted one, in parts of even size; when memory ends, in parts half as large.
 
-    Gives what `run` gave of each part, in order, and how many rows may run together from now on. A row that does not
-    fit even alone raises what the allocator says.
+    Gives what `run` gave of each part, in order; how many rows may run together from now on is left in the budget. A
+    row that does not fit even alone raises what the allocator says.
     """
     done: list[T] = []
     start = 0
     while start < n_rows:
         left = n_rows - start
-        n_parts = -(-left // most)
+        n_parts = -(-left // (budget.rows - 1))
         end = start + -(-left // n_parts)
         try:
             done.append(run(slice(start, end)))
             start = end
+            budget.has_fitted()
             continue
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or end - start == 1:
                 raise
         # Out of the handler, where the failed part's tensors are no longer held by the traceback.
-        most = (end - start) // 2
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return done, most
+        budget.lower(1 + (end - start) // 2)
+        return_cached_memory()
+    return done
 
 
 def named(prompt: EncodedPrompt, model: LanguageModel) -> str:

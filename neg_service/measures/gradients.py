@@ -90,7 +90,8 @@ def _run_batch(
     for prompt, own in zip(prompts, wanted, strict=True):
         ours = slice(row, row + len(own))
         gradient_kln = gradient_rln[ours] * p_r[ours, None, None]
-        activation_ln = activation_rln[row]
+        # A copy: a view would keep the whole batch's array for as long as this prompt's result.
+        activation_ln = activation_rln[row].copy()
         if not (finite_r[ours].all() and np.isfinite(gradient_kln).all()):
             raise NonFiniteError(
                 f"{named(prompt, model)}: NaN or infinity in logits or gradients; try another model.dtype"

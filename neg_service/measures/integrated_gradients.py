@@ -40,7 +40,7 @@ from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import check_keep, encoded_texts, wanted_targets
 from neg_service.measures.tables import prompt_row, target_layer_rows
-from neg_service.models.batches import BRANCH_COST, Budget
+from neg_service.models.batches import BRANCH_COST, Budget, RowBudget
 from neg_service.models.branches import at_least_float32
 from neg_service.models.feed_forward import check_basis
 from neg_service.models.language_model import LanguageModel, ModelInfo
@@ -111,7 +111,7 @@ def integrated_gradients(
         ConfigurationError: an unknown basis or layer, or m below 1.
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in logits or gradients, of the prompt or of a scaled point.
-        OutOfMemory: one scaled point of a prompt does not fit.
+        DoesNotFit: one scaled point of a prompt does not fit.
     """
     _check_steps("m", m)
     encoded = encoded_texts(model, prompts, targets)
@@ -195,11 +195,13 @@ def _integral(interventions: Interventions, layer: int, tokens: Sequence[int], m
         return _summed_slopes(interventions, layer, tokens, range(1, m + 1)[part], m)
 
     fitting = _points_that_fit(interventions.rows, len(tokens), budget)
+    rows = RowBudget(1 + fitting)
     with interventions.naming_memory(f"one scaled point of layer {layer} does"):
-        parts, most = in_parts(m, run, fitting, interventions.device)
-    if most < fitting:
-        budget.tokens = max(1, budget.tokens * most // fitting)
-        budget.scale *= most / fitting
+        parts = in_parts(m, run, rows)
+    if rows.rows <= fitting:
+        budget.lower((rows.rows - 1) / fitting)
+    else:
+        budget.has_fitted()
     return at_least_float32(interventions.activation_ln[layer]) * torch.stack(parts).sum(0) / m
 
 

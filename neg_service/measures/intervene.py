@@ -138,7 +138,7 @@ def effects(
     Very many edits run a part at a time, each part beside an unedited row of its own.
 
     Raises:
-        OutOfMemory: a prompt with a part of the edits does not fit.
+        DoesNotFit: a prompt with a part of the edits does not fit.
         NonFiniteError: NaN or infinity in a prompt's logits, without or with an edit.
     """
     signs = _signs_of_neg(model, prompts, edits, basis, budget)

@@ -17,12 +17,13 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
+from neg_service.errors import ConfigurationError, DoesNotFit, NonFiniteError
 from neg_service.measures.batching import in_parts, named
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
+from neg_service.memory import is_out_of_memory
 from neg_service.models.backward import target_gradients
-from neg_service.models.batches import RowBudget, is_out_of_memory
+from neg_service.models.batches import RowBudget, without_frames
 from neg_service.models.feed_forward import visiting
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.rows import Rows, flat, keeping_inputs, resuming_at
@@ -44,7 +45,7 @@ class Interventions:
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
-            OutOfMemory: the prompt alone does not fit.
+            DoesNotFit: the prompt alone does not fit.
             ModelError: the model fails its self-check, or does to its logits what no difference passes through.
         """
         self._who = named(prompt, model)
@@ -74,7 +75,7 @@ class Interventions:
 
         Raises:
             NonFiniteError: NaN or infinity in a gradient.
-            OutOfMemory: a few targets' graphs do not fit.
+            DoesNotFit: a few targets' graphs do not fit.
         """
         sites = {layer: self.sites[layer] for layer in layers}
         parts = []
@@ -97,16 +98,16 @@ class Interventions:
         """Let an error that says that memory ended name the prompt, and what does not fit (`its tokens do`).
 
         Raises:
-            OutOfMemory: in the place of that error.
+            DoesNotFit: in the place of that error.
         """
         try:
             yield
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(
+            raise DoesNotFit(
                 f"{self._who}: {what} not fit into the memory of {self.device}: use a larger device or a shorter prompt"
-            ) from error
+            ) from without_frames(error)
 
     def delta_log_p(self, layer: int, neurons_i: Tensor, shifts_i: Tensor, budget: RowBudget) -> Tensor:
         """Δ log p of every target [I, K] when neuron `neurons_i[i]` of a layer is moved by `shifts_i[i]`.
@@ -114,7 +115,7 @@ class Interventions:
         `shifts_i` are added to the activation as they are; signs are the caller's business. Batches are filled evenly.
 
         Raises:
-            OutOfMemory: one intervention beside the unshifted row does not fit.
+            DoesNotFit: one intervention beside the unshifted row does not fit.
             NonFiniteError: NaN or infinity after an intervention.
         """
 
@@ -122,9 +123,7 @@ class Interventions:
             return self._run(layer, neurons_i[part], shifts_i[part])
 
         with self.naming_memory("one intervention does"):
-            done, most = in_parts(len(shifts_i), run, budget.rows - 1, self.device)
-        budget.rows = 1 + most
-        return torch.cat(done)
+            return torch.cat(in_parts(len(shifts_i), run, budget))
 
     def run_from(self, layer: int, n_rows: int, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Logits [R, V] of rows that begin at a layer, with what `change` makes of the tensor that holds its neurons.

@@ -141,7 +141,7 @@ def sweep_prompt(
     `on_done` is told how many neurons each layer brought.
 
     Raises:
-        OutOfMemory: one intervention does not fit.
+        DoesNotFit: one intervention does not fit.
         NonFiniteError: NaN or infinity after an intervention.
     """
     device, probability_k = interventions.device, interventions.probability_k.double()

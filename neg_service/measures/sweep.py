@@ -149,8 +149,11 @@ def measure(
             fitting = rows.rows
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(interventions, own, sweep, rows, options.keep_curves, progress.add)
-            # What did not fit once will not fit for the next prompt.
-            budget.scale *= rows.rows / fitting
+            # What did not fit just now will not fit for the next prompt.
+            if rows.rows < fitting:
+                budget.lower(rows.rows / fitting)
+            else:
+                budget.has_fitted()
             neurgrad_kn = neurgrad_kln[:, np.searchsorted(layers, own[:, 0]), own[:, 1]]
             probability_k = interventions.probability_k.float().cpu().numpy()
             table = _table(prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma, model.dtype)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from neg_service.errors import ModelError
+from neg_service.models.head import exact_head_gradient
 
 ATTENTION = "neg_service_branches"
 
@@ -150,7 +151,7 @@ class PrefixPass:
 
     def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
         q_bhtd, k_bgtd, v_bgtd = (self.packing.pad(x) for x in qkv)
-        self.prefix.keys_bgtd[layer], self.prefix.values_bgtd[layer] = k_bgtd, v_bgtd
+        self.prefix.keys_bgtd[layer], self.prefix.values_bgtd[layer] = _alone(k_bgtd), _alone(v_bgtd)
         header = self.prefix.header
         if header.ids:
             b = self.packing.b
@@ -268,6 +269,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _alone(x: Tensor) -> Tensor:
+    """A tensor that keeps nothing else alive: of a fused projection (GPT-2, Phi-3) keys and values are views."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
 def _softcapped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
@@ -302,7 +308,7 @@ def run_branches(model: PreTrainedModel, prefix: Prefix, rows: Sequence[int]) ->
     """
     ids = [[last] * n for last, n in zip(prefix.last_ids, rows, strict=True)]
     positions = [[len(prefix.header.ids) + own] * n for own, n in zip(prefix.own_lengths, rows, strict=True)]
-    with running(model, _BranchPass(prefix, rows)):
+    with running(model, _BranchPass(prefix, rows)), exact_head_gradient(model):
         logits: Tensor = model(**packed(model, ids, positions)).logits
     # Some architectures (GPT-2) bring rows that became more on the way to another axis in the end.
     return logits.flatten(0, -2)

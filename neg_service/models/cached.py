@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from neg_service.models.branches import Header
+from neg_service.models.head import exact_head_gradient
 
 
 class CachedRows:
@@ -45,7 +46,8 @@ class CachedRows:
         options: dict[str, Any] = {"use_cache": False}
         if self._frozen is not None:
             options = {"use_cache": True, "past_key_values": self._frozen}
-        logits: Tensor = self._model(last_r1, **options).logits
+        with exact_head_gradient(self._model):
+            logits: Tensor = self._model(last_r1, **options).logits
         return logits[:, -1]
 
     def positions(self, counts: Sequence[int]) -> Tensor:

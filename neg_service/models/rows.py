@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neg_service.models.branches import Header, run_branches, run_prefix
+from neg_service.models.head import exact_head_gradient
 
 
 class Rows(Protocol):
@@ -101,7 +102,8 @@ class SequenceRows:
         handle = self._model.base_model.register_forward_hook(read)
         try:
             of_row = of_row.to(self._ids_bt.device)
-            logits: Tensor = self._model(self._ids_bt[of_row], attention_mask=self._visible_bt[of_row]).logits
+            with exact_head_gradient(self._model):
+                logits: Tensor = self._model(self._ids_bt[of_row], attention_mask=self._visible_bt[of_row]).logits
         finally:
             handle.remove()
         return logits[:, 0]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from neg_service.errors import ModelError, one_line
+from neg_service.memory import is_out_of_memory
 from neg_service.models.backward import target_gradients
-from neg_service.models.batches import is_out_of_memory
 from neg_service.models.feed_forward import Site, visiting
 from neg_service.models.rows import BranchRows, flat, keeping_inputs, resuming_at
 

@@ -27,6 +27,7 @@ from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, 
 from neg_service.errors import (
     ConfigurationError,
     DestinationError,
+    DoesNotFit,
     ModelError,
     NodeLost,
     NonFiniteError,
@@ -79,6 +80,7 @@ def test_automatic_shards_hold_minutes_of_interventions_at_most() -> None:
         (DestinationError("x"), 1, Action.STOP),
         (NonFiniteError("x"), 1, Action.SET_ASIDE),
         (OutOfMemory("x"), 1, Action.SPLIT),
+        (DoesNotFit("x"), 1, Action.SET_ASIDE),
         (OutOfMemory("x"), 3, Action.SET_ASIDE),
         (ReplicaLost("x"), 1, Action.REPLACE),
         (ReplicaLost("x"), 3, Action.SET_ASIDE),
@@ -360,6 +362,23 @@ def test_neurons_are_ranked_in_the_basis_of_the_measure_if_it_has_one(measure: d
     assert ranking.measure == {**measure, "name": "strength"}
     assert ranking.neurons == NeuronsConfig([1, 2])
     assert ranking.dataset == config.dataset
+
+
+@pytest.mark.parametrize(
+    ("cause", "action"),
+    [
+        (MemoryError("no memory"), Action.SPLIT),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Action.SPLIT),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Action.SPLIT),
+        (OutOfMemory("cuda:0 is full"), Action.SPLIT),
+        (DoesNotFit("prompt 'a' does not fit"), Action.SET_ASIDE),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), Action.REPLACE),
+    ],
+)
+def test_memory_that_ended_in_a_replica_is_known_by_its_words(cause: Exception, action: Action) -> None:
+    error = _translated(ray.exceptions.RayTaskError("run", "its traceback", cause))
+    assert isinstance(error, OutOfMemory) == (action is not Action.REPLACE)
+    assert decide(error, 1, 3) is action
 
 
 def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import random
 from itertools import combinations, pairwise
 
-from neg_service.models.batches import BRANCH_COST, PASS_COST, Budget, Group, fill_batches, group_by_header
+from neg_service.models.batches import (
+    BRANCH_COST,
+    MOST_PATIENCE,
+    PASS_COST,
+    Budget,
+    Group,
+    Limit,
+    RowBudget,
+    fill_batches,
+    group_by_header,
+)
 
 
 def _cost(prompts: list[list[int]], groups: list[Group]) -> int:
@@ -80,3 +90,59 @@ def test_halving_the_budget_shrinks_the_batches_that_follow() -> None:
     assert sizes[:3] == [10, 5, 2]
     assert sum(sizes) == 20
     assert budget.tokens >= 1
+
+
+def test_a_lowered_limit_doubles_after_batches_that_fitted_and_stops_at_what_was_given() -> None:
+    limit = Limit(100, 100, 3).lowered(50).lowered(25)
+    seen = []
+    for _ in range(8):
+        limit = limit.after_fitting()
+        seen.append(limit.now)
+    assert seen == [25, 25, 50, 50, 50, 100, 100, 100]
+    # One more, and the failures are forgotten.
+    assert limit.after_fitting() == Limit(100, 100, 3)
+    assert Limit(100, 60, 1).after_fitting().now == 100
+    assert Limit(100, 100, 3).after_fitting() == Limit(100, 100, 3)
+
+
+def test_a_size_that_does_not_fit_is_tried_less_and_less_often() -> None:
+    limit, failures = Limit(64, 64, 4), []
+    for step in range(20_000):
+        # More than 20 never fits.
+        if limit.now > 20:
+            failures.append(step)
+            limit = limit.lowered(limit.now / 2)
+        else:
+            limit = limit.after_fitting()
+    # 64 and 32 at first; then 32 after 4, 8, 16, ... batches.
+    assert failures[:6] == [0, 1, 6, 15, 32, 65]
+    waits = [after - before for before, after in pairwise(failures[2:])]
+    assert waits == sorted(waits)
+    assert len(failures) < 20
+    assert max(waits) <= MOST_PATIENCE + 1
+
+
+def test_a_failure_long_after_all_was_well_begins_anew() -> None:
+    limit = Limit(64, 64, 2)
+    for _ in range(3):
+        limit = limit.lowered(32)
+        for _ in range(2 + 2):
+            limit = limit.after_fitting()
+        assert limit == Limit(64, 64, 2)
+
+
+def test_budgets_recover_up_to_what_was_given_and_keep_their_least() -> None:
+    budget, rows = Budget(1000, 0.5), RowBudget(64)
+    budget.halve()
+    budget.lower(0.25)
+    rows.lower(9)
+    assert (budget.tokens, budget.scale, rows.rows) == (125, 0.0625, 9)
+    for _ in range(1000):
+        budget.has_fitted()
+        rows.has_fitted()
+    assert (budget.tokens, budget.scale, rows.rows) == (1000, 0.5, 64)
+    for _ in range(50):
+        budget.halve()
+        rows.lower(1)
+    assert (budget.tokens, rows.rows) == (1, 2)
+    assert budget.scale > 0

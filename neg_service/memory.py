@@ -1,0 +1,56 @@
+"""Whether an error says that memory ended, whoever raised it: Python, NumPy, Arrow, PyTorch, or a library below it.
+
+By type where there is one, and by the words of the libraries where there is none: only the accelerator's own allocator
+raises PyTorch's class. cuBLAS, cuDNN and the driver raise plain errors when their handles and workspaces find no room,
+and so does PyTorch's allocator on a CPU. What is meant are words of allocators, not all that speaks of memory: an
+illegal access is none of these. PyTorch is not imported, so that the driver can ask as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+
+_TYPES = {"OutOfMemoryError", "OutOfMemory"}
+_WORDS = re.compile(
+    r"out of memory"  # CUDA, HIP, MPS, XPU; "CUDA error: out of memory" of the driver
+    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS|ROCBLAS|MIOPEN)\w*_ALLOC_FAILED|CUFFT_ALLOC_FAILED"
+    r"|CUDNN_\w*ALLOCATION_FAILED"
+    r"|rocblas_status_memory_error|miopenStatusAllocFailed"
+    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY"
+    r"|can(no|')t allocate memory|not enough memory: you tried to allocate|unable to allocate"
+    r"|enforce fail at alloc_cpu"
+    r"|std::bad_alloc|bad allocation",
+    re.IGNORECASE,
+)
+_OTHER_DEVICE_ERROR = re.compile(r"(CUDA|HIP) error: (?!out of memory)", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that memory ended."""
+    for link in _chain(error):
+        if _says_so(link):
+            return True
+        if _OTHER_DEVICE_ERROR.search(str(link)):
+            # The device has failed in another way, and whatever came before is no longer what is wrong.
+            return False
+    return False
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if _TYPES & {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    return isinstance(error, Exception) and _WORDS.search(str(error)) is not None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
