@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any
 
 import aiohttp
 import fsspec
 from botocore.exceptions import BotoCoreError
 
 from neg_service.errors import ConfigurationError, one_line
+from neg_service.places import (
+    file_name_of,
+    is_chain,
+    is_here,
+    local_path,
+    refuse_credentials,
+    split_scheme,
+    without_credentials,
+)
+
+# Of disks, servers and archives; file systems of fsspec raise whatever the library behind them does.
+_UNREADABLE = (
+    OSError, ValueError, ImportError, EOFError, LookupError, RuntimeError, TypeError, BotoCoreError,
+    aiohttp.ClientError, zipfile.BadZipFile, zlib.error, tarfile.TarError, lzma.LZMAError, struct.error,
+)  # fmt: skip
 
 
 def read_input(key: str, source: str, error: type[ConfigurationError] = ConfigurationError) -> bytes:
@@ -20,9 +40,11 @@ def read_input(key: str, source: str, error: type[ConfigurationError] = Configur
     Raises:
         ConfigurationError: it cannot be read; of the class `error`.
     """
-    with _told(key, source, error), fsspec.open(source, "rb") as file:
-        content: bytes = file.read()
-        return content
+    with _told(key, source, error):
+        files, place = _opened(key, source, error)
+        with files.open(place, "rb") as file:
+            content: bytes = file.read()
+            return content
 
 
 def exists(key: str, source: str, error: type[ConfigurationError] = ConfigurationError) -> bool:
@@ -32,7 +54,7 @@ def exists(key: str, source: str, error: type[ConfigurationError] = Configuratio
         ConfigurationError: its place cannot be asked; of the class `error`.
     """
     with _told(key, source, error):
-        files, place = fsspec.url_to_fs(source)
+        files, place = _opened(key, source, error)
         return bool(files.isfile(place))
 
 
@@ -43,30 +65,44 @@ def parts_of_input(key: str, source: str) -> list[tuple[str, bytes]]:
         ConfigurationError: it cannot be read.
     """
     with _told(key, source, ConfigurationError):
-        files, place = fsspec.url_to_fs(source)
-        names = sorted(files.glob(f"{place}/*.parquet")) if files.isdir(place) else [place]
+        files, place = _opened(key, source, ConfigurationError)
+        # Listed and not globbed, because in a folder's own name a bracket is a bracket.
+        listed = files.ls(place, detail=False) if files.isdir(place) else None
+        names = [place] if listed is None else sorted(name for name in listed if suffix_of(name) == ".parquet")
         return [(name, files.cat_file(name)) for name in names]
 
 
 def suffix_of(source: str) -> str:
     """The ending of a path or URI, in small letters, with its dot."""
-    return PurePosixPath(without_credentials(source)).suffix.lower()
+    return PurePosixPath(file_name_of(source)).suffix.lower()
 
 
-def without_credentials(source: str) -> str:
-    """A path or URI without the user, password and query that it may carry: fit to be printed and stored."""
-    parts = urlsplit(source)
-    if not parts.scheme or "://" not in source:
-        return source
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _opened(key: str, source: str, error: type[ConfigurationError]) -> tuple[Any, str]:
+    """A file system of fsspec and the place in it, with no character of a path or key taken for anything else.
+
+    fsspec itself takes `::` for a chain everywhere, and expands patterns here and there.
+    """
+    if is_here(source) or not is_chain(source):
+        path = local_path(source, key, error)
+        if path is not None:
+            return fsspec.filesystem("file"), str(path.absolute())
+        scheme, rest = split_scheme(source)
+        if scheme == "s3" and not rest.partition("/")[0]:
+            raise error(f"{key}={source}: names no bucket; give s3://bucket/key")
+        if scheme == "s3" and "?versionId=" not in rest:
+            return fsspec.filesystem("s3"), rest
+    # An archive that was changed since it was opened is another one.
+    files, place = fsspec.url_to_fs(source, skip_instance_cache=is_chain(source))
+    return files, place
 
 
 @contextmanager
 def _told(key: str, source: str, error: type[ConfigurationError]) -> Iterator[None]:
+    refuse_credentials(key, source, error)
     shown = without_credentials(source)
     try:
         yield
-    except (OSError, ValueError, ImportError, BotoCoreError, aiohttp.ClientError) as problem:
+    except _UNREADABLE as problem:
         # What a library says of an address may hold what the address hides.
         reason = one_line(problem) if shown == source else type(problem).__name__
         if isinstance(problem, FileNotFoundError):

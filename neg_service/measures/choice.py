@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, one_line
-from neg_service.inputs import parts_of_input, suffix_of, without_credentials
+from neg_service.inputs import parts_of_input, suffix_of
+from neg_service.places import without_credentials
 
 CHOOSE = ("all", "sample", "top", "list")
 Neurons = NDArray[np.int64]

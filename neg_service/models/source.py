@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from neg_service.errors import ModelError, one_line
+from neg_service.places import refuse_credentials
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def fetch(
     Raises:
         ModelError: nothing is there, the download failed, or there are no safetensors.
     """
+    refuse_credentials("model.source", source, ModelError)
     try:
         return _fetch(source, revision, with_weights, trust_remote_code)
     except PermissionError as error:

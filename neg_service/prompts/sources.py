@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,8 @@ import pyarrow.parquet as pq
 
 from neg_service.config import DatasetConfig
 from neg_service.errors import PromptError, nearest, one_line
-from neg_service.inputs import read_input, suffix_of, without_credentials
+from neg_service.inputs import read_input, suffix_of
+from neg_service.places import file_name_of, without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt
@@ -53,12 +55,14 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Promp
 def dataset_name(dataset: DatasetConfig) -> str:
     """A data set in a few words, fit for the name of a run."""
     if dataset.task is None:
-        return re.sub(r"\.[a-z]+$", "", without_credentials(dataset.source).rsplit("/", 1)[-1])
+        return re.sub(r"\.[a-z]+$", "", file_name_of(dataset.source))
     tasks, splits = chosen_tasks(dataset.task), chosen_splits(dataset.split)
     return "-".join([*(tasks if len(tasks) < 3 else [f"{len(tasks)}-tasks"]), *splits])
 
 
-def load_prompts(source: str, limit: int | None = None, how: DatasetConfig | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str | os.PathLike[str], limit: int | None = None, how: DatasetConfig | None = None
+) -> list[Prompt]:
     """All prompts of `source`, or its first `limit`: a built-in name or a file's path or URI.
 
     `how` says how a file's rows become prompts. A row's targets do not depend on `limit`.
@@ -66,6 +70,7 @@ def load_prompts(source: str, limit: int | None = None, how: DatasetConfig | Non
     Raises:
         PromptError: unknown source, missing column, or a broken row (with its line or row number).
     """
+    source = os.fspath(source)
     if source in BUILT_IN:
         return BUILT_IN[source]()[:limit]
     shown = without_credentials(source)

@@ -12,7 +12,8 @@ from functools import cache
 from importlib import resources
 
 from neg_service.errors import PromptError, one_line
-from neg_service.inputs import exists, read_input
+from neg_service.inputs import exists, read_input, suffix_of
+from neg_service.places import below, without_credentials
 from neg_service.prompts.tasks import Example, Row, Task
 
 
@@ -39,11 +40,12 @@ def wordings_of(task: Task, place: str | None = None) -> dict[str, dict[str, Wor
     """
     if place is None:
         return _own_wordings(task)
-    if not place.endswith(".toml"):
-        place = f"{place.rstrip('/')}/{task.name}.toml"
+    if suffix_of(place) != ".toml":
+        place = below(place, f"{task.name}.toml")
         if not exists("dataset.wordings", place, PromptError):
             return _own_wordings(task)
-    return _own_wordings(task) | _wordings(task, place, read_input("dataset.wordings", place, PromptError))
+    content = read_input("dataset.wordings", place, PromptError)
+    return _own_wordings(task) | _wordings(task, without_credentials(place), content)
 
 
 @cache
