@@ -56,6 +56,7 @@ def local_path(place: str | os.PathLike[str], key: str, error: type[Configuratio
     """
     if isinstance(place, os.PathLike):
         return Path(place)
+    place = str(place)
     scheme, path = split_scheme(place)
     if scheme not in ("", "file"):
         return None
@@ -72,10 +73,10 @@ def local_path(place: str | os.PathLike[str], key: str, error: type[Configuratio
         raise error(f"{key}={place}: two slashes follow {found[1]}:, as in {found[1].lower()}://...")
     # POSIX leaves open what two slashes at the beginning mean, so that Path keeps them.
     path = re.sub("^/+", "/", path)
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as problem:
-        raise error(f"{key}={place}: {problem}") from problem
+    expanded = _expanded(path)
+    if path.startswith("~") and expanded == Path(path) and not expanded.exists():
+        raise error(f"{key}={place}: there is no home {expanded.parts[0]}; a folder of that name is ./{path}")
+    return expanded
 
 
 def bucket_and_prefix(place: str, key: str, error: type[ConfigurationError]) -> tuple[str, str]:
@@ -171,16 +172,21 @@ def absolute(place: str) -> str:
     if is_chain(place):
         first, _, rest = place.partition("::")
         return f"{first}::{absolute(rest)}"
-    return str(Path(place).expanduser().absolute()) if is_here(place) else place
+    return str(_expanded(place).absolute()) if is_here(place) else place
 
 
 def is_here(place: str) -> bool:
     """Whether there is a file or folder at a path."""
     try:
-        return Path(place).expanduser().exists()
+        return _expanded(place).exists()
     # Too long, or with a part that nobody may look into; opening it says so.
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ValueError):
         return False
+
+
+def _expanded(path: str) -> Path:
+    # Before it is a Path, which forgets that ./~x is no home.
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 # --- credentials
@@ -191,10 +197,10 @@ def without_credentials(place: str) -> str:
     if is_chain(place):
         return "::".join(map(without_credentials, place.split("::")))
     scheme, rest = split_scheme(place)
+    if _has_user(scheme, rest):
+        rest = rest.rpartition("@")[2]
     if scheme in _URLS:
         rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    if _has_user(scheme, rest):
-        rest = rest.rpartition("@")[2] if "@" in rest else ""
     if scheme and scheme not in _WITHOUT_HOST and _SIGNATURE.search(rest):
         rest = rest.partition("?")[0]
     return f"{place[: len(scheme)]}://{rest}" if scheme else place

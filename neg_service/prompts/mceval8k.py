@@ -27,7 +27,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from neg_service.config import DatasetConfig
 from neg_service.errors import PromptError, nearest, one_line
 from neg_service.inputs import exists, read_input
-from neg_service.places import below, is_chain, split_scheme, without_credentials
+from neg_service.places import absolute, below, is_chain, split_scheme, without_credentials
 from neg_service.prompts.prompt import MASK, Prompt
 from neg_service.prompts.tasks import LANGUAGES, TASKS, Example, Row, Task
 from neg_service.prompts.wording import Wording, wordings_of
@@ -235,7 +235,7 @@ def _as_list(value: Any) -> list[Any]:
 def _read(source: str, path: str) -> bytes | None:
     """A published file from a directory, a URI, or the hub; None if it is not there."""
     is_elsewhere = is_chain(source) or split_scheme(source)[0] or source.lower().startswith("file:")
-    if is_elsewhere or Path(source).expanduser().is_dir():
+    if is_elsewhere or Path(absolute(source)).is_dir():
         place = below(source, path)
         if not exists("dataset.source", place, PromptError):
             return None

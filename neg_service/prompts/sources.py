@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from neg_service.config import DatasetConfig
 from neg_service.errors import PromptError, nearest, one_line
 from neg_service.inputs import read_input, suffix_of
-from neg_service.places import file_name_of, without_credentials
+from neg_service.places import file_name_of, refuse_credentials, without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt
@@ -73,6 +73,7 @@ def load_prompts(
     source = os.fspath(source)
     if source in BUILT_IN:
         return BUILT_IN[source]()[:limit]
+    refuse_credentials("dataset.source", source, PromptError)
     shown = without_credentials(source)
     suffix = suffix_of(source)
     rows_of = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}

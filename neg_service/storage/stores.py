@@ -30,7 +30,8 @@ def open_store(
     path = local_path(uri, key, DestinationError)
     store: ObjectStore
     if path is not None:
-        store = LocalStore(path)
+        # Already without ~, unless it was a Path; a name may begin so.
+        store = LocalStore(path.absolute() if isinstance(uri, str) else path)
     elif (scheme := split_scheme(text)[0]) == "s3":
         store = S3Store(text, endpoint_url, key=key)
     else:
