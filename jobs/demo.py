@@ -16,6 +16,7 @@ from jobs.scan import describe_plan, describe_summary
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.scan import Summary, run
 from neg_service.config import NeuronsConfig, ScanConfig, typed
+from neg_service.places import below, parent_of
 from neg_service.prompts.prompt import Prompt
 from neg_service.report.console import agreement, aligned, columns, strongest
 from neg_service.report.plots import neg_against_neurgrad, neurgrad_over_layers
@@ -44,7 +45,7 @@ def demo(config: DictConfig) -> int:
     else:
         print("no examples of neurons: they need measure.keep=all")
     swept = _sweep(prepared)
-    out = f"{prepared.config.storage.uri.rstrip('/')}/report"
+    out = below(parent_of(summary.uri) or summary.uri, "report")
     page = write_report([summary.uri, swept.uri], out, prepared.config.storage.endpoint_url)
     print(f"\nreport: {page}")
     return EXIT_INCOMPLETE if summary.set_aside or swept.set_aside else 0

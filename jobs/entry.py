@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from neg_service.cluster.logs import log_to_stderr
 from neg_service.errors import ConfigurationError, NegServiceError
+from neg_service.places import refuse_credentials, texts_of
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 3, 130, 143
@@ -45,12 +46,18 @@ def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
     # Libraries speak up only when something is wrong.
     for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        refuse_credentials_in(sys.argv[1:])
+    except ConfigurationError as error:
+        fail(str(error))
     _check_overrides(config_name)
 
     def guarded(config: DictConfig) -> None:
         if OmegaConf.select(config, "job.log") == "json":
             log_to_stderr("json")
         try:
+            for key, text in texts_of(OmegaConf.to_container(config)):
+                refuse_credentials(key, text)
             code = job(config)
             sys.stdout.flush()
         except BrokenPipeError:
@@ -96,6 +103,17 @@ def flag_of(config: DictConfig, key: str) -> bool:
     return bool(config[key])
 
 
+def refuse_credentials_in(overrides: list[str]) -> None:
+    """Refuse credentials as they are typed, before any message about a mistake could show them.
+
+    Raises:
+        ConfigurationError: naming the setting.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        refuse_credentials(key.lstrip("+~") if value else "an argument", override)
+
+
 def _check_overrides(config_name: str) -> None:
     """Compose the same configuration ahead, to tell a mistake in one line."""
     if not any(argument.startswith("-") for argument in sys.argv[1:]):
@@ -127,5 +145,6 @@ def _reason(error: BaseException) -> str:
 
 def fail(message: str) -> NoReturn:
     """Say what is wrong in one line, and end."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # Of blanks and tabs each may be part of a path.
+    print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
     sys.exit(EXIT_ERROR)

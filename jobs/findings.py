@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neg_service.cluster.plan import fit_for_a_name
 from neg_service.cluster.prepare import prepare
 from neg_service.cluster.scan import run
 from neg_service.config import ScanConfig
 from neg_service.errors import NegServiceError
 from neg_service.models.source import fetch
+from neg_service.places import below
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.stores import open_store
 
@@ -50,7 +52,8 @@ def put_findings(
         **about,
     }
     fingerprint = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
-    uri = f"{config.storage.uri.rstrip('/')}/{config.job.name or f'{model.name}-{kind}'}-{fingerprint}"
+    name = fit_for_a_name(config.job.name or f"{model.name}-{kind}")
+    uri = below(open_store(config.storage.uri, config.storage.endpoint_url).uri, f"{name}-{fingerprint}")
     store = open_store(uri, config.storage.endpoint_url, config.storage.patience_seconds)
     for name, table in tables.items():
         buffer = io.BytesIO()

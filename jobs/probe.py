@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
+from neg_service.cluster.prepare import to_be_stored
 from neg_service.cluster.resources import disconnect
 from neg_service.config import ScanConfig, plain, typed
-from neg_service.inputs import without_credentials
 from neg_service.probing.options import Context, Options, check_options, contexts_of
 from neg_service.probing.study import Findings, run_probe
 from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
@@ -99,7 +99,7 @@ class _Scans:
 
 def _put(config: ProbeConfig, found: Findings, tables: Mapping[str, pa.Table]) -> str:
     """Store what was found beside the runs that it comes from."""
-    dataset = asdict(config.dataset) | {"source": without_credentials(config.dataset.source)}
+    dataset = to_be_stored(config.dataset)
     about = {
         "probe": asdict(config.probe),
         "dataset": {key: value for key, value in dataset.items() if key not in ("split", "limit", "ids")},

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, ListConfig
 
 from jobs.entry import start, value_of
 from neg_service.errors import ConfigurationError
+from neg_service.places import below
 from neg_service.report.page import render
 from neg_service.report.sections import sections_of
 from neg_service.report.sections.found import find
@@ -27,7 +28,7 @@ def report(config: DictConfig) -> int:
 
 def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str | None = None) -> str:
     """Write report.html and figures/*.png to a directory or prefix; the page's path."""
-    store = open_store(out, endpoint_url)
+    store = open_store(out, endpoint_url, key="out")
     # What is wrong with the place is told before anything is read.
     store.check()
     found = find(uris, endpoint_url)
@@ -43,7 +44,7 @@ def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str
             for theme, image in picture.images.items():
                 store.put(f"figures/{picture.name}{'' if theme == 'light' else '-dark'}.png", image)
     store.put("report.html", render(named, subtitle, sections).encode())
-    return f"{store.uri.rstrip('/')}/report.html"
+    return below(store.uri, "report.html")
 
 
 if __name__ == "__main__":

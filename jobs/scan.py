@@ -11,8 +11,8 @@ from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.scan import Summary, run
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import StorageError
-from neg_service.inputs import without_credentials
 from neg_service.measures.choice import count_of, described
+from neg_service.places import literal, without_credentials
 from neg_service.report.console import accuracy, agreement, aligned, bytes_text
 from neg_service.storage.reader import Run, open_run, reading
 
@@ -118,7 +118,7 @@ def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
     else:
         heading = "done"
     endpoint_url = prepared.config.storage.endpoint_url
-    where = f'"{summary.uri}"' + (f', "{endpoint_url}"' if endpoint_url else "")
+    where = ", ".join(literal(one) for one in (summary.uri, endpoint_url) if one)
     snippet = (
         "import neg_service\n"
         f"run = neg_service.open_run({where})\n"

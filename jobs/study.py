@@ -11,11 +11,10 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
-from neg_service.cluster.prepare import prepare
+from neg_service.cluster.prepare import prepare, to_be_stored
 from neg_service.cluster.resources import disconnect
 from neg_service.config import NeuronsConfig, ScanConfig, plain, typed
 from neg_service.estimation.study import Options, check_options, run_study
-from neg_service.inputs import without_credentials
 from neg_service.report.study import study_text
 from neg_service.storage.reader import Run
 
@@ -58,7 +57,7 @@ def study(config: DictConfig) -> int:
     tables = found.tables()
     about = {
         "study": asdict(asked.study),
-        "dataset": asdict(asked.dataset) | {"source": without_credentials(asked.dataset.source)},
+        "dataset": to_be_stored(asked.dataset),
         "neurons": asdict(asked.neurons),
         "runs": found.runs,
     }

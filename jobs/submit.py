@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 from ray.job_submission import JobStatus
 
-from jobs.entry import CONF, EXIT_INTERRUPTED, composed, fail
+from jobs.entry import CONF, EXIT_INTERRUPTED, composed, fail, refuse_credentials_in
 from jobs.scan import describe_plan
 from neg_service.cluster.logs import log_to_stderr
 from neg_service.cluster.prepare import Prepared, prepare, require_lasting
@@ -32,9 +32,10 @@ from neg_service.cluster.submission import (
     submit,
 )
 from neg_service.config import ScanConfig, check, plain, typed
-from neg_service.errors import ConfigurationError, NegServiceError
+from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
 from neg_service.models.source import DEFAULT
-from neg_service.storage.run import RunDirectory
+from neg_service.places import absolute, is_here, name_of, setting
+from neg_service.storage.run import RUN_FILE, RunDirectory
 from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ _FILES = ("dataset.source", "dataset.wordings", "measure.edits", "neurons.list")
 
 def main(arguments: list[str]) -> int:
     """Submit, and follow unless told not to; the exit code of the job."""
+    refuse_credentials_in(arguments)
     asked = _parser().parse_intermixed_args(arguments)
     config = composed(asked.job, asked.overrides)
     client = connect_to_job_server(asked.address)
@@ -150,7 +152,7 @@ def _amounts(given: dict[str, str]) -> dict[str, float]:
 def _submission_id(job: str, prepared: Prepared | None, config: DictConfig, files: dict[str, Path]) -> str:
     """From the fingerprint; where it can only be known on the cluster, from what decides it."""
     if prepared is not None:
-        return f"neg-{prepared.uri.rsplit('/', 1)[-1]}-{_digest([prepared.uri])}"
+        return f"neg-{name_of(prepared.uri)}-{_digest([prepared.uri])}"
     decides = {key: value for key, value in plain(config).items() if key not in ("cluster", "hydra")}
     # How a run is stored, shown and watched is not what it is.
     decides["job"] = {key: value for key, value in decides.get("job", {}).items() if key in _DECIDING}
@@ -171,25 +173,28 @@ def _files(config: DictConfig) -> dict[str, Path]:
     for key in _FILES:
         group, name = key.split(".")
         value = (config.get(group) or {}).get(name)
-        if isinstance(value, str) and value != DEFAULT and "://" not in value and Path(value).exists():
-            found[key] = Path(value).absolute()
+        if isinstance(value, str) and value != DEFAULT and is_here(value):
+            found[key] = Path(absolute(value))
     return found
 
 
 def _model_by_full_path(config: DictConfig) -> list[str]:
     source = str(config.model.source)
-    is_here = source != DEFAULT and not Path(source).is_absolute() and Path(source).exists()
-    return [f"model.source='{Path(source).absolute()}'"] if is_here else []
+    if source == DEFAULT or Path(source).is_absolute() or not is_here(source):
+        return []
+    return [setting("model.source", absolute(source))]
 
 
 def _is_complete(prepared: Prepared) -> bool:
-    """Whether all is stored; where the place cannot be seen from here, what the job said counts."""
+    """Whether all is stored, as far as can be seen from here: else the job looks itself, and ends at once."""
     try:
         store = open_store(prepared.uri, prepared.config.storage.endpoint_url)
+        store.check()
         done = RunDirectory(store, prepared.fingerprint, tuple(prepared.tables)).done()
-    except NegServiceError:
-        return True
-    return len(done) >= prepared.plan.n_shards
+        return store.get(RUN_FILE) is not None and set(range(prepared.plan.n_shards)) <= done
+    except (DestinationError, StorageError) as error:
+        log.warning("whether all is stored cannot be seen from here, so the job looks: %s", error)
+        return False
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ _SHOWN = 100
 def verify(config: DictConfig) -> int:
     """Check a run; with `repair`, mend it and check it once more."""
     uri, endpoint_url, repair = value_of(config, "run"), config.storage.endpoint_url, flag_of(config, "repair")
-    open_store(uri, endpoint_url).check()
-    store = open_store(uri, endpoint_url, config.storage.patience_seconds)
+    open_store(uri, endpoint_url, key="run").check()
+    store = open_store(uri, endpoint_url, config.storage.patience_seconds, key="run")
     verdict = _check(store)
     print(describe(verdict))
     if repair and not verdict.is_clean:

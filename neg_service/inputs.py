@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any
 
 import aiohttp
 import fsspec
@@ -23,6 +23,15 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.tar import TarFileSystem
 
 from neg_service.errors import ConfigurationError, one_line
+from neg_service.places import (
+    file_name_of,
+    is_chain,
+    is_here,
+    local_path,
+    refuse_credentials,
+    split_scheme,
+    without_credentials,
+)
 
 _DAMAGED = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, struct.error,
@@ -56,7 +65,7 @@ def read_input(key: str, source: str, error: type[ConfigurationError] = Configur
         ConfigurationError: it cannot be read; of the class `error`.
     """
     with _told(key, source, error):
-        return _content(*fsspec.url_to_fs(source))
+        return _content(*_opened(key, source, error))
 
 
 def read_if_there(key: str, source: str, error: type[ConfigurationError] = ConfigurationError) -> bytes | None:
@@ -67,7 +76,7 @@ def read_if_there(key: str, source: str, error: type[ConfigurationError] = Confi
     """
     with _told(key, source, error):
         try:
-            return _content(*fsspec.url_to_fs(source))
+            return _content(*_opened(key, source, error))
         except FileNotFoundError as problem:
             if _is_silent(_cause(problem)):
                 raise
@@ -81,13 +90,13 @@ def parts_of_input(key: str, source: str) -> Iterator[tuple[str, bytes]]:
         ConfigurationError: it cannot be read.
     """
     with _told(key, source, ConfigurationError):
-        files, place = fsspec.url_to_fs(source)
+        files, place = _opened(key, source, ConfigurationError)
         names = [place]
         if files.isdir(place):
             # Listed, not matched: a pattern's characters in a folder's name are the name's own.
             found = files.ls(place, detail=True)
             names = sorted(
-                entry["name"] for entry in found if entry["type"] == "file" and entry["name"].endswith(".parquet")
+                entry["name"] for entry in found if entry["type"] == "file" and suffix_of(entry["name"]) == ".parquet"
             )
     for name in names:
         with _told(key, source, ConfigurationError):
@@ -109,19 +118,31 @@ def _content(files: AbstractFileSystem, place: str) -> bytes:
 
 def suffix_of(source: str) -> str:
     """The ending of a path or URI, in small letters, with its dot."""
-    return PurePosixPath(without_credentials(source)).suffix.lower()
+    return PurePosixPath(file_name_of(source)).suffix.lower()
 
 
-def without_credentials(source: str) -> str:
-    """A path or URI without the user, password and query that it may carry: fit to be printed and stored."""
-    parts = urlsplit(source)
-    if not parts.scheme or "://" not in source:
-        return source
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _opened(key: str, source: str, error: type[ConfigurationError]) -> tuple[Any, str]:
+    """A file system of fsspec and the place in it, with no character of a path or key taken for anything else.
+
+    fsspec itself takes `::` for a chain everywhere, and expands patterns here and there.
+    """
+    if is_here(source) or not is_chain(source):
+        path = local_path(source, key, error)
+        if path is not None:
+            return fsspec.filesystem("file"), str(path.absolute())
+        scheme, rest = split_scheme(source)
+        if scheme == "s3" and not rest.partition("/")[0]:
+            raise error(f"{key}={source}: names no bucket; give s3://bucket/key")
+        if scheme == "s3" and "?versionId=" not in rest:
+            return fsspec.filesystem("s3"), rest
+    # An archive that was changed since it was opened is another one.
+    files, place = fsspec.url_to_fs(source, skip_instance_cache=is_chain(source))
+    return files, place
 
 
 @contextmanager
 def _told(key: str, source: str, error: type[ConfigurationError]) -> Iterator[None]:
+    refuse_credentials(key, source, error)
     shown = without_credentials(source)
     try:
         yield

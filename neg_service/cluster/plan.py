@@ -108,8 +108,12 @@ def identity_of(
 
 def run_name(config: ScanConfig, info: ModelInfo, measure: str) -> str:
     """What people see in front of the fingerprint."""
-    name = config.job.name or f"{info.name}-{dataset_name(config.dataset)}-{measure.rsplit('.', 1)[-1]}"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return fit_for_a_name(config.job.name or f"{info.name}-{dataset_name(config.dataset)}-{measure.rsplit('.', 1)[-1]}")
+
+
+def fit_for_a_name(text: str) -> str:
+    """A text as a part of a path or key that every file system, server and label takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
 def replica_bytes(info: ModelInfo, dtype: str, plan: Plan) -> int:

@@ -17,7 +17,6 @@ import pyarrow as pa
 from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
-from neg_service.inputs import without_credentials
 from neg_service.measures import find_measure
 from neg_service.measures.choice import with_list_read
 from neg_service.models.folder import LocalModel
@@ -29,6 +28,7 @@ from neg_service.models.language_model import (
     mask_token_of,
 )
 from neg_service.models.source import DEFAULT, fetch
+from neg_service.places import absolute, below, local_path, parent_of, without_credentials
 from neg_service.prompts.mceval8k import as_masked
 from neg_service.prompts.prompt import Prompt, check_prompts, fits, speakable
 from neg_service.prompts.sources import BUILT_IN, load_dataset
@@ -77,11 +77,11 @@ def prepare(config: ScanConfig) -> Prepared:
     # Ray unpacks what a job is sent with into a directory of such a name, and runs the job there.
     if Path.cwd().name.startswith("_ray_pkg_"):
         require_lasting(config.storage.uri)
-    open_store(config.storage.uri, config.storage.endpoint_url)
+    place = open_store(config.storage.uri, config.storage.endpoint_url).uri
     # Replicas, and whoever repairs the run, do not share this process's working directory.
     config = replace(
         config,
-        model=replace(config.model, source=_absolute(config.model.source)),
+        model=replace(config.model, source=_full(config.model.source)),
         dataset=_with_absolute_paths(config.dataset),
     )
     checked_dtype(config.model.dtype)
@@ -125,11 +125,11 @@ def prepare(config: ScanConfig) -> Prepared:
         identity=identity,
         tables=measure.tables(options, info),
         about=about,
-        uri=f"{config.storage.uri.rstrip('/')}/{name}-{fingerprint_of(identity)}",
+        uri=below(place, f"{name}-{fingerprint_of(identity)}"),
         request=_request(config),
     )
     if config.job.resume is not None:
-        wanted = open_run(config.job.resume, config.storage.endpoint_url)
+        wanted = open_run(config.job.resume, config.storage.endpoint_url, key="job.resume")
         require_same(wanted.directory.store, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
         prepared = replace(prepared, uri=wanted.uri)
     return prepared
@@ -151,7 +151,8 @@ def require_lasting(uri: str) -> None:
     Raises:
         ConfigurationError: a relative path.
     """
-    if "://" not in uri and not Path(uri).is_absolute():
+    path = local_path(uri, "storage.uri", DestinationError)
+    if path is not None and not Path(path).is_absolute():
         raise ConfigurationError(
             f"storage.uri={uri}: would lie in the job's own directory, which goes when the job does: give "
             f"s3://bucket/prefix, or an absolute path that all nodes share"
@@ -175,7 +176,8 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
         asked.model.source = config.model.source
     if config.dataset.source != fresh.dataset.source:
         asked.dataset.source = config.dataset.source
-    parent = run.uri.rstrip("/").rsplit("/", 1)[0]
+    # A run that fills a bucket has no folder; nothing else is put there than the run itself.
+    parent = parent_of(run.uri) or run.uri
     job = replace(asked.job, resume=run.uri, progress_seconds=config.job.progress_seconds)
     return prepare(replace(asked, cluster=config.cluster, storage=replace(config.storage, uri=parent), job=job))
 
@@ -183,14 +185,19 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
 def _request(config: ScanConfig) -> dict[str, Any]:
     """What was asked for, without how it is run; credentials in a URL are not kept."""
     job = {"name": config.job.name, "limit": config.job.limit, "shard_size": config.job.shard_size}
-    dataset = asdict(config.dataset) | {"source": without_credentials(config.dataset.source)}
     return {
         "model": {key: value for key, value in asdict(config.model).items() if key != "device"},
-        "dataset": dataset,
+        "dataset": to_be_stored(config.dataset),
         "measure": dict(config.measure),
         "neurons": asdict(config.neurons),
         "job": job,
     }
+
+
+def to_be_stored(dataset: DatasetConfig) -> dict[str, Any]:
+    """The settings of a data set without what only reading it needed."""
+    wordings = None if dataset.wordings is None else without_credentials(dataset.wordings)
+    return asdict(replace(dataset, source=without_credentials(dataset.source), wordings=wordings))
 
 
 def _of_one_token(
@@ -236,10 +243,9 @@ def _short_enough(
 
 
 def _with_absolute_paths(dataset: DatasetConfig) -> DatasetConfig:
-    wordings = None if dataset.wordings is None else _absolute(dataset.wordings)
-    return replace(dataset, source=_absolute(dataset.source), wordings=wordings)
+    wordings = None if dataset.wordings is None else absolute(dataset.wordings)
+    return replace(dataset, source=_full(dataset.source), wordings=wordings)
 
 
-def _absolute(source: str) -> str:
-    is_a_path = source not in (DEFAULT, *BUILT_IN) and Path(source).exists()
-    return str(Path(source).absolute()) if is_a_path else source
+def _full(source: str) -> str:
+    return source if source in (DEFAULT, *BUILT_IN) else absolute(source)

@@ -40,6 +40,7 @@ from neg_service.config import NeuronsConfig, ScanConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
 from neg_service.measures.choice import count_of, strongest_neurons
 from neg_service.measures.strength import total
+from neg_service.places import name_of
 from neg_service.prompts.prompt import Prompt, encode
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.reader import open_run
@@ -92,6 +93,7 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     add_to_logs(run=run_name_of(store.uri))
     log.info("results: %s", store.uri)
     outcome, progress = Outcome(), None
+    notes: dict[str, Any] = {}
     if todo and prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
         prepared = _with_strongest_listed(prepared)
         add_to_logs(run=run_name_of(store.uri))
@@ -107,7 +109,7 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
             write_or_match(hasty, *content)
             rewrite_copy(hasty)
             try:
-                outcome, progress = _drive(prepared, directory, done, size)
+                outcome, progress = _drive(prepared, directory, done, size, notes)
             except ConfigurationError:
                 # Refused after all, by a replica that saw the weights: leave no trace of a run that never was.
                 if is_new and not any(store.list(table) for table in prepared.tables):
@@ -116,6 +118,8 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
                 raise
             # Another driver of the same run may have been refused meanwhile, and have taken its run.json with it.
             write_or_match(store, *content)
+            # And in a run.json that is new nothing of what the first replica found.
+            note(store, notes)
             _require_all_there(directory, prepared, outcome)
         finally:
             if not stay_connected:
@@ -138,7 +142,7 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
 
 def run_name_of(uri: str) -> str:
     """The last part of a run's URI: what metrics and logs call the run."""
-    return uri.rstrip("/").rsplit("/", 1)[-1]
+    return name_of(uri)
 
 
 def _clear_unfinished(store: ObjectStore) -> None:
@@ -210,7 +214,10 @@ def _check_encoding(prepared: Prepared, done: set[int]) -> None:
             pass
 
 
-def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: ReplicaSize) -> tuple[Outcome, Progress]:
+def _drive(
+    prepared: Prepared, directory: RunDirectory, done: set[int], size: ReplicaSize, notes: dict[str, Any]
+) -> tuple[Outcome, Progress]:
+    """Run what is not done; what run.json was told is collected in `notes`."""
     config = prepared.config
     todo = prepared.plan.n_shards - len(done)
     most = most_replicas(config.cluster)
@@ -262,10 +269,9 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         metrics.add(receipt)
 
     def on_first_ready(hello: Hello) -> None:
-        note(
-            directory.store,
-            {"calibration": hello.ready.calibration, "engine": hello.ready.engine, "runs_on": hello.ready.runs_on},
-        )
+        ready = hello.ready
+        notes.update(calibration=ready.calibration, engine=ready.engine, runs_on=ready.runs_on)
+        note(directory.store, notes)
         progress.start()
 
     def on_set_aside(shard: Shard, error: str, failures: int) -> None:
@@ -292,12 +298,11 @@ def _drive(prepared: Prepared, directory: RunDirectory, done: set[int], size: Re
         metrics.end()
     if not done and not outcome.set_aside:
         # What it cost, for whoever compares measures; a run that was interrupted does not say.
-        cost = {
+        notes["cost"] = {
             "prompts": progress.n_now,
             "seconds": round(progress.seconds, 3),
             "computed_seconds": round(progress.computed_seconds, 3),
         }
-        note(directory.store, {"cost": cost})
     return outcome, progress
 
 

@@ -33,7 +33,7 @@ from ray.util.state.exception import RayStateApiException
 from neg_service.cluster.resources import Node, replica_size
 from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError, NegServiceError, one_line
-from neg_service.inputs import without_credentials
+from neg_service.places import holds_credentials, refuse_credentials, texts_of, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ def connect_to_job_server(address: str | None) -> JobSubmissionClient:
     given = address or next((value for value in surroundings if value.startswith("http")), DEFAULT_ADDRESS)
     if not given.startswith("http"):
         raise ConfigurationError(f"--address={given}: must be the job server's, such as {DEFAULT_ADDRESS}")
+    refuse_credentials("--address", given)
     # Ray lets its variables win over what it is told.
     os.environ["RAY_API_SERVER_ADDRESS"] = given
     with _told(given):
@@ -140,7 +141,7 @@ def check_request(request: Request, config: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: a secret, which everybody could read, or too many bytes.
     """
-    for key, value in _texts(config):
+    for key, value in texts_of(config):
         if _holds_credentials(value):
             raise ConfigurationError(
                 f"{key}: holds credentials, and everybody who sees the job sees how it was called: set them in the "
@@ -304,20 +305,9 @@ class _Printer:
         sys.stdout.flush()
 
 
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of a configuration with their keys."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, key)
-    elif isinstance(value, str):
-        yield key, value
-
-
 def _holds_credentials(value: str) -> bool:
-    return ("://" in value and without_credentials(value) != value) or bool(_KEYS.search(value))
+    # Of the queries of URLs some are signatures, and nothing tells which.
+    return holds_credentials(value) or without_credentials(value) != value or bool(_KEYS.search(value))
 
 
 def _names(files: Mapping[str, Path]) -> dict[str, str]:

@@ -19,6 +19,7 @@ Source of enhance and suppress: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradie
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,8 +28,9 @@ import numpy as np
 
 from neg_service.contents import is_deeper, json_lines, json_of, repeated
 from neg_service.errors import ConfigurationError, shortened
-from neg_service.inputs import read_input, suffix_of, without_credentials
+from neg_service.inputs import read_input, suffix_of
 from neg_service.measures.choice import Neurons, checked_neurons
+from neg_service.places import without_credentials
 
 OPERATIONS = ("shift", "scale", "set", "enhance", "suppress")
 _KEYS = {"name", "neurons", "polarity", "signed", *OPERATIONS}
@@ -94,6 +96,8 @@ def read_edits(source: Any) -> Any:
     Raises:
         ConfigurationError: a file that cannot be read, or is not JSON, or nested too deep to be edits.
     """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
     if not isinstance(source, str):
         return source
     content = read_input("measure.edits", source)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from neg_service.contents import csv_of, json_lines, parquet_batches, parquet_of
 from neg_service.errors import ConfigurationError, one_line, shortened
-from neg_service.inputs import parts_of_input, suffix_of, without_credentials
+from neg_service.inputs import parts_of_input, suffix_of
+from neg_service.places import without_credentials
 from neg_service.storage.parts import damage_of
 
 _COLUMNS = ("layer", "neuron")

@@ -150,12 +150,17 @@ class LanguageModel:
         return _token_values(self.model.config, self.feed_forward.n_neurons)
 
     def header(self, ids: Sequence[int], keep: int = 4) -> branches.Header:
-        """Keys and values of a shared beginning, run once and kept while it is among the last `keep` used."""
+        """Keys and values of a shared beginning, run once and kept while it is among the last `keep` used.
+
+        An empty one holds nothing, and takes no place among them.
+        """
         wanted = tuple(ids)
+        if not wanted:
+            return branches.Header()
         header = next((known for known in self._headers if known.ids == wanted), None)
         if header is None:
             run_header = branches.run_header if self.engine == "branches" else run_cached_header
-            header = run_header(self.model, wanted) if wanted else branches.Header()
+            header = run_header(self.model, wanted)
         else:
             self._headers.remove(header)
         self._headers = [header, *self._headers[: keep - 1]]

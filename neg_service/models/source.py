@@ -30,6 +30,7 @@ from neg_service.errors import ConfigurationError, ModelError, one_line
 from neg_service.models.folder import CONFIG, LocalModel, require_plain_files
 from neg_service.models.gguf_file import unpack as _unpack_gguf
 from neg_service.models.library_log import hear_libraries
+from neg_service.places import refuse_credentials
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def fetch(
     if not isinstance(source, str | os.PathLike):
         raise ModelError(f"model.source={source!r}: must be a text or a path, such as {DEFAULT}")
     named = os.fsdecode(source)
+    refuse_credentials("model.source", named, ModelError)
     hear_libraries()
     try:
         return _fetch(named, revision, with_weights, trust_remote_code)

@@ -29,7 +29,15 @@ from sklearn.ensemble import RandomForestClassifier
 from neg_service.errors import ConfigurationError
 from neg_service.measures.scores import n_bits
 from neg_service.measures.votes import PromptVotes, from_text, votes_of
-from neg_service.probing.ranking import ActivationPart, GradientPart, Ints, Ranking, in_order
+from neg_service.probing.ranking import (
+    ActivationPart,
+    GradientPart,
+    Ints,
+    Ranking,
+    ShardParts,
+    in_order,
+    parts_of_shards,
+)
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
 
@@ -115,16 +123,16 @@ def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptVot
 
 
 def _computed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptVotes]]:
-    active = dict(run.parts("activations"))
     within = (pc.field("prompt_id") >= f"{task}/") & (pc.field("prompt_id") < f"{task}0")
 
-    def of_shard(shard: int) -> list[tuple[str, PromptVotes]]:
-        table = gradient_parts[shard].to_table(columns=GradientPart.COLUMNS, filter=within)
+    def of_shard(parts: ShardParts) -> list[tuple[str, PromptVotes]]:
+        gradients, activations = parts.fragments
+        table = gradients.to_table(columns=GradientPart.COLUMNS, filter=within)
         if not table.num_rows:
             return []
         part = GradientPart(table)
         ids, n = part.prompt_ids(task), part.n_neurons
-        activation_part = ActivationPart(active[shard].to_table(columns=ActivationPart.COLUMNS, filter=within))
+        activation_part = ActivationPart(activations.to_table(columns=ActivationPart.COLUMNS, filter=within))
         shape = (len(ids), part.n_labels(task), len(neurons))
         neurgrad_pks, activation_ps = np.empty(shape, np.float32), np.empty((len(ids), len(neurons)), np.float32)
         for layer in np.unique(neurons // n):
@@ -133,8 +141,8 @@ def _computed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptV
             activation_ps[:, own] = activation_part.values(ids, int(layer))[:, neurons[own] % n]
         return [(id_, votes_of(neurgrad_pks[i], activation_ps[i])) for i, id_ in enumerate(ids)]
 
-    gradient_parts = dict(run.parts("neurgrad"))
-    for own in in_order(of_shard, gradient_parts):
+    parts = parts_of_shards(run, "neurgrad", "activations")
+    for own in in_order(of_shard, parts, lambda own: own.size):
         yield from own
 
 

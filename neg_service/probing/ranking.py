@@ -14,7 +14,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -30,6 +32,9 @@ from neg_service.storage.reader import Run, reading
 T = TypeVar("T")
 R = TypeVar("R")
 Ints = NDArray[np.int64]
+# Of the memory, for parts as they are stored: read, with what is computed of them, they are about three times that.
+_SHARE, _MOST_BYTES = 1 / 8, 2**30
+_LIMIT_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 # Whole numbers, and so exact in float32 too.
 SNAPSHOT = ("polarity", "magnitude")
 
@@ -139,9 +144,8 @@ def _shards(run: Run) -> Iterator[ShardScores]:
         for _, part in run.parts("scores"):
             yield from _summed(part.to_table())
     elif "neurgrad" in run.tables and run.config["measure"]["keep"] == "all":
-        activations = dict(run.parts("activations"))
-        pairs = ((part, activations[shard]) for shard, part in run.parts("neurgrad"))
-        for own in in_order(lambda pair: _computed(*pair), pairs):
+        parts = parts_of_shards(run, "neurgrad", "activations")
+        for own in in_order(lambda own: _computed(*own.fragments), parts, lambda own: own.size):
             yield from own
     else:
         raise ConfigurationError(
@@ -260,14 +264,58 @@ def numbered(layers: NDArray[Any], n_neurons: int) -> Ints:
     return numbers
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results in the order of the items, computed on all cores, few ahead of what is taken."""
+@dataclass(frozen=True)
+class ShardParts:
+    """The parts of a shard in some tables, and their size as stored, in bytes."""
+
+    shard: int
+    fragments: tuple[pads.Fragment, ...]
+    size: int
+
+
+def parts_of_shards(run: Run, *tables: str) -> list[ShardParts]:
+    """The parts of the shards that are done at one moment, in their order."""
+    at = run.snapshot()
+    fragments = {table: dict(run.parts(table, at=at)) for table in tables}
+    return [
+        ShardParts(
+            shard,
+            tuple(fragments[table][shard] for table in tables),
+            sum(at.parts[table][shard].size for table in tables),
+        )
+        for shard in fragments[tables[0]]
+    ]
+
+
+def most_in_flight() -> int:
+    """How many bytes of parts may be in work at once."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):
+        # A word, `max`, where the container has no limit of its own.
+        memory = min(memory, int(_LIMIT_OF_CONTAINER.read_text()))
+    return min(int(_SHARE * memory), _MOST_BYTES)
+
+
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], size: Callable[[T], int], most: int | None = None
+) -> Iterator[R]:
+    """Results in the order of the items, computed on all cores, few ahead of what is taken.
+
+    Items that are being computed, or whose results were not taken yet, have at most `most` bytes together, or are one;
+    if it is not given, an eighth of the memory, and at most a gibibyte.
+    """
+    most = most_in_flight() if most is None else most
     workers = os.cpu_count() or 1
-    waiting: deque[Future[R]] = deque()
+    waiting: deque[tuple[Future[R], int]] = deque()
+    held = 0
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
+            own = size(item)
+            while waiting and (len(waiting) > workers or held + own > most):
+                result, freed = waiting.popleft()
+                yield result.result()
+                held -= freed
+            waiting.append((pool.submit(function, item), own))
+            held += own
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()

@@ -26,7 +26,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from neg_service.config import DatasetConfig
 from neg_service.contents import json_of
 from neg_service.errors import PromptError, nearest, one_line, shortened
-from neg_service.inputs import read_if_there, without_credentials
+from neg_service.inputs import read_if_there
+from neg_service.places import absolute, below, is_chain, split_scheme, without_credentials
 from neg_service.prompts.prompt import MASK, Prompt
 from neg_service.prompts.tasks import LANGUAGES, TASKS, Example, Row, Task
 from neg_service.prompts.wording import Wording, wordings_of
@@ -233,9 +234,9 @@ def _as_list(value: Any) -> list[Any]:
 
 def _read(source: str, path: str) -> bytes | None:
     """A published file from a directory, a URI, or the hub; None if it is not there."""
-    if "://" in source or Path(source).is_dir():
-        place = f"{source.rstrip('/')}/{path}"
-        return read_if_there("dataset.source", place, PromptError)
+    is_elsewhere = is_chain(source) or split_scheme(source)[0] or source.lower().startswith("file:")
+    if is_elsewhere or Path(absolute(source)).is_dir():
+        return read_if_there("dataset.source", below(source, path), PromptError)
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise PromptError(f"dataset.source={source}: no such directory")
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 from neg_service.config import DatasetConfig
 from neg_service.contents import csv_of, json_lines, json_value, parquet_batches, parquet_of, repeated
 from neg_service.errors import PromptError, nearest, one_line, shortened
-from neg_service.inputs import read_input, suffix_of, without_credentials
+from neg_service.inputs import read_input, suffix_of
+from neg_service.places import file_name_of, refuse_credentials, without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt
@@ -50,12 +52,14 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Promp
 def dataset_name(dataset: DatasetConfig) -> str:
     """A data set in a few words, fit for the name of a run."""
     if dataset.task is None:
-        return re.sub(r"\.[a-z]+$", "", without_credentials(dataset.source).rsplit("/", 1)[-1])
+        return re.sub(r"\.[a-z]+$", "", file_name_of(dataset.source))
     tasks, splits = chosen_tasks(dataset.task), chosen_splits(dataset.split)
     return "-".join([*(tasks if len(tasks) < 3 else [f"{len(tasks)}-tasks"]), *splits])
 
 
-def load_prompts(source: str, limit: int | None = None, how: DatasetConfig | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str | os.PathLike[str], limit: int | None = None, how: DatasetConfig | None = None
+) -> list[Prompt]:
     """All prompts of `source`, or its first `limit`: a built-in name or a file's path or URI.
 
     `how` says how a file's rows become prompts. A row's targets do not depend on `limit`.
@@ -63,8 +67,10 @@ def load_prompts(source: str, limit: int | None = None, how: DatasetConfig | Non
     Raises:
         PromptError: unknown source, missing column, or a broken row (with its line or row number).
     """
+    source = os.fspath(source)
     if source in BUILT_IN:
         return BUILT_IN[source]()[:limit]
+    refuse_credentials("dataset.source", source, PromptError)
     shown = without_credentials(source)
     suffix = suffix_of(source)
     rows_of = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}

@@ -13,7 +13,8 @@ from importlib import resources
 
 from neg_service.contents import text_of
 from neg_service.errors import PromptError, one_line
-from neg_service.inputs import read_if_there, read_input
+from neg_service.inputs import read_if_there, read_input, suffix_of
+from neg_service.places import below, without_credentials
 from neg_service.prompts.tasks import Example, Row, Task
 
 
@@ -40,12 +41,14 @@ def wordings_of(task: Task, place: str | None = None) -> dict[str, dict[str, Wor
     """
     if place is None:
         return _own_wordings(task)
-    if place.endswith(".toml"):
+    if suffix_of(place) == ".toml":
         content: bytes | None = read_input("dataset.wordings", place, PromptError)
     else:
-        place = f"{place.rstrip('/')}/{task.name}.toml"
+        place = below(place, f"{task.name}.toml")
         content = read_if_there("dataset.wordings", place, PromptError)
-    return _own_wordings(task) if content is None else _own_wordings(task) | _wordings(task, place, content)
+    if content is None:
+        return _own_wordings(task)
+    return _own_wordings(task) | _wordings(task, without_credentials(place), content)
 
 
 @cache

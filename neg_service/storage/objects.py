@@ -12,6 +12,7 @@ names.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
 import uuid
@@ -24,9 +25,15 @@ from typing import Protocol
 import pyarrow.fs as pafs
 
 from neg_service.errors import DestinationError, StorageError
+from neg_service.places import argument
 
-# What no retry mends: no space, no permission, a read-only disk, a file where a folder is needed.
-_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+# What no retry mends: no space, no permission, a read-only disk, a file where a folder is needed, an impossible name.
+_FINAL = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
+}  # fmt: skip
+# Of file systems that know no locks, as some of clusters.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 # What a writer leaves behind when it is killed in the middle of a put is its own for so long.
@@ -55,6 +62,10 @@ class ObjectStore(Protocol):
 
     def get(self, key: str) -> bytes | None:
         """A whole object, or None if there is none."""
+        ...
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """Write a whole object in the place of one that has the bytes `old`; False if it has others, or is gone."""
         ...
 
     def list(self, prefix: str) -> list[Entry]:
@@ -89,24 +100,12 @@ class LocalStore:
         """`root` need not exist yet."""
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
-        self.settings = f"run={self.uri}"
+        self.settings = argument("run", self.uri)
 
     def put(self, key: str, data: bytes) -> None:
         """Write beside, sync, rename: a reader or a crash at any moment sees the old object or the new one."""
-        target = self.root / key
-        scratch = target.with_name(f"{_SCRATCH}{target.name}.{uuid.uuid4().hex}")
         with self._translated():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with scratch.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                scratch.replace(target)
-            except BaseException:
-                scratch.unlink(missing_ok=True)
-                raise
-            self._sync_folder(target.parent)
+            self._write(self.root / key, data)
 
     def get(self, key: str) -> bytes | None:
         """Read a whole file."""
@@ -115,6 +114,19 @@ class LocalStore:
                 return (self.root / key).read_bytes()
             except FileNotFoundError:
                 return None
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """Under a lock of the directory, which all who replace take."""
+        target = self.root / key
+        with self._translated():
+            try:
+                with _locked(target.parent):
+                    if target.read_bytes() != old:
+                        return False
+                    self._write(target, new)
+                    return True
+            except FileNotFoundError:
+                return False
 
     def list(self, prefix: str) -> list[Entry]:
         """Files below a folder."""
@@ -163,6 +175,20 @@ class LocalStore:
         """pyarrow's own local file system."""
         return pafs.LocalFileSystem(), str(self.root)
 
+    def _write(self, target: Path, data: bytes) -> None:
+        scratch = target.with_name(f"{_SCRATCH}{target.name}.{uuid.uuid4().hex}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(target)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        self._sync_folder(target.parent)
+
     def _sync_folder(self, folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -177,3 +203,18 @@ class LocalStore:
         except OSError as error:
             text = f"storage.uri={self.uri}: {error.strerror or error}"
             raise DestinationError(text) if error.errno in _FINAL else StorageError(text) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone among those who lock this folder, on whatever machine; on file systems without locks not alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)

@@ -42,6 +42,10 @@ class PatientStore:
         """See ObjectStore."""
         return self._patiently(lambda: self._store.get(key))
 
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """See ObjectStore; after a reply that was lost it may say False of what it wrote itself."""
+        return self._patiently(lambda: self._store.replace(key, old, new))
+
     def list(self, prefix: str) -> list[Entry]:
         """See ObjectStore."""
         return self._patiently(lambda: self._store.list(prefix))

@@ -10,6 +10,7 @@ A run that is still being computed gives what is done. Page checksums are verifi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from neg_service.errors import ConfigurationError, StorageError, one_line
+from neg_service.places import name_of
 from neg_service.storage.objects import ObjectStore
-from neg_service.storage.parts import shard_of
-from neg_service.storage.run import RunDirectory, read_run_file, schema_from_json
+from neg_service.storage.run import RunDirectory, Snapshot, read_run_file, schema_from_json
 from neg_service.storage.stores import open_store
 
 RUN_COLUMN = "run"
@@ -53,7 +54,7 @@ class Run:
     @property
     def name(self) -> str:
         """The last part of its URI: what people see, and the fingerprint."""
-        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+        return name_of(self.uri)
 
     @property
     def tables(self) -> list[str]:
@@ -75,22 +76,31 @@ class Run:
         seconds = cost["computed_seconds"] if "computed_seconds" in cost else cost["seconds"] * cost["replicas"]
         return float(seconds / cost["prompts"])
 
-    def done(self) -> set[int]:
-        """The shards of the plan that are done now."""
-        return self.directory.done() & set(range(self.n_shards))
+    def snapshot(self) -> Snapshot:
+        """The parts that are there now, by one listing a table: for looking at several tables at one moment."""
+        return self.directory.snapshot()
+
+    def done(self, at: Snapshot | None = None) -> set[int]:
+        """The shards of the plan that are done, now or in a snapshot."""
+        return (at or self.snapshot()).done & set(range(self.n_shards))
 
     def table(
-        self, name: str, columns: Sequence[str] | None = None, filter: pc.Expression | None = None
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        filter: pc.Expression | None = None,
+        *,
+        at: Snapshot | None = None,
     ) -> pads.Dataset:
         """A pyarrow Dataset over the parts of all shards that are done now, in the order of the shards.
 
         `filter` may name columns that are not among `columns`. Within a shard rows are ordered by layer, and a filter
-        on `layer` reads those layers alone.
+        on `layer` reads those layers alone. `at` takes the shards of a snapshot, and lists nothing.
 
         Raises:
             ConfigurationError: the run has no such table or column.
         """
-        return _Selection.of([part for _, part in self.parts(name)], self.schemas[name], columns, filter)
+        return _Selection.of([part for _, part in self.parts(name, at=at)], self.schemas[name], columns, filter)
 
     def neuron(self, layer: int, index: int) -> pa.Table:
         """All that is known of one neuron: a row a (prompt, target), or a prompt where targets play no part.
@@ -106,23 +116,23 @@ class Run:
         if name is None:
             raise ConfigurationError(f"{self.uri} has no table of neurons; it has {', '.join(self.tables)}")
         self._require_neuron(layer, index)
-        at = pc.field("layer") == layer
+        of_layer, at = pc.field("layer") == layer, self.snapshot()
         if "neuron" in self.schemas[name].names:
-            return self.table(name, filter=at & (pc.field("neuron") == index)).to_table()
-        table = self._one_value(name, at, index)
+            return self.table(name, filter=of_layer & (pc.field("neuron") == index), at=at).to_table()
+        table = self._one_value(name, of_layer, index, at)
         if name == "neurgrad" and "activations" in self.schemas:
-            active = self._one_value("activations", at, index).select(["prompt_id", "activation"])
+            active = self._one_value("activations", of_layer, index, at).select(["prompt_id", "activation"])
             table = table.join(active, "prompt_id", join_type="left outer")
             order = [key for key in ("prompt_id", "target_index") if key in table.column_names]
             return table.sort_by([(key, "ascending") for key in order])
         return table
 
-    def _one_value(self, name: str, at: pc.Expression, index: int) -> pa.Table:
+    def _one_value(self, name: str, of_layer: pc.Expression, index: int, at: Snapshot) -> pa.Table:
         chosen: dict[str, pc.Expression] = {}
         for field in self.schemas[name]:
             is_list = pa.types.is_fixed_size_list(field.type)
             chosen[field.name] = pc.list_element(pc.field(field.name), index) if is_list else pc.field(field.name)
-        return self.table(name).to_table(columns=chosen, filter=at)
+        return self.table(name, at=at).to_table(columns=chosen, filter=of_layer)
 
     def _require_neuron(self, layer: int, index: int) -> None:
         measured = self.config.get("neurons", {}).get("layers")
@@ -132,10 +142,12 @@ class Run:
         if index < 0 or (count is not None and index >= count):
             raise ConfigurationError(f"{self.uri} has no neuron {index}; a layer has {count}, from 0")
 
-    def parts(self, name: str, expression: pc.Expression | None = None) -> Iterator[tuple[int, pads.Fragment]]:
+    def parts(
+        self, name: str, expression: pc.Expression | None = None, *, at: Snapshot | None = None
+    ) -> Iterator[tuple[int, pads.Fragment]]:
         """The shards that are done now, in order, each with its part of a table, for reading one after the other.
 
-        `expression` is true of all rows.
+        `expression` is true of all rows; `at` takes the shards of a snapshot.
 
         Raises:
             ConfigurationError: the run has no such table.
@@ -143,11 +155,10 @@ class Run:
         if name not in self.schemas:
             raise ConfigurationError(f"{self.uri} has no table {name!r}; it has {', '.join(self.tables)}")
         filesystem, root = self.directory.store.arrow()
-        done = self.done()
-        for entry in self.directory.store.list(name):
-            shard = shard_of(entry.key)
-            if shard is not None and shard in done:
-                yield shard, _CHECKED.make_fragment(f"{root}/{entry.key}", filesystem, expression, file_size=entry.size)
+        at = at or self.snapshot()
+        for shard in sorted(self.done(at)):
+            part = at.parts[name][shard]
+            yield shard, _CHECKED.make_fragment(f"{root}/{part.key}", filesystem, expression, file_size=part.size)
 
 
 @dataclass(frozen=True)
@@ -257,13 +268,15 @@ _CHECKED = pads.ParquetFileFormat(
 )
 
 
-def open_run(uri: str, endpoint_url: str | None = None) -> Run:
+def open_run(uri: str | os.PathLike[str], endpoint_url: str | None = None, *, key: str = "run") -> Run:
     """Open a run directory, local or s3://, with credentials from the environment or the usual AWS chain.
+
+    `key` is the setting that names it, for messages.
 
     Raises:
         DestinationError: there is no run at `uri`, or its run.json was changed, or nobody lets us in.
     """
-    store = open_store(uri, endpoint_url)
+    store = open_store(uri, endpoint_url, key=key)
     store.check()
     return run_from(store, read_run_file(store))
 
@@ -298,14 +311,14 @@ def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:
     )
 
 
-def open_runs(uris: Sequence[str], endpoint_url: str | None = None) -> Runs:
+def open_runs(uris: Sequence[str | os.PathLike[str]], endpoint_url: str | None = None) -> Runs:
     """Open several runs, to read them side by side.
 
     Raises:
         ConfigurationError: none are given, or one twice.
         DestinationError: there is no run at one of them.
     """
-    uris = [uris] if isinstance(uris, str) else uris
+    uris = [uris] if isinstance(uris, str | os.PathLike) else uris
     runs = tuple(open_run(uri, endpoint_url) for uri in uris)
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):

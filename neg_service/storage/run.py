@@ -22,18 +22,31 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.errors import DestinationError, one_line
-from neg_service.storage.objects import ObjectStore
+from neg_service.storage.objects import Entry, ObjectStore
 from neg_service.storage.parts import footer_of, shard_of
 
 RUN_FILE = "run.json"
 RUN_COPY = "run.copy.json"
 SET_ASIDE = "set_aside"
+_NOTE_ATTEMPTS = 20
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
     """Twelve hexadecimal digits of a SHA-256 over what decides the numbers."""
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The parts of a run as they were listed, once for each table: by table and shard."""
+
+    parts: dict[str, dict[int, Entry]]
+
+    @property
+    def done(self) -> set[int]:
+        """The shards whose parts of all tables are there."""
+        return set.intersection(*map(set, self.parts.values())) if self.parts else set()
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,18 @@ class RunDirectory:
     fingerprint: str
     tables: tuple[str, ...]
 
+    def snapshot(self) -> Snapshot:
+        """The parts that are there now, by one listing a table."""
+        # The last table first: a shard that is finished while we look has all its earlier parts by then.
+        listed = {
+            name: {shard: entry for entry in self.store.list(name) if (shard := shard_of(entry.key)) is not None}
+            for name in reversed(self.tables)
+        }
+        return Snapshot({name: listed[name] for name in self.tables})
+
     def done(self) -> set[int]:
         """The shards that are done, by one listing a table."""
-        # The last table first: a shard that is finished while we look has all its earlier parts by then.
-        listed = [
-            {shard for entry in self.store.list(name) if (shard := shard_of(entry.key)) is not None}
-            for name in reversed(self.tables)
-        ]
-        return set.intersection(*listed)
+        return self.snapshot().done
 
     def set_aside(self) -> dict[int, dict[str, Any]]:
         """The shards that were given up, with what was said of each."""
@@ -133,22 +150,40 @@ def require_same(store: ObjectStore, stored: dict[str, Any], identity: dict[str,
 
 
 def note(store: ObjectStore, found: dict[str, Any]) -> None:
-    """Keep beside a run's identity what its first replica found out; what is there already stays."""
-    content = store.get(RUN_FILE)
-    if not found or content is None:
-        return
-    parsed = parse_run_file(store, content)
-    about = {**found, **parsed.get("about", {})}
-    # What was changed by somebody else must not get a right checksum from us.
-    if about != parsed.get("about") and is_as_written(parsed):
-        put_run_file(store, {**parsed, "about": about})
+    """Keep beside a run's identity what its first replica found out; what is there already stays.
+
+    Several drivers of one run may do so at the same moment: run.json is written only where nobody has changed it since
+    it was read, and read again otherwise, so that nobody's word is lost.
+    """
+    for attempt in range(_NOTE_ATTEMPTS):
+        content = store.get(RUN_FILE)
+        if content is None:
+            return
+        parsed = parse_run_file(store, content)
+        about = {**found, **parsed.get("about", {})}
+        # What was changed by somebody else must not get a right checksum from us.
+        if about == parsed.get("about", {}) or not is_as_written(parsed):
+            if attempt:
+                # Ours was put before another one's word came first.
+                store.put(RUN_COPY, content)
+            return
+        data = _as_bytes({**parsed, "about": about})
+        store.put(RUN_COPY, data)
+        if store.replace(RUN_FILE, content, data):
+            return
+    # So many others do not write; it is a server on which no condition holds.
+    store.put(RUN_FILE, data)
 
 
 def put_run_file(store: ObjectStore, content: dict[str, Any]) -> None:
     """Write run.json with its checksum, and its copy; at each moment at least one of the two is whole and right."""
-    data = json.dumps({**content, "sha256": _sum_of(content)}, indent=1, ensure_ascii=False).encode()
+    data = _as_bytes(content)
     store.put(RUN_COPY, data)
     store.put(RUN_FILE, data)
+
+
+def _as_bytes(content: dict[str, Any]) -> bytes:
+    return json.dumps({**content, "sha256": _sum_of(content)}, indent=1, ensure_ascii=False).encode()
 
 
 def rewrite_copy(store: ObjectStore) -> None:

@@ -5,6 +5,7 @@ Credentials come from the environment or the usual AWS chain, never from configu
 
 from __future__ import annotations
 
+import errno
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 
 from neg_service.errors import DestinationError, StorageError, one_line
+from neg_service.places import argument, bucket_and_prefix, refuse_credentials, require_place
 from neg_service.storage.objects import UNFINISHED_SECONDS, Entry
 from neg_service.storage.ranges import RangeFiles
 from neg_service.storage.requests import Requests, traffic_with, within
@@ -50,13 +52,22 @@ _WRONG_SETTINGS = (ParamValidationError, ProfileNotFound, NoRegionError, Partial
 class S3Store:
     """Objects of a bucket below a prefix, through s3fs."""
 
-    def __init__(self, uri: str, endpoint_url: str | None = None) -> None:
-        """Connects lazily: nothing is asked of the server yet."""
-        parts = urlsplit(uri)
-        self.root = f"{parts.netloc}{parts.path}".rstrip("/")
+    def __init__(self, uri: str, endpoint_url: str | None = None, *, key: str = "storage.uri") -> None:
+        """Connects lazily: nothing is asked of the server yet.
+
+        Raises:
+            DestinationError: no bucket, credentials, or a prefix under which nothing would be found again.
+        """
+        require_place(uri, key, DestinationError)
+        bucket, prefix = bucket_and_prefix(uri, key, DestinationError)
+        self.root = f"{bucket}/{prefix}" if prefix else bucket
         self.uri = f"s3://{self.root}"
+        if endpoint_url is not None:
+            refuse_credentials("storage.endpoint_url", endpoint_url, DestinationError)
         self.endpoint_url = endpoint_url
-        self.settings = f"run={self.uri}" + (f" storage.endpoint_url={endpoint_url}" if endpoint_url else "")
+        self.settings = argument("run", self.uri)
+        if endpoint_url:
+            self.settings += f" {argument('storage.endpoint_url', endpoint_url)}"
         # s3fs repeats what botocore has given up on; once more is for bodies that break off, which botocore never sees.
         self._files = self._requests(_REQUESTS, retries=2)
 
@@ -92,6 +103,28 @@ class S3Store:
                 key=lambda entry: entry.key,
             )
 
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """By a put on the condition that the object is the one that was looked at."""
+        with self._translated():
+            bucket, folder = self._bucket_and_folder()
+            place = {"Bucket": bucket, "Key": f"{folder}{key}"}
+            try:
+                reply = self._files.call_s3("head_object", **place)
+                if self.get(key) != old:
+                    return False
+                self._files.call_s3("put_object", **place, Body=new, IfMatch=reply["ETag"])
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                code = _code_of(error)
+                if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+                    return False
+                if code not in ("NotImplemented", "501"):
+                    raise
+                # A server without conditions: between our look and this put somebody else's may be lost.
+                self.put(key, new)
+            return True
+
     def delete(self, key: str) -> None:
         """Remove an object."""
         with self._translated():
@@ -108,10 +141,10 @@ class S3Store:
         )
         with self._translated():
             try:
-                bucket, _, prefix = self.root.partition("/")
+                bucket, prefix = self._bucket_and_folder()
                 # Below the prefix, because a key may be good for that alone.
                 first = self._requests(_FIRST_LOOK, retries=1)
-                reply = first.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
+                reply = first.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
             except (ValueError, RecursionError):
                 # What is no URL, and pages that lead on to other pages, where a client of S3 goes round and round.
                 raise strange from None
@@ -131,8 +164,8 @@ class S3Store:
 
     def clear_unfinished(self, older_than_seconds: float = UNFINISHED_SECONDS) -> int:
         """Multipart uploads that were never completed; their bytes are kept, and billed, until they are aborted."""
-        bucket, _, prefix = self.root.partition("/")
-        cleared, place = 0, {"Bucket": bucket, "Prefix": f"{prefix}/"}
+        bucket, prefix = self._bucket_and_folder()
+        cleared, place = 0, {"Bucket": bucket, "Prefix": prefix}
         until = datetime.now(UTC).timestamp() - older_than_seconds
         with self._translated():
             while True:
@@ -161,11 +194,19 @@ class S3Store:
         files.retries = retries
         return Requests(files, traffic, self._where())
 
+    def _bucket_and_folder(self) -> tuple[str, str]:
+        """The bucket, and what all keys in it begin with."""
+        bucket, _, prefix = self.root.partition("/")
+        return bucket, f"{prefix}/" if prefix else ""
+
     def _require_listener(self) -> None:
         """A name that nobody has and a port where nobody listens are told at once, not after many tries."""
         if self.endpoint_url is None or urllib.request.getproxies():
             return
-        parts = urlsplit(self.endpoint_url)
+        try:
+            parts = urlsplit(self.endpoint_url)
+        except ValueError as error:
+            raise DestinationError(f"{self._where()}: is no URL of a server: {error}") from error
         if parts.scheme not in ("http", "https"):
             raise DestinationError(f"{self._where()}: is no URL of a server; give http://HOST:PORT or https://HOST")
         try:
@@ -190,7 +231,15 @@ class S3Store:
             raise DestinationError(f"{self._where()}: {_explained(error)}") from error
         # Refused connections are botocore's own errors, bodies that break off aiohttp's; both are no OSErrors.
         except (OSError, BotoCoreError, ResponseParserError, aiohttp.ClientError) as error:
+            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+                raise DestinationError(f"{self._where()}: {one_line(error)}: give a shorter prefix") from error
             raise StorageError(f"{self._where()}: {one_line(error)}") from error
+
+
+def _code_of(error: Exception) -> str:
+    """What S3 calls an error; nothing if it is none of S3's."""
+    reply = getattr(error.__cause__, "response", None)
+    return str(reply.get("Error", {}).get("Code", "")) if isinstance(reply, dict) else ""
 
 
 def _explained(error: Exception) -> str:

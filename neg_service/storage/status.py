@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 from neg_service.errors import StorageError
-from neg_service.storage.parts import shard_of
 from neg_service.storage.reader import Run, reading
 
 # The rate is that of the last minutes without a longer break; a run is taken for running while its newest part is not
@@ -57,14 +56,15 @@ class Status:
 def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) -> Status:
     """How far `run` is; counting rows reads the footer of each part, which takes a while where there are many."""
     now = time.time() if now is None else now
-    done = run.done()
+    at = run.snapshot()
+    done = run.done(at)
     tables, finished, unreadable = [], [], ""
     for name in run.tables:
-        parts = [entry for entry in run.directory.store.list(name) if shard_of(entry.key) in done]
+        parts = [part for shard, part in at.parts[name].items() if shard in done]
         rows = None
         try:
             with reading(run):
-                rows = run.table(name).count_rows() if count_rows else None
+                rows = run.table(name, at=at).count_rows() if count_rows else None
         except StorageError as error:
             unreadable = str(error)
         tables.append(TableStatus(name, len(parts), sum(part.size for part in parts), rows))

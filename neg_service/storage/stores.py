@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from urllib.parse import urlsplit
+import os
 
 from neg_service.errors import DestinationError
+from neg_service.places import local_path, require_place, split_scheme
 from neg_service.storage.objects import LocalStore, ObjectStore
 from neg_service.storage.patience import PatientStore
 from neg_service.storage.s3 import S3Store
 
 
-def open_store(uri: str, endpoint_url: str | None = None, patience_seconds: float = 0) -> ObjectStore:
+def open_store(
+    uri: str | os.PathLike[str],
+    endpoint_url: str | None = None,
+    patience_seconds: float = 0,
+    *,
+    key: str = "storage.uri",
+) -> ObjectStore:
     """The object store at a URI: a local path, file://, or s3://bucket/prefix; see PatientStore for the patience.
 
+    `key` is the setting that names it, for messages.
+
     Raises:
-        DestinationError: an unknown scheme, or no bucket.
+        DestinationError: an unknown scheme, no bucket, credentials, or a place that would not be found again.
     """
-    parts = urlsplit(uri)
+    text = os.fspath(uri)
+    require_place(text, key, DestinationError)
+    path = local_path(uri, key, DestinationError)
     store: ObjectStore
-    if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
-        raise DestinationError(f"storage.uri={uri}: names a host; an absolute path begins with file:///")
-    if parts.scheme in ("", "file"):
-        store = LocalStore(Path(parts.path if parts.scheme else uri))
-    elif parts.scheme == "s3":
-        if not parts.netloc:
-            raise DestinationError(f"storage.uri={uri}: names no bucket; give s3://bucket/prefix")
-        store = S3Store(uri, endpoint_url)
+    if path is not None:
+        # Already without ~, unless it was a Path; a name may begin so.
+        store = LocalStore(path.absolute() if isinstance(uri, str) else path)
+    elif (scheme := split_scheme(text)[0]) == "s3":
+        store = S3Store(text, endpoint_url, key=key)
     else:
-        raise DestinationError(f"storage.uri={uri}: scheme {parts.scheme!r} is unknown; use a path, file:// or s3://")
+        raise DestinationError(f"{key}={text}: scheme {scheme!r} is unknown; use a path, file:// or s3://")
     return PatientStore(store, patience_seconds) if patience_seconds else store

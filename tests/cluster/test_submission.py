@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,14 @@ from hydra import compose, initialize_config_dir
 from ray.job_submission import JobStatus
 
 from jobs.entry import CONF
-from jobs.submit import _submission_id, main
+from jobs.submit import _files, _is_complete, _model_by_full_path, _submission_id, main
 from neg_service.cluster import submission
-from neg_service.cluster.prepare import require_lasting
+from neg_service.cluster.prepare import prepare, require_lasting
 from neg_service.cluster.submission import MOST_BYTES, Request, check_request, pack
-from neg_service.config import plain
+from neg_service.config import DatasetConfig, ModelConfig, ScanConfig, StorageConfig, plain
 from neg_service.errors import ConfigurationError, NegServiceError
+from neg_service.places import setting
+from tests.here import scan_here
 
 
 def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Path) -> None:
@@ -209,3 +212,42 @@ def test_a_job_server_that_stays_away_is_given_up_with_word_that_the_job_may_go_
     monkeypatch.setattr(submission, "_PATIENCE_SECONDS", 0.05)
     with pytest.raises(NegServiceError, match="job neg-x may go on"):
         submission.follow(Flaky(), "neg-x")  # type: ignore[arg-type]
+
+
+def test_only_what_is_seen_to_be_stored_is_complete(
+    tmp_path: Path, tiny_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "words.jsonl").write_text('{"prompt": "w1 w2", "targets": [" w7"]}')
+    config = ScanConfig(
+        model=ModelConfig(str(tiny_directory)),
+        dataset=DatasetConfig(str(tmp_path / "words.jsonl")),
+        storage=StorageConfig(str(tmp_path / "runs#1")),
+    )
+    prepared = prepare(config)
+    assert prepared.uri.startswith(f"{tmp_path}/runs#1/")
+    assert not _is_complete(prepared)
+    run = scan_here(config)
+    assert _is_complete(prepared)
+    # A store that cannot be asked has not said that all is there.
+    for elsewhere in (StorageConfig("s3://runs/x", "http://127.0.0.1:9"), StorageConfig(f"{tmp_path}/words.jsonl/x")):
+        uri = f"{elsewhere.uri}/{run.name}"
+        unseen = replace(prepared, uri=uri, config=replace(config, storage=elsewhere))
+        caplog.clear()
+        assert not _is_complete(unseen)
+        assert "cannot be seen from here" in caplog.text
+    (Path(run.uri) / "run.json").unlink()
+    assert not _is_complete(prepared)
+
+
+@pytest.mark.parametrize("name", ["a b", "a'b", "a#1", "a=b", "caf\u00e9", "a\\b"])
+def test_files_and_models_of_this_machine_are_named_as_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / f"{name}.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = compose("scan", [setting("model.source", name), setting("dataset.source", f"{name}.jsonl")])
+        (override,) = _model_by_full_path(config)
+        assert compose("scan", [override]).model.source == str(tmp_path / name)
+    assert _files(config) == {"dataset.source": tmp_path / f"{name}.jsonl"}

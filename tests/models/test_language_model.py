@@ -360,6 +360,15 @@ def test_a_header_serves_single_prompts_too() -> None:
     assert model.known_header([(*range(1, 9), 50), (1, 2, 3)]) == 0
 
 
+def test_an_empty_header_takes_the_place_of_none() -> None:
+    model = tiny_model("Llama 2")
+    kept = [model.header(range(first, first + 4)) for first in (1, 2, 3, 4)]
+    for _ in range(5):
+        assert model.header(()).ids == ()
+        model.rows([(7, 8)], ())
+    assert all(model.header(own.ids) is own for own in kept)
+
+
 def _not_fitting(family: str) -> str:
     """What the self-check says against the fast engine of a tiny model."""
     return tiny_model(family).ensure_checked().not_fitting.get("branches", "")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -9,7 +13,7 @@ from neg_service.measures.scores import activation_scores, gradient_scores, n_bi
 from neg_service.measures.votes import votes_of
 from neg_service.probing import probes
 from neg_service.probing.probes import Votes
-from neg_service.probing.ranking import Ranking, TaskScores
+from neg_service.probing.ranking import Ranking, TaskScores, in_order, most_in_flight
 
 P, K, M = 40, 4, 300
 
@@ -151,3 +155,49 @@ def test_accuracy_has_the_interval_of_a_bootstrap_over_prompts() -> None:
     resampled = [(draw.choice(answers, 200) == 0).mean() for _ in range(4000)]
     assert found.value == pytest.approx((answers == 0).mean())
     assert (found.low, found.high) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.011)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "together"), [([1] * 8, 2), ([40] * 6, 1), ([200, 1, 1, 200, 1], 1), ([50, 50] * 3, 2)]
+)
+def test_parts_in_work_are_bounded_by_their_bytes_and_results_keep_their_order(
+    sizes: list[int], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More cores than this machine may have; 100 bytes may be in work, or one part.
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    most = 60 if together == 1 else 100
+    lock, meeting = threading.Lock(), threading.Barrier(together)
+    in_work: list[int] = []
+    seen: list[list[int]] = []
+
+    def work(item: int) -> int:
+        with lock:
+            in_work.append(sizes[item])
+            seen.append(list(in_work))
+        # Nobody gets on unless so many are in work at once.
+        meeting.wait(timeout=20)
+        with lock:
+            in_work.remove(sizes[item])
+        return item
+
+    assert list(in_order(work, range(len(sizes)), lambda item: sizes[item], most)) == list(range(len(sizes)))
+    assert all(sum(now) <= most or len(now) == 1 for now in seen)
+
+
+def test_results_that_wait_to_be_taken_count_as_in_work() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        return item
+
+    results = in_order(work, range(10), lambda item: 50, most=100)
+    assert next(results) == 0
+    time.sleep(0.1)
+    assert sorted(begun) == [0, 1]
+    assert list(results) == list(range(1, 10))
+
+
+def test_what_may_be_in_work_follows_from_the_memory() -> None:
+    assert 2**20 < most_in_flight() <= 2**30
+    assert 8 * most_in_flight() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from neg_service.contents import json_of, parquet_batches, parquet_of
 from neg_service.errors import DestinationError, shortened
+from neg_service.places import below, name_of, parent_of
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import RUN_FILE
@@ -31,7 +32,7 @@ class Finding:
     @property
     def name(self) -> str:
         """The last part of its URI."""
-        return self.uri.rsplit("/", 1)[-1]
+        return name_of(self.uri)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def find(uris: Sequence[str], endpoint_url: str | None) -> Found:
         DestinationError: neither a run nor findings, or a study whose runs are gone.
     """
     found = Found()
-    for uri in dict.fromkeys(uri.rstrip("/") for uri in uris):
-        store = open_store(uri, endpoint_url)
+    opened = {store.uri: (uri, store) for uri in uris for store in [open_store(uri, endpoint_url, key="runs")]}
+    for uri, store in opened.values():
         finding = _finding(uri, store, endpoint_url)
         if finding is not None:
             found.findings.append(finding)
@@ -81,14 +82,15 @@ def _finding(uri: str, store: ObjectStore, endpoint_url: str | None) -> Finding 
             raise DestinationError(
                 f"runs={uri}: its run {named[gone[0]]} ({gone[0]}) is neither there nor beside the study"
             )
-        return Finding(kind, store.uri.rstrip("/"), about, _tables(store), runs)
+        return Finding(kind, store.uri, about, _tables(store), runs)
     return None
 
 
 def _run(named: str, finding: str, endpoint_url: str | None) -> Run | None:
     """A run of a finding: beside it, for both may have been copied or moved, or where it was."""
-    beside = f"{finding.rstrip('/').rsplit('/', 1)[0]}/{named.rstrip('/').rsplit('/', 1)[-1]}"
-    for uri in dict.fromkeys((beside, named)):
+    folder = parent_of(finding)
+    beside = [below(folder, name_of(named))] if folder is not None else []
+    for uri in dict.fromkeys((*beside, named)):
         if open_store(uri, endpoint_url).get(RUN_FILE) is not None:
             return open_run(uri, endpoint_url)
     return None
