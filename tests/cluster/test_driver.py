@@ -24,7 +24,7 @@ N_SHARDS = 12
 
 
 def run(
-    worker: FaultyWorker, tmp_path: Path, replicas: int = 2, stall_seconds: float | None = None
+    worker: FaultyWorker, tmp_path: Path, replicas: int = 2, stall_seconds: float | None = None, **more: Any
 ) -> tuple[Outcome, Counter[int]]:
     receipts: Counter[int] = Counter()
     destination = Destination(str(tmp_path), None, "f" * 12)
@@ -36,12 +36,16 @@ def run(
         receipts[receipt.shard] += 1
 
     shards = (Shard(index, ()) for index in range(N_SHARDS))
-    driver = Driver(shards, spawn, replicas, attempts=3, on_receipt=on_receipt, stall_seconds=stall_seconds)
+    driver = Driver(shards, spawn, replicas, attempts=3, on_receipt=on_receipt, stall_seconds=stall_seconds, **more)
     return driver.run(), receipts
 
 
 def parts(tmp_path: Path) -> list[int]:
     return sorted(int(path.stem.split("-")[1]) for path in tmp_path.glob("rows/*.parquet"))
+
+
+def rows(tmp_path: Path, column: str) -> list[Any]:
+    return [row for path in tmp_path.glob("rows/*.parquet") for row in pq.read_table(path)[column].to_pylist()]
 
 
 def test_a_quiet_run_does_each_shard_once(tmp_path: Path) -> None:
@@ -55,6 +59,66 @@ def test_what_fails_once_is_tried_again(tmp_path: Path) -> None:
     outcome, receipts = run(FaultyWorker(fails=frozenset({0, 5, 11}), once=str(tmp_path)), tmp_path)
     assert outcome == Outcome(N_SHARDS, {})
     assert receipts == Counter(range(N_SHARDS))
+
+
+def test_what_no_driver_can_read_fails_its_shard_and_no_replica(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    outcome, receipts = run(FaultyWorker(odd=True, once=str(marks)), tmp_path, replicas=1)
+    assert outcome == Outcome(N_SHARDS, {})
+    assert receipts == Counter(range(N_SHARDS))
+    for says in (
+        "NeedsMore: 1 and 2",
+        "Local: from nowhere",
+        "TaskCancelledError: ",
+        "SystemExit: 3",
+        "ValueError: xxx",
+    ):
+        assert f"retry: {says}" in caplog.text
+    assert "is lost" not in caplog.text
+    # One process did it all.
+    assert len(set(rows(tmp_path, "by"))) == 1
+
+
+def test_a_run_is_calibrated_once_also_for_replicas_that_come_late(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    worker = FaultyWorker(kills=frozenset({2}), once=str(marks))
+    noted: list[dict[str, Any]] = []
+
+    def on_calibrated(found: dict[str, Any]) -> dict[str, Any]:
+        assert parts(tmp_path) == []
+        noted.append(found)
+        return found
+
+    outcome, _ = run(worker, tmp_path, replicas=1, calibration=None, on_calibrated=on_calibrated)
+    assert outcome == Outcome(N_SHARDS, {})
+    assert len(noted) == 1
+    assert set(rows(tmp_path, "calibrated")) == {noted[0]["by"]}
+    # The first replica calibrated and was lost; most was done by another.
+    assert len(set(rows(tmp_path, "by"))) == 2
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+def test_a_replica_that_fails_to_calibrate_leaves_it_to_another_and_what_was_noted_counts(
+    tmp_path: Path, how: str
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    worker = FaultyWorker(calibrates=how, once=str(marks))
+    # Another driver of the same run noted its own before.
+    outcome, _ = run(worker, tmp_path, calibration=None, on_calibrated=lambda found: {"by": 7})
+    assert outcome == Outcome(N_SHARDS, {})
+    assert set(rows(tmp_path, "calibrated")) == {7}
+
+
+def test_a_calibration_that_never_works_ends_the_run(tmp_path: Path) -> None:
+    worker = FaultyWorker(calibrates="fail")
+    with pytest.raises(NegServiceError, match="cannot be calibrated, 3 tries failed: NeedsMore: 1 and 2"):
+        run(worker, tmp_path, calibration=None)
+    assert parts(tmp_path) == []
 
 
 def test_what_fails_always_is_set_aside_with_its_error_and_the_rest_is_done(tmp_path: Path) -> None:
@@ -128,8 +192,8 @@ def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: py
 
 
 def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # Each shard takes half as long as silence is borne, all of them together much longer.
-    outcome, _ = run(FaultyWorker(seconds=0.5), tmp_path, stall_seconds=1.5)
+    # Each shard takes a quarter of the silence that is borne, all of them together much longer.
+    outcome, _ = run(FaultyWorker(seconds=1.0), tmp_path, stall_seconds=4)
     assert outcome.done == N_SHARDS
     assert "is lost" not in caplog.text
 

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from hydra import compose, initialize_config_dir
 
 from jobs.benchmarks.tiny_models import tiny_model
 from jobs.entry import CONF
-from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
 from neg_service.cluster.prepare import Prepared, prepare
@@ -303,19 +301,6 @@ def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: 
     plain.tokenizer.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ConfigurationError, match="GPT2LMHeadModel has no gate"):
         _prepared(tmp_path / "gpt2", dataset=dataset, measure={"basis": "gate"})
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (ray.exceptions.OutOfMemoryError("killed by the memory monitor"), ReplicaLost),
-        (ray.exceptions.ActorDiedError(), ReplicaLost),
-        (ray.exceptions.NodeDiedError("gone"), ReplicaLost),
-        (ray.exceptions.RuntimeEnvSetupError("no pip"), ConfigurationError),
-    ],
-)
-def test_every_way_in_which_ray_loses_a_replica_is_understood(error: Exception, expected: type[Exception]) -> None:
-    assert isinstance(_translated(error), expected)
 
 
 def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:
