@@ -252,7 +252,8 @@ class Driver:
         elif member.asked and reference is member.asked[0]:
             if hangs := self._silence.after_answer(member, result, now):
                 self._dismiss(member, hangs)
-        else:
+        # Else it is the answer to a question that a shard has answered meanwhile.
+        elif reference in member.flying:
             del member.flying[reference]
             self._silence.ended(member, now)
             self._outcome.done += 1
@@ -276,7 +277,7 @@ class Driver:
     def _fail(self, member: Member, reference: Any, of_ray: RayError) -> None:
         meaning = meaning_of(of_ray)
         asks_whether_back = member.absence is not None and reference is member.asking_where
-        if meaning is Meaning.UNREACHABLE or (asks_whether_back and meaning is Meaning.CALL_FAILED):
+        if meaning is Meaning.UNREACHABLE or (asks_whether_back and meaning not in (Meaning.DEAD, Meaning.NODE_DEAD)):
             self._fleet.out_of_reach(member, reference, " ".join(str(of_ray).split())[:300])
             return
         error = translated(of_ray, lambda: self._is_node_lost(member.actor, member.node))

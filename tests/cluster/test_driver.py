@@ -14,6 +14,8 @@ import pytest
 import ray
 
 from neg_service.cluster.driver import Driver, Outcome
+from neg_service.cluster.failures import Attempt
+from neg_service.cluster.fleet import Member
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Receipt, Replica
 from neg_service.errors import ModelError, NegServiceError
@@ -196,6 +198,16 @@ def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest
     outcome, _ = run(FaultyWorker(seconds=1.0), tmp_path, stall_seconds=4)
     assert outcome.done == N_SHARDS
     assert "is lost" not in caplog.text
+
+
+def test_an_answer_that_comes_with_the_shard_it_asked_for_is_no_shard() -> None:
+    driver = Driver(iter(()), lambda: None, 1, attempts=3)
+    asked, ended = ray.put(False), ray.put(Receipt(0, 1))
+    member = Member(0, None, None, None, has_started=True, flying={ended: Attempt(Shard(0, ()))}, asked=(asked, 0.0))
+    # Both had arrived when the driver looked.
+    driver._settle(member, ended)
+    driver._settle(member, asked)
+    assert driver.run() == Outcome(1, {})
 
 
 def test_the_module_of_the_actor_imports_no_torch() -> None:
