@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -208,6 +209,28 @@ def test_an_answer_that_comes_with_the_shard_it_asked_for_is_no_shard() -> None:
     driver._settle(member, ended)
     driver._settle(member, asked)
     assert driver.run() == Outcome(1, {})
+
+
+def test_answers_that_are_lost_on_the_way_cost_no_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = iter(range(10**6))
+
+    def get(reference: Any) -> Any:
+        """As over a network that loses every other answer of the first twenty."""
+        answer = ray.get(reference)
+        if next(answers) in range(0, 20, 2):
+            raise ray.exceptions.ActorUnavailableError("connection reset by peer", None)
+        return answer
+
+    monkeypatch.setattr("neg_service.cluster.driver.ray", SimpleNamespace(get=get, wait=ray.wait))
+    outcome, receipts = run(FaultyWorker(), tmp_path, replicas=1, calibration=None)
+    assert outcome == Outcome(N_SHARDS, {})
+    assert receipts == Counter(range(N_SHARDS))
+    assert caplog.text.count("cannot be reached") > 3
+    assert "is lost" not in caplog.text
+    assert len(set(rows(tmp_path, "by"))) == 1
+    assert set(rows(tmp_path, "calibrated")) == set(rows(tmp_path, "by"))
 
 
 def test_the_module_of_the_actor_imports_no_torch() -> None:
