@@ -102,6 +102,7 @@ class ClusterConfig:
     wait_seconds: how long to wait for a node on which a replica fits, which an autoscaler is asked for. start_seconds:
     how long a replica may take to load its model.
     stall_seconds: after how long a silence a replica is replaced; auto: ten times the median of a shard, at least 120.
+    unreachable_seconds: for how long a replica that cannot be reached is asked again before it is replaced.
     """
 
     address: str | None = None
@@ -113,6 +114,7 @@ class ClusterConfig:
     wait_seconds: float = 0.0
     start_seconds: float = 3600.0
     stall_seconds: Any = "auto"
+    unreachable_seconds: float = 120.0
 
 
 @dataclass
@@ -209,6 +211,7 @@ def check(config: ScanConfig) -> None:
         ("storage.patience_seconds", config.storage.patience_seconds),
         ("cluster.wait_seconds", config.cluster.wait_seconds),
         ("cluster.start_seconds", config.cluster.start_seconds),
+        ("cluster.unreachable_seconds", config.cluster.unreachable_seconds),
     ):
         if seconds < 0:
             raise ConfigurationError(f"{key}={seconds}: must not be negative")

@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     for link in _chain(error):
         if _says_so(link):
             return True
-        if _OTHER_DEVICE_ERROR.search(str(link)):
+        if _OTHER_DEVICE_ERROR.search(_words_of(link)):
             # The device has failed in another way, and whatever came before is no longer what is wrong.
             return False
     return False
@@ -43,7 +43,7 @@ def _says_so(error: BaseException) -> bool:
         return True
     if _TYPES & {kind.__name__ for kind in type(error).__mro__}:
         return True
-    return isinstance(error, Exception) and _WORDS.search(str(error)) is not None
+    return isinstance(error, Exception) and _WORDS.search(_words_of(error)) is not None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -54,3 +54,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(link))
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _words_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    # Its own `__str__` may fail in any way.
+    except Exception:  # noqa: BLE001
+        return ""

@@ -27,8 +27,9 @@ def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
     directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request)
     worker = Scan(prepared.config, prepared.info.identity, 1, prepared.prompts[:1])()
     ready = worker.start()
-    note(store, {"calibration": ready.calibration, "engine": ready.engine, "runs_on": ready.runs_on})
+    calibration = worker.calibrate()
+    note(store, {"calibration": calibration, "engine": ready.engine, "runs_on": ready.runs_on})
     for shard in list(shards_of(prepared.prompts, prepared.plan, directory.done()))[:shards]:
-        for name, table in worker.compute(shard, 1.0).items():
+        for name, table in worker.compute(shard, 1.0, calibration).items():
             store.put(part_key(name, shard.index), encode_part(name, table, directory.fingerprint, shard.index))
     return open_run(store.uri, config.storage.endpoint_url)

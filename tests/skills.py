@@ -168,7 +168,7 @@ class ScansHere:
         about = {"model": {"neurons_a_layer": prepared.info.n_neurons, "layers": prepared.info.n_layers}}
         write_or_match(open_store(prepared.uri), prepared.identity, prepared.tables, about, prepared.request)
         replica = Replica(
-            Scan(prepared.config, prepared.info.identity, 1, (), {}),
+            Scan(prepared.config, prepared.info.identity, 1),
             Destination(prepared.uri, None, prepared.fingerprint),
         )
         replica.start()

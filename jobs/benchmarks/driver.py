@@ -38,7 +38,11 @@ class NoWork:
         """Ready."""
         return Ready("nothing")
 
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+    def calibrate(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def compute(self, shard: Shard, batch_scale: float, *calibration: Any) -> dict[str, pa.Table]:
         """No tables."""
         return {}
 

@@ -54,6 +54,10 @@ class Host:
         self._busy[number] = asyncio.Lock()
         return Hello(0, "", Ready("a simulation"))
 
+    async def is_only_storing(self, number: int) -> bool:
+        """It never stores."""
+        return False
+
     async def run(self, number: int, shard: Shard, batch_scale: float) -> Receipt:
         """Replica `number` does a shard after those that it has."""
         async with self._busy[number]:
@@ -86,6 +90,10 @@ class _Simulated:
     @property
     def start(self) -> _Call:
         return _Call(self.host.start, self.number)
+
+    @property
+    def is_only_storing(self) -> _Call:
+        return _Call(self.host.is_only_storing, self.number)
 
     @property
     def run(self) -> _Call:

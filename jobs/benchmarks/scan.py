@@ -96,9 +96,14 @@ class Together:
             time.sleep(0.01)
         return ready
 
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+    def calibrate(self) -> dict[str, Any]:
         """As the worker does."""
-        tables: dict[str, pa.Table] = self._worker.compute(shard, batch_scale)
+        found: dict[str, Any] = self._worker.calibrate()
+        return found
+
+    def compute(self, shard: Shard, batch_scale: float, *calibration: Any) -> dict[str, pa.Table]:
+        """As the worker does."""
+        tables: dict[str, pa.Table] = self._worker.compute(shard, batch_scale, *calibration)
         return tables
 
 
@@ -163,12 +168,13 @@ def _loop(shards: list[Shard], make_worker: Any, threads: int) -> tuple[float, f
 
 
 def _scan(shards: list[Shard], make_worker: Any, threads: int, replicas: int = 1) -> float:
-    """Seconds from when all replicas are ready to the last receipt."""
+    """Seconds from when all replicas are ready, and the measure is calibrated, to the last receipt."""
     began = 0.0
 
-    def start(_hello: Hello) -> None:
+    def start(found: dict[str, Any]) -> dict[str, Any]:
         nonlocal began
         began = time.perf_counter()
+        return found
 
     with tempfile.TemporaryDirectory() as place:
         destination = Destination(place, None, "benchmark")
@@ -183,5 +189,5 @@ def _scan(shards: list[Shard], make_worker: Any, threads: int, replicas: int = 1
             nonlocal ended
             ended = time.perf_counter()
 
-        Driver(iter(shards), spawn, replicas, 1, on_receipt=on_receipt, on_first_ready=start).run()
+        Driver(iter(shards), spawn, replicas, 1, on_receipt=on_receipt, calibration=None, on_calibrated=start).run()
     return ended - began

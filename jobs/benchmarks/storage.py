@@ -67,7 +67,11 @@ class NearlyNothing:
         """Ready."""
         return Ready("nothing")
 
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+    def calibrate(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def compute(self, shard: Shard, batch_scale: float, *calibration: Any) -> dict[str, pa.Table]:
         """A row."""
         return {"rows": pa.table({"shard": [shard.index]})}
 
@@ -83,7 +87,11 @@ class LargeTables:
         """Ready."""
         return Ready("nothing")
 
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+    def calibrate(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def compute(self, shard: Shard, batch_scale: float, *calibration: Any) -> dict[str, pa.Table]:
         """Fresh memory, as a measure's is."""
         return {"activations": table_of(self._megabytes, shard.index)}
 

@@ -5,8 +5,12 @@ restarts nothing (`max_restarts=0`, `max_task_retries=0`): the driver starts ano
 to whoever is free. A shard that has failed runs alone on its replica from then on, so that one that kills its replica
 takes no other down with it a second time.
 
-A replica that is silent for much longer than a shard takes is asked what it is doing. One that waits for storage is let
-be; one that does not answer, or still computes, is replaced, and what it may yet write is what its successor writes.
+A replica that is silent for much longer than a shard takes is asked what it is doing (`silence.py`). One that waits for
+storage is let be; one that does not answer, or still computes, is replaced, and what it may yet write is what its
+successor writes. One that cannot be reached is asked again for a while before that (`fleet.py`).
+
+What a measure has to find out before its first shard is found out once a run, by the first replica that is ready, while
+others load their models, and goes with each shard: no number depends on which replica took it.
 
 How many replicas there are follows the nodes of the cluster (`fleet.py`). What goes down with a node is given to others
 and not held against a shard.
@@ -19,28 +23,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    ActorUnschedulableError,
-    RayError,
-    RaySystemError,
-    RayTaskError,
-    RuntimeEnvSetupError,
-)
+from ray.exceptions import RayError
 
+from neg_service.cluster import gcs
 from neg_service.cluster.failures import Action, Attempt, decide
 from neg_service.cluster.fleet import Fleet, Member
 from neg_service.cluster.metrics import Counts
 from neg_service.cluster.plan import Shard
+from neg_service.cluster.ray_errors import Meaning, Unexpected, meaning_of, translated
 from neg_service.cluster.replica import Hello, Receipt
 from neg_service.cluster.resources import Room
-from neg_service.errors import ConfigurationError, NegServiceError, NodeLost, OutOfMemory, ReplicaLost, one_line
-from neg_service.memory import is_out_of_memory
+from neg_service.cluster.silence import Silence
+from neg_service.errors import NegServiceError, NodeLost, ReplicaLost
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +45,12 @@ IN_FLIGHT = 2
 # So many shards given up without one done between them are no longer the shards' fault.
 MOST_SET_ASIDE_IN_A_ROW = 20
 _WAIT_SECONDS = 1.0
-_REMIND_SECONDS = 30.0
-# Silence becomes suspicious after so many times the median of what a shard has taken, but not before this.
-_STALL_FACTOR, _LEAST_STALL_SECONDS, _LEAST_SHARDS_KNOWN = 10, 120.0, 5
-_ANSWER_SECONDS = 10.0
 _SHOW_SECONDS = 1.0
-_LOOK_SECONDS = 5.0
 # For each call in flight; a replica has another shard to do meanwhile.
 _GATHER_SECONDS = 2e-5
+
+
+_NOTHING: dict[str, Any] = {}
 
 
 @dataclass
@@ -84,19 +79,29 @@ class Driver:
         n_shards: int | None = None,
         start_seconds: float = float("inf"),
         end: Callable[[Any], None] = ray.kill,
+        calibration: dict[str, Any] | None = _NOTHING,
+        on_calibrated: Callable[[dict[str, Any]], dict[str, Any]] = lambda found: found,
+        unreachable_seconds: float = 120.0,
+        unreachable: gcs.Unreachable | None = None,
+        is_node_lost: Callable[[Any, str], bool] = gcs.is_node_lost,
     ) -> None:
-        """`spawn` starts a replica actor, which runs three calls at once: two shards, and a question what it is doing.
+        """`spawn` starts a replica actor, which runs several calls at once: shards, and a question what it is doing.
 
         `end` ends one. `room` is how many replicas to run, or looks how many there is room for now. `n_shards`, where
         it is known, keeps their number down to what is left to do. `attempts` is how often a shard may fail;
         `start_seconds` how long a replica may take to start; `stall_seconds` how long one may be silent, by default a
-        multiple of what shards have taken so far.
+        multiple of what shards have taken so far; `unreachable_seconds` for how long one that cannot be reached is
+        asked again, and `unreachable` keeps their nodes. `calibration` goes with each shard; None: a replica finds it
+        out, and what `on_calibrated` makes of that goes. `is_node_lost` looks whether a replica died with its node.
         """
         self._fresh = shards
         self._moved: deque[Attempt] = deque()
         self._next: Attempt | None = self._draw()
         self._suspects: deque[Attempt] = deque()
-        self._fleet = Fleet(spawn, end, room, attempts, start_seconds)
+        self._fleet = Fleet(spawn, end, room, attempts, start_seconds, unreachable_seconds, unreachable)
+        self._start_seconds, self._is_node_lost = start_seconds, is_node_lost
+        self._calibration, self._on_calibrated = calibration, on_calibrated
+        self._failed_calibrations: list[int] = []
         self._n_shards = n_shards
         self._attempts = attempts
         self._on_receipt = on_receipt
@@ -104,8 +109,7 @@ class Driver:
         self._on_set_aside = on_set_aside
         self._on_failure, self._on_counts = on_failure, on_counts
         self._shown = 0.0
-        self._stall_seconds = stall_seconds
-        self._seconds: deque[float] = deque(maxlen=200)
+        self._silence = Silence(stall_seconds)
         self._set_aside_in_a_row = 0
         self._outcome = Outcome()
 
@@ -116,11 +120,15 @@ class Driver:
             NegServiceError: a failure that concerns every shard.
         """
         try:
-            while self._next or self._suspects or any(member.flying for member in self._fleet.members):
+            while self._next or self._suspects or any(member.attempts for member in self._fleet.members):
                 done = self._outcome.done + len(self._outcome.set_aside)
                 self._fleet.look_around(None if self._n_shards is None else self._n_shards - done)
-                self._feed()
+                if self._calibration is None:
+                    self._calibrate()
+                else:
+                    self._feed()
                 self._collect()
+                self._replace_absent()
                 self._replace_stalled()
                 self._show()
         finally:
@@ -134,7 +142,7 @@ class Driver:
             return
         self._shown = time.monotonic()
         n_ready = sum(member.is_ready for member in self._fleet.members)
-        running = sum(len(member.flying) for member in self._fleet.members)
+        running = sum(len(member.attempts) for member in self._fleet.members)
         outcome = self._outcome
         counts = Counts(outcome.done, running, len(outcome.set_aside), n_ready, len(self._fleet.members) - n_ready)
         self._on_counts(counts)
@@ -144,6 +152,38 @@ class Driver:
             return self._moved.popleft()
         shard = next(self._fresh, None)
         return None if shard is None else Attempt(shard)
+
+    def _calibrate(self) -> None:
+        """Have one replica find out what all have to know; another one, when that is lost or takes too long."""
+        now = time.monotonic()
+        for member in [member for member in self._fleet.members if member.calibrating]:
+            if now - (member.calibrating or (None, now))[1] <= self._start_seconds:
+                return
+            error = ReplicaLost(f"it has not calibrated the measure within {self._start_seconds:.0f} s")
+            self._calibration_failed(member, error)
+        if ready := self._fleet.working:
+            member = min(ready, key=lambda m: (self._failed_calibrations.count(m.number), m.number))
+            member.calibrating = member.actor.calibrate.remote(), now
+
+    def _calibration_failed(self, member: Member, error: Exception) -> None:
+        """Try it again, on another replica where there is one.
+
+        Raises:
+            NegServiceError: nothing speaks for another try.
+        """
+        member.calibrating = None
+        self._failed_calibrations += [] if isinstance(error, NodeLost) else [member.number]
+        failures = len(self._failed_calibrations)
+        action = decide(error, failures, self._attempts)
+        if action in (Action.STOP, Action.SET_ASIDE):
+            if isinstance(error, NegServiceError) and not isinstance(error, ReplicaLost):
+                raise error
+            raise NegServiceError(f"the measure cannot be calibrated, {failures} tries failed: {error}") from error
+        if isinstance(error, ReplicaLost) or action is Action.REPLACE:
+            self._dismiss(member, error)
+        else:
+            about = {"replica": member.number}
+            log.warning("replica %d could not calibrate the measure: %s", member.number, error, extra=about)
 
     def _feed(self) -> None:
         ready = self._fleet.working
@@ -168,7 +208,9 @@ class Driver:
     def _send(self, member: Member, attempt: Attempt) -> None:
         if not member.flying:
             member.heard = time.monotonic()
-        member.flying[member.actor.run.remote(attempt.shard, attempt.batch_scale)] = attempt
+        # Where there is nothing to calibrate nothing is sent.
+        more = [self._calibration] if self._calibration else []
+        member.flying[member.actor.run.remote(attempt.shard, attempt.batch_scale, *more)] = attempt
 
     def _collect(self) -> None:
         owner = {call: member for member in self._fleet.members for call in member.calls}
@@ -193,84 +235,97 @@ class Driver:
         try:
             result = ray.get(reference)
         except RayError as error:
-            self._fail(member, reference, _translated(error))
+            self._fail(member, reference, error)
             return
+        now = time.monotonic()
         if reference is member.asking_where:
             self._fleet.placed(member, result)
-            return
-        if isinstance(result, Hello):
-            self._fleet.started(member)
-            if self._on_first_ready:
-                self._on_first_ready(result)
-                self._on_first_ready = None
-            log.info(
-                "replica %d is ready: pid %d on %s, %s",
-                member.number,
-                result.pid,
-                result.node,
-                result.ready.runs_on,
-                extra={"replica": member.number},
-            )
-            return
-        del member.flying[reference]
-        now = time.monotonic()
-        self._seconds.append(now - member.heard)
-        member.heard, member.asked = now, None
-        self._outcome.done += 1
-        self._set_aside_in_a_row = 0
-        self._on_receipt(result)
+            for attempt in self._fleet.in_reach_again(member):
+                self._send(member, attempt)
+        elif reference is member.starting:
+            self._started(member, result)
+        elif member.calibrating and reference is member.calibrating[0]:
+            member.calibrating = None
+            # Another one may have been asked meanwhile.
+            if self._calibration is None:
+                self._calibration = self._on_calibrated(result)
+        elif member.asked and reference is member.asked[0]:
+            if hangs := self._silence.after_answer(member, result, now):
+                self._dismiss(member, hangs)
+        # Else it is the answer to a question that a shard has answered meanwhile.
+        elif reference in member.flying:
+            del member.flying[reference]
+            self._silence.ended(member, now)
+            self._outcome.done += 1
+            self._set_aside_in_a_row = 0
+            self._on_receipt(result)
 
-    def _fail(self, member: Member, reference: Any, error: Exception) -> None:
-        if not member.is_ready:
+    def _started(self, member: Member, hello: Hello) -> None:
+        self._fleet.started(member)
+        if self._on_first_ready:
+            self._on_first_ready(hello)
+            self._on_first_ready = None
+        log.info(
+            "replica %d is ready: pid %d on %s, %s",
+            member.number,
+            hello.pid,
+            hello.node,
+            hello.ready.runs_on,
+            extra={"replica": member.number},
+        )
+
+    def _fail(self, member: Member, reference: Any, of_ray: RayError) -> None:
+        meaning = meaning_of(of_ray)
+        asks_whether_back = member.absence is not None and reference is member.asking_where
+        if meaning is Meaning.UNREACHABLE or (asks_whether_back and meaning not in (Meaning.DEAD, Meaning.NODE_DEAD)):
+            self._fleet.out_of_reach(member, reference, " ".join(str(of_ray).split())[:300])
+            return
+        error = translated(of_ray, lambda: self._is_node_lost(member.actor, member.node))
+        if isinstance(error, Unexpected) and error.where:
+            # Nobody foresaw this one: whoever mends it needs to know where it happened.
+            log.warning("an unexpected error in a replica:\n%s", error.where)
+        if isinstance(error, ReplicaLost) and member.is_leaving:
+            error = NodeLost(str(error))
+        if not member.has_started:
             self._fleet.start_failed(member, error)
+        elif member.calibrating and reference is member.calibrating[0]:
+            self._calibration_failed(member, error)
         elif isinstance(error, ReplicaLost):
-            if member.is_leaving:
-                error = NodeLost(str(error))
             self._dismiss(member, error)
-        else:
+        elif reference in member.flying:
             attempt = member.flying.pop(reference)
             member.heard, member.asked = time.monotonic(), None
             if self._judge(member, attempt, error) is Action.REPLACE:
                 self._dismiss(member, error)
+        elif member.asked and reference is member.asked[0]:
+            # A question that came to nothing is asked anew.
+            member.asked, member.answered = None, time.monotonic()
+
+    def _replace_absent(self) -> None:
+        """Ask those again that cannot be reached, and give up those that have not answered for long."""
+        for member in self._fleet.ask_absent():
+            assert member.absence is not None
+            seconds = time.monotonic() - member.absence.since
+            error = NodeLost(f"it could not be reached for {seconds:.0f} s: {member.absence.says}")
+            if member.has_started:
+                self._dismiss(member, error)
+            else:
+                self._fleet.start_failed(member, error)
 
     def _replace_stalled(self) -> None:
         now = time.monotonic()
         for member in list(self._fleet.members):
-            if not member.is_ready or not member.flying or now - member.heard <= self._patience_with(member):
-                continue
-            if member.asked is None:
+            if self._silence.should_ask(member, now):
                 member.asked = (member.actor.is_only_storing.remote(), now)
-                continue
-            question, when = member.asked
-            silent = f"it has finished nothing for {now - member.heard:.0f} s"
-            if ray.wait([question], timeout=0)[0]:
-                try:
-                    is_only_storing = ray.get(question)
-                except RayError as error:
-                    self._dismiss(member, _translated(error))
-                    continue
-                if is_only_storing:
-                    member.heard, member.asked = now, None
-                else:
-                    self._dismiss(member, ReplicaLost(f"{silent} and still computes"))
-            elif now - when > _ANSWER_SECONDS:
-                self._dismiss(member, ReplicaLost(f"{silent} and does not answer"))
-
-    def _patience_with(self, member: Member) -> float:
-        """Seconds; twice as many for each time that a shard of it has failed, which may simply be a long one."""
-        failures = max(attempt.failures for attempt in member.flying.values())
-        if self._stall_seconds is not None:
-            return float(self._stall_seconds * 2**failures)
-        if len(self._seconds) < _LEAST_SHARDS_KNOWN:
-            return float("inf")
-        return float(max(_LEAST_STALL_SECONDS, _STALL_FACTOR * median(self._seconds)) * 2**failures)
+            elif hangs := self._silence.without_answer(member, now):
+                self._dismiss(member, hangs)
 
     def _dismiss(self, member: Member, error: Exception) -> None:
         """Give up a replica; whatever it was doing has failed with it."""
         log.warning("replica %d is lost: %s", member.number, error, extra={"replica": member.number})
         self._fleet.end(member)
         lost = NodeLost if isinstance(error, NodeLost) else ReplicaLost
-        for attempt in member.flying.values():
+        for attempt in member.attempts:
             self._judge(member, attempt, lost(f"its replica was lost: {error}"))
 
     def _judge(self, member: Member, attempt: Attempt, error: Exception) -> Action:
@@ -308,26 +363,3 @@ class Driver:
             attempt.batch_scale *= 0.5 if action is Action.SPLIT or isinstance(error, ReplicaLost) else 1.0
             self._suspects.append(attempt)
         return action
-
-
-def _translated(error: Exception) -> Exception:
-    """The error that happened in the replica, or what its loss means."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        if isinstance(cause, NegServiceError):
-            return cause
-        if is_out_of_memory(cause):
-            return OutOfMemory(f"{type(cause).__name__} {' '.join(str(cause).split())}".strip())
-        # Nobody foresaw this one: whoever mends it needs to know where it happened.
-        log.warning("an unexpected error in a replica:\n%s", error)
-        return RuntimeError(f"{type(cause).__name__}: {' '.join(str(cause).split())}")
-    if isinstance(error, ActorUnschedulableError | RuntimeEnvSetupError | RaySystemError):
-        return ConfigurationError(f"Ray cannot run a replica: {one_line(error)}")
-    says = " ".join(str(error).split())[:300]
-    # When a process dies its node says so; when nobody answers, the node or the way to it is gone.
-    if isinstance(error, ActorUnavailableError) or (
-        isinstance(error, ActorDiedError) and (error.preempted or "node has died" in says)
-    ):
-        return NodeLost(says)
-    # A process that died, or was ended by Ray because memory ran out.
-    return ReplicaLost(says)

@@ -5,47 +5,56 @@ parts are put the next is computed. All computing happens in one thread of its o
 threads for each thread that computes, and when the pools together have more threads than there are processors it puts
 them to sleep at every barrier, which made a scan a third slower. What is computed is a `Worker`'s business, which is
 made in that thread, too.
+
+A call whose answer was lost on the way is made again by the driver, and gets the same answer: nothing is computed twice
+for that. A replica that the cluster counts as dead, because its driver is gone or gave it up, ends itself.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
 
+from neg_service.cluster.gcs import end_with_the_driver
 from neg_service.cluster.logs import log_to_stderr, logging_shard
 from neg_service.cluster.metrics import report_waiting
 from neg_service.cluster.plan import Shard
+from neg_service.cluster.ray_errors import in_portable_errors
 from neg_service.config import ScanConfig
+from neg_service.errors import ConfigurationError
 from neg_service.prompts.prompt import Prompt
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 
-# Of the actor: the driver alone restarts and repeats; two shards at once, and a question what the replica is doing.
-ACTOR_OPTIONS = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 3}
+# Of the actor: the driver alone restarts and repeats. Two shards at once, and a question what the replica is doing; the
+# rest is for calls that wait for what was asked before already, see `_Answers`.
+ACTOR_OPTIONS = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 8}
+_ANSWERS_KEPT = 4
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a worker says when it is ready: what it runs on, and what it found out about its model and its precision.
+    """What a worker says when it is ready: what it runs on, and what it found out about its model.
 
     engine: how the model's rows are run, see `models/language_model.py`.
     """
 
     runs_on: str
-    calibration: dict[str, Any] = field(default_factory=dict)
     engine: str = ""
 
 
@@ -56,8 +65,17 @@ class Worker(Protocol):
         """Get ready, once."""
         ...
 
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
-        """A shard's tables, in the order in which they are put; `batch_scale` shrinks batches after failures."""
+    def calibrate(self) -> dict[str, Any]:
+        """What the run has to find out before its first shard; one worker of a run is asked, if there is anything."""
+        ...
+
+    def compute(
+        self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, pa.Table]:
+        """A shard's tables, in the order in which they are put; `batch_scale` shrinks batches after failures.
+
+        `calibration` is the run's; where there is nothing to calibrate it is not given.
+        """
         ...
 
 
@@ -65,15 +83,14 @@ class Worker(Protocol):
 class Scan:
     """What a replica is told of a scan; called, it makes the worker for it.
 
-    identity: of the model that the run was planned for; another one is refused. The measure is calibrated on `samples`,
-    unless the run was before: then with that `calibration`.
+    identity: of the model that the run was planned for; another one is refused. samples: on which the measure is
+    calibrated, by whichever replica is asked to.
     """
 
     config: ScanConfig
     identity: str
     threads: int
     samples: Sequence[Prompt] = ()
-    calibration: dict[str, Any] | None = None
 
     def __call__(self) -> Worker:
         """The worker, with all that it imports; see there."""
@@ -139,14 +156,43 @@ class Replica:
         self._logs = logs or LogStyle()
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._doing = _Doing()
+        self._answers = _Answers()
 
+    @in_portable_errors
     def where(self) -> str:
-        """The id of its node, which it knows as soon as its process is up."""
+        """The id of its node, which it knows as soon as its process is up; asked again of one that was out of reach."""
+        self._answers.once("watch", end_with_the_driver)
         node_id: str = ray.get_runtime_context().get_node_id()
         return node_id
 
+    @in_portable_errors
     def start(self) -> Hello:
         """Load and check the model; from here on, what this process logs reaches the driver's stderr by Ray."""
+        hello: Hello = self._answers.once("start", self._start)
+        return hello
+
+    @in_portable_errors
+    def calibrate(self) -> dict[str, Any]:
+        """What the run has to find out before its first shard, as run.json will keep it."""
+        found: dict[str, Any] = self._answers.once("calibrate", self._calibrate)
+        return found
+
+    @in_portable_errors
+    def run(
+        self, shard: Shard, batch_scale: float = 1.0, calibration: Mapping[str, Any] = MappingProxyType({})
+    ) -> Receipt:
+        """Compute a shard and put its parts, the last table's last: that one is the commit."""
+        receipt: Receipt = self._answers.once(
+            (shard.index, batch_scale), lambda: self._run(shard, batch_scale, calibration)
+        )
+        return receipt
+
+    @in_portable_errors
+    def is_only_storing(self) -> bool:
+        """Asked by the driver when nothing was heard for long: whether this replica waits for storage alone."""
+        return self._doing.is_only_storing
+
+    def _start(self) -> Hello:
         log_to_stderr(self._logs.style, run=self._logs.run, replica=self._logs.replica)
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("neg_service").setLevel(logging.INFO)
@@ -162,10 +208,18 @@ class Replica:
         ready = self._computing.submit(self._worker.start).result()
         return Hello(os.getpid(), socket.gethostname(), ready)
 
-    def run(self, shard: Shard, batch_scale: float = 1.0) -> Receipt:
-        """Compute a shard and put its parts, the last table's last: that one is the commit."""
+    def _calibrate(self) -> dict[str, Any]:
+        found = self._computing.submit(self._worker.calibrate).result()
+        try:
+            # All replicas get what run.json gives back, also the one that found it out.
+            kept: dict[str, Any] = json.loads(json.dumps(found))
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"the measure's calibrate gave what run.json cannot keep: {error}") from error
+        return kept
+
+    def _run(self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any]) -> Receipt:
         began = time.monotonic()
-        tables, computed = self._computing.submit(self._compute, shard, batch_scale).result()
+        tables, computed = self._computing.submit(self._compute, shard, batch_scale, calibration).result()
         sizes = {}
         with self._doing.one_more(storing=1), logging_shard(shard.index):
             for name in list(tables):
@@ -178,15 +232,49 @@ class Replica:
         waited = self._doing.waited_since_last_asked()
         return Receipt(shard.index, len(shard.prompts), sizes, waited, time.monotonic() - began, computed)
 
-    def is_only_storing(self) -> bool:
-        """Asked by the driver when nothing was heard for long: whether this replica waits for storage alone."""
-        return self._doing.is_only_storing
-
-    def _compute(self, shard: Shard, batch_scale: float) -> tuple[dict[str, pa.Table], float]:
+    def _compute(
+        self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any]
+    ) -> tuple[dict[str, pa.Table], float]:
         began = time.monotonic()
         with self._doing.one_more(computing=1), logging_shard(shard.index):
-            tables = self._worker.compute(shard, batch_scale)
+            # A measure with nothing to calibrate is told nothing.
+            tables = self._worker.compute(shard, batch_scale, *[calibration] * bool(calibration))
         return tables, time.monotonic() - began
+
+
+class _Answers:
+    """Whoever asks the same again, since the answer was lost, waits for it or gets it, and nothing is done twice.
+
+    Answers of the last few shards are kept, and no errors: what failed may be tried again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._given: dict[Hashable, Future[Any]] = {}
+
+    def once(self, what: Hashable, work: Callable[[], Any]) -> Any:
+        with self._lock:
+            answer = self._given.get(what)
+            is_new = answer is None
+            if answer is None:
+                answer = self._given[what] = Future()
+        if is_new:
+            try:
+                answer.set_result(work())
+            except BaseException as error:
+                answer.set_exception(error)
+                with self._lock:
+                    del self._given[what]
+                raise
+            self._forget_old()
+        return answer.result()
+
+    def _forget_old(self) -> None:
+        with self._lock:
+            # In the order in which they were asked for.
+            shards = [what for what, answer in self._given.items() if isinstance(what, tuple) and answer.done()]
+            for what in shards[:-_ANSWERS_KEPT]:
+                del self._given[what]
 
 
 class _Doing:

@@ -14,6 +14,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError
 
+from neg_service.cluster.gcs import Unreachable
 from neg_service.config import ClusterConfig, device_names
 from neg_service.errors import ConfigurationError, one_line
 
@@ -157,11 +158,11 @@ def nodes() -> list[Node]:
     return [_node(node["Resources"]) for node in alive if node["NodeID"] not in leaving]
 
 
-def free_nodes() -> list[Node]:
-    """What of the same nodes nobody uses."""
-    leaving = leaving_nodes()
+def free_nodes(without: frozenset[str] = frozenset()) -> list[Node]:
+    """What of the same nodes nobody uses, some left out."""
+    left_out = leaving_nodes() | without
     free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return [_node(resources) for node, resources in free.items() if node not in leaving]
+    return [_node(resources) for node, resources in free.items() if node not in left_out]
 
 
 def _node(resources: Mapping[str, float]) -> Node:
@@ -231,10 +232,11 @@ def replica_count(most: int | str, size: ReplicaSize, available: list[Node]) -> 
     return _room(size, available) if isinstance(most, str) else most
 
 
-def room_now(most: int | str, size: ReplicaSize) -> Room:
-    """What there is room for at this moment, beside all that others use."""
+def room_now(most: int | str, size: ReplicaSize, unreachable: Unreachable | None = None) -> Room:
+    """What there is room for at this moment, beside all that others use, and not on nodes that do not answer."""
     if isinstance(most, str):
-        return Room(None, _room(size, free_nodes()), leaving_nodes())
+        without = unreachable.nodes if unreachable else frozenset()
+        return Room(None, _room(size, free_nodes(without)), leaving_nodes())
     return Room(most, leaving=leaving_nodes())
 
 

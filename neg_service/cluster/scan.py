@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from neg_service.cluster.driver import Driver, Outcome
+from neg_service.cluster.gcs import Unreachable, labels_without
 from neg_service.cluster.logs import add_to_logs
 from neg_service.cluster.metrics import RunMetrics
 from neg_service.cluster.plan import Shard, shards_of
@@ -38,6 +39,7 @@ from neg_service.cluster.resources import (
 )
 from neg_service.config import NeuronsConfig, ScanConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
+from neg_service.measures import find_measure, nothing_to_calibrate
 from neg_service.measures.choice import count_of, strongest_neurons
 from neg_service.measures.strength import total
 from neg_service.places import name_of
@@ -92,8 +94,7 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     todo = prepared.plan.n_shards - len(done)
     add_to_logs(run=run_name_of(store.uri))
     log.info("results: %s", store.uri)
-    outcome, progress = Outcome(), None
-    notes: dict[str, Any] = {}
+    outcome, progress, found = Outcome(), None, dict[str, Any]()
     if todo and prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
         prepared = _with_strongest_listed(prepared)
         add_to_logs(run=run_name_of(store.uri))
@@ -105,11 +106,10 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
             size = wait_for_size(config.cluster, config.model.device, prepared.memory)
             # Written before a model is loaded, which shows at once whether the place can be written at all.
             is_new = hasty.get(RUN_FILE) is None
-            content = (prepared.identity, prepared.tables, _about(prepared), prepared.request)
-            write_or_match(hasty, *content)
+            _begin(hasty, prepared)
             rewrite_copy(hasty)
             try:
-                outcome, progress = _drive(prepared, directory, done, size, notes)
+                outcome, progress = _drive(prepared, directory, done, size, found)
             except ConfigurationError:
                 # Refused after all, by a replica that saw the weights: leave no trace of a run that never was.
                 if is_new and not any(store.list(table) for table in prepared.tables):
@@ -117,15 +117,14 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
                     store.delete(RUN_COPY)
                 raise
             # Another driver of the same run may have been refused meanwhile, and have taken its run.json with it.
-            write_or_match(store, *content)
-            # And in a run.json that is new nothing of what the first replica found.
-            note(store, notes)
+            _begin(store, prepared)
+            note(store, found)
             _require_all_there(directory, prepared, outcome)
         finally:
             if not stay_connected:
                 disconnect()
     else:
-        write_or_match(hasty, prepared.identity, prepared.tables, _about(prepared), prepared.request)
+        _begin(hasty, prepared)
     _clear_unfinished(hasty)
     directory.take_back_done()
     return Summary(
@@ -138,6 +137,11 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
         bytes_now=progress.bytes if progress else 0,
         set_aside=outcome.set_aside,
     )
+
+
+def _begin(store: ObjectStore, prepared: Prepared) -> None:
+    """Write run.json, or see that it is that of this very run."""
+    write_or_match(store, prepared.identity, prepared.tables, _about(prepared), prepared.request)
 
 
 def run_name_of(uri: str) -> str:
@@ -215,9 +219,9 @@ def _check_encoding(prepared: Prepared, done: set[int]) -> None:
 
 
 def _drive(
-    prepared: Prepared, directory: RunDirectory, done: set[int], size: ReplicaSize, notes: dict[str, Any]
+    prepared: Prepared, directory: RunDirectory, done: set[int], size: ReplicaSize, found: dict[str, Any]
 ) -> tuple[Outcome, Progress]:
-    """Run what is not done; what run.json was told is collected in `notes`."""
+    """Run what is not done; `found` gets what replicas find out, which run.json keeps."""
     config = prepared.config
     todo = prepared.plan.n_shards - len(done)
     most = most_replicas(config.cluster)
@@ -228,15 +232,18 @@ def _drive(
     if size.gpus > 1 and config.model.device in ("auto", "cuda"):
         # Ray shows an actor its own GPUs alone, and they are numbered from 0 there.
         config = replace(config, model=replace(config.model, device=gpu_names(int(size.gpus))))
-    known = calibration_of(directory.store)
-    work = Scan(config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts), known)
+    has_to_calibrate = find_measure(config.measure["name"]).calibrate is not nothing_to_calibrate
+    known = calibration_of(directory.store) if has_to_calibrate else {}
+    work = Scan(config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts))
     storage = config.storage
     destination = Destination(directory.store.uri, storage.endpoint_url, prepared.fingerprint, storage.patience_seconds)
 
     numbers = count()
+    unreachable = Unreachable()
 
     def spawn() -> Any:
         actor = ray.remote(Replica).options(
+            label_selector=labels_without(unreachable.nodes),
             num_cpus=size.cpus,
             num_gpus=size.gpus,
             # On a GPU the weights lie in the GPU's memory, of which Ray knows nothing.
@@ -269,10 +276,22 @@ def _drive(
         metrics.add(receipt)
 
     def on_first_ready(hello: Hello) -> None:
-        ready = hello.ready
-        notes.update(calibration=ready.calibration, engine=ready.engine, runs_on=ready.runs_on)
-        note(directory.store, notes)
+        found.update(engine=hello.ready.engine, runs_on=hello.ready.runs_on)
+        if known is not None:
+            found.update(calibration=known)
+            note(directory.store, found)
+            progress.start()
+
+    def on_calibrated(calibration: dict[str, Any]) -> dict[str, Any]:
+        # Another driver, which was refused, may have taken run.json with it; no shard is put before it says this.
+        _begin(directory.store, prepared)
+        note(directory.store, {**found, "calibration": calibration})
+        # Another driver of the same run may have been first: then its calibration is the run's.
+        noted = calibration_of(directory.store)
+        found.update(calibration=calibration if noted is None else noted)
         progress.start()
+        agreed: dict[str, Any] = found["calibration"]
+        return agreed
 
     def on_set_aside(shard: Shard, error: str, failures: int) -> None:
         directory.put_aside(shard.index, error, failures)
@@ -280,7 +299,7 @@ def _drive(
     driver = Driver(
         shards_of(prepared.prompts, prepared.plan, done),
         spawn,
-        partial(room_now, most, size),
+        partial(room_now, most, size, unreachable),
         config.cluster.attempts,
         on_receipt=on_receipt,
         on_first_ready=on_first_ready,
@@ -290,6 +309,10 @@ def _drive(
         n_shards=todo,
         start_seconds=config.cluster.start_seconds,
         stall_seconds=None if config.cluster.stall_seconds == "auto" else float(config.cluster.stall_seconds),
+        calibration=known,
+        on_calibrated=on_calibrated,
+        unreachable_seconds=config.cluster.unreachable_seconds,
+        unreachable=unreachable,
     )
     try:
         outcome = driver.run()
@@ -298,7 +321,7 @@ def _drive(
         metrics.end()
     if not done and not outcome.set_aside:
         # What it cost, for whoever compares measures; a run that was interrupted does not say.
-        notes["cost"] = {
+        found["cost"] = {
             "prompts": progress.n_now,
             "seconds": round(progress.seconds, 3),
             "computed_seconds": round(progress.computed_seconds, 3),

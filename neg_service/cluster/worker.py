@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import pyarrow as pa
 
@@ -36,12 +38,11 @@ class ScanWorker:
         self._identity = scan.identity
         self._threads = scan.threads
         self._samples = scan.samples
-        self._calibration = scan.calibration
         self._measure = find_measure(scan.config.measure["name"])
         self._options = typed(self._measure.Options, scan.config.measure, "measure")
 
     def start(self) -> Ready:
-        """Load the model, check that it is the planned one, let it check itself, and calibrate the measure."""
+        """Load the model, check that it is the planned one, and let it check itself."""
         set_threads(self._threads)
         began = time.monotonic()
         asked = self._config.model
@@ -62,21 +63,24 @@ class ScanWorker:
         log.info("self-check passed, engine %s, row logits %.0e off the plain pass", checked.engine, checked.logits)
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
-        if self._calibration is None:
-            samples, neurons = self._encoded(self._samples), self._config.neurons
-            self._calibration = self._measure.calibrate(self._model, samples, self._options, neurons)
         devices = ", ".join(f"{device} ({processor_name(device)})" for device in self._model.devices)
-        return Ready(f"{devices}, {self._threads} threads", self._calibration, self._model.engine)
+        return Ready(f"{devices}, {self._threads} threads", self._model.engine)
 
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+    def calibrate(self) -> dict[str, Any]:
+        """Calibrate the measure on the samples."""
+        samples, neurons = self._encoded(self._samples), self._config.neurons
+        return self._measure.calibrate(self._model, samples, self._options, neurons)
+
+    def compute(
+        self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, pa.Table]:
         """Encode and measure a shard."""
         prompts = self._encoded(shard.prompts)
         # A shard that failed for memory runs in small batches without making all later ones small.
         budget = self._budget
         if batch_scale != 1:
             budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
-        neurons, calibration = self._config.neurons, self._calibration or {}
-        return self._measure.measure(self._model, prompts, self._options, neurons, budget, calibration)
+        return self._measure.measure(self._model, prompts, self._options, self._config.neurons, budget, calibration)
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         model = self._model

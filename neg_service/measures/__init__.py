@@ -63,7 +63,10 @@ class Measure(Protocol):
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Any, neurons: NeuronsConfig
     ) -> dict[str, Any]:
-        """What a replica finds out before its first shard, from a few of the run's prompts; kept in run.json."""
+        """What one replica of a run finds out before its first shard, from a few prompts; JSON, kept in run.json.
+
+        A measure that has nothing to find out takes `nothing_to_calibrate`: then no replica waits for another.
+        """
         ...
 
     def measure(
@@ -77,6 +80,13 @@ class Measure(Protocol):
     ) -> dict[str, pa.Table]:
         """Measure a shard; one Arrow table under each name of `tables`."""
         ...
+
+
+def nothing_to_calibrate(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Any, neurons: NeuronsConfig
+) -> dict[str, Any]:
+    """Nothing beyond the model's self-check."""
+    return {}
 
 
 def find_measure(name: str) -> Measure:

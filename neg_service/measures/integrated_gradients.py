@@ -33,7 +33,7 @@ from torch import Tensor
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, NonFiniteError
-from neg_service.measures import Cost
+from neg_service.measures import Cost, nothing_to_calibrate
 from neg_service.measures.batching import default_batch_tokens, in_parts, named
 from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.gradients import Floats
@@ -285,11 +285,7 @@ def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_t
     return Cost({"prompts": 256, "integrated_gradients": values}, options.steps * layers * kept)
 
 
-def calibrate(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Options, neurons: NeuronsConfig
-) -> dict[str, Any]:
-    """Nothing beyond the model's self-check."""
-    return {}
+calibrate = nothing_to_calibrate
 
 
 def measure(

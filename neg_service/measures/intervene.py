@@ -22,7 +22,7 @@ from torch import Tensor
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures import Cost
+from neg_service.measures import Cost, nothing_to_calibrate
 from neg_service.measures.batching import default_batch_tokens, in_batches, named
 from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
@@ -302,11 +302,7 @@ def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_t
     return Cost({"prompts": 256, "intervene": int(40 * len(options.edits) * n_targets)}, 1 + len(options.edits))
 
 
-def calibrate(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Options, neurons: NeuronsConfig
-) -> dict[str, Any]:
-    """Nothing beyond the model's self-check."""
-    return {}
+calibrate = nothing_to_calibrate
 
 
 def measure(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
-from neg_service.measures import Cost
+from neg_service.measures import Cost, nothing_to_calibrate
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.gradients import Floats, PromptGradients, gradients
@@ -212,11 +212,7 @@ def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_t
     return Cost({"prompts": text, "activations": values, "neurgrad": int(values * kept)}, kept)
 
 
-def calibrate(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Options, neurons: NeuronsConfig
-) -> dict[str, Any]:
-    """Nothing beyond the model's self-check."""
-    return {}
+calibrate = nothing_to_calibrate
 
 
 def measure(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
-from neg_service.measures import Cost
+from neg_service.measures import Cost, nothing_to_calibrate
 from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.gradients import Floats, gradients
 from neg_service.measures.neurgrad import sign
@@ -130,11 +130,7 @@ def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_t
     return Cost({"prompts": 1024, "votes": int(most * (6 + n_targets))}, n_targets)
 
 
-def calibrate(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Options, neurons: NeuronsConfig
-) -> dict[str, Any]:
-    """Nothing beyond the model's self-check."""
-    return {}
+calibrate = nothing_to_calibrate
 
 
 def measure(

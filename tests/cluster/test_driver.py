@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,6 +15,8 @@ import pytest
 import ray
 
 from neg_service.cluster.driver import Driver, Outcome
+from neg_service.cluster.failures import Attempt
+from neg_service.cluster.fleet import Member
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Receipt, Replica
 from neg_service.errors import ModelError, NegServiceError
@@ -24,7 +27,7 @@ N_SHARDS = 12
 
 
 def run(
-    worker: FaultyWorker, tmp_path: Path, replicas: int = 2, stall_seconds: float | None = None
+    worker: FaultyWorker, tmp_path: Path, replicas: int = 2, stall_seconds: float | None = None, **more: Any
 ) -> tuple[Outcome, Counter[int]]:
     receipts: Counter[int] = Counter()
     destination = Destination(str(tmp_path), None, "f" * 12)
@@ -36,12 +39,16 @@ def run(
         receipts[receipt.shard] += 1
 
     shards = (Shard(index, ()) for index in range(N_SHARDS))
-    driver = Driver(shards, spawn, replicas, attempts=3, on_receipt=on_receipt, stall_seconds=stall_seconds)
+    driver = Driver(shards, spawn, replicas, attempts=3, on_receipt=on_receipt, stall_seconds=stall_seconds, **more)
     return driver.run(), receipts
 
 
 def parts(tmp_path: Path) -> list[int]:
     return sorted(int(path.stem.split("-")[1]) for path in tmp_path.glob("rows/*.parquet"))
+
+
+def rows(tmp_path: Path, column: str) -> list[Any]:
+    return [row for path in tmp_path.glob("rows/*.parquet") for row in pq.read_table(path)[column].to_pylist()]
 
 
 def test_a_quiet_run_does_each_shard_once(tmp_path: Path) -> None:
@@ -55,6 +62,66 @@ def test_what_fails_once_is_tried_again(tmp_path: Path) -> None:
     outcome, receipts = run(FaultyWorker(fails=frozenset({0, 5, 11}), once=str(tmp_path)), tmp_path)
     assert outcome == Outcome(N_SHARDS, {})
     assert receipts == Counter(range(N_SHARDS))
+
+
+def test_what_no_driver_can_read_fails_its_shard_and_no_replica(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    outcome, receipts = run(FaultyWorker(odd=True, once=str(marks)), tmp_path, replicas=1)
+    assert outcome == Outcome(N_SHARDS, {})
+    assert receipts == Counter(range(N_SHARDS))
+    for says in (
+        "NeedsMore: 1 and 2",
+        "Local: from nowhere",
+        "TaskCancelledError: ",
+        "SystemExit: 3",
+        "ValueError: xxx",
+    ):
+        assert f"retry: {says}" in caplog.text
+    assert "is lost" not in caplog.text
+    # One process did it all.
+    assert len(set(rows(tmp_path, "by"))) == 1
+
+
+def test_a_run_is_calibrated_once_also_for_replicas_that_come_late(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    worker = FaultyWorker(kills=frozenset({2}), once=str(marks))
+    noted: list[dict[str, Any]] = []
+
+    def on_calibrated(found: dict[str, Any]) -> dict[str, Any]:
+        assert parts(tmp_path) == []
+        noted.append(found)
+        return found
+
+    outcome, _ = run(worker, tmp_path, replicas=1, calibration=None, on_calibrated=on_calibrated)
+    assert outcome == Outcome(N_SHARDS, {})
+    assert len(noted) == 1
+    assert set(rows(tmp_path, "calibrated")) == {noted[0]["by"]}
+    # The first replica calibrated and was lost; most was done by another.
+    assert len(set(rows(tmp_path, "by"))) == 2
+
+
+@pytest.mark.parametrize("how", ["kill", "fail"])
+def test_a_replica_that_fails_to_calibrate_leaves_it_to_another_and_what_was_noted_counts(
+    tmp_path: Path, how: str
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    worker = FaultyWorker(calibrates=how, once=str(marks))
+    # Another driver of the same run noted its own before.
+    outcome, _ = run(worker, tmp_path, calibration=None, on_calibrated=lambda found: {"by": 7})
+    assert outcome == Outcome(N_SHARDS, {})
+    assert set(rows(tmp_path, "calibrated")) == {7}
+
+
+def test_a_calibration_that_never_works_ends_the_run(tmp_path: Path) -> None:
+    worker = FaultyWorker(calibrates="fail")
+    with pytest.raises(NegServiceError, match="cannot be calibrated, 3 tries failed: NeedsMore: 1 and 2"):
+        run(worker, tmp_path, calibration=None)
+    assert parts(tmp_path) == []
 
 
 def test_what_fails_always_is_set_aside_with_its_error_and_the_rest_is_done(tmp_path: Path) -> None:
@@ -128,10 +195,42 @@ def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: py
 
 
 def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # Each shard takes half as long as silence is borne, all of them together much longer.
-    outcome, _ = run(FaultyWorker(seconds=0.5), tmp_path, stall_seconds=1.5)
+    # Each shard takes a quarter of the silence that is borne, all of them together much longer.
+    outcome, _ = run(FaultyWorker(seconds=1.0), tmp_path, stall_seconds=4)
     assert outcome.done == N_SHARDS
     assert "is lost" not in caplog.text
+
+
+def test_an_answer_that_comes_with_the_shard_it_asked_for_is_no_shard() -> None:
+    driver = Driver(iter(()), lambda: None, 1, attempts=3)
+    asked, ended = ray.put(False), ray.put(Receipt(0, 1))
+    member = Member(0, None, None, None, has_started=True, flying={ended: Attempt(Shard(0, ()))}, asked=(asked, 0.0))
+    # Both had arrived when the driver looked.
+    driver._settle(member, ended)
+    driver._settle(member, asked)
+    assert driver.run() == Outcome(1, {})
+
+
+def test_answers_that_are_lost_on_the_way_cost_no_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = iter(range(10**6))
+
+    def get(reference: Any) -> Any:
+        """As over a network that loses every other answer of the first twenty."""
+        answer = ray.get(reference)
+        if next(answers) in range(0, 20, 2):
+            raise ray.exceptions.ActorUnavailableError("connection reset by peer", None)
+        return answer
+
+    monkeypatch.setattr("neg_service.cluster.driver.ray", SimpleNamespace(get=get, wait=ray.wait))
+    outcome, receipts = run(FaultyWorker(), tmp_path, replicas=1, calibration=None)
+    assert outcome == Outcome(N_SHARDS, {})
+    assert receipts == Counter(range(N_SHARDS))
+    assert caplog.text.count("cannot be reached") > 3
+    assert "is lost" not in caplog.text
+    assert len(set(rows(tmp_path, "by"))) == 1
+    assert set(rows(tmp_path, "calibrated")) == set(rows(tmp_path, "by"))
 
 
 def test_the_module_of_the_actor_imports_no_torch() -> None:

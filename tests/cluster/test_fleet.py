@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from neg_service.cluster import fleet as module
-from neg_service.cluster.failures import MOST_MOVES
+from neg_service.cluster.failures import MOST_MOVES, Attempt
 from neg_service.cluster.fleet import Fleet
+from neg_service.cluster.gcs import Unreachable, labels_without
+from neg_service.cluster.plan import Shard
 from neg_service.cluster.resources import Room
 from neg_service.errors import ConfigurationError, ModelError, NegServiceError, NodeLost, OutOfMemory, ReplicaLost
 
@@ -22,13 +24,29 @@ class Actor:
         self.is_ended = False
 
 
+def attempt(shard: int) -> Attempt:
+    """A shard on its way."""
+    return Attempt(Shard(shard, ()))
+
+
+class Far(Unreachable):
+    """Nodes that answer when a test says so."""
+
+    def look_again(self) -> None:
+        pass
+
+
 class Hired(Fleet):
     """A fleet in a room that tests change, at a time that they set."""
 
     def __init__(self, room: Room, start_seconds: float = 100) -> None:
         self.actors: list[Actor] = []
         self.room = room
-        super().__init__(self._new, self._over, lambda: self.room, attempts=3, start_seconds=start_seconds)
+        self.far = Far()
+        super().__init__(
+            self._new, self._over, lambda: self.room, attempts=3, start_seconds=start_seconds, unreachable_seconds=120,
+            unreachable=self.far,
+        )  # fmt: skip
 
     def _new(self) -> Actor:
         self.actors.append(Actor())
@@ -170,3 +188,80 @@ def test_a_start_that_takes_too_long_is_tried_elsewhere(clock: SimpleNamespace) 
     clock.value += 61
     fleet.look_around(100)
     assert fleet.numbers == [1]
+
+
+def test_who_cannot_be_reached_keeps_its_place_and_work_and_is_asked_until_it_answers(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(1))
+    fleet.look_around(100)
+    fleet.ready(0, "there")
+    (member,) = fleet.members
+    calls = [object(), object()]
+    member.flying = {call: attempt(number) for number, call in enumerate(calls)}
+    for call in calls:
+        fleet.out_of_reach(member, call, "no answer")
+    assert not member.is_ready
+    assert fleet.working == []
+    assert [one.shard.index for one in member.attempts] == [0, 1]
+    for _ in range(50):
+        assert fleet.ask_absent() == []
+        asked = member.asking_where
+        assert asked is not None
+        # No other is hired for it, nor is it let go when few shards are left.
+        fleet.look_around(0)
+        assert fleet.numbers == [0]
+        assert fleet.far.nodes == {"there"}
+        fleet.out_of_reach(member, asked, "no answer")
+        assert fleet.ask_absent() == [], "not at once again"
+        assert member.asking_where is None
+        clock.value += 2
+    fleet.ask_absent()
+    fleet.placed(member, "there")
+    assert [one.shard.index for one in fleet.in_reach_again(member)] == [0, 1]
+    assert fleet.working == [member]
+    assert member.starting is None, "its model is loaded"
+
+
+def test_who_answers_in_time_is_not_asked_for_ever(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(1))
+    fleet.look_around(100)
+    fleet.ready(0, "there")
+    (member,) = fleet.members
+    fleet.out_of_reach(member, object(), "no answer")
+    clock.value += 119
+    assert fleet.ask_absent() == []
+    # The question itself may never come back.
+    clock.value += 2
+    assert fleet.ask_absent() == [member]
+    assert fleet.far.nodes == {"there"}
+
+
+def test_an_order_to_start_that_was_lost_is_given_again(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(1), start_seconds=60)
+    fleet.look_around(100)
+    (member,) = fleet.members
+    fleet.placed(member, "a")
+    fleet.out_of_reach(member, member.starting, "no answer")
+    assert member.calls == []
+    fleet.ask_absent()
+    clock.value += 50
+    fleet.placed(member, "a")
+    assert fleet.in_reach_again(member) == []
+    assert member.starting is not None
+    assert not member.has_started
+    clock.value += 11
+    fleet.look_around(100)
+    assert fleet.numbers == [1], "its time to start runs from when it was up first"
+
+
+def test_a_failed_start_does_not_end_a_run_whose_replicas_are_out_of_reach(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(2))
+    fleet.look_around(100)
+    fleet.ready(0)
+    fleet.out_of_reach(fleet.members[0], object(), "no answer")
+    fleet.start_failed(fleet.members[1], ConfigurationError("other files on this node"))
+    assert fleet.numbers == [0]
+
+
+def test_nothing_is_placed_on_nodes_that_do_not_answer() -> None:
+    assert labels_without(()) is None
+    assert labels_without({"b", "a"}) == {"ray.io/node-id": "!in(a,b)"}

@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM
 
 from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from jobs.entry import CONF
-from neg_service.cluster.driver import _translated
 from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
 from neg_service.cluster.prepare import Prepared, prepare
@@ -342,19 +341,6 @@ def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: 
         _prepared(tmp_path / "gpt2", dataset=dataset, measure={"basis": "gate"})
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (ray.exceptions.OutOfMemoryError("killed by the memory monitor"), ReplicaLost),
-        (ray.exceptions.ActorDiedError(), ReplicaLost),
-        (ray.exceptions.NodeDiedError("gone"), ReplicaLost),
-        (ray.exceptions.RuntimeEnvSetupError("no pip"), ConfigurationError),
-    ],
-)
-def test_every_way_in_which_ray_loses_a_replica_is_understood(error: Exception, expected: type[Exception]) -> None:
-    assert isinstance(_translated(error), expected)
-
-
 @pytest.mark.parametrize("measure", [{"name": "my.measure"}, {"name": "sweep", "basis": "hidden"}])
 def test_neurons_are_ranked_in_the_basis_of_the_measure_if_it_has_one(measure: dict[str, Any]) -> None:
     config = ScanConfig(measure=measure, neurons=NeuronsConfig([1, 2], choose="top", count=5, over="dataset"))
@@ -362,23 +348,6 @@ def test_neurons_are_ranked_in_the_basis_of_the_measure_if_it_has_one(measure: d
     assert ranking.measure == {**measure, "name": "strength"}
     assert ranking.neurons == NeuronsConfig([1, 2])
     assert ranking.dataset == config.dataset
-
-
-@pytest.mark.parametrize(
-    ("cause", "action"),
-    [
-        (MemoryError("no memory"), Action.SPLIT),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Action.SPLIT),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Action.SPLIT),
-        (OutOfMemory("cuda:0 is full"), Action.SPLIT),
-        (DoesNotFit("prompt 'a' does not fit"), Action.SET_ASIDE),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), Action.REPLACE),
-    ],
-)
-def test_memory_that_ended_in_a_replica_is_known_by_its_words(cause: Exception, action: Action) -> None:
-    error = _translated(ray.exceptions.RayTaskError("run", "its traceback", cause))
-    assert isinstance(error, OutOfMemory) == (action is not Action.REPLACE)
-    assert decide(error, 1, 3) is action
 
 
 def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:

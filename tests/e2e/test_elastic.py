@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.clusters import eventually, own_cluster
@@ -45,3 +46,17 @@ def test_replicas_follow_the_nodes_and_nothing_is_lost_or_counted_against_a_shar
         done = Counter(re.findall(r"^done (\d+)$", driver.output, re.MULTILINE))
         assert done == Counter(str(index) for index in range(SHARDS))
         assert "failed on replica" not in driver.output
+
+
+def test_a_replica_ends_itself_when_its_driver_is_gone_and_its_node_cannot_be_told() -> None:
+    with own_cluster() as cluster:
+        cluster.add(num_cpus=1)
+        driver = Running("", cluster.address, module="tests.orphan", env=cluster.environment)
+        replica = psutil.Process(int(driver.wait_for(r"replica (\d+)")[1]))
+        raylet = replica.parent()
+        assert raylet is not None
+        assert "raylet" in raylet.name()
+        # As a node without a network: nobody there hears that the driver is gone.
+        raylet.suspend()
+        driver.kill()
+        replica.wait(40)

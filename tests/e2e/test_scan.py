@@ -284,6 +284,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
         (["measure.basis=bias"], "measure.basis=bias is unknown"),
         (["cluster.stall_seconds=0"], "cluster.stall_seconds=0: must be auto or a number, at least 1"),
         (["storage.patience_seconds=-1"], "storage.patience_seconds=-1.0: must not be negative"),
+        (["cluster.unreachable_seconds=-1"], "cluster.unreachable_seconds=-1.0: must not be negative"),
         (["job.resume=nowhere"], "nowhere: there is no run.json"),
     ],
 )

@@ -55,7 +55,25 @@ def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(argumen
     assert tables[0].select(KEYS) == tables[1].select(KEYS)
     for column in ("neg", "r", "r2", "largest_delta_p", "neurgrad", "activation"):
         np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-3, atol=1e-8, err_msg=column)
+    np.testing.assert_allclose(tables[0]["resolution"], tables[1]["resolution"], rtol=1e-3)
+    # A value at its very limit may fall on either side; here there is none.
+    for column in ("is_resolved", "signs_agree"):
+        assert tables[0][column] == tables[1][column]
     assert tables[0]["delta_p"].type.list_size == 40
+
+
+def test_all_replicas_go_by_one_calibration(arguments: list[str], tmp_path: Path) -> None:
+    done = job(
+        "scan", *arguments, "measure=sweep", "measure.name=tests.moody_sweep", "neurons=sample", "neurons.count=2",
+        "job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1", f"storage.uri={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "replica 1 is ready" in done.stderr
+    table = table_of(tmp_path, "sweep")
+    assert table.num_rows == 5 * 2 * 6
+    # In units of the probability the resolution is the noise times what the grid makes of it: the same in all shards.
+    ratio = np.asarray(table["resolution"]) / np.asarray(table["probability"])
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
 
 
 def test_the_strongest_over_the_data_set_are_ranked_first(arguments: list[str], tmp_path: Path) -> None:

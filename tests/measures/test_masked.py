@@ -102,7 +102,7 @@ def test_the_masked_facts_are_scanned_like_any_data_set(tmp_path: Path) -> None:
         assert prepared.info.is_masked
         worker = ScanWorker(Scan(prepared.config, prepared.info.identity, 2, prepared.prompts[:1]))
         assert worker.start().engine == "sequences"
-        found = worker.compute(Shard(0, tuple(prepared.prompts[::100])), 1.0)
+        found = worker.compute(Shard(0, tuple(prepared.prompts[::100])), 1.0, worker.calibrate())
         assert {name: table.schema for name, table in found.items()} == prepared.tables
         (first, *_) = found["prompts"].to_pylist()
         assert first["prompt"] == "The capital of France is [MASK]."
