@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
-from neg_service.cluster.resources import disconnect
+from neg_service.cluster.connection import disconnect
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.inputs import without_credentials
 from neg_service.probing.options import Context, Options, check_options, contexts_of
@@ -114,4 +114,4 @@ def _shown(tables: Mapping[str, pa.Table]) -> str:
 
 
 if __name__ == "__main__":
-    start("probe", probe)
+    start("probe", probe, ProbeConfig)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,13 @@ from typing import Any
 from omegaconf import DictConfig
 from ray.job_submission import JobStatus
 
-from jobs.entry import CONF, EXIT_INTERRUPTED, composed, fail
+from jobs.command_line import as_typed, in_quotes
+from jobs.entry import CONF, command, composed, in_one_line
+from jobs.guard import EXIT_INTERRUPTED
+from jobs.probe import ProbeConfig
 from jobs.scan import describe_plan
-from neg_service.cluster.logs import log_to_stderr
+from jobs.study import StudyConfig
+from jobs.verify import VerifyConfig
 from neg_service.cluster.prepare import Prepared, prepare, require_lasting
 from neg_service.cluster.submission import (
     Request,
@@ -33,13 +36,14 @@ from neg_service.cluster.submission import (
 )
 from neg_service.config import ScanConfig, check, plain, typed
 from neg_service.errors import ConfigurationError, NegServiceError
+from neg_service.inputs import is_there
 from neg_service.models.source import DEFAULT
 from neg_service.storage.run import RunDirectory
 from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 
-JOBS = ("scan", "probe", "study", "verify")
+JOBS = {"scan": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "verify": VerifyConfig}
 # Settings of `job` that decide what is done, and not how it is shown.
 _DECIDING = ("name", "limit", "shard_size", "resume")
 # What a configuration may name on this machine that the cluster has to have, too.
@@ -49,7 +53,8 @@ _FILES = ("dataset.source", "dataset.wordings", "measure.edits", "neurons.list")
 def main(arguments: list[str]) -> int:
     """Submit, and follow unless told not to; the exit code of the job."""
     asked = _parser().parse_intermixed_args(arguments)
-    config = composed(asked.job, asked.overrides)
+    settings = JOBS[asked.job]
+    config = composed(asked.job, asked.overrides, settings)
     client = connect_to_job_server(asked.address)
     driver = _amounts(_pairs("--driver", asked.driver))
     prepared = None
@@ -72,7 +77,7 @@ def main(arguments: list[str]) -> int:
     request = Request(
         job=asked.job,
         submission_id=_submission_id(asked.job, prepared, config, files),
-        overrides=[*asked.overrides, *_model_by_full_path(config)],
+        overrides=[*as_typed(asked.overrides, settings, is_sweep=False), *_model_by_full_path(config)],
         files=files,
         environment=_pairs("--env", asked.env),
         driver=driver,
@@ -130,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--driver", action="append", default=[], metavar="RESOURCE=AMOUNT",
         help="what the driver takes of a node, such as CPU=1; with nothing it runs on the head node",
     )  # fmt: skip
-    return parser
+    return in_one_line(parser)
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
@@ -171,15 +176,15 @@ def _files(config: DictConfig) -> dict[str, Path]:
     for key in _FILES:
         group, name = key.split(".")
         value = (config.get(group) or {}).get(name)
-        if isinstance(value, str) and value != DEFAULT and "://" not in value and Path(value).exists():
+        if isinstance(value, str) and value != DEFAULT and "://" not in value and is_there(value):
             found[key] = Path(value).absolute()
     return found
 
 
 def _model_by_full_path(config: DictConfig) -> list[str]:
     source = str(config.model.source)
-    is_here = source != DEFAULT and not Path(source).is_absolute() and Path(source).exists()
-    return [f"model.source='{Path(source).absolute()}'"] if is_here else []
+    is_here = source != DEFAULT and not Path(source).is_absolute() and is_there(source)
+    return [f"model.source={in_quotes(str(Path(source).absolute()))}"] if is_here else []
 
 
 def _is_complete(prepared: Prepared) -> bool:
@@ -193,7 +198,6 @@ def _is_complete(prepared: Prepared) -> bool:
 
 
 if __name__ == "__main__":
-    log_to_stderr("text")
     # Ray's client tells of each upload and of each connection that it closes.
     for noisy in (
         "ray.dashboard.modules.dashboard_sdk",
@@ -204,9 +208,4 @@ if __name__ == "__main__":
     ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except NegServiceError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    command("submit", main)

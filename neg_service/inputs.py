@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
@@ -34,6 +34,14 @@ def exists(key: str, source: str, error: type[ConfigurationError] = Configuratio
     with _told(key, source, error):
         files, place = fsspec.url_to_fs(source)
         return bool(files.isfile(place))
+
+
+def is_there(path: str) -> bool:
+    """Whether a path of this machine exists; one that cannot be, being too long for one, does not."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def parts_of_input(key: str, source: str) -> list[tuple[str, bytes]]:

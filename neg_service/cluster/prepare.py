@@ -17,7 +17,7 @@ import pyarrow as pa
 from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
-from neg_service.inputs import without_credentials
+from neg_service.inputs import is_there, without_credentials
 from neg_service.measures import find_measure
 from neg_service.measures.choice import with_list_read
 from neg_service.models.language_model import (
@@ -230,5 +230,5 @@ def _with_absolute_paths(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def _absolute(source: str) -> str:
-    is_a_path = source not in (DEFAULT, *BUILT_IN) and Path(source).exists()
+    is_a_path = source not in (DEFAULT, *BUILT_IN) and is_there(source)
     return str(Path(source).absolute()) if is_a_path else source
