@@ -110,6 +110,7 @@ def ending(doing: str) -> Iterator[End]:
     except SystemExit as stopped:
         # Ray turns the signal to stop, which `ray job stop` and Kubernetes send, into an exit with its number.
         if stopped.code != signal.SIGTERM:
+            flush_or_silence()
             raise
         log.warning("interrupted; the same command continues from here")
         sys.exit(EXIT_STOPPED)
