@@ -6,19 +6,33 @@ import importlib
 import json
 import os
 import platform
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 from omegaconf import DictConfig
 
 from jobs.benchmarks.figures import all_reached
-from jobs.entry import EXIT_ERROR, start
-from neg_service.config import plain, typed
+from jobs.command_line import require_text
+from jobs.entry import start
+from jobs.guard import EXIT_ERROR
+from neg_service.config import JobConfig, plain, typed
+
+
+@dataclass
+class BenchConfig:
+    """Everything that `python -m jobs.bench` is told; what a benchmark is told are the settings of its module."""
+
+    benchmark: dict[str, Any] = field(default_factory=dict)
+    check: bool = False
+    job: JobConfig = field(default_factory=JobConfig)
 
 
 def bench(config: DictConfig) -> int:
     """Run one benchmark; prints its JSON."""
     settings = plain(config.benchmark)
     module = importlib.import_module(f"jobs.benchmarks.{settings['name']}")
+    require_text(config.benchmark, module.Settings, "benchmark")
     result = module.run(typed(module.Settings, settings, "benchmark"))
     machine = {
         "cpus": os.cpu_count(),
@@ -31,4 +45,4 @@ def bench(config: DictConfig) -> int:
 
 
 if __name__ == "__main__":
-    start("bench", bench)
+    start("bench", bench, BenchConfig)

@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import resource
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from jobs.entry import flag_of, start
-from neg_service.config import ModelConfig, typed
+from neg_service.config import JobConfig, ModelConfig, typed
 from neg_service.models.feed_forward import BASES, Site
 from neg_service.models.language_model import LanguageModel, load_model
 from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
 from neg_service.report.console import aligned, bytes_text
+
+
+@dataclass
+class CheckConfig:
+    """Everything that `python -m jobs.check` is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    json: bool = False
+    job: JobConfig = field(default_factory=JobConfig)
 
 
 def check(config: DictConfig) -> int:
@@ -116,4 +126,4 @@ def _peak_bytes(model: LanguageModel) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    start("check", check)
+    start("check", check, CheckConfig)

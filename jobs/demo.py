@@ -91,4 +91,4 @@ def _neurons(results: Run, prompt_id: str, target: str) -> str:
 
 
 if __name__ == "__main__":
-    start("demo", demo)
+    start("demo", demo, ScanConfig)

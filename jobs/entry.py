@@ -1,7 +1,9 @@
 """How every job starts: configuration composed by Hydra, logs to stderr, errors as one line, exit codes.
 
-Hydra's own messages for a mistyped key run over several lines, so the configuration is composed once ahead, where a
-mistake can be told in one; all of Hydra's flags (--help, --cfg, --multirun) work as its users know them.
+Hydra runs the jobs, so that all of its flags (--help, --cfg, --multirun) work as its users know them. Its own messages
+run over several lines, and it knows no text, only what its grammar makes of it: the command line is put into its words
+ahead (`command_line.py`), what it then has to say is told in one line here, and what nobody foresaw is for the last
+guard (`guard.py`). Of several jobs, one that fails does not keep the others from running.
 """
 
 from __future__ import annotations
@@ -10,22 +12,31 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from jobs.command_line import as_typed, in_quotes, require_text
+from jobs.guard import EXIT_ERROR, EXIT_INTERRUPTED, flush_or_silence, prepare_streams, speak, tell, tell_unforeseen
 from neg_service.cluster.logs import log_to_stderr
 from neg_service.errors import ConfigurationError, NegServiceError
 from neg_service.places import refuse_credentials, texts_of
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
-EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 3, 130, 143
+EXIT_INCOMPLETE, EXIT_STOPPED = 3, 143
 
 log = logging.getLogger(__name__)
 
@@ -38,47 +49,88 @@ def say(text: str, style: str) -> None:
         print(text)
 
 
-def start(config_name: str, job: Callable[[DictConfig], int]) -> None:
-    """Compose `conf/<config_name>.yaml` with the command line, run `job`, and exit with what it returns."""
-    log_to_stderr("text")
-    # As Ray does once it is there, so that a stop is the same before.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+def start(config_name: str, job: Callable[[DictConfig], int], settings: type) -> None:
+    """Compose `conf/<config_name>.yaml` with the command line, run `job`, and exit with what it returns.
+
+    `settings` is the dataclass of all that can be set, which says what is text. Of several jobs (--multirun) each is
+    run; the exit code is then the worst: an error, else an incomplete run.
+    """
+    _begin()
     # Libraries speak up only when something is wrong.
     for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        refuse_credentials_in(sys.argv[1:])
-    except ConfigurationError as error:
-        fail(str(error))
-    _check_overrides(config_name)
+    ended: list[tuple[list[str], int]] = []
 
     def guarded(config: DictConfig) -> None:
-        if OmegaConf.select(config, "job.log") == "json":
-            log_to_stderr("json")
-        try:
+        _speak(OmegaConf.select(config, "job.log"), OmegaConf.select(config, "job.traceback"))
+        with ending(f"running jobs.{config_name}") as end:
             for key, text in texts_of(OmegaConf.to_container(config)):
                 refuse_credentials(key, text)
-            code = job(config)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read our output has seen enough; Python would complain once more when it closes it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(EXIT_ERROR)
-        except NegServiceError as error:
-            if OmegaConf.select(config, "job.log") != "json":
-                fail(str(error))
-            log.error("%s", error)
-            sys.exit(EXIT_ERROR)
-        except (KeyboardInterrupt, SystemExit) as end:
-            # Ray turns the signal to stop, which `ray job stop` and Kubernetes send, into an exit with its number.
-            if isinstance(end, SystemExit) and end.code != signal.SIGTERM:
-                raise
-            log.warning("interrupted; the same command continues from here")
-            sys.exit(EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else EXIT_STOPPED)
-        if code:
-            sys.exit(code)
+            require_text(config, settings)
+            end.code = job(config)
+        ended.append((list(HydraConfig.get().overrides.task), end.code))
 
-    hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)()
+    with ending("composing the configuration") as composing, _in_our_words(config_name, settings):
+        hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)()
+    if len(ended) > 1:
+        _tell_of_several(ended)
+    sys.exit(max([composing.code, *(code for _, code in ended)], key=_badness))
+
+
+def command(name: str, main: Callable[[list[str]], int]) -> NoReturn:
+    """Run the `main` of a command that is no Hydra job with what was typed, and exit with what it returns."""
+    _begin()
+    with ending(f"running jobs.{name}") as end:
+        end.code = main(sys.argv[1:])
+    sys.exit(end.code)
+
+
+@dataclass
+class End:
+    """How something ended: its exit code."""
+
+    code: int = 0
+
+
+@contextmanager
+def ending(doing: str) -> Iterator[End]:
+    """Tell what comes up inside, in one line; the exit code is then that of an error. A person who stops is obeyed."""
+    end = End()
+    try:
+        yield end
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        end.code = EXIT_ERROR
+    except NegServiceError as error:
+        tell(str(error))
+        end.code = EXIT_ERROR
+    except KeyboardInterrupt:
+        log.warning("interrupted; the same command continues from here")
+        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as stopped:
+        # Ray turns the signal to stop, which `ray job stop` and Kubernetes send, into an exit with its number.
+        if stopped.code != signal.SIGTERM:
+            flush_or_silence()
+            raise
+        log.warning("interrupted; the same command continues from here")
+        sys.exit(EXIT_STOPPED)
+    except BaseException as error:  # noqa: BLE001 - the one last guard
+        tell_unforeseen(error, doing)
+        end.code = EXIT_ERROR
+    flush_or_silence()
+
+
+def composed(config_name: str, overrides: list[str], settings: type) -> DictConfig:
+    """`conf/<config_name>.yaml` with what is set on the command line.
+
+    Raises:
+        ConfigurationError: a mistake in it, in one line.
+    """
+    with _hydra_told(config_name), initialize_config_dir(CONF, version_base="1.3"):
+        config = compose(config_name, overrides=as_typed(overrides, settings, is_sweep=False))
+    require_text(config, settings)
+    return config
 
 
 def value_of(config: DictConfig, key: str) -> str:
@@ -87,7 +139,7 @@ def value_of(config: DictConfig, key: str) -> str:
     Raises:
         ConfigurationError: it was not.
     """
-    if OmegaConf.is_missing(config, key):
+    if OmegaConf.is_missing(config, key) or config[key] is None:
         raise ConfigurationError(f"{key}: has no value; give one, such as {key}=results/RUN")
     return str(config[key])
 
@@ -114,19 +166,89 @@ def refuse_credentials_in(overrides: list[str]) -> None:
         refuse_credentials(key.lstrip("+~") if value else "an argument", override)
 
 
-def _check_overrides(config_name: str) -> None:
-    """Compose the same configuration ahead, to tell a mistake in one line."""
-    if not any(argument.startswith("-") for argument in sys.argv[1:]):
-        composed(config_name, sys.argv[1:])
+def _begin() -> None:
+    prepare_streams()
+    log_to_stderr("text")
+    # As Ray does once it is there, so that a stop is the same before.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    # Before the configuration is composed, this is all that can be known of it.
+    given = dict(argument.lstrip("+").split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    _speak(given.get("job.log"), given.get("job.traceback", "").lower() == "true")
 
 
-def composed(config_name: str, overrides: list[str]) -> DictConfig:
-    """`conf/<config_name>.yaml` with what is set on the command line; a mistake is told in one line, and ends."""
+def _speak(style: Any, shows_traceback: Any) -> None:
+    if style == "json":
+        log_to_stderr("json")
+    speak(style == "json", shows_traceback is True)
+
+
+@contextmanager
+def _in_our_words(config_name: str, settings: type) -> Iterator[None]:
+    """Hydra with the command line in its words; it raises what it has to say, and leaves nothing behind."""
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # Hydra then hands on what it raises, in the place of printing it.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    with ExitStack() as scratch, _hydra_told(config_name):
+        try:
+            refuse_credentials_in(before[1:])
+            sys.argv = [before[0], *_arguments(before[1:], settings, scratch)]
+            yield
+        finally:
+            sys.argv = before
+            os.environ.pop("HYDRA_FULL_ERROR")
+            if full is not None:
+                os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _arguments(typed: list[str], settings: type, scratch: ExitStack) -> list[str]:
+    """What was typed, with text as Hydra's grammar writes it, and a place of its own for Hydra's notes on a sweep."""
+    asked = vars(in_one_line(get_args_parser()).parse_intermixed_args(typed))
+    overrides = asked.pop("overrides")
+    if asked["shell_completion"]:
+        return typed
+    is_sweep = asked["multirun"] or any(one.lstrip("+").lower() == "hydra.mode=multirun" for one in overrides)
+    told = as_typed(overrides, settings, is_sweep)
+    if is_sweep and not any(one.lstrip("+").startswith("hydra.sweep.dir=") for one in overrides):
+        told.append(f"hydra.sweep.dir={in_quotes(scratch.enter_context(TemporaryDirectory(prefix='neg_service-')))}")
+    flags = [
+        f"--{name.replace('_', '-')}" + (f"={value}" if isinstance(value, str) else "")
+        for name, value in asked.items()
+        if value
+    ]
+    return [*flags, *told]
+
+
+def in_one_line(parser: ArgumentParser) -> ArgumentParser:
+    """The same parser; what it refuses is told as everything else is."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (see --help)")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
+@contextmanager
+def _hydra_told(config_name: str) -> Iterator[None]:
     try:
-        with initialize_config_dir(CONF, version_base="1.3"):
-            return compose(config_name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        return fail(f"{_reason(error)} (see `python -m jobs.{config_name} --help` for what can be set)")
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigurationError(
+            f"{_reason(error)} (see `python -m jobs.{config_name} --help` for what can be set)"
+        ) from error
+
+
+def _tell_of_several(ended: list[tuple[list[str], int]]) -> None:
+    shared = set.intersection(*(set(settings) for settings, _ in ended))
+    failed = [(index, settings, code) for index, (settings, code) in enumerate(ended) if code]
+    for index, settings, code in failed:
+        own = " ".join(one for one in settings if one not in shared)
+        log.error("job %d (%s) ended with exit code %d", index, own, code)
+    log.info("%d of %d jobs ended well", len(ended) - len(failed), len(ended))
+
+
+def _badness(code: int) -> int:
+    return {0: 0, EXIT_INCOMPLETE: 1}.get(code, 2)
 
 
 def _reason(error: BaseException) -> str:
@@ -141,10 +263,3 @@ def _reason(error: BaseException) -> str:
     useless = ("use +", "Config search path", "provider=")
     wanted = [line for line in wanted if not any(part in line for part in useless)]
     return "; ".join(wanted[:20]).replace(":;", ":")
-
-
-def fail(message: str) -> NoReturn:
-    """Say what is wrong in one line, and end."""
-    # Of blanks and tabs each may be part of a path.
-    print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
-    sys.exit(EXIT_ERROR)

@@ -16,9 +16,8 @@ import time
 import ray
 from ray.util.state import list_actors, list_nodes
 
-from jobs.entry import fail
-from neg_service.cluster.logs import log_to_stderr
-from neg_service.cluster.resources import connect, disconnect
+from jobs.entry import command, in_one_line
+from neg_service.cluster.connection import connect, disconnect
 from neg_service.config import ClusterConfig
 from neg_service.errors import ConfigurationError, NegServiceError
 
@@ -39,9 +38,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=int, default=100, help="how long to wait at most (100)")
     parser.add_argument("--address", default="auto", help="the cluster; the one that this node belongs to if not given")
     parser.add_argument("--node-id", help="Ray's id of the node; this one if not given")
-    asked = parser.parse_args(arguments)
+    parser.add_argument(
+        "settings", nargs="*", metavar="job.traceback=true", help="show where an unexpected error came from"
+    )
+    asked = in_one_line(parser).parse_intermixed_args(arguments)
+    if unknown := [one for one in asked.settings if one not in ("job.traceback=true", "job.traceback=false")]:
+        raise ConfigurationError(f"{unknown[0]}: the one setting of this command is job.traceback=true")
     until = time.monotonic() + asked.seconds
-    connect(ClusterConfig(address=asked.address), show_replicas=False, key="--address")
+    cluster = ClusterConfig(address=asked.address)
+    cluster.connect_seconds = min(cluster.connect_seconds, asked.seconds)
+    connect(cluster, show_replicas=False, key="--address", limit_key="--seconds")
     try:
         node = asked.node_id or ray.get_runtime_context().get_node_id()
         alive = [one.node_id for one in list_nodes(filters=[("state", "=", "ALIVE")], limit=10_000)]
@@ -74,8 +80,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    log_to_stderr("text")
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except NegServiceError as error:
-        fail(str(error))
+    command("leave", main)

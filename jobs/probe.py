@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
+from neg_service.cluster.connection import disconnect
 from neg_service.cluster.prepare import to_be_stored
-from neg_service.cluster.resources import disconnect
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.probing.options import Context, Options, check_options, contexts_of
 from neg_service.probing.study import Findings, run_probe
@@ -114,4 +114,4 @@ def _shown(tables: Mapping[str, pa.Table]) -> str:
 
 
 if __name__ == "__main__":
-    start("probe", probe)
+    start("probe", probe, ProbeConfig)

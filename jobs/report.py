@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
 from jobs.entry import start, value_of
+from neg_service.config import JobConfig, StorageConfig, holds
 from neg_service.errors import ConfigurationError
 from neg_service.places import below
 from neg_service.report.page import render
 from neg_service.report.sections import sections_of
 from neg_service.report.sections.found import find
 from neg_service.storage.stores import open_store
+
+
+@dataclass
+class ReportConfig:
+    """Everything that `python -m jobs.report` is told."""
+
+    runs: Any = field(default=None, metadata=holds(str | list[str]))
+    out: str = "report"
+    title: str | None = None
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    job: JobConfig = field(default_factory=JobConfig)
 
 
 def report(config: DictConfig) -> int:
@@ -48,4 +62,4 @@ def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str
 
 
 if __name__ == "__main__":
-    start("report", report)
+    start("report", report, ReportConfig)

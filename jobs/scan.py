@@ -128,4 +128,4 @@ def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
 
 
 if __name__ == "__main__":
-    start("scan", scan)
+    start("scan", scan, ScanConfig)

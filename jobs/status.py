@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 from omegaconf import DictConfig
 
 from jobs.entry import flag_of, start, value_of
 from neg_service.cluster.progress import clock
+from neg_service.config import JobConfig, StorageConfig
 from neg_service.report.console import aligned, bytes_text, columns, ranges
 from neg_service.storage.reader import open_run
 from neg_service.storage.status import Status, status_of
+
+
+@dataclass
+class StatusConfig:
+    """Everything that `python -m jobs.status` is told."""
+
+    run: str = ""
+    rows: bool = True
+    json: bool = False
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    job: JobConfig = field(default_factory=JobConfig)
 
 
 def status(config: DictConfig) -> int:
@@ -60,4 +72,4 @@ def _as_json(status: Status) -> str:
 
 
 if __name__ == "__main__":
-    start("status", status)
+    start("status", status, StatusConfig)

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
+from neg_service.cluster.connection import disconnect
 from neg_service.cluster.prepare import prepare, to_be_stored
-from neg_service.cluster.resources import disconnect
 from neg_service.config import NeuronsConfig, ScanConfig, plain, typed
 from neg_service.estimation.study import Options, check_options, run_study
 from neg_service.report.study import study_text
@@ -68,4 +68,4 @@ def study(config: DictConfig) -> int:
 
 
 if __name__ == "__main__":
-    start("study", study)
+    start("study", study, StudyConfig)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,13 @@ from typing import Any
 from omegaconf import DictConfig
 from ray.job_submission import JobStatus
 
-from jobs.entry import CONF, EXIT_INTERRUPTED, composed, fail, refuse_credentials_in
+from jobs.command_line import as_typed
+from jobs.entry import CONF, command, composed, in_one_line, refuse_credentials_in
+from jobs.guard import EXIT_INTERRUPTED
+from jobs.probe import ProbeConfig
 from jobs.scan import describe_plan
-from neg_service.cluster.logs import log_to_stderr
+from jobs.study import StudyConfig
+from jobs.verify import VerifyConfig
 from neg_service.cluster.prepare import Prepared, prepare, require_lasting
 from neg_service.cluster.submission import (
     Request,
@@ -32,7 +35,7 @@ from neg_service.cluster.submission import (
     submit,
 )
 from neg_service.config import ScanConfig, check, plain, typed
-from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
+from neg_service.errors import ConfigurationError, DestinationError, StorageError
 from neg_service.models.source import DEFAULT
 from neg_service.places import absolute, is_here, name_of, setting
 from neg_service.storage.run import RUN_FILE, RunDirectory
@@ -40,7 +43,7 @@ from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 
-JOBS = ("scan", "probe", "study", "verify")
+JOBS = {"scan": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "verify": VerifyConfig}
 # Settings of `job` that decide what is done, and not how it is shown.
 _DECIDING = ("name", "limit", "shard_size", "resume")
 # What a configuration may name on this machine that the cluster has to have, too.
@@ -51,7 +54,8 @@ def main(arguments: list[str]) -> int:
     """Submit, and follow unless told not to; the exit code of the job."""
     refuse_credentials_in(arguments)
     asked = _parser().parse_intermixed_args(arguments)
-    config = composed(asked.job, asked.overrides)
+    settings = JOBS[asked.job]
+    config = composed(asked.job, asked.overrides, settings)
     client = connect_to_job_server(asked.address)
     driver = _amounts(_pairs("--driver", asked.driver))
     prepared = None
@@ -74,7 +78,7 @@ def main(arguments: list[str]) -> int:
     request = Request(
         job=asked.job,
         submission_id=_submission_id(asked.job, prepared, config, files),
-        overrides=[*asked.overrides, *_model_by_full_path(config)],
+        overrides=[*as_typed(asked.overrides, settings, is_sweep=False), *_model_by_full_path(config)],
         files=files,
         environment=_pairs("--env", asked.env),
         driver=driver,
@@ -132,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "--driver", action="append", default=[], metavar="RESOURCE=AMOUNT",
         help="what the driver takes of a node, such as CPU=1; with nothing it runs on the head node",
     )  # fmt: skip
-    return parser
+    return in_one_line(parser)
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
@@ -198,7 +202,6 @@ def _is_complete(prepared: Prepared) -> bool:
 
 
 if __name__ == "__main__":
-    log_to_stderr("text")
     # Ray's client tells of each upload and of each connection that it closes.
     for noisy in (
         "ray.dashboard.modules.dashboard_sdk",
@@ -209,9 +212,4 @@ if __name__ == "__main__":
     ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except NegServiceError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    command("submit", main)

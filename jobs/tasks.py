@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 from omegaconf import DictConfig
 
 from jobs.entry import start
-from neg_service.config import DatasetConfig, typed
+from neg_service.config import DatasetConfig, JobConfig, holds, typed
 from neg_service.models.language_model import inspect_model, load_tokenizer, mask_token_of
 from neg_service.models.source import fetch
 from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
@@ -13,6 +16,23 @@ from neg_service.prompts.prompt import Prompt, encode
 from neg_service.prompts.tasks import GENRES, TASKS
 from neg_service.prompts.wording import wordings_of
 from neg_service.report.console import columns
+
+
+@dataclass
+class TokensOf:
+    """The model whose tokens an example is shown with."""
+
+    source: str | None = None
+
+
+@dataclass
+class TasksConfig:
+    """Everything that `python -m jobs.tasks` is told."""
+
+    task: Any = field(default=None, metadata=holds(str | list[str] | None))
+    model: TokensOf = field(default_factory=TokensOf)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    job: JobConfig = field(default_factory=JobConfig)
 
 
 def tasks(config: DictConfig) -> int:
@@ -59,4 +79,4 @@ def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, mo
 
 
 if __name__ == "__main__":
-    start("tasks", tasks)
+    start("tasks", tasks, TasksConfig)

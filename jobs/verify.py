@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -11,7 +13,7 @@ from jobs.entry import EXIT_INCOMPLETE, flag_of, start, value_of
 from neg_service.cluster.prepare import prepare_again
 from neg_service.cluster.progress import clock
 from neg_service.cluster.scan import run
-from neg_service.config import ScanConfig, plain, typed
+from neg_service.config import ClusterConfig, JobConfig, ScanConfig, StorageConfig, holds, plain, typed
 from neg_service.report.console import aligned, bytes_text, ranges
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.stores import open_store
@@ -20,6 +22,27 @@ from neg_service.storage.verify import verify as check
 
 _PROGRESS_SECONDS = 10.0
 _SHOWN = 100
+
+
+@dataclass
+class Moved:
+    """Where a model or a data set is now, if it has moved; `device` is of a model."""
+
+    source: str | None = None
+    device: Any = field(default="auto", metadata=holds(str | list[str]))
+
+
+@dataclass
+class VerifyConfig:
+    """Everything that `python -m jobs.verify` is told."""
+
+    run: str = ""
+    repair: bool = False
+    model: Moved = field(default_factory=Moved)
+    dataset: Moved = field(default_factory=Moved)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    job: JobConfig = field(default_factory=JobConfig)
 
 
 def verify(config: DictConfig) -> int:
@@ -89,4 +112,4 @@ def describe(verdict: Verdict) -> str:
 
 
 if __name__ == "__main__":
-    start("verify", verify)
+    start("verify", verify, VerifyConfig)

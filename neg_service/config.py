@@ -6,14 +6,14 @@ fingerprint; operations (cluster, storage, job) only how they are made. The opti
 that measure's own file, so that a new measure changes nothing here.
 
 Fields that hold `auto` or a number, or one name or several, are typed Any, because OmegaConf knows no unions; `check`
-narrows them.
+narrows them, and `holds` says the type of those that are text, which the command line then keeps as it was typed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +23,17 @@ from neg_service.errors import ConfigurationError
 T = TypeVar("T")
 
 
+def holds(kind: Any) -> dict[str, Any]:
+    """Metadata of a field that is Any to OmegaConf: what its values are of, for those who want to know."""
+    return {"holds": kind}
+
+
+def types_of(cls: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields, with what `holds` says of them."""
+    hints = get_type_hints(cls)
+    return {own.name: own.metadata.get("holds", hints[own.name]) for own in fields(cls)}
+
+
 @dataclass
 class ModelConfig:
     """Which model, in which precision; see `load_model`."""
@@ -30,7 +41,7 @@ class ModelConfig:
     source: str = "smollm2"
     revision: str | None = None
     dtype: str = "float32"
-    device: Any = "auto"
+    device: Any = field(default="auto", metadata=holds(str | list[str]))
     trust_remote_code: bool = False
 
 
@@ -58,13 +69,13 @@ class DatasetConfig:
     source: str = "facts"
     too_long: str = "error"
     not_one_token: str = "error"
-    ids: Any = None
-    columns: Any = None
+    ids: Any = field(default=None, metadata=holds(str | list[str] | None))
+    columns: Any = field(default=None, metadata=holds(dict[str, str] | None))
     choices: int = 4
     group_until: str | None = None
     answer_prefix: str = " "
-    task: Any = None
-    split: Any = "valid"
+    task: Any = field(default=None, metadata=holds(str | list[str] | None))
+    split: Any = field(default="valid", metadata=holds(str | list[str]))
     limit: int | None = None
     balanced: str | None = None
     seed: int = 0
@@ -73,7 +84,7 @@ class DatasetConfig:
     wording: str = "default"
     wordings: str | None = None
     language: str = "auto"
-    languages: Any = None
+    languages: Any = field(default=None, metadata=holds(str | list[str] | None))
 
 
 @dataclass
@@ -91,13 +102,14 @@ class NeuronsConfig:
     per: str = "layer"
     seed: int = 0
     over: str = "prompt"
-    list: Any = None
+    list: Any = field(default=None, metadata=holds(str | list[list[int]] | None))
 
 
 @dataclass
 class ClusterConfig:
     """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray.
 
+    connect_seconds: how long a cluster may take to answer when it is joined.
     replicas: `{max: N}`, or N alone: at most so many; auto: as many as there is room for, also as nodes come and go.
     wait_seconds: how long to wait for a node on which a replica fits, which an autoscaler is asked for. start_seconds:
     how long a replica may take to load its model.
@@ -106,6 +118,7 @@ class ClusterConfig:
     """
 
     address: str | None = None
+    connect_seconds: float = 60.0
     replicas: Any = "auto"
     cpus_per_replica: Any = "auto"
     gpus_per_replica: Any = "auto"
@@ -134,7 +147,7 @@ class JobConfig:
     """How this command behaves. `shard_size` is part of a run's identity; `auto` depends on the results' size.
 
     resume: the URI of the run that is to be continued; anything that would make it another run is refused.
-    log: `text` for a person, or `json`: an object a line.
+    log: `text` for a person, or `json`: an object a line. traceback: show where an unexpected error came from.
     """
 
     name: str | None = None
@@ -144,6 +157,7 @@ class JobConfig:
     dry_run: bool = False
     progress_seconds: float = 10.0
     log: str = "text"
+    traceback: bool = False
 
 
 @dataclass
@@ -210,6 +224,7 @@ def check(config: ScanConfig) -> None:
     for key, seconds in (
         ("storage.patience_seconds", config.storage.patience_seconds),
         ("cluster.wait_seconds", config.cluster.wait_seconds),
+        ("cluster.connect_seconds", config.cluster.connect_seconds),
         ("cluster.start_seconds", config.cluster.start_seconds),
         ("cluster.unreachable_seconds", config.cluster.unreachable_seconds),
     ):

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.core.generated.common_pb2 import ActorDiedErrorContext  # type: ignore[attr-defined]
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,8 @@
-"""Connecting to Ray, and how many replicas the cluster has room for, now and as its nodes come and go."""
+"""How many replicas the cluster has room for, now and as its nodes come and go."""
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +10,17 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import AuthenticationError
 
+# Known by this place, too.
+from neg_service.cluster.connection import connect as connect
+from neg_service.cluster.connection import disconnect as disconnect
 from neg_service.cluster.gcs import Unreachable
 from neg_service.config import ClusterConfig, device_names
-from neg_service.errors import ConfigurationError, one_line
+from neg_service.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-# Results never pass through the object store; receipts and prompts are small.
-_LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 _MOST_CPUS = 4
-_CONNECT_SECONDS = 10
 _LOOK_SECONDS = 1
 
 
@@ -62,58 +59,6 @@ class Room:
         One at least, which then waits for room: an autoscaler sees it waiting.
         """
         return self.number if self.number is not None else max(1, staying + max(0, self.free - unplaced))
-
-
-def connect(cluster: ClusterConfig, show_replicas: bool = True, key: str = "cluster.address") -> None:
-    """Join the cluster of `cluster.address` or `$RAY_ADDRESS`, else start Ray on this machine; or stay where we are.
-
-    `show_replicas` has Ray print here what replicas print, each line with the name of its process before it. `key` is
-    where a person says the address.
-
-    Raises:
-        ConfigurationError: there is no cluster at the address, or it runs another version of Ray or Python.
-    """
-    if ray.is_initialized():
-        return
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    # Ray reports usage over the network and warns about GPUs unless told otherwise; a local start is nobody's business.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": show_replicas}
-    if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
-    _require_listener(address, key)
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        raise ConfigurationError(f"{key}={address}: {_why_not(error)}") from error
-
-
-def _why_not(error: Exception) -> str:
-    """Why Ray did not let us in, in one line."""
-    says = " ".join(str(error).split())
-    if "Version mismatch" in says:
-        return f"the cluster runs other versions than this program; both must be the same: {says[:300]}"
-    if isinstance(error, AuthenticationError):
-        return "the cluster wants a token, or another one: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-    hint = "or it wants another token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)"
-    return f"no Ray cluster answers there, {hint}: {one_line(error)}"
-
-
-def _require_listener(address: str, key: str) -> None:
-    """Ray ends the whole process when nothing answers at a host and port, so this is asked first."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConfigurationError(f"{key}={address}: no Ray cluster answers there: {error.strerror or error}") from error
-
-
-def disconnect() -> None:
-    """Leave the cluster; a local one ends."""
-    ray.shutdown()
 
 
 def wait_for_size(cluster: ClusterConfig, device: Any, memory: int) -> ReplicaSize:

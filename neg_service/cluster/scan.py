@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 
+from neg_service.cluster.connection import connect, disconnect
 from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.gcs import Unreachable, labels_without
 from neg_service.cluster.logs import add_to_logs
@@ -29,8 +30,6 @@ from neg_service.cluster.progress import Progress
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, LogStyle, Receipt, Replica, Scan
 from neg_service.cluster.resources import (
     ReplicaSize,
-    connect,
-    disconnect,
     gpu_names,
     nodes,
     replica_count,

@@ -34,6 +34,7 @@ from neg_service.cluster.resources import Node, replica_size
 from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError, NegServiceError, one_line
 from neg_service.places import holds_credentials, refuse_credentials, texts_of, without_credentials
+from neg_service.redaction import KEYS, SECRET_NAME
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,7 @@ _PROJECT = ("neg_service", "jobs", "conf")
 _ASK_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
 _WAITING_SECONDS = 30.0
-_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
-# Keys of Amazon and of the hub, wherever they stand.
-_KEYS = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bhf_[A-Za-z0-9]{30,}")
+_ANSWER_SECONDS = 60.0
 _MARK = "neg_service"
 # What a job server that is away for a moment makes of a question.
 _AWAY = (RuntimeError, OSError, requests.exceptions.RequestException)
@@ -76,6 +75,14 @@ class Request:
         return shlex.join(["python", "-m", f"jobs.{self.job}", *self.overrides, *moved])
 
 
+class _Client(JobSubmissionClient):
+    """Ray's client, which by itself waits without end for a job server that takes a question and does not answer."""
+
+    def _do_request(self, *arguments: Any, **options: Any) -> requests.Response:
+        options.setdefault("timeout", _ANSWER_SECONDS)
+        return super()._do_request(*arguments, **options)
+
+
 def connect_to_job_server(address: str | None) -> JobSubmissionClient:
     """The job server at `address`, of `$RAY_API_SERVER_ADDRESS`, of an http `$RAY_ADDRESS`, or of this machine.
 
@@ -84,14 +91,22 @@ def connect_to_job_server(address: str | None) -> JobSubmissionClient:
     """
     surroundings = [os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
     given = address or next((value for value in surroundings if value.startswith("http")), DEFAULT_ADDRESS)
-    if not given.startswith("http"):
-        raise ConfigurationError(f"--address={given}: must be the job server's, such as {DEFAULT_ADDRESS}")
+    if not re.match(r"https?://.", given):
+        raise ConfigurationError(
+            f"--address={without_credentials(given)}: must be the job server's, such as {DEFAULT_ADDRESS}, not the "
+            f"port at which a cluster is joined"
+        )
     refuse_credentials("--address", given)
     # Ray lets its variables win over what it is told.
     os.environ["RAY_API_SERVER_ADDRESS"] = given
     with _told(given):
-        client = JobSubmissionClient(given)
-        version = client._do_request("GET", "/api/version").json()["ray_version"]
+        try:
+            client = _Client(given)
+            version = client._do_request("GET", "/api/version").json()["ray_version"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, AuthenticationError | requests.exceptions.RequestException):
+                raise
+            raise ConfigurationError(f"--address={given}: is no Ray job server: {one_line(error)}") from error
     if version != ray.__version__:
         raise ConfigurationError(
             f"--address={given}: the cluster runs Ray {version}, this program is tested with {ray.__version__}: use an "
@@ -148,7 +163,7 @@ def check_request(request: Request, config: Mapping[str, Any]) -> None:
                 f"environment of the cluster"
             )
     for name, value in request.environment.items():
-        if _SECRET.search(name) or _holds_credentials(value):
+        if SECRET_NAME.search(name) or _holds_credentials(value):
             raise ConfigurationError(
                 f"--env={name}: looks like a secret, and everybody who sees the job sees its environment: set it in "
                 f"the environment of the cluster's nodes"
@@ -307,7 +322,7 @@ class _Printer:
 
 def _holds_credentials(value: str) -> bool:
     # Of the queries of URLs some are signatures, and nothing tells which.
-    return holds_credentials(value) or without_credentials(value) != value or bool(_KEYS.search(value))
+    return holds_credentials(value) or without_credentials(value) != value or bool(KEYS.search(value))
 
 
 def _names(files: Mapping[str, Path]) -> dict[str, str]:
@@ -324,10 +339,15 @@ def files_in(path: Path) -> list[Path]:
 def _told(address: str) -> Iterator[None]:
     try:
         yield
-    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+    except requests.exceptions.Timeout as error:
+        raise ConfigurationError(
+            f"--address={address}: takes connections, and no job server has answered there within {_ANSWER_SECONDS:g} "
+            f"s: is it Ray's dashboard, such as http://HEAD:8265, and does what it is forwarded to still run?"
+        ) from error
+    except (ConnectionError, requests.exceptions.ConnectionError) as error:
         raise ConfigurationError(
             f"--address={address}: no job server answers there; Ray needs its dashboard for it (`ray start --head "
-            f"--include-dashboard=true`)"
+            f"--include-dashboard=true`), whose port, such as 8265, is not the one at which a cluster is joined"
         ) from error
     except (AuthenticationError, requests.exceptions.HTTPError) as error:
         if getattr(getattr(error, "response", None), "status_code", 401) not in (401, 403):

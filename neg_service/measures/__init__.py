@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 import pyarrow as pa
 
-from neg_service.config import NeuronsConfig
+from neg_service.config import NeuronsConfig, types_of
 from neg_service.errors import ConfigurationError
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, ModelInfo
@@ -99,14 +99,23 @@ def find_measure(name: str) -> Measure:
     if module is not None and _is_measure(module) and ("." in name or not hasattr(module, "NAMES")):
         return cast(Measure, module)
     known: dict[str, ModuleType] = {}
-    for own in (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__)):
-        if own is not None and _is_measure(own):
-            known |= dict.fromkeys(getattr(own, "NAMES", [own.__name__.rsplit(".", 1)[-1]]), own)
+    for own in _measures():
+        known |= dict.fromkeys(getattr(own, "NAMES", [own.__name__.rsplit(".", 1)[-1]]), own)
     if name not in known:
         raise ConfigurationError(
             f"measure.name={name} is unknown; known are {', '.join(known)}, or the dotted path of a module of yours"
         )
     return cast(Measure, known[name])
+
+
+def types_of_options() -> dict[str, Any]:
+    """What the options of this package's measures are called, with their types: those of one name have one type."""
+    return {name: kind for own in _measures() for name, kind in types_of(own.Options).items()}
+
+
+def _measures() -> list[ModuleType]:
+    modules = (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__))
+    return [own for own in modules if own is not None and _is_measure(own)]
 
 
 def _module(path: str) -> ModuleType | None:

@@ -10,7 +10,7 @@ Axes: P prompts, E edits, K targets of a prompt, R rows of a batch, i single cha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig
+from neg_service.config import NeuronsConfig, holds
 from neg_service.errors import ConfigurationError
 from neg_service.measures import Cost, nothing_to_calibrate
 from neg_service.measures.batching import default_batch_tokens, in_batches, named
@@ -266,7 +266,7 @@ class Options:
 
     name: str = "intervene"
     basis: str = "paper"
-    edits: Any = None
+    edits: Any = field(default=None, metadata=holds(str | list[Edit] | None))
 
 
 def read(options: Options) -> Options:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from neg_service.config import holds
 from neg_service.errors import ConfigurationError, nearest
 from neg_service.probing.probes import PROBES
 
@@ -46,7 +47,7 @@ class Options:
     efficiency_neurons: int = 256
     block: int = 64
     blocks: int = 8
-    contexts: list[dict[str, Any]] | None = None
+    contexts: list[dict[str, Any]] | None = field(default=None, metadata=holds(list[Context] | None))
     suppressed: int = 64
     suppress_by: float = 1.0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from collections.abc import AsyncIterator
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import requests
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from ray.job_submission import JobStatus
 
-from jobs.entry import CONF
+from jobs.command_line import as_typed
+from jobs.entry import CONF, composed
 from jobs.submit import _files, _is_complete, _model_by_full_path, _submission_id, main
 from neg_service.cluster import submission
 from neg_service.cluster.prepare import prepare, require_lasting
@@ -76,6 +80,41 @@ def test_what_is_too_large_to_travel_is_refused_by_its_key(tmp_path: Path) -> No
         file.truncate(MOST_BYTES + 1)
     with pytest.raises(ConfigurationError, match=r"dataset.source=.*large.jsonl: 100 MiB are too many to travel"):
         check_request(Request("scan", "x", [], {"dataset.source": large}), {})
+
+
+def test_texts_arrive_at_the_cluster_as_they_were_typed(tmp_path: Path) -> None:
+    typed = [
+        "job.name=1e5",
+        "model.revision=2026_11_25",
+        "dataset.ids=[001,1e3]",
+        "storage.uri=/r/é (1)=x",
+        "job.limit=3",
+    ]
+    sent = shlex.split(Request("scan", "neg-x", as_typed(typed, ScanConfig, is_sweep=False)).entrypoint)[3:]
+    # There they are read as here, and by Hydra as it is.
+    for read in (compose_there(sent), composed("scan", sent, ScanConfig)):
+        assert (read.job.name, read.model.revision, read.dataset.ids) == ("1e5", "2026_11_25", ["001", "1e3"])
+        assert (read.storage.uri, read.job.limit) == ("/r/é (1)=x", 3)
+    (tmp_path / "it's (1)").mkdir()
+    with chdir(tmp_path):
+        config = composed("scan", ["model.source=it's (1)"], ScanConfig)
+        (said,) = _model_by_full_path(config)
+    assert compose_there([said]).model.source == f"{tmp_path}/it's (1)"
+
+
+def compose_there(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("scan", overrides=overrides)
+
+
+@pytest.mark.parametrize("command", ["submit", "leave"])
+def test_options_that_there_are_not_are_told_in_one_line(command: str) -> None:
+    main = importlib.import_module(f"jobs.{command}").main
+    for arguments in (["--nonsense"], ["--address"], ["--seconds=x", "--job=x"]):
+        with pytest.raises(ConfigurationError, match=r"(--|argument|arguments).*\(see --help\)"):
+            main(arguments)
+    with pytest.raises(ConfigurationError, match="nonsense"):
+        main(["nonsense=1"])
 
 
 def test_results_in_the_jobs_own_directory_are_refused() -> None:

@@ -1,0 +1,212 @@
+"""Settings that are text stay as they were typed, and what Hydra's grammar cannot read is told with how to write it."""
+
+from __future__ import annotations
+
+import random
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from jobs.bench import BenchConfig
+from jobs.check import CheckConfig
+from jobs.command_line import as_typed, for_a_shell, in_quotes, require_text
+from jobs.entry import CONF, composed
+from jobs.probe import ProbeConfig
+from jobs.report import ReportConfig
+from jobs.status import StatusConfig
+from jobs.study import StudyConfig
+from jobs.tasks import TasksConfig
+from jobs.verify import VerifyConfig
+from neg_service.config import ScanConfig, types_of
+from neg_service.errors import ConfigurationError
+
+SETTINGS: dict[str, type] = {
+    "scan": ScanConfig, "demo": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "check": CheckConfig,
+    "status": StatusConfig, "verify": VerifyConfig, "report": ReportConfig, "tasks": TasksConfig, "bench": BenchConfig,
+}  # fmt: skip
+# What Hydra's grammar or YAML makes a number, a truth value, a call or another text of.
+CHANGED = [
+    "2026_11_25", "1e5", "12e3", "007", "1_000", "+5", "-0", ".5", "1.", "1.10", "inf", "nan", "NaN", "true", "False",
+    "TRUE", "0x10", "1:30", "2026-11-25", "on", "no", "None", "1e400", "report(1)", "f(x y)", " a", "a ", " 1e5 ", "  ",
+]  # fmt: skip
+# What it cannot read at all.
+UNREADABLE = [
+    "a=b", "/data/x=1/y", "a(1", "(a)", "a (1).jsonl", "~/runs", "~", "année.jsonl", "s3://b/exp#1", "日本", "a;b",
+    "a&b", "it's", 'say "so"', "a'b'c", "a{b}", "a [2026]", "a[0]", "x{", "a\nb", "<s>", "a!b", "a^b`c",
+    "\udcff", "e\u0301",
+]  # fmt: skip
+
+
+def text_keys(kind: Any, config: Any, key: str = "") -> Iterator[str]:
+    """The settings of a command that are one text, of those that its configuration has."""
+    for name, own in types_of(kind).items():
+        if name not in list(config):
+            continue
+        if is_dataclass(own) and isinstance(own, type):
+            yield from text_keys(own, config[name], f"{key}{name}.")
+        elif own in (str, str | None):
+            yield f"{key}{name}"
+
+
+def read(override: str) -> Any:
+    return OverridesParser.create().parse_override(override).value()
+
+
+def test_every_command_has_all_of_its_settings_typed() -> None:
+    for path in Path(CONF).glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        known = types_of(SETTINGS[path.stem])
+        for name in set(content) - {"hydra", "defaults"}:
+            assert name in known, (path.name, name)
+            if isinstance(content[name], dict):
+                assert set(content[name]) <= set(types_of(known[name])), (path.name, name)
+
+
+@pytest.mark.parametrize("text", CHANGED + UNREADABLE)
+def test_one_text_stays_as_it_was_typed(text: str) -> None:
+    for key in ("job.name", "storage.uri", "model.revision", "dataset.source", "neurons.list", "measure.edits"):
+        for sign, is_sweep in (("", False), ("++", True)):
+            (said,) = as_typed([f"{sign}{key}={text}"], ScanConfig, is_sweep)
+            assert read(said) == text, key
+
+
+@pytest.mark.parametrize("command", ["scan", "probe", "study", "check", "status", "verify", "report", "tasks"])
+def test_every_text_of_every_command_stays_as_it_was_typed(command: str) -> None:
+    settings = SETTINGS[command]
+    keys = list(text_keys(settings, composed(command, [], settings)))
+    assert {"status": "run", "report": "out"}.get(command, "model.source") in keys
+    typed = {key: CHANGED[index % len(CHANGED)] for index, key in enumerate(keys)}
+    config = composed(command, [f"{key}={text}" for key, text in typed.items()], settings)
+    assert {key: OmegaConf.select(config, key) for key in keys} == typed
+
+
+def test_texts_in_lists_and_mappings_stay_as_they_were_typed() -> None:
+    config = composed(
+        "scan",
+        [
+            "dataset.ids=[001,1e3, 2_0 ,null,true,a(1),'x,y']", "dataset.columns={id: 007, prompt: 1e3,answer:null}",
+            "+dataset.languages=[no,1e1]", "+dataset.task=1e3", "model.device=0", "neurons.layers=[0,15]",
+            "measure=intervene", "measure.edits=[{name: 1e5, neurons: [[0,864]], scale: 0, signed: true}]",
+        ],
+        ScanConfig,
+    )  # fmt: skip
+    assert config.dataset.ids == ["001", "1e3", "2_0", "null", "true", "a(1)", "x,y"]
+    assert config.dataset.columns == {"id": "007", "prompt": "1e3", "answer": "null"}
+    assert (config.dataset.languages, config.dataset.task, config.model.device) == (["no", "1e1"], "1e3", "0")
+    assert config.neurons.layers == [0, 15]
+    assert config.measure.edits == [{"name": "1e5", "neurons": [[0, 864]], "scale": 0, "signed": True}]
+    probe = composed("probe", ["probe.contexts=[{wording: 1e3},{shots: 0}]"], ProbeConfig)
+    assert probe.probe.contexts == [{"wording": "1e3"}, {"shots": 0}]
+    assert composed("report", ["runs=[2026_11_25,1e3]"], ReportConfig).runs == ["2026_11_25", "1e3"]
+    assert composed("report", ["runs=2026_11_25"], ReportConfig).runs == "2026_11_25"
+    assert composed("tasks", ["task=1e3"], TasksConfig).task == "1e3"
+
+
+def test_what_the_grammar_can_read_keeps_its_meaning() -> None:
+    for given, value in [
+        ("job.name='1e5'", "1e5"), ('job.name="a=b"', "a=b"), (r"dataset.source=a\=b\,c.jsonl", "a=b,c.jsonl"),
+        ("job.name=null", None), ("model.revision=null", None), ("job.limit=12", 12), ("cluster.replicas=2", 2),
+        ("job.shard_size=auto", "auto"), ("job.dry_run=true", True), ("dataset.answer_prefix=", ""),
+        ("dataset.answer_prefix=''", ""), ("job.name=${storage.uri}", "${storage.uri}"), ("job.name=str(1e5)", "1e5"),
+        ("storage.patience_seconds=1e2", 100.0), ("dataset.source='a\\\\'", "a\\"), ("job.limit=null", None),
+    ]:  # fmt: skip
+        assert read(*as_typed([given], ScanConfig, is_sweep=False)) == value, given
+    others = ["model=llama-2-7b", "~job.name", "hydra.run.dir=.", "measure=sweep"]
+    assert as_typed(others, ScanConfig, is_sweep=False) == others
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ("job.name=1e5,2e5", ["1e5", "2e5"]), ("job.name=choice(1e5,true,b)", ["1e5", "true", "b"]),
+        ("job.name=range(1,4)", ["1", "2", "3"]), ("model.revision=001, 1_0", ["001", "1_0"]),
+        ("dataset.ids=[1e5],[2e5]", [["1e5"], ["2e5"]]), ("job.limit=1,2", [1, 2]),
+    ],
+)  # fmt: skip
+def test_sweeps_over_texts(given: str, values: list[Any]) -> None:
+    (said,) = as_typed([given], ScanConfig, is_sweep=True)
+    each = OverridesParser.create().parse_override(said).sweep_string_iterator()
+    assert [read(f"{given.partition('=')[0]}={one}") for one in each] == values
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "dataset.source=a,b.jsonl", "storage.uri=/a, b (1)/c", "job.name='x'y", 'job.name="x', "storage.uri=[a]",
+        "storage.uri={a: b}", "dataset.task=[x](1)", "job.name=choice(a,b)", "job.name=glob(x)", "neurons.list=[a](1)",
+        "dataset.source=it's, \"so\"", "dataset.source=a,$b", "dataset.source=a,\\", "foo.bar=(",
+    ],
+)  # fmt: skip
+def test_what_has_to_be_quoted_is_told_ready_to_be_copied(given: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        as_typed([given], ScanConfig, is_sweep=False)
+    message = str(caught.value)
+    assert message.startswith(f"{given}: ")
+    # What a shell makes of the advice, and Hydra of that.
+    (argument,) = shlex.split(message.partition("as one text it is written ")[2])
+    (said,) = as_typed([argument], ScanConfig, is_sweep=False)
+    assert read(said) == given.partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("dataset.task=ner,paws", ["ner", "paws"]), ("neurons.layers=0,1", [0, 1]),
+        ("dataset.ids=[a(,1e5]", ["a(", "1e5"]),
+    ],
+)  # fmt: skip
+def test_lists_are_told_as_lists(given: str, value: list[Any]) -> None:
+    with pytest.raises(ConfigurationError, match="as a list it is written ") as caught:
+        as_typed([given], ScanConfig, is_sweep=False)
+    (argument,) = shlex.split(str(caught.value).partition("as a list it is written ")[2])
+    (said,) = as_typed([argument], ScanConfig, is_sweep=False)
+    assert read(said) == value
+
+
+def test_quotes_hold_whatever_a_text_has() -> None:
+    draw = random.Random(0)
+    for _ in range(1000):
+        text = "".join(draw.choice("ab1 '\"\\\\$`!,=()[]{}:~#%é\t") for _ in range(draw.randint(1, 12)))
+        argument = f"job.name={in_quotes(text)}"
+        assert read(argument) == text
+        assert shlex.split(for_a_shell(argument)) == [argument]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("scan", "scan: is not a setting, which is KEY=VALUE"), ("=x", "=x: is not a setting"),
+        ("my file=x", "'my file' is not the name of a setting"), ("job.limit=(3", "job.limit=(3: cannot be read"),
+        ("job.limit=1,2", "job.limit=1,2: a comma stands for the values of several jobs, which --multirun runs"),
+        ("job.nme=x", "Key 'nme' is not in struct"), ("job.limit=x=y", "job.limit=x=y: cannot be read"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_line(given: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(message)) as caught:
+        composed("scan", [given], ScanConfig)
+    assert "\n" not in str(caught.value)
+    assert "Lexer" not in str(caught.value)
+
+
+@pytest.mark.parametrize("written", ["12e3", "2026_11_25", "1:30", "yes", "010", "0.10"])
+def test_a_number_of_a_yaml_file_in_the_place_of_a_text_is_refused(written: str) -> None:
+    for key, text in (
+        ("model.revision", f"model:\n  revision: {written}"), ("dataset.ids", f"dataset:\n  ids: [a, {written}]"),
+        ("dataset.columns.id", f"dataset:\n  columns: {{id: {written}}}"),
+        ("measure.keep", f"measure:\n  keep: {written}"),
+    ):  # fmt: skip
+        quoted = OmegaConf.create(text.replace(written, f"'{written}'"))
+        assert isinstance(quoted, DictConfig)
+        require_text(quoted, ScanConfig)
+        # Some of these the reader of YAML files leaves as they are.
+        if OmegaConf.select(OmegaConf.create(text), key) not in (written, ["a", written]):
+            with pytest.raises(ConfigurationError, match=rf"^{key}=.*put it into quotes in the YAML file"):
+                require_text(OmegaConf.create(text), ScanConfig)
