@@ -260,12 +260,14 @@ def test_equals_the_oracle_on_the_default_model(
 ) -> None:
     ids = smollm2.tokenizer("The capital of France is")["input_ids"]
     # " London", " Rome", and " Paris", of which the model is nearly sure, so that what float32 loses in its log p is
-    # more of what is left: the textbook way in float32 is as far off, by up to 1.5e-4.
-    targets = {4528: 1e-4, 7268: 1e-4, 7042: 3e-4}
-    ((_, found),) = integrals(smollm2, [encoded(ids, tuple(targets))], [range(3)], basis, [layer], m, Budget(2048))
-    expected_kn = oracle.integrated_gradients(smollm2_float64, ids, tuple(targets), basis, layer, m)
-    for own, expected, tolerance in zip(found.integral_kln[:, 0], expected_kn, targets.values(), strict=True):
-        assert relative(own, expected) <= tolerance
+    # more of what is left: how much depends on the processor, and is the same for the textbook way in float32.
+    targets = (4528, 7268, 7042)
+    ((_, found),) = integrals(smollm2, [encoded(ids, targets)], [range(3)], basis, [layer], m, Budget(2048))
+    expected_kn, textbook_kn = (
+        oracle.integrated_gradients(model, ids, targets, basis, layer, m) for model in (smollm2_float64, smollm2.model)
+    )
+    for own, textbook, expected in zip(found.integral_kln[:, 0], textbook_kn, expected_kn, strict=True):
+        assert relative(own, expected) <= max(1e-4, 1.5 * relative(textbook, expected))
 
 
 # --- as a measure of a scan
