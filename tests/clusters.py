@@ -13,8 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +34,14 @@ class OwnCluster:
     def __init__(self, **head: Any) -> None:
         """Start the head node; `head` goes to Ray's `add_node`."""
         self.dashboard, self.metrics = _free_port(), _free_port()
+        # While it is there, scans with the tests' slow measure stay in their middle.
+        self.gate = Path(tempfile.gettempdir()) / f"neg_service-test-gate-{uuid.uuid4().hex}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
             # Jobs find the tests' own measure.
-            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "PYTHONPATH": str(Path(__file__).parent.parent), "NEG_TEST_GATE": str(self.gate),
             "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         self._process = subprocess.Popen(
@@ -78,6 +82,7 @@ class OwnCluster:
 
     def close(self) -> None:
         """End everything that this cluster started."""
+        self.gate.unlink(missing_ok=True)
         owned = self.processes()
         if self._process.stdin:
             self._process.stdin.close()

@@ -16,10 +16,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import neg_service
-from jobs.entry import CONF, fail, start
-from jobs.report import write_report
+from jobs.check import CheckConfig
+from jobs.entry import CONF, start
+from jobs.guard import tell
+from jobs.report import ReportConfig, write_report
 from jobs.submit import main as submit
-from neg_service.config import DatasetConfig
+from neg_service.config import DatasetConfig, ScanConfig
 from neg_service.errors import ConfigurationError, DestinationError, PromptError
 from neg_service.inputs import parts_of_input, read_if_there, read_input
 from neg_service.models.source import fetch
@@ -268,23 +270,27 @@ def test_an_endpoint_that_is_no_url_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("name", "settings", "arguments"),
     [
-        ("scan", ["storage.uri='s3://KEY:hidden@bucket/x'"]),
-        ("scan", ["storage.endpoint_url=http://me:hidden@127.0.0.1:9"]),
+        ("scan", ScanConfig, ["storage.uri='s3://KEY:hidden@bucket/x'"]),
+        ("scan", ScanConfig, ["storage.endpoint_url=http://me:hidden@127.0.0.1:9"]),
         # Hydra's own messages show what they do not understand.
-        ("scan", ["dataset.sourc=https://me:hidden@host/a=b(.jsonl"]),
-        ("report", ["runs=[s3://b/x,s3://KEY:hidden@b/y]"]),
-        ("check", ["model.source=https://me:hidden@host/model", "--cfg", "job"]),
+        ("scan", ScanConfig, ["dataset.sourc=https://me:hidden@host/a=b(.jsonl"]),
+        ("report", ReportConfig, ["runs=[s3://b/x,s3://KEY:hidden@b/y]"]),
+        ("check", CheckConfig, ["model.source=https://me:hidden@host/model", "--cfg", "job"]),
     ],
 )
 @pytest.mark.usefixtures("own_logs_and_signals")
 def test_no_command_shows_credentials(
-    name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    settings: type,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"jobs.{name}", *arguments])
     with pytest.raises(SystemExit) as ended:
-        start(name, lambda config: 0)
+        start(name, lambda config: 0, settings)
     shown = capsys.readouterr()
     assert ended.value.code == 1
     assert "hidden" not in shown.out + shown.err
@@ -301,8 +307,7 @@ def test_nothing_is_submitted_with_credentials(where: list[str]) -> None:
 
 
 def test_an_error_shows_a_place_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        fail("storage.uri=/a  b\tc\u00a0d: wrong\n  in two lines")
+    tell("storage.uri=/a  b\tc\u00a0d: wrong\n  in two lines")
     assert capsys.readouterr().err == "error: storage.uri=/a  b\tc\u00a0d: wrong in two lines\n"
 
 

@@ -155,6 +155,7 @@ def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues
         return len(list(place.glob(f"{name}-*/neurgrad/*.parquet")))
 
     # Two jobs at once, each with room for one replica.
+    cluster.gate.touch()
     other = submitted(cluster, *arguments(tiny_directory, tmp_path, 40, "other"), "cluster.replicas.max=1")
     root = Path(__file__).parent.parent.parent
     ray_job(
@@ -171,11 +172,12 @@ def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues
     ray_job(cluster, "stop", "by-hand")
     eventually(lambda: not mine[0].is_running() and not running(cluster, "job.name=stopped"))
     assert "interrupted; the same command continues from here" in ray_job(cluster, "logs", "by-hand")
+    cluster.gate.unlink()
     assert other.finish() == 0, other.output
     assert len(results_of(other).done()) == 40
     eventually(lambda: not running(cluster, "ray::Replica"), 10)
     done = stored("stopped")
-    assert done < 60, "too quick to be stopped"
+    assert 5 < done < 60
     again = submitted(cluster, *asked)
     assert again.finish() == 0, again.output
     assert int(again.wait_for(r"(\d+) of 60 shards to do")[1]) == 60 - done
