@@ -14,12 +14,15 @@ from collections.abc import Iterator
 
 _TYPES = {"OutOfMemoryError", "OutOfMemory"}
 _WORDS = re.compile(
-    r"out of memory"  # CUDA, HIP, MPS, XPU; "CUDA error: out of memory" of the driver
+    r"out[ _]of[ _]memory"  # CUDA, HIP, MPS, XPU, oneDNN; "CUDA error: out of memory" of the driver
+    # A handle that cannot be made, for want of memory; elsewhere the same word has other causes.
+    r"|CUBLAS_STATUS_NOT_INITIALIZED.*cublas\w*Create"
     r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS|ROCBLAS|MIOPEN)\w*_ALLOC_FAILED|CUFFT_ALLOC_FAILED"
     r"|CUDNN_\w*ALLOCATION_FAILED"
     r"|rocblas_status_memory_error|miopenStatusAllocFailed"
-    r"|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY"
-    r"|can(no|')t allocate memory|not enough memory: you tried to allocate|unable to allocate"
+    r"|(cuda|hip)ErrorMemoryAllocation|hipErrorOutOfMemory"
+    r"|(can(no|')t|could not) allocate memory|not enough memory: you tried to allocate|unable to allocate"
+    r"|failed to allocate \S*\d+\S* (\w*bytes|[KMGT]i?B)"
     r"|enforce fail at alloc_cpu"
     r"|std::bad_alloc|bad allocation",
     re.IGNORECASE,

@@ -31,6 +31,11 @@ _TEXTS = [
     "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes.",
     "unable to mmap 4096 bytes from file </x>: Cannot allocate memory (12)",
     "std::bad_alloc",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "could not create a primitive: out_of_memory",
+    "hipErrorMemoryAllocation: out of resources",
+    "could not allocate memory for a workspace",
+    "Failed to allocate 1048576 bytes",
 ]
 
 

@@ -121,7 +121,7 @@ def _named(cluster: ClusterConfig, key: str) -> tuple[str, str]:
         address, said = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
     address = address or "local"
     named = f"{said}={address}"
-    if re.match(r"https?://", address):
+    if re.match(r"https?://", address, re.IGNORECASE):
         raise ConfigurationError(
             f"{named}: is the address of a job server, to which python -m jobs.submit --address {address} sends a job; "
             f"a cluster is joined at the port of its head, such as HEAD:6379"

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neg_service.errors import NonFiniteError
+from neg_service.errors import NonFiniteError, OutOfMemory
 from neg_service.measures.choice import Neurons
 from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.measures.linearity import Grid, linearity
@@ -65,8 +65,11 @@ def measure_noise(
 ) -> Noise:
     """Sweep a few of `neurons` [n, 2] on `prompts` twice: as asked, and in the reference's precision.
 
+    A prompt that gives NaN or infinity, or that does not fit into memory in either precision, is left out: it costs its
+    own shard, not the run.
+
     Raises:
-        NonFiniteError: NaN or infinity in the logits of every prompt; single such prompts are left out.
+        NonFiniteError, OutOfMemory: no prompt is left; what was wrong with the last one.
     """
     own_dtype = model.dtype
     reference = torch.float64 if own_dtype in (torch.float32, torch.float64) else torch.float32
@@ -78,12 +81,11 @@ def measure_noise(
     for place, prompt in enumerate(prompts):
         try:
             own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype, batch_bytes)
-        except NonFiniteError:
-            # A bad prompt costs its own shard, not the run; without any good one there is nothing to measure.
+            true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference, batch_bytes)
+        except (NonFiniteError, OutOfMemory):
             if errors or place + 1 < len(prompts):
                 continue
             raise
-        true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference, batch_bytes)
         errors.append((own_nsk - true_nsk).flatten())
         # In units of p, so that prompts and targets compare.
         own_nk, true_nk = (linearity(sweep.grid, (p_k * x.expm1()).mT).neg / p_k for x in (own_nsk, true_nsk))

@@ -123,7 +123,8 @@ def test_another_grpc_server_is_no_head_node() -> None:
     ("address", "words"),
     [
         ("http://127.0.0.1:8265", "is the address of a job server, to which python -m jobs.submit --address http://127"),
-        ("https://head/ray", "is the address of a job server"), ("ray://head:10001", "such as HEAD:6379"),
+        ("https://head/ray", "is the address of a job server"), ("HTTP://head:8265", "is the address of a job server"),
+        ("ray://head:10001", "such as HEAD:6379"),
         ("head", "is no address of a cluster: give HOST:PORT"), ("head:", "is no address"), (":6379", "is no address"),
         ("head:0", "is no address"), ("head:65536", "is no address"), ("me@head:1", "is no address"),
         ("127.0.0.1:9", "no Ray cluster answers there: Connection refused"),

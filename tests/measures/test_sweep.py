@@ -328,6 +328,29 @@ def test_prompts_with_bad_logits_are_named_and_skipped_by_the_noise_check() -> N
         swept(model, NeuronsConfig(choose="sample", count=1))
 
 
+@pytest.mark.parametrize("failing", [torch.float32, torch.float64])
+def test_prompts_that_do_not_fit_are_left_out_by_the_noise_check_in_either_precision(
+    failing: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("Llama 2")
+    run, head = interventions.Interventions._run, model.model.get_output_embeddings()
+    full: list[str] = []
+
+    def short_of_memory(self: interventions.Interventions, *arguments: Any) -> Any:
+        if any(f"prompt {name!r}" in self._who for name in full) and head.weight.dtype == failing:
+            raise MemoryError("no memory")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(interventions.Interventions, "_run", short_of_memory)
+    encoded = list(encode(model.tokenizer, PROMPTS, None))
+    neurons = np.array([[0, 1], [2, 3]])
+    full.append(encoded[0].prompt.id)
+    assert measure_noise(model, encoded, neurons, Sweep(full_grid()), 10**7).n_prompts == len(encoded) - 1
+    full.extend(own.prompt.id for own in encoded)
+    with pytest.raises(OutOfMemory):
+        measure_noise(model, encoded, neurons, Sweep(full_grid()), 10**7)
+
+
 def test_the_identity_names_the_grid_by_its_shifts() -> None:
     by_range = sweep.identity(sweep.Options(max_shift=0.2, step=0.1))
     assert by_range["shifts"] == [-0.2, -0.1, 0.1, 0.2]
