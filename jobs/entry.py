@@ -31,7 +31,7 @@ from yaml import YAMLError
 
 from jobs.command_line import as_typed, in_quotes, require_text
 from jobs.guard import EXIT_ERROR, EXIT_INTERRUPTED, flush_or_silence, prepare_streams, speak, tell, tell_unforeseen
-from neg_service.cluster.logs import log_to_stderr
+from neg_service.cluster.logs import log_to_stderr, tell_interrupted
 from neg_service.errors import ConfigurationError, NegServiceError
 from neg_service.places import refuse_credentials, texts_of
 
@@ -105,15 +105,15 @@ def ending(doing: str) -> Iterator[End]:
     except NegServiceError as error:
         tell(str(error))
         end.code = EXIT_ERROR
-    except KeyboardInterrupt:
-        log.warning("interrupted; the same command continues from here")
+    except KeyboardInterrupt as stopped:
+        tell_interrupted(stopped)
         sys.exit(EXIT_INTERRUPTED)
     except SystemExit as stopped:
         # Ray turns the signal to stop, which `ray job stop` and Kubernetes send, into an exit with its number.
         if stopped.code != signal.SIGTERM:
             flush_or_silence()
             raise
-        log.warning("interrupted; the same command continues from here")
+        tell_interrupted(stopped)
         sys.exit(EXIT_STOPPED)
     except BaseException as error:  # noqa: BLE001 - the one last guard
         tell_unforeseen(error, doing)

@@ -14,6 +14,8 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
+log = logging.getLogger(__name__)
+
 _ABOUT: dict[str, Any] = {}
 _SHARD: ContextVar[int | None] = ContextVar("shard", default=None)
 
@@ -39,6 +41,14 @@ def log_to_stderr(style: str, **about: Any) -> None:
 def add_to_logs(**about: Any) -> None:
     """What every JSON object says from here on."""
     _ABOUT.update(about)
+
+
+def tell_interrupted(stopped: BaseException) -> None:
+    """Tell, once, a person who stops a command how it goes on; a note of the exception says that it was told."""
+    text = "interrupted; the same command continues from here"
+    if text not in getattr(stopped, "__notes__", ()):
+        log.warning(text)
+        stopped.add_note(text)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import ray
 from neg_service.cluster.connection import connect, disconnect
 from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.gcs import Unreachable, labels_without
-from neg_service.cluster.logs import add_to_logs
+from neg_service.cluster.logs import add_to_logs, tell_interrupted
 from neg_service.cluster.metrics import RunMetrics
 from neg_service.cluster.plan import Shard, shards_of
 from neg_service.cluster.prepare import Prepared, prepare, tokenizer_of
@@ -119,6 +119,10 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
             _begin(store, prepared)
             note(store, found)
             _require_all_there(directory, prepared, outcome)
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            # Before the cluster is left, which takes seconds that a job which is stopped may not be given.
+            tell_interrupted(stopped)
+            raise
         finally:
             if not stay_connected:
                 disconnect()
