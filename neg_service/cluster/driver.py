@@ -288,7 +288,8 @@ class Driver:
             error = NodeLost(str(error))
         if not member.has_started:
             self._fleet.start_failed(member, error)
-        elif member.calibrating and reference is member.calibrating[0]:
+        # Whichever of its calls says first that it is lost: it was lost while it calibrated, which counts.
+        elif member.calibrating and (reference is member.calibrating[0] or isinstance(error, ReplicaLost)):
             self._calibration_failed(member, error)
         elif isinstance(error, ReplicaLost):
             self._dismiss(member, error)

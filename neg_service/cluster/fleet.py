@@ -5,7 +5,8 @@ drained nothing new begins, and its replicas end with the shards that they have.
 which it can say as soon as its process is up, and then told to start, which may take as long as a model takes to load.
 
 One that cannot be reached keeps its place and its work for a while, and is asked again: its model is loaded. When it
-answers, what it had is asked of it anew, which it knows. Nothing is placed on nodes that do not answer.
+answers, what it had is asked of it anew, which it knows. Nothing is placed on nodes that do not answer; once they do
+again, whoever was hired for any node but these and still waits for room makes way for one that may go there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _REMIND_SECONDS = 30.0
 # A start that fails while others work is tried again after a while: the reason may be its node's, and may pass.
 _RETRY_SECONDS = 30.0
 _ASK_AGAIN_SECONDS = 2.0
+# Who has a node already has said so by then, or else still loads what its process needs for that.
+_PLACED_SECONDS = 30.0
 
 
 @dataclass
@@ -62,6 +65,9 @@ class Member:
     asked: tuple[Any, float] | None = None
     answered: float = 0.0
     absence: Absence | None = None
+    # When it was hired, and the nodes that did not answer then: it may be placed on any but these, for good.
+    hired: float = 0.0
+    avoids: frozenset[str] = frozenset()
 
     @property
     def is_ready(self) -> bool:
@@ -132,6 +138,10 @@ class Fleet:
                     what = "replica %d gets no more shards: its node is being drained"
                     log.info(what, member.number, extra={"replica": member.number})
                     member.is_leaving = True
+            for member in [member for member in self.members if self._avoids_too_much(member, now)]:
+                what = "replica %d still waits for room, and is hired anew: nodes that it may not go to answer again"
+                log.info(what, member.number, extra={"replica": member.number})
+                self.end(member)
         for member in [member for member in self.members if member.is_leaving and not member.attempts]:
             self.end(member)
         for member in [member for member in self.members if self._takes_too_long(member, now)]:
@@ -247,9 +257,17 @@ class Fleet:
             self._reminded = now
 
     def _hire(self) -> None:
+        avoids = self._unreachable.nodes
         actor = self._spawn()
-        self.members.append(Member(self._born, actor, actor.where.remote(), actor.start.remote()))
+        asking_where, starting = actor.where.remote(), actor.start.remote()
+        hired = time.monotonic()
+        self.members.append(Member(self._born, actor, asking_where, starting, hired=hired, avoids=avoids))
         self._born += 1
+
+    def _avoids_too_much(self, member: Member, now: float) -> bool:
+        """Whether it waits for room and may not go to a node that answers again: the cluster does not change that."""
+        waits = member.placed_at is None and member.absence is None and now - member.hired > _PLACED_SECONDS
+        return waits and not member.avoids <= self._unreachable.nodes
 
     def _takes_too_long(self, member: Member, now: float) -> bool:
         is_up = member.placed_at is not None and not member.has_started

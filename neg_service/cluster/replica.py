@@ -34,15 +34,15 @@ from neg_service.cluster.metrics import report_waiting
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.ray_errors import in_portable_errors
 from neg_service.config import ScanConfig
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, ReplicaLost
 from neg_service.prompts.prompt import Prompt
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 
-# Of the actor: the driver alone restarts and repeats. Two shards at once, and a question what the replica is doing; the
-# rest is for calls that wait for what was asked before already, see `_Answers`.
+# Of the actor: the driver alone restarts and repeats. Two shards at once, for each a call that waits for what was asked
+# before already, of which there is one at most (see `_Answers`), and the questions where it is and what it is doing.
 ACTOR_OPTIONS = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 8}
 _ANSWERS_KEPT = 4
 
@@ -242,39 +242,60 @@ class Replica:
         return tables, time.monotonic() - began
 
 
+@dataclass
+class _Answer:
+    """What was asked for, given or to come, and how often it was asked for again."""
+
+    given: Future[Any] = field(default_factory=Future)
+    asked_again: int = 0
+
+
 class _Answers:
     """Whoever asks the same again, since the answer was lost, waits for it or gets it, and nothing is done twice.
+
+    Who asks again shows that the answers to those before are lost: they wait no longer, since each takes a thread of
+    the actor, which must be able to say where it is however often a connection breaks within one long shard.
 
     Answers of the last few shards are kept, and no errors: what failed may be tried again.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._given: dict[Hashable, Future[Any]] = {}
+        self._changed = threading.Condition()
+        self._answers: dict[Hashable, _Answer] = {}
 
     def once(self, what: Hashable, work: Callable[[], Any]) -> Any:
-        with self._lock:
-            answer = self._given.get(what)
-            is_new = answer is None
-            if answer is None:
-                answer = self._given[what] = Future()
-        if is_new:
-            try:
-                answer.set_result(work())
-            except BaseException as error:
-                answer.set_exception(error)
-                with self._lock:
-                    del self._given[what]
-                raise
-            self._forget_old()
-        return answer.result()
+        with self._changed:
+            answer = self._answers.get(what)
+            if answer is not None:
+                return self._wait_for(answer)
+            answer = self._answers[what] = _Answer()
+        try:
+            answer.given.set_result(work())
+        except BaseException as error:
+            answer.given.set_exception(error)
+            with self._changed:
+                del self._answers[what]
+                self._changed.notify_all()
+            raise
+        self._forget_old()
+        return answer.given.result()
+
+    def _wait_for(self, answer: _Answer) -> Any:
+        answer.asked_again += 1
+        mine = answer.asked_again
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: answer.given.done() or answer.asked_again > mine)
+        if answer.given.done():
+            return answer.given.result()
+        raise ReplicaLost("the same was asked again meanwhile: this answer is lost")
 
     def _forget_old(self) -> None:
-        with self._lock:
+        with self._changed:
+            self._changed.notify_all()
             # In the order in which they were asked for.
-            shards = [what for what, answer in self._given.items() if isinstance(what, tuple) and answer.done()]
+            shards = [what for what, one in self._answers.items() if isinstance(what, tuple) and one.given.done()]
             for what in shards[:-_ANSWERS_KEPT]:
-                del self._given[what]
+                del self._answers[what]
 
 
 class _Doing:

@@ -1,8 +1,9 @@
 """Replicas of which nothing is heard: when to ask one what it is doing, and when to give it up.
 
 A question goes out after half a minute without a shard: on a connection that is broken, which nobody notices while
-nothing is sent, it makes the calls that wait on it fail at once. What the answer says matters only after a silence that
-is long for shards of this run.
+nothing is sent, it makes the calls that wait on it fail at once. So it does where a replica loads its model or
+calibrates the measure; these have a limit of their own, and what the answer says does not matter. For shards it matters
+only after a silence that is long for those of this run.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ class Silence:
 
     def should_ask(self, member: Member, now: float) -> bool:
         """Whether it is time for a question, which is asked again and again."""
-        if not member.is_ready or not member.flying or member.asked is not None:
+        if member.absence is not None or member.asked is not None or not _is_busy(member):
             return False
-        return now - max(member.heard, member.answered) > min(_ASK_SECONDS, self._patience_with(member))
+        calibrates_since = member.calibrating[1] if member.calibrating else 0.0
+        quiet_since = max(member.placed_at or 0.0, calibrates_since, member.heard, member.answered)
+        return now - quiet_since > min(_ASK_SECONDS, self._patience_with(member))
 
     def after_answer(self, member: Member, is_only_storing: bool, now: float) -> ReplicaLost | None:
         """What its answer means for it: nothing, or why it is given up."""
         member.asked, member.answered = None, now
-        if now - member.heard <= self._patience_with(member):
+        if not member.flying or now - member.heard <= self._patience_with(member):
             return None
         if is_only_storing:
             member.heard = now
@@ -66,3 +69,9 @@ class Silence:
         if len(self._seconds) < _LEAST_SHARDS_KNOWN:
             return float("inf")
         return float(max(_LEAST_STALL_SECONDS, _STALL_FACTOR * median(self._seconds)) * 2**failures)
+
+
+def _is_busy(member: Member) -> bool:
+    """Whether it is up and has something to do that it has yet to answer."""
+    is_loading = member.placed_at is not None and member.starting is not None
+    return bool(member.flying) or member.calibrating is not None or is_loading

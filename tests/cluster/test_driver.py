@@ -211,6 +211,26 @@ def test_an_answer_that_comes_with_the_shard_it_asked_for_is_no_shard() -> None:
     assert driver.run() == Outcome(1, {})
 
 
+@pytest.mark.parametrize("call", ["calibrating", "asked"])
+def test_a_replica_that_dies_as_it_calibrates_counts_whichever_call_tells_it(call: str) -> None:
+    driver = Driver(
+        iter(()), lambda: None, 1, attempts=3, end=lambda actor: None, calibration=None,
+        is_node_lost=lambda actor, node: False,
+    )  # fmt: skip
+
+    def die(number: int) -> None:
+        timed: dict[str, Any] = {"calibrating": (object(), 0.0), "asked": (object(), 0.0)}
+        member = Member(number, None, None, None, has_started=True, node="a", **timed)
+        driver._fleet.members.append(member)
+        driver._fail(member, timed[call][0], ray.exceptions.ActorDiedError())
+        assert driver._fleet.members == []
+
+    die(0)
+    die(1)
+    with pytest.raises(NegServiceError, match="cannot be calibrated, 3 tries failed"):
+        die(2)
+
+
 def test_answers_that_are_lost_on_the_way_cost_no_replica(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,6 +22,8 @@ class Actor:
     def __init__(self) -> None:
         self.where = self.start = SimpleNamespace(remote=object)
         self.is_ended = False
+        # The nodes that it may not be placed on, ever.
+        self.avoids: frozenset[str] = frozenset()
 
 
 def attempt(shard: int) -> Attempt:
@@ -32,8 +34,12 @@ def attempt(shard: int) -> Attempt:
 class Far(Unreachable):
     """Nodes that answer when a test says so."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer_again: frozenset[str] = frozenset()
+
     def look_again(self) -> None:
-        pass
+        self.nodes -= self.answer_again
 
 
 class Hired(Fleet):
@@ -50,6 +56,7 @@ class Hired(Fleet):
 
     def _new(self) -> Actor:
         self.actors.append(Actor())
+        self.actors[-1].avoids = self.far.nodes
         return self.actors[-1]
 
     def _over(self, actor: Actor) -> None:
@@ -260,6 +267,59 @@ def test_a_failed_start_does_not_end_a_run_whose_replicas_are_out_of_reach(clock
     fleet.out_of_reach(fleet.members[0], object(), "no answer")
     fleet.start_failed(fleet.members[1], ConfigurationError("other files on this node"))
     assert fleet.numbers == [0]
+
+
+@pytest.mark.parametrize("room", [Room(2), Room(None, free=2)])
+def test_who_waits_for_room_is_hired_anew_when_a_node_that_it_may_not_go_to_answers_again(
+    clock: SimpleNamespace, room: Room
+) -> None:
+    fleet = Hired(room)
+    fleet.look_around(100)
+    for index, node in enumerate(("a", "b")):
+        fleet.ready(index, node)
+        fleet.out_of_reach(fleet.members[index], object(), "no answer")
+    # One is replaced while neither node answers: its replacement may go to neither.
+    fleet.end(fleet.members[0])
+    fleet.room = room if room.number else Room(None, free=1)
+    clock.value += 10
+    fleet.look_around(100)
+    assert fleet.numbers == [1, 2]
+    assert fleet.members[1].actor.avoids == {"a", "b"}
+    # While the nodes do not answer it waits, and nothing is gained by another.
+    clock.value += 100
+    fleet.look_around(100)
+    assert fleet.numbers == [1, 2]
+    # One of them answers.
+    fleet.far.answer_again = frozenset({"a"})
+    clock.value += 10
+    fleet.look_around(100)
+    assert fleet.numbers == [1, 3]
+    assert fleet.actors[2].is_ended
+    assert fleet.members[1].actor.avoids == {"b"}
+    # The other one, with the replica there.
+    fleet.in_reach_again(fleet.members[0])
+    fleet.far.answer_again = frozenset({"a", "b"})
+    for _ in range(10):
+        clock.value += 10
+        fleet.look_around(100)
+    assert fleet.numbers == [1, 4]
+    assert fleet.members[1].actor.avoids == frozenset()
+
+
+def test_who_has_a_node_stays_there_when_others_answer_again(clock: SimpleNamespace) -> None:
+    fleet = Hired(Room(2))
+    fleet.far.add("away")
+    fleet.look_around(100)
+    # One has said where it is; the other one's process may just be coming up.
+    fleet.placed(fleet.members[0], "here")
+    fleet.far.answer_again = frozenset({"away"})
+    clock.value += 10
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 1]
+    fleet.placed(fleet.members[1], "here")
+    clock.value += 80
+    fleet.look_around(100)
+    assert fleet.numbers == [0, 1]
 
 
 def test_nothing_is_placed_on_nodes_that_do_not_answer() -> None:

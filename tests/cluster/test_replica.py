@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from neg_service.cluster.fleet import Member
+from neg_service.cluster.fleet import Absence, Member
 from neg_service.cluster.gcs import end_with_the_driver
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.ray_errors import Unexpected
-from neg_service.cluster.replica import Destination, Ready, Replica
+from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Ready, Replica
 from neg_service.cluster.silence import Silence
 from neg_service.errors import ConfigurationError
 
@@ -83,6 +83,43 @@ def test_what_is_asked_again_is_not_done_again(replica: Replica, worker: Countin
     assert worker.computed == [3, 4, 3]
     assert replica.start() == replica.start()
     assert worker.starts == 1
+
+
+def test_a_connection_that_breaks_often_within_a_shard_leaves_threads_for_questions(
+    replica: Replica, worker: Counting
+) -> None:
+    worker.may_go_on.clear()
+    shards = [Shard(index, ()) for index in (3, 4)]
+    # As many threads as the actor has.
+    with ThreadPoolExecutor(ACTOR_OPTIONS["max_concurrency"]) as pool:
+        calls: list[Future[Any]] = []
+        try:
+            for _ in range(10):
+                calls.extend(pool.submit(replica.run, shard) for shard in shards)
+                assert pool.submit(replica.is_only_storing).result(20) is False
+                time.sleep(0.05)
+        finally:
+            worker.may_go_on.set()
+        # What the driver waits for are the last two; the first two did the work.
+        assert [call.result(20).shard for call in calls[-2:]] == [3, 4]
+        assert calls[-1].result(20) == calls[1].result(20)
+    assert sorted(worker.computed) == [3, 4]
+
+
+def test_who_waits_for_what_fails_gets_its_error(replica: Replica, worker: Counting) -> None:
+    worker.may_go_on.clear()
+    worker.fails = 1
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(replica.run, Shard(3, ()))
+        while not worker.computed:
+            time.sleep(0.01)
+        again = pool.submit(replica.run, Shard(3, ()))
+        time.sleep(0.1)
+        worker.may_go_on.set()
+        for call in (first, again):
+            with pytest.raises(Unexpected, match="KeyError: 'odd'"):
+                call.result(20)
+    assert replica.run(Shard(3, ())).shard == 3
 
 
 def test_what_failed_is_done_again_and_few_answers_are_kept(replica: Replica, worker: Counting) -> None:
@@ -167,3 +204,35 @@ def test_before_anything_is_known_of_shards_no_silence_is_too_long() -> None:
     one.asked = (object(), 31)
     assert silence.without_answer(one, 10**6) is None
     assert silence.after_answer(one, False, 10**6) is None
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        {"has_started": True, "placed_at": 1.0, "calibrating": (object(), 1000.0)},
+        {"starting": object(), "placed_at": 1000.0},
+    ],
+    ids=["calibrates", "loads"],
+)
+@pytest.mark.parametrize("stall_seconds", [None, 50.0])
+def test_one_that_calibrates_or_loads_is_asked_for_the_sake_of_its_connection_alone(
+    busy: dict[str, Any], stall_seconds: float | None
+) -> None:
+    silence = Silence(stall_seconds)
+    one = Member(0, None, None, **{"starting": None, **busy})
+    assert not silence.should_ask(one, 1029)
+    assert silence.should_ask(one, 1031)
+    one.asked = (object(), 1031)
+    assert not silence.should_ask(one, 5000)
+    # For how long that may take is not asked here.
+    assert silence.without_answer(one, 5000) is None
+    assert silence.after_answer(one, False, 5000) is None
+    assert not silence.should_ask(one, 5029)
+    assert silence.should_ask(one, 5031)
+    one.absence = Absence(5031, "no answer", 5031)
+    assert not silence.should_ask(one, 6000)
+
+
+def test_who_has_nothing_to_do_or_no_node_is_not_asked() -> None:
+    assert not Silence(None).should_ask(Member(0, None, None, None, has_started=True, placed_at=1.0), 5000)
+    assert not Silence(None).should_ask(Member(0, None, object(), object()), 5000)
