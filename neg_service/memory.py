@@ -27,6 +27,7 @@ _WORDS = re.compile(
     r"|std::bad_alloc|bad allocation",
     re.IGNORECASE,
 )
+_ENOUGH = 4000
 _OTHER_DEVICE_ERROR = re.compile(r"(CUDA|HIP) error: (?!out of memory)", re.IGNORECASE)
 
 
@@ -61,7 +62,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _words_of(error: BaseException) -> str:
     try:
-        return str(error)
+        text = str(error)
     # Its own `__str__` may fail in any way.
     except Exception:  # noqa: BLE001
         return ""
+    # An exception may hold a whole tensor as text; what allocators say stands at one of its ends.
+    return text if len(text) <= 2 * _ENOUGH else f"{text[:_ENOUGH]} {text[-_ENOUGH:]}"

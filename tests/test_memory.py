@@ -114,3 +114,8 @@ def test_what_allocators_of_this_machine_really_say_is_known() -> None:
         with pytest.raises((MemoryError, RuntimeError)) as caught:
             allocate()
         assert is_out_of_memory(caught.value), caught.value
+
+
+def test_a_text_without_end_is_looked_at_where_it_begins_and_ends() -> None:
+    assert not is_out_of_memory(ValueError("x" * 10**8))
+    assert is_out_of_memory(RuntimeError("x" * 10**6 + " CUDA out of memory"))
