@@ -8,18 +8,20 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
 
-from neg_service.cluster.metrics import RunMetrics
+from neg_service.cluster.metrics import Counts, RunMetrics
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.prepare import prepare
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, LogStyle, Ready, Replica
 from neg_service.cluster.scan import run
 from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
+from neg_service.errors import StorageError
 
 PROMPTS, SHARD = 12, 3
 # Ray's agents collect every three seconds here, and every ten by default; a gauge stays for twice as long.
@@ -102,6 +104,40 @@ def test_a_run_that_ends_twice_in_one_process_says_when_it_ended_last(reporting_
         ends.append(time.time())
     found = awaited(reporting_ray, "twice", lambda found: found.get("ended_timestamp_seconds_total", 0) > ends[0])
     assert ends[0] <= found["ended_timestamp_seconds_total"] <= ends[1]
+
+
+ENDS: dict[str, tuple[BaseException | None, bool]] = {
+    "all done": (None, True),
+    "error that is told": (StorageError("storage.uri=s3://b: no answer"), True),
+    "Ctrl-C": (KeyboardInterrupt(), True),
+    "stopped by a signal": (SystemExit(15), False),
+    "fault of its own": (RuntimeError("how?"), False),
+}
+
+
+def test_a_driver_says_that_it_ended_only_where_somebody_knows_why(reporting_ray: str) -> None:
+    for name, (error, _) in ENDS.items():
+        with suppress(BaseException), RunMetrics(name, 1, 1, 1.0).until_end():
+            if error is not None:
+                raise error
+    # What is said last comes with all that was said before.
+    RunMetrics("the last", 1, 1, 1.0).end()
+    assert awaited(reporting_ray, "the last", bool)
+    said = {name: "ended_timestamp_seconds_total" in scraped(reporting_ray, name) for name in ENDS}
+    assert said == {name: is_told for name, (_, is_told) in ENDS.items()}
+
+
+def test_a_driver_that_waits_for_storage_is_at_work(reporting_ray: str) -> None:
+    metrics = RunMetrics("waits", 9, 1, 1.0)
+    metrics.show(Counts(done=2, running=1, set_aside=0, ready_replicas=1, starting_replicas=0))
+    shown = time.time()
+    with metrics.waits():
+        # By then a gauge that nobody sets is forgotten.
+        time.sleep(4 * REPORT["metrics_report_interval_ms"] / 1000)
+        found = scraped(reporting_ray, "waits")
+        assert found["heartbeat_timestamp_seconds"] > shown + 3
+        assert (found["shards/done"], found["shards/waiting"], found["replicas/ready"]) == (2, 6, 1)
+    assert not awaited(reporting_ray, "waits", lambda found: not found), "then it is the driver that has to say so"
 
 
 class OneTable:
