@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from neg_service.cluster import metrics
 from neg_service.cluster.metrics import Counts, RunMetrics
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.prepare import prepare
@@ -115,29 +116,31 @@ ENDS: dict[str, tuple[BaseException | None, bool]] = {
 }
 
 
-def test_a_driver_says_that_it_ended_only_where_somebody_knows_why(reporting_ray: str) -> None:
-    for name, (error, _) in ENDS.items():
-        with suppress(BaseException), RunMetrics(name, 1, 1, 1.0).until_end():
-            if error is not None:
-                raise error
-    # What is said last comes with all that was said before.
-    RunMetrics("the last", 1, 1, 1.0).end()
-    assert awaited(reporting_ray, "the last", bool)
-    said = {name: "ended_timestamp_seconds_total" in scraped(reporting_ray, name) for name in ENDS}
-    assert said == {name: is_told for name, (_, is_told) in ENDS.items()}
+@pytest.mark.parametrize("name", ENDS)
+def test_a_driver_says_that_it_ended_only_where_somebody_knows_why(name: str) -> None:
+    error, is_told = ENDS[name]
+    with suppress(BaseException), metrics.RunMetrics(name, 1, 1, 1.0).until_end():
+        if error is not None:
+            raise error
+    assert (name in metrics._ENDED) == is_told
 
 
-def test_a_driver_that_waits_for_storage_is_at_work(reporting_ray: str) -> None:
-    metrics = RunMetrics("waits", 9, 1, 1.0)
-    metrics.show(Counts(done=2, running=1, set_aside=0, ready_replicas=1, starting_replicas=0))
-    shown = time.time()
-    with metrics.waits():
-        # By then a gauge that nobody sets is forgotten.
-        time.sleep(4 * REPORT["metrics_report_interval_ms"] / 1000)
-        found = scraped(reporting_ray, "waits")
-        assert found["heartbeat_timestamp_seconds"] > shown + 3
-        assert (found["shards/done"], found["shards/waiting"], found["replicas/ready"]) == (2, 6, 1)
-    assert not awaited(reporting_ray, "waits", lambda found: not found), "then it is the driver that has to say so"
+def test_a_driver_is_heard_of_while_it_waits_for_storage_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+    monkeypatch.setattr(metrics, "_REPEAT_SECONDS", 0.01)
+    shown = RunMetrics("waits", 9, 1, 1.0)
+    monkeypatch.setattr(shown._heard, "set", heard.append)
+    with shown.waits():
+        time.sleep(0.1)
+        assert not heard, "nothing is known yet"
+        shown.show(Counts(done=2, running=1, set_aside=0, ready_replicas=1, starting_replicas=0))
+        until = time.monotonic() + 60
+        while len(heard) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    n_heard = len(heard)
+    assert n_heard >= 3
+    time.sleep(0.1)
+    assert len(heard) == n_heard
 
 
 class OneTable:
