@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from neg_service.cluster.failures import Action
+from neg_service.errors import NegServiceError
 
 if TYPE_CHECKING:
     from neg_service.cluster.replica import Receipt
 
 _REPORT_SECONDS = 5.0
+# Well below the twenty seconds for which Ray keeps a gauge.
+_REPEAT_SECONDS = 2.0
 # When runs have ended in this process, by name.
 _ENDED: dict[str, float] = {}
 _SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
@@ -69,6 +73,7 @@ class RunMetrics:
         # A counter, because a gauge that is set while a process ends is forgotten before everybody has looked.
         self._ended = counter("ended_timestamp_seconds_total", "When the driver ended, with all done or an error")
         self._run = run
+        self._shown: tuple[Counts, float | None] | None = None
 
     def add(self, receipt: Receipt) -> None:
         """A shard is done."""
@@ -90,6 +95,7 @@ class RunMetrics:
 
     def show(self, counts: Counts, seconds_left: float | None = None) -> None:
         """How things are now; `seconds_left` None where nothing is known yet."""
+        self._shown = counts, seconds_left
         self._heard.set(time.time())
         self._left.set(seconds_left)
         waiting = self._n_shards - counts.done - counts.running - counts.set_aside
@@ -98,6 +104,41 @@ class RunMetrics:
             self._shards.set(n, {"state": state})
         for state, n in (("ready", counts.ready_replicas), ("starting", counts.starting_replicas)):
             self._replicas.set(n, {"state": state})
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """While the driver waits for storage: it is at work, and things are as they were shown last.
+
+        Only where the wait has an end of its own: of a driver that hangs nothing is to be heard.
+        """
+        is_over = threading.Event()
+
+        def repeat() -> None:
+            while not is_over.wait(_REPEAT_SECONDS):
+                if self._shown is not None:
+                    self.show(*self._shown)
+
+        thread = threading.Thread(target=repeat, name="report-waits", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    @contextmanager
+    def until_end(self) -> Iterator[None]:
+        """What the driver does; it says that it ended with all done, with an error that people are told, or by Ctrl-C.
+
+        Not when it is stopped by a signal (SystemExit), as by a node that is taken away, nor by a fault of its own:
+        the run is not finished then, and perhaps nobody knows.
+        """
+        try:
+            yield
+        except (NegServiceError, KeyboardInterrupt):
+            self.end()
+            raise
+        self.end()
 
     def end(self) -> None:
         """The driver has ended, and says so: silence from now on is no reason to look for it."""

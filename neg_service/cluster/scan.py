@@ -282,22 +282,25 @@ def _drive(
         found.update(engine=hello.ready.engine, runs_on=hello.ready.runs_on)
         if known is not None:
             found.update(calibration=known)
-            note(directory.store, found)
+            with metrics.waits():
+                note(directory.store, found)
             progress.start()
 
     def on_calibrated(calibration: dict[str, Any]) -> dict[str, Any]:
         # Another driver, which was refused, may have taken run.json with it; no shard is put before it says this.
-        _begin(directory.store, prepared)
-        note(directory.store, {**found, "calibration": calibration})
-        # Another driver of the same run may have been first: then its calibration is the run's.
-        noted = calibration_of(directory.store)
+        with metrics.waits():
+            _begin(directory.store, prepared)
+            note(directory.store, {**found, "calibration": calibration})
+            # Another driver of the same run may have been first: then its calibration is the run's.
+            noted = calibration_of(directory.store)
         found.update(calibration=calibration if noted is None else noted)
         progress.start()
         agreed: dict[str, Any] = found["calibration"]
         return agreed
 
     def on_set_aside(shard: Shard, error: str, failures: int) -> None:
-        directory.put_aside(shard.index, error, failures)
+        with metrics.waits():
+            directory.put_aside(shard.index, error, failures)
 
     driver = Driver(
         shards_of(prepared.prompts, prepared.plan, done),
@@ -318,10 +321,10 @@ def _drive(
         unreachable=unreachable,
     )
     try:
-        outcome = driver.run()
+        with metrics.until_end():
+            outcome = driver.run()
     finally:
         progress.close()
-        metrics.end()
     if not done and not outcome.set_aside:
         # What it cost, for whoever compares measures; a run that was interrupted does not say.
         found["cost"] = {

@@ -3,6 +3,9 @@
 botocore has time-outs for connecting and for a read, each of them once an attempt; names that nobody resolves, a body
 that is sent into the void, a handshake that stalls and a reply of a byte a second have none. The kernel knows what the
 other side has acknowledged, whatever the client is at.
+
+botocore repeats what a server refuses, with pauses, and tells of the last refusal alone; it may be given up before
+that. So each is heard when it comes.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import cache
+from http import HTTPStatus
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from aiohttp import AddrInfoType
+from aiohttp import AddrInfoType, ClientConnectionResetError
 from fsspec.asyn import sync
 
-from neg_service.storage.waiting import NoAnswer, waiting
+from neg_service.errors import one_line
+from neg_service.storage.waiting import NoAnswer, waiting, waiting_now
 
 T = TypeVar("T")
 
@@ -106,9 +111,20 @@ class Requests:
         answer: T = sync(self._files.loop, self._watched, ask, *args, **kwargs)
         return answer
 
+    async def _heard(self, ask: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        """The same, with each request of the client told to what waits for it."""
+        events = (await self._files.set_session()).meta.events
+        # By their names they are there but once, since a client is shared and kept.
+        events.register("before-send.s3", _on_request, unique_id="neg-service-asks")
+        events.register("response-received.s3", _on_reply, unique_id="neg-service-hears")
+        return await ask(*args, **kwargs)
+
     async def _watched(self, ask: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
+        loop = asyncio.get_running_loop()
+        if loop.get_exception_handler() is None:
+            loop.set_exception_handler(_without_lost_writers)
         with waiting() as now:
-            task = asyncio.ensure_future(ask(*args, **kwargs))
+            task = asyncio.ensure_future(self._heard(ask, *args, **kwargs))
             try:
                 while not (await asyncio.wait({task}, timeout=now.look_seconds))[0]:
                     moved = self._traffic.moved()
@@ -120,6 +136,48 @@ class Requests:
             finally:
                 # Of a task that is cancelled aiohttp closes the connection, and the next one has its own.
                 task.cancel()
+
+
+def _without_lost_writers(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """aiohttp forgets who writes a request whose connection is closed; the request fails by itself, and says so."""
+    if not isinstance(context.get("exception"), ClientConnectionResetError):
+        loop.default_exception_handler(context)
+
+
+def _on_request(**_: Any) -> None:
+    if now := waiting_now():
+        now.ask()
+
+
+def _on_reply(parsed_response: dict[str, Any] | None = None, exception: Exception | None = None, **_: Any) -> None:
+    if now := waiting_now():
+        if exception is not None:
+            now.refuse(reason_of(exception))
+        elif said := _refusal(parsed_response or {}):
+            now.refuse(said)
+        else:
+            # Also "there is no such object" is an answer.
+            now.get_on()
+
+
+def _refusal(reply: dict[str, Any]) -> str | None:
+    """What a server says that cannot do now what it is asked for."""
+    status = reply.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if status < HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.TOO_MANY_REQUESTS:
+        return None
+    error = reply.get("Error", {})
+    said = [
+        str(status),
+        *(str(error[key]) for key in ("Code", "Message") if error.get(key) not in (None, "", str(status))),
+    ]
+    return " ".join(" ".join(said).split())
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, with what botocore had it from, which it does not always say."""
+    said, cause = one_line(error), getattr(error, "kwargs", {}).get("error")
+    why = one_line(cause) if isinstance(cause, BaseException) else ""
+    return said if why in said else f"{said}: {why}"
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:

@@ -32,7 +32,7 @@ from neg_service.errors import DestinationError, StorageError, one_line
 from neg_service.places import argument, bucket_and_prefix, refuse_credentials, require_place
 from neg_service.storage.objects import UNFINISHED_SECONDS, Entry
 from neg_service.storage.ranges import RangeFiles
-from neg_service.storage.requests import Requests, traffic_with, within
+from neg_service.storage.requests import Requests, reason_of, traffic_with, within
 
 # Every request is safe to repeat: a put replaces itself. After throttling, server errors, resets and timeouts botocore
 # waits longer and longer, with jitter; a server that is gone for longer than that is a PatientStore's business. When
@@ -233,7 +233,7 @@ class S3Store:
         except (OSError, BotoCoreError, ResponseParserError, aiohttp.ClientError) as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 raise DestinationError(f"{self._where()}: {one_line(error)}: give a shorter prefix") from error
-            raise StorageError(f"{self._where()}: {one_line(error)}") from error
+            raise StorageError(f"{self._where()}: {reason_of(error)}") from error
 
 
 def _code_of(error: Exception) -> str:

@@ -4,6 +4,9 @@ Packets that vanish tell nobody, and a transfer that is slow is no outage. So wh
 operation may take as long as it likes while it gets on, and is given up when it got nowhere for too long. A store says
 what it sees (`s3.py`: the bytes that the other side has acknowledged), whoever calls it says how long is too long
 (`patience.py`), and the two meet here. A local disk that hangs says nothing, and is waited for.
+
+A request that is refused (a server that is too busy, a connection that is reset) got nowhere, whatever moved for it:
+from the first that is, until one succeeds, time counts as if nothing had moved; a transfer under way is left alone.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class Waiting:
 
     Until its first attempt has failed, the operation may take as long as it gets on; then it ends, with what attempt
     comes after, `seconds` after it was last seen to get on. One that gets nowhere at all has `seconds` from its start.
+    A client that repeats requests by itself tells of each: `ask`, and then `refuse` or `get_on`.
     """
 
     def __init__(self, seconds: float, is_repeated: bool = False) -> None:
@@ -45,12 +49,17 @@ class Waiting:
         self._bytes: int | None = None
         self._until: float | None = None
         self._is_repeated = is_repeated
+        self._refused: str | None = None
         self.begin_attempt()
 
     @property
     def left(self) -> float:
         """Seconds until no other attempt is made."""
-        return max(0.0, (self._moved + self.seconds if self._until is None else self._until) - time.monotonic())
+        return max(0.0, (self._last_move + self.seconds if self._until is None else self._until) - time.monotonic())
+
+    @property
+    def _last_move(self) -> float:
+        return self._moved if self._refused_from is None else self._refused_from
 
     @property
     def look_seconds(self) -> float:
@@ -59,6 +68,9 @@ class Waiting:
 
     def begin_attempt(self) -> None:
         """From here on nothing has moved yet."""
+        # When things last moved before requests began to be refused, in this attempt; requests that are under way.
+        self._refused_from: float | None = None
+        self._asked = 0
         stall = self.left
         if self._is_repeated:
             stall = min(stall, max(stall / 2, _SHORTEST_STALL_SECONDS), _LONGEST_STALL_SECONDS)
@@ -69,13 +81,28 @@ class Waiting:
     def fail(self) -> float:
         """An attempt has failed; the seconds that are left for others."""
         if self._until is None:
-            self._until = self._moved + self.seconds
+            self._until = self._last_move + self.seconds
         return self.left
+
+    def ask(self) -> None:
+        """A request goes out."""
+        self._asked += 1
+
+    def refuse(self, said: str) -> None:
+        """A request came back undone, which the client may repeat; `said`: by whoever refused it."""
+        self._refused = said
+        self._asked = max(0, self._asked - 1)
+        if self._refused_from is None:
+            self._refused_from = self._seen
+        if not self._asked:
+            # What it moved was for nothing.
+            self._seen, self._bytes = self._refused_from, None
 
     def get_on(self) -> None:
         """A part of the operation is done."""
+        self._asked = max(0, self._asked - 1)
         self._moved = self._seen = time.monotonic()
-        self._bytes = None
+        self._bytes = self._refused = self._refused_from = None
 
     def look(self, moved: int, where: str) -> None:
         """`moved`: bytes so far, of this operation and those beside it on the same connections.
@@ -84,20 +111,35 @@ class Waiting:
             NoAnswer: next to nothing has moved for too long.
         """
         now = time.monotonic()
-        if self._bytes is None:
+        is_pausing = self._refused_from is not None and not self._asked
+        if self._bytes is None or is_pausing:
             self._bytes = moved
-        stalled = now - self._seen
-        if moved - self._bytes >= max(1.0, stalled * _BYTES_A_SECOND):
+        if moved - self._bytes >= max(1.0, (now - self._seen) * _BYTES_A_SECOND):
             self._moved = self._seen = now
             self._bytes = moved
-        elif stalled >= self.stall_seconds:
-            raise NoAnswer(f"timed out: no answer for {stalled:.0f} s")
-        elif stalled >= _SPEAK_SECONDS and not self.has_spoken:
+        stalled = now - self._seen
+        if stalled >= self.stall_seconds:
+            raise NoAnswer(self._trouble("timed out: no answer", stalled))
+        nowhere = stalled if self._refused_from is None else now - self._refused_from
+        if nowhere >= _SPEAK_SECONDS and not self.has_spoken:
             self.has_spoken = True
-            log.warning("%s: no answer for %.0f s; waiting for up to %.0f s more", where, stalled, self.left)
+            what = self._trouble("no answer", nowhere)
+            log.warning("%s: %s; waiting for up to %.0f s more", where, what, self.left)
+
+    def _trouble(self, silence: str, seconds: float) -> str:
+        """What goes wrong: what was said, or `silence`, and for how long."""
+        if self._refused_from is not None:
+            return f"{self._refused}; tried for {seconds:.0f} s"
+        before = "" if self._refused is None else f"; before that: {self._refused}"
+        return f"{silence} for {seconds:.0f} s{before}"
 
 
 _NOW: ContextVar[Waiting | None] = ContextVar("waiting", default=None)
+
+
+def waiting_now() -> Waiting | None:
+    """The operation that what asks is part of."""
+    return _NOW.get()
 
 
 @contextmanager

@@ -8,18 +8,21 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import ray
 
-from neg_service.cluster.metrics import RunMetrics
+from neg_service.cluster import metrics
+from neg_service.cluster.metrics import Counts, RunMetrics
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.prepare import prepare
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, LogStyle, Ready, Replica
 from neg_service.cluster.scan import run
 from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
+from neg_service.errors import StorageError
 
 PROMPTS, SHARD = 12, 3
 # Ray's agents collect every three seconds here, and every ten by default; a gauge stays for twice as long.
@@ -102,6 +105,42 @@ def test_a_run_that_ends_twice_in_one_process_says_when_it_ended_last(reporting_
         ends.append(time.time())
     found = awaited(reporting_ray, "twice", lambda found: found.get("ended_timestamp_seconds_total", 0) > ends[0])
     assert ends[0] <= found["ended_timestamp_seconds_total"] <= ends[1]
+
+
+ENDS: dict[str, tuple[BaseException | None, bool]] = {
+    "all done": (None, True),
+    "error that is told": (StorageError("storage.uri=s3://b: no answer"), True),
+    "Ctrl-C": (KeyboardInterrupt(), True),
+    "stopped by a signal": (SystemExit(15), False),
+    "fault of its own": (RuntimeError("how?"), False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_driver_says_that_it_ended_only_where_somebody_knows_why(name: str) -> None:
+    error, is_told = ENDS[name]
+    with suppress(BaseException), metrics.RunMetrics(name, 1, 1, 1.0).until_end():
+        if error is not None:
+            raise error
+    assert (name in metrics._ENDED) == is_told
+
+
+def test_a_driver_is_heard_of_while_it_waits_for_storage_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+    monkeypatch.setattr(metrics, "_REPEAT_SECONDS", 0.01)
+    shown = RunMetrics("waits", 9, 1, 1.0)
+    monkeypatch.setattr(shown._heard, "set", heard.append)
+    with shown.waits():
+        time.sleep(0.1)
+        assert not heard, "nothing is known yet"
+        shown.show(Counts(done=2, running=1, set_aside=0, ready_replicas=1, starting_replicas=0))
+        until = time.monotonic() + 60
+        while len(heard) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+    n_heard = len(heard)
+    assert n_heard >= 3
+    time.sleep(0.1)
+    assert len(heard) == n_heard
 
 
 class OneTable:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,6 +81,34 @@ def drip_body(client: socket.socket) -> None:
         while True:
             client.sendall(b"x")
             time.sleep(1)
+
+
+def requests_of(client: socket.socket) -> Iterator[bytes]:
+    """The head of each request that comes whole, in lower case."""
+    with suppress(OSError), client.makefile("rb") as lines:
+        while head := b"".join(iter(lines.readline, b"\r\n")).lower():
+            if b"100-continue" in head:
+                client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            length = re.search(rb"content-length: *(\d+)", head)
+            lines.read(int(length[1]) if length else 0)
+            yield head
+
+
+def too_busy(client: socket.socket) -> None:
+    """Everything is taken, and refused for now."""
+    said = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
+    for head in requests_of(client):
+        body = b"" if head.startswith(b"head") else said
+        client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+
+def resetting(client: socket.socket) -> None:
+    """Everything is taken, and the connection reset."""
+    for _ in requests_of(client):
+        # To linger for no time is to say so to the other side.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        break
+    client.close()
 
 
 @contextmanager
@@ -174,6 +204,29 @@ def test_who_is_hasty_is_told_soon_also_when_a_server_is_silent(monkeypatch: pyt
     for name, (seconds, said) in failures.items():
         assert seconds < AT_ONCE, name
         assert "no answer for" in said or "timed out" in said, name
+
+
+@pytest.mark.usefixtures("as_somebody")
+def test_what_a_server_says_that_refuses_everything_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    patience, acts = 12.0, dict[str, Callable[[], object]]()
+    caplog.set_level(logging.INFO)
+    with mute(too_busy) as busy, mute(resetting) as resets:
+        for name, port in (("busy", busy), ("resets", resets)):
+            store = open_store(f"s3://{BUCKET}/x", f"http://127.0.0.1:{port}", patience)
+            # Megabytes arrive each time, and that is no reason to wait for longer.
+            acts[f"{name} put"] = partial(store.put, "t/a", bytes(3 * 2**20))
+            acts[f"{name} get"] = partial(store.get, "t/a")
+        failures = timed_failures(acts)
+    # A get begins with a look, to which a reply has no body.
+    expected = {"busy put": "503 SlowDown Please reduce your rate", "busy get": "503 Service Unavailable"}
+    expected |= dict.fromkeys(["resets put", "resets get"], "reset by peer")
+    for name, (seconds, said) in failures.items():
+        assert seconds < 3 * patience, name
+        assert expected[name] in said, name
+        assert "(storage.patience_seconds=12)" in said, name
+        assert "\n" not in said, name
+    assert "waiting for up to" in caplog.text
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_link_that_is_slow_is_no_outage(server: Server) -> None:
@@ -282,6 +335,16 @@ def until_given_up(wait: Waiting, clock: Clock, bytes_a_second: Callable[[float]
     return most
 
 
+def given_up_with(go_on: Callable[[int], None]) -> str:
+    """What is said when something that goes on second by second is given up."""
+    for second in range(1000):
+        try:
+            go_on(second)
+        except NoAnswer as error:
+            return str(error)
+    return "nothing"
+
+
 def test_patience_counts_from_when_an_operation_was_last_seen_to_get_on(clock: Clock) -> None:
     # 600 s, the default: a minute for the first attempt, so that there are others.
     wait = Waiting(600, is_repeated=True)
@@ -308,6 +371,61 @@ def test_a_trickle_is_no_transfer_and_a_slow_link_is_one(clock: Clock) -> None:
     for bytes_a_second, given_up in ((0, 30), (1, 30), (900, 30), (2000, 1000)):
         clock.now = 0
         assert until_given_up(Waiting(30), clock, lambda now, speed=bytes_a_second: speed) == given_up
+
+
+def test_what_moves_for_requests_that_are_refused_is_no_getting_on(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait, told_at = Waiting(30, is_repeated=True), list[float]()
+
+    def go_on(second: int) -> None:
+        """Two seconds for a megabyte each time, and one of pause."""
+        clock.now = second
+        if second % 3 == 0:
+            wait.ask()
+        wait.look(10**6 * (second // 3 + (second % 3 > 1)), "there")
+        if second % 3 == 2:
+            wait.refuse("503 SlowDown")
+        if caplog.messages and not told_at:
+            told_at.append(clock.now)
+
+    assert given_up_with(go_on) == "503 SlowDown; tried for 16 s"
+    assert told_at[0] <= 10
+    assert caplog.messages == ["there: 503 SlowDown; tried for 8 s; waiting for up to 22 s more"]
+    assert wait.fail() <= 16
+
+
+def test_a_transfer_after_a_refusal_takes_as_long_as_it_gets_on(clock: Clock) -> None:
+    wait = Waiting(30, is_repeated=True)
+    wait.ask()
+    wait.refuse("503 SlowDown")
+    wait.ask()
+    assert until_given_up(wait, clock, lambda now: 20_000 if now <= 300 else 0) == 315
+    # One that succeeded is where time counts from.
+    clock.now = 0
+    wait = Waiting(30, is_repeated=True)
+    for second in range(0, 300, 10):
+        clock.now = second
+        wait.ask()
+        wait.refuse("503 SlowDown")
+        wait.ask()
+        wait.get_on()
+    assert wait.left == 30
+
+
+def test_what_was_said_before_a_silence_is_not_forgotten(clock: Clock) -> None:
+    wait = Waiting(30, is_repeated=True)
+    wait.ask()
+    wait.refuse("503 SlowDown")
+    wait.fail()
+    wait.begin_attempt()
+    wait.ask()
+
+    def go_on(second: int) -> None:
+        clock.now = second
+        wait.look(0, "there")
+
+    assert given_up_with(go_on) == "timed out: no answer for 15 s; before that: 503 SlowDown"
 
 
 def test_a_part_that_is_done_is_getting_on(clock: Clock) -> None:
