@@ -1,10 +1,10 @@
 """What a tokenizer adds to every text by its own template, and what that means for a prompt.
 
 Most put tokens in front of a text (`<s>`, `[CLS]`, `[gMASK]<sop>`), some put tokens behind it (`</s>`, `[SEP]`). Two
-things follow. A prompt that spells them itself, as chat templates give it, would have them twice: it has the tokens of what
-is written, without those added once more, and is refused where that is not clear. A causal prompt is read at its own
-last token: what is put behind it is taken off. What is added is found out from what a tokenizer gives for texts that have nothing in common, so that
-it does not matter what makes it do so.
+things follow. A prompt that spells them itself, as chat templates give it, would have them twice: it has the tokens of
+what is written, without those added once more, and is refused where that is not clear. A causal prompt is read at its
+own last token: what is put behind it is taken off. What is added is found out from what a tokenizer gives for texts
+that have nothing in common, so that it does not matter what makes it do so.
 
 A special token in the middle of a prompt (turns of a conversation, packed documents) stays, as it is written.
 """
