@@ -15,7 +15,8 @@ from itertools import islice
 from typing import Protocol
 
 from neg_service.errors import PromptError, TargetError
-from neg_service.prompts.added import Tokenizer, added_by, read_once
+from neg_service.prompts.added import added_by, read_once, readable, tell_what_is_odd
+from neg_service.prompts.reading import Reading, Tokenizer, Unread, read_texts
 
 # What a prompt may write for the mask token of any masked model.
 MASK = "[MASK]"
@@ -61,11 +62,11 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class _Read:
-    """A prompt as it is read: its tokens, and for each target those of the text with it."""
+    """A prompt as it is read: its tokens, and for each target those of the text with it, or why there are none."""
 
     prompt: Prompt
     ids: tuple[int, ...]
-    with_targets: tuple[tuple[int, ...], ...]
+    with_targets: tuple[tuple[int, ...] | TargetError, ...]
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
@@ -214,27 +215,46 @@ def _reads(
     remaining, is_masked, added = iter(prompts), mask_token is not None, None
     while group := list(islice(remaining, batch)):
         asked = [_with_models_mask(tokenizer, prompt, mask_token) for prompt in group]
-        encoded = [tuple(ids) for ids in tokenizer(asked)["input_ids"]]
-        added = added or added_by(tokenizer, encoded)
-        read = [
-            read_once(tokenizer, prompt.id, text, ids, added, keeps_after=is_masked)
-            for prompt, text, ids in zip(group, asked, encoded, strict=True)
+        readings = [
+            readable(prompt.id, found) for prompt, found in zip(group, read_texts(tokenizer, asked), strict=True)
         ]
+        added = added or added_by(tokenizer, [reading.ids for reading in readings])
+        read = [
+            read_once(tokenizer, prompt.id, text, reading, added, keeps_after=is_masked)
+            for prompt, text, reading in zip(group, asked, readings, strict=True)
+        ]
+        tell_what_is_odd(added, read)
         mask = _mask(tokenizer, mask_token)
         texts = [
-            text + target if mask is None else text.replace(mask, target)
-            for prompt, (text, _) in zip(group, read, strict=True)
+            once.text + target if mask is None else once.text.replace(mask, target)
+            for prompt, once in zip(group, read, strict=True)
             for target in prompt.targets
         ]
-        full = iter(zip(texts, tokenizer(texts)["input_ids"] if texts else [], strict=True))
-        for prompt, (_, ids) in zip(group, read, strict=True):
-            of_targets = ((text, tuple(own)) for text, own in islice(full, len(prompt.targets)))
-            _check_known(tokenizer, prompt, ids, model)
-            yield _Read(
-                prompt,
-                ids,
-                tuple(own if is_masked else added.without_after(text, own) for text, own in of_targets),
-            )
+        full = iter(zip(texts, read_texts(tokenizer, texts), strict=True))
+        for prompt, once in zip(group, read, strict=True):
+            _check_known(tokenizer, prompt, once.ids, model)
+            with_targets: list[tuple[int, ...] | TargetError] = []
+            for target, (text, found) in zip(prompt.targets, islice(full, len(prompt.targets)), strict=True):
+                reading = _read_with(prompt, target, found, once.n_dropped)
+                with_targets.append(
+                    once.ids_of(added, text, reading.ids, is_masked) if isinstance(reading, Reading) else reading
+                )
+            yield _Read(prompt, once.ids, tuple(with_targets))
+
+
+def _read_with(prompt: Prompt, target: str, found: Reading | Unread, n_dropped: int) -> Reading | TargetError:
+    """A prompt with a target as it is read, or why the target cannot be; of the prompt, `n_dropped` have no token."""
+    skip = "(dataset.source, model.source; dataset.not_one_token=skip leaves it out)"
+    if isinstance(found, Unread):
+        return TargetError(
+            f"prompt {prompt.id!r}: the model's tokenizer cannot read target {target!r}: {found.words} {skip}"
+        )
+    if found.n_dropped > n_dropped:
+        return TargetError(
+            f"prompt {prompt.id!r}: the model's tokenizer has no token for {found.n_dropped - n_dropped} of the "
+            f"characters of target {target!r}, and would measure what is left of it {skip}"
+        )
+    return found
 
 
 def _with_models_mask(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | None) -> str:
@@ -296,11 +316,13 @@ def _target_id(
     tokenizer: Tokenizer,
     read: _Read,
     target: str,
-    full: tuple[int, ...],
+    full: tuple[int, ...] | TargetError,
     mask_token: int | None,
     model: Vocabulary | None,
 ) -> int:
     """The one token of a target after its prompt, or in the place of its mask."""
+    if isinstance(full, TargetError):
+        raise full
     prompt, ids = read.prompt, read.ids
     own = _after(ids, full) if mask_token is None else _instead_of(mask_token, ids, full)
     if own is None:
