@@ -50,6 +50,13 @@ _POINTERS = (
     (b"# xet version", "Xet"),
     (b"/annex/objects/", "git-annex"),
 )
+# What servers send in the place of a file, and downloads keep under its name.
+_ANSWERS = (
+    (b"<!doctype html", "a page of HTML"),
+    (b"<html", "a page of HTML"),
+    (b"entry not found", "a server's answer (Entry not found)"),
+    (b"access to model", "a server's answer (Access to model …)"),
+)
 # Git LFS keeps its pointers below this.
 _POINTER_BYTES = 1024
 
@@ -105,9 +112,15 @@ def require_real_file(source: str, file: Path) -> None:
     """
     if not file.exists():
         raise ModelError(f"model.source={source}: {file.name} is a link to {file.readlink()}, where nothing is")
-    if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
+    if not file.is_file():
         return
-    text = file.read_bytes()
+    with file.open("rb") as opened:
+        text = opened.read(_POINTER_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    for start, what in _ANSWERS:
+        if text.lower().startswith(start):
+            raise ModelError(f"model.source={source}: {file.name} is {what}, not the file itself: download the file")
+    if file.stat().st_size > _POINTER_BYTES:
+        return
     for start, system in _POINTERS:
         if text.startswith(start):
             size = re.search(rb"^size (\d+)", text, re.MULTILINE)
@@ -264,14 +277,18 @@ def _what_is_wrong(file: Path) -> str | None:
 
 
 def damaged_json(directory: Path) -> str | None:
-    """The first of a tokenizer's files that is no JSON, with the reason."""
+    """The first of a tokenizer's files that cannot be one by its JSON, with the reason."""
     for file in _matching(
         directory, ("tokenizer*.json", "vocab*.json", "special_tokens_map.json", "added_tokens.json")
     ):
         try:
-            json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
             return f"{file.name} is no JSON: {one_line(error)}"
+        if not isinstance(content, dict):
+            return f"{file.name} is no JSON object"
+        if file.name == "tokenizer.json" and "model" not in content:
+            return f"{file.name} has no model"
     return None
 
 

@@ -70,6 +70,8 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("Llama 2", "rope_scaling", {"rope_type": 3}, "rope_scaling.rope_type=3: is no kind of"),
     ("Llama 2", "rope_parameters", {"rope_type": "default", "rope_theta": math.inf}, "rope_theta=Infinity: must be"),
     ("Llama 2", "rope_parameters", {"rope_type": "default", "rope_theta": -1}, "rope_theta=-1: must be more than 0"),
+    ("Llama 2", "rope_scaling", {"type": "linear", "factor": 0}, "rope_scaling.factor=0: must be more than 0"),
+    ("Llama 2", "rope_scaling", {"rope_type": "linear", "factor": -2.0}, "factor=-2.0: must be more than 0"),
     ("Phi-4-mini", "sliding_window", -1, "sliding_window=-1: must be at least 1"),
     ("Llama 2", "dtype", "float33", 'dtype="float33": must be the name of a torch dtype'),
     ("Llama 2", "architectures", "LlamaForCausalLM", "must be a list of names"),
@@ -123,3 +125,10 @@ def test_a_configuration_that_is_no_json_object_is_told(content: bytes, tmp_path
     with pytest.raises(ModelError, match=r"cannot be loaded: config\.json is no JSON") as error:
         inspect_model(fetch(str(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+def test_a_key_that_stands_twice_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "a": {"hidden_size": 24, "hidden_size": 32}}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"config\.json: has an object with the key 'hidden_size' twice"):
+        inspect_model(fetch(str(tmp_path)))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import neg_service
 from jobs.benchmarks.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from neg_service.errors import ModelError, NegServiceError
+from neg_service.models.folder import require_real_file
 from neg_service.models.language_model import inspect_model
 from neg_service.models.source import fetch
 from tests.e2e.commands import job
@@ -459,6 +460,25 @@ def test_a_pointer_among_the_files_of_a_tokenizer_is_told(file: str, tmp_path: P
     assert f"{file} is a Git LFS pointer" in refused(directory)
 
 
+@pytest.mark.parametrize("file", [WEIGHTS, "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("\ufeff" + POINTER, "a Git LFS pointer"),
+        ("\n" + POINTER, "a Git LFS pointer"),
+        ("<!DOCTYPE html><html>Please log in</html>" + 2000 * " ", "a page of HTML"),
+        ("\n<html>", "a page of HTML"),
+        ("Entry not found", "a server's answer (Entry not found)"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_told(file: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError) as error:
+        require_real_file("x", tmp_path / file)
+    assert f"{file} is {words}" in str(error.value)
+
+
 def test_a_pointer_for_a_gguf_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEG_SERVICE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.gguf").write_text(POINTER)
@@ -487,7 +507,6 @@ def half(content: bytes) -> bytes:
         (lambda content: b"", "is no safetensors, or is cut off"),
         (lambda content: (2**40).to_bytes(8, "little") + content[8:], "a header of 1099511627776 bytes does not fit"),
         (lambda content: content[:8] + b"x" + content[9:], "its header is damaged"),
-        (lambda content: b"<!DOCTYPE html><html>Please log in</html>", "is no safetensors, or is cut off"),
     ],
 )
 def test_damaged_weights_are_told(change: Callable[[bytes], bytes], words: str, tmp_path: Path) -> None:
@@ -505,5 +524,4 @@ def test_a_damaged_tokenizer_is_told(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer.*cannot be loaded") as error:
         neg_service.load_model(str(directory))
     assert "\n" not in str(error.value)
-    if content not in (b"[]", b"{}"):
-        assert "tokenizer.json is no JSON" in str(error.value)
+    assert ("tokenizer.json has no model" if content == b"{}" else "tokenizer.json is no JSON") in str(error.value)
