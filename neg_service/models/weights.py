@@ -3,33 +3,44 @@
 transformers fills gaps at random, leaves out what no parameter takes, and only warns; models then run, and their
 numbers are another model's. What is left out rightly is known by name and shape, and logged:
 
-| kind                      | such as                                                              |
-|---------------------------|----------------------------------------------------------------------|
-| tables made anew          | `rotary_emb.inv_freq`, `position_ids`                                |
-| causal masks              | `attn.bias` [1, 1, n, n], `attn.masked_bias`                         |
-| prediction of more tokens | `mtp.*`, layers behind the last one with `eh_proj`, `enorm`, `hnorm` |
-| biases of zeros           | `lm_head.bias`, of whatever layer                                    |
-| other heads               | `score`, `classifier`, `v_head`, `cls.seq_relationship`, `pooler`    |
-| parts for other input     | `vision_tower.*`, `audio_tower.*`, projectors                        |
+| kind                      | such as                                                                |
+|---------------------------|------------------------------------------------------------------------|
+| tables made anew          | `rotary_emb.inv_freq`, `position_ids`                                  |
+| causal masks              | `attn.bias` [1, 1, n, n] with a mask's values, `attn.masked_bias` -1e4 |
+| prediction of more tokens | `mtp.*`, layers behind the last one with `eh_proj`, `enorm`, `hnorm`   |
+| biases of zeros           | `lm_head.bias`, of whatever layer                                      |
+| other heads               | `score`, `classifier`, `v_head`, `cls.seq_relationship`, `pooler`      |
+| parts for other input     | `vision_tower.*`, `audio_tower.*`, projectors                          |
 
-Anything else is refused by name.
+Inside the layers that read text only the first four are known. Anything else is refused by name, and so are an
+adapter's tensors, wherever they lie, and two different tensors of which one parameter would take either.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from neg_service.errors import ModelError
 from neg_service.models.configuration import guarded
-from neg_service.models.folder import LocalModel, StoredTensor, stored_tensors, weight_files
+from neg_service.models.folder import (
+    OTHER_INPUT,
+    LocalModel,
+    StoredTensor,
+    is_of_adapter,
+    stored_tensors,
+    weight_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +48,15 @@ _TABLES = re.compile(r"(^|[._])(inv_freq|position_ids|token_type_ids|(cos|sin)_c
 _MORE_TOKENS = re.compile(r"(^|\.)(mtp|nextn|next_n)(_\w+)?\.")
 # Modules that only layers for further tokens have.
 _OF_MORE_TOKENS = ("eh_proj", "enorm", "hnorm", "shared_head")
-_OTHER_INPUT = re.compile(r"(^|\.)(vision|visual|image|audio|speech|multi_modal|mm_|embed_vision|embed_audio|talker)")
-_OTHER_HEADS = re.compile(r"(^|\.)(pooler|score|classifier|\w*head\w*|qa_outputs|seq_relationship|medusa\w*)(\.|$)")
+_OTHER_HEADS = re.compile(
+    r"(^|\.)(pooler|scores?|(\w+_)?classifier|(v|value|reward|contact|classification)_head|qa_outputs|seq_relationship|"
+    r"medusa\w*|sequence_summary|(discriminator|generator|lm|mask)_predictions)(\.|$)"
+)
+# Beside the model, where a part that takes part in its numbers would have another name.
+_HEADS_BESIDE = re.compile(r"^(?!lm_head\.)(\w+_)?heads?\.")
+_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|causal_mask)$")
+# What masks add to scores; no bias that was learnt is as far below zero.
+_MASKED = -1e3
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -59,6 +77,8 @@ def rehearse(
     """
     source = source or str(local.directory)
     tensors = stored_tensors(source, weight_files(source, local.directory))
+    places = _places(model, tensors)
+    _require_one_of_each(source, {name: own.name for name, own in places.items() if own.is_taken_whole}, tensors)
     loaded, report = guarded(
         lambda: auto_class.from_pretrained(
             local.directory,
@@ -71,9 +91,11 @@ def rehearse(
         source,
     )
     require_complete(source, report, head_is_outside=f"{model.base_model_prefix}.")
-    _require_numbers(source, loaded, tensors)
-    hidden = _left_out_without_a_word(loaded, tensors)
-    require_used(source, loaded, {*report["unexpected_keys"], *hidden}, tensors)
+    known = set(loaded.state_dict())
+    _require_numbers(source, loaded, places, tensors)
+    unused = {name: own.name for name, own in places.items() if own.name not in known}
+    reported = set(map(str, report["unexpected_keys"])).difference(unused.values())
+    require_used(source, loaded, {name: name for name in reported} | unused, tensors)
 
 
 def require_complete(source: str, report: Mapping[str, Any], head_is_outside: str | None = None) -> None:
@@ -107,21 +129,23 @@ def require_complete(source: str, report: Mapping[str, Any], head_is_outside: st
 
 
 def require_used(
-    source: str, model: PreTrainedModel, unused: Collection[str], tensors: Mapping[str, StoredTensor]
+    source: str, model: PreTrainedModel, unused: Mapping[str, str], tensors: Mapping[str, StoredTensor]
 ) -> None:
     """Refuse tensors that no parameter takes although they would change numbers; log the others.
+
+    unused: the names in the files, each with the name by which the model knows such tensors today.
 
     Raises:
         ModelError: naming tensors and their files.
     """
-    about = _About.of(model, {*unused, *tensors})
-    kinds = {name: about.kind_of(name, tensors.get(name)) for name in sorted(unused)}
+    about = _About.of(model, unused.values())
+    kinds = {name: about.kind_of(place, tensors.get(name)) for name, place in sorted(unused.items())}
     wrong = [name for name, kind in kinds.items() if kind is None]
     if wrong:
         stored = tensors.get(wrong[0])
         where = f" ({stored.file.name})" if stored else ""
         hint = "config.json switches off what they are for, or is another model's: mend it, or change model.source"
-        if any("lora_" in name.lower() for name in wrong):
+        if any(map(is_of_adapter, wrong)):
             hint = "they are an adapter's: merge it into the model, and save that"
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ModelError(
@@ -134,6 +158,54 @@ def require_used(
 
 
 @dataclass(frozen=True)
+class _Place:
+    """The name under which the model looks for a stored tensor; whole, or as a part of what is put together."""
+
+    name: str
+    is_taken_whole: bool
+
+
+def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, _Place]:
+    """Where transformers puts each stored tensor: it knows older names, and names with and without the prefix."""
+    transforms, known = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [own for own in transforms if isinstance(own, WeightRenaming)]
+    converters = [own for own in transforms if isinstance(own, WeightConverter)]
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        place, part = rename_source_key(name, renamings, converters, prefix, known)
+        if place not in known and name in known:
+            place, part = rename_source_key(name, [], [], prefix, known)
+        found[name] = _Place(place, part is None)
+    return found
+
+
+def _require_one_of_each(source: str, places: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse two tensors for one parameter: which of them it takes is a matter of the order of their names."""
+    first: dict[str, str] = {}
+    for name, place in places.items():
+        other = first.setdefault(place, name)
+        if other != name and not _are_equal(other, name, tensors):
+            files = ", ".join(sorted({tensors[own].file.name for own in (other, name)}))
+            raise ModelError(
+                f"model.source={source}: {other} and {name} ({files}) are different tensors for one parameter, "
+                f"{place}: take out the one that is not meant"
+            )
+
+
+def _are_equal(one: str, other: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    if tensors[one].shape != tensors[other].shape:
+        return False
+    return torch.equal(_read(tensors[one]).double(), _read(tensors[other]).double())
+
+
+def _read(stored: StoredTensor) -> torch.Tensor:
+    with safe_open(stored.file, "pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(stored.name)
+        return tensor
+
+
+@dataclass(frozen=True)
 class _About:
     """What has to be known of a model to tell why a tensor may be left out."""
 
@@ -141,18 +213,18 @@ class _About:
     body: frozenset[str]
     head: tuple[str, ...]
     layer: re.Pattern[str]
-    n_layers: int
     further: frozenset[int]
     ignored: re.Pattern[str] | None
 
     @classmethod
     def of(cls, model: PreTrainedModel, names: Collection[str]) -> _About:
-        config = model.config.get_text_config()
-        prefix, n_layers = f"{model.base_model_prefix}.", config.num_hidden_layers
+        prefix = f"{model.base_model_prefix}."
         layer = re.compile(rf"(^|\.){re.escape(_path_of_layers(model).rsplit('.', 1)[-1])}\.(\d+)\.")
-        found = [(layer.search(name), name.split(".")) for name in names]
-        named = {int(own.group(2)) for own, parts in found if own and not set(_OF_MORE_TOKENS).isdisjoint(parts)}
-        announced = range(n_layers, n_layers + _layers_of_more_tokens(config))
+        found = [(_text_layer(layer, name), name) for name in names]
+        with_evidence = {
+            int(own.group(2)) for own, name in found if own and name[own.end() :].split(".", 1)[0] in _OF_MORE_TOKENS
+        }
+        n_layers = model.config.get_text_config().num_hidden_layers
         return cls(
             prefix=prefix,
             body=frozenset(name for name, _ in model.base_model.named_children()),
@@ -162,54 +234,67 @@ class _About:
                 if name and not f"{name}.".startswith(prefix) and any(True for _ in own.parameters(recurse=False))
             ),
             layer=layer,
-            n_layers=n_layers,
-            further=frozenset(own for own in {*named, *announced} if own >= n_layers),
+            further=frozenset(own for own in with_evidence if own >= n_layers),
             ignored=_patterns_that_are_ignored(model),
         )
 
     def kind_of(self, name: str, stored: StoredTensor | None) -> str | None:
         """Why a tensor may be left out, or None if it may not."""
-        layer = self.layer.search(name)
+        layer = _text_layer(self.layer, name)
+        if is_of_adapter(name):
+            return None
         if _TABLES.search(name):
             return "tables that are made anew"
-        if _is_mask(name, stored):
+        if stored and _is_mask(name, stored):
             return "causal masks"
-        if _MORE_TOKENS.search(name) or (layer and int(layer.group(2)) in self.further):
+        if (layer and int(layer.group(2)) in self.further) or (not layer and _MORE_TOKENS.search(name)):
             return "layers that predict further tokens"
         # To some of these patterns a bias of attention looks like a mask.
         if self.ignored and self.ignored.search(name) and not name.endswith("bias"):
             return "known to transformers as of no use"
-        if _OTHER_INPUT.search(name):
+        if not layer and OTHER_INPUT.search(name):
             return "parts for other input than text"
-        if stored and name.endswith("bias") and _is_zero(name, stored):
+        if stored and name.endswith("bias") and not bool(_read(stored).any()):
             return "biases of zeros"
-        if layer and not _OTHER_HEADS.search(name[: layer.start()]):
+        if layer or name.startswith(self.head):
             return None
-        is_of_body = name.startswith(self.prefix) or name.split(".", 1)[0] in self.body
-        if name.startswith(self.head) or (is_of_body and not _OTHER_HEADS.search(name)):
-            return None
-        return "other heads"
+        is_beside = not name.startswith(self.prefix) and name.split(".", 1)[0] not in self.body
+        return "other heads" if _OTHER_HEADS.search(name) or (is_beside and _HEADS_BESIDE.search(name)) else None
 
 
-def _is_zero(name: str, stored: StoredTensor) -> bool:
-    with safe_open(stored.file, "pt") as opened:
-        return not bool(opened.get_tensor(name).any())
+def _text_layer(layer: re.Pattern[str], name: str) -> re.Match[str] | None:
+    """The layer that a name is of, unless it is one of a part for other input, for further tokens, or of a head."""
+    found = layer.search(name)
+    if found is None:
+        return None
+    before = f"{name[: found.start()]}."
+    return None if any(own.search(before) for own in (OTHER_INPUT, _MORE_TOKENS, _OTHER_HEADS)) else found
 
 
-def _is_mask(name: str, stored: StoredTensor | None) -> bool:
+def _is_mask(name: str, stored: StoredTensor) -> bool:
     """GPT-2 and others kept their causal masks beside the weights, one of them under the name of a bias."""
     if name.endswith(".masked_bias"):
-        return stored is None or sum(stored.shape) <= 1
-    if not name.endswith(("attn.bias", "attention.bias")) or stored is None:
+        return sum(stored.shape) <= 1 and float(_read(stored)) <= _MASKED
+    if not _MASK.search(name) or len(stored.shape) not in (2, 4) or set(stored.shape[:-2]) - {1}:
         return False
-    return len(stored.shape) in (2, 4) and stored.shape[-1] == stored.shape[-2] and set(stored.shape[:-2]) <= {1}
+    if stored.shape[-1] != stored.shape[-2] or stored.shape[-1] < 2:
+        return False
+    return _is_causal(_read(stored).reshape(stored.shape[-2:]))
 
 
-def _layers_of_more_tokens(config: Any) -> int:
-    """How many layers for further tokens a configuration announces."""
-    names = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "n_mtp_layers", "num_mtp_modules")
-    found = [getattr(config, name, None) for name in names]
-    return max((own for own in found if isinstance(own, int)), default=0)
+def _is_causal(mask: torch.Tensor) -> bool:
+    """Whether one of two values stands where a position is seen: itself, and all before it or the last of these."""
+    seen, unseen = mask[0, 0], mask[0, 1]
+    before = mask[:, 0] == seen
+    window = int(before.sum())
+    return bool(
+        seen != unseen
+        and (mask[0, 1:] == unseen).all()
+        and before[:window].all()
+        and (mask[window:, 0] == unseen).all()
+        # The same along every diagonal.
+        and torch.equal(mask[1:, 1:], mask[:-1, :-1])
+    )
 
 
 def _path_of_layers(model: PreTrainedModel) -> str:
@@ -225,24 +310,13 @@ def _patterns_that_are_ignored(model: PreTrainedModel) -> re.Pattern[str] | None
     return re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
 
 
-def _left_out_without_a_word(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Tensors that transformers leaves out by patterns of their names, and does not report."""
-    patterns = _patterns_that_are_ignored(model) or _TABLES
-    prefix, known = f"{model.base_model_prefix}.", set(model.state_dict())
-    return [
-        name
-        for name in tensors
-        if (patterns.search(name) or _TABLES.search(name))
-        and known.isdisjoint((name, prefix + name, name.removeprefix(prefix)))
-    ]
-
-
-def _require_numbers(source: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
+def _require_numbers(
+    source: str, model: PreTrainedModel, places: Mapping[str, _Place], tensors: Mapping[str, StoredTensor]
+) -> None:
     """Refuse parameters that are stored as integers or in eight bits: without their scales they are no weights."""
-    prefix = f"{model.base_model_prefix}."
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, stored in tensors.items():
-        if stored.dtype not in _FLOATS and not parameters.isdisjoint((name, prefix + name, name.removeprefix(prefix))):
+        if stored.dtype not in _FLOATS and places[name].name in parameters:
             raise ModelError(
                 f"model.source={source}: {name} ({stored.file.name}) is stored as {stored.dtype}, which are quantised "
                 f"weights that config.json does not tell of: choose the full weights ({', '.join(_FLOATS)})"

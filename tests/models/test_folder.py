@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import neg_service
 from jobs.benchmarks.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from neg_service.errors import ModelError, NegServiceError
+from neg_service.models.folder import require_real_file
 from neg_service.models.language_model import inspect_model
 from neg_service.models.source import fetch
 from tests.e2e.commands import job
@@ -88,6 +89,29 @@ UNUSED: list[tuple[str, str, tuple[int, ...]]] = [
     ("BERT", "cls.predictions.scale.weight", (24,)),
     ("ModernBERT", "model.layers.0.attn.Wqkv.bias", (72,)),
     ("Falcon", "transformer.h.0.mlp.dense_h_to_4h.bias", (40,)),
+    # Inside the layers, whatever a name reminds of.
+    ("Llama 2", "model.layers.0.mlp.image_gate.weight", (24,)),
+    ("Llama 2", "model.layers.0.mlp.visual.weight", (24,)),
+    ("Llama 2", "model.layers.1.mm_scale", (24,)),
+    ("Llama 2", "model.layers.0.mtp.fc.weight", (4, 24)),
+    ("Llama 2", "model.layers.0.audio_adapter.down.weight", (4, 24)),
+    ("GPT-2", "transformer.h.0.attn.vision.weight", (24,)),
+    # Of no known kind, inside the body and beside it.
+    ("Llama 2", "embed_layernorm.weight", (24,)),
+    ("Llama 2", "embed_positions.weight", (64, 24)),
+    ("Llama 2", "norm2.weight", (24,)),
+    ("Llama 2", "output.bias", (97,)),
+    ("Llama 2", "final_logits_bias", (1, 97)),
+    ("Llama 2", "logit_scale", ()),
+    ("Llama 2", "lm_head_bias", (97,)),
+    ("Llama 2", "model.head_norm.weight", (24,)),
+    ("Llama 2", "model.final_head_scale", (24,)),
+    ("Llama 2", "h.0.attn.c_attn.bias", (72,)),
+    ("BERT", "lm_head.weight", (97, 24)),
+    # By their values no masks.
+    ("GPT-2", "transformer.h.0.attn.bias", (1, 1, 64, 64)),
+    ("GPT-2", "transformer.h.0.attn.masked_bias", ()),
+    ("CodeGen", "transformer.h.0.attn.causal_mask", (1, 1, 64, 64)),
 ]
 
 
@@ -99,6 +123,73 @@ def test_tensors_that_no_parameter_takes_are_refused_by_name(
     change_tensors(directory, lambda tensors: tensors.update({name: torch.ones(shape)}))
     text = refused(directory)
     assert f"model.source={tmp_path}: 1 tensors would not be used: {name} (model.safetensors)" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.lora_A.vision.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.mtp.weight",
+        "model.layers.0.mlp.adapter.audio.weight",
+        "model.layers.0.mlp.up_proj.lokr_w1",
+        "lora_A.q.weight",
+        "vision_lora.weight",
+        "vision_adapter.lora_A.weight",
+        "adapters.0.down.weight",
+        "adapter.weight",
+        "model.adapter_head.weight",
+        "prompt_encoder.default.embedding.weight",
+        "prompt_embeddings",
+        "soft_prompt.weight",
+        "prefix_encoder.embedding.weight",
+        "control_vector.1",
+    ],
+)
+def test_an_adapter_among_the_weights_is_refused(name: str, tmp_path: Path) -> None:
+    directory = saved("Llama 2", tmp_path)
+    change_tensors(directory, lambda tensors: tensors.update({name: torch.ones(2, 24)}))
+    text = refused(directory)
+    assert f"1 tensors would not be used: {name} (model.safetensors)" in text
+    assert "they are an adapter's: merge it into the model" in text
+
+
+# A second name of a parameter.
+TWICE = [
+    ("Llama 2", "model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+    ("Llama 2", "model.norm.weight", "norm.weight"),
+    ("Llama 2", "model.embed_tokens.weight", "embed_tokens.weight"),
+    ("GPT-2", "transformer.ln_f.bias", "ln_f.bias"),
+    ("BERT", "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.gamma"),
+    ("BERT", "bert.encoder.layer.1.output.LayerNorm.bias", "encoder.layer.1.output.LayerNorm.beta"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "other", "is_in_shards"), [*[(*own, False) for own in TWICE], (*TWICE[0], True)]
+)
+def test_two_tensors_for_one_parameter_are_refused(
+    family: str, name: str, other: str, is_in_shards: bool, tmp_path: Path
+) -> None:
+    directory = saved(family, tmp_path)
+    second = load_file(directory / WEIGHTS)[name]
+
+    def store(tensor: torch.Tensor) -> None:
+        if not is_in_shards:
+            change_tensors(directory, lambda tensors: tensors.update({other: tensor}))
+            return
+        save_file({other: tensor}, directory / "b.safetensors", metadata={"format": "pt"})
+        places = dict.fromkeys(load_file(directory / WEIGHTS), WEIGHTS) | {other: "b.safetensors"}
+        (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        change_config(directory, transformers_weights=INDEX)
+
+    store(second.clone())
+    inspect_model(fetch(str(directory)), check_files=True)
+    for wrong in (second + 1, torch.ones(3, *second.shape)):
+        store(wrong)
+        text = refused(directory)
+        assert "are different tensors for one parameter" in text
+        assert name in text
+        assert other in text
 
 
 def test_biases_that_the_configuration_switches_off_are_refused(tmp_path: Path) -> None:
@@ -124,19 +215,32 @@ def test_biases_that_the_configuration_switches_off_are_refused(tmp_path: Path) 
     neg_service.load_model(str(tmp_path))
 
 
+def causal() -> torch.Tensor:
+    return torch.ones(64, 64).tril()[None, None]
+
+
 # What may be left out: with the words of the log.
 LEFT_OUT: list[tuple[str, dict[str, torch.Tensor], dict[str, Any], str]] = [
     ("Llama 2", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, {}, "tables that are made anew"),
     ("Llama 2", {"model.rotary_emb.inv_freq": torch.ones(2)}, {}, "tables that are made anew"),
     ("BERT", {"bert.embeddings.position_ids": torch.arange(64)[None]}, {}, "tables that are made anew"),
-    ("GPT-2", {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64)}, {}, "causal masks"),
+    ("GPT-2", {"transformer.h.0.attn.bias": causal()}, {}, "causal masks"),
     ("GPT-2", {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}, {}, "causal masks"),
     (
         "GPT-NeoX (Pythia)",
-        {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool)},
+        {"gpt_neox.layers.0.attention.bias": causal().bool()},
         {},
         "causal masks",
     ),
+    (
+        "GPT-2",
+        {"h.0.attn.bias": causal().to(torch.uint8), "h.1.attn.masked_bias": torch.tensor(-1e9)},
+        {},
+        "causal masks",
+    ),
+    ("GPT-2", {"transformer.h.0.attn.bias": (1 - causal()) * -1e4}, {}, "causal masks"),
+    ("GPT-Neo", {"transformer.h.1.attn.attention.bias": causal().triu(-4).byte()}, {}, "causal masks"),
+    ("CodeGen", {"transformer.h.1.attn.causal_mask": causal().bool()}, {}, "causal masks"),
     ("Llama 2", {"score.weight": torch.ones(2, 24)}, {}, "other heads"),
     ("Llama 2", {"v_head.summary.weight": torch.ones(1, 24), "v_head.summary.bias": torch.ones(1)}, {}, "other heads"),
     ("Llama 2", {"medusa_head.0.0.linear.weight": torch.ones(24, 24)}, {}, "other heads"),
@@ -152,15 +256,25 @@ LEFT_OUT: list[tuple[str, dict[str, torch.Tensor], dict[str, Any], str]] = [
     ),
     (
         "Llama 2",
-        {"model.layers.3.mlp.up_proj.weight": torch.ones(40, 24)},
-        {"num_nextn_predict_layers": 1},
-        "layers that predict further tokens",
-    ),
-    (
-        "Llama 2",
         {"vision_tower.encoder.layers.0.mlp.fc1.weight": torch.ones(8, 8)},
         {},
         "parts for other input than text",
+    ),
+    ("Llama 2", {"vision_language_adapter.w_in.weight": torch.ones(8, 8)}, {}, "parts for other input than text"),
+    (
+        "Llama 2",
+        {"resampler.query": torch.ones(8), "vpm.x.layers.0.y": torch.ones(8)},
+        {},
+        "parts for other input than text",
+    ),
+    ("GPT-2", {"multiple_choice_head.summary.weight": torch.ones(1, 24)}, {}, "other heads"),
+    ("DistilBERT", {"pre_classifier.weight": torch.ones(24, 24), "qa_outputs.bias": torch.ones(2)}, {}, "other heads"),
+    ("ELECTRA generator", {"discriminator_predictions.dense.weight": torch.ones(24, 24)}, {}, "other heads"),
+    (
+        "DeBERTa 2 and 3",
+        {"lm_predictions.lm_head.bias": torch.ones(97)},
+        {},
+        "other heads",
     ),
 ]
 
@@ -179,6 +293,32 @@ def test_what_may_be_left_out_is_logged(
     change_tensors(directory, lambda own: own.update(tensors))
     neg_service.load_model(str(directory))
     assert f"not used: {len(tensors)} tensors, {words}: {sorted(tensors)[0]}" in caplog.text
+
+
+@pytest.mark.parametrize(("n_layers", "announced"), [(2, 1), (2, 3), (1, 2)])
+def test_a_plain_layer_behind_the_last_one_is_no_layer_for_further_tokens(
+    n_layers: int, announced: int, tmp_path: Path
+) -> None:
+    directory = saved("Llama 2", tmp_path, num_hidden_layers=n_layers, num_nextn_predict_layers=announced)
+    words = f"tensors would not be used: model.layers.{n_layers}.input_layernorm.weight"
+    assert words in refused(directory)
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "GPT-2", "BLOOM", "OPT"])
+def test_names_without_the_prefix_are_no_strangers(family: str, tmp_path: Path) -> None:
+    directory = saved(family, tmp_path)
+    prefix = f"{tiny_model(family).model.base_model_prefix}."
+
+    def renamed(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix(prefix)] = tensors.pop(name)
+
+    change_tensors(directory, renamed)
+    loaded, made = neg_service.load_model(directory).model, tiny_model(family).model
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, made.state_dict()[name])
+    change_tensors(directory, lambda tensors: tensors.update({"embed_layernorm.weight": torch.ones(24)}))
+    assert "1 tensors would not be used: embed_layernorm.weight" in refused(directory)
 
 
 def test_old_names_of_parameters_are_no_strangers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -320,6 +460,25 @@ def test_a_pointer_among_the_files_of_a_tokenizer_is_told(file: str, tmp_path: P
     assert f"{file} is a Git LFS pointer" in refused(directory)
 
 
+@pytest.mark.parametrize("file", [WEIGHTS, "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("\ufeff" + POINTER, "a Git LFS pointer"),
+        ("\n" + POINTER, "a Git LFS pointer"),
+        ("<!DOCTYPE html><html>Please log in</html>" + 2000 * " ", "a page of HTML"),
+        ("\n<html>", "a page of HTML"),
+        ("Entry not found", "a server's answer (Entry not found)"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_told(file: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError) as error:
+        require_real_file("x", tmp_path / file)
+    assert f"{file} is {words}" in str(error.value)
+
+
 def test_a_pointer_for_a_gguf_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEG_SERVICE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.gguf").write_text(POINTER)
@@ -348,7 +507,6 @@ def half(content: bytes) -> bytes:
         (lambda content: b"", "is no safetensors, or is cut off"),
         (lambda content: (2**40).to_bytes(8, "little") + content[8:], "a header of 1099511627776 bytes does not fit"),
         (lambda content: content[:8] + b"x" + content[9:], "its header is damaged"),
-        (lambda content: b"<!DOCTYPE html><html>Please log in</html>", "is no safetensors, or is cut off"),
     ],
 )
 def test_damaged_weights_are_told(change: Callable[[bytes], bytes], words: str, tmp_path: Path) -> None:
@@ -366,5 +524,4 @@ def test_a_damaged_tokenizer_is_told(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer.*cannot be loaded") as error:
         neg_service.load_model(str(directory))
     assert "\n" not in str(error.value)
-    if content not in (b"[]", b"{}"):
-        assert "tokenizer.json is no JSON" in str(error.value)
+    assert ("tokenizer.json has no model" if content == b"{}" else "tokenizer.json is no JSON") in str(error.value)
