@@ -87,8 +87,12 @@ def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -
         raise refusal(f"{where}: {problem}") from problem
 
 
-def json_lines(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> Iterator[tuple[int, Any]]:
+def json_lines(
+    where: str, content: bytes, refusal: Refusal = ConfigurationError, *, as_written: bool = False
+) -> Iterator[tuple[int, Any]]:
     """What the lines of a JSONL file say, with their numbers from 1; empty lines are left out.
+
+    `as_written`: the text of a number is that in the file, as of 1.10 and 1e5.
 
     Only line feeds and carriage returns end a line: texts may hold U+2028 and whatever else ends one elsewhere.
 
@@ -99,19 +103,19 @@ def json_lines(where: str, content: bytes, refusal: Refusal = ConfigurationError
         if not line.strip():
             continue
         try:
-            yield number, json_value(line.rstrip())
+            yield number, json_value(line.rstrip(), as_written=as_written)
         except ValueError as problem:
             raise refusal(f"{where}: line {number} {problem}") from problem
 
 
-def json_value(text: str) -> Any:
-    """What a text of JSON says.
+def json_value(text: str, *, as_written: bool = False) -> Any:
+    """What a text of JSON says; `as_written` as of `json_lines`.
 
     Raises:
         ValueError: what is wrong, as the end of a sentence.
     """
     try:
-        return _DECODER.decode(text)
+        return (_AS_WRITTEN if as_written else _DECODER).decode(text)
     except json.JSONDecodeError as problem:
         line = f"line {problem.lineno}, " if "\n" in text else ""
         raise ValueError(f"is not JSON: {problem.msg} at {line}column {problem.colno}") from problem
@@ -135,7 +139,36 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+class _WrittenFloat(float):
+    """A number with a text of its own."""
+
+    def __new__(cls, text: str) -> _WrittenFloat:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _WrittenInt(int):
+    """The same of a whole number, for -0."""
+
+    def __new__(cls, text: str) -> _WrittenInt:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_AS_WRITTEN = json.JSONDecoder(object_pairs_hook=_object, parse_float=_WrittenFloat, parse_int=_WrittenInt)
 
 
 def repeated(names: Iterable[str]) -> str | None:

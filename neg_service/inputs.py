@@ -18,11 +18,11 @@ from typing import Any
 
 import aiohttp
 import fsspec
-from botocore.exceptions import BotoCoreError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.tar import TarFileSystem
+from fsspec.implementations.zip import ZipFileSystem
 
-from neg_service.errors import ConfigurationError, one_line
+from neg_service.errors import ConfigurationError, NegServiceError, one_line
 from neg_service.places import (
     file_name_of,
     is_chain,
@@ -32,29 +32,12 @@ from neg_service.places import (
     split_scheme,
     without_credentials,
 )
+from neg_service.refusals import advice_of, is_silence
 
 _DAMAGED = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, struct.error,
     aiohttp.ClientPayloadError,
 )  # fmt: skip
-# fsspec's file systems raise whatever comes up in them, of an address of a form that they do not expect, too.
-_UNREADABLE = (
-    OSError, ValueError, ImportError, LookupError, RuntimeError, TypeError, AttributeError, BotoCoreError,
-    aiohttp.ClientError, *_DAMAGED,
-)  # fmt: skip
-_RENEW = "the credentials in the environment are of a session that is over or another's: renew them"
-_CREDENTIALS = {
-    "ExpiredToken": _RENEW,
-    "ExpiredTokenException": _RENEW,
-    "TokenRefreshRequired": _RENEW,
-    "RequestExpired": _RENEW,
-    "InvalidToken": "AWS_SESSION_TOKEN does not belong to the keys in the environment",
-    "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is unknown there",
-    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY, perhaps",
-    "RequestTimeTooSkewed": "set this machine's clock",
-    "AccessDenied": "the key in the environment may not read it",
-    "403": "the key in the environment may not read it",
-}
 _PIECE = 2**20
 
 
@@ -78,7 +61,7 @@ def read_if_there(key: str, source: str, error: type[ConfigurationError] = Confi
         try:
             return _content(*_opened(key, source, error))
         except FileNotFoundError as problem:
-            if _is_silent(_cause(problem)):
+            if is_silence(_cause(problem)):
                 raise
             return None
 
@@ -95,13 +78,16 @@ def parts_of_input(key: str, source: str) -> Iterator[tuple[str, bytes]]:
         if files.isdir(place):
             # Listed, not matched: a pattern's characters in a folder's name are the name's own.
             found = files.ls(place, detail=True)
-            names = sorted(
-                entry["name"] for entry in found if entry["type"] == "file" and suffix_of(entry["name"]) == ".parquet"
-            )
+            names = sorted(entry["name"] for entry in found if entry["type"] == "file" and _is_part(entry["name"]))
     for name in names:
         with _told(key, source, ConfigurationError):
             content = _content(files, name)
         yield name, content
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file of a table's folder is of the table; hidden ones are what systems and tools leave beside files."""
+    return suffix_of(name) == ".parquet" and not file_name_of(name).startswith(".")
 
 
 def _content(files: AbstractFileSystem, place: str) -> bytes:
@@ -109,6 +95,10 @@ def _content(files: AbstractFileSystem, place: str) -> bytes:
     # to which nothing is said, and for ranges, which it does not count.
     whole = {"max_concurrency": 1} if "s3" in files.protocol else {}
     content: bytes = files.cat_file(place, **whole)
+    # A copy that is kept stands before what it is of.
+    archive = getattr(files, "fs", files)
+    if isinstance(archive, ZipFileSystem) and archive.zip.namelist().count(place.lstrip("/")) > 1:
+        raise ValueError(f"the archive has two files {place!r}; names must differ")
     if isinstance(files, TarFileSystem):
         # The checksum of a compressed archive stands at its end.
         while files.fo.read(_PIECE):
@@ -146,12 +136,37 @@ def _told(key: str, source: str, error: type[ConfigurationError]) -> Iterator[No
     shown = without_credentials(source)
     try:
         yield
-    except _UNREADABLE as problem:
+    except NegServiceError:
+        raise
+    # Any library may stand behind a file system of fsspec, and raises its own errors, of an address of a form that it
+    # does not expect, too.
+    except Exception as problem:
         # What a library says of an address may hold what the address hides.
-        reason = _reason(_cause(problem), shown == source)
+        reason = _reason(_better_told(source, _cause(problem)), shown == source)
         # The storage of results and the place of inputs need not be the same server.
-        hint = "; the server, where it is not Amazon's, is named by AWS_ENDPOINT_URL" if shown.startswith("s3") else ""
+        hint = "; the server, where it is not Amazon's, is named by AWS_ENDPOINT_URL" if _is_s3(_last(shown)) else ""
         raise error(f"{key}={shown}: cannot be read: {reason}{hint}") from problem
+
+
+def _last(source: str) -> str:
+    """The last link of a chain, from which all bytes come; any other place itself."""
+    return source.rpartition("::")[2] if is_chain(source) else source
+
+
+def _is_s3(source: str) -> bool:
+    return split_scheme(source)[0] in ("s3", "s3a")
+
+
+def _better_told(source: str, problem: BaseException) -> BaseException:
+    """What a server of S3 says of the end of a chain: archives and copies ask with HEAD, to which nothing is said."""
+    if not is_chain(source) or not _is_s3(_last(source)) or isinstance(problem, _DAMAGED):
+        return problem
+    try:
+        files, place = fsspec.url_to_fs(_last(source))
+        files.cat_file(place, start=0, end=1)
+    except Exception as told:  # noqa: BLE001 (as above)
+        return told
+    return problem
 
 
 def _cause(problem: BaseException) -> BaseException:
@@ -160,26 +175,20 @@ def _cause(problem: BaseException) -> BaseException:
     return behind if isinstance(problem, FileNotFoundError) and isinstance(behind, aiohttp.ClientError) else problem
 
 
-def _is_silent(problem: BaseException) -> bool:
-    is_unsafe = isinstance(problem, aiohttp.ClientSSLError)
-    return isinstance(problem, aiohttp.ClientConnectionError) and not is_unsafe
-
-
 def _reason(problem: BaseException, may_be_quoted: bool) -> str:
     """Why a file cannot be read, and what to do about it where that is known."""
     text = one_line(problem) if may_be_quoted else type(problem).__name__
-    if _is_silent(problem):
-        return "nothing answers there"
     if isinstance(problem, aiohttp.ClientResponseError):
         if problem.status == 404:
             return "no such file"
         advice = ": it needs credentials, or those in the address are wrong or have expired"
         return f"the server says {problem.status} {problem.message}{advice * (problem.status in (401, 403))}"
-    reply = getattr(problem.__cause__, "response", None)
-    said = reply.get("Error", {}) if isinstance(reply, dict) else {}
-    if (code := str(said.get("Code", ""))) in _CREDENTIALS:
-        return f"{code}: {' '.join(str(said.get('Message', '')).split()).rstrip('.')}: {_CREDENTIALS[code]}"
+    if (advised := advice_of(problem)) is not None:
+        return advised
+    if isinstance(problem, _DAMAGED):
+        return f"damaged or cut short: {text}"
+    if is_silence(problem):
+        return "nothing answers there"
     if isinstance(problem, FileNotFoundError):
         return "no such file"
-    damaged = "damaged or cut short: " if isinstance(problem, _DAMAGED) else ""
-    return f"{damaged}{text}"
+    return text

@@ -37,6 +37,11 @@ _SIGNATURE = re.compile(
     r"(access_?|auth_?)?token|api_?key|password|secret(_?(access_?)?key)?)=",
     re.IGNORECASE | re.DOTALL,
 )
+# There no server is named, and so no port; behind the others a password may look like one.
+_WITHOUT_PORT = ("s3", "s3a", "gs", "gcs")
+_WITH_PASSWORD = ("ftp", "ftps", "sftp", "ssh", "smb", *_URLS)
+# Of these no user's name is one.
+_ADDRESS = re.compile(r"localhost|[0-9]{1,3}(\.[0-9]{1,3}){3}")
 _VERSION = "?versionId="
 # What Hydra and a shell take as it is; without a slash it may be a number or another word of Hydra's.
 _PLAIN = re.compile(r"(?=.*/)[A-Za-z0-9_./:@%+-]+")
@@ -70,7 +75,9 @@ def local_path(place: str | os.PathLike[str], key: str, error: type[Configuratio
     elif place[:5].lower() == "file:":
         path = place[5:]
     elif found := _ELSEWHERE.match(place):
-        raise error(f"{key}={place}: two slashes follow {found[1]}:, as in {found[1].lower()}://...")
+        meant = f"{found[0]}://{place[found.end() + 1 :].lstrip('/')}"
+        shown = place if meant == without_credentials(meant) and not holds_credentials(meant) else f"{found[0]}:"
+        raise error(f"{key}={shown}: two slashes follow {found[1]}:, as in {found[1].lower()}://...")
     # POSIX leaves open what two slashes at the beginning mean, so that Path keeps them.
     path = re.sub("^/+", "/", path)
     expanded = _expanded(path)
@@ -116,10 +123,15 @@ def require_place(place: str, key: str, error: type[ConfigurationError]) -> None
     if not place.strip():
         raise error(f"{key}={place}: is empty; give a path, or s3://bucket/prefix")
     # A tab is shown as it is.
+    # Also of what is not quite an address.
+    shown = place.partition("?")[0] if _SIGNATURE.search(place) else without_credentials(place)
     if odd := [one for one in place if one != "\t" and unicodedata.category(one) in ("Cc", "Zl", "Zp", "Cs")]:
-        raise error(f"{key}={place!r}: has the character {odd[0]!r}, which cannot be shown in one line")
+        raise error(f"{key}={shown!r}: has the character {odd[0]!r}, which cannot be shown in one line")
     if "://" in place and not place.startswith(("/", ".", "~")) and not _SCHEME.match(place):
-        raise error(f"{key}={place}: {place.partition('://')[0]!r} is no scheme; use a path, file:// or s3://")
+        scheme, _, rest = place.partition("://")
+        # As if it were one of those that may hold a signature.
+        shown = f"{scheme}://{without_credentials(f'https://{rest}').removeprefix('https://')}"
+        raise error(f"{key}={shown}: {scheme!r} is no scheme; use a path, file:// or s3://")
 
 
 # --- folders and names
@@ -225,10 +237,13 @@ def refuse_credentials(key: str, value: str, error: type[ConfigurationError] = C
     """
     # Addresses may stand anywhere in it, and behind one another.
     addresses = [value, *(re.split(r"[\s'\"]", value[found.start() :])[0] for found in _SCHEME.finditer(value))]
-    if any(map(holds_credentials, addresses)):
+    if found := next((address for address in addresses if holds_credentials(address)), None):
+        # What may be something else, for whoever knows that it is.
+        is_url = any(split_scheme(link)[0] in _URLS for link in found.split("::"))
+        also = "; an @ in the path of a URL is written %40" if is_url else "; no bucket has a colon in its name"
         raise error(
             f"{key}: holds credentials, and what is set is printed, stored and seen in lists of processes: set them in "
-            f"the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY{also}"
         )
 
 
@@ -248,14 +263,26 @@ def _has_user(scheme: str, rest: str) -> bool:
     """Whether user and password stand before the server; a password may have slashes that were not escaped."""
     if not scheme or scheme in _WITHOUT_HOST:
         return False
+    # Of a list of addresses the first.
+    rest = re.split(r",\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)", rest, maxsplit=1)[0]
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     user, at, _ = host.rpartition("@")
     if at:
         return scheme in _WITHOUT_USER or ":" in user
-    # Neither a port nor an address of many colons nor one of Amazon's own names.
-    after = re.fullmatch(r"[^:\[\]]+:(.*)", host)
-    is_port = after is None or re.fullmatch(r"[0-9]*", after[1]) is not None
-    return not is_port and not host.startswith("arn:") and "@" in rest
+    # Neither an address of many colons nor one of Amazon's own names.
+    after = re.fullmatch(r"([^:\[\]]+):(.*)", host)
+    if after is None or host.startswith("arn:"):
+        return False
+    if scheme in _WITHOUT_PORT:
+        return True
+    if "@" not in rest:
+        return False
+    if re.fullmatch(r"[0-9]*", after[2]) is None:
+        return True
+    # Digits before a slash are a port, or how a password begins, of which a path with an @ in a name leaves both open.
+    before = rest[len(host) :].rpartition("@")[0]
+    is_host = _ADDRESS.fullmatch(after[1]) is not None
+    return scheme in _WITH_PASSWORD and not is_host and not before.endswith("/")
 
 
 # --- for messages

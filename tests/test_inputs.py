@@ -6,6 +6,8 @@ import gzip
 import http.server
 import io
 import lzma
+import socket
+import ssl
 import tarfile
 import threading
 import zipfile
@@ -17,16 +19,20 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import HTTPClientError
+from fsspec import AbstractFileSystem
 
+import neg_service
 from infra.s3.server import Keys
 from neg_service.config import DatasetConfig, NeuronsConfig
-from neg_service.errors import ConfigurationError, NegServiceError, PromptError
+from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, PromptError
 from neg_service.inputs import parts_of_input, read_if_there, read_input
 from neg_service.measures.choice import with_list_read
 from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.sources import load_prompts
 from neg_service.prompts.tasks import TASKS
 from neg_service.prompts.wording import wordings_of
+from neg_service.refusals import advice_of
 from neg_service.storage.parts import encode_part
 from tests.s3 import acting_as
 
@@ -210,6 +216,73 @@ def test_credentials_that_s3_refuses_are_named(
             load_tasks(DatasetConfig(source=f"s3://{code}/x", task="agnews"))
         with pytest.raises(ConfigurationError, match=f"cannot be read: {code}: "):
             with_list_read(NeuronsConfig(choose="list", list=f"s3://{code}/x/n.csv"))
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "PermanentRedirect"])
+def test_what_s3_refuses_is_told_through_a_chain_and_of_results_too(
+    refusing: str, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    advice = {"InvalidToken": "AWS_SESSION_TOKEN", "PermanentRedirect": "AWS_DEFAULT_REGION"}.get(code, "renew them")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", refusing)
+    with acting_as(Keys("a", "b")):
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "c")
+        for chain in (f"zip://a.jsonl::s3://{code}/x.zip", f"simplecache::s3://{code}/a.jsonl"):
+            with pytest.raises(PromptError, match=f"{code}: What S3 says of it: .*{advice}.*AWS_ENDPOINT_URL"):
+                load_prompts(chain)
+        with pytest.raises(DestinationError, match=rf"^run=s3://{code}/r: {code}: What S3 says of it: .*{advice}"):
+            neg_service.open_run(f"s3://{code}/r")
+
+
+def test_a_bucket_of_another_region_is_told_where_the_client_goes_round_and_round() -> None:
+    lost = HTTPClientError(error=RecursionError("maximum recursion depth exceeded"))
+    assert "AWS_DEFAULT_REGION" in str(advice_of(lost))
+
+
+class _Raising(AbstractFileSystem):
+    """A file system of a library that nobody knows here."""
+
+    protocol = "raising"
+    raised: Exception
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
+        raise self.raised
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (type("Strange", (Exception,), {})("it went wrong\nbadly"), "it went wrong"),
+        (type("ConnectError", (Exception,), {})("All attempts failed"), "nothing answers there"),
+        (ConnectionRefusedError(111, "Connection refused"), "nothing answers there"),
+        (socket.gaierror(-2, "Name or service not known"), "nothing answers there"),
+        (ConnectionResetError(104, "Connection reset by peer"), "Connection reset"),
+        (ssl.SSLCertVerificationError("certificate verify failed"), "certificate verify failed"),
+    ],
+)
+def test_whatever_a_library_raises_is_told(problem: Exception, reason: str) -> None:
+    fsspec.register_implementation("raising", _Raising, clobber=True)
+    _Raising.raised = problem
+    for read in (read_input, read_if_there):
+        with pytest.raises(
+            PromptError, match=rf"^dataset\.source=raising://a\.jsonl: cannot be read: .*{reason}"
+        ) as told:
+            read("dataset.source", "raising://a.jsonl", PromptError)
+        assert "\n" not in str(told.value)
+
+
+def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("in/a.jsonl", b"1")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("in/a.jsonl", b"2")
+    with pytest.raises(PromptError, match=r"has two files 'in/a\.jsonl'; names must differ"):
+        load_prompts(f"zip://in/a.jsonl::{tmp_path}/x.zip")
+
+
+def test_hidden_files_are_no_parts_of_a_table(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"layer": [1], "neuron": [2]}), tmp_path / "a.parquet")
+    (tmp_path / "._a.parquet").write_bytes(b"of another system")
+    assert with_list_read(NeuronsConfig(choose="list", list=str(tmp_path))).list == [[1, 2]]
 
 
 ODD = ("results[1]", "a*b", "what?", "{x}", "[!a]", "a b", "ä")

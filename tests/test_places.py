@@ -204,6 +204,12 @@ SECRET = [
     "s3://KEY:hidden@bucket/x",
     "s3://KEY:hid/den@bucket/x",
     "s3://hidden@bucket/x",
+    "s3://KEY:12/hidden@bucket/x",
+    "s3://KEY:/hidden@bucket/x",
+    "gs://KEY:12/hidden@bucket/x",
+    "zip://a.jsonl::s3://KEY:12/hidden@bucket/x.zip",
+    "http://me:12/hidden@host/x.jsonl",
+    "s3://KEY:12/hidden",
     "s3://bucket/x?X-Amz-Signature=hidden",
     "s3://bucket/x.jsonl?a=1&AWSAccessKeyId=hidden",
     "http://me:hidden@host/x.jsonl",
@@ -216,7 +222,7 @@ SECRET = [
 ]
 NO_SECRET = [
     "s3://bucket/a@b/c:d@e", "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/x@y", "/data/me:x@y", "a:b@c",
-    "s3://bucket/exp?1", "https://host:8080/@me/a.jsonl", "https://host/a.jsonl?X-Amz-Signature=read",
+    "s3://b,s3://bucket/a@b", "http://127.0.0.1:9000/a@b.jsonl", "s3://bucket/exp?1", "https://host:8080/@me/a.jsonl", "https://host/a.jsonl?X-Amz-Signature=read",
     "abfs://container@account.dfs.core.windows.net/x", "http://[::1]:9000/x", "github://org:repo@sha/x.jsonl",
 ]  # fmt: skip
 
@@ -253,6 +259,27 @@ def test_the_query_of_a_url_is_neither_shown_nor_stored() -> None:
     with pytest.raises(PromptError, match=r"dataset\.source=http://127\.0\.0\.1:9/a\.jsonl: cannot be read") as caught:
         load_prompts("http://127.0.0.1:9/a.jsonl?X-Amz-Signature=hidden")
     assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["https://h/x?sig=hidden", "https:/h/x?sig=hidden", "'https://h/x?sig=hidden'"])
+def test_a_place_for_results_that_is_none_is_told_without_its_signature(uri: str) -> None:
+    for wrong in (uri, f"{uri}\n"):
+        with pytest.raises(ConfigurationError, match=r"^storage\.uri=.*https") as caught:
+            open_store(wrong)
+        assert "hidden" not in str(caught.value)
+    if uri[0] == "h":
+        with pytest.raises(ConfigurationError, match=r"^model\.source=") as caught:
+            fetch("https://h/x?sig=hidden")
+        assert "hidden" not in str(caught.value)
+
+
+def test_a_place_is_told_by_the_setting_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for key in ("run", "out"):
+        with pytest.raises(DestinationError, match=rf"^{key}={tmp_path}"):
+            open_store(f"{tmp_path}/file/x", key=key).check()
+        with pytest.raises(DestinationError, match=rf"^{key}=s3://b/x \(storage.endpoint_url=nonsense"):
+            open_store("s3://b/x", "nonsense", key=key).check()
 
 
 @pytest.mark.parametrize(

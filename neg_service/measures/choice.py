@@ -160,10 +160,10 @@ def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: 
         )
     exists = ((chosen >= 0) & (chosen < [n_layers, n_neurons])).all(1)
     if not exists.all():
-        layer, index = chosen[exists.argmin()]
+        layer, index = map(int, chosen[exists.argmin()])
         raise ConfigurationError(
-            f"neurons: ({layer}, {index}) does not exist; the model has layers 0 to {n_layers - 1} "
-            f"and neurons 0 to {n_neurons - 1}"
+            f"neurons: {shortened((layer, index))} does not exist; the model has layers 0 to {n_layers - 1} and "
+            f"neurons 0 to {n_neurons - 1}"
         )
     return chosen.astype(np.int64)
 

@@ -87,7 +87,8 @@ def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], n_layers: int, n_ne
 
 def edit_name(edit: Mapping[str, Any], index: int) -> str:
     """What results call an edit: its own name, or its number."""
-    return str(edit.get("name") or f"edit-{index}")
+    name = edit.get("name")
+    return f"edit-{index}" if name in (None, "") else str(name)
 
 
 def read_edits(source: Any) -> Any:

@@ -30,7 +30,7 @@ from neg_service.errors import ConfigurationError, ModelError, one_line
 from neg_service.models.folder import CONFIG, LocalModel, require_plain_files
 from neg_service.models.gguf_file import unpack as _unpack_gguf
 from neg_service.models.library_log import hear_libraries
-from neg_service.places import refuse_credentials
+from neg_service.places import refuse_credentials, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,10 @@ def fetch(
         raise ModelError(f"model.source={source!r}: must be a text or a path, such as {DEFAULT}")
     named = os.fsdecode(source)
     refuse_credentials("model.source", named, ModelError)
+    if not named.strip():
+        raise ModelError(f"model.source={named}: has no value; give {DEFAULT}, a directory, a .gguf file, or a hub id")
+    if (shown := without_credentials(named)) != named:
+        raise ModelError(f"model.source={shown}: models are not read from there; give a directory with its files")
     hear_libraries()
     try:
         return _fetch(named, revision, with_weights, trust_remote_code)

@@ -36,6 +36,7 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Promp
     Raises:
         PromptError: see `load_prompts` and `load_tasks`, or an id that there is not.
     """
+    require_source(dataset.source)
     most = None if dataset.ids is not None else limit
     prompts = load_prompts(dataset.source, most, dataset) if dataset.task is None else load_tasks(dataset)
     if dataset.ids is not None:
@@ -47,6 +48,16 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Promp
             )
         prompts = [prompt for prompt in prompts if prompt.id in wanted]
     return prompts[:limit]
+
+
+def require_source(source: str) -> None:
+    """Refuse what is no name of a data set at all.
+
+    Raises:
+        PromptError: it is empty.
+    """
+    if not source.strip():
+        raise PromptError(f"dataset.source={source}: has no value; give a file, a folder or {' or '.join(BUILT_IN)}")
 
 
 def dataset_name(dataset: DatasetConfig) -> str:
@@ -68,6 +79,7 @@ def load_prompts(
         PromptError: unknown source, missing column, or a broken row (with its line or row number).
     """
     source = os.fspath(source)
+    require_source(source)
     if source in BUILT_IN:
         return BUILT_IN[source]()[:limit]
     refuse_credentials("dataset.source", source, PromptError)
@@ -81,13 +93,14 @@ def load_prompts(
         )
     how = how or DatasetConfig(source)
     names = _columns(how.columns)
+    named = dict(how.columns or {})
     if how.choices < 2:
         raise PromptError(f"dataset.choices={how.choices}: must be at least 2, the answer and another one")
     where = f"dataset.source={shown}"
     content = read_input("dataset.source", source, PromptError)
     rows = [
         (f"{where}: {place}", {column: row.get(name) for column, name in names.items()})
-        for place, row in rows_of[suffix](where, content, names)
+        for place, row in rows_of[suffix](where, content, names, named)
     ]
     _give_targets(rows, how)
     return [_prompt(place, index, row, names) for index, (place, row) in enumerate(rows[:limit])]
@@ -151,16 +164,22 @@ def _give_targets(rows: Sequence[tuple[str, dict[str, Any]]], how: DatasetConfig
 _Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def _jsonl_rows(where: str, content: bytes, names: Mapping[str, str]) -> _Rows:
-    for number, row in json_lines(where, content, PromptError):
+def _jsonl_rows(where: str, content: bytes, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
+    present: dict[str, None] = {}
+    for number, row in json_lines(where, content, PromptError, as_written=True):
         if not isinstance(row, dict):
             raise PromptError(f"{where}: line {number} is not a JSON object")
+        present |= dict.fromkeys(row)
         yield f"line {number}", row
+    # A row may leave out what it has nothing to say of; a file without rows says nothing at all.
+    if present:
+        _require_named(where, list(present), named)
 
 
-def _csv_rows(where: str, content: bytes, names: Mapping[str, str]) -> _Rows:
+def _csv_rows(where: str, content: bytes, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
     header, rows = csv_of(where, content, PromptError)
     _require_columns(f"{where}: its header", header, names)
+    _require_named(where, header, named)
     for number, row in rows:
         # A cell has no way to say nothing but to be empty; an empty prompt is told as one.
         given: dict[str, Any] = {
@@ -180,10 +199,11 @@ def _json_list(where: str, cell: str) -> Any:
         ) from error
 
 
-def _parquet_rows(where: str, content: bytes, names: Mapping[str, str]) -> _Rows:
+def _parquet_rows(where: str, content: bytes, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
     file = parquet_of(where, content, PromptError)
     present = file.schema_arrow.names
     _require_columns(f"{where}: the file", present, names)
+    _require_named(where, present, named)
     number = 0
     wanted = dict.fromkeys(name for name in names.values() if name in present)
     for batch in parquet_batches(where, file, list(wanted), PromptError):
@@ -202,6 +222,17 @@ def _require_columns(where: str, present: Sequence[str], names: Mapping[str, str
         raise _missing_column(where, names["prompt"])
     if names["targets"] not in present and names["answer"] not in present:
         raise _missing_column(where, names["targets"])
+
+
+def _require_named(where: str, present: Sequence[str], named: Mapping[str, str]) -> None:
+    """Refuse a column that a person named and no row has: it was mistyped, and would be left out without a word."""
+    # Of the prompt itself a row says so, with its line.
+    for column, name in named.items():
+        if column != "prompt" and name not in present:
+            raise PromptError(
+                f"{where}: has no column {name!r}, which dataset.columns={{{column}: {name}}} names; its columns are "
+                f"{shortened(', '.join(present))[1:-1]}"
+            )
 
 
 def _prompt(where: str, index: int, row: dict[str, Any], names: Mapping[str, str]) -> Prompt:

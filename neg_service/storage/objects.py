@@ -96,8 +96,9 @@ _SCRATCH = ".unfinished."
 class LocalStore:
     """Objects as files of a local directory."""
 
-    def __init__(self, root: Path) -> None:
-        """`root` need not exist yet."""
+    def __init__(self, root: Path, *, key: str = "storage.uri") -> None:
+        """`root` need not exist yet; `key` is the setting that names it, for messages."""
+        self._key = key
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
         self.settings = argument("run", self.uri)
@@ -201,7 +202,7 @@ class LocalStore:
         try:
             yield
         except OSError as error:
-            text = f"storage.uri={self.uri}: {error.strerror or error}"
+            text = f"{self._key}={self.uri}: {error.strerror or error}"
             raise DestinationError(text) if error.errno in _FINAL else StorageError(text) from error
 
 

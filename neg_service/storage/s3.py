@@ -30,6 +30,7 @@ from botocore.parsers import ResponseParserError
 
 from neg_service.errors import DestinationError, StorageError, one_line
 from neg_service.places import argument, bucket_and_prefix, refuse_credentials, require_place
+from neg_service.refusals import advice_of, said_by_s3
 from neg_service.storage.objects import UNFINISHED_SECONDS, Entry
 from neg_service.storage.ranges import RangeFiles
 from neg_service.storage.requests import Requests, reason_of, traffic_with, within
@@ -58,6 +59,7 @@ class S3Store:
         Raises:
             DestinationError: no bucket, credentials, or a prefix under which nothing would be found again.
         """
+        self._key = key
         require_place(uri, key, DestinationError)
         bucket, prefix = bucket_and_prefix(uri, key, DestinationError)
         self.root = f"{bucket}/{prefix}" if prefix else bucket
@@ -116,7 +118,7 @@ class S3Store:
             except FileNotFoundError:
                 return False
             except OSError as error:
-                code = _code_of(error)
+                code, _ = said_by_s3(error)
                 if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
                     return False
                 if code not in ("NotImplemented", "501"):
@@ -218,7 +220,7 @@ class S3Store:
 
     def _where(self) -> str:
         at = f" (storage.endpoint_url={self.endpoint_url})" if self.endpoint_url else ""
-        return f"storage.uri={self.uri}{at}"
+        return f"{self._key}={self.uri}{at}"
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -233,13 +235,9 @@ class S3Store:
         except (OSError, BotoCoreError, ResponseParserError, aiohttp.ClientError) as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 raise DestinationError(f"{self._where()}: {one_line(error)}: give a shorter prefix") from error
+            if (advised := advice_of(error)) is not None:
+                raise DestinationError(f"{self._where()}: {advised}") from error
             raise StorageError(f"{self._where()}: {reason_of(error)}") from error
-
-
-def _code_of(error: Exception) -> str:
-    """What S3 calls an error; nothing if it is none of S3's."""
-    reply = getattr(error.__cause__, "response", None)
-    return str(reply.get("Error", {}).get("Code", "")) if isinstance(reply, dict) else ""
 
 
 def _explained(error: Exception) -> str:
@@ -249,6 +247,10 @@ def _explained(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, NoCredentialsError):
         return f"{text}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or another source of the AWS chain"
+    code, _ = said_by_s3(error)
+    # What is forbidden may be any of reading, writing and listing.
+    if code not in ("AccessDenied", "403") and (advised := advice_of(error)) is not None:
+        return advised
     if "signature" in text:
         return f"{text}: AWS_SECRET_ACCESS_KEY, perhaps"
     if "request time" in text:

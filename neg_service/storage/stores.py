@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from neg_service.errors import DestinationError
-from neg_service.places import local_path, require_place, split_scheme
+from neg_service.places import local_path, require_place, split_scheme, without_credentials
 from neg_service.storage.objects import LocalStore, ObjectStore
 from neg_service.storage.patience import PatientStore
 from neg_service.storage.s3 import S3Store
@@ -31,9 +31,10 @@ def open_store(
     store: ObjectStore
     if path is not None:
         # Already without ~, unless it was a Path; a name may begin so.
-        store = LocalStore(path.absolute() if isinstance(uri, str) else path)
+        store = LocalStore(path.absolute() if isinstance(uri, str) else path, key=key)
     elif (scheme := split_scheme(text)[0]) == "s3":
         store = S3Store(text, endpoint_url, key=key)
     else:
-        raise DestinationError(f"{key}={text}: scheme {scheme!r} is unknown; use a path, file:// or s3://")
+        shown = without_credentials(text)
+        raise DestinationError(f"{key}={shown}: scheme {scheme!r} is unknown; use a path, file:// or s3://")
     return PatientStore(store, patience_seconds) if patience_seconds else store

@@ -154,6 +154,36 @@ def test_wrong_columns_are_refused(tmp_path: Path, asked: dict[str, Any], messag
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["id", "answer", "group", "targets"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_column_that_is_named_and_is_not_there_is_refused(tmp_path: Path, name: str, column: str) -> None:
+    row = {"prompt": "a", "targets": '["b"]', "answer": "b"}
+    (tmp_path / "a.csv").write_text('prompt,targets,answer\na,"[""b""]",b\n')
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"targets": ["b"]}))
+    pq.write_table(pa.Table.from_pylist([row | {"targets": ["b"]}]), tmp_path / "a.parquet")
+    with pytest.raises(PromptError, match=rf"no column 'nope', .*{column}: nope.*its columns are prompt, targets, an"):
+        load_prompts(str(tmp_path / name), None, DatasetConfig(columns={column: "nope"}))
+    assert load_prompts(
+        str(tmp_path / name), None, DatasetConfig(columns={column: "answer"} if column == "id" else None)
+    )
+
+
+def test_ids_that_are_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
+    numbers = ["1e5", "1.10", "-0", "12345678901234567890123", "0.1000000000000000055511151231257827", "7"]
+    rows = [f'{{"prompt": "a", "targets": ["b"], "id": {number}}}' for number in numbers]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    assert [prompt.id for prompt in load_prompts(str(tmp_path / "a.jsonl"))] == numbers
+    asked = DatasetConfig(source=str(tmp_path / "a.jsonl"), ids=["1e5"])
+    assert [prompt.id for prompt in load_dataset(asked)] == ["1e5"]
+
+
+@pytest.mark.parametrize("task", [None, "agnews"])
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_refused(source: str, task: str | None) -> None:
+    with pytest.raises(PromptError, match=r"^dataset\.source= ?: has no value"):
+        load_dataset(DatasetConfig(source=source, task=task))
+
+
 def test_targets_of_several_tokens_can_be_left_out_with_prompts_whose_answers_they_are() -> None:
     class Words:
         """A token a word, and a mark is one of its own; two spellings share one."""
