@@ -10,22 +10,20 @@ commas, which is why a comma in a text has to be quoted by a person.
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from antlr4 import CommonTokenStream, InputStream
+from antlr4 import ParserRuleContext
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
-from hydra.core.override_parser.overrides_visitor import HydraErrorListener, HydraOverrideVisitor
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.overrides_visitor import HydraOverrideVisitor
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from neg_service.config import ScanConfig, types_of
+from jobs.advice import advice, for_a_shell, in_quotes, is_container, is_group, literal, tree_of
+from jobs.kinds import can_be_text, element_of, field_of, is_in_mapping, is_only_text, is_optional, type_at
 from neg_service.errors import ConfigurationError
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[^=+~][^=]*)=(?P<value>.*)", re.DOTALL)
@@ -34,6 +32,9 @@ _NOT_TEXT = (OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL, Overrid
 _SEVERAL = "{} stands for the values of several jobs, which --multirun runs"
 # What these are given is what the setting becomes.
 _HANDING_ON = ("choice", "sort", "shuffle", "tag", "str")
+_NUMBERS = ("int", "float", "bool")
+_INTERPOLATION = re.compile(r"\$\{[^}]*\}")
+_UNENDED = "${ begins the name of another setting, which does not end well, unless it is written \\${"
 
 
 def as_typed(overrides: Sequence[str], settings: type, is_sweep: bool) -> list[str]:
@@ -57,49 +58,76 @@ def _as_typed(override: str, settings: type, is_sweep: bool) -> str:
     if not _KEY.fullmatch(key):
         raise ConfigurationError(f"{override}: {key!r} is not the name of a setting, which is KEY=VALUE")
     kind, begin = type_at(settings, key), f"{parts['sign']}{key}="
+    # Which files there are to choose from, Hydra says itself, of a name in quotes as of any other.
+    can_be_quoted = can_be_text(kind) or (is_group(key) and not is_container(typed))
     try:
-        value = _tree(override).value()
+        value = tree_of(override).value()
     except HydraException as error:
-        if _can_be_text(kind) and _is_plain(typed, kind):
-            return begin + in_quotes(typed)
-        raise ConfigurationError(f"{override}: {_unreadable(typed)}{_advice(begin, typed, kind)}") from error
+        if can_be_quoted and _is_plain(typed, kind):
+            return _as_text(override, begin, typed)
+        raise ConfigurationError(f"{override}: {_unreadable(typed)}{advice(begin, typed, kind, is_sweep)}") from error
     if value is None:
         # Spaces alone; nothing at all stays nothing.
-        return begin + in_quotes(typed) if typed and _can_be_text(kind) else override
+        return begin + in_quotes(typed) if typed and can_be_text(kind) else override
+    _require_meaning(override, begin, typed, value)
     sweep, element = value.simpleChoiceSweep(), value.element()
     if sweep is not None and not is_sweep:
-        raise ConfigurationError(f"{override}: {_SEVERAL.format('a comma')}{_advice(begin, typed, kind)}")
-    if element is not None and _can_be_text(kind):
-        if element.primitive() is not None and typed != typed.strip(" \t") and not _is_quoted(typed):
-            return begin + in_quotes(_with_its_spaces(typed, element.primitive()))
+        raise ConfigurationError(f"{override}: {_SEVERAL.format('a comma')}{advice(begin, typed, kind)}")
+    if element is not None and can_be_quoted:
         if element.function() is not None:
             return _of_function(override, begin, typed, element.function(), is_sweep)
-        if element.primitive() is None and _is_only_text(kind):
+        if element.primitive() is None and is_only_text(kind):
             raise ConfigurationError(
-                f"{override}: is a list or a mapping, and {key} is one text{_advice(begin, typed, kind)}"
+                f"{override}: is a list or a mapping, and {key} is one text{advice(begin, typed, kind)}"
             )
+    if element is not None and element.primitive() is not None and can_be_text(kind):
+        has_spaces = typed != typed.strip(" \t") and not _is_quoted(typed)
+        if has_spaces:
+            return begin + in_quotes(_with_its_spaces(typed, element.primitive()))
     return _with_quotes(override, value, kind)
 
 
-def in_quotes(text: str) -> str:
-    """A text as Hydra's grammar writes it, whatever is in it."""
-    quote = Quote.double if "'" in text and '"' not in text else Quote.single
-    return str(QuotedString(text, quote).with_quotes())
+def _as_text(override: str, begin: str, typed: str) -> str:
+    """What the grammar cannot read, in quotes."""
+    text = literal(typed)
+    if text != typed and _INTERPOLATION.search(typed):
+        raise ConfigurationError(f"{override}: {_UNENDED}; as one text it is written {_written(begin, text)}")
+    return begin + in_quotes(text)
 
 
-def for_a_shell(argument: str) -> str:
-    """An argument as it is typed in a POSIX shell."""
-    if "'" in argument and not re.search(r'["$`\\!]', argument):
-        return f'"{argument}"'
-    return shlex.quote(argument)
+def _require_meaning(override: str, begin: str, typed: str, value: OverrideParser.ValueContext) -> None:
+    """Refuse what Hydra or OmegaConf would silently read as something else, or tell in words of theirs."""
+    read = HydraOverrideVisitor(create_functions())
+    for part in _parts(value):
+        if isinstance(part, OverrideParser.DictContainerContext):
+            keys: list[Any] = []
+            for pair in part.dictKeyValuePair():
+                if (name := read.visitDictKey(pair.dictKey())) in keys:
+                    raise ConfigurationError(f"{override}: has the key {name} twice in one mapping")
+                keys.append(name)
+        elif isinstance(part, OverrideParser.PrimitiveContext):
+            found = read.visitPrimitive(part)
+            text = found.text if isinstance(found, QuotedString) else found
+            if text == "???":
+                raise ConfigurationError(
+                    f"{override}: ??? stands for a value that is still to be given, and is no text"
+                )
+            if isinstance(text, str) and literal(text) != text:
+                whole = part.start.start == value.start.start and part.stop.stop == value.stop.stop
+                advised = f"; as one text it is written {_written(begin, literal(text))}" if whole else ""
+                raise ConfigurationError(f"{override}: {_UNENDED}{advised}")
 
 
-def type_at(settings: Any, key: str) -> Any:
-    """The type of what a key with dots names, by the annotations of dataclasses; None for what they do not know."""
-    kind: Any = settings
-    for name in key.split("."):
-        kind = _field(kind, name)
-    return kind
+def _written(begin: str, text: str) -> str:
+    return for_a_shell(f"{begin}{in_quotes(text)}")
+
+
+def _parts(context: ParserRuleContext) -> Iterator[ParserRuleContext]:
+    """A part of an override with all parts of it."""
+    yield context
+    for child in context.getChildren():
+        if isinstance(child, ParserRuleContext):
+            yield from _parts(child)
 
 
 def require_text(config: Any, settings: Any, key: str = "") -> None:
@@ -113,29 +141,17 @@ def require_text(config: Any, settings: Any, key: str = "") -> None:
             return
         for name in map(str, config):
             if not OmegaConf.is_missing(config, name) and not OmegaConf.is_interpolation(config, name):
-                require_text(config[name], _field(settings, name), f"{key}.{name}" if key else name)
+                require_text(config[name], field_of(settings, name), f"{key}.{name}" if key else name)
     elif isinstance(config, ListConfig):
         for index in range(0 if config._is_none() or config._is_missing() else len(config)):
             if not OmegaConf.is_interpolation(config, index):
-                require_text(config[index], _element(settings), key)
-    elif config is not None and not isinstance(config, str) and _can_be_text(settings):
+                require_text(config[index], element_of(settings), key)
+    elif config is not None and not isinstance(config, str) and can_be_text(settings):
         kind = "true or false" if isinstance(config, bool) else f"a {type(config).__name__}"
         raise ConfigurationError(
             f"{key}={config}: is {kind} where a text belongs, and not as it was written any more: put it into quotes "
             f"in the YAML file that it comes from"
         )
-
-
-def _tree(override: str) -> OverrideParser.OverrideContext:
-    """What Hydra's own parser makes of an override."""
-    told = HydraErrorListener()
-    lexer = OverrideLexer(InputStream(override))
-    lexer.removeErrorListeners()
-    lexer.addErrorListener(told)
-    parser = OverrideParser(CommonTokenStream(lexer))
-    parser.removeErrorListeners()
-    parser.addErrorListener(told)
-    return parser.override()
 
 
 def _with_quotes(override: str, value: OverrideParser.ValueContext, kind: Any) -> str:
@@ -152,17 +168,17 @@ def _not_text(element: OverrideParser.ElementContext, kind: Any, is_inside: bool
         tokens = [child.symbol for child in primitive.getChildren() if child.symbol.type != OverrideLexer.WS]
         is_a_word = len(tokens) == 1 and tokens[0].type in _NOT_TEXT
         # Nothing is nothing, but for one of several texts.
-        if is_a_word and _can_be_text(kind) and (is_inside or tokens[0].type != OverrideLexer.NULL):
+        if is_a_word and can_be_text(kind) and (is_inside or tokens[0].type != OverrideLexer.NULL):
             yield tokens[0].start, tokens[0].stop
     elif (several := element.listContainer()) is not None:
         for one in several.element():
-            yield from _not_text(one, _element(kind), True)
+            yield from _not_text(one, element_of(kind), True)
     elif (mapping := element.dictContainer()) is not None:
         for pair in mapping.dictKeyValuePair():
-            own = _field(kind, pair.dictKey().getText().strip())
-            yield from _not_text(pair.element(), own, not _is_optional(own) and _is_in_mapping(kind))
+            own = field_of(kind, pair.dictKey().getText().strip())
+            yield from _not_text(pair.element(), own, not is_optional(own) and is_in_mapping(kind))
     elif (function := element.function()) is not None:
-        if _can_be_text(kind) and not _is_known(function):
+        if can_be_text(kind) and not _is_known(function):
             yield function.start.start, function.stop.stop
         elif function.ID().getText() in _HANDING_ON:
             for one in function.element():
@@ -178,19 +194,32 @@ def _of_function(
 ) -> str:
     """A name with parentheses behind it is a text, unless it is one that Hydra knows."""
     name = function.ID().getText()
+    key = begin.lstrip("+").rstrip("=")
     if not _is_known(function):
         return begin + in_quotes(typed)
-    if not is_sweep and name not in ("str", "int", "float", "bool"):
-        raise ConfigurationError(f"{override}: {_SEVERAL.format(f'{name}(...)')}{_advice(begin, typed, str)}")
+    if not is_sweep and name not in ("str", *_NUMBERS):
+        told = "" if is_group(key) else advice(begin, typed, str)
+        raise ConfigurationError(f"{override}: {_SEVERAL.format(f'{name}(...)')}{told}")
+    if is_group(key):
+        return override
+    if name in (*_NUMBERS, "glob", "interval"):
+        why = "chooses among files, as of models" if name == "glob" else "stands for numbers or truth values"
+        raise ConfigurationError(f"{override}: {name}(...) {why}, and {key} is text{advice(begin, typed, str)}")
+    said = _with_quotes(override, function.parentCtx.parentCtx, str)
     if name == "choice" and not function.argName():
         # What is chosen from by a call loses its quotes on the way to a job; separated by commas it does not.
-        said = _with_quotes(override, function.parentCtx.parentCtx, str)
-        call = _tree(said).value().element().function()
+        call = tree_of(said).value().element().function()
         return begin + said[call.POPEN().symbol.stop + 1 : call.PCLOSE().symbol.start]
-    if name == "range":
-        values = OverridesParser.create().parse_override(override).sweep_string_iterator()
-        return begin + ",".join(in_quotes(value) for value in values)
-    return _with_quotes(override, function.parentCtx.parentCtx, str)
+    if name == "str":
+        return said
+    try:
+        read = OverridesParser.create().parse_override(said)
+        values: list[Any] = list(read.sweep_string_iterator() if name == "range" else read.sweep_iterator())
+    except HydraException as error:
+        raise ConfigurationError(f"{override}: {' '.join(str(error).split())}{advice(begin, typed, str)}") from error
+    if not all(isinstance(one, str | QuotedString) for one in values):
+        return said
+    return begin + ",".join(in_quotes(one.text if isinstance(one, QuotedString) else one) for one in values)
 
 
 def _with_its_spaces(typed: str, primitive: OverrideParser.PrimitiveContext) -> str:
@@ -202,12 +231,8 @@ def _with_its_spaces(typed: str, primitive: OverrideParser.PrimitiveContext) -> 
 
 def _is_plain(typed: str, kind: Any) -> bool:
     """Whether what the grammar cannot read can only be meant as a text."""
-    is_container = _is_container(typed) and not _is_only_text(kind)
-    return not is_container and "," not in typed and not _is_quoted(typed)
-
-
-def _is_container(typed: str) -> bool:
-    return typed.lstrip()[:1] in ("[", "{")
+    is_a_container = is_container(typed) and not is_only_text(kind)
+    return not is_a_container and "," not in typed and not _is_quoted(typed)
 
 
 def _is_quoted(typed: str) -> bool:
@@ -217,77 +242,6 @@ def _is_quoted(typed: str) -> bool:
 def _unreadable(typed: str) -> str:
     if _is_quoted(typed):
         return "what begins with a quote must end with it and hold no other"
-    if "," in typed and not _is_container(typed):
+    if "," in typed and not is_container(typed):
         return "a comma separates values, and these cannot be read"
     return "cannot be read"
-
-
-def _advice(begin: str, typed: str, kind: Any) -> str:
-    """How the same is written so that it is read, as an argument to copy."""
-    texts: list[tuple[str, Any, str]] = [(f"{begin}{in_quotes(typed)}", typed, "as one text it is written")]
-    if not _is_only_text(kind):
-        values = [one.strip() for one in typed.strip().removeprefix("[").removesuffix("]").split(",")]
-        is_of_texts = _can_be_text(_element(kind))
-        written = ",".join(in_quotes(one) if is_of_texts else one for one in values)
-        listed = (f"{begin}[{written}]", values if is_of_texts else None, "as a list it is written")
-        if _is_container(typed):
-            texts = [listed] if is_of_texts and typed.rstrip().endswith("]") else texts
-        elif "," in typed:
-            texts.insert(0, listed)
-    if not _can_be_text(kind) and kind not in (None, Any):
-        texts = []
-    for argument, value, words in texts:
-        if argument.isprintable() and _reads_back(argument, value):
-            return f"; {words} {for_a_shell(argument)}"
-    return "" if texts == [] else "; put texts into quotes within the argument"
-
-
-def _reads_back(argument: str, value: Any) -> bool:
-    try:
-        read = OverridesParser.create().parse_override(argument).value()
-    except HydraException:
-        return False
-    return read == value if value is not None else isinstance(read, list)
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-
-
-def _can_be_text(kind: Any) -> bool:
-    """Whether a single value of this type is text, and never a number."""
-    return str in _members(kind)
-
-
-def _is_only_text(kind: Any) -> bool:
-    return set(_members(kind)) <= {str, NoneType}
-
-
-def _is_optional(kind: Any) -> bool:
-    return NoneType in _members(kind)
-
-
-def _is_in_mapping(kind: Any) -> bool:
-    return any(get_origin(member) is dict for member in _members(kind))
-
-
-def _element(kind: Any) -> Any:
-    """The type of a list's elements."""
-    return next((get_args(member)[0] for member in _members(kind) if get_origin(member) is list), None)
-
-
-def _field(kind: Any, name: str) -> Any:
-    """The type of what is called `name` in a dataclass or a mapping."""
-    for member in _members(kind):
-        if get_origin(member) is dict:
-            return get_args(member)[1]
-        if isinstance(member, Mapping):
-            return member.get(name)
-        if is_dataclass(member) and isinstance(member, type):
-            if name == "measure" and issubclass(member, ScanConfig):
-                # Measures import torch.
-                from neg_service.measures import types_of_options
-
-                return types_of_options()
-            return types_of(member).get(name)
-    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from argparse import ArgumentParser
@@ -29,7 +30,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from jobs.command_line import as_typed, in_quotes, require_text
+from jobs.advice import in_quotes
+from jobs.command_line import as_typed, require_text
 from jobs.guard import EXIT_ERROR, EXIT_INTERRUPTED, flush_or_silence, prepare_streams, speak, tell, tell_unforeseen
 from neg_service.cluster.logs import log_to_stderr, tell_interrupted
 from neg_service.errors import ConfigurationError, NegServiceError
@@ -62,16 +64,21 @@ def start(config_name: str, job: Callable[[DictConfig], int], settings: type) ->
     ended: list[tuple[list[str], int]] = []
 
     def guarded(config: DictConfig) -> None:
-        _speak(OmegaConf.select(config, "job.log"), OmegaConf.select(config, "job.traceback"))
         with ending(f"running jobs.{config_name}") as end:
-            for key, text in texts_of(OmegaConf.to_container(config)):
+            resolved = _resolved(config)
+            _speak(OmegaConf.select(config, "job.log"), OmegaConf.select(config, "job.traceback"))
+            for key, text in (*texts_of(OmegaConf.to_container(config)), *texts_of(resolved)):
                 refuse_credentials(key, text)
             require_text(config, settings)
             end.code = job(config)
-        ended.append((list(HydraConfig.get().overrides.task), end.code))
+        # As they were typed: what they refer to is not known there.
+        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        ended.append((list(overrides), end.code))
 
-    with ending("composing the configuration") as composing, _in_our_words(config_name, settings):
+    with ending("composing the configuration") as composing, _in_our_words(config_name, settings) as asked:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)()
+        if asked.runs_several and not ended:
+            raise ConfigurationError("--multirun: none of the values given stands for a job, so that nothing was run")
     if len(ended) > 1:
         _tell_of_several(ended)
     sys.exit(max([composing.code, *(code for _, code in ended)], key=_badness))
@@ -83,6 +90,14 @@ def command(name: str, main: Callable[[list[str]], int]) -> NoReturn:
     with ending(f"running jobs.{name}") as end:
         end.code = main(sys.argv[1:])
     sys.exit(end.code)
+
+
+@dataclass
+class _Asked:
+    """What a command line asks Hydra for."""
+
+    arguments: list[str]
+    runs_several: bool
 
 
 @dataclass
@@ -129,8 +144,27 @@ def composed(config_name: str, overrides: list[str], settings: type) -> DictConf
     """
     with _hydra_told(config_name), initialize_config_dir(CONF, version_base="1.3"):
         config = compose(config_name, overrides=as_typed(overrides, settings, is_sweep=False))
+    _resolved(config)
     require_text(config, settings)
     return config
+
+
+def _resolved(config: DictConfig) -> Any:
+    """All values, with what `${...}` stands for.
+
+    Raises:
+        ConfigurationError: it stands for nothing.
+    """
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        typed = dict(texts_of(OmegaConf.to_container(config))).get(re.sub(r"\[\d+\]", "", error.full_key or ""))
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(
+            f"{error.full_key}{'' if typed is None else f'={typed}'}: {reason}: "
+            f"${{...}} stands for another setting, or as ${{oc.env:NAME}} for a variable of the environment; where it "
+            f"is meant as it is, \\${{ is written"
+        ) from error
 
 
 def value_of(config: DictConfig, key: str) -> str:
@@ -183,7 +217,7 @@ def _speak(style: Any, shows_traceback: Any) -> None:
 
 
 @contextmanager
-def _in_our_words(config_name: str, settings: type) -> Iterator[None]:
+def _in_our_words(config_name: str, settings: type) -> Iterator[_Asked]:
     """Hydra with the command line in its words; it raises what it has to say, and leaves nothing behind."""
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Hydra then hands on what it raises, in the place of printing it.
@@ -191,8 +225,9 @@ def _in_our_words(config_name: str, settings: type) -> Iterator[None]:
     with ExitStack() as scratch, _hydra_told(config_name):
         try:
             refuse_credentials_in(before[1:])
-            sys.argv = [before[0], *_arguments(before[1:], settings, scratch)]
-            yield
+            asked = _asked(before[1:], settings, scratch)
+            sys.argv = [before[0], *asked.arguments]
+            yield asked
         finally:
             sys.argv = before
             os.environ.pop("HYDRA_FULL_ERROR")
@@ -200,12 +235,14 @@ def _in_our_words(config_name: str, settings: type) -> Iterator[None]:
                 os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _arguments(typed: list[str], settings: type, scratch: ExitStack) -> list[str]:
+def _asked(typed: list[str], settings: type, scratch: ExitStack) -> _Asked:
     """What was typed, with text as Hydra's grammar writes it, and a place of its own for Hydra's notes on a sweep."""
     asked = vars(in_one_line(get_args_parser()).parse_intermixed_args(typed))
     overrides = asked.pop("overrides")
     if asked["shell_completion"]:
-        return typed
+        if any("query=" in one for one in overrides) and "COMP_LINE" not in os.environ:
+            raise ConfigurationError("--shell-completion: a shell asks for it, with the line in COMP_LINE")
+        return _Asked(typed, runs_several=False)
     is_sweep = asked["multirun"] or any(one.lstrip("+").lower() == "hydra.mode=multirun" for one in overrides)
     told = as_typed(overrides, settings, is_sweep)
     if is_sweep and not any(one.lstrip("+").startswith("hydra.sweep.dir=") for one in overrides):
@@ -215,7 +252,8 @@ def _arguments(typed: list[str], settings: type, scratch: ExitStack) -> list[str
         for name, value in asked.items()
         if value
     ]
-    return [*flags, *told]
+    only_shows = any(asked.get(name) for name in ("help", "hydra_help", "cfg", "info"))
+    return _Asked([*flags, *told], runs_several=is_sweep and not only_shows)
 
 
 def in_one_line(parser: ArgumentParser) -> ArgumentParser:

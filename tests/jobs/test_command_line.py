@@ -15,9 +15,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from jobs.advice import for_a_shell, in_quotes
 from jobs.bench import BenchConfig
 from jobs.check import CheckConfig
-from jobs.command_line import as_typed, for_a_shell, in_quotes, require_text
+from jobs.command_line import as_typed, require_text
 from jobs.entry import CONF, composed
 from jobs.probe import ProbeConfig
 from jobs.report import ReportConfig
@@ -210,3 +211,125 @@ def test_a_number_of_a_yaml_file_in_the_place_of_a_text_is_refused(written: str)
         if OmegaConf.select(OmegaConf.create(text), key) not in (written, ["a", written]):
             with pytest.raises(ConfigurationError, match=rf"^{key}=.*put it into quotes in the YAML file"):
                 require_text(OmegaConf.create(text), ScanConfig)
+
+
+@pytest.mark.parametrize("group", ["measure", "model", "neurons", "cluster", "storage", "+experiment"])
+@pytest.mark.parametrize("name", ["é", "a=b", "(x)", "a(b)", "a#b", "a b(1)"])
+def test_a_group_is_told_with_the_names_of_its_files(group: str, name: str) -> None:
+    options = sorted(path.stem for path in Path(CONF, group.lstrip("+")).glob("*.yaml"))
+    with pytest.raises(ConfigurationError, match=re.escape(f"Could not find '{group.lstrip('+')}/{name}'")) as caught:
+        composed("scan", [f"{group}={name}"], ScanConfig)
+    assert re.search(f"Available options .*{'.*'.join(map(re.escape, options))}", str(caught.value))
+    with pytest.raises(ConfigurationError, match="a comma stands for the values of several jobs"):
+        as_typed([f"{group}=a,b"], ScanConfig, is_sweep=False)
+    with pytest.raises(ConfigurationError, match=r"as several values they are written .*=a,'é'"):
+        as_typed([f"{group}=a,é"], ScanConfig, is_sweep=True)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        as_typed([f"{group}={{name: é}}"], ScanConfig, is_sweep=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("measure.edits=[{neurons: [[0,1]], shift: 1, shift: 2}]", "shift"), ("dataset.columns={id: a, id: b}", "id"),
+        ("dataset.columns={ id : a,prompt: c,id:a}", "id"), ("++measure.edits=[{a: {b: {c: 1, c: 1}}}]", "c"),
+        ("job={name: a, name: b}", "name"), ("dataset.columns={id: a},{id: b, id: c}", "id"),
+        ("foo.bar=[[{1: a, 1: b}]]", "1"), ("job.limit=choice({x: 1, x: 2})", "x"),
+    ],
+)  # fmt: skip
+def test_a_key_twice_in_one_mapping_is_refused(given: str, key: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{re.escape(given)}: has the key {key} twice in one mapping"):
+        as_typed([given], ScanConfig, is_sweep=True)
+
+
+def test_a_key_in_several_mappings_is_no_key_twice() -> None:
+    for given in ("measure.edits=[{shift: 1},{shift: 2}]", "job.name='{a: 1, a: 2}'", "foo={a: {a: 1}}"):
+        assert as_typed([given], ScanConfig, is_sweep=False) == [given]
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("dataset.columns={prompt: Frage (de), id: Kürzel}", {"prompt": "Frage (de)", "id": "Kürzel"}),
+        ("dataset.columns={id: a=b, prompt: 1e3", {"id": "a=b", "prompt": "1e3"}),
+        ('dataset.columns={"id": "x, y"}', {"id": "x, y"}), ("dataset.ids=[é,'a,b', 007", ["é", "a,b", "007"]),
+        ('measure.edits=[{"name": "off", "neurons": [[0, 1]], "scale": 0}]',
+         [{"name": "off", "neurons": [[0, 1]], "scale": 0}]),
+        ("measure.edits=[{name: ä, 'signed': true}]", [{"name": "ä", "signed": True}]),
+        ("neurons.layers=[0,15", [0, 15]), ("measure.shifts=[-1,1", [-1, 1]), ("measure.shifts=[-1,.5e1", [-1, 5.0]),
+    ],
+)  # fmt: skip
+def test_lists_and_mappings_are_told_with_quotes_where_they_belong(given: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot be read; .*it is written ") as caught:
+        as_typed([given], ScanConfig, is_sweep=False)
+    message = str(caught.value)
+    assert "as one text" not in message
+    assert ("keys stand without quotes" in message) == bool(re.search(r"""[{,]\s*["'][^,]*["']:""", given))
+    (argument,) = shlex.split(message.partition("it is written ")[2])
+    config = composed("scan", ["measure=intervene", "+measure.shifts=0", *as_typed([argument], ScanConfig, False)],
+                      ScanConfig)  # fmt: skip
+    assert OmegaConf.select(config, given.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ("storage.uri=/tmp/a#1,/tmp/b#2", ["/tmp/a#1", "/tmp/b#2"]), ("job.name=it's,b", ["it's", "b"]),
+        ("storage.uri=/a b (1), /c", ["/a b (1)", "/c"]), ("job.name='a,b',é", ["a,b", "é"]),
+        ("job.name=x=1,${job.log},1e5", ["x=1", "${job.log}", "1e5"]), ("dataset.ids=[é],[1e5]", [["é"], ["1e5"]]),
+    ],
+)  # fmt: skip
+def test_of_several_jobs_each_value_is_told_with_its_quotes(given: str, values: list[Any]) -> None:
+    with pytest.raises(ConfigurationError, match="as several values they are written") as caught:
+        as_typed([given], ScanConfig, is_sweep=True)
+    (argument,) = shlex.split(str(caught.value).partition("they are written ")[2])
+    (said,) = as_typed([argument], ScanConfig, is_sweep=True)
+    each = OverridesParser.create().parse_override(said).sweep_string_iterator()
+    assert [read(f"{given.partition('=')[0]}={one}") for one in each] == values
+
+
+@pytest.mark.parametrize("call", ["shuffle(1e5,true,2e5)", "sort(true,2e5,1e5)", "shuffle(choice(1e5,2e5,true))",
+                                  "tag(x,choice(1e5,2e5,true))"])  # fmt: skip
+def test_calls_that_hand_texts_on_keep_them_for_every_job(call: str) -> None:
+    (said,) = as_typed([f"job.name={call}"], ScanConfig, is_sweep=True)
+    each = OverridesParser.create().parse_override(said).sweep_string_iterator()
+    assert sorted(read(f"job.name={one}") for one in each) == ["1e5", "2e5", "true"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("job.name=int(5)", "numbers or truth values, and job.name is text; as one text it is written"),
+        ("dataset.source=float(1e5)", "numbers or truth"), ("model.source=bool(true)", "numbers or truth"),
+        ("job.name=glob(*)", "chooses among files, as of models, and job.name is text"),
+        ("job.name=???", "??? stands for a value that is still to be given"), ("job.name='???'", "??? stands for"),
+        ("dataset.columns={id: ???}", "??? stands for"), ("job.limit=???", "??? stands for"),
+        ("job.name='a${b'", r"unless it is written \${; as one text it is written"),
+        ("dataset.ids=['a${b']", r"unless it is written \${"), ("job.name=a${job.log}c${d", r"written \${; as one"),
+    ],
+)  # fmt: skip
+def test_what_would_become_something_else_is_refused(given: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(message)) as caught:
+        as_typed([given], ScanConfig, is_sweep=True)
+    assert str(caught.value).startswith(f"{given}: ")
+    assert "YAML" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["/tmp/a${b", "${", "a${b${c", "x/${/y", "é${", "a=${b"])
+def test_what_begins_as_an_interpolation_and_is_none_is_text(text: str) -> None:
+    assert composed("scan", [f"storage.uri={text}"], ScanConfig).storage.uri == text
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("storage.uri=/tmp/${x}", "Interpolation key 'x' not found"), ("job.limit=${x.y}", "Interpolation key"),
+        ("job.name=${job.name}", "Recursive interpolation"), ("job.name=${oc.env:NOT_SET_AT_ALL}", "KeyError raised"),
+        ("job.name=${nonsense:x}", "Unsupported interpolation type nonsense"),
+    ],
+)  # fmt: skip
+def test_an_interpolation_of_nothing_is_told_in_one_line(given: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(f"{given}: {reason}")) as caught:
+        composed("scan", [given], ScanConfig)
+    assert str(caught.value).endswith(r"where it is meant as it is, \${ is written")
+    assert "\n" not in str(caught.value)

@@ -258,3 +258,38 @@ def test_all_commands_share_how_hydra_is_set() -> None:
 def test_a_read_only_place_to_be_started_in_is_no_error() -> None:
     assert ran("say(os.getcwd(), 'text')", "run=x", cwd=Path("/proc")).stdout == "/proc\n"
     assert ran("", "-m", "run=x,y", cwd=Path("/proc")).returncode == 0
+
+
+def test_interpolations_are_told_where_they_stand_for_nothing_and_handed_on_where_not(tmp_path: Path) -> None:
+    for arguments in (
+        ["run=${x}"],
+        ["run=a", "+job.log=${x}"],
+        ["run=a", "+storage.uri=/tmp/${x}"],
+        ["-m", "run=${x}"],
+    ):
+        done = ran("say(config.run, 'text')", *arguments, TMPDIR=str(tmp_path))
+        assert (done.returncode, done.stdout) == (1, ""), arguments
+        # Hydra tells of several jobs before they begin.
+        line = done.stderr.splitlines()[-1]
+        assert len(done.stderr.splitlines()) == (3 if "-m" in arguments else 1)
+        assert re.match(r"error: .*=.*\$\{x\}: Interpolation key 'x' not found: ", line), line
+    shown = "say(config.run, 'text'); code = 3 * (config.run == 'b')"
+    assert ran(shown, "run=${job.log}", "+job.log=text").stdout == "text\n"
+    done = ran(shown, "-m", "run=${job.log},b", "+job.log=text", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "text\nb\n")
+    assert "job 1 (run=b) ended with exit code 3" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_jobs_that_are_none_are_an_error(tmp_path: Path) -> None:
+    for given in ("storage=glob(z*)", "job.limit=range(0)"):
+        done = ran("say(config.run, 'text')", "-m", "run=a", given, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.splitlines()[-1].startswith("error: --multirun: none of the values given stands for a job")
+
+
+def test_a_completion_that_no_shell_asks_for_is_an_error() -> None:
+    done = ran("", "--shell-completion", "query=bash")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --shell-completion: a shell asks for it")
+    assert "traceback" not in done.stderr
