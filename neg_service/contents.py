@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -139,32 +139,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _WrittenFloat(float):
-    """A number with a text of its own."""
-
-    def __new__(cls, text: str) -> _WrittenFloat:
-        number = super().__new__(cls, text)
-        number.text = text
-        return number
+class _AsWritten:
+    """A number with the text that it was written as: `1.10` is no `1.1` where it is a name, and -0 no 0."""
 
     text: str
+
+    def __new__(cls, text: str) -> Self:
+        number = super().__new__(cls, text)  # type: ignore[call-arg]
+        number.text = text
+        return number
 
     def __str__(self) -> str:
         return self.text
 
 
-class _WrittenInt(int):
-    """The same of a whole number, for -0."""
+class _WrittenFloat(_AsWritten, float):
+    pass
 
-    def __new__(cls, text: str) -> _WrittenInt:
-        number = super().__new__(cls, text)
-        number.text = text
-        return number
 
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
+class _WrittenInt(_AsWritten, int):
+    pass
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
