@@ -41,6 +41,9 @@ def job(config):
 start("status", job, Settings)
 """
 
+# A shell starts what is put into the background deaf to Ctrl-C, and its children with it: the tests may be such.
+IN_A_TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
 
 def ran(does: str, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -204,14 +207,18 @@ def test_a_person_who_stops_several_jobs_is_obeyed(tmp_path: Path) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         does = "import time; print('at work', flush=True); time.sleep(60)"
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, "-m", "run=a,b"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=environment(DOES=does, PYTHONPATH=str(ROOT)),
+            [sys.executable, "-c", IN_A_TERMINAL + PROGRAM, "-m", "run=a,b"], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(DOES=does, PYTHONPATH=str(ROOT)),
         )  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == "at work\n"
-        began = time.monotonic()
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
+        with process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "at work\n"
+                began = time.monotonic()
+                process.send_signal(number)
+                output, errors = process.communicate(timeout=60)
+            finally:
+                process.kill()
         assert (process.returncode, output) == (code, "")
         assert errors.splitlines()[-1].endswith("interrupted; the same command continues from here")
         assert time.monotonic() - began < 30

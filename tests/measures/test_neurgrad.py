@@ -50,13 +50,15 @@ def measured(model: LanguageModel, prompts: list[EncodedPrompt], basis: str, tok
 def assert_equals_oracle(
     model: LanguageModel, prompts: list[EncodedPrompt], basis: str, tolerance: float, reference: nn.Module | None = None
 ) -> None:
-    """The engine in its own precision, the oracle in float64: in float32 the textbook way is the less exact one."""
+    """The engine in its own precision, the oracle in float64: within the tolerance, or 1.5 times what the textbook way
+    itself is off by in that precision, which depends on the processor's matrix products."""
     reference = reference or copy.deepcopy(model.model).double()
     for prompt, found in zip(prompts, measured(model, prompts, basis), strict=True):
         p, slopes, activation = oracle.gradients(reference, prompt.ids, prompt.target_ids, basis)
+        _, textbook, _ = oracle.gradients(model.model, prompt.ids, prompt.target_ids, basis)
         np.testing.assert_allclose(found.probability_k, p, rtol=tolerance)
         for k in range(len(p)):
-            assert relative(found.gradient_kln[k], slopes[k]) <= tolerance
+            assert relative(found.gradient_kln[k], slopes[k]) <= max(tolerance, 1.5 * relative(textbook[k], slopes[k]))
         assert relative(found.activation_ln, activation) <= tolerance
 
 
