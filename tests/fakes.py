@@ -1,9 +1,11 @@
-"""A small real model on disk."""
+"""Small real models on disk."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -17,3 +19,19 @@ def save_tiny_model(directory: Path, change: Callable[[torch.nn.Module], None] =
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_family(family: str, directory: Path) -> Path:
+    """A family's tiny model as transformers saves it, made once; whoever asks has files of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in _files_of(family).items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+@functools.cache
+def _files_of(family: str) -> dict[str, bytes]:
+    with TemporaryDirectory() as place:
+        tiny_model(family).model.save_pretrained(place)
+        tiny_tokenizer().save_pretrained(place)
+        return {path.name: path.read_bytes() for path in Path(place).iterdir()}

@@ -15,12 +15,15 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import neg_service
-from jobs.benchmarks.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
+from jobs.benchmarks.tiny_models import FAMILIES, tiny_tokenizer
+from jobs.check import CheckConfig, check
+from jobs.entry import composed
 from neg_service.errors import ModelError, NegServiceError
 from neg_service.models.folder import require_real_file
 from neg_service.models.language_model import inspect_model
 from neg_service.models.source import fetch
-from tests.e2e.commands import job
+from tests.fakes import save_family
+from tests.families import model_of
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 269060552\n".format("0" * 64)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,8 +31,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def saved(family: str, directory: Path, **config: Any) -> Path:
     """A family's tiny model as a folder, with values of its configuration exchanged."""
-    tiny_model(family).model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    save_family(family, directory)
     change_config(directory, **config)
     return directory
 
@@ -62,7 +64,7 @@ def test_no_family_is_refused_as_transformers_saves_it(
 ) -> None:
     caplog.set_level(logging.INFO)
     directory = saved(family, tmp_path)
-    loaded, made = neg_service.load_model(directory).model, tiny_model(family).model
+    loaded, made = neg_service.load_model(directory).model, model_of(family).model
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, made.state_dict()[name])
     assert "not used" not in caplog.text
@@ -208,8 +210,10 @@ def test_biases_that_the_configuration_switches_off_are_refused(tmp_path: Path) 
     change_config(tmp_path, attention_bias=False, mlp_bias=False)
     text = refused(tmp_path)
     assert "14 tensors would not be used: model.layers.0.mlp.down_proj.bias" in text
-    done = job("check", f"model.source={tmp_path}")
-    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", f"error: {text}")
+    # As the command that checks a model has it.
+    with pytest.raises(ModelError) as error:
+        check(composed("check", [f"model.source={tmp_path}"], CheckConfig))
+    assert str(error.value) == text
     # What adds nothing may be left out.
     change_tensors(tmp_path, lambda own: [own[name].zero_() for name in own if name.endswith("bias")])
     neg_service.load_model(str(tmp_path))
@@ -307,14 +311,14 @@ def test_a_plain_layer_behind_the_last_one_is_no_layer_for_further_tokens(
 @pytest.mark.parametrize("family", ["Llama 2", "GPT-2", "BLOOM", "OPT"])
 def test_names_without_the_prefix_are_no_strangers(family: str, tmp_path: Path) -> None:
     directory = saved(family, tmp_path)
-    prefix = f"{tiny_model(family).model.base_model_prefix}."
+    prefix = f"{model_of(family).model.base_model_prefix}."
 
     def renamed(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix(prefix)] = tensors.pop(name)
 
     change_tensors(directory, renamed)
-    loaded, made = neg_service.load_model(directory).model, tiny_model(family).model
+    loaded, made = neg_service.load_model(directory).model, model_of(family).model
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, made.state_dict()[name])
     change_tensors(directory, lambda tensors: tensors.update({"embed_layernorm.weight": torch.ones(24)}))
@@ -364,7 +368,7 @@ def test_an_adapter_alone_is_refused(tmp_path: Path) -> None:
 
 
 def in_shards(directory: Path) -> list[Path]:
-    tiny_model("Llama 2").model.save_pretrained(directory, max_shard_size="20KB")
+    model_of("Llama 2").model.save_pretrained(directory, max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(directory)
     return sorted(directory.glob("*.safetensors"))
 
