@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -70,13 +69,30 @@ UNFORESEEN = {
 }
 
 
-@pytest.mark.parametrize("does", UNFORESEEN)
+@pytest.mark.parametrize("does", [next(iter(UNFORESEEN)), "class Panic(BaseException): pass\nraise Panic('rust')"])
 def test_whatever_comes_up_is_one_line_and_its_traceback_is_in_a_file(does: str, tmp_path: Path) -> None:
     done = ran(does, "run=x", TMPDIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert re.match(rf"error: while running jobs.status.*: .*{UNFORESEEN[does]}", line), line
     (file,) = tmp_path.glob("neg_service-traceback-*")
+    require_line_and_file(line, does, file)
+
+
+def test_of_whatever_comes_up_in_several_jobs_each_is_one_line_and_a_file(tmp_path: Path) -> None:
+    numbers = ",".join(map(str, range(len(UNFORESEEN))))
+    done = ran(f"exec({list(UNFORESEEN)!r}[int(config.run)], {{}})", "-m", f"run={numbers}", TMPDIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    files = [Path(line.rpartition(" ")[2]) for line in lines]
+    assert set(files) == set(tmp_path.glob("neg_service-traceback-*"))
+    assert len(set(files)) == len(UNFORESEEN)
+    for does, line, file in zip(UNFORESEEN, lines, files, strict=True):
+        require_line_and_file(line, does, file)
+
+
+def require_line_and_file(line: str, does: str, file: Path) -> None:
+    """The line says what came up and where its traceback is, which nobody else may read."""
+    assert re.match(rf"error: while running jobs.status.*: .*{UNFORESEEN[does]}", line), line
     assert line.endswith(f"its traceback is in {file}")
     assert file.read_text().startswith(("Traceback (most", "  + Exception Group Traceback"))
     assert file.stat().st_mode & 0o077 == 0
@@ -93,12 +109,16 @@ def test_the_line_says_where_in_this_project() -> None:
 
 
 def test_as_json_it_is_one_object() -> None:
-    for arguments in (["job.log=json"], ["job.log=json", "nonsense=1"]):
-        done = ran("1/0", "run=x", *(f"+{one}" if "log" in one else one for one in arguments))
+    for does, arguments, message in (
+        ("1/0", [], "ZeroDivisionError"),
+        ("", ["nonsense=1"], "Key 'nonsense' is not in struct"),
+        ("raise ConfigurationError('x=1: must be 2')", [], "^x=1: must be 2$"),
+    ):
+        done = ran(does, "run=x", "+job.log=json", *arguments)
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
         assert json.loads(line)["level"] == "ERROR"
-        assert re.search("ZeroDivisionError|Key 'nonsense' is not in struct", json.loads(line)["message"])
+        assert re.search(message, json.loads(line)["message"])
 
 
 def test_a_traceback_that_cannot_be_kept_is_no_second_error(tmp_path: Path) -> None:
@@ -205,7 +225,7 @@ def test_several_jobs_of_which_one_cannot_be_composed_are_refused_before_any_is_
 
 def test_a_person_who_stops_several_jobs_is_obeyed(tmp_path: Path) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        does = "import time; print('at work', flush=True); time.sleep(60)"
+        does = "import time; print('at work', flush=True); time.sleep(300)"
         process = subprocess.Popen(
             [sys.executable, "-c", IN_A_TERMINAL + PROGRAM, "-m", "run=a,b"], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(DOES=does, PYTHONPATH=str(ROOT)),
@@ -214,14 +234,13 @@ def test_a_person_who_stops_several_jobs_is_obeyed(tmp_path: Path) -> None:
             try:
                 assert process.stdout is not None
                 assert process.stdout.readline() == "at work\n"
-                began = time.monotonic()
                 process.send_signal(number)
-                output, errors = process.communicate(timeout=60)
+                # What it was told to do, and would do twice, takes longer than this.
+                output, errors = process.communicate(timeout=100)
             finally:
                 process.kill()
         assert (process.returncode, output) == (code, "")
         assert errors.splitlines()[-1].endswith("interrupted; the same command continues from here")
-        assert time.monotonic() - began < 30
         assert list(tmp_path.iterdir()) == []
 
 
