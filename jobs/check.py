@@ -6,17 +6,17 @@ import json
 import resource
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig
 
 from jobs.entry import flag_of, start
 from neg_service.config import JobConfig, ModelConfig, typed
-from neg_service.models.feed_forward import BASES, Site
-from neg_service.models.language_model import LanguageModel, load_model
-from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
 from neg_service.report.console import aligned, bytes_text
+
+if TYPE_CHECKING:
+    from neg_service.models.feed_forward import Site
+    from neg_service.models.language_model import LanguageModel
 
 
 @dataclass
@@ -30,6 +30,9 @@ class CheckConfig:
 
 def check(config: DictConfig) -> int:
     """Load a model, let it check itself, and print what was found."""
+    # Slow to load: see `entry.py`.
+    from neg_service.models.language_model import load_model
+
     began = time.monotonic()
     asked = typed(ModelConfig, config.model, "model")
     model = load_model(
@@ -48,6 +51,9 @@ def check(config: DictConfig) -> int:
 
 def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> dict[str, Any]:
     """What there is to know of a checked model; deviations are relative, memory in bytes."""
+    from neg_service.models.feed_forward import BASES
+    from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
+
     checked, own = model.ensure_checked(), model.feed_forward
     bases = BASES if own.layout.is_gated else BASES[:2]
     return {
@@ -121,6 +127,8 @@ def _place(model: LanguageModel, site: Site) -> str:
 
 def _peak_bytes(model: LanguageModel) -> dict[str, int]:
     """The most memory used so far, by device; on a CPU, of this process."""
+    import torch
+
     peaks = {str(own): torch.cuda.max_memory_allocated(own) for own in model.devices if own.type == "cuda"}
     return peaks or {"cpu": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 

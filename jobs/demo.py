@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, start
 from jobs.report import write_report
 from jobs.scan import describe_plan, describe_summary
-from neg_service.cluster.prepare import Prepared, prepare
-from neg_service.cluster.scan import Summary, run
 from neg_service.config import NeuronsConfig, ScanConfig, typed
 from neg_service.places import below, parent_of
 from neg_service.prompts.prompt import Prompt
 from neg_service.report.console import agreement, aligned, columns, strongest
-from neg_service.report.plots import neg_against_neurgrad, neurgrad_over_layers
 from neg_service.storage.reader import Run, open_run
+
+if TYPE_CHECKING:
+    from neg_service.cluster.prepare import Prepared
+    from neg_service.cluster.scan import Summary
 
 EXAMPLES = ("capital/0/France", "opposite/0/hot", "next-month/0/March")
 SWEPT_PROMPTS, SWEPT_NEURONS_A_LAYER = 3, 10
@@ -28,6 +30,11 @@ SWEPT_PROMPTS, SWEPT_NEURONS_A_LAYER = 3, 10
 
 def demo(config: DictConfig) -> int:
     """Scan and sweep, then show neurons, agreement and plots."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import prepare
+    from neg_service.cluster.scan import run
+    from neg_service.report.plots import neurgrad_over_layers
+
     prepared = prepare(typed(ScanConfig, config))
     if prepared.config.job.dry_run:
         print(describe_plan(prepared))
@@ -59,6 +66,11 @@ def _examples(results: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def _sweep(prepared: Prepared) -> Summary:
     """Measure NEG by intervention, and show how straight the curves are and how well NeurGrad foretells them."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import prepare
+    from neg_service.cluster.scan import run
+    from neg_service.report.plots import neg_against_neurgrad
+
     config = prepared.config
     count = min(SWEPT_NEURONS_A_LAYER, prepared.info.n_neurons)
     sweep = prepare(

@@ -4,6 +4,10 @@ Hydra runs the jobs, so that all of its flags (--help, --cfg, --multirun) work a
 run over several lines, and it knows no text, only what its grammar makes of it: the command line is put into its words
 ahead (`command_line.py`), what it then has to say is told in one line here, and what nobody foresaw is for the last
 guard (`guard.py`). Of several jobs, one that fails does not keep the others from running.
+
+Help, a mistake on the command line and the status of a run should come at once, and torch, transformers and Ray take
+seconds to load. So the modules of commands import at their top only what settings and texts need; the function that
+does a command's work imports what it works with.
 """
 
 from __future__ import annotations

@@ -12,11 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neg_service.cluster.plan import fit_for_a_name
-from neg_service.cluster.prepare import prepare
-from neg_service.cluster.scan import run
 from neg_service.config import ScanConfig
 from neg_service.errors import NegServiceError
-from neg_service.models.source import fetch
 from neg_service.places import below
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.stores import open_store
@@ -32,6 +29,10 @@ def finished(config: ScanConfig) -> Run:
     Raises:
         IncompleteError: shards were set aside.
     """
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import prepare
+    from neg_service.cluster.scan import run
+
     summary = run(prepare(config), stay_connected=True)
     if summary.set_aside:
         shard, error = next(iter(summary.set_aside.items()))
@@ -46,6 +47,9 @@ def put_findings(
     config: ScanConfig, kind: str, about: Mapping[str, Any], tables: Mapping[str, pa.Table], files: Mapping[str, bytes]
 ) -> str:
     """Store tables, `about` as <kind>.json, and files, under a name that follows from `about`; the place's URI."""
+    # Slow to load: see `entry.py`.
+    from neg_service.models.source import fetch
+
     model = fetch(config.model.source, config.model.revision, with_weights=False)
     said = {
         "model": {"source": config.model.source, "identity": model.identity, "dtype": config.model.dtype},

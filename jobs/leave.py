@@ -13,11 +13,7 @@ import subprocess
 import sys
 import time
 
-import ray
-from ray.util.state import list_actors, list_nodes
-
 from jobs.entry import command, in_one_line
-from neg_service.cluster.connection import connect, disconnect
 from neg_service.config import ClusterConfig
 from neg_service.errors import ConfigurationError, NegServiceError
 
@@ -44,6 +40,16 @@ def main(arguments: list[str]) -> int:
     asked = in_one_line(parser).parse_intermixed_args(arguments)
     if unknown := [one for one in asked.settings if one not in ("job.traceback=true", "job.traceback=false")]:
         raise ConfigurationError(f"{unknown[0]}: the one setting of this command is job.traceback=true")
+    return _leave(asked)
+
+
+def _leave(asked: argparse.Namespace) -> int:
+    # Slow to load: see `entry.py`.
+    import ray
+    from ray.util.state import list_actors, list_nodes
+
+    from neg_service.cluster.connection import connect, disconnect
+
     until = time.monotonic() + asked.seconds
     cluster = ClusterConfig(address=asked.address)
     cluster.connect_seconds = min(cluster.connect_seconds, asked.seconds)

@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
-from neg_service.cluster.connection import disconnect
-from neg_service.cluster.prepare import to_be_stored
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.probing.options import Context, Options, check_options, contexts_of
-from neg_service.probing.study import Findings, run_probe
 from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
 from neg_service.prompts.tasks import TASKS
 from neg_service.prompts.wording import wordings_of
-from neg_service.report.skills import accuracy_table, plots, studies_text
 from neg_service.storage.reader import Run
+
+if TYPE_CHECKING:
+    from neg_service.probing.study import Findings
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,10 @@ class ProbeConfig(ScanConfig):
 
 def probe(config: DictConfig) -> int:
     """Scan, rank, probe, study; store tables and plots, and print them."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.connection import disconnect
+    from neg_service.probing.study import run_probe
+
     asked = typed(ProbeConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     check_options(asked.probe)
     tasks = chosen_tasks(asked.dataset.task)
@@ -99,6 +102,10 @@ class _Scans:
 
 def _put(config: ProbeConfig, found: Findings, tables: Mapping[str, pa.Table]) -> str:
     """Store what was found beside the runs that it comes from."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import to_be_stored
+    from neg_service.report.skills import plots
+
     dataset = to_be_stored(config.dataset)
     about = {
         "probe": asdict(config.probe),
@@ -110,6 +117,8 @@ def _put(config: ProbeConfig, found: Findings, tables: Mapping[str, pa.Table]) -
 
 
 def _shown(tables: Mapping[str, pa.Table]) -> str:
+    from neg_service.report.skills import accuracy_table, studies_text
+
     return "\n\n".join(part for part in (accuracy_table(tables["accuracy"]), studies_text(tables)) if part)
 
 

@@ -13,9 +13,6 @@ from jobs.entry import start, value_of
 from neg_service.config import JobConfig, StorageConfig, holds
 from neg_service.errors import ConfigurationError
 from neg_service.places import below
-from neg_service.report.page import render
-from neg_service.report.sections import sections_of
-from neg_service.report.sections.found import find
 from neg_service.storage.stores import open_store
 
 
@@ -42,6 +39,11 @@ def report(config: DictConfig) -> int:
 
 def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str | None = None) -> str:
     """Write report.html and figures/*.png to a directory or prefix; the page's path."""
+    # Slow to load: see `entry.py`.
+    from neg_service.report.page import render
+    from neg_service.report.sections import sections_of
+    from neg_service.report.sections.found import find
+
     store = open_store(out, endpoint_url, key="out")
     # What is wrong with the place is told before anything is read.
     store.check()

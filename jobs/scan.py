@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
-from neg_service.cluster.prepare import Prepared, prepare
-from neg_service.cluster.scan import Summary, run
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import StorageError
 from neg_service.measures.choice import count_of, described
@@ -16,11 +14,19 @@ from neg_service.places import literal, without_credentials
 from neg_service.report.console import accuracy, agreement, aligned, bytes_text
 from neg_service.storage.reader import Run, open_run, reading
 
+if TYPE_CHECKING:
+    from neg_service.cluster.prepare import Prepared
+    from neg_service.cluster.scan import Summary
+
 _SUMMARISED_ROWS = 5_000_000
 
 
 def scan(config: DictConfig) -> int:
     """Run or continue the scan that the configuration describes."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import prepare
+    from neg_service.cluster.scan import run
+
     prepared = prepare(typed(ScanConfig, config))
     if prepared.config.job.dry_run:
         print(describe_plan(prepared))

@@ -11,10 +11,8 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from jobs.findings import IncompleteError, finished, put_findings
-from neg_service.cluster.connection import disconnect
-from neg_service.cluster.prepare import prepare, to_be_stored
 from neg_service.config import NeuronsConfig, ScanConfig, plain, typed
-from neg_service.estimation.study import Options, check_options, run_study
+from neg_service.estimation.options import Options
 from neg_service.report.study import study_text
 from neg_service.storage.reader import Run
 
@@ -30,6 +28,11 @@ class StudyConfig(ScanConfig):
 
 def study(config: DictConfig) -> int:
     """Scan, compare, store tables, and print them."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.connection import disconnect
+    from neg_service.cluster.prepare import prepare, to_be_stored
+    from neg_service.estimation.study import check_options, run_study
+
     asked = typed(StudyConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     check_options(asked.study)
 

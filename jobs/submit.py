@@ -9,10 +9,9 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
-from ray.job_submission import JobStatus
 
 from jobs.command_line import as_typed
 from jobs.entry import CONF, command, composed, in_one_line, refuse_credentials_in
@@ -21,25 +20,14 @@ from jobs.probe import ProbeConfig
 from jobs.scan import describe_plan
 from jobs.study import StudyConfig
 from jobs.verify import VerifyConfig
-from neg_service.cluster.prepare import Prepared, prepare, require_lasting
-from neg_service.cluster.submission import (
-    Request,
-    check_driver,
-    check_request,
-    check_room,
-    connect_to_job_server,
-    files_in,
-    follow,
-    last_of,
-    pack,
-    submit,
-)
 from neg_service.config import ScanConfig, check, plain, typed
 from neg_service.errors import ConfigurationError, DestinationError, StorageError
-from neg_service.models.source import DEFAULT
 from neg_service.places import absolute, is_here, name_of, setting
 from neg_service.storage.run import RUN_FILE, RunDirectory
 from neg_service.storage.stores import open_store
+
+if TYPE_CHECKING:
+    from neg_service.cluster.prepare import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +42,26 @@ def main(arguments: list[str]) -> int:
     """Submit, and follow unless told not to; the exit code of the job."""
     refuse_credentials_in(arguments)
     asked = _parser().parse_intermixed_args(arguments)
-    settings = JOBS[asked.job]
-    config = composed(asked.job, asked.overrides, settings)
+    return _submit(asked, composed(asked.job, asked.overrides, JOBS[asked.job]))
+
+
+def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
+    # Slow to load: see `entry.py`.
+    from ray.job_submission import JobStatus
+
+    from neg_service.cluster.prepare import prepare, require_lasting
+    from neg_service.cluster.submission import (
+        Request,
+        check_driver,
+        check_request,
+        check_room,
+        connect_to_job_server,
+        follow,
+        last_of,
+        pack,
+        submit,
+    )
+
     client = connect_to_job_server(asked.address)
     driver = _amounts(_pairs("--driver", asked.driver))
     prepared = None
@@ -78,7 +84,7 @@ def main(arguments: list[str]) -> int:
     request = Request(
         job=asked.job,
         submission_id=_submission_id(asked.job, prepared, config, files),
-        overrides=[*as_typed(asked.overrides, settings, is_sweep=False), *_model_by_full_path(config)],
+        overrides=[*as_typed(asked.overrides, JOBS[asked.job], is_sweep=False), *_model_by_full_path(config)],
         files=files,
         environment=_pairs("--env", asked.env),
         driver=driver,
@@ -155,6 +161,8 @@ def _amounts(given: dict[str, str]) -> dict[str, float]:
 
 def _submission_id(job: str, prepared: Prepared | None, config: DictConfig, files: dict[str, Path]) -> str:
     """From the fingerprint; where it can only be known on the cluster, from what decides it."""
+    from neg_service.cluster.submission import files_in
+
     if prepared is not None:
         return f"neg-{name_of(prepared.uri)}-{_digest([prepared.uri])}"
     decides = {key: value for key, value in plain(config).items() if key not in ("cluster", "hydra")}
@@ -173,6 +181,8 @@ def _digest(value: Any) -> str:
 
 def _files(config: DictConfig) -> dict[str, Path]:
     """The local files and folders that the configuration names, except a model's."""
+    from neg_service.models.source import DEFAULT
+
     found = {}
     for key in _FILES:
         group, name = key.split(".")
@@ -183,6 +193,8 @@ def _files(config: DictConfig) -> dict[str, Path]:
 
 
 def _model_by_full_path(config: DictConfig) -> list[str]:
+    from neg_service.models.source import DEFAULT
+
     source = str(config.model.source)
     if source == DEFAULT or Path(source).is_absolute() or not is_here(source):
         return []

@@ -9,8 +9,6 @@ from omegaconf import DictConfig
 
 from jobs.entry import start
 from neg_service.config import DatasetConfig, JobConfig, holds, typed
-from neg_service.models.language_model import inspect_model, load_tokenizer, mask_token_of
-from neg_service.models.source import fetch
 from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt, encode
 from neg_service.prompts.tasks import GENRES, TASKS
@@ -62,6 +60,10 @@ def _listed() -> str:
 def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, model_source: str | None) -> str:
     tokens = ""
     if model_source is not None:
+        # Slow to load: see `entry.py`.
+        from neg_service.models.language_model import inspect_model, load_tokenizer, mask_token_of
+        from neg_service.models.source import fetch
+
         local = fetch(model_source, with_weights=False)
         tokenizer, info = load_tokenizer(local), inspect_model(local)
         mask_token = mask_token_of(tokenizer, info.name, info.n_input_ids) if info.is_masked else None

@@ -10,9 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, flag_of, start, value_of
-from neg_service.cluster.prepare import prepare_again
 from neg_service.cluster.progress import clock
-from neg_service.cluster.scan import run
 from neg_service.config import ClusterConfig, JobConfig, ScanConfig, StorageConfig, holds, plain, typed
 from neg_service.report.console import aligned, bytes_text, ranges
 from neg_service.storage.objects import ObjectStore
@@ -60,6 +58,10 @@ def verify(config: DictConfig) -> int:
 
 
 def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import prepare_again
+    from neg_service.cluster.scan import run
+
     for done in restore_run_file(store, verdict):
         print(done)
     given = plain(config)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -65,6 +64,9 @@ def quality(
     whether estimates have the unit of NEG, so that their relative error means something; it is NaN if not. Of a single
     prompt, intervals are NaN.
     """
+    # Takes a second to load, and the console and the report need only the names of this package.
+    from scipy.stats import rankdata
+
     n_prompts = int(prompt_i.max(initial=-1)) + 1
     drawn = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / max(1, n_prompts)), size=draws)
     weights_bp = np.vstack([np.ones(n_prompts), drawn])[: None if n_prompts > 1 else 1]

@@ -25,6 +25,7 @@ import pyarrow as pa
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, nearest
 from neg_service.estimation.linear import by_layer, histogram, shifts_of_ranges
+from neg_service.estimation.options import ESTIMATORS, Options
 from neg_service.estimation.tables import (
     Rows,
     additivity_table,
@@ -40,32 +41,10 @@ from neg_service.storage.reader import Run, reading
 
 log = logging.getLogger(__name__)
 
-ESTIMATORS = ("neurgrad", "gradient", "integrated_gradients", "gradient_x_activation", "activation", "random")
-
 # A finished run of a measure on chosen neurons of the prompts with these ids, or of all.
 Scan = Callable[[Mapping[str, Any], NeuronsConfig, Sequence[str] | None], Run]
 # Refuses a measure of chosen neurons that cannot be scanned, before anything is.
 Check = Callable[[Mapping[str, Any], NeuronsConfig], object]
-
-
-@dataclass
-class Options:
-    """See `conf/study.yaml`."""
-
-    prompts: int | None = 100
-    answered: str = "right"
-    neurons: int | None = 70
-    seed: int = 0
-    basis: str = "paper"
-    grid: str = "full"
-    keep: str = "answer"
-    steps: int = 20
-    estimators: list[str] = field(default_factory=lambda: list(ESTIMATORS))
-    ranges: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 10.0])
-    range_prompts: int = 20
-    sets: list[int] = field(default_factory=lambda: [2, 8, 32])
-    set_shift: float = 0.5
-    draws: int = 1000
 
 
 @dataclass

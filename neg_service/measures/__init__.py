@@ -12,15 +12,18 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import pyarrow as pa
 
 from neg_service.config import NeuronsConfig, types_of
 from neg_service.errors import ConfigurationError
-from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+# What only knows neurons, lists and edits by their numbers does without torch.
+if TYPE_CHECKING:
+    from neg_service.models.batches import Budget
+    from neg_service.models.language_model import LanguageModel, ModelInfo
 
 
 @dataclass(frozen=True)

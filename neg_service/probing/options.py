@@ -8,8 +8,8 @@ from typing import Any
 
 from neg_service.config import holds
 from neg_service.errors import ConfigurationError, nearest
-from neg_service.probing.probes import PROBES
 
+PROBES = ("polarity", "magnitude", "forest", "probability", "activation", "random", "majority")
 STUDIES = ("efficiency", "flexibility", "robustness", "interdependency")
 # Fewer prompts have no mean to speak of, and the baseline of activations compares with a shard's.
 _LEAST_SHARD = 20

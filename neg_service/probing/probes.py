@@ -41,7 +41,6 @@ from neg_service.probing.ranking import (
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
 
-PROBES = ("polarity", "magnitude", "forest", "probability", "activation", "random", "majority")
 _TREES = 100
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from neg_service.probing.probes import PROBES
+from neg_service.probing.options import PROBES
 from neg_service.prompts.tasks import GENRES
 from neg_service.report.console import columns
 from neg_service.report.plots import png

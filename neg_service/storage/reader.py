@@ -14,17 +14,20 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 
 from neg_service.errors import ConfigurationError, StorageError, one_line
 from neg_service.places import name_of
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.run import RunDirectory, Snapshot, read_run_file, schema_from_json
 from neg_service.storage.stores import open_store
+
+# pyarrow's datasets load pandas where there is one, which takes a second: not before a row is read.
+if TYPE_CHECKING:
+    import pyarrow.dataset as pads
 
 RUN_COLUMN = "run"
 # What a table of one neuron is made from, the most direct measurement first.
@@ -100,7 +103,9 @@ class Run:
         Raises:
             ConfigurationError: the run has no such table or column.
         """
-        return _Selection.of([part for _, part in self.parts(name, at=at)], self.schemas[name], columns, filter)
+        from neg_service.storage.selection import Selection
+
+        return Selection.of([part for _, part in self.parts(name, at=at)], self.schemas[name], columns, filter)
 
     def neuron(self, layer: int, index: int) -> pa.Table:
         """All that is known of one neuron: a row a (prompt, target), or a prompt where targets play no part.
@@ -152,13 +157,15 @@ class Run:
         Raises:
             ConfigurationError: the run has no such table.
         """
+        from neg_service.storage.selection import CHECKED
+
         if name not in self.schemas:
             raise ConfigurationError(f"{self.uri} has no table {name!r}; it has {', '.join(self.tables)}")
         filesystem, root = self.directory.store.arrow()
         at = at or self.snapshot()
         for shard in sorted(self.done(at)):
             part = at.parts[name][shard]
-            yield shard, _CHECKED.make_fragment(f"{root}/{part.key}", filesystem, expression, file_size=part.size)
+            yield shard, CHECKED.make_fragment(f"{root}/{part.key}", filesystem, expression, file_size=part.size)
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,8 @@ class Runs:
             ConfigurationError: a run has no such table, or it has other columns than in the first run, as lists of
                 neurons have when models differ in size.
         """
+        from neg_service.storage.selection import Selection
+
         first = self.runs[0]
         fragments: list[pads.Fragment] = []
         for run in self.runs:
@@ -194,7 +203,7 @@ class Runs:
                         f"{first.name} and {found} in {run.name}; read them one by one"
                     )
         schema = first.schemas[name].insert(0, pa.field(RUN_COLUMN, pa.string(), nullable=False))
-        return _Selection.of(fragments, schema, columns, filter)
+        return Selection.of(fragments, schema, columns, filter)
 
     def neuron(self, layer: int, index: int) -> pa.Table:
         """The tables of `Run.neuron` one below the other, with the column `run`."""
@@ -204,68 +213,6 @@ class Runs:
             for table in [run.neuron(layer, index)]
         ]
         return pa.concat_tables(tables, promote_options="default")
-
-
-class _Selection(pads.FileSystemDataset):  # type: ignore[misc]
-    """A Dataset of which some columns are shown; pyarrow keeps a filter in a Dataset, but no choice of columns.
-
-    It scans as one. To sort or join, rows are read first, because pyarrow does both below the choice of columns.
-    """
-
-    shown: list[str] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        fragments: list[pads.Fragment],
-        schema: pa.Schema,
-        columns: Sequence[str] | None,
-        filter: pc.Expression | None,
-    ) -> pads.Dataset:
-        """All rows of the fragments that pass the filter."""
-        for column in columns or ():
-            if column not in schema.names:
-                raise ConfigurationError(f"there is no column {column!r}; there are {', '.join(schema.names)}")
-        dataset = cls(fragments, schema, _CHECKED)
-        dataset.shown = list(columns) if columns is not None else None
-        if filter is None:
-            return dataset
-        filtered = dataset.filter(filter)
-        try:
-            # Nothing is read, but the filter's columns are looked for.
-            filtered.scanner()
-            return filtered
-        except pa.ArrowInvalid as error:
-            raise ConfigurationError(f"filter={filter}: {one_line(error)}") from error
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Of the columns that are shown."""
-        own = super().schema
-        return own if self.shown is None else pa.schema([own.field(name) for name in self.shown], own.metadata)
-
-    def filter(self, expression: pc.Expression) -> pads.Dataset:
-        """As pyarrow's; the choice of columns stays."""
-        filtered = super().filter(expression)
-        filtered.shown = self.shown
-        return filtered
-
-    def sort_by(self, sorting: Any, **options: Any) -> pads.Dataset:
-        """As pyarrow's."""
-        return pads.InMemoryDataset(self.to_table()).sort_by(sorting, **options)
-
-    def join(self, right_dataset: pads.Dataset, *arguments: Any, **options: Any) -> pads.Dataset:
-        """As pyarrow's."""
-        return pads.InMemoryDataset(self.to_table()).join(right_dataset, *arguments, **options)
-
-    def scanner(self, columns: Any = None, **options: Any) -> pads.Scanner:
-        """As pyarrow's; no columns are those that are shown."""
-        return super().scanner(columns=self.shown if columns is None else columns, **options)
-
-
-_CHECKED = pads.ParquetFileFormat(
-    default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True, pre_buffer=True)
-)
 
 
 def open_run(uri: str | os.PathLike[str], endpoint_url: str | None = None, *, key: str = "run") -> Run:

@@ -8,7 +8,6 @@ from neg_service.errors import DestinationError
 from neg_service.places import local_path, require_place, split_scheme, without_credentials
 from neg_service.storage.objects import LocalStore, ObjectStore
 from neg_service.storage.patience import PatientStore
-from neg_service.storage.s3 import S3Store
 
 
 def open_store(
@@ -33,6 +32,9 @@ def open_store(
         # Already without ~, unless it was a Path; a name may begin so.
         store = LocalStore(path.absolute() if isinstance(uri, str) else path, key=key)
     elif (scheme := split_scheme(text)[0]) == "s3":
+        # s3fs takes a second to load, which whoever has results on a disk need not wait for.
+        from neg_service.storage.s3 import S3Store
+
         store = S3Store(text, endpoint_url, key=key)
     else:
         shown = without_credentials(text)

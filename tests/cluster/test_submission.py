@@ -165,8 +165,8 @@ def test_a_dry_run_shows_the_plan_here_and_sends_nothing(
     tmp_path: Path, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A client that can do nothing: any question to it would fail.
-    monkeypatch.setattr("jobs.submit.connect_to_job_server", lambda address: SimpleNamespace(_address="http://head"))
-    monkeypatch.setattr("jobs.submit.check_room", lambda *arguments: None)
+    monkeypatch.setattr(submission, "connect_to_job_server", lambda address: SimpleNamespace(_address="http://head"))
+    monkeypatch.setattr(submission, "check_room", lambda *arguments: None)
     words = tmp_path / "words.jsonl"
     words.write_text('{"prompt": "w1 w2", "targets": [" w7"]}')
     asked = [f"model.source={tiny_directory}", f"dataset.source={words}", f"storage.uri={tmp_path}/runs"]
@@ -201,7 +201,7 @@ def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 
 @pytest.mark.parametrize("option", [["--driver", "CPU"], ["--driver", "CPU=x"], ["--env", "FOO"]])
 def test_options_that_are_no_pairs_are_refused(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.submit.connect_to_job_server", lambda address: None)
+    monkeypatch.setattr(submission, "connect_to_job_server", lambda address: None)
     with pytest.raises(ConfigurationError, match=option[0]):
         main(["--unchecked", "storage.uri=/tmp/x", *option])
 

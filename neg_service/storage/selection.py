@@ -1,0 +1,76 @@
+"""What a reader gets of a table: a pyarrow Dataset over chosen parts and columns, with every page checked.
+
+Apart from `reader.py`, because pyarrow's datasets take long to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from neg_service.errors import ConfigurationError, one_line
+
+CHECKED = pads.ParquetFileFormat(
+    default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True, pre_buffer=True)
+)
+
+
+class Selection(pads.FileSystemDataset):  # type: ignore[misc]
+    """A Dataset of which some columns are shown; pyarrow keeps a filter in a Dataset, but no choice of columns.
+
+    It scans as one. To sort or join, rows are read first, because pyarrow does both below the choice of columns.
+    """
+
+    shown: list[str] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        fragments: list[pads.Fragment],
+        schema: pa.Schema,
+        columns: Sequence[str] | None,
+        filter: pc.Expression | None,
+    ) -> pads.Dataset:
+        """All rows of the fragments that pass the filter."""
+        for column in columns or ():
+            if column not in schema.names:
+                raise ConfigurationError(f"there is no column {column!r}; there are {', '.join(schema.names)}")
+        dataset = cls(fragments, schema, CHECKED)
+        dataset.shown = list(columns) if columns is not None else None
+        if filter is None:
+            return dataset
+        filtered = dataset.filter(filter)
+        try:
+            # Nothing is read, but the filter's columns are looked for.
+            filtered.scanner()
+            return filtered
+        except pa.ArrowInvalid as error:
+            raise ConfigurationError(f"filter={filter}: {one_line(error)}") from error
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the columns that are shown."""
+        own = super().schema
+        return own if self.shown is None else pa.schema([own.field(name) for name in self.shown], own.metadata)
+
+    def filter(self, expression: pc.Expression) -> pads.Dataset:
+        """As pyarrow's; the choice of columns stays."""
+        filtered = super().filter(expression)
+        filtered.shown = self.shown
+        return filtered
+
+    def sort_by(self, sorting: Any, **options: Any) -> pads.Dataset:
+        """As pyarrow's."""
+        return pads.InMemoryDataset(self.to_table()).sort_by(sorting, **options)
+
+    def join(self, right_dataset: pads.Dataset, *arguments: Any, **options: Any) -> pads.Dataset:
+        """As pyarrow's."""
+        return pads.InMemoryDataset(self.to_table()).join(right_dataset, *arguments, **options)
+
+    def scanner(self, columns: Any = None, **options: Any) -> pads.Scanner:
+        """As pyarrow's; no columns are those that are shown."""
+        return super().scanner(columns=self.shown if columns is None else columns, **options)

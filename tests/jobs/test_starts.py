@@ -1,0 +1,89 @@
+"""Commands start fast: what takes seconds to load is loaded by those that work with it, and not for help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neg_service.config import DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
+from tests.e2e.commands import ROOT, environment
+from tests.here import scan_here
+
+COMMANDS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if 'if __name__ == "__main__"' in path.read_text())
+# What takes from half a second to several; sklearn, matplotlib and s3fs are only for some commands and places.
+SLOW = ("torch", "transformers", "ray", "scipy", "sklearn", "matplotlib", "s3fs")
+
+# Runs commands one after the other in one process; what they print, their exit codes, and what is loaded by then.
+PROGRAM = """
+import io, json, runpy, sys
+from contextlib import redirect_stdout
+for name, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [name, *arguments]
+    code, printed = 0, io.StringIO()
+    with redirect_stdout(printed):
+        try:
+            runpy.run_module(f"jobs.{name}", run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps([name, code, printed.getvalue(), list(sys.modules)]))
+"""
+
+
+def ran(*commands: list[str]) -> list[tuple[str, int, str, set[str]]]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)], cwd=ROOT, text=True, capture_output=True, check=False,
+        env=environment(PYTHONPATH=str(ROOT)), timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines: list[list[Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    return [(name, code or 0, printed, set(modules)) for name, code, printed, modules in lines]
+
+
+@pytest.fixture(scope="module")
+def run_uri(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> str:
+    place = tmp_path_factory.mktemp("starts")
+    rows = [{"prompt": f"w{i} w{i + 1}", "targets": [" w7", " w8"], "id": f"p{i}"} for i in (20, 21)]
+    (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = ScanConfig(
+        model=ModelConfig(source=str(tiny_directory)),
+        dataset=DatasetConfig(source=str(place / "prompts.jsonl")),
+        storage=StorageConfig(uri=str(place / "runs")),
+        job=JobConfig(shard_size=1),
+    )
+    return scan_here(config).uri
+
+
+def test_help_loads_nothing_slow() -> None:
+    assert {"scan", "status", "verify", "report", "submit", "leave"} <= set(COMMANDS)
+    found = ran(*([name, "--help"] for name in COMMANDS))
+    assert [name for name, *_ in found] == COMMANDS
+    for name, code, printed, modules in found:
+        assert code == 0
+        assert f"python -m jobs.{name}" in printed
+        assert not modules & set(SLOW), name
+
+
+def test_mistakes_on_the_command_line_are_told_before_anything_slow_is_loaded() -> None:
+    for command in (["scan", "job.nam=x"], ["check", "model.sourc=x"], ["verify", "run=a,b"]):
+        ((name, code, _, modules),) = ran(command)
+        assert code == 1
+        assert not modules & set(SLOW), name
+
+
+def test_the_state_of_a_run_is_told_without_what_computed_it(run_uri: str) -> None:
+    for command in ("status", "verify"):
+        ((_, code, printed, modules),) = ran([command, f"run={run_uri}"])
+        assert code == 0
+        assert run_uri in printed
+        assert not modules & set(SLOW)
+
+
+def test_a_report_is_made_without_what_computed_the_run(run_uri: str, tmp_path: Path) -> None:
+    ((_, code, printed, modules),) = ran(["report", f"runs=[{run_uri}]", f"out={tmp_path}/report"])
+    assert (code, printed.strip()) == (0, f"{tmp_path}/report/report.html")
+    assert not modules & {"torch", "transformers", "ray", "scipy", "sklearn", "s3fs"}
