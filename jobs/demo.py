@@ -55,7 +55,7 @@ def demo(config: DictConfig) -> int:
     out = below(parent_of(summary.uri) or summary.uri, "report")
     page = write_report([summary.uri, swept.uri], out, prepared.config.storage.endpoint_url)
     print(f"\nreport: {page}")
-    return EXIT_INCOMPLETE if summary.set_aside or swept.set_aside else 0
+    return EXIT_INCOMPLETE if summary.failed or swept.failed else 0
 
 
 def _examples(results: Run, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -34,10 +34,10 @@ def finished(config: ScanConfig) -> Run:
     from neg_service.cluster.scan import run
 
     summary = run(prepare(config), stay_connected=True)
-    if summary.set_aside:
-        shard, error = next(iter(summary.set_aside.items()))
+    if summary.failed:
+        shard, error = next(iter(summary.failed.items()))
         raise IncompleteError(
-            f"{len(summary.set_aside)} shards of {summary.uri} were set aside, shard {shard} with: {error}; the "
+            f"{len(summary.failed)} shards of {summary.uri} were set aside, shard {shard} with: {error}; the "
             f"same command tries them again"
         )
     return open_run(summary.uri, config.storage.endpoint_url)

@@ -33,7 +33,7 @@ def scan(config: DictConfig) -> int:
         return 0
     summary = run(prepared)
     say(describe_summary(prepared, summary), prepared.config.job.log)
-    return EXIT_INCOMPLETE if summary.set_aside else 0
+    return EXIT_INCOMPLETE if summary.failed else 0
 
 
 def describe_plan(prepared: Prepared) -> str:
@@ -115,12 +115,12 @@ def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
             ("written", bytes_text(summary.bytes_now)),
         ]
     rows.append(("results", summary.uri))
-    if summary.set_aside:
-        rows.append(("set aside", "\n".join(f"shard {i}: {error}" for i, error in sorted(summary.set_aside.items()))))
+    if summary.failed:
+        rows.append(("set aside", "\n".join(f"shard {i}: {error}" for i, error in sorted(summary.failed.items()))))
     if summary.shards_before == summary.n_shards:
         heading = "this run was finished already; nothing was done"
-    elif summary.set_aside:
-        heading = f"incomplete: {len(summary.set_aside)} shards were set aside; the same command tries them again"
+    elif summary.failed:
+        heading = f"incomplete: {len(summary.failed)} shards were set aside; the same command tries them again"
     else:
         heading = "done"
     endpoint_url = prepared.config.storage.endpoint_url

@@ -76,7 +76,7 @@ def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
         return
     print(f"computing again: shards {ranges(shards)}", flush=True)
     summary = run(prepared)
-    for shard, error in sorted(summary.set_aside.items()):
+    for shard, error in sorted(summary.failed.items()):
         print(f"set aside: shard {shard}: {error}")
 
 

@@ -15,8 +15,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import Ready
+from neg_service.cluster.messages import Shard, WorkerInfo
 from neg_service.errors import ModelError, NonFiniteError
 
 
@@ -76,13 +75,13 @@ class FaultyWorker:
         """As a factory, it makes itself."""
         return self
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         """Ready at once, or never."""
         if self.start_error == "kill":
             os.kill(os.getpid(), 9)
         if self.start_error:
             raise ModelError(self.start_error)
-        return Ready("nothing")
+        return WorkerInfo("nothing")
 
     def calibrate(self) -> dict[str, Any]:
         """What differs between processes."""

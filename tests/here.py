@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from neg_service.cluster.messages import WorkerSpec
 from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import Scan
+from neg_service.cluster.replica import scan_worker
 from neg_service.config import ScanConfig
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run, open_run
@@ -25,10 +26,10 @@ def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
         "dataset": prepared.request["dataset"],
     }
     directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request)
-    worker = Scan(prepared.config, prepared.info.identity, 1, prepared.prompts[:1])()
-    ready = worker.start()
+    worker = scan_worker(WorkerSpec(prepared.config, prepared.info.identity, 1, prepared.prompts[:1]))
+    info = worker.start()
     calibration = worker.calibrate()
-    note(store, {"calibration": calibration, "engine": ready.engine, "runs_on": ready.runs_on})
+    note(store, {"calibration": calibration, "engine": info.engine, "runs_on": info.runs_on})
     for shard in list(shards_of(prepared.prompts, prepared.plan, directory.done()))[:shards]:
         for name, table in worker.compute(shard, 1.0, calibration).items():
             store.put(part_key(name, shard.index), encode_part(name, table, directory.fingerprint, shard.index))

@@ -7,8 +7,8 @@ import time
 
 import ray
 
+from neg_service.cluster.connection import connect
 from neg_service.cluster.replica import ACTOR_OPTIONS, Replica
-from neg_service.cluster.resources import connect
 from neg_service.config import ClusterConfig
 from tests.faulty import FaultyWorker
 

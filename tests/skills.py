@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
+from neg_service.cluster.messages import Destination, WorkerSpec
 from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import Destination, Replica, Scan
+from neg_service.cluster.replica import Replica, scan_worker
 from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.probing.options import Context
 from neg_service.prompts.tasks import LANGUAGES, TASKS
@@ -168,7 +170,7 @@ class ScansHere:
         about = {"model": {"neurons_a_layer": prepared.info.n_neurons, "layers": prepared.info.n_layers}}
         write_or_match(open_store(prepared.uri), prepared.identity, prepared.tables, about, prepared.request)
         replica = Replica(
-            Scan(prepared.config, prepared.info.identity, 1),
+            partial(scan_worker, WorkerSpec(prepared.config, prepared.info.identity, 1)),
             Destination(prepared.uri, None, prepared.fingerprint),
         )
         replica.start()

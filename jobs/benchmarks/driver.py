@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from jobs.benchmarks.figures import bar, figure
+from neg_service.cluster.actors import RayActors
+from neg_service.cluster.connection import connect, disconnect
 from neg_service.cluster.driver import Driver
-from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import ACTOR_OPTIONS, Hello, Ready, Receipt, Replica
-from neg_service.cluster.resources import connect, disconnect
+from neg_service.cluster.messages import ReplicaInfo, Shard, ShardResult, WorkerInfo
+from neg_service.cluster.observer import Observer
+from neg_service.cluster.resources import ReplicaSize
 from neg_service.config import ClusterConfig
 
 
@@ -34,9 +35,9 @@ class Settings:
 class NoWork:
     """A worker that does nothing, which leaves the driver's own cost."""
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         """Ready."""
-        return Ready("nothing")
+        return WorkerInfo("nothing")
 
     def calibrate(self) -> dict[str, Any]:
         """Nothing."""
@@ -51,9 +52,9 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measure; the memory run counts as the last repeat."""
     connect(ClusterConfig(address="local"))
     try:
-        rates = [_rate(settings.shards, settings.replicas, []) for _ in range(settings.repeats)]
-        memory: list[tuple[int, float]] = []
-        rates.append(_rate(settings.memory_shards, settings.replicas, memory))
+        rates = [_rate(settings.shards, settings.replicas)[0] for _ in range(settings.repeats)]
+        rate_of_all, memory = _rate(settings.memory_shards, settings.replicas)
+        rates.append(rate_of_all)
     finally:
         disconnect()
     tenth = settings.memory_shards // 10
@@ -73,28 +74,33 @@ def run(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rate(n_shards: int, replicas: int, memory: list[tuple[int, float]]) -> float:
-    done = 0
-    began = time.perf_counter()
+class Clock(Observer):
+    """When the first replica was ready, and memory as shards are done."""
 
-    def start(_hello: Hello) -> None:
-        nonlocal began
-        began = time.perf_counter()
+    def __init__(self, n_shards: int) -> None:
+        """Memory is looked at twenty times over so many shards."""
+        self.began: float | None = None
+        self.memory: list[tuple[int, float]] = []
+        self._every, self._done = max(1, n_shards // 20), 0
 
-    def count(receipt: Receipt) -> None:
-        nonlocal done
-        done += 1
-        if done % max(1, n_shards // 20) == 0:
-            memory.append((done, _resident_mib()))
+    def replica_ready(self, info: ReplicaInfo) -> None:
+        """Start."""
+        self.began = self.began or time.perf_counter()
 
-    def spawn() -> Any:
-        return ray.remote(Replica).options(num_cpus=0.5, **ACTOR_OPTIONS).remote(NoWork, None)
+    def shard_done(self, result: ShardResult) -> None:
+        """Count."""
+        self._done += 1
+        if self._done % self._every == 0:
+            self.memory.append((self._done, _resident_mib()))
 
-    driver = Driver((Shard(i, ()) for i in range(n_shards)), spawn, replicas, 3, on_receipt=count, on_first_ready=start)
-    driver.run()
-    rate = n_shards / (time.perf_counter() - began)
+
+def _rate(n_shards: int, replicas: int) -> tuple[float, list[tuple[int, float]]]:
+    """Shards a second, and the driver's memory in MiB after so many of them."""
+    clock, actors = Clock(n_shards), RayActors(NoWork, None, ReplicaSize(0.5, 0, 0), replicas)
+    Driver((Shard(i, ()) for i in range(n_shards)), actors, observer=clock).run()
+    rate = n_shards / (time.perf_counter() - (clock.began or 0.0))
     sys.stderr.write(f"{n_shards} shards: {rate:.0f} a second\n")
-    return rate
+    return rate, clock.memory
 
 
 def _resident_mib() -> float:

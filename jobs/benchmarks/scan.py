@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ import pyarrow as pa
 import ray
 
 from jobs.benchmarks.figures import bar, figure, ratio
+from neg_service.cluster.actors import RayActors
+from neg_service.cluster.connection import connect, disconnect
 from neg_service.cluster.driver import Driver
-from neg_service.cluster.plan import Shard, make_plan, shards_of
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Replica, Scan
-from neg_service.cluster.resources import connect, disconnect
+from neg_service.cluster.failures import Limits
+from neg_service.cluster.messages import Destination, ReplicaInfo, Shard, ShardResult, WorkerInfo, WorkerSpec
+from neg_service.cluster.observer import Observer
+from neg_service.cluster.plan import make_plan, shards_of
+from neg_service.cluster.replica import scan_worker
+from neg_service.cluster.resources import ReplicaSize
 from neg_service.config import ClusterConfig, ModelConfig, NeuronsConfig, ScanConfig
 from neg_service.measures import Cost
 from neg_service.models.source import fetch
@@ -54,9 +60,9 @@ class Loop:
     def __init__(self, make_worker: Any) -> None:
         self._worker = make_worker()
 
-    def start(self) -> Hello:
+    def start(self) -> ReplicaInfo:
         """Load the model."""
-        return Hello(0, "", self._worker.start())
+        return ReplicaInfo(0, "", self._worker.start())
 
     def run(self, shards: list[Shard]) -> tuple[float, float]:
         """Measure all shards and store them, one after the other; seconds in all, and of measuring alone."""
@@ -86,9 +92,9 @@ class Together:
         self._worker = self.make_worker()
         return self
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         """Load the model, and wait for the others."""
-        ready: Ready = self._worker.start()
+        ready: WorkerInfo = self._worker.start()
         place = Path(self.place)
         place.mkdir(exist_ok=True)
         (place / str(os.getpid())).touch()
@@ -110,7 +116,7 @@ class Together:
 def run(settings: Settings) -> dict[str, Any]:
     """Measure both kinds of prompts, taking turns."""
     config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
-    make_worker = Scan(config, fetch(settings.model).identity, settings.threads)
+    spec = WorkerSpec(config, fetch(settings.model).identity, settings.threads)
     bare = facts.load()[: settings.prompts]
     solved = "".join(f"{p.text}{p.targets[p.answer or 0]}.\n" for p in facts.load()[:: -(316 // settings.shots)])
     few_shot = [replace(prompt, text=solved + prompt.text) for prompt in bare[: settings.few_shot_prompts]]
@@ -121,10 +127,10 @@ def run(settings: Settings) -> dict[str, Any]:
             shards = list(shards_of(prompts, make_plan(prompts, Cost({}, 0), settings.shard_size)))
             looped, measured, scanned = [], [], []
             for repeat in range(settings.repeats):
-                whole, measuring = _loop(shards, make_worker, settings.threads)
+                whole, measuring = _loop(shards, spec, settings.threads)
                 looped.append(len(prompts) / whole)
                 measured.append(len(prompts) / measuring)
-                scanned.append(len(prompts) / _scan(shards, make_worker, settings.threads))
+                scanned.append(len(prompts) / _scan(shards, spec, settings.threads))
                 sys.stderr.write(f"{kind} {repeat + 1}: loop {looped[-1]:.3g}, scan {scanned[-1]:.3g} prompts/s\n")
             share = ratio(scanned, looped)
             result["prompts_a_second"][kind] = {
@@ -144,7 +150,7 @@ def run(settings: Settings) -> dict[str, Any]:
             ("a sweep", swept, few, max(1, settings.swept_prompts // 12)),
         ):
             shards = list(shards_of(own_prompts, make_plan(own_prompts, Cost({}, 0), size)))
-            own = replace(make_worker, threads=1, config=asked, samples=own_prompts[:1])
+            own = replace(spec, threads=1, config=asked, samples=own_prompts[:1])
             one, two = [], []
             for repeat in range(settings.repeats):
                 one.append(len(own_prompts) / _scan(shards, own, 1))
@@ -159,35 +165,34 @@ def run(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def _loop(shards: list[Shard], make_worker: Any, threads: int) -> tuple[float, float]:
-    loop: Any = ray.remote(Loop).options(num_cpus=threads).remote(make_worker)
+def _loop(shards: list[Shard], spec: WorkerSpec, threads: int) -> tuple[float, float]:
+    loop: Any = ray.remote(Loop).options(num_cpus=threads).remote(partial(scan_worker, spec))
     ray.get(loop.start.remote())
     seconds: tuple[float, float] = ray.get(loop.run.remote(shards))
     ray.kill(loop)
     return seconds
 
 
-def _scan(shards: list[Shard], make_worker: Any, threads: int, replicas: int = 1) -> float:
-    """Seconds from when all replicas are ready, and the measure is calibrated, to the last receipt."""
-    began = 0.0
+class Clock(Observer):
+    """When the measure was calibrated, and when the last shard was done."""
 
-    def start(found: dict[str, Any]) -> dict[str, Any]:
-        nonlocal began
-        began = time.perf_counter()
+    began = ended = 0.0
+
+    def calibrated(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Start."""
+        self.began = time.perf_counter()
         return found
 
+    def shard_done(self, result: ShardResult) -> None:
+        """Stop."""
+        self.ended = time.perf_counter()
+
+
+def _scan(shards: list[Shard], spec: WorkerSpec, threads: int, replicas: int = 1) -> float:
+    """Seconds from when all replicas are ready, and the measure is calibrated, to the last result."""
+    clock = Clock()
     with tempfile.TemporaryDirectory() as place:
-        destination = Destination(place, None, "benchmark")
-
-        def spawn() -> Any:
-            work = Together(make_worker, f"{place}/ready", replicas)
-            return ray.remote(Replica).options(num_cpus=threads, **ACTOR_OPTIONS).remote(work, destination)
-
-        ended = 0.0
-
-        def on_receipt(_receipt: Any) -> None:
-            nonlocal ended
-            ended = time.perf_counter()
-
-        Driver(iter(shards), spawn, replicas, 1, on_receipt=on_receipt, calibration=None, on_calibrated=start).run()
-    return ended - began
+        work = Together(partial(scan_worker, spec), f"{place}/ready", replicas)
+        actors = RayActors(work, Destination(place, None, "benchmark"), ReplicaSize(threads, 0, 0), replicas)
+        Driver(iter(shards), actors, Limits(attempts=1), clock, calibration=None).run()
+    return clock.ended - clock.began

@@ -23,14 +23,18 @@ from typing import Any
 import botocore.session
 import numpy as np
 import pyarrow as pa
-import ray
 
 from infra.s3.server import BUCKET, Server, server_on
 from jobs.benchmarks.figures import bar, figure, ratio
+from neg_service.cluster.actors import RayActors
+from neg_service.cluster.connection import connect, disconnect
 from neg_service.cluster.driver import Driver
-from neg_service.cluster.plan import Shard, make_plan, shards_of
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Receipt, Replica, Scan
-from neg_service.cluster.resources import connect, disconnect
+from neg_service.cluster.failures import Limits
+from neg_service.cluster.messages import Destination, ReplicaInfo, Shard, ShardResult, WorkerInfo, WorkerSpec
+from neg_service.cluster.observer import Observer
+from neg_service.cluster.plan import make_plan, shards_of
+from neg_service.cluster.replica import Replica, scan_worker
+from neg_service.cluster.resources import ReplicaSize
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures import Cost
 from neg_service.models.source import fetch
@@ -63,9 +67,9 @@ class Settings:
 class NearlyNothing:
     """A worker that does nothing and leaves one row."""
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         """Ready."""
-        return Ready("nothing")
+        return WorkerInfo("nothing")
 
     def calibrate(self) -> dict[str, Any]:
         """Nothing."""
@@ -83,9 +87,9 @@ class LargeTables:
         """Of so many megabytes in memory."""
         self._megabytes = megabytes
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         """Ready."""
-        return Ready("nothing")
+        return WorkerInfo("nothing")
 
     def calibrate(self) -> dict[str, Any]:
         """Nothing."""
@@ -243,15 +247,15 @@ def _resident(what: str) -> float:
 def _waiting(settings: Settings, server: Server) -> dict[str, Any]:
     """A scan of bare facts into S3: the seconds in which its replica computes nothing because parts are being put."""
     config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
-    make_worker = Scan(config, fetch(settings.model).identity, settings.threads)
+    spec = WorkerSpec(config, fetch(settings.model).identity, settings.threads)
     prompts = facts.load()[: settings.prompts]
     shards = list(shards_of(prompts, make_plan(prompts, Cost({}, 0), settings.shard_size)))
     shares, rates = [], []
     for repeat in range(settings.repeats):
         destination = Destination(f"s3://{BUCKET}/waiting-{repeat}", server.endpoint_url, "benchmark")
-        seconds, receipts = _drive(shards, make_worker, destination, settings.threads, 1)
+        seconds, results = _drive(shards, partial(scan_worker, spec), destination, settings.threads, 1)
         # The last shard leaves nothing to compute.
-        waited = sum(receipt.waited_seconds for _, receipt in receipts[:-1])
+        waited = sum(result.waited_seconds for _, result in results[:-1])
         shares.append(waited / seconds)
         rates.append(len(prompts) / seconds)
         sys.stderr.write(f"scan {repeat + 1}: {rates[-1]:.3g} prompts/s, waiting {100 * shares[-1]:.2g} %\n")
@@ -266,9 +270,9 @@ def _many_shards(settings: Settings, server: Server) -> dict[str, Any]:
     directory = write_or_match(store, identity, {"rows": pa.schema([("shard", pa.int64())])}, {})
     shards = [Shard(index, ()) for index in range(settings.shards)]
     destination = Destination(uri, server.endpoint_url, directory.fingerprint)
-    seconds, receipts = _drive(shards, NearlyNothing, destination, 0.5, 2)
+    seconds, results = _drive(shards, NearlyNothing, destination, 0.5, 2)
     tenth = settings.shards // 10
-    times = [when for when, _ in receipts]
+    times = [when for when, _ in results]
     spans = [times[min(i + tenth, len(times) - 1)] - times[i] for i in range(0, settings.shards - tenth + 1, tenth)]
     listing = []
     for _ in range(settings.repeats):
@@ -287,24 +291,30 @@ def _many_shards(settings: Settings, server: Server) -> dict[str, Any]:
     }
 
 
+class Clock(Observer):
+    """When the first replica was ready, and results with when they came."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.began = 0.0
+        self.results: list[tuple[float, ShardResult]] = []
+
+    def replica_ready(self, info: ReplicaInfo) -> None:
+        """Start."""
+        self.began = self.began or time.perf_counter()
+
+    def shard_done(self, result: ShardResult) -> None:
+        """Note it."""
+        self.results.append((time.perf_counter(), result))
+        if len(self.results) % 1000 == 0:
+            sys.stderr.write(f"{len(self.results)} shards in {self.results[-1][0] - self.began:.1f} s\n")
+
+
 def _drive(
     shards: list[Shard], make_worker: Any, destination: Destination, cpus: float, replicas: int
-) -> tuple[float, list[tuple[float, Receipt]]]:
-    """Seconds from the first replica ready to the last receipt, and the receipts with when they came."""
-    began = 0.0
-    receipts: list[tuple[float, Receipt]] = []
-
-    def start(_hello: Hello) -> None:
-        nonlocal began
-        began = time.perf_counter()
-
-    def spawn() -> Any:
-        return ray.remote(Replica).options(num_cpus=cpus, **ACTOR_OPTIONS).remote(make_worker, destination)
-
-    def on_receipt(receipt: Receipt) -> None:
-        receipts.append((time.perf_counter(), receipt))
-        if len(receipts) % 1000 == 0:
-            sys.stderr.write(f"{len(receipts)} shards in {receipts[-1][0] - began:.1f} s\n")
-
-    Driver(iter(shards), spawn, replicas, 1, on_receipt=on_receipt, on_first_ready=start).run()
-    return receipts[-1][0] - began, receipts
+) -> tuple[float, list[tuple[float, ShardResult]]]:
+    """Seconds from the first replica ready to the last result, and the results with when they came."""
+    clock = Clock()
+    actors = RayActors(make_worker, destination, ReplicaSize(cpus, 0, 0), replicas)
+    Driver(iter(shards), actors, Limits(attempts=1), clock).run()
+    return clock.results[-1][0] - clock.began, clock.results

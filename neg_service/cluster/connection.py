@@ -29,7 +29,7 @@ from neg_service.errors import ConfigurationError, one_line
 
 log = logging.getLogger(__name__)
 
-# Results never pass through the object store; receipts and prompts are small.
+# Tables never pass through the object store; messages are small.
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 # A host that is there takes a connection sooner; what a server then needs may be longer.
 _LISTEN_SECONDS = 10.0

@@ -41,7 +41,7 @@ def died_with_its_node(cause: Any, is_node_gone: bool) -> bool:
     return is_node_gone or reason == ActorDiedErrorContext.Reason.NODE_DIED
 
 
-class Unreachable:
+class UnreachableNodes:
     """The nodes that do not answer this process, though the cluster may count them as alive."""
 
     def __init__(self) -> None:

@@ -14,15 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from neg_service.cluster.failures import Action
+from neg_service.cluster.messages import ShardResult
 from neg_service.errors import NegServiceError
-
-if TYPE_CHECKING:
-    from neg_service.cluster.replica import Receipt
 
 _REPORT_SECONDS = 5.0
 # Well below the twenty seconds for which Ray keeps a gauge.
@@ -38,7 +35,7 @@ class Counts:
 
     done: int
     running: int
-    set_aside: int
+    failed: int
     ready_replicas: int
     starting_replicas: int
 
@@ -75,19 +72,19 @@ class RunMetrics:
         self._run = run
         self._shown: tuple[Counts, float | None] | None = None
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, result: ShardResult) -> None:
         """A shard is done."""
-        n = receipt.n_prompts
+        n = result.n_prompts
         for metric, amount in (
             (self._prompts, n),
             (self._measured, n * self._neurons),
             (self._run_rows, n * self._rows),
-            (self._bytes, sum(receipt.bytes.values())),
+            (self._bytes, sum(result.bytes.values())),
         ):
             # Ray refuses to count by nothing.
             if amount > 0:
                 metric.inc(amount)
-        self._seconds.observe(max(receipt.seconds, 1e-3))
+        self._seconds.observe(max(result.seconds, 1e-3))
 
     def failed(self, action: Action) -> None:
         """A shard came back undone."""
@@ -98,8 +95,8 @@ class RunMetrics:
         self._shown = counts, seconds_left
         self._heard.set(time.time())
         self._left.set(seconds_left)
-        waiting = self._n_shards - counts.done - counts.running - counts.set_aside
-        states = {"done": counts.done, "running": counts.running, "set_aside": counts.set_aside, "waiting": waiting}
+        waiting = self._n_shards - counts.done - counts.running - counts.failed
+        states = {"done": counts.done, "running": counts.running, "set_aside": counts.failed, "waiting": waiting}
         for state, n in states.items():
             self._shards.set(n, {"state": state})
         for state, n in (("ready", counts.ready_replicas), ("starting", counts.starting_replicas)):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from neg_service.cluster.messages import Shard
 from neg_service.config import ScanConfig
 from neg_service.prompts.prompt import Prompt, digest
 from neg_service.prompts.sources import dataset_name
@@ -31,14 +32,6 @@ SHARD_ROWS = 2**17
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and Ray before any model is loaded; measured on Linux, in bytes.
 _RUNTIME_BYTES = 600 * 2**20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A fixed, ordered slice of the prompts."""
-
-    index: int
-    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
-# A command that only shows something should not wait for torch and Ray to be loaded.
-if TYPE_CHECKING:
-    from neg_service.cluster.replica import Receipt
-
+from neg_service.cluster.messages import ShardResult
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +39,13 @@ class Progress:
         """The first replica is ready: the rate counts from here, not from while models were loading."""
         self._began = self._spoke = time.monotonic()
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, result: ShardResult) -> None:
         """A shard is done."""
-        self._done += receipt.n_prompts
-        self.bytes += sum(receipt.bytes.values())
-        self.computed_seconds += receipt.computed_seconds
+        self._done += result.n_prompts
+        self.bytes += sum(result.bytes.values())
+        self.computed_seconds += result.computed_seconds
         if self._bar is not None:
-            self._bar.update(receipt.n_prompts)
+            self._bar.update(result.n_prompts)
         elif time.monotonic() - self._spoke >= self._every or self._done >= self._total:
             self._spoke = time.monotonic()
             if self._is_logged:

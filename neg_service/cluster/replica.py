@@ -1,6 +1,6 @@
-"""A replica: an actor that owns one model, computes shards, puts their parts itself, and returns small receipts.
+"""A replica: an actor that owns one model, computes shards, puts their parts itself, and says so in a few words.
 
-Results never pass through the driver or Ray's object store. The actor runs two shards at once, so that while one's
+Tables never pass through the driver or Ray's object store. The actor runs two shards at once, so that while one's
 parts are put the next is computed. All computing happens in one thread of its own: OpenMP keeps a pool of
 threads for each thread that computes, and when the pools together have more threads than there are processors it puts
 them to sleep at every barrier, which made a scan a third slower. What is computed is a `Worker`'s business, which is
@@ -18,7 +18,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,12 +30,10 @@ import ray
 
 from neg_service.cluster.gcs import end_with_the_driver
 from neg_service.cluster.logs import log_to_stderr, logging_shard
+from neg_service.cluster.messages import Destination, LogStyle, ReplicaInfo, Shard, ShardResult, WorkerInfo, WorkerSpec
 from neg_service.cluster.metrics import report_waiting
-from neg_service.cluster.plan import Shard
 from neg_service.cluster.ray_errors import in_portable_errors
-from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError, ReplicaLost
-from neg_service.prompts.prompt import Prompt
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.stores import open_store
 
@@ -47,21 +45,10 @@ ACTOR_OPTIONS = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 8}
 _ANSWERS_KEPT = 4
 
 
-@dataclass(frozen=True)
-class Ready:
-    """What a worker says when it is ready: what it runs on, and what it found out about its model.
-
-    engine: how the model's rows are run, see `models/language_model.py`.
-    """
-
-    runs_on: str
-    engine: str = ""
-
-
 class Worker(Protocol):
     """What a replica runs."""
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         """Get ready, once."""
         ...
 
@@ -79,69 +66,11 @@ class Worker(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What a replica is told of a scan; called, it makes the worker for it.
+def scan_worker(spec: WorkerSpec) -> Worker:
+    """The worker of a scan, with all that it imports: here, and not where the actor's class is imported; see there."""
+    from neg_service.cluster.worker import ScanWorker
 
-    identity: of the model that the run was planned for; another one is refused. samples: on which the measure is
-    calibrated, by whichever replica is asked to.
-    """
-
-    config: ScanConfig
-    identity: str
-    threads: int
-    samples: Sequence[Prompt] = ()
-
-    def __call__(self) -> Worker:
-        """The worker, with all that it imports; see there."""
-        from neg_service.cluster.worker import ScanWorker
-
-        return ScanWorker(self)
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where parts go, and for how long a store that does not answer is tried."""
-
-    uri: str
-    endpoint_url: str | None
-    fingerprint: str
-    patience_seconds: float = 0
-
-
-@dataclass(frozen=True)
-class LogStyle:
-    """How a replica logs (see `logs.py`), and what it is called there."""
-
-    style: str = "text"
-    run: str = ""
-    replica: int | None = None
-
-
-@dataclass(frozen=True)
-class Hello:
-    """A replica that is ready."""
-
-    pid: int
-    node: str
-    ready: Ready
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """A shard that is done: all its parts are stored.
-
-    waited_seconds: how long, since the last receipt, this replica computed nothing because parts were being put.
-    seconds: from when it was asked for to when it was stored, the wait for the shard before it included.
-    computed_seconds: of these, how long it was computed.
-    """
-
-    shard: int
-    n_prompts: int
-    bytes: dict[str, int] = field(default_factory=dict)
-    waited_seconds: float = 0.0
-    seconds: float = 0.0
-    computed_seconds: float = 0.0
+    return ScanWorker(spec)
 
 
 class Replica:
@@ -166,10 +95,10 @@ class Replica:
         return node_id
 
     @in_portable_errors
-    def start(self) -> Hello:
+    def start(self) -> ReplicaInfo:
         """Load and check the model; from here on, what this process logs reaches the driver's stderr by Ray."""
-        hello: Hello = self._answers.once("start", self._start)
-        return hello
+        info: ReplicaInfo = self._answers.once("start", self._start)
+        return info
 
     @in_portable_errors
     def calibrate(self) -> dict[str, Any]:
@@ -180,19 +109,19 @@ class Replica:
     @in_portable_errors
     def run(
         self, shard: Shard, batch_scale: float = 1.0, calibration: Mapping[str, Any] = MappingProxyType({})
-    ) -> Receipt:
+    ) -> ShardResult:
         """Compute a shard and put its parts, the last table's last: that one is the commit."""
-        receipt: Receipt = self._answers.once(
+        result: ShardResult = self._answers.once(
             (shard.index, batch_scale), lambda: self._run(shard, batch_scale, calibration)
         )
-        return receipt
+        return result
 
     @in_portable_errors
     def is_only_storing(self) -> bool:
         """Asked by the driver when nothing was heard for long: whether this replica waits for storage alone."""
         return self._doing.is_only_storing
 
-    def _start(self) -> Hello:
+    def _start(self) -> ReplicaInfo:
         log_to_stderr(self._logs.style, run=self._logs.run, replica=self._logs.replica)
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("neg_service").setLevel(logging.INFO)
@@ -201,12 +130,12 @@ class Replica:
         pa.set_memory_pool(pa.system_memory_pool())
         if self._destination is not None:
             to = self._destination
-            self._store = open_store(to.uri, to.endpoint_url, to.patience_seconds)
+            self._store = open_store(to.uri, to.endpoint_url, to.retry_timeout)
         if ray.is_initialized():
             report_waiting(self._logs.run, self._doing.waited_seconds)
         self._worker = self._computing.submit(self._make_worker).result()
-        ready = self._computing.submit(self._worker.start).result()
-        return Hello(os.getpid(), socket.gethostname(), ready)
+        worker = self._computing.submit(self._worker.start).result()
+        return ReplicaInfo(os.getpid(), socket.gethostname(), worker)
 
     def _calibrate(self) -> dict[str, Any]:
         found = self._computing.submit(self._worker.calibrate).result()
@@ -217,7 +146,7 @@ class Replica:
             raise ConfigurationError(f"the measure's calibrate gave what run.json cannot keep: {error}") from error
         return kept
 
-    def _run(self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any]) -> Receipt:
+    def _run(self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any]) -> ShardResult:
         began = time.monotonic()
         tables, computed = self._computing.submit(self._compute, shard, batch_scale, calibration).result()
         sizes = {}
@@ -230,7 +159,7 @@ class Replica:
                 sizes[name] = len(data)
                 del data
         waited = self._doing.waited_since_last_asked()
-        return Receipt(shard.index, len(shard.prompts), sizes, waited, time.monotonic() - began, computed)
+        return ShardResult(shard.index, len(shard.prompts), sizes, waited, time.monotonic() - began, computed)
 
     def _compute(
         self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any]
@@ -251,9 +180,9 @@ class _Answer:
 
 
 class _Answers:
-    """Whoever asks the same again, since the answer was lost, waits for it or gets it, and nothing is done twice.
+    """A call that is made again, since its answer was lost, waits for it or gets it, and nothing is done twice.
 
-    Who asks again shows that the answers to those before are lost: they wait no longer, since each takes a thread of
+    It shows that the answers to those before are lost: they wait no longer, since each takes a thread of
     the actor, which must be able to say where it is however often a connection breaks within one long shard.
 
     Answers of the last few shards are kept, and no errors: what failed may be tried again.

@@ -11,10 +11,8 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
-# Known by this place, too.
-from neg_service.cluster.connection import connect as connect
-from neg_service.cluster.connection import disconnect as disconnect
-from neg_service.cluster.gcs import Unreachable
+from neg_service.cluster.gcs import UnreachableNodes
+from neg_service.cluster.scaling import Capacity
 from neg_service.config import ClusterConfig, device_names
 from neg_service.errors import ConfigurationError
 
@@ -42,25 +40,6 @@ class Node:
     memory: int
 
 
-@dataclass(frozen=True)
-class Room:
-    """What there is room for: a number of replicas that was asked for or, without one, so many more as are `free`.
-
-    leaving: ids of nodes that are about to go.
-    """
-
-    number: int | None
-    free: int = 0
-    leaving: frozenset[str] = frozenset()
-
-    def wanted(self, staying: int, unplaced: int) -> int:
-        """How many replicas to have, of which `staying` are there and `unplaced` of them not on a node yet.
-
-        One at least, which then waits for room: an autoscaler sees it waiting.
-        """
-        return self.number if self.number is not None else max(1, staying + max(0, self.free - unplaced))
-
-
 def wait_for_size(cluster: ClusterConfig, device: Any, memory: int) -> ReplicaSize:
     """`replica_size` on the nodes that there are or that come within `cluster.wait_seconds`.
 
@@ -85,12 +64,12 @@ def wait_for_size(cluster: ClusterConfig, device: Any, memory: int) -> ReplicaSi
                     has_asked = True
                 time.sleep(_LOOK_SECONDS)
     finally:
-        # A demand outlives whoever made it.
+        # A demand outlives the process that made it.
         if has_asked:
             request_resources(bundles=[])
 
 
-def leaving_nodes() -> frozenset[str]:
+def draining_nodes() -> frozenset[str]:
     """Ids of the nodes that are being drained: pre-empted, scaled down, or taken out by hand."""
     # Ray's own libraries ask the same; no public call says it.
     return frozenset(ray._private.state.state.get_draining_nodes())
@@ -98,14 +77,14 @@ def leaving_nodes() -> frozenset[str]:
 
 def nodes() -> list[Node]:
     """The nodes that are alive and stay."""
-    leaving = leaving_nodes()
+    draining = draining_nodes()
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return [_node(node["Resources"]) for node in alive if node["NodeID"] not in leaving]
+    return [_node(node["Resources"]) for node in alive if node["NodeID"] not in draining]
 
 
 def free_nodes(without: frozenset[str] = frozenset()) -> list[Node]:
     """What of the same nodes nobody uses, some left out."""
-    left_out = leaving_nodes() | without
+    left_out = draining_nodes() | without
     free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
     return [_node(resources) for node, resources in free.items() if node not in left_out]
 
@@ -156,7 +135,7 @@ def replica_size(
             f"a replica needs about {size.memory / 2**30:.1f} GiB of memory, the largest node has "
             f"{largest / 2**30:.1f} GiB: use a smaller model.source, model.dtype or job.shard_size"
         )
-    if not _room(size, available):
+    if not _n_fitting(size, available):
         raise ConfigurationError(
             f"no node has {size.cpus:g} CPUs, {size.gpus:g} GPUs and {size.memory / 2**30:.1f} GiB together: "
             f"change cluster.cpus_per_replica or cluster.gpus_per_replica"
@@ -174,22 +153,22 @@ def replica_count(most: int | str, size: ReplicaSize, available: list[Node]) -> 
 
     Those of a number that do not fit wait in Ray's queue, where an autoscaler sees them.
     """
-    return _room(size, available) if isinstance(most, str) else most
+    return _n_fitting(size, available) if isinstance(most, str) else most
 
 
-def room_now(most: int | str, size: ReplicaSize, unreachable: Unreachable | None = None) -> Room:
-    """What there is room for at this moment, beside all that others use, and not on nodes that do not answer."""
+def capacity_now(most: int | str, size: ReplicaSize, unreachable: UnreachableNodes | None = None) -> Capacity:
+    """What there is at this moment, beside all that others use, and not on nodes that do not answer."""
     if isinstance(most, str):
         without = unreachable.nodes if unreachable else frozenset()
-        return Room(None, _room(size, free_nodes(without)), leaving_nodes())
-    return Room(most, leaving=leaving_nodes())
+        return Capacity(None, _n_fitting(size, free_nodes(without)), draining_nodes())
+    return Capacity(most, draining=draining_nodes())
 
 
-def _room(size: ReplicaSize, available: list[Node]) -> int:
-    return sum(_room_on(size, node) for node in available)
+def _n_fitting(size: ReplicaSize, available: list[Node]) -> int:
+    return sum(_n_fitting_on(size, node) for node in available)
 
 
-def _room_on(size: ReplicaSize, node: Node) -> int:
+def _n_fitting_on(size: ReplicaSize, node: Node) -> int:
     # On a GPU the weights lie in the GPU's memory, of which Ray knows nothing. A part of a GPU is a part of one.
     if size.gpus:
         scarce = int(node.gpus) * int(1 / size.gpus) if size.gpus < 1 else node.gpus / size.gpus

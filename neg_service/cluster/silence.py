@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-from neg_service.cluster.fleet import Member
+from neg_service.cluster.pool import ReplicaHandle
 from neg_service.errors import ReplicaLost
 
 # Silence becomes suspicious after so many times the median of what a shard has taken, but not before this.
 _STALL_FACTOR, _LEAST_STALL_SECONDS, _LEAST_SHARDS_KNOWN = 10, 120.0, 5
 _ANSWER_SECONDS = 10.0
-_ASK_SECONDS = 30.0
+_PROBE_SECONDS = 30.0
 
 
 class Silence:
@@ -28,42 +28,44 @@ class Silence:
         self._stall_seconds = stall_seconds
         self._seconds: deque[float] = deque(maxlen=200)
 
-    def ended(self, member: Member, now: float) -> None:
+    def shard_ended(self, replica: ReplicaHandle, now: float) -> None:
         """A shard of it is done."""
-        self._seconds.append(now - member.heard)
-        member.heard, member.asked = now, None
+        self._seconds.append(now - replica.progressed_at)
+        replica.progressed_at, replica.probe = now, None
 
-    def should_ask(self, member: Member, now: float) -> bool:
+    def should_probe(self, replica: ReplicaHandle, now: float) -> bool:
         """Whether it is time for a question, which is asked again and again."""
-        if member.absence is not None or member.asked is not None or not _is_busy(member):
+        if replica.outage is not None or replica.probe is not None or not _is_busy(replica):
             return False
-        calibrates_since = member.calibrating[1] if member.calibrating else 0.0
-        quiet_since = max(member.placed_at or 0.0, calibrates_since, member.heard, member.answered)
-        return now - quiet_since > min(_ASK_SECONDS, self._patience_with(member))
+        calibrates_since = replica.calibrate_call.since if replica.calibrate_call else 0.0
+        quiet_since = max(replica.placed_at or 0.0, calibrates_since, replica.progressed_at, replica.probe_answered_at)
+        return now - quiet_since > min(_PROBE_SECONDS, self._longest_silence(replica))
 
-    def after_answer(self, member: Member, is_only_storing: bool, now: float) -> ReplicaLost | None:
+    def answered(self, replica: ReplicaHandle, is_only_storing: bool, now: float) -> ReplicaLost | None:
         """What its answer means for it: nothing, or why it is given up."""
-        member.asked, member.answered = None, now
-        if not member.flying or now - member.heard <= self._patience_with(member):
+        replica.probe, replica.probe_answered_at = None, now
+        if not replica.in_flight or now - replica.progressed_at <= self._longest_silence(replica):
             return None
         if is_only_storing:
-            member.heard = now
+            replica.progressed_at = now
             return None
-        return ReplicaLost(f"{self._silent(member, now)} and still computes")
+        return ReplicaLost(f"{self._silent(replica, now)} and still computes")
 
-    def without_answer(self, member: Member, now: float) -> ReplicaLost | None:
+    def unanswered(self, replica: ReplicaHandle, now: float) -> ReplicaLost | None:
         """What it means that it has not answered yet: nothing, or why it is given up."""
-        if not member.is_ready or not member.flying or member.asked is None:
+        if not replica.is_ready or not replica.in_flight or replica.probe is None:
             return None
-        is_late = now - member.asked[1] > _ANSWER_SECONDS and now - member.heard > self._patience_with(member)
-        return ReplicaLost(f"{self._silent(member, now)} and does not answer") if is_late else None
+        is_late = now - replica.probe.since > _ANSWER_SECONDS and now - replica.progressed_at > self._longest_silence(
+            replica
+        )
+        return ReplicaLost(f"{self._silent(replica, now)} and does not answer") if is_late else None
 
-    def _silent(self, member: Member, now: float) -> str:
-        return f"it has finished nothing for {now - member.heard:.0f} s"
+    def _silent(self, replica: ReplicaHandle, now: float) -> str:
+        return f"it has finished nothing for {now - replica.progressed_at:.0f} s"
 
-    def _patience_with(self, member: Member) -> float:
+    def _longest_silence(self, replica: ReplicaHandle) -> float:
         """Seconds; twice as many for each time that a shard of it has failed, which may simply be a long one."""
-        failures = max((attempt.failures for attempt in member.flying.values()), default=0)
+        failures = max((attempt.failures.count for attempt in replica.in_flight.values()), default=0)
         if self._stall_seconds is not None:
             return float(self._stall_seconds * 2**failures)
         if len(self._seconds) < _LEAST_SHARDS_KNOWN:
@@ -71,7 +73,7 @@ class Silence:
         return float(max(_LEAST_STALL_SECONDS, _STALL_FACTOR * median(self._seconds)) * 2**failures)
 
 
-def _is_busy(member: Member) -> bool:
+def _is_busy(replica: ReplicaHandle) -> bool:
     """Whether it is up and has something to do that it has yet to answer."""
-    is_loading = member.placed_at is not None and member.starting is not None
-    return bool(member.flying) or member.calibrating is not None or is_loading
+    is_loading = replica.placed_at is not None and replica.start_call is not None
+    return bool(replica.in_flight) or replica.calibrate_call is not None or is_loading

@@ -15,8 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import Ready, Scan
+from neg_service.cluster.messages import Shard, WorkerInfo, WorkerSpec
 from neg_service.config import typed
 from neg_service.errors import ModelError
 from neg_service.measures import find_measure
@@ -32,16 +31,16 @@ log = logging.getLogger(__name__)
 class ScanWorker:
     """Runs a measure on a language model."""
 
-    def __init__(self, scan: Scan) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         """Cheap."""
-        self._config = scan.config
-        self._identity = scan.identity
-        self._threads = scan.threads
-        self._samples = scan.samples
-        self._measure = find_measure(scan.config.measure["name"])
-        self._options = typed(self._measure.Options, scan.config.measure, "measure")
+        self._config = spec.config
+        self._identity = spec.identity
+        self._threads = spec.threads
+        self._samples = spec.samples
+        self._measure = find_measure(spec.config.measure["name"])
+        self._options = typed(self._measure.Options, spec.config.measure, "measure")
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         """Load the model, check that it is the planned one, and let it check itself."""
         set_threads(self._threads)
         began = time.monotonic()
@@ -64,7 +63,7 @@ class ScanWorker:
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
         devices = ", ".join(f"{device} ({processor_name(device)})" for device in self._model.devices)
-        return Ready(f"{devices}, {self._threads} threads", self._model.engine)
+        return WorkerInfo(f"{devices}, {self._threads} threads", self._model.engine)
 
     def calibrate(self) -> dict[str, Any]:
         """Calibrate the measure on the samples."""

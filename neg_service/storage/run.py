@@ -70,7 +70,7 @@ class RunDirectory:
         """The shards that are done, by one listing a table."""
         return self.snapshot().done
 
-    def set_aside(self) -> dict[int, dict[str, Any]]:
+    def failed(self) -> dict[int, dict[str, Any]]:
         """The shards that were given up, with what was said of each."""
         found: dict[int, dict[str, Any]] = {}
         for entry in self.store.list(SET_ASIDE):
@@ -79,16 +79,16 @@ class RunDirectory:
                 found |= _record(self.store, entry.key, content)
         return found
 
-    def put_aside(self, shard: int, error: str, attempts: int) -> None:
+    def record_failure(self, shard: int, error: str, attempts: int) -> None:
         """Keep why a shard was given up."""
         record = {"shard": shard, "error": error, "attempts": attempts}
-        self.store.put(_aside_key(shard), json.dumps(record, indent=1).encode())
+        self.store.put(_failure_key(shard), json.dumps(record, indent=1).encode())
 
-    def take_back_done(self) -> None:
+    def clear_resolved(self) -> None:
         """Forget why shards were set aside that are done after all, by whomever."""
-        aside = self.set_aside()
-        for shard in set(aside) & self.done() if aside else ():
-            self.store.delete(_aside_key(shard))
+        failed = self.failed()
+        for shard in set(failed) & self.done() if failed else ():
+            self.store.delete(_failure_key(shard))
 
 
 def write_or_match(
@@ -304,5 +304,5 @@ def _record(store: ObjectStore, key: str, content: bytes) -> dict[int, dict[str,
         raise DestinationError(f"{store.uri}/{key} is damaged: {one_line(error)}; delete it") from error
 
 
-def _aside_key(shard: int) -> str:
+def _failure_key(shard: int) -> str:
     return f"{SET_ASIDE}/shard-{shard:06d}.json"

@@ -32,10 +32,10 @@ class TableStatus:
 class Status:
     """How far a run is.
 
-    missing: shards neither done nor set aside. set_aside: shard to its record (error, attempts). rate: shards a second
-    over the last minutes in which parts came; None with fewer than two. silent_seconds: since the newest part, by the
-    clock of this machine; is_running is guessed from it, None before the first part. seconds_left: at that rate, while
-    it runs. unreadable: why rows of a table could not be counted.
+    missing: shards neither done nor given up. failed: those given up, with their records (error, attempts). rate:
+    shards a second over the last minutes in which parts came; None with fewer than two. silent_seconds: since the
+    newest part, by the clock of this machine; is_running is guessed from it, None before the first part. seconds_left:
+    at that rate, while it runs. unreadable: why rows of a table could not be counted.
     """
 
     uri: str
@@ -44,7 +44,7 @@ class Status:
     n_prompts: int
     done: frozenset[int]
     missing: frozenset[int]
-    set_aside: dict[int, dict[str, Any]]
+    failed: dict[int, dict[str, Any]]
     tables: tuple[TableStatus, ...]
     rate: float | None
     silent_seconds: float | None
@@ -69,8 +69,8 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
             unreadable = str(error)
         tables.append(TableStatus(name, len(parts), sum(part.size for part in parts), rows))
         finished = sorted(part.modified for part in parts)
-    aside = {shard: record for shard, record in run.directory.set_aside().items() if shard not in done}
-    missing = frozenset(range(run.n_shards)) - done - set(aside)
+    failed = {shard: record for shard, record in run.directory.failed().items() if shard not in done}
+    missing = frozenset(range(run.n_shards)) - done - set(failed)
     recent = _without_breaks([when for when in finished if when > finished[-1] - _WINDOW_SECONDS])
     spread = recent[-1] - recent[0] if recent else 0.0
     rate = (len(recent) - 1) / spread if spread > 0 else None
@@ -85,7 +85,7 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
         n_prompts=int(run.config["prompts"]["count"]),
         done=frozenset(done),
         missing=missing,
-        set_aside=aside,
+        failed=failed,
         tables=tuple(tables),
         rate=rate,
         silent_seconds=silent,

@@ -14,11 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from neg_service.cluster.actors import RayActors
 from neg_service.cluster.driver import Driver, Outcome
-from neg_service.cluster.failures import Attempt
-from neg_service.cluster.fleet import Member
-from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Receipt, Replica
+from neg_service.cluster.failures import Attempt, Limits
+from neg_service.cluster.gcs import UnreachableNodes
+from neg_service.cluster.messages import Destination, Shard, ShardResult
+from neg_service.cluster.observer import Observer
+from neg_service.cluster.pool import ReplicaHandle, TimedCall
+from neg_service.cluster.resources import ReplicaSize
+from neg_service.cluster.scaling import Capacity
 from neg_service.errors import ModelError, NegServiceError
 from tests.faulty import FaultyWorker
 
@@ -26,21 +30,36 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 N_SHARDS = 12
 
 
+class Counting(Observer):
+    """Counts what is done, and keeps a calibration, or what another driver is said to have kept before."""
+
+    def __init__(self, kept: dict[str, Any] | None = None, parts_in: Path | None = None) -> None:
+        """No part may be in `parts_in` when the calibration is kept."""
+        self.done: Counter[int] = Counter()
+        self.found: list[dict[str, Any]] = []
+        self._kept, self._parts_in = kept, parts_in
+
+    def calibrated(self, found: dict[str, Any]) -> dict[str, Any]:
+        assert self._parts_in is None or parts(self._parts_in) == []
+        self.found.append(found)
+        return self._kept or found
+
+    def shard_done(self, result: ShardResult) -> None:
+        self.done[result.shard] += 1
+
+
 def run(
-    worker: FaultyWorker, tmp_path: Path, replicas: int = 2, stall_seconds: float | None = None, **more: Any
+    worker: FaultyWorker,
+    tmp_path: Path,
+    replicas: int = 2,
+    stall_seconds: float | None = None,
+    observer: Counting | None = None,
+    **more: Any,
 ) -> tuple[Outcome, Counter[int]]:
-    receipts: Counter[int] = Counter()
-    destination = Destination(str(tmp_path), None, "f" * 12)
-
-    def spawn() -> Any:
-        return ray.remote(Replica).options(num_cpus=0.5, **ACTOR_OPTIONS).remote(worker, destination)
-
-    def on_receipt(receipt: Receipt) -> None:
-        receipts[receipt.shard] += 1
-
+    observer = observer or Counting()
+    actors = RayActors(worker, Destination(str(tmp_path), None, "f" * 12), ReplicaSize(0.5, 0, 0), replicas)
     shards = (Shard(index, ()) for index in range(N_SHARDS))
-    driver = Driver(shards, spawn, replicas, attempts=3, on_receipt=on_receipt, stall_seconds=stall_seconds, **more)
-    return driver.run(), receipts
+    return Driver(shards, actors, Limits(stall_seconds=stall_seconds), observer, **more).run(), observer.done
 
 
 def parts(tmp_path: Path) -> list[int]:
@@ -52,16 +71,16 @@ def rows(tmp_path: Path, column: str) -> list[Any]:
 
 
 def test_a_quiet_run_does_each_shard_once(tmp_path: Path) -> None:
-    outcome, receipts = run(FaultyWorker(), tmp_path)
+    outcome, done = run(FaultyWorker(), tmp_path)
     assert outcome == Outcome(N_SHARDS, {})
-    assert receipts == Counter(range(N_SHARDS))
+    assert done == Counter(range(N_SHARDS))
     assert parts(tmp_path) == list(range(N_SHARDS))
 
 
 def test_what_fails_once_is_tried_again(tmp_path: Path) -> None:
-    outcome, receipts = run(FaultyWorker(fails=frozenset({0, 5, 11}), once=str(tmp_path)), tmp_path)
+    outcome, done = run(FaultyWorker(fails=frozenset({0, 5, 11}), once=str(tmp_path)), tmp_path)
     assert outcome == Outcome(N_SHARDS, {})
-    assert receipts == Counter(range(N_SHARDS))
+    assert done == Counter(range(N_SHARDS))
 
 
 def test_what_no_driver_can_read_fails_its_shard_and_no_replica(
@@ -69,9 +88,9 @@ def test_what_no_driver_can_read_fails_its_shard_and_no_replica(
 ) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
-    outcome, receipts = run(FaultyWorker(odd=True, once=str(marks)), tmp_path, replicas=1)
+    outcome, done = run(FaultyWorker(odd=True, once=str(marks)), tmp_path, replicas=1)
     assert outcome == Outcome(N_SHARDS, {})
-    assert receipts == Counter(range(N_SHARDS))
+    assert done == Counter(range(N_SHARDS))
     for says in (
         "NeedsMore: 1 and 2",
         "Local: from nowhere",
@@ -89,17 +108,11 @@ def test_a_run_is_calibrated_once_also_for_replicas_that_come_late(tmp_path: Pat
     marks = tmp_path / "marks"
     marks.mkdir()
     worker = FaultyWorker(kills=frozenset({2}), once=str(marks))
-    noted: list[dict[str, Any]] = []
-
-    def on_calibrated(found: dict[str, Any]) -> dict[str, Any]:
-        assert parts(tmp_path) == []
-        noted.append(found)
-        return found
-
-    outcome, _ = run(worker, tmp_path, replicas=1, calibration=None, on_calibrated=on_calibrated)
+    observer = Counting(parts_in=tmp_path)
+    outcome, _ = run(worker, tmp_path, replicas=1, calibration=None, observer=observer)
     assert outcome == Outcome(N_SHARDS, {})
-    assert len(noted) == 1
-    assert set(rows(tmp_path, "calibrated")) == {noted[0]["by"]}
+    assert len(observer.found) == 1
+    assert set(rows(tmp_path, "calibrated")) == {observer.found[0]["by"]}
     # The first replica calibrated and was lost; most was done by another.
     assert len(set(rows(tmp_path, "by"))) == 2
 
@@ -112,7 +125,7 @@ def test_a_replica_that_fails_to_calibrate_leaves_it_to_another_and_what_was_not
     marks.mkdir()
     worker = FaultyWorker(calibrates=how, once=str(marks))
     # Another driver of the same run noted its own before.
-    outcome, _ = run(worker, tmp_path, calibration=None, on_calibrated=lambda found: {"by": 7})
+    outcome, _ = run(worker, tmp_path, calibration=None, observer=Counting(kept={"by": 7}))
     assert outcome == Outcome(N_SHARDS, {})
     assert set(rows(tmp_path, "calibrated")) == {7}
 
@@ -127,21 +140,21 @@ def test_a_calibration_that_never_works_ends_the_run(tmp_path: Path) -> None:
 def test_what_fails_always_is_set_aside_with_its_error_and_the_rest_is_done(tmp_path: Path) -> None:
     outcome, _ = run(FaultyWorker(fails=frozenset({3})), tmp_path)
     assert outcome.done == N_SHARDS - 1
-    assert outcome.set_aside == {3: "OSError: shard 3 fails"}
+    assert outcome.failed == {3: "OSError: shard 3 fails"}
     assert parts(tmp_path) == [index for index in range(N_SHARDS) if index != 3]
 
 
 def test_a_non_finite_value_is_set_aside_at_once(tmp_path: Path) -> None:
     outcome, _ = run(FaultyWorker(not_finite=frozenset({2})), tmp_path)
-    assert outcome.set_aside == {2: "prompt of shard 2: NaN"}
+    assert outcome.failed == {2: "prompt of shard 2: NaN"}
     assert outcome.done == N_SHARDS - 1
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_killed_replica_is_replaced_and_nothing_is_lost(tmp_path: Path, replicas: int) -> None:
-    outcome, receipts = run(FaultyWorker(kills=frozenset({1, 6}), once=str(tmp_path)), tmp_path, replicas)
+    outcome, done = run(FaultyWorker(kills=frozenset({1, 6}), once=str(tmp_path)), tmp_path, replicas)
     assert outcome == Outcome(N_SHARDS, {})
-    assert receipts == Counter(range(N_SHARDS))
+    assert done == Counter(range(N_SHARDS))
     # A shard that was lost with its replica is tried again with half the batch: memory may have been the reason.
     table = pq.read_table(tmp_path / "rows" / "shard-000001.parquet")
     assert table["batch_scale"].to_pylist() == [0.5]
@@ -150,8 +163,8 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost(tmp_path: Path, replic
 @pytest.mark.slow
 def test_a_shard_that_kills_every_replica_takes_no_other_shard_with_it(tmp_path: Path) -> None:
     outcome, _ = run(FaultyWorker(kills=frozenset({4})), tmp_path)
-    assert list(outcome.set_aside) == [4]
-    assert "lost" in outcome.set_aside[4]
+    assert list(outcome.failed) == [4]
+    assert "lost" in outcome.failed[4]
     assert outcome.done == N_SHARDS - 1
     assert parts(tmp_path) == [index for index in range(N_SHARDS) if index != 4]
 
@@ -174,7 +187,7 @@ def test_a_destination_that_cannot_be_written_stops_the_run(tmp_path: Path) -> N
 
 
 def test_a_run_in_which_everything_fails_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neg_service.cluster.driver.MOST_SET_ASIDE_IN_A_ROW", 4)
+    monkeypatch.setattr("neg_service.cluster.failures.MOST_QUARANTINED_IN_A_ROW", 4)
     with pytest.raises(NegServiceError, match="4 shards in a row failed and none was done, the last with: prompt of"):
         run(FaultyWorker(not_finite=frozenset(range(N_SHARDS))), tmp_path)
 
@@ -188,10 +201,10 @@ def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: py
     marks = tmp_path / "marks"
     marks.mkdir()
     worker = FaultyWorker(hangs=frozenset({3}), once=str(marks))
-    outcome, receipts = run(worker, tmp_path, stall_seconds=2)
+    outcome, done = run(worker, tmp_path, stall_seconds=2)
     assert outcome.done == N_SHARDS
     assert "and still computes" in caplog.text
-    assert all(count == 1 for count in receipts.values())
+    assert all(count == 1 for count in done.values())
 
 
 def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -201,29 +214,45 @@ def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest
     assert "is lost" not in caplog.text
 
 
+class NoActors:
+    """A cluster that has none to launch."""
+
+    unreachable_nodes = UnreachableNodes()
+
+    def launch(self) -> Any:
+        raise AssertionError
+
+    def end(self, actor: Any) -> None:
+        """Nothing is there."""
+
+    def capacity(self) -> Capacity:
+        return Capacity(0)
+
+    def is_node_lost(self, actor: Any, node: str) -> bool:
+        return False
+
+
 def test_an_answer_that_comes_with_the_shard_it_asked_for_is_no_shard() -> None:
-    driver = Driver(iter(()), lambda: None, 1, attempts=3)
-    asked, ended = ray.put(False), ray.put(Receipt(0, 1))
-    member = Member(0, None, None, None, has_started=True, flying={ended: Attempt(Shard(0, ()))}, asked=(asked, 0.0))
+    driver = Driver(iter(()), NoActors())
+    probe, ended = ray.put(False), ray.put(ShardResult(0, 1))
+    in_flight = {ended: Attempt(Shard(0, ()))}
+    replica = ReplicaHandle(0, None, None, None, has_started=True, in_flight=in_flight, probe=TimedCall(probe, 0.0))
     # Both had arrived when the driver looked.
-    driver._settle(member, ended)
-    driver._settle(member, asked)
+    driver._settle(replica, ended)
+    driver._settle(replica, probe)
     assert driver.run() == Outcome(1, {})
 
 
-@pytest.mark.parametrize("call", ["calibrating", "asked"])
+@pytest.mark.parametrize("call", ["calibrate_call", "probe"])
 def test_a_replica_that_dies_as_it_calibrates_counts_whichever_call_tells_it(call: str) -> None:
-    driver = Driver(
-        iter(()), lambda: None, 1, attempts=3, end=lambda actor: None, calibration=None,
-        is_node_lost=lambda actor, node: False,
-    )  # fmt: skip
+    driver = Driver(iter(()), NoActors(), calibration=None)
 
     def die(number: int) -> None:
-        timed: dict[str, Any] = {"calibrating": (object(), 0.0), "asked": (object(), 0.0)}
-        member = Member(number, None, None, None, has_started=True, node="a", **timed)
-        driver._fleet.members.append(member)
-        driver._fail(member, timed[call][0], ray.exceptions.ActorDiedError())
-        assert driver._fleet.members == []
+        timed: dict[str, Any] = {name: TimedCall(object(), 0.0) for name in ("calibrate_call", "probe")}
+        replica = ReplicaHandle(number, None, None, None, has_started=True, node="a", **timed)
+        driver._pool.replicas.append(replica)
+        driver._call_failed(replica, timed[call].reference, ray.exceptions.ActorDiedError())
+        assert driver._pool.replicas == []
 
     die(0)
     die(1)
@@ -244,9 +273,9 @@ def test_answers_that_are_lost_on_the_way_cost_no_replica(
         return answer
 
     monkeypatch.setattr("neg_service.cluster.driver.ray", SimpleNamespace(get=get, wait=ray.wait))
-    outcome, receipts = run(FaultyWorker(), tmp_path, replicas=1, calibration=None)
+    outcome, done = run(FaultyWorker(), tmp_path, replicas=1, calibration=None)
     assert outcome == Outcome(N_SHARDS, {})
-    assert receipts == Counter(range(N_SHARDS))
+    assert done == Counter(range(N_SHARDS))
     assert caplog.text.count("cannot be reached") > 3
     assert "is lost" not in caplog.text
     assert len(set(rows(tmp_path, "by"))) == 1

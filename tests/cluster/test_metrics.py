@@ -16,10 +16,10 @@ import pytest
 import ray
 
 from neg_service.cluster import metrics
+from neg_service.cluster.messages import Destination, LogStyle, Shard, WorkerInfo
 from neg_service.cluster.metrics import Counts, RunMetrics
-from neg_service.cluster.plan import Shard
 from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, LogStyle, Ready, Replica
+from neg_service.cluster.replica import ACTOR_OPTIONS, Replica
 from neg_service.cluster.scan import run
 from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.errors import StorageError
@@ -133,7 +133,7 @@ def test_a_driver_is_heard_of_while_it_waits_for_storage_and_no_longer(monkeypat
     with shown.waits():
         time.sleep(0.1)
         assert not heard, "nothing is known yet"
-        shown.show(Counts(done=2, running=1, set_aside=0, ready_replicas=1, starting_replicas=0))
+        shown.show(Counts(done=2, running=1, failed=0, ready_replicas=1, starting_replicas=0))
         until = time.monotonic() + 60
         while len(heard) < 3 and time.monotonic() < until:
             time.sleep(0.01)
@@ -146,8 +146,8 @@ def test_a_driver_is_heard_of_while_it_waits_for_storage_and_no_longer(monkeypat
 class OneTable:
     """A worker that computes nothing."""
 
-    def start(self) -> Ready:
-        return Ready("nothing")
+    def start(self) -> WorkerInfo:
+        return WorkerInfo("nothing")
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         return {"prompts": pa.table({"prompt_id": ["a"]})}
@@ -155,7 +155,7 @@ class OneTable:
 
 def test_waiting_for_storage_shows_while_the_store_is_away(reporting_ray: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        to = Destination("s3://runs/x", f"http://127.0.0.1:{mute.getsockname()[1]}", "f", patience_seconds=600)
+        to = Destination("s3://runs/x", f"http://127.0.0.1:{mute.getsockname()[1]}", "f", retry_timeout=600)
         environment = {"env_vars": {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}}
         actor = ray.remote(Replica).options(num_cpus=1, runtime_env=environment, **ACTOR_OPTIONS)
         replica = actor.remote(OneTable, to, LogStyle(run="away"))

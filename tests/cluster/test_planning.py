@@ -1,8 +1,7 @@
-"""Planning, resources, failure policy, configuration and progress: pure functions, no cluster."""
+"""Planning and configuration: pure functions, no cluster."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,31 +14,18 @@ from transformers import LlamaForCausalLM
 
 from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from jobs.entry import CONF
-from neg_service.cluster.failures import Action, decide
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
 from neg_service.cluster.prepare import Prepared, prepare
-from neg_service.cluster.progress import Progress
-from neg_service.cluster.replica import Receipt
-from neg_service.cluster.resources import Node, ReplicaSize, gpu_names, replica_count, replica_size
 from neg_service.cluster.scan import ranking_of, run
 from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, most_replicas, typed
 from neg_service.errors import (
     ConfigurationError,
-    DestinationError,
-    DoesNotFit,
-    ModelError,
-    NodeLost,
-    NonFiniteError,
-    OutOfMemory,
     PromptError,
-    ReplicaLost,
-    StorageError,
 )
 from neg_service.measures import Cost, find_measure
 from neg_service.models.language_model import checked_dtype
 from neg_service.prompts.prompt import Prompt
 
-GIB = 2**30
 PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
 
 
@@ -71,75 +57,6 @@ def test_automatic_shards_hold_minutes_of_interventions_at_most() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "failures", "action"),
-    [
-        (ConfigurationError("x"), 1, Action.STOP),
-        (PromptError("x"), 1, Action.STOP),
-        (ModelError("x"), 1, Action.STOP),
-        (DestinationError("x"), 1, Action.STOP),
-        (NonFiniteError("x"), 1, Action.SET_ASIDE),
-        (OutOfMemory("x"), 1, Action.SPLIT),
-        (DoesNotFit("x"), 1, Action.SET_ASIDE),
-        (OutOfMemory("x"), 3, Action.SET_ASIDE),
-        (ReplicaLost("x"), 1, Action.REPLACE),
-        (ReplicaLost("x"), 3, Action.SET_ASIDE),
-        (RuntimeError("CUDA error: device-side assert triggered"), 1, Action.REPLACE),
-        (StorageError("x"), 1, Action.REPLACE),
-        (StorageError("x"), 3, Action.STOP),
-        (RuntimeError("anything"), 2, Action.RETRY),
-        (RuntimeError("anything"), 3, Action.SET_ASIDE),
-    ],
-)
-def test_what_is_done_about_a_failure(error: Exception, failures: int, action: Action) -> None:
-    assert decide(error, failures, 3) is action
-
-
-def test_a_shard_that_lost_its_node_is_moved_and_only_after_ten_of_them_suspected() -> None:
-    for moves in (1, 10):
-        assert decide(NodeLost("gone"), 0, 3, moves) is Action.MOVE
-        assert decide(NodeLost("gone"), 2, 3, moves) is Action.MOVE
-    assert decide(NodeLost("gone"), 1, 3, 11) is Action.REPLACE
-    assert decide(NodeLost("gone"), 3, 3, 11) is Action.SET_ASIDE
-
-
-def test_a_replica_takes_a_gpu_where_there_is_one() -> None:
-    cpu, gpu = Node(8, 0, 32 * GIB), Node(16, 4, 64 * GIB)
-    assert replica_size(ClusterConfig(), "auto", GIB, [cpu]) == ReplicaSize(4, 0, GIB)
-    assert replica_size(ClusterConfig(), "auto", GIB, [Node(2, 0, 8 * GIB)]) == ReplicaSize(2, 0, GIB)
-    assert replica_size(ClusterConfig(), "auto", GIB, [cpu, gpu]) == ReplicaSize(1, 1, GIB)
-    assert replica_size(ClusterConfig(), "cpu", GIB, [cpu, gpu]).gpus == 0
-    assert replica_size(ClusterConfig(gpus_per_replica=0.5, cpus_per_replica=2), "auto", GIB, [gpu]) == ReplicaSize(
-        2, 0.5, GIB
-    )
-    assert replica_size(ClusterConfig(gpus_per_replica=4), "auto", GIB, [cpu, gpu]) == ReplicaSize(1, 4, GIB)
-    assert replica_size(ClusterConfig(), "cuda:0,cuda:1", GIB, [cpu, gpu]) == ReplicaSize(1, 2, GIB)
-    assert gpu_names(3) == ["cuda:0", "cuda:1", "cuda:2"]
-    assert replica_size(ClusterConfig(), ["cuda:0", "cuda:1"], GIB, [gpu]) == ReplicaSize(1, 2, GIB)
-
-
-def test_as_many_replicas_as_fit_or_as_asked() -> None:
-    nodes = [Node(8, 0, 3 * GIB), Node(4, 0, 32 * GIB)]
-    # The first node has memory for 3 of 4 that its CPUs would allow, the second CPUs for 2.
-    assert replica_count("auto", ReplicaSize(2, 0, GIB), nodes) == 5
-    assert replica_count(2, ReplicaSize(2, 0, GIB), nodes) == 2
-    assert replica_count("auto", ReplicaSize(1, 0.25, 99 * GIB), [Node(16, 2, GIB)]) == 8
-    # A part of a GPU is a part of one: two of 0.4 each on each of two.
-    assert replica_count("auto", ReplicaSize(1, 0.4, GIB), [Node(16, 2, GIB)]) == 4
-
-
-def test_a_replica_takes_no_more_cpus_than_are_free_where_some_are() -> None:
-    nodes = [Node(4, 0, 32 * GIB)]
-    assert replica_size(ClusterConfig(), "auto", GIB, nodes, [Node(3, 0, 32 * GIB)]).cpus == 3
-    assert replica_size(ClusterConfig(), "auto", GIB, nodes, [Node(0.5, 0, 32 * GIB)]).cpus == 4
-
-
-def test_a_cluster_whose_nodes_are_still_to_come_has_no_room() -> None:
-    for nodes in ([], [Node(0, 0, 32 * GIB)]):
-        with pytest.raises(ConfigurationError, match="no node"):
-            replica_size(ClusterConfig(), "auto", GIB, nodes)
-
-
-@pytest.mark.parametrize(
     ("override", "most"),
     [
         ("cluster.replicas.max=7", 7),
@@ -162,21 +79,6 @@ def test_something_else_than_their_largest_number_is_refused() -> None:
     ):
         with pytest.raises(ConfigurationError, match=message):
             check(ScanConfig(cluster=ClusterConfig(replicas=replicas)))
-
-
-@pytest.mark.parametrize(
-    ("cluster", "memory", "message"),
-    [
-        (ClusterConfig(cpus_per_replica=9), GIB, "cluster.cpus_per_replica=9: the largest node has 8"),
-        (ClusterConfig(gpus_per_replica=1), GIB, "cluster.gpus_per_replica=1: no node has any"),
-        (ClusterConfig(gpus_per_replica=1.5), GIB, "cluster.gpus_per_replica=1.5: more than 1 must be a whole number"),
-        (ClusterConfig(), 33 * GIB, "a replica needs about 33.0 GiB of memory, the largest node has 32.0 GiB"),
-    ],
-)
-def test_a_replica_larger_than_any_node_is_refused(cluster: ClusterConfig, memory: int, message: str) -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        replica_size(cluster, "auto", memory, [Node(8, 0, 32 * GIB)])
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -354,27 +256,6 @@ def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text('{"prompt": "w1", "targets": [" w3"], "id": "me"}\n')
     with pytest.raises(ConfigurationError, match="prompt 'me' has no answer"):
         _prepared(tiny_directory, dataset=str(tmp_path / "a.jsonl"), measure={"keep": "answer"})
-
-
-def test_progress_without_a_terminal_is_a_plain_line_with_rate_and_time_left() -> None:
-    stream = io.StringIO()
-    progress = Progress(100, 20, 0.0, stream)
-    progress.add(Receipt(0, 40, bytes={"t": 7}))
-    line = stream.getvalue()
-    assert line.startswith("60/100 prompts (60 %), ")
-    assert line.endswith(" left\n")
-    assert "\r" not in line
-    assert progress.n_now == 40
-    assert progress.bytes == 7
-
-
-def test_progress_is_silent_between_its_lines_but_not_at_the_end() -> None:
-    stream = io.StringIO()
-    progress = Progress(3, 0, 1000.0, stream)
-    progress.add(Receipt(0, 1))
-    assert stream.getvalue() == ""
-    progress.add(Receipt(1, 2))
-    assert stream.getvalue().startswith("3/3 prompts (100 %)")
 
 
 @pytest.mark.parametrize("path", sorted(Path(CONF).glob("model/*.yaml")), ids=lambda path: path.stem)

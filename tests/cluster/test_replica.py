@@ -12,12 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from neg_service.cluster.fleet import Absence, Member
 from neg_service.cluster.gcs import end_with_the_driver
-from neg_service.cluster.plan import Shard
+from neg_service.cluster.messages import Destination, Shard, WorkerInfo
 from neg_service.cluster.ray_errors import Unexpected
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Ready, Replica
-from neg_service.cluster.silence import Silence
+from neg_service.cluster.replica import ACTOR_OPTIONS, Replica
 from neg_service.errors import ConfigurationError
 
 
@@ -33,9 +31,9 @@ class Counting:
         self.fails = 0
         self.calibration: dict[str, Any] = {"noise": {"sigma": 0.1}}
 
-    def start(self) -> Ready:
+    def start(self) -> WorkerInfo:
         self.starts += 1
-        return Ready("nothing")
+        return WorkerInfo("nothing")
 
     def calibrate(self) -> dict[str, Any]:
         self.calibrations += 1
@@ -168,71 +166,3 @@ def test_a_replica_ends_itself_when_the_cluster_says_that_it_is_dead_and_at_noth
     assert ended.wait(20)
     assert asked[-1] == "DEAD"
     assert len(asked) == 7
-
-
-def member(heard: float) -> Member:
-    """A replica that has a shard since then."""
-    return Member(0, None, None, None, has_started=True, node="a", flying={object(): _Attempt()}, heard=heard)
-
-
-class _Attempt:
-    failures = 0
-
-
-def test_a_question_goes_out_every_half_minute_and_its_answer_counts_only_after_a_long_silence() -> None:
-    silence = Silence(stall_seconds=100)
-    one = member(heard=1000)
-    assert not silence.should_ask(one, 1029)
-    assert silence.should_ask(one, 1031)
-    one.asked = (object(), 1031)
-    assert not silence.should_ask(one, 1090)
-    assert silence.without_answer(one, 1090) is None
-    assert silence.after_answer(one, False, 1090) is None
-    assert not silence.should_ask(one, 1119)
-    assert silence.should_ask(one, 1121)
-    one.asked = (object(), 1121)
-    assert "does not answer" in str(silence.without_answer(one, 1132))
-    assert silence.after_answer(one, True, 1122) is None
-    assert one.heard == 1122, "one that only stores is let be"
-    one.heard = 1000
-    assert "122 s and still computes" in str(silence.after_answer(one, False, 1122))
-
-
-def test_before_anything_is_known_of_shards_no_silence_is_too_long() -> None:
-    silence = Silence(None)
-    one = member(heard=0)
-    one.asked = (object(), 31)
-    assert silence.without_answer(one, 10**6) is None
-    assert silence.after_answer(one, False, 10**6) is None
-
-
-@pytest.mark.parametrize(
-    "busy",
-    [
-        {"has_started": True, "placed_at": 1.0, "calibrating": (object(), 1000.0)},
-        {"starting": object(), "placed_at": 1000.0},
-    ],
-    ids=["calibrates", "loads"],
-)
-@pytest.mark.parametrize("stall_seconds", [None, 50.0])
-def test_one_that_calibrates_or_loads_is_asked_for_the_sake_of_its_connection_alone(
-    busy: dict[str, Any], stall_seconds: float | None
-) -> None:
-    silence = Silence(stall_seconds)
-    one = Member(0, None, None, **{"starting": None, **busy})
-    assert not silence.should_ask(one, 1029)
-    assert silence.should_ask(one, 1031)
-    one.asked = (object(), 1031)
-    assert not silence.should_ask(one, 5000)
-    # For how long that may take is not asked here.
-    assert silence.without_answer(one, 5000) is None
-    assert silence.after_answer(one, False, 5000) is None
-    assert not silence.should_ask(one, 5029)
-    assert silence.should_ask(one, 5031)
-    one.absence = Absence(5031, "no answer", 5031)
-    assert not silence.should_ask(one, 6000)
-
-
-def test_who_has_nothing_to_do_or_no_node_is_not_asked() -> None:
-    assert not Silence(None).should_ask(Member(0, None, None, None, has_started=True, placed_at=1.0), 5000)
-    assert not Silence(None).should_ask(Member(0, None, object(), object()), 5000)

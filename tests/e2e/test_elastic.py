@@ -42,7 +42,7 @@ def test_replicas_follow_the_nodes_and_nothing_is_lost_or_counted_against_a_shar
         # With no node left the driver waits, and goes on when one comes.
         cluster.add(num_cpus=1)
         assert driver.finish() == 0, driver.output
-        assert f"outcome: {SHARDS} done, 0 set aside" in driver.output
+        assert f"outcome: {SHARDS} done, 0 failed" in driver.output
         done = Counter(re.findall(r"^done (\d+)$", driver.output, re.MULTILINE))
         assert done == Counter(str(index) for index in range(SHARDS))
         assert "failed on replica" not in driver.output

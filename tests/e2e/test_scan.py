@@ -198,7 +198,7 @@ def test_a_poisoned_prompt_sets_its_shard_aside_and_the_rest_is_done(dataset: Pa
     assert "shard 2: prompt 'row-9' (5 tokens) in float32: NaN or infinity" in done.stdout
     run = neg_service.open_run(str(next(place.iterdir())))
     assert run.done() == {0, 1, 3, 4, 5}
-    assert "row-9" in run.directory.set_aside()[2]["error"]
+    assert "row-9" in run.directory.failed()[2]["error"]
     stored = run.table("neurgrad").to_table()["neurgrad"].combine_chunks().flatten().to_numpy()
     assert np.isfinite(stored).all()
 

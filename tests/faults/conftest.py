@@ -218,7 +218,7 @@ def quiet(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run
     """The same scan with nothing happening to it, on a local disk."""
     calm = Disturbed(arguments, f"file://{tmp_path_factory.mktemp('quiet')}", None)
     summary = calm.scan()
-    assert not summary.set_aside
+    assert not summary.failed
     return calm.open()
 
 
@@ -230,7 +230,7 @@ def invariant(quiet: Run) -> Callable[[Disturbed], None]:
         run = disturbed.open()
         assert run.fingerprint == quiet.fingerprint
         assert run.done() == set(range(N_SHARDS))
-        assert run.directory.set_aside() == {}
+        assert run.directory.failed() == {}
         for name in quiet.tables:
             expected, found = (in_order(one.table(name).to_table()) for one in (quiet, run))
             numbers = [n for n in ("probabilities", "activation", "probability", "neurgrad") if n in found.column_names]

@@ -98,7 +98,7 @@ def test_connections_reset_delayed_refused_cut_and_replies_lost(
         through = Disturbed(disturbed.arguments, disturbed.uri, proxy.url)
         summary = through.scan("cluster.replicas=2")
         assert summary.shards_done == N_SHARDS
-        assert not summary.set_aside
+        assert not summary.failed
     assert set(proxy.injected) == set(FAULTS)
     assert sum(proxy.injected.values()) >= 10, proxy.injected
     invariant(disturbed)

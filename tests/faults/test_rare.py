@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from infra.s3.server import BUCKET, Server
+from neg_service.cluster.messages import Destination, WorkerSpec
 from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import Destination, Replica, Scan
+from neg_service.cluster.replica import Replica, scan_worker
 from neg_service.errors import DestinationError, StorageError
 from neg_service.storage.parts import part_key
 from neg_service.storage.stores import open_store
@@ -40,7 +42,7 @@ def test_death_at_each_step_of_a_put(
 ) -> None:
     order = orders.give(when=when, shard=moments.randrange(N_SHARDS), table=table, do="exit")
     summary = disturbed.scan()
-    assert not summary.set_aside
+    assert not summary.failed
     assert orders.was_carried_out(order)
     invariant(disturbed)
 
@@ -95,7 +97,7 @@ def test_a_node_is_lost(
 
     with meanwhile(remove):
         summary = disturbed.scan("cluster.replicas=3")
-    assert not summary.set_aside
+    assert not summary.failed
     assert not any(process.is_running() for process in on_node)
     assert "is lost" in caplog.text or "could not be started" in caplog.text
     invariant(disturbed)
@@ -148,7 +150,7 @@ def test_what_is_written_late_is_what_is_there(
     prepared = prepare(disturbed.config())
     destination = Destination(disturbed.run_uri, disturbed.endpoint_url, prepared.fingerprint)
     # As a replica does that was given up and comes to itself when all is done.
-    late = Replica(Scan(prepared.config, prepared.info.identity, 1), destination)
+    late = Replica(partial(scan_worker, WorkerSpec(prepared.config, prepared.info.identity, 1)), destination)
     late.start()
     shard = moments.choice(list(shards_of(prepared.prompts, prepared.plan)))
     store = open_store(disturbed.run_uri, disturbed.endpoint_url)
@@ -214,7 +216,7 @@ def test_a_replica_that_runs_out_of_memory_does_its_shard_in_smaller_batches(
     shard = moments.randrange(N_SHARDS)
     orders.give(when="compute", shard=shard, do="exhaust")
     summary = disturbed.scan()
-    assert not summary.set_aside
+    assert not summary.failed
     assert f"shard {shard} failed on replica 0 (1 of 3): split: MemoryError" in caplog.text
     invariant(disturbed)
 

@@ -14,9 +14,8 @@ from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFa
 
 import neg_service
 from jobs.benchmarks.tiny_models import MASK, tiny_model, tiny_tokenizer
-from neg_service.cluster.plan import Shard
+from neg_service.cluster.messages import Shard, WorkerSpec
 from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import Scan
 from neg_service.cluster.worker import ScanWorker
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ModelError, PromptError
@@ -100,7 +99,7 @@ def test_the_masked_facts_are_scanned_like_any_data_set(tmp_path: Path) -> None:
     for measure in ({"name": "neurgrad"}, {"name": "sweep", "shifts": [-1, 1]}):
         prepared = prepare(typed(ScanConfig, {**asked, "measure": measure}))
         assert prepared.info.is_masked
-        worker = ScanWorker(Scan(prepared.config, prepared.info.identity, 2, prepared.prompts[:1]))
+        worker = ScanWorker(WorkerSpec(prepared.config, prepared.info.identity, 2, prepared.prompts[:1]))
         assert worker.start().engine == "sequences"
         found = worker.compute(Shard(0, tuple(prepared.prompts[::100])), 1.0, worker.calibrate())
         assert {name: table.schema for name, table in found.items()} == prepared.tables

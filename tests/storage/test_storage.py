@@ -162,12 +162,12 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_shards_set_aside_are_kept_with_their_errors_and_taken_back(tmp_path: Path) -> None:
     run = begin(tmp_path)
-    run.put_aside(4, "prompt 'x': NaN", 3)
-    assert run.set_aside() == {4: {"shard": 4, "error": "prompt 'x': NaN", "attempts": 3}}
+    run.record_failure(4, "prompt 'x': NaN", 3)
+    assert run.failed() == {4: {"shard": 4, "error": "prompt 'x': NaN", "attempts": 3}}
     put(run, 3)
-    run.put_aside(3, "prompt 'y': NaN", 3)
-    run.take_back_done()
-    assert list(run.set_aside()) == [4]
+    run.record_failure(3, "prompt 'y': NaN", 3)
+    run.clear_resolved()
+    assert list(run.failed()) == [4]
 
 
 def test_the_fingerprint_does_not_depend_on_the_order_of_keys() -> None:

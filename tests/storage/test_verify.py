@@ -226,7 +226,7 @@ def test_the_status_of_a_run_that_is_running_stopped_or_done(tmp_path: Path) -> 
     assert "begun; no shard is done yet" in begun
     assert "0 of 3 done (0 %), of 2 prompts" in begun
     put(run, 0, 1)
-    run.put_aside(2, "prompt 'p4': NaN", 3)
+    run.record_failure(2, "prompt 'p4': NaN", 3)
     now = time.time()
     # Shard 0 came 20 s ago, shard 1 ten seconds ago: a shard in ten seconds.
     for shard, ago in ((0, 20), (1, 10)):
