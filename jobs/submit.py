@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from ray.job_submission import JobStatus
 
 from jobs.command_line import as_typed
-from jobs.entry import CONF, command, composed, in_one_line, refuse_credentials_in
+from jobs.conf_folder import CONF, PROJECT
+from jobs.entry import command, composed, in_one_line, refuse_credentials_in
 from jobs.guard import EXIT_INTERRUPTED
 from jobs.probe import ProbeConfig
 from jobs.scan import describe_plan
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> int:
             print(last[0])
         return 0
     with tempfile.TemporaryDirectory() as directory:
-        pack(request, Path(CONF).parent, Path(directory))
+        pack(request, Path(PROJECT), Path(CONF).relative_to(PROJECT), Path(directory))
         name, is_new = submit(client, request, Path(directory))
     there = "is submitted" if is_new else "is there already, as it was submitted"
     log.info("job %s %s at %s", name, there, client._address)

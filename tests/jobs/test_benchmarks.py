@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from jobs.bench import bench
 from jobs.benchmarks import families, ways
 from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
 from jobs.benchmarks.tiny_models import tiny_model
+from neg_service.errors import ConfigurationError
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import coarse_grid, full_grid
 from neg_service.measures.neg import Sweep, sweep_prompt
@@ -63,6 +68,13 @@ def test_the_coarse_grid_is_as_exact_as_is_said(smollm2: LanguageModel) -> None:
     assert np.median(neg) < 2e-4
     assert np.quantile(neg, 0.95) < 1e-2
     assert np.quantile(r, 0.95) < 2e-3
+
+
+def test_what_an_installation_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "infra.s3.server", None)
+    monkeypatch.delitem(sys.modules, "jobs.benchmarks.storage", raising=False)
+    with pytest.raises(ConfigurationError, match=r"benchmark=storage: .* is not installed"):
+        bench(OmegaConf.create({"benchmark": {"name": "storage"}}))
 
 
 def test_the_arithmetic_counts_llamas_parameters() -> None:
