@@ -54,7 +54,7 @@ families: $(READY) ## compare every model family with the textbook way, and writ
 bench: model ## time the engine, the driver and storage; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
 	$(BIN)/python -m jobs.bench benchmark=sweep
-	$(BIN)/python -m jobs.bench benchmark=families
+	$(BIN)/python -m tests.families_speed
 	$(BIN)/python -m jobs.bench benchmark=driver
 	$(BIN)/python -m jobs.bench benchmark=storage
 

@@ -10,9 +10,8 @@ import torch
 from omegaconf import OmegaConf
 
 from jobs.bench import bench
-from jobs.benchmarks import families, ways
+from jobs.benchmarks import ways
 from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
-from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.errors import ConfigurationError
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import coarse_grid, full_grid
@@ -21,7 +20,8 @@ from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import encode
-from tests import oracle
+from tests import families_speed, oracle
+from tests.tiny_models import tiny_model
 
 IDS, TARGET = (3, 14, 15, 9, 26), 7
 SHIFTED = [(1, 5, -2.0), (1, 5, 0.3), (1, 5, 1.0)]
@@ -89,14 +89,14 @@ def test_a_longer_prompt_has_the_higher_bar() -> None:
 
 
 def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = families.Settings("families", threads=1, repeats=1, prompts=4, tokens=16, targets=2, interventions=8)
-    few = {name: families.FAMILIES[name] for name in ("Llama 2", "GPT-J", "BERT")}
-    monkeypatch.setattr(families, "FAMILIES", few)
-    found = families.run(settings)
+    settings = families_speed.Settings(repeats=1, prompts=4, tokens=16, targets=2, interventions=8)
+    few = {name: families_speed.FAMILIES[name] for name in ("Llama 2", "GPT-J", "BERT")}
+    monkeypatch.setattr(families_speed, "FAMILIES", few)
+    found = families_speed.run(settings)
     assert [one["engine"] for one in found["families"].values()] == ["branches", "rows", "sequences"]
     assert found["bars"][0] == {
         "name": "families that fell off their engine: none", "value": 0, "bar": "<= 0", "reached": True,
     }  # fmt: skip
     monkeypatch.setattr("neg_service.models.rows.run_prefix", None)
-    fell = families.run(settings)["bars"][0]
+    fell = families_speed.run(settings)["bars"][0]
     assert (fell["name"], fell["reached"]) == ("families that fell off their engine: Llama 2", False)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.errors import ModelError, NegServiceError
 from neg_service.models.language_model import inspect_model, load_model
 from neg_service.models.source import fetch
+from tests.tiny_models import tiny_model
 
 HUGE = 10**12
 

@@ -15,12 +15,12 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import neg_service
-from jobs.benchmarks.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from neg_service.errors import ModelError, NegServiceError
 from neg_service.models.folder import require_real_file
 from neg_service.models.language_model import inspect_model
 from neg_service.models.source import fetch
 from tests.e2e.commands import job
+from tests.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 269060552\n".format("0" * 64)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
