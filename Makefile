@@ -8,7 +8,7 @@ S3 ?= .s3
 ROUNDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test test-faults check format families bench s3-up s3-down lock clean
+.PHONY: help setup model demo scan test test-faults check format families settings bench s3-up s3-down lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,8 +48,11 @@ format: $(READY) ## format and sort imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-families: $(READY) ## compare every model family with the textbook way, and write the README's table of families
+families: $(READY) ## compare every model family with the textbook way, and write the table of families in neg_service/models
 	$(BIN)/python -m tests.families
+
+settings: $(READY) ## write the reference of settings into conf/README.md
+	$(BIN)/python -m tests.settings_reference
 
 bench: model ## time the engine, the driver and storage; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
