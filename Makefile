@@ -8,12 +8,12 @@ S3 ?= .s3
 ROUNDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test test-faults check format families bench s3-up s3-down lock clean
+.PHONY: help setup model demo scan test test-faults check format families settings bench s3-up s3-down lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
@@ -48,13 +48,16 @@ format: $(READY) ## format and sort imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-families: $(READY) ## compare every model family with the textbook way, and write the README's table of families
+families: $(READY) ## compare every model family with the textbook way, and write the table of families in neg_service/models
 	$(BIN)/python -m tests.families
+
+settings: $(READY) ## write the reference of settings into conf/README.md
+	$(BIN)/python -m tests.settings_reference
 
 bench: model ## time the engine, the driver and storage; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
 	$(BIN)/python -m jobs.bench benchmark=sweep
-	$(BIN)/python -m jobs.bench benchmark=families
+	$(BIN)/python -m tests.families_speed
 	$(BIN)/python -m jobs.bench benchmark=driver
 	$(BIN)/python -m jobs.bench benchmark=storage
 

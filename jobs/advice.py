@@ -18,9 +18,10 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import grammar_parser
 from omegaconf.errors import GrammarParseError
 
+from jobs.conf_folder import CONF
 from jobs.kinds import can_be_text, element_of, field_of, is_in_mapping, is_only_text, names_in
 
-_GROUPS = Path(__file__).resolve().parent.parent / "conf"
+_GROUPS = Path(CONF)
 
 
 def is_group(key: str) -> bool:

@@ -17,6 +17,7 @@ from jobs.command_line import require_text
 from jobs.entry import start
 from jobs.guard import EXIT_ERROR
 from neg_service.config import JobConfig, plain, typed
+from neg_service.errors import ConfigurationError
 
 
 @dataclass
@@ -31,7 +32,15 @@ class BenchConfig:
 def bench(config: DictConfig) -> int:
     """Run one benchmark; prints its JSON."""
     settings = plain(config.benchmark)
-    module = importlib.import_module(f"jobs.benchmarks.{settings['name']}")
+    try:
+        module = importlib.import_module(f"jobs.benchmarks.{settings['name']}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "infra":
+            raise
+        raise ConfigurationError(
+            f"benchmark={settings['name']}: starts the S3 server of infra/s3/server.py, which is not installed: run it "
+            f"in the project's folder"
+        ) from error
     require_text(config.benchmark, module.Settings, "benchmark")
     result = module.run(typed(module.Settings, settings, "benchmark"))
     machine = {

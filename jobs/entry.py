@@ -21,7 +21,6 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
@@ -36,12 +35,12 @@ from yaml import YAMLError
 
 from jobs.advice import in_quotes
 from jobs.command_line import as_typed, require_text
+from jobs.conf_folder import CONF as CONF
 from jobs.guard import EXIT_ERROR, EXIT_INTERRUPTED, flush_or_silence, prepare_streams, speak, tell, tell_unforeseen
 from neg_service.cluster.logs import log_to_stderr, tell_interrupted
 from neg_service.errors import ConfigurationError, NegServiceError
 from neg_service.places import refuse_credentials, texts_of
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
 EXIT_INCOMPLETE, EXIT_STOPPED = 3, 143
 
 log = logging.getLogger(__name__)

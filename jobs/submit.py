@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from jobs.command_line import as_typed
-from jobs.entry import CONF, command, composed, in_one_line, refuse_credentials_in
+from jobs.conf_folder import CONF, PROJECT
+from jobs.entry import command, composed, in_one_line, refuse_credentials_in
 from jobs.guard import EXIT_INTERRUPTED
 from jobs.probe import ProbeConfig
 from jobs.scan import describe_plan
@@ -100,7 +101,7 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
             print(last[0])
         return 0
     with tempfile.TemporaryDirectory() as directory:
-        pack(request, Path(CONF).parent, Path(directory))
+        pack(request, Path(PROJECT), Path(CONF).relative_to(PROJECT), Path(directory))
         name, is_new = submit(client, request, Path(directory))
     there = "is submitted" if is_new else "is there already, as it was submitted"
     log.info("job %s %s at %s", name, there, client._address)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from neg_service.errors import ConfigurationError
 
 T = TypeVar("T")
+_AUTO = ("auto",)
 
 
 def holds(kind: Any) -> dict[str, Any]:
@@ -34,130 +35,182 @@ def types_of(cls: type[Any]) -> dict[str, Any]:
     return {own.name: own.metadata.get("holds", hints[own.name]) for own in fields(cls)}
 
 
+def setting(
+    default: Any,
+    says: str,
+    *,
+    allowed: tuple[str, ...] = (),
+    least: float | None = None,
+    is_whole: bool = False,
+    kind: Any = None,
+) -> Any:
+    """A field with what `conf/README.md` says of it, and what it may be.
+
+    allowed: the texts that it may be; with `least`, in the place of a number. least: the smallest number that it may
+    be. is_whole, kind: of what is Any to OmegaConf: whether its numbers are whole; what its values are of.
+    """
+    metadata = {"says": says, "allowed": allowed, "least": least, "is_whole": is_whole}
+    return field(default=default, metadata=metadata | ({} if kind is None else holds(kind)))
+
+
 @dataclass
 class ModelConfig:
     """Which model, in which precision; see `load_model`."""
 
-    source: str = "smollm2"
-    revision: str | None = None
-    dtype: str = "float32"
-    device: Any = field(default="auto", metadata=holds(str | list[str]))
-    trust_remote_code: bool = False
+    source: str = setting("smollm2", "`smollm2`, a hub id, a directory with safetensors, or a `.gguf` file")
+    revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    dtype: str = setting(
+        "float32", "precision of weights and passes", allowed=("float32", "float64", "bfloat16", "float16")
+    )
+    device: Any = setting(
+        "auto", "`auto`, `cpu`, `cuda`, or several that share the layers: `[cuda:0,cuda:1]`", kind=str | list[str]
+    )
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
 
 
 @dataclass
 class DatasetConfig:
     """Which prompts: `facts`, a JSONL, Parquet or CSV file at any fsspec URI, or tasks of MCEval8K.
 
-    too_long: what happens to prompts beyond the model's context: `error`, or `skip`, which counts them. not_one_token:
-    what happens to targets that are not one token of the model after their prompt: `error`, or `skip`, which leaves
-    them out, and prompts whose answer is one, and counts both. ids: of the prompts to take, in the order of the data
-    set; all if not given.
-
-    Of a file, columns: what it calls `prompt`, `targets`, `answer`, `id` and `group`, where that is something else.
-    choices: how many targets a row with an answer and no targets gets: the answer, and answers of other rows, drawn
-    with `seed` from those of the same group first. group_until: what ends a group's name in its column. answer_prefix:
-    what stands between a prompt and such a target, unless the prompt ends with a space.
-
-    With `task`, `source` is the hub's or a directory's MCEval8K (`prompts/mceval8k.py`), and the rest says how its rows
-    become prompts. task: one, a list, or `all`. split: one or a list. limit: rows of each task and split. balanced:
-    `down` or `up` to the same number of rows a label. seed: of the order in which rows are drawn. shots: demonstrations
-    a label; demonstration_seed: which ones. wording: its name; wordings: a .toml file of one's own. language: of the
-    words around the rows, or `auto`: each row's own. languages: rows of these only.
+    With `task`, `source` is the hub's or a directory's MCEval8K (`prompts/mceval8k.py`), and `limit` and what follows
+    say how its rows become prompts.
     """
 
-    source: str = "facts"
-    too_long: str = "error"
-    not_one_token: str = "error"
-    ids: Any = field(default=None, metadata=holds(str | list[str] | None))
-    columns: Any = field(default=None, metadata=holds(dict[str, str] | None))
-    choices: int = 4
-    group_until: str | None = None
-    answer_prefix: str = " "
-    task: Any = field(default=None, metadata=holds(str | list[str] | None))
-    split: Any = field(default="valid", metadata=holds(str | list[str]))
-    limit: int | None = None
-    balanced: str | None = None
-    seed: int = 0
-    shots: int = 1
-    demonstration_seed: int = 0
-    wording: str = "default"
-    wordings: str | None = None
-    language: str = "auto"
-    languages: Any = field(default=None, metadata=holds(str | list[str] | None))
+    source: str = setting(
+        "facts", "`facts`, `facts-masked` (for masked models), or a `.jsonl`, `.parquet` or `.csv` file, path or URI"
+    )
+    too_long: str = setting(
+        "error", "prompts beyond the model's context: refuse, or leave out and count", allowed=("error", "skip")
+    )
+    not_one_token: str = setting(
+        "error",
+        "targets that are not one token after their prompt: refuse; or leave out and count them, and prompts whose "
+        "answer is one",
+        allowed=("error", "skip"),
+    )
+    ids: Any = setting(None, "only the prompts of these ids, in the order of the data set", kind=str | list[str] | None)
+    columns: Any = setting(
+        None,
+        "what a file calls `prompt`, `targets`, `answer`, `id` and `group`, such as `{id: uuid}`",
+        kind=dict[str, str] | None,
+    )
+    choices: int = setting(
+        4, "of a file's rows with an answer and no targets: how many targets, of which one is the answer"
+    )
+    group_until: str | None = setting(None, "what ends a group's name in its column")
+    answer_prefix: str = setting(
+        " ", "between a prompt and such a target, unless the prompt ends with a space; `''` for masked models"
+    )
+    task: Any = setting(None, "tasks of MCEval8K: one, a list, or `all`", kind=str | list[str] | None)
+    split: Any = setting("valid", "of tasks: one or a list", kind=str | list[str])
+    limit: int | None = setting(None, "rows of each task and split")
+    balanced: str | None = setting(
+        None, "the same number of rows for each label, by drawing fewer or more", allowed=("down", "up")
+    )
+    seed: int = setting(0, "of the answers that are drawn as targets, and of the order of a task's rows")
+    shots: int = setting(1, "demonstrations for each label of a task")
+    demonstration_seed: int = setting(0, "which demonstrations")
+    wording: str = setting("default", "the name of a wording of the task")
+    wordings: str | None = setting(None, "a `.toml` file of your own wordings, or a folder with a `TASK.toml` for each")
+    language: str = setting("auto", "of the words around a task's rows; `auto`: each row's own")
+    languages: Any = setting(None, "rows of these languages only", kind=str | list[str] | None)
 
 
 @dataclass
 class NeuronsConfig:
-    """Which neurons of which layers; see `measures/choice.py`.
+    """Which neurons of which layers; see `measures/choice.py`."""
 
-    layers: `all` or a list of layer numbers from 0. choose: `all`, `sample`, `top` or `list`. count: how many, for
-    sample and top. per: sample so many of each `layer`, or of the whole `model`. seed: of the sample. over: rank
-    neurons for each `prompt`, or once over the `dataset`. list: (layer, index) pairs, or a file of them.
-    """
-
-    layers: Any = "all"
-    choose: str = "all"
-    count: int = 0
-    per: str = "layer"
-    seed: int = 0
-    over: str = "prompt"
-    list: Any = field(default=None, metadata=holds(str | list[list[int]] | None))
+    layers: Any = setting("all", "`all`, or a list of layers from 0: `[0,15,29]`")
+    choose: str = setting("all", "which neurons of these layers", allowed=("all", "sample", "top", "list"))
+    count: int = setting(0, "how many, for `sample` and `top`")
+    per: str = setting("layer", "`sample`: so many of each layer, or of the whole model", allowed=("layer", "model"))
+    seed: int = setting(0, "of the sample")
+    over: str = setting(
+        "prompt", "`top`: rank for each prompt, or once over the data set", allowed=("prompt", "dataset")
+    )
+    list: Any = setting(
+        None,
+        "`[[29,864],...]`, or a `.csv`, `.jsonl` or `.parquet` file, or the folder of a table of results, with the "
+        "columns `layer` and `neuron`",
+        kind=str | list[list[int]] | None,
+    )
 
 
 @dataclass
 class ClusterConfig:
-    """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray.
+    """How the work is spread. `auto` fits the cluster; `address` empty means `$RAY_ADDRESS`, else a local Ray."""
 
-    connect_seconds: how long a cluster may take to answer when it is joined.
-    replicas: `{max: N}`, or N alone: at most so many; auto: as many as there is room for, also as nodes come and go.
-    wait_seconds: how long to wait for a node on which a replica fits, which an autoscaler is asked for. start_seconds:
-    how long a replica may take to load its model.
-    stall_seconds: after how long a silence a replica is replaced; auto: ten times the median of a shard, at least 120.
-    unreachable_seconds: for how long a replica that cannot be reached is asked again before it is replaced.
-    """
-
-    address: str | None = None
-    connect_seconds: float = 60.0
-    replicas: Any = "auto"
-    cpus_per_replica: Any = "auto"
-    gpus_per_replica: Any = "auto"
-    batch_tokens: Any = "auto"
-    attempts: int = 3
-    wait_seconds: float = 0.0
-    start_seconds: float = 3600.0
-    stall_seconds: Any = "auto"
-    unreachable_seconds: float = 120.0
+    address: str | None = setting(None, "a Ray cluster; `$RAY_ADDRESS` if not given, else Ray on this machine")
+    connect_seconds: float = setting(60.0, "how long a cluster may take to answer when it is joined", least=0)
+    replicas: Any = setting(
+        "auto",
+        "`cluster.replicas.max`: at most so many; `auto`: as many as there is room for, also as nodes come and go",
+        allowed=_AUTO,
+        least=1,
+        is_whole=True,
+    )
+    cpus_per_replica: Any = setting(
+        "auto",
+        "also a replica's torch threads; on CPUs that others use too, 1 is often fastest",
+        allowed=_AUTO,
+        least=1,
+    )
+    gpus_per_replica: Any = setting(
+        "auto", "0.25 puts four replicas on a GPU, 4 spreads the layers of one over four", allowed=_AUTO, least=0
+    )
+    batch_tokens: Any = setting(
+        "auto", "how much a batch may hold; halved by itself when memory ends", allowed=_AUTO, least=1, is_whole=True
+    )
+    attempts: int = setting(3, "how often a shard may fail before it is set aside", least=1)
+    wait_seconds: float = setting(
+        0.0, "how long to wait for a node on which a replica fits, which an autoscaler is asked for", least=0
+    )
+    start_seconds: float = setting(3600.0, "how long a replica may take to load its model", least=0)
+    stall_seconds: Any = setting(
+        "auto",
+        "how long a replica may be silent before it is replaced; `auto`: ten times the median shard so far, at "
+        "least 120, from the fifth shard on",
+        allowed=_AUTO,
+        least=1,
+    )
+    unreachable_seconds: float = setting(
+        120.0, "how long a replica that cannot be reached is asked again before it is replaced", least=0
+    )
 
 
 @dataclass
 class StorageConfig:
-    """Where results go: a local directory or s3://bucket/prefix. Credentials come from the environment alone.
+    """Where results go. Credentials come from the environment alone."""
 
-    patience_seconds: for how long a store that fails in a way that may pass is tried again, each time.
-    """
-
-    uri: str = "results"
-    endpoint_url: str | None = None
-    patience_seconds: float = 600.0
+    uri: str = setting("results", "a directory, or `s3://bucket/prefix` with credentials from the environment")
+    endpoint_url: str | None = setting(None, "of an S3 server that is not Amazon's")
+    patience_seconds: float = setting(
+        600.0, "how long a store that fails in a way that may pass is tried again, each time", least=0
+    )
 
 
 @dataclass
 class JobConfig:
-    """How this command behaves. `shard_size` is part of a run's identity; `auto` depends on the results' size.
+    """How this command behaves."""
 
-    resume: the URI of the run that is to be continued; anything that would make it another run is refused.
-    log: `text` for a person, or `json`: an object a line. traceback: show where an unexpected error came from.
-    """
-
-    name: str | None = None
-    limit: int | None = None
-    shard_size: Any = "auto"
-    resume: str | None = None
-    dry_run: bool = False
-    progress_seconds: float = 10.0
-    log: str = "text"
-    traceback: bool = False
+    name: str | None = setting(
+        None, "what people see before the fingerprint; from model, data set and measure if not given"
+    )
+    limit: int | None = setting(None, "only the first so many prompts, for a trial", least=1)
+    shard_size: Any = setting(
+        "auto",
+        "prompts of a shard, which is part of a run's identity; `auto`: by the size of the results",
+        allowed=_AUTO,
+        least=1,
+        is_whole=True,
+    )
+    resume: str | None = setting(None, "the URI of a run: refuse anything that would begin another one")
+    dry_run: bool = setting(False, "print the plan and do nothing")
+    progress_seconds: float = setting(10.0, "between progress lines where there is no terminal")
+    log: str = setting(
+        "text", "`json`: an object a line, with run, replica and shard, on stderr", allowed=("text", "json")
+    )
+    traceback: bool = setting(False, "show where an unexpected error came from, in the place of a file that holds it")
 
 
 @dataclass
@@ -197,42 +250,36 @@ def typed(cls: type[T], values: Any, where: str = "") -> T:
 def check(config: ScanConfig) -> None:
     """Refuse values that no cluster and no model could make sense of.
 
+    What belongs to a model, data set or choice of neurons is refused where it is used, by who knows all that there is.
+
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
-    replicas = "cluster.replicas" + ".max" * isinstance(config.cluster.replicas, Mapping)
-    at_least_one = {
-        replicas: most_replicas(config.cluster),
-        "cluster.batch_tokens": config.cluster.batch_tokens,
-        "job.shard_size": config.job.shard_size,
-    }
-    for key, value in at_least_one.items():
-        if value != "auto" and not (_is_whole(value) and value >= 1):
-            raise ConfigurationError(f"{key}={value}: must be auto or a whole number, at least 1")
-    for key, value, least in (
-        ("cluster.cpus_per_replica", config.cluster.cpus_per_replica, 1),
-        ("cluster.gpus_per_replica", config.cluster.gpus_per_replica, 0),
-        ("cluster.stall_seconds", config.cluster.stall_seconds, 1),
-    ):
-        if value != "auto" and not (isinstance(value, int | float) and value >= least):
-            raise ConfigurationError(f"{key}={value}: must be auto or a number, at least {least}")
-    for key, value in (("too_long", config.dataset.too_long), ("not_one_token", config.dataset.not_one_token)):
-        if value not in ("error", "skip"):
-            raise ConfigurationError(f"dataset.{key}={value}: must be error or skip")
-    if config.job.log not in ("text", "json"):
-        raise ConfigurationError(f"job.log={config.job.log}: must be text or json")
-    for key, seconds in (
-        ("storage.patience_seconds", config.storage.patience_seconds),
-        ("cluster.wait_seconds", config.cluster.wait_seconds),
-        ("cluster.connect_seconds", config.cluster.connect_seconds),
-        ("cluster.start_seconds", config.cluster.start_seconds),
-        ("cluster.unreachable_seconds", config.cluster.unreachable_seconds),
-    ):
-        if seconds < 0:
-            raise ConfigurationError(f"{key}={seconds}: must not be negative")
-    for key, number in (("job.limit", config.job.limit), ("cluster.attempts", config.cluster.attempts)):
-        if number is not None and number < 1:
-            raise ConfigurationError(f"{key}={number}: must be at least 1")
+    groups = {name: fields(getattr(config, name)) for name in ("cluster", "storage", "job")}
+    groups["dataset"] = tuple(own for own in fields(config.dataset) if own.name in ("too_long", "not_one_token"))
+    for name, its_fields in groups.items():
+        for own in its_fields:
+            key, value = f"{name}.{own.name}", getattr(getattr(config, name), own.name)
+            if key == "cluster.replicas":
+                key, value = key + ".max" * isinstance(value, Mapping), most_replicas(config.cluster)
+            is_empty = value is None and own.default is None
+            if not is_empty and (must := _must_be(own.metadata, value)):
+                raise ConfigurationError(f"{key}={value}: must {must}")
+
+
+def _must_be(said: Mapping[str, Any], value: Any) -> str:
+    """What a value that is something else must be."""
+    allowed, least, is_whole = said.get("allowed", ()), said.get("least"), said.get("is_whole", False)
+    if value in allowed or (least is None and not allowed):
+        return ""
+    if least is None:
+        return f"be {' or '.join(allowed)}"
+    is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
+    if is_number and value >= least:
+        return ""
+    if allowed:
+        return f"be {' or '.join(allowed)} or a {'whole ' if is_whole else ''}number, at least {least}"
+    return f"be at least {least}" if least else "not be negative"
 
 
 def most_replicas(cluster: ClusterConfig) -> Any:

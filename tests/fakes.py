@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
 def save_tiny_model(directory: Path, change: Callable[[torch.nn.Module], None] = lambda model: None) -> Path:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import neg_service
-from jobs.benchmarks.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 from neg_service import LanguageModel
 from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
@@ -26,6 +25,7 @@ from neg_service.models.feed_forward import BASES
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
+from tests.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 
 README = Path(__file__).parents[1] / "README.md"
 # The engine's own float32 against float64; engine and oracle both in float64.

@@ -42,7 +42,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Ray keeps what a job is sent with in the memory of its head node, and takes 500 MiB there.
 MOST_BYTES = 100 * 2**20
 INPUTS = "inputs"
-_PROJECT = ("neg_service", "jobs", "conf")
+_PACKAGES = ("neg_service", "jobs")
 _ASK_SECONDS = 1.0
 _PATIENCE_SECONDS = 60.0
 _WAITING_SECONDS = 30.0
@@ -182,10 +182,14 @@ def check_request(request: Request, config: Mapping[str, Any]) -> None:
         )
 
 
-def pack(request: Request, project: Path, target: Path) -> None:
-    """Copy what the job needs into the empty directory `target`: code, configuration, and the files of the request."""
-    for part in _PROJECT:
-        shutil.copytree(project / part, target / part, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+def pack(request: Request, project: Path, conf: Path, target: Path) -> None:
+    """Copy what the job needs into the empty directory `target`: code, configuration, and the files of the request.
+
+    conf: where below `project` the configuration lies, and then below `target`.
+    """
+    unneeded = shutil.ignore_patterns("__pycache__", "*.pyc", "*.md")
+    for part in (*_PACKAGES, conf):
+        shutil.copytree(project / part, target / part, ignore=unneeded, dirs_exist_ok=True)
     for key, name in _names(request.files).items():
         source = request.files[key]
         (target / INPUTS / name).parent.mkdir(parents=True)

@@ -12,7 +12,6 @@ import ray
 from hydra import compose, initialize_config_dir
 from transformers import LlamaForCausalLM
 
-from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from jobs.entry import CONF
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
 from neg_service.cluster.prepare import Prepared, prepare
@@ -25,6 +24,7 @@ from neg_service.errors import (
 from neg_service.measures import Cost, find_measure
 from neg_service.models.language_model import checked_dtype
 from neg_service.prompts.prompt import Prompt
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
 

@@ -36,7 +36,7 @@ def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Pa
     request = Request("scan", "neg-x", ["dataset.source=my words.jsonl", "job.limit=3"], files)
     target = tmp_path / "sent"
     target.mkdir()
-    pack(request, Path(CONF).parent, target)
+    pack(request, Path(CONF).parent, Path("conf"), target)
     assert sorted(path.name for path in target.iterdir()) == ["conf", "inputs", "jobs", "neg_service"]
     assert not list(target.rglob("__pycache__"))
     assert (target / "neg_service" / "prompts" / "wordings" / "agnews.toml").exists()

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
-from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from jobs.entry import CONF
 from jobs.probe import probe
 from jobs.tasks import tasks
 from neg_service.errors import ConfigurationError
 from tests.e2e.commands import job
 from tests.skills import PLANTED, PLANTED_WORDINGS, planted_model, planted_rows, write_split
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError
@@ -19,6 +18,7 @@ from neg_service.estimation.study import Findings, Options, Scan, check_options,
 from neg_service.estimation.triples import triples_of
 from neg_service.storage.reader import Run, open_run
 from tests.here import scan_here
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 N_LAYERS, N_NEURONS = 3, 40
 SMALL = Options(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from jobs.benchmarks import families, ways
+from jobs.bench import bench
+from jobs.benchmarks import ways
 from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
-from jobs.benchmarks.tiny_models import tiny_model
+from neg_service.errors import ConfigurationError
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import coarse_grid, full_grid
 from neg_service.measures.neg import Sweep, sweep_prompt
@@ -16,7 +20,8 @@ from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import encode
-from tests import oracle
+from tests import families_speed, oracle
+from tests.tiny_models import tiny_model
 
 IDS, TARGET = (3, 14, 15, 9, 26), 7
 SHIFTED = [(1, 5, -2.0), (1, 5, 0.3), (1, 5, 1.0)]
@@ -65,6 +70,13 @@ def test_the_coarse_grid_is_as_exact_as_is_said(smollm2: LanguageModel) -> None:
     assert np.quantile(r, 0.95) < 2e-3
 
 
+def test_what_an_installation_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "infra.s3.server", None)
+    monkeypatch.delitem(sys.modules, "jobs.benchmarks.storage", raising=False)
+    with pytest.raises(ConfigurationError, match=r"benchmark=storage: .* is not installed"):
+        bench(OmegaConf.create({"benchmark": {"name": "storage"}}))
+
+
 def test_the_arithmetic_counts_llamas_parameters() -> None:
     # Half of 28 layers and one more, of 100.7 million weights each, and a head of 394 million.
     assert _multiplications(LLAMA_3B) == pytest.approx(14.5 * 100.66e6 + 394e6, rel=1e-3)
@@ -77,14 +89,14 @@ def test_a_longer_prompt_has_the_higher_bar() -> None:
 
 
 def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = families.Settings("families", threads=1, repeats=1, prompts=4, tokens=16, targets=2, interventions=8)
-    few = {name: families.FAMILIES[name] for name in ("Llama 2", "GPT-J", "BERT")}
-    monkeypatch.setattr(families, "FAMILIES", few)
-    found = families.run(settings)
+    settings = families_speed.Settings(repeats=1, prompts=4, tokens=16, targets=2, interventions=8)
+    few = {name: families_speed.FAMILIES[name] for name in ("Llama 2", "GPT-J", "BERT")}
+    monkeypatch.setattr(families_speed, "FAMILIES", few)
+    found = families_speed.run(settings)
     assert [one["engine"] for one in found["families"].values()] == ["branches", "rows", "sequences"]
     assert found["bars"][0] == {
         "name": "families that fell off their engine: none", "value": 0, "bar": "<= 0", "reached": True,
     }  # fmt: skip
     monkeypatch.setattr("neg_service.models.rows.run_prefix", None)
-    fell = families.run(settings)["bars"][0]
+    fell = families_speed.run(settings)["bars"][0]
     assert (fell["name"], fell["reached"]) == ("families that fell off their engine: Llama 2", False)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from jobs.benchmarks.tiny_models import tiny_model
 from jobs.check import check
 from jobs.entry import CONF
 from neg_service.errors import ModelError
 from tests.e2e.commands import job
+from tests.tiny_models import tiny_model
 
 
 def checked(directory: Path, *settings: str) -> int:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.errors import DoesNotFit
 from neg_service.measures.batching import in_batches, in_parts
 from neg_service.measures.gradients import gradients
@@ -22,6 +21,7 @@ from neg_service.models.batches import Budget, RowBudget
 from neg_service.models.branches import Header, run_header, run_prefix
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.families import random_ids
+from tests.tiny_models import tiny_model
 
 N_PROMPTS = 8
 
@@ -130,7 +130,7 @@ def test_under_a_real_limit_batches_shrink_and_recover_with_every_allocator() ->
     program = """
         import resource, sys
         import numpy as np, psutil, pyarrow as pa, torch
-        from jobs.benchmarks.tiny_models import tiny_model
+        from tests.tiny_models import tiny_model
         from neg_service.measures.batching import in_batches
         from neg_service.models.batches import Budget
         from tests.measures.test_batching import prompts_of

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import neg_service
-from jobs.benchmarks.tiny_models import MASK, tiny_model
 from neg_service import LanguageModel, schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, PromptError
@@ -26,6 +25,7 @@ from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from tests import oracle
 from tests.families import bases_of, float64_of, model_of, random_ids, readout
 from tests.measures.test_neurgrad import encoded, relative
+from tests.tiny_models import MASK, tiny_model
 
 # Each engine; a layer that cannot grow rows at its neurons (OPT, BLOOM); one that brings grown rows to another axis
 # (GPT-2); a fused gate (Phi-3); a soft cap (Gemma 2); layers that cannot be begun at (DeBERTa 2).

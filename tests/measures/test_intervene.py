@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import neg_service
-from jobs.benchmarks.tiny_models import tiny_model
 from neg_service import Edit, LanguageModel
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
@@ -21,6 +20,7 @@ from neg_service.models.batches import Budget
 from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
 from tests.families import EDITED, probabilities_by_hand
+from tests.tiny_models import tiny_model
 
 TEXTS = ["w3 w14 w15 w9 w26 w5", "w3 w14 w2", "w50 w51 w52 w53 w54 w55 w56"]
 TARGETS = [[" w7", " w8", " w11"], [" w7", " w8"], [" w1"]]

@@ -13,7 +13,6 @@ from tokenizers.processors import BertProcessing
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast
 
 import neg_service
-from jobs.benchmarks.tiny_models import MASK, tiny_model, tiny_tokenizer
 from neg_service.cluster.messages import Shard, WorkerSpec
 from neg_service.cluster.prepare import prepare
 from neg_service.cluster.worker import ScanWorker
@@ -23,6 +22,7 @@ from neg_service.models.language_model import LanguageModel, inspect_model
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, encode
+from tests.tiny_models import MASK, tiny_model, tiny_tokenizer
 
 TEXT = "w3 w14 w96 w9 w26 w5 w35 w8"
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import neg_service
-from jobs.benchmarks.tiny_models import tiny_model
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError, PromptError
 from neg_service.measures.interventions import Interventions, rows_that_fit
@@ -19,6 +18,7 @@ from neg_service.models.batches import RowBudget
 from neg_service.models.precision import in_precision
 from tests import oracle
 from tests.measures.test_neurgrad import encoded
+from tests.tiny_models import tiny_model
 
 TEXT, TARGET = "w3 w14 w15 w9 w26 w5 w35 w8", " w7"
 IDS, TARGET_ID = (3, 14, 15, 9, 26, 5, 35, 8), 7

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import neg_service
-from jobs.benchmarks.tiny_models import VOCABULARY, tiny_model
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, ModelError, NonFiniteError, OutOfMemory, PromptError
 from neg_service.measures.gradients import gradients
@@ -20,6 +19,7 @@ from neg_service.models.batches import Budget
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from tests import oracle
+from tests.tiny_models import VOCABULARY, tiny_model
 
 
 def encoded(ids: Sequence[int], target_ids: Sequence[int], name: str = "p") -> EncodedPrompt:

@@ -13,7 +13,6 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import neg_service
-from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
@@ -27,6 +26,7 @@ from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [
     Prompt("a", "w3 w14 w15 w9 w26 w5", (" w7", " w8", " w11"), 1),

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import neg_service
-from jobs.benchmarks.tiny_models import FAMILIES, MASK
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError
 from neg_service.measures.integrated_gradients import integrated_gradients
@@ -18,6 +17,7 @@ from neg_service.models.batches import RowBudget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from tests import families, oracle
 from tests.families import bases_of, model_of
+from tests.tiny_models import FAMILIES, MASK
 
 BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
 

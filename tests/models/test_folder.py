@@ -15,7 +15,6 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import neg_service
-from jobs.benchmarks.tiny_models import FAMILIES, tiny_tokenizer
 from jobs.check import CheckConfig, check
 from jobs.entry import composed
 from neg_service.errors import ModelError, NegServiceError
@@ -24,6 +23,7 @@ from neg_service.models.language_model import inspect_model
 from neg_service.models.source import fetch
 from tests.fakes import save_family
 from tests.families import model_of
+from tests.tiny_models import FAMILIES, tiny_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 269060552\n".format("0" * 64)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

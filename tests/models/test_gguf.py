@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import neg_service
-from jobs.benchmarks.tiny_models import VOCABULARY, tiny_model
 from neg_service.errors import ModelError
+from tests.tiny_models import VOCABULARY, tiny_model
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",

@@ -10,7 +10,6 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from jobs.benchmarks.tiny_models import FAMILIES, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
@@ -18,6 +17,7 @@ from neg_service.models.head import exact_head_gradient, product_in_parts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
 from tests.families import readout
+from tests.tiny_models import FAMILIES, tiny_tokenizer
 
 VOCABULARY = 131_072
 _TOWNS = ("Arles", "Bergen", "Cuzco", "Delft", "Essen")

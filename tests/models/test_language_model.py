@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import neg_service
-from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, ModelError, PromptError
 from neg_service.measures.integrated_gradients import integrated_gradients
@@ -28,6 +27,7 @@ from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.language_model import inspect_model
 from neg_service.models.source import cache_directory, fetch
 from tests.fakes import save_tiny_model
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
 def test_the_self_check_in_bfloat16_has_no_poke() -> None:

@@ -15,7 +15,6 @@ import transformers as hf
 from accelerate import dispatch_model
 
 import neg_service
-from jobs.benchmarks.tiny_models import tiny_model
 from neg_service import LanguageModel
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, OutOfMemory
@@ -24,6 +23,7 @@ from neg_service.models.batches import Budget
 from neg_service.models.placement import checked_devices, device_map, require_room
 from neg_service.prompts.prompt import Prompt, encode
 from tests.devices import DEVICES, pretended
+from tests.tiny_models import tiny_model
 
 TWO = [torch.device(name) for name in DEVICES.split(",")]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs.benchmarks.tiny_models import FAMILIES
 from neg_service.models import precision
 from neg_service.models.precision import in_precision
 from tests.families import model_of, random_ids
+from tests.tiny_models import FAMILIES
 
 
 class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -18,7 +18,6 @@ import transformers as hf
 from torch import Tensor
 
 import neg_service
-from jobs.benchmarks.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
 from neg_service.measures.gradients import gradients
@@ -31,6 +30,7 @@ from neg_service.models.feed_forward import FeedForward, Site
 from neg_service.models.rows import SequenceRows, resuming_at
 from neg_service.prompts.prompt import Prompt, encode
 from tests.families import LENGTHS, bases_of, model_of, neurgrad_deviation, sweep_deviation
+from tests.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 # A sprung trap moves results by this at least; right ones agree to 2e-5.
 SEEN = 1e-3

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from jobs.benchmarks.tiny_models import tiny_model, tiny_tokenizer
 from neg_service.config import DatasetConfig
 from neg_service.errors import ConfigurationError
 from neg_service.probing.options import Context, Options
@@ -19,6 +18,7 @@ from neg_service.probing.ranking import scores_of
 from neg_service.probing.study import Findings, run_probe
 from neg_service.prompts.prompt import MASK
 from tests.skills import PLANTED, PLANTED_WORDINGS, ScansHere, planted_model, planted_rows, write_split
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 OPTIONS = Options(
     sizes=[1, 3, 8], shard_size=24, train_sizes=[24], studies=["efficiency", "flexibility"], block=3, blocks=2

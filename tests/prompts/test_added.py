@@ -21,7 +21,6 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 import neg_service
-from jobs.benchmarks.tiny_models import VOCABULARY, tiny_model
 from neg_service import LanguageModel
 from neg_service.errors import PromptError, TargetError
 from neg_service.models.language_model import load_tokenizer
@@ -30,6 +29,7 @@ from neg_service.prompts import added
 from neg_service.prompts.added import added_by
 from neg_service.prompts.prompt import Prompt, encode, fits, speakable
 from tests import families, oracle
+from tests.tiny_models import VOCABULARY, tiny_model
 
 Made = Callable[[], hf.PreTrainedTokenizerFast]
 TEXT = "The capital of France is Paris, the capital of Italy is Rome\nParis"

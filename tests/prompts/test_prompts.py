@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
-from jobs.benchmarks.tiny_models import MASK, tiny_tokenizer
 from neg_service import LanguageModel
 from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, ScanConfig, plain, typed
@@ -25,6 +24,7 @@ from neg_service.models.language_model import load_tokenizer
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode, fits, speakable
 from neg_service.prompts.sources import load_dataset, load_prompts
+from tests.tiny_models import MASK, tiny_tokenizer
 
 ROWS = [
     {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},

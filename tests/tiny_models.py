@@ -1,8 +1,7 @@
 """A tiny model of every family, made from its configuration with random weights: nothing is downloaded.
 
 All sizes differ, so that a mixed-up axis shows; windows are shorter than prompts; whatever a family does otherwise than
-others (soft caps, parallel MLPs, position biases, multipliers) is switched on. Tests and the benchmark of families take
-their models from here.
+others (soft caps, parallel MLPs, position biases, multipliers) is switched on.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """The engine over the textbook way on a tiny model of every family, to catch one that fell off the fast path.
 
-All models have the same few neurons, so that what is timed is how often a model is called and how much each call does,
-not arithmetic; the ratios of families compare with each other, not with those of large models.
+`python -m tests.families_speed` prints it as JSON; `make bench` runs it beside the benchmarks of `jobs.bench`, which
+measure real models on a person's machine. All models here have the same few neurons, so that what is timed is how often
+a model is called and how much each call does, not arithmetic; the ratios of families compare with each other, not with
+those of large models.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
@@ -18,30 +21,29 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.figures import bar, figure, ratio
-from jobs.benchmarks.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget, RowBudget
 from neg_service.models.feed_forward import visiting
 from neg_service.models.language_model import LanguageModel, set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from tests.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 
 # The least speed-up of each engine, gradients and interventions: far below what is measured, far above no gain.
 LEAST = {"branches": (3.0, 4.0), "rows": (0.8, 4.0), "sequences": (2.5, 4.0)}
 NEURON = 5
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    """See `conf/benchmark/families.yaml`."""
+    """tokens: of the longest prompt; the shortest has a half of it."""
 
-    name: str
-    threads: int
-    repeats: int
-    prompts: int
-    tokens: int
-    targets: int
-    interventions: int
+    threads: int = 1
+    repeats: int = 3
+    prompts: int = 16
+    tokens: int = 32
+    targets: int = 4
+    interventions: int = 40
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -163,3 +165,7 @@ def _textbook_interventions(model: LanguageModel, prompt: EncodedPrompt, layer: 
 
 def _readout(model: LanguageModel, prompt: EncodedPrompt) -> int:
     return prompt.ids.index(MASK) if model.is_masked else len(prompt.ids) - 1
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(run(Settings()), indent=1) + "\n")
