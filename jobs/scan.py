@@ -61,9 +61,18 @@ def describe_plan(prepared: Prepared) -> str:
                 "\n".join([f"{bytes_text(plan.total_bytes):>10}  in all, before compression", *tables]),
             ),
             ("replica", f"about {bytes_text(prepared.memory)} of memory"),
+            *_ranking(prepared),
             ("results", prepared.uri),
         ]
     )
+
+
+def _ranking(prepared: Prepared) -> list[tuple[str, str]]:
+    """The scan that comes first, where there is one."""
+    if prepared.ranking is None:
+        return []
+    plan, uri = prepared.ranking.plan, prepared.ranking.uri
+    return [("ranking", f"{plan.n_rows} gradients, {plan.n_shards} shards, {bytes_text(plan.total_bytes)}, at {uri}")]
 
 
 def _row_word(prepared: Prepared) -> str:

@@ -26,11 +26,11 @@ def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
         "dataset": prepared.request["dataset"],
     }
     directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request)
-    worker = scan_worker(WorkerSpec(prepared.config, prepared.info.identity, 1, prepared.prompts[:1]))
+    worker = scan_worker(WorkerSpec(prepared.config, prepared.info.identity, 1, prepared.encoding[:1]))
     info = worker.start()
     calibration = worker.calibrate()
     note(store, {"calibration": calibration, "engine": info.engine, "runs_on": info.runs_on})
-    for shard in list(shards_of(prepared.prompts, prepared.plan, directory.done()))[:shards]:
+    for shard in list(shards_of(prepared.encoding, prepared.plan, directory.done()))[:shards]:
         for name, table in worker.compute(shard, 1.0, calibration).items():
             store.put(part_key(name, shard.index), encode_part(name, table, directory.fingerprint, shard.index))
     return open_run(store.uri, config.storage.endpoint_url)

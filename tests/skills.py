@@ -174,6 +174,6 @@ class ScansHere:
             Destination(prepared.uri, None, prepared.fingerprint),
         )
         replica.start()
-        for shard in shards_of(prepared.prompts, prepared.plan):
+        for shard in shards_of(prepared.encoding, prepared.plan):
             replica.run(shard)
         return open_run(prepared.uri)

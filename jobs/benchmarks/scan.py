@@ -32,8 +32,10 @@ from neg_service.cluster.replica import scan_worker
 from neg_service.cluster.resources import ReplicaSize
 from neg_service.config import ClusterConfig, ModelConfig, NeuronsConfig, ScanConfig
 from neg_service.measures import Cost
+from neg_service.models.language_model import load_tokenizer
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
+from neg_service.prompts.prompt import EncodedPrompt, encode
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.stores import open_store
 
@@ -116,15 +118,20 @@ class Together:
 def run(settings: Settings) -> dict[str, Any]:
     """Measure both kinds of prompts, taking turns."""
     config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
-    spec = WorkerSpec(config, fetch(settings.model).identity, settings.threads)
-    bare = facts.load()[: settings.prompts]
+    local = fetch(settings.model)
+    spec = WorkerSpec(config, local.identity, settings.threads)
+    asked = facts.load()[: settings.prompts]
     solved = "".join(f"{p.text}{p.targets[p.answer or 0]}.\n" for p in facts.load()[:: -(316 // settings.shots)])
-    few_shot = [replace(prompt, text=solved + prompt.text) for prompt in bare[: settings.few_shot_prompts]]
+    with_shots = [replace(prompt, text=solved + prompt.text) for prompt in asked[: settings.few_shot_prompts]]
+    tokenizer = load_tokenizer(local, False)
+    bare, few_shot = (list(encode(tokenizer, prompts, None)) for prompts in (asked, with_shots))
     result: dict[str, Any] = {"prompts_a_second": {}, "ratios": {}, "bars": []}
     connect(ClusterConfig(address="local"))
     try:
         for kind, prompts in (("few-shot prompts", few_shot), ("bare facts", bare)):
-            shards = list(shards_of(prompts, make_plan(prompts, Cost({}, 0), settings.shard_size)))
+            shards = list(
+                shards_of(prompts, make_plan([one.prompt for one in prompts], Cost({}, 0), settings.shard_size))
+            )
             looped, measured, scanned = [], [], []
             for repeat in range(settings.repeats):
                 whole, measuring = _loop(shards, spec, settings.threads)
@@ -144,13 +151,13 @@ def run(settings: Settings) -> dict[str, Any]:
         few = bare[: settings.swept_prompts]
         sampled = NeuronsConfig(choose="sample", count=settings.swept_neurons)
         swept = replace(config, measure={"name": "sweep", "grid": "coarse"}, neurons=sampled)
-        for what, asked, own_prompts, size in (
+        for what, wanted, own_prompts, size in (
             ("keep=answer", replace(config, measure={"name": "neurgrad", "keep": "answer"}), bare, settings.shard_size),
             ("keep=all", replace(config, measure={"name": "neurgrad"}), bare, settings.shard_size),
             ("a sweep", swept, few, max(1, settings.swept_prompts // 12)),
         ):
-            shards = list(shards_of(own_prompts, make_plan(own_prompts, Cost({}, 0), size)))
-            own = replace(spec, threads=1, config=asked, samples=own_prompts[:1])
+            shards = _shards(own_prompts, size)
+            own = replace(spec, threads=1, config=wanted, samples=own_prompts[:1])
             one, two = [], []
             for repeat in range(settings.repeats):
                 one.append(len(own_prompts) / _scan(shards, own, 1))
@@ -163,6 +170,10 @@ def run(settings: Settings) -> dict[str, Any]:
     finally:
         disconnect()
     return result
+
+
+def _shards(prompts: list[EncodedPrompt], size: int) -> list[Shard]:
+    return list(shards_of(prompts, make_plan([one.prompt for one in prompts], Cost({}, 0), size)))
 
 
 def _loop(shards: list[Shard], spec: WorkerSpec, threads: int) -> tuple[float, float]:

@@ -37,8 +37,10 @@ from neg_service.cluster.replica import Replica, scan_worker
 from neg_service.cluster.resources import ReplicaSize
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures import Cost
+from neg_service.models.language_model import load_tokenizer
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
+from neg_service.prompts.prompt import encode
 from neg_service.schema import activations
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import open_run
@@ -247,9 +249,10 @@ def _resident(what: str) -> float:
 def _waiting(settings: Settings, server: Server) -> dict[str, Any]:
     """A scan of bare facts into S3: the seconds in which its replica computes nothing because parts are being put."""
     config = ScanConfig(model=ModelConfig(source=settings.model, device="cpu"))
-    spec = WorkerSpec(config, fetch(settings.model).identity, settings.threads)
-    prompts = facts.load()[: settings.prompts]
-    shards = list(shards_of(prompts, make_plan(prompts, Cost({}, 0), settings.shard_size)))
+    local, prompts = fetch(settings.model), facts.load()[: settings.prompts]
+    spec = WorkerSpec(config, local.identity, settings.threads)
+    encoded = list(encode(load_tokenizer(local, False), prompts, None))
+    shards = list(shards_of(encoded, make_plan(prompts, Cost({}, 0), settings.shard_size)))
     shares, rates = [], []
     for repeat in range(settings.repeats):
         destination = Destination(f"s3://{BUCKET}/waiting-{repeat}", server.endpoint_url, "benchmark")

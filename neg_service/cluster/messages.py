@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from neg_service.config import ScanConfig
-from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.prompt import EncodedPrompt
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A fixed, ordered slice of the prompts: the unit of work, of retries and of storage."""
+    """A fixed, ordered slice of the prompts with their tokens: the unit of work, of retries and of storage."""
 
     index: int
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[EncodedPrompt, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class WorkerSpec:
     config: ScanConfig
     identity: str
     threads: int
-    samples: Sequence[Prompt] = ()
+    samples: Sequence[EncodedPrompt] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from neg_service.cluster.messages import Shard
 from neg_service.config import ScanConfig
-from neg_service.prompts.prompt import Prompt, digest
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, digest
 from neg_service.prompts.sources import dataset_name
 from neg_service.schema import SCHEMA_VERSION
 
@@ -53,6 +53,10 @@ class Plan:
         """Bytes of all tables."""
         return sum(self.bytes_of_table.values())
 
+    def places_of(self, shard: int) -> range:
+        """The places of a shard's prompts among all."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.n_prompts))
+
 
 def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | str) -> Plan:
     """Cut the prompts into shards; `auto` makes them as large as memory and the cost of a retry allow."""
@@ -71,12 +75,13 @@ def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | 
     )
 
 
-def shards_of(prompts: Sequence[Prompt], plan: Plan, done: Iterable[int] = ()) -> Iterator[Shard]:
+def shards_of(prompts: Sequence[EncodedPrompt], plan: Plan, done: Iterable[int] = ()) -> Iterator[Shard]:
     """The shards that are not done, in order, made one at a time."""
     skip = frozenset(done)
     for index in range(plan.n_shards):
         if index not in skip:
-            yield Shard(index, tuple(prompts[index * plan.shard_size : (index + 1) * plan.shard_size]))
+            places = plan.places_of(index)
+            yield Shard(index, tuple(prompts[places.start : places.stop]))
 
 
 def identity_of(

@@ -1,20 +1,24 @@
-"""A scan before it begins: the configuration checked, the prompts loaded, the plan made; nothing is written.
+"""A scan before it begins, in stages: resolve what was asked for, load the data, encode it, plan; nothing is written.
 
 The order is deliberate: all that can be refused is refused here, before Ray starts and before a model's weights are
-touched. What was asked for is kept with the run, so that it can be planned once more from its URI alone.
+touched. Prompts are encoded once: here where settings leave some out, which decides the plan; else when the run starts,
+which is told of all mistakes at once, and where it goes on, when it is a shard's turn. What was asked for is kept with
+the run, so that it can be planned once more from its URI alone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
+from neg_service.cluster.ranking import needs_ranking, ranking_of
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.measures import find_measure
@@ -29,8 +33,9 @@ from neg_service.models.language_model import (
 )
 from neg_service.models.source import DEFAULT, fetch
 from neg_service.places import absolute, below, local_path, parent_of, without_credentials
+from neg_service.prompts.encoding import Encode, Encoding, Ids
 from neg_service.prompts.mceval8k import as_masked
-from neg_service.prompts.prompt import Prompt, check_prompts, fits, speakable
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, check_prompts, encode
 from neg_service.prompts.sources import BUILT_IN, load_dataset
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
@@ -45,6 +50,7 @@ class Prepared:
 
     config: ScanConfig
     prompts: Sequence[Prompt]
+    encoding: Encoding
     local: LocalModel
     info: ModelInfo
     plan: Plan
@@ -55,6 +61,8 @@ class Prepared:
     request: dict[str, Any] = field(default_factory=dict)
     # What else run.json should say of it.
     about: dict[str, Any] = field(default_factory=dict)
+    # The scan that first finds the neurons of this one.
+    ranking: Prepared | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -67,29 +75,64 @@ class Prepared:
         return replica_bytes(self.info, self.config.model.dtype, self.plan)
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """Prompts and a model's files. about: what was left out of the data set."""
+
+    prompts: Sequence[Prompt]
+    encoding: Encoding
+    local: LocalModel
+    info: ModelInfo
+    about: dict[str, Any]
+
+
 def prepare(config: ScanConfig) -> Prepared:
     """Check a configuration and plan its scan; nothing is written.
 
     Raises:
         ConfigurationError: what was asked for cannot be done; one line says why.
     """
+    config, place = _resolve(config)
+    loaded = _load(config)
+    prepared = _plan(config, loaded, place)
+    if config.job.resume is not None:
+        wanted = open_run(config.job.resume, config.storage.endpoint_url, key="job.resume")
+        stored = {"fingerprint": wanted.fingerprint, "identity": wanted.config}
+        require_same(wanted.directory.store, stored, prepared.identity)
+        prepared = replace(prepared, uri=wanted.uri)
+    if needs_ranking(config.neurons):
+        prepared = replace(prepared, ranking=_plan(_with_files_read(ranking_of(config)), loaded, place))
+    return prepared
+
+
+def _resolve(config: ScanConfig) -> tuple[ScanConfig, str]:
+    """The configuration as replicas and later starts can use it, and the place for results."""
     check(config)
     # Ray unpacks what a job is sent with into a directory of such a name, and runs the job there.
     if Path.cwd().name.startswith("_ray_pkg_"):
         require_lasting(config.storage.uri)
     place = open_store(config.storage.uri, config.storage.endpoint_url).uri
-    # Replicas, and whoever repairs the run, do not share this process's working directory.
+    # Replicas, and a later repair of the run, do not share this process's working directory.
     config = replace(
         config,
         model=replace(config.model, source=_full(config.model.source)),
         dataset=_with_absolute_paths(config.dataset),
     )
     checked_dtype(config.model.dtype)
+    return _with_files_read(config), place
+
+
+def _with_files_read(config: ScanConfig) -> ScanConfig:
+    """With the measure's options complete, and the content of files that options name in the place of the names."""
     measure = find_measure(str(config.measure.get("name")))
     options = measure.read(typed(measure.Options, config.measure, "measure"))
     config = replace(config, measure=asdict(options))
-    config = replace(config, neurons=with_list_read(config.neurons))
-    prompts = load_dataset(config.dataset, config.job.limit)
+    return replace(config, neurons=with_list_read(config.neurons))
+
+
+def _load(config: ScanConfig) -> _Loaded:
+    """The data set and the model's files, without weights; encoded where that decides what stays."""
+    prompts: Sequence[Prompt] = load_dataset(config.dataset, config.job.limit)
     check_prompts(prompts)
     local = fetch(
         config.model.source,
@@ -105,34 +148,52 @@ def prepare(config: ScanConfig) -> Prepared:
         )
     if config.dataset.task is not None and info.is_masked:
         prompts = [as_masked(prompt) for prompt in prompts]
-    about: dict[str, Any] = {}
-    if config.dataset.not_one_token == "skip":
-        prompts, about = _of_one_token(prompts, local, info, config)
-    if config.dataset.too_long == "skip":
-        prompts, skipped = _short_enough(prompts, local, info, config)
-        about |= skipped
+    skips = Skips(config.dataset.not_one_token == "skip", config.dataset.too_long == "skip")
+    encode_with = _encoder(local, info, config, skips)
+    if not (skips.not_one_token or skips.too_long):
+        return _Loaded(prompts, Encoding(prompts, encode_with), local, info, {})
+    ids, kept = Ids(), []
+    for encoded in encode_with(prompts):
+        ids.append(encoded.ids, encoded.target_ids)
+        kept.append(encoded.prompt)
+    about = _tell_skipped(skips, len(prompts), info)
+    return _Loaded(kept, Encoding(kept, encode_with, ids), local, info, about)
+
+
+def _encoder(local: LocalModel, info: ModelInfo, config: ScanConfig, skips: Skips) -> Encode:
+    """Encodes prompts for a model, whose tokenizer is loaded when the first are asked for."""
+    tokenizer = cache(partial(tokenizer_of, local, info, config))
+
+    def encode_with(prompts: Iterable[Prompt]) -> Iterator[EncodedPrompt]:
+        loaded, mask_token = tokenizer()
+        return encode(loaded, prompts, info.context_length, mask_token, model=info, skips=skips)
+
+    return encode_with
+
+
+def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
+    """What the scan will do, and what identifies it."""
+    prompts, info = loaded.prompts, loaded.info
+    measure = find_measure(str(config.measure["name"]))
+    options = typed(measure.Options, config.measure, "measure")
     measure.check(options, config.neurons, info, prompts)
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
     identity = identity_of(config, info, measure.identity(options), prompts, plan)
     name = run_name(config, info, str(config.measure["name"]))
-    prepared = Prepared(
+    return Prepared(
         config=config,
         prompts=prompts,
-        local=local,
+        encoding=loaded.encoding,
+        local=loaded.local,
         info=info,
         plan=plan,
         identity=identity,
         tables=measure.tables(options, info),
-        about=about,
+        about=loaded.about,
         uri=below(place, f"{name}-{fingerprint_of(identity)}"),
         request=_request(config),
     )
-    if config.job.resume is not None:
-        wanted = open_run(config.job.resume, config.storage.endpoint_url, key="job.resume")
-        require_same(wanted.directory.store, {"fingerprint": wanted.fingerprint, "identity": wanted.config}, identity)
-        prepared = replace(prepared, uri=wanted.uri)
-    return prepared
 
 
 def tokenizer_of(local: LocalModel, info: ModelInfo, config: ScanConfig) -> tuple[Any, int | None]:
@@ -200,46 +261,38 @@ def to_be_stored(dataset: DatasetConfig) -> dict[str, Any]:
     return asdict(replace(dataset, source=without_credentials(dataset.source), wordings=wordings))
 
 
-def _of_one_token(
-    prompts: Sequence[Prompt], local: LocalModel, info: ModelInfo, config: ScanConfig
-) -> tuple[list[Prompt], dict[str, Any]]:
-    """The prompts with those of their targets that are one token, and how many targets and prompts go."""
-    tokenizer, mask_token = tokenizer_of(local, info, config)
-    found = list(speakable(tokenizer, prompts, mask_token, info))
-    kept = [prompt for prompt, _ in found if prompt.targets]
-    n_skipped = len(prompts) - len(kept)
-    n_targets = sum(n for prompt, n in found if prompt.targets)
-    if n_skipped or n_targets:
-        log.info(
-            "skipping %d of %d prompts, whose answers are not one token of the model, and %d targets of others",
-            n_skipped, len(prompts), n_targets,
-        )  # fmt: skip
-    if not kept:
-        raise ConfigurationError(
-            f"none of {len(prompts)} prompts has an answer that is one token of the model: check dataset.source"
-        )
-    return kept, {"skipped_not_one_token": n_skipped, "skipped_targets": n_targets}
+def _tell_skipped(skips: Skips, n_prompts: int, info: ModelInfo) -> dict[str, Any]:
+    """Log what was left out of a data set, and give it for run.json.
 
-
-def _short_enough(
-    prompts: Sequence[Prompt], local: LocalModel, info: ModelInfo, config: ScanConfig
-) -> tuple[list[Prompt], dict[str, Any]]:
-    """The prompts that the model's context holds, and how many it does not."""
-    tokenizer, mask_token = tokenizer_of(local, info, config)
-    fitting = fits(tokenizer, prompts, info.context_length, mask_token=mask_token, model=info)
-    kept = [prompt for prompt, is_short in zip(prompts, fitting, strict=True) if is_short]
-    n_skipped = len(prompts) - len(kept)
-    if n_skipped:
-        log.info(
-            "skipping %d of %d prompts, which have more than the %s tokens of the model's context, the first is %r",
-            n_skipped, len(prompts), info.context_length, prompts[fitting.index(False)].id,
-        )  # fmt: skip
-    if not kept:
-        raise ConfigurationError(
-            f"all {len(prompts)} prompts have more than the {info.context_length} tokens of the model's context: "
-            f"shorten them, or choose another model.source"
-        )
-    return kept, {"skipped_too_long": n_skipped}
+    Raises:
+        ConfigurationError: nothing is left.
+    """
+    about: dict[str, Any] = {}
+    if skips.not_one_token:
+        about |= {"skipped_not_one_token": skips.n_not_one_token, "skipped_targets": skips.n_targets}
+        if skips.n_not_one_token or skips.n_targets:
+            log.info(
+                "skipping %d of %d prompts, whose answers are not one token of the model, and %d targets of others",
+                skips.n_not_one_token, n_prompts, skips.n_targets,
+            )  # fmt: skip
+        if skips.n_not_one_token == n_prompts:
+            raise ConfigurationError(
+                f"none of {n_prompts} prompts has an answer that is one token of the model: check dataset.source"
+            )
+    n_prompts -= skips.n_not_one_token
+    if skips.too_long:
+        about |= {"skipped_too_long": skips.n_too_long}
+        if skips.n_too_long:
+            log.info(
+                "skipping %d of %d prompts, which have more than the %s tokens of the model's context, the first is %r",
+                skips.n_too_long, n_prompts, info.context_length, skips.first_too_long,
+            )  # fmt: skip
+        if skips.n_too_long == n_prompts:
+            raise ConfigurationError(
+                f"all {n_prompts} prompts have more than the {info.context_length} tokens of the model's context: "
+                f"shorten them, or choose another model.source"
+            )
+    return about
 
 
 def _with_absolute_paths(dataset: DatasetConfig) -> DatasetConfig:

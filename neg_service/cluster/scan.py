@@ -26,19 +26,18 @@ from neg_service.cluster.messages import Destination, LogStyle, WorkerSpec
 from neg_service.cluster.metrics import RunMetrics
 from neg_service.cluster.observer import RunNotes, RunObserver
 from neg_service.cluster.plan import shards_of
-from neg_service.cluster.prepare import Prepared, prepare, tokenizer_of
+from neg_service.cluster.prepare import Prepared
 from neg_service.cluster.progress import Progress
+from neg_service.cluster.ranking import strongest
 from neg_service.cluster.replica import scan_worker
 from neg_service.cluster.resources import ReplicaSize, gpu_names, nodes, replica_count, wait_for_size
-from neg_service.config import ClusterConfig, ModelConfig, NeuronsConfig, ScanConfig, most_replicas
+from neg_service.config import ClusterConfig, ModelConfig, ScanConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
 from neg_service.measures import find_measure, nothing_to_calibrate
-from neg_service.measures.choice import count_of, strongest_neurons
-from neg_service.measures.strength import total
+from neg_service.measures.choice import count_of
 from neg_service.places import name_of
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.storage.objects import ObjectStore
-from neg_service.storage.reader import open_run
 from neg_service.storage.run import RUN_COPY, RUN_FILE, RunDirectory, calibration_of, rewrite_copy, write_or_match
 from neg_service.storage.stores import open_store
 
@@ -66,12 +65,14 @@ class _Place:
     """Where a scan's results go.
 
     at_once: the store without retries: what is wrong with the place at the start is told at once, and only later is it
-    worth waiting for. done: the shards that were done before this start.
+    worth waiting for. done: the shards that were done before this start. is_new: whether no start has come so far that
+    it wrote run.json.
     """
 
     at_once: ObjectStore
     directory: RunDirectory
     done: frozenset[int]
+    is_new: bool
 
     @property
     def store(self) -> ObjectStore:
@@ -99,10 +100,12 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     log.info("results: %s", place.store.uri)
     executed: _Executed | None = None
     if len(place.done) < n_shards:
-        if prepared.config.neurons.choose == "top" and prepared.config.neurons.over == "dataset":
-            prepared = _with_strongest_listed(prepared)
+        if prepared.ranking is not None:
+            prepared = _with_strongest_listed(prepared, prepared.ranking)
             add_to_logs(run=run_name_of(place.store.uri))
-        _check_encoding(prepared, place.done)
+        if place.is_new:
+            # Where it is not, an earlier start has found all of them right.
+            prepared.encoding.encode_all()
         with _connected(prepared.config, stay_connected):
             executed = _execute(prepared, place)
     else:
@@ -138,7 +141,8 @@ def _open(prepared: Prepared) -> _Place:
     at_once.check()
     done = RunDirectory(at_once, prepared.fingerprint, tables).done() & set(range(prepared.plan.n_shards))
     store = open_store(prepared.uri, storage.endpoint_url, storage.patience_seconds)
-    return _Place(at_once, RunDirectory(store, prepared.fingerprint, tables), frozenset(done))
+    is_new = at_once.get(RUN_FILE) is None
+    return _Place(at_once, RunDirectory(store, prepared.fingerprint, tables), frozenset(done), is_new)
 
 
 def _begin(prepared: Prepared, store: ObjectStore) -> None:
@@ -193,7 +197,7 @@ def _drive(prepared: Prepared, place: _Place, size: ReplicaSize, notes: RunNotes
     calibration = _known_calibration(config, place.store)
     observer = _observer(prepared, place, notes, n_todo, calibration)
     driver = Driver(
-        shards_of(prepared.prompts, prepared.plan, place.done),
+        shards_of(prepared.encoding, prepared.plan, place.done),
         _actors(prepared, place, size, most),
         _limits(config.cluster),
         observer,
@@ -233,8 +237,7 @@ def _observer(
     prepared: Prepared, place: _Place, notes: RunNotes, n_todo: int, calibration: dict[str, Any] | None
 ) -> RunObserver:
     config, plan, info = prepared.config, prepared.plan, prepared.info
-    n_left = sum(len(shard.prompts) for shard in shards_of(prepared.prompts, plan, place.done))
-    n_before, is_logged = plan.n_prompts - n_left, config.job.log == "json"
+    n_before, is_logged = sum(len(plan.places_of(shard)) for shard in place.done), config.job.log == "json"
     progress = Progress(plan.n_prompts, n_before, config.job.progress_seconds, is_logged=is_logged)
     n_neurons = count_of(config.neurons, info.n_layers, info.n_neurons)
     metrics = RunMetrics(run_name_of(place.store.uri), n_todo, n_neurons, plan.n_rows / plan.n_prompts)
@@ -244,7 +247,7 @@ def _observer(
 def _actors(prepared: Prepared, place: _Place, size: ReplicaSize, most: int | str) -> RayActors:
     config, storage = prepared.config, prepared.config.storage
     config = replace(config, model=_on_own_devices(config.model, size))
-    spec = WorkerSpec(config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts))
+    spec = WorkerSpec(config, prepared.info.identity, int(size.cpus), _samples(prepared.encoding))
     destination = Destination(place.store.uri, storage.endpoint_url, prepared.fingerprint, storage.patience_seconds)
     logs = LogStyle(config.job.log, run_name_of(place.store.uri))
     return RayActors(partial(scan_worker, spec), destination, size, most, logs)
@@ -266,7 +269,7 @@ def _limits(cluster: ClusterConfig) -> Limits:
     return Limits(cluster.attempts, cluster.start_seconds, stall_seconds, cluster.unreachable_seconds)
 
 
-def _samples(prompts: Sequence[Prompt]) -> list[Prompt]:
+def _samples(prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
     """The first, a middle and the last prompt: what a measure calibrates itself on."""
     return [prompts[i] for i in sorted({0, len(prompts) // 2, len(prompts) - 1})]
 
@@ -294,19 +297,7 @@ def _require_all_there(prepared: Prepared, directory: RunDirectory, outcome: Out
         )
 
 
-def ranking_of(config: ScanConfig) -> ScanConfig:
-    """The scan that finds the strongest neurons over the data set for another one, in its basis if it has one."""
-    name = None if config.job.name is None else f"{config.job.name}-strength"
-    basis = {key: value for key, value in config.measure.items() if key == "basis"}
-    return replace(
-        config,
-        measure={"name": "strength", **basis},
-        neurons=NeuronsConfig(config.neurons.layers),
-        job=replace(config.job, name=name, shard_size="auto", resume=None),
-    )
-
-
-def _with_strongest_listed(prepared: Prepared) -> Prepared:
+def _with_strongest_listed(prepared: Prepared, ranking: Prepared) -> Prepared:
     """The same scan with its neurons as a list: the strongest over the data set, which a scan of its own finds.
 
     That scan resumes and is stored as any other, beside this one.
@@ -314,8 +305,6 @@ def _with_strongest_listed(prepared: Prepared) -> Prepared:
     Raises:
         NegServiceError: shards of the ranking were given up.
     """
-    config = prepared.config
-    ranking = prepare(ranking_of(config))
     log.info("ranking neurons over the data set first: %s", ranking.uri)
     summary = run(ranking)
     if summary.failed:
@@ -324,20 +313,9 @@ def _with_strongest_listed(prepared: Prepared) -> Prepared:
             f"{len(summary.failed)} shards of the ranking {ranking.uri} were set aside, shard {shard} with: "
             f"{error}; the same command tries them again"
         )
-    strength = open_run(ranking.uri, config.storage.endpoint_url).table("strength").to_table()
-    strongest = strongest_neurons(*total(strength), config.neurons.count)
-    listed = NeuronsConfig(config.neurons.layers, choose="list", list=strongest.tolist())
-    about = {"ranked_by": ranking.uri, "neurons": listed.list}
-    return replace(prepared, config=replace(config, neurons=listed), about=about)
-
-
-def _check_encoding(prepared: Prepared, done: frozenset[int]) -> None:
-    """Encode what is still to do, for the sake of its errors: replicas encode their own shards."""
-    tokenizer, mask_token = tokenizer_of(prepared.local, prepared.info, prepared.config)
-    info = prepared.info
-    for shard in shards_of(prepared.prompts, prepared.plan, done):
-        for _ in encode(tokenizer, shard.prompts, info.context_length, mask_token, model=info):
-            pass
+    listed = strongest(ranking.uri, prepared.config)
+    about = {**prepared.about, "ranked_by": ranking.uri, "neurons": listed.list}
+    return replace(prepared, config=replace(prepared.config, neurons=listed), about=about)
 
 
 def _about(prepared: Prepared) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +23,6 @@ from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, load_model, set_threads
 from neg_service.models.placement import processor_name
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 
 log = logging.getLogger(__name__)
 
@@ -67,20 +66,16 @@ class ScanWorker:
 
     def calibrate(self) -> dict[str, Any]:
         """Calibrate the measure on the samples."""
-        samples, neurons = self._encoded(self._samples), self._config.neurons
-        return self._measure.calibrate(self._model, samples, self._options, neurons)
+        return self._measure.calibrate(self._model, self._samples, self._options, self._config.neurons)
 
     def compute(
         self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any] = MappingProxyType({})
     ) -> dict[str, pa.Table]:
-        """Encode and measure a shard."""
-        prompts = self._encoded(shard.prompts)
+        """Measure a shard."""
         # A shard that failed for memory runs in small batches without making all later ones small.
         budget = self._budget
         if batch_scale != 1:
             budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
-        return self._measure.measure(self._model, prompts, self._options, self._config.neurons, budget, calibration)
-
-    def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        model = self._model
-        return list(encode(model.tokenizer, prompts, model.context_length, model.mask_token, model=model))
+        return self._measure.measure(
+            self._model, shard.prompts, self._options, self._config.neurons, budget, calibration
+        )

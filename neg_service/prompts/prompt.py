@@ -118,6 +118,22 @@ def _is_not_text(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
+@dataclass
+class Skips:
+    """What is left out in the place of an error, and how much has been.
+
+    not_one_token: of targets that are not one token, and of the same token the later ones; of prompts whose answer is
+    one, or that keep fewer than two of several targets. too_long: of prompts beyond the model's context.
+    """
+
+    not_one_token: bool = False
+    too_long: bool = False
+    n_not_one_token: int = 0
+    n_targets: int = 0
+    n_too_long: int = 0
+    first_too_long: str | None = None
+
+
 def encode(
     tokenizer: Tokenizer,
     prompts: Iterable[Prompt],
@@ -125,13 +141,14 @@ def encode(
     mask_token: int | None = None,
     batch: int = 256,
     model: Vocabulary | None = None,
+    skips: Skips | None = None,
 ) -> Iterator[EncodedPrompt]:
     """Encode prompts and their targets in context, lazily and in order.
 
     A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place. A
     prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model. What the tokenizer adds
     to every text is there once, also where a prompt spells it, and is not there behind a prompt that a target follows;
-    see `added.py`. `model` says which ids there are.
+    see `added.py`. `model` says which ids there are. What `skips` names is left out and counted there.
 
     Raises:
         PromptError: a target that is not one token in context, or only the unknown one, two targets with the same
@@ -139,69 +156,68 @@ def encode(
             where one is needed, one that spells what the tokenizer adds in a way that is not clear, or ids that
             `model` does not have; names the prompt, the value, and the key to change.
     """
+    skips = skips or Skips()
     for read in _reads(tokenizer, prompts, mask_token, model, batch):
-        _check_length(read.prompt, read.ids, context_length)
-        token_of: dict[int, str] = {}
-        for target, full in zip(read.prompt.targets, read.with_targets, strict=True):
-            token = _target_id(tokenizer, read, target, full, mask_token, model)
-            if token in token_of:
-                raise TargetError(
-                    f"prompt {read.prompt.id!r}: targets {token_of[token]!r} and {target!r} are the same token "
-                    f"{_tokens(tokenizer, [token])}; targets must differ (dataset.source)"
-                )
-            token_of[token] = target
-        yield EncodedPrompt(read.prompt, read.ids, tuple(token_of))
-
-
-def speakable(
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    mask_token: int | None = None,
-    model: Vocabulary | None = None,
-) -> Iterator[tuple[Prompt, int]]:
-    """Each prompt with those of its targets that are one token, and how many were left out.
-
-    Of targets with the same token the first stays, but for the right answer, which goes before all others. A prompt
-    whose answer goes, or that keeps fewer than two of several targets, keeps none.
-
-    Raises:
-        PromptError: what is wrong with a prompt itself, or with the tokenizer; see `encode`.
-    """
-    for read in _reads(tokenizer, prompts, mask_token, model):
-        prompt = read.prompt
-        _check_length(prompt, read.ids, None)
-        token_of: dict[int, int] = {}
-        for index in sorted(range(len(prompt.targets)), key=lambda own: own != prompt.answer):
-            try:
-                token = _target_id(tokenizer, read, prompt.targets[index], read.with_targets[index], mask_token, model)
-            except TargetError:
+        prompt, tokens = read.prompt, None
+        if skips.not_one_token:
+            _check_length(prompt, read.ids, None)
+            tokens = _one_token_targets(tokenizer, read, mask_token, model)
+            if not tokens:
+                skips.n_not_one_token += 1
                 continue
-            token_of.setdefault(token, index)
-        kept = sorted(token_of.values())
-        if len(kept) < min(2, len(prompt.targets)) or (prompt.answer is not None and prompt.answer not in kept):
-            kept = []
-        answer = kept.index(prompt.answer) if prompt.answer is not None and kept else None
-        targets = tuple(prompt.targets[index] for index in kept)
-        yield replace(prompt, targets=targets, answer=answer), len(prompt.targets) - len(kept)
+            skips.n_targets += len(prompt.targets) - len(tokens)
+            prompt = _with_targets(prompt, list(tokens))
+        if skips.too_long and context_length is not None and len(read.ids) > context_length:
+            skips.n_too_long += 1
+            skips.first_too_long = skips.first_too_long or prompt.id
+            continue
+        _check_length(prompt, read.ids, context_length)
+        if tokens is None:
+            tokens = _checked_targets(tokenizer, read, mask_token, model)
+        yield EncodedPrompt(prompt, read.ids, tuple(tokens.values()))
 
 
-def fits(
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    context_length: int | None,
-    batch: int = 256,
-    mask_token: int | None = None,
-    model: Vocabulary | None = None,
-) -> list[bool]:
-    """Whether each prompt is within the model's context.
+def _checked_targets(
+    tokenizer: Tokenizer, read: _Read, mask_token: int | None, model: Vocabulary | None
+) -> dict[int, int]:
+    """The token of each target, by its place; all of them are one, and differ."""
+    place_of: dict[int, int] = {}
+    targets = read.prompt.targets
+    for place, (target, full) in enumerate(zip(targets, read.with_targets, strict=True)):
+        token = _target_id(tokenizer, read, target, full, mask_token, model)
+        if token in place_of:
+            raise TargetError(
+                f"prompt {read.prompt.id!r}: targets {targets[place_of[token]]!r} and {target!r} are the same token "
+                f"{_tokens(tokenizer, [token])}; targets must differ (dataset.source)"
+            )
+        place_of[token] = place
+    return {place: token for token, place in place_of.items()}
 
-    Raises:
-        PromptError: what is wrong with a prompt itself, or with the tokenizer; see `encode`.
+
+def _one_token_targets(
+    tokenizer: Tokenizer, read: _Read, mask_token: int | None, model: Vocabulary | None
+) -> dict[int, int]:
+    """The tokens of those targets that are one, by their places; none where the answer or too many others are not.
+
+    Of targets with the same token the first stays, but for the right answer, which goes before all others.
     """
-    if context_length is None:
-        return [True] * len(prompts)
-    alone = (replace(prompt, targets=()) for prompt in prompts)
-    return [len(read.ids) <= context_length for read in _reads(tokenizer, alone, mask_token, model, batch)]
+    prompt = read.prompt
+    place_of: dict[int, int] = {}
+    for place in sorted(range(len(prompt.targets)), key=lambda own: own != prompt.answer):
+        try:
+            token = _target_id(tokenizer, read, prompt.targets[place], read.with_targets[place], mask_token, model)
+        except TargetError:
+            continue
+        place_of.setdefault(token, place)
+    found = {place: token for token, place in sorted(place_of.items(), key=lambda one: one[1])}
+    has_answer = prompt.answer is None or prompt.answer in found
+    return found if has_answer and len(found) >= min(2, len(prompt.targets)) else {}
+
+
+def _with_targets(prompt: Prompt, places: list[int]) -> Prompt:
+    """The prompt with some of its targets."""
+    answer = None if prompt.answer is None else places.index(prompt.answer)
+    return replace(prompt, targets=tuple(prompt.targets[place] for place in places), answer=answer)
 
 
 def _reads(

@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM
 from jobs.entry import CONF
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
 from neg_service.cluster.prepare import Prepared, prepare
-from neg_service.cluster.scan import ranking_of, run
+from neg_service.cluster.ranking import ranking_of
+from neg_service.cluster.scan import run
 from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, most_replicas, typed
 from neg_service.errors import (
     ConfigurationError,
@@ -23,24 +24,26 @@ from neg_service.errors import (
 )
 from neg_service.measures import Cost, find_measure
 from neg_service.models.language_model import checked_dtype
-from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
+ENCODED = [EncodedPrompt(prompt, (i,), (7,)) for i, prompt in enumerate(PROMPTS)]
 
 
 def test_every_prompt_is_in_exactly_one_shard() -> None:
     for size in (1, 3, 10, 99):
         plan = make_plan(PROMPTS, Cost({"t": 1}, 1), size)
-        shards = list(shards_of(PROMPTS, plan))
-        assert [p for shard in shards for p in shard.prompts] == PROMPTS
+        shards = list(shards_of(ENCODED, plan))
+        assert [p for shard in shards for p in shard.prompts] == ENCODED
+        assert [len(plan.places_of(shard.index)) for shard in shards] == [len(shard.prompts) for shard in shards]
         assert len(shards) == plan.n_shards
         assert all(len(shard.prompts) <= size for shard in shards)
 
 
 def test_done_shards_are_left_out_and_the_others_keep_their_numbers() -> None:
     plan = make_plan(PROMPTS, Cost({"t": 1}, 1), 3)
-    assert [shard.index for shard in shards_of(PROMPTS, plan, {0, 2})] == [1, 3]
+    assert [shard.index for shard in shards_of(ENCODED, plan, {0, 2})] == [1, 3]
 
 
 def test_automatic_shards_are_sized_by_their_bytes() -> None:

@@ -152,7 +152,7 @@ def test_what_is_written_late_is_what_is_there(
     # As a replica does that was given up and comes to itself when all is done.
     late = Replica(partial(scan_worker, WorkerSpec(prepared.config, prepared.info.identity, 1)), destination)
     late.start()
-    shard = moments.choice(list(shards_of(prepared.prompts, prepared.plan)))
+    shard = moments.choice(list(shards_of(prepared.encoding, prepared.plan)))
     store = open_store(disturbed.run_uri, disturbed.endpoint_url)
     before = {entry.key: entry.modified for entry in store.list("")}
     late.run(shard, 0.5)

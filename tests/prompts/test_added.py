@@ -27,8 +27,9 @@ from neg_service.models.language_model import load_tokenizer
 from neg_service.models.source import LocalModel
 from neg_service.prompts import added
 from neg_service.prompts.added import added_by
-from neg_service.prompts.prompt import Prompt, encode, fits, speakable
+from neg_service.prompts.prompt import Prompt, encode
 from tests import families, oracle
+from tests.encodings import one_token_targets, within_context
 from tests.tiny_models import VOCABULARY, tiny_model
 
 Made = Callable[[], hf.PreTrainedTokenizerFast]
@@ -194,10 +195,10 @@ def test_a_data_set_may_spell_it_in_some_prompts_only(caplog: pytest.LogCaptureF
     # Results name prompts as they were given.
     assert [one.prompt for one in found] == prompts
     assert found == list(encode(tokenizer, prompts, None, batch=2))
-    assert [own for own, _ in speakable(tokenizer, prompts)] == prompts
+    assert [own for own, _ in one_token_targets(tokenizer, prompts)] == prompts
     length = len(found[0].ids)
-    assert fits(tokenizer, prompts, length) == [True] * 5
-    assert fits(tokenizer, prompts, length - 1) == [False] * 5
+    assert within_context(tokenizer, prompts, length) == [True] * 5
+    assert within_context(tokenizer, prompts, length - 1) == [False] * 5
     told = [record.getMessage() for record in caplog.records]
     assert told == ["prompts that spell '<s>' are read without it: the tokenizer adds it to every text"]
 
@@ -258,13 +259,13 @@ def test_a_tokenizer_without_an_unknown_token_reads_what_it_knows() -> None:
     ):
         list(encode(tokenizer, [good, Prompt("bad", "the town", (" paris",))], None))
     with pytest.raises(PromptError, match=r"prompt 'bad': .* cannot read it"):
-        fits(tokenizer, [good, Prompt("bad", "the town", (" paris",))], 9)
+        within_context(tokenizer, [good, Prompt("bad", "the town", (" paris",))], 9)
     mixed = replace(good, id="mixed", targets=(" paris", " berlin", " rome"))
     with pytest.raises(
         TargetError, match=r"prompt 'mixed': .* cannot read target ' berlin': .*UNK.*not_one_token=skip"
     ):
         list(encode(tokenizer, [good, mixed], None))
-    assert list(speakable(tokenizer, [good, mixed])) == [(good, 0), (replace(good, id="mixed"), 1)]
+    assert list(one_token_targets(tokenizer, [good, mixed])) == [(good, 0), (replace(good, id="mixed"), 1)]
 
 
 class AddsToWordsOnly(hf.PreTrainedTokenizerFast):
@@ -315,7 +316,7 @@ def test_characters_without_a_token_are_not_left_out_without_a_word(caplog: pyte
         with pytest.raises(TargetError, match=f"no token for 1 of the characters of target '{target}'"):
             ids_of(tokenizer, "b", target)
         prompt = Prompt("x", "b", ("a", target, "c"), 0)
-        assert [gone for _, gone in speakable(tokenizer, [prompt])] == [1]
+        assert [gone for _, gone in one_token_targets(tokenizer, [prompt])] == [1]
     assert not caplog.records
     # The prompt's own are no fault of a target.
     assert ids_of(tokenizer, "cXc", "a") == ((2, 2), 0)
@@ -373,8 +374,8 @@ def test_what_is_put_behind_a_text_is_taken_off(name: str, caplog: pytest.LogCap
     assert all((other.ids, other.target_ids) == (found.ids, found.target_ids) for other in others)
     (told,) = [record.getMessage() for record in caplog.records]
     assert re.match(r"the tokenizer puts '</s>.* behind every text: taken off", told)
-    assert fits(tokenizer, prompts[:1], len(found.ids)) == [True]
-    assert [(own, gone) for own, gone in speakable(tokenizer, prompts[:1])] == [(prompts[0], 0)]
+    assert within_context(tokenizer, prompts[:1], len(found.ids)) == [True]
+    assert [(own, gone) for own, gone in one_token_targets(tokenizer, prompts[:1])] == [(prompts[0], 0)]
     # A prompt's own stays, and is told.
     caplog.clear()
     ids, token = ids_of(tokenizer, "The capital</s>", END)
@@ -427,7 +428,7 @@ def test_a_masked_prompt_keeps_what_stands_within() -> None:
     prompt = Prompt("x", "The capital [MASK]", ("Paris",))
     (found,) = encode(tokenizer, [prompt], None, tokenizer.mask_token_id)
     for most, is_short in ((len(found.ids), True), (len(found.ids) - 1, False)):
-        assert fits(tokenizer, [prompt], most, mask_token=tokenizer.mask_token_id) == [is_short]
+        assert within_context(tokenizer, [prompt], most, mask_token=tokenizer.mask_token_id) == [is_short]
 
 
 @pytest.mark.parametrize("text", ["w3 w14 w9", "<s>w3 w14 w9", "<s> w3 w14 w9"])

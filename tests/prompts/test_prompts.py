@@ -22,8 +22,9 @@ from neg_service.errors import PromptError
 from neg_service.inputs import without_credentials
 from neg_service.models.language_model import load_tokenizer
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode, fits, speakable
+from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
 from neg_service.prompts.sources import load_dataset, load_prompts
+from tests.encodings import one_token_targets, within_context
 from tests.tiny_models import MASK, tiny_tokenizer
 
 ROWS = [
@@ -203,7 +204,7 @@ def test_targets_of_several_tokens_can_be_left_out_with_prompts_whose_answers_th
         Prompt("few", "a b", (" x-y", " x-z", " e"), 2),
         Prompt("open", "a b", (" c",), None),
     ]
-    found = list(speakable(Words(), prompts))
+    found = list(one_token_targets(Words(), prompts))
     assert [(own.id, own.targets, own.answer, gone) for own, gone in found] == [
         ("all", (" c", " d", " e"), 1, 0),
         ("some", (" d", " e"), 1, 1),
@@ -390,7 +391,7 @@ def test_ids_of_another_models_tokenizer_are_refused_by_all_who_encode(
     prompts = [Prompt("good", "w1 w2", (" w3",)), Prompt("x", text, (" w4", target))]
     for refused in (
         lambda: list(encode(tiny_tokenizer(), prompts, None, model=model)),
-        lambda: list(speakable(tiny_tokenizer(), prompts, model=model)),
+        lambda: list(one_token_targets(tiny_tokenizer(), prompts, model=model)),
     ):
         with pytest.raises(PromptError) as caught:
             refused()
@@ -410,7 +411,7 @@ def test_ids_up_to_the_last_of_a_model_are_encoded() -> None:
         assert (found.ids, found.target_ids) == ((1, 49), (59,))
     # Too long is too long, whatever is in it; what is left in must be known.
     with pytest.raises(PromptError, match=r"its token 'w49' has the id 49"):
-        fits(tiny_tokenizer(), prompts, 8, model=Ids(49, 60))
+        within_context(tiny_tokenizer(), prompts, 8, model=Ids(49, 60))
 
 
 def test_an_address_is_printed_without_what_it_hides() -> None:

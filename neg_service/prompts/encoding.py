@@ -1,0 +1,79 @@
+"""The prompts of a run as token ids, each encoded once: all ahead, or those of a shard when it is its turn.
+
+Texts stay where they are; ids lie in arrays, four bytes each, so that a million prompts take what their tokens take.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import overload
+
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+Encode = Callable[[Iterable[Prompt]], Iterator[EncodedPrompt]]
+
+
+class Ids:
+    """Token ids of prompts and of their targets, one prompt after the other."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._ids, self._target_ids = array("i"), array("i")
+        self._ends, self._target_ends = array("q", [0]), array("q", [0])
+
+    def __len__(self) -> int:
+        """How many prompts."""
+        return len(self._ends) - 1
+
+    def append(self, ids: Sequence[int], target_ids: Sequence[int]) -> None:
+        """Of the next prompt."""
+        self._ids.extend(ids)
+        self._target_ids.extend(target_ids)
+        self._ends.append(len(self._ids))
+        self._target_ends.append(len(self._target_ids))
+
+    def of(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a prompt, and of its targets."""
+        ids = self._ids[self._ends[index] : self._ends[index + 1]]
+        return tuple(ids), tuple(self._target_ids[self._target_ends[index] : self._target_ends[index + 1]])
+
+
+class Encoding(Sequence[EncodedPrompt]):
+    """Prompts in order, as the model reads them."""
+
+    def __init__(self, prompts: Sequence[Prompt], encode: Encode, ids: Ids | None = None) -> None:
+        """`encode` is asked for prompts whose ids are not known; `ids` are those of the first prompts."""
+        self._prompts, self._encode = prompts, encode
+        self._ids = ids or Ids()
+
+    def encode_all(self) -> None:
+        """Encode what is not encoded yet: all that is wrong with a prompt is told before anything starts.
+
+        Raises:
+            PromptError: see `encode`.
+        """
+        if len(self._ids) < len(self._prompts):
+            remaining = (self._prompts[index] for index in range(len(self._ids), len(self._prompts)))
+            for encoded in self._encode(remaining):
+                self._ids.append(encoded.ids, encoded.target_ids)
+
+    def __len__(self) -> int:
+        """How many prompts."""
+        return len(self._prompts)
+
+    @overload
+    def __getitem__(self, place: int) -> EncodedPrompt: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[EncodedPrompt]: ...
+    def __getitem__(self, place: int | slice) -> EncodedPrompt | list[EncodedPrompt]:
+        """One prompt, or several, which are encoded together where they are not yet."""
+        if isinstance(place, int):
+            return self._of([range(len(self))[place]])[0]
+        return self._of(range(len(self))[place])
+
+    def _of(self, places: Sequence[int]) -> list[EncodedPrompt]:
+        asked = [self._prompts[place] for place in places]
+        if all(place < len(self._ids) for place in places):
+            return [EncodedPrompt(prompt, *self._ids.of(place)) for place, prompt in zip(places, asked, strict=True)]
+        return list(self._encode(asked))

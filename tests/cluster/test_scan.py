@@ -1,0 +1,105 @@
+"""What is done before Ray starts, and not again: encoding, and planning the scan that ranks neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.scan import describe_plan
+from neg_service.cluster import prepare as preparing
+from neg_service.cluster import scan
+from neg_service.cluster.driver import Outcome
+from neg_service.cluster.prepare import Prepared, prepare
+from neg_service.cluster.progress import Progress
+from neg_service.config import ScanConfig, typed
+from neg_service.prompts.prompt import encode
+
+
+class Stop(Exception):
+    """Ray would start here."""
+
+
+@pytest.fixture
+def asked(tiny_directory: Path, tmp_path: Path) -> dict[str, Any]:
+    words = tmp_path / "words.jsonl"
+    words.write_text("".join(f'{{"prompt": "w{i} w2", "targets": [" w3", " w4"]}}\n' for i in range(9)))
+    return {
+        "model": {"source": str(tiny_directory)},
+        "dataset": {"source": str(words)},
+        "job": {"shard_size": 2},
+        "storage": {"uri": str(tmp_path / "results")},
+    }
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of the prompts that were encoded so far."""
+    found: list[str] = []
+
+    def counting(tokenizer: Any, prompts: Any, *more: Any, **named: Any) -> Any:
+        prompts = list(prompts)
+        found.extend(prompt.id for prompt in prompts)
+        return encode(tokenizer, prompts, *more, **named)
+
+    monkeypatch.setattr(preparing, "encode", counting)
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"too_long": "skip"}, {"not_one_token": "skip", "too_long": "skip"}])
+def test_each_prompt_is_encoded_once_before_ray_starts(
+    asked: dict[str, Any], encoded: list[str], settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def connected(*_: Any) -> Iterator[None]:
+        raise Stop
+        yield
+
+    monkeypatch.setattr(scan, "_connected", connected)
+    prepared = prepare(typed(ScanConfig, {**asked, "dataset": {**asked["dataset"], **settings}}))
+    with pytest.raises(Stop):
+        scan.run(prepared)
+    assert sorted(encoded) == [f"{i:06d}" for i in range(9)]
+    assert [one.ids for one in prepared.encoding] == [one.ids for one in prepared.encoding[:]]
+    assert len(encoded) == 9
+
+
+def test_a_run_that_goes_on_encodes_what_is_left_when_it_is_its_turn(
+    asked: dict[str, Any], encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def connected(*_: Any) -> Iterator[None]:
+        yield
+
+    def executed(prepared: Prepared, place: Any) -> scan._Executed:
+        assert encoded == []
+        shards = scan.shards_of(prepared.encoding, prepared.plan, {0, 2, 3})
+        assert [prompt.prompt.id for prompt in next(shards).prompts] == ["000002", "000003"]
+        assert encoded == ["000002", "000003"]
+        assert [len(shard.prompts) for shard in shards] == [1]
+        return scan._Executed(Outcome(), Progress(9, 0, 1.0))
+
+    monkeypatch.setattr(scan, "_connected", connected)
+    monkeypatch.setattr(scan, "_execute", executed)
+    prepared = prepare(typed(ScanConfig, asked))
+    scan._begin(prepared, scan.open_store(prepared.uri))
+    scan.run(prepared)
+    assert encoded == ["000002", "000003", "000008"]
+
+
+def test_the_scan_that_ranks_neurons_is_planned_and_shown(asked: dict[str, Any]) -> None:
+    top = {"choose": "top", "count": 3, "over": "dataset"}
+    prepared = prepare(typed(ScanConfig, {**asked, "measure": {"name": "sweep"}, "neurons": top}))
+    assert prepared.ranking is not None
+    assert prepared.ranking.config.measure["name"] == "strength"
+    assert prepared.ranking.uri != prepared.uri
+    # A gradient for each target, and the same prompts, which are encoded once for both.
+    assert prepared.ranking.plan.n_rows == 18
+    assert prepared.ranking.encoding is prepared.encoding
+    (line,) = [line for line in describe_plan(prepared).splitlines() if line.strip().startswith("ranking")]
+    assert "18 gradients, 1 shards" in line
+    assert prepared.ranking.uri in line
+    assert prepare(typed(ScanConfig, asked)).ranking is None
