@@ -32,7 +32,7 @@ from neg_service.cluster.plan import Shard, make_plan, shards_of
 from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, Hello, Ready, Receipt, Replica, Scan
 from neg_service.cluster.resources import connect, disconnect
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
-from neg_service.measures import Cost
+from neg_service.measures.base import Cost
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
 from neg_service.schema import activations

@@ -17,7 +17,8 @@ import pyarrow as pa
 from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
-from neg_service.measures import find_measure
+from neg_service.measures import measure_of
+from neg_service.measures.base import Measure
 from neg_service.measures.choice import with_list_read
 from neg_service.models.folder import LocalModel
 from neg_service.models.language_model import (
@@ -49,6 +50,7 @@ class Prepared:
     info: ModelInfo
     plan: Plan
     identity: dict[str, Any]
+    measure: Measure[Any]
     tables: dict[str, pa.Schema]
     uri: str
     # What has to be asked for to compute any shard again.
@@ -85,9 +87,8 @@ def prepare(config: ScanConfig) -> Prepared:
         dataset=_with_absolute_paths(config.dataset),
     )
     checked_dtype(config.model.dtype)
-    measure = find_measure(str(config.measure.get("name")))
-    options = measure.read(typed(measure.Options, config.measure, "measure"))
-    config = replace(config, measure=asdict(options))
+    measure = measure_of(config.measure).with_files_read()
+    config = replace(config, measure=measure.configuration())
     config = replace(config, neurons=with_list_read(config.neurons))
     prompts = load_dataset(config.dataset, config.job.limit)
     check_prompts(prompts)
@@ -111,10 +112,10 @@ def prepare(config: ScanConfig) -> Prepared:
     if config.dataset.too_long == "skip":
         prompts, skipped = _short_enough(prompts, local, info, config)
         about |= skipped
-    measure.check(options, config.neurons, info, prompts)
+    measure.validate(info, config.neurons, prompts)
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
-    plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
-    identity = identity_of(config, info, measure.identity(options), prompts, plan)
+    plan = make_plan(prompts, measure.cost(info, config.neurons, n_targets), config.job.shard_size)
+    identity = identity_of(config, info, measure.fingerprint_inputs(), prompts, plan)
     name = run_name(config, info, str(config.measure["name"]))
     prepared = Prepared(
         config=config,
@@ -123,7 +124,8 @@ def prepare(config: ScanConfig) -> Prepared:
         info=info,
         plan=plan,
         identity=identity,
-        tables=measure.tables(options, info),
+        measure=measure,
+        tables=measure.schemas(info),
         about=about,
         uri=below(place, f"{name}-{fingerprint_of(identity)}"),
         request=_request(config),

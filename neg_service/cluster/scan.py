@@ -38,9 +38,8 @@ from neg_service.cluster.resources import (
 )
 from neg_service.config import NeuronsConfig, ScanConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
-from neg_service.measures import find_measure, nothing_to_calibrate
+from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.measures.choice import count_of, strongest_neurons
-from neg_service.measures.strength import total
 from neg_service.places import name_of
 from neg_service.prompts.prompt import Prompt, encode
 from neg_service.storage.objects import ObjectStore
@@ -235,8 +234,7 @@ def _drive(
     if size.gpus > 1 and config.model.device in ("auto", "cuda"):
         # Ray shows an actor its own GPUs alone, and they are numbered from 0 there.
         config = replace(config, model=replace(config.model, device=gpu_names(int(size.gpus))))
-    has_to_calibrate = find_measure(config.measure["name"]).calibrate is not nothing_to_calibrate
-    known = calibration_of(directory.store) if has_to_calibrate else {}
+    known = calibration_of(directory.store) if prepared.measure.has_to_calibrate else {}
     work = Scan(config, prepared.info.identity, int(size.cpus), _samples(prepared.prompts))
     storage = config.storage
     destination = Destination(directory.store.uri, storage.endpoint_url, prepared.fingerprint, storage.patience_seconds)

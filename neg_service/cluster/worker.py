@@ -17,9 +17,9 @@ import pyarrow as pa
 
 from neg_service.cluster.plan import Shard
 from neg_service.cluster.replica import Ready, Scan
-from neg_service.config import typed
 from neg_service.errors import ModelError
-from neg_service.measures import find_measure
+from neg_service.measures import measure_of
+from neg_service.measures.base import ShardInput
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, load_model, set_threads
@@ -38,8 +38,7 @@ class ScanWorker:
         self._identity = scan.identity
         self._threads = scan.threads
         self._samples = scan.samples
-        self._measure = find_measure(scan.config.measure["name"])
-        self._options = typed(self._measure.Options, scan.config.measure, "measure")
+        self._measure = measure_of(scan.config.measure)
 
     def start(self) -> Ready:
         """Load the model, check that it is the planned one, and let it check itself."""
@@ -68,8 +67,7 @@ class ScanWorker:
 
     def calibrate(self) -> dict[str, Any]:
         """Calibrate the measure on the samples."""
-        samples, neurons = self._encoded(self._samples), self._config.neurons
-        return self._measure.calibrate(self._model, samples, self._options, neurons)
+        return self._measure.calibrate(self._model, self._encoded(self._samples), self._config.neurons)
 
     def compute(
         self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any] = MappingProxyType({})
@@ -80,7 +78,10 @@ class ScanWorker:
         budget = self._budget
         if batch_scale != 1:
             budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
-        return self._measure.measure(self._model, prompts, self._options, self._config.neurons, budget, calibration)
+        shard_input = ShardInput(
+            self._model, prompts, neurons=self._config.neurons, budget=budget, calibration=calibration
+        )
+        return self._measure.tables_of(shard_input)
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         model = self._model

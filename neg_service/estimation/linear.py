@@ -16,7 +16,8 @@ import numpy as np
 
 from neg_service.errors import ConfigurationError
 from neg_service.estimation.quality import Booleans, Doubles, Integers
-from neg_service.measures.linearity import judged, range_grid
+from neg_service.measures.linearity import evaluate
+from neg_service.measures.shifts import range_grid
 
 LINEAR = 0.95
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -46,8 +47,8 @@ def by_range(
     rows = []
     for largest in ranges:
         grid = range_grid(largest)
-        found = judged(grid, delta_p_is[:, [position[float(shift)] for shift in grid.shifts]])
-        moves = found["largest"] > noise_i
+        found = evaluate(grid, delta_p_is[:, [position[float(shift)] for shift in grid.shifts]])
+        moves = found["max_abs_delta_p"] > noise_i
         for layer, chosen in _layers(layer_i):
             kept = chosen & moves
             rows.append(
