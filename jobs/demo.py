@@ -65,7 +65,7 @@ def _examples(results: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _sweep(prepared: Prepared) -> Summary:
-    """Measure NEG by intervention, and show how straight the curves are and how well NeurGrad foretells them."""
+    """Measure NEG by intervention, and show how straight the curves are and how well NeurGrad predicts them."""
     # Slow to load: see `entry.py`.
     from neg_service.cluster.prepare import prepare
     from neg_service.cluster.scan import run
@@ -96,7 +96,12 @@ def _put_plot(results: Run, key: str, image: bytes) -> None:
 
 def _neurons(results: Run, prompt_id: str, target: str) -> str:
     rows = [
-        (f"{neuron.layer}", f"{neuron.index}", f"{neuron.neurgrad:+.2e}", f"{neuron.activation:+.3f}")
+        (
+            f"{neuron.layer}",
+            f"{neuron.index}",
+            f"{neuron.values['neurgrad']:+.2e}",
+            f"{neuron.values['activation']:+.3f}",
+        )
         for neuron in strongest(results, prompt_id, target, 5)
     ]
     return columns(("layer", "neuron", "NeurGrad", "activation"), rows)

@@ -67,7 +67,7 @@ def field_of(kind: Any, name: str) -> Any:
             return member.get(name)
         if is_dataclass(member) and isinstance(member, type):
             if name == "measure" and issubclass(member, ScanConfig):
-                # Measures import torch.
+                # Schemas import pyarrow; most commands ask for no measure.
                 from neg_service.measures import types_of_options
 
                 return types_of_options()

@@ -9,16 +9,14 @@ from omegaconf import DictConfig
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import StorageError
-from neg_service.measures.choice import count_of, described
+from neg_service.measures.choice import count_of
 from neg_service.places import literal, without_credentials
-from neg_service.report.console import accuracy, agreement, aligned, bytes_text
+from neg_service.report.console import aligned, bytes_text, describe_tables
 from neg_service.storage.reader import Run, open_run, reading
 
 if TYPE_CHECKING:
     from neg_service.cluster.prepare import Prepared
     from neg_service.cluster.scan import Summary
-
-_SUMMARISED_ROWS = 5_000_000
 
 
 def scan(config: DictConfig) -> int:
@@ -54,7 +52,7 @@ def describe_plan(prepared: Prepared) -> str:
             ),
             ("measure", ", ".join(f"{key}={_short(value)}" for key, value in prepared.identity["measure"].items())),
             ("neurons", _neurons(prepared)),
-            (_row_word(prepared), f"{plan.n_rows}"),
+            (plan.rows_are, f"{plan.n_rows}"),
             ("shards", f"{plan.n_shards} of up to {min(plan.shard_size, plan.n_prompts)} prompts"),
             (
                 "bytes",
@@ -75,16 +73,10 @@ def _ranking(prepared: Prepared) -> list[tuple[str, str]]:
     return [("ranking", f"{plan.n_rows} gradients, {plan.n_shards} shards, {bytes_text(plan.total_bytes)}, at {uri}")]
 
 
-def _row_word(prepared: Prepared) -> str:
-    return "interventions" if prepared.config.measure["name"] in ("sweep", "intervene") else "gradients"
-
-
 def _neurons(prepared: Prepared) -> str:
-    if prepared.config.measure["name"] == "intervene":
-        return "those of measure.edits"
-    chosen, info = prepared.config.neurons, prepared.info
+    chosen = prepared.config.neurons
     first = ", which a scan of all neurons finds first" if chosen.choose == "top" and chosen.over == "dataset" else ""
-    return described(chosen, info.n_layers, info.n_neurons) + first
+    return prepared.measure.describe_neurons(prepared.info, chosen) + first
 
 
 def _short(value: Any) -> str:
@@ -109,15 +101,11 @@ def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
     main = results.tables[-1]
     rows = [
         ("prompts", f"{plan.n_prompts} ({plan.n_targets} targets)"),
-        ("accuracy", str(accuracy(results)) if "prompts" in results.tables else "not measured"),
-        ("rows", f"{results.table(main).count_rows()} in table {main}"),
         ("shards", f"{summary.shards_done} of {summary.n_shards} done"),
     ]
-    if "neurgrad" in results.schemas[main].names:
-        rows.insert(2, ("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"))
-    # What fits into memory at once; larger tables are for a reader that streams.
-    if main == "sweep" and 0 < results.table(main).count_rows() <= _SUMMARISED_ROWS:
-        rows += agreement(results)
+    if results.values_of_neurons and "target" in results.schemas[results.values_of_neurons[0]].names:
+        rows.append(("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"))
+    rows += describe_tables(results)
     if summary.n_prompts_now:
         rows += [
             ("rate", f"{summary.n_prompts_now / summary.seconds:.3g} prompts/s in {summary.seconds:.1f} s"),

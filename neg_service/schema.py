@@ -1,4 +1,4 @@
-"""The Arrow schema of every table, with units. What is stored is decided here and nowhere else.
+"""The Arrow schema of every table, with units; and `Table`, which says of a table what its readers have to know.
 
 All values are float32: NEGs go below 1e-7, where float16 is already zero. Each row names its basis, because two
 results of different bases must never be mixed. Axes: P prompts, K targets of a prompt, L layers, N neurons of a
@@ -7,11 +7,101 @@ layer.
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# 3: what a tokenizer adds stands once; the resolution of one-sided grids has the unshifted row's error.
+from neg_service.errors import ConfigurationError
+
+# 3: what a tokenizer adds stands once; the resolution of one-sided grids has the baseline row's error.
 SCHEMA_VERSION = 3
+
+# What tables say of themselves, in the metadata of their schema: run.json and each part carry it.
+_TABLE_KEY = b"neg_service.table"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, and what its reader, the console and the report know of it.
+
+    title: what people call its values. unit: of them, empty where they have none. values: the column that holds values
+    of neurons, None of a table without; in rows that name a `layer` and a `neuron` it is a number, in rows that name a
+    `layer` alone a list with a number for each of the layer's neurons. note: what a value says, in a sentence.
+    """
+
+    schema: pa.Schema
+    title: str = ""
+    unit: str = ""
+    values: str | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a description that no reader could follow."""
+        if self.values is None:
+            return
+        names = self.schema.names
+        if self.values not in names or "layer" not in names:
+            raise ConfigurationError(f"table {self.title!r}: has no column {self.values!r}, or no column 'layer'")
+        if not (self.is_by_neuron or pa.types.is_fixed_size_list(self.schema.field(self.values).type)):
+            raise ConfigurationError(
+                f"table {self.title!r}: column {self.values!r} must be a list of fixed size, a number for each neuron "
+                f"of a layer; or there must be a column 'neuron'"
+            )
+
+    @property
+    def is_by_neuron(self) -> bool:
+        """Whether a row is of one neuron; otherwise of all of a layer."""
+        return "neuron" in self.schema.names
+
+    @property
+    def label(self) -> str:
+        """Title and unit."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def described(self) -> pa.Schema:
+        """The schema, which says all of this in its metadata."""
+        said = {name: value for name, value in asdict(self).items() if name != "schema" and value}
+        metadata = {**(self.schema.metadata or {}), _TABLE_KEY: json.dumps(said, ensure_ascii=False).encode()}
+        return self.schema.with_metadata(metadata)
+
+    @classmethod
+    def of(cls, name: str, schema: pa.Schema) -> Table:
+        """What a schema says of table `name`; of runs that were written before tables said it, what is known here."""
+        said: dict[str, Any]
+        if _TABLE_KEY in (schema.metadata or {}):
+            said = json.loads(schema.metadata[_TABLE_KEY])
+        else:
+            title, unit, values = _WRITTEN_BEFORE.get(name, (name, "", None))
+            said = {"title": title, "unit": unit, "values": values if {values, "layer"} <= set(schema.names) else None}
+        return cls(schema, **{key: said[key] for key in ("title", "unit", "values", "note") if key in said})
+
+
+# Units of values of neurons.
+PER_MAGNITUDE = "probability a unit of |activation|"
+PER_ACTIVATION = "probability a unit of activation"
+PROBABILITY = "probability"
+NO_UNIT = "no unit"
+# Columns that estimate NEG: what people call them, and their unit.
+ESTIMATES = {
+    "neurgrad": ("NeurGrad", PER_MAGNITUDE),
+    "integrated_gradients": ("integrated gradients", PROBABILITY),
+    "gradient": ("gradient", PER_ACTIVATION),
+    "gradient_x_activation": ("gradient × activation", PROBABILITY),
+    "activation": ("activation", NO_UNIT),
+    "random": ("random draw", NO_UNIT),
+}
+# Tables of runs that say nothing of their tables: title, unit, values.
+_WRITTEN_BEFORE: dict[str, tuple[str, str, str | None]] = {
+    **{name: (title, unit, name) for name, (title, unit) in ESTIMATES.items()},
+    "activations": ("activation", NO_UNIT, "activation"),
+    "top_neurons": ("NeurGrad", PER_MAGNITUDE, "neurgrad"),
+    "sweep": ("NEG", PER_MAGNITUDE, "neg"),
+    "strength": ("strength", PER_MAGNITUDE, "strength"),
+    "scores": ("score", NO_UNIT, "values"),
+}
 
 PROMPTS = pa.schema(
     [
@@ -40,7 +130,7 @@ _KEY = [
 
 
 def neurgrad(n_neurons: int) -> pa.Schema:
-    """One row a (prompt, target, layer). `neurgrad` [N]: probability per unit of |activation|."""
+    """One row for each prompt, target and layer. `neurgrad` [N]: probability per unit of |activation|."""
     return pa.schema(
         [
             *_KEY,
@@ -53,7 +143,7 @@ def neurgrad(n_neurons: int) -> pa.Schema:
 
 
 def integrated_gradients(n_neurons: int) -> pa.Schema:
-    """One row a (prompt, target, layer). `integrated_gradients` [N]: probability, of the target's that a neuron brings.
+    """One row for each prompt, target and layer. `integrated_gradients` [N]: what a neuron brings of the probability.
 
     Over a layer's neurons it adds up, but for the steps of its sum, to the target's probability less that with the
     layer's neurons at zero at the readout position.
@@ -70,7 +160,7 @@ def integrated_gradients(n_neurons: int) -> pa.Schema:
 
 
 def baseline(name: str, n_neurons: int) -> pa.Schema:
-    """One row a (prompt, target, layer). `<name>` [N]: a baseline's value of each neuron.
+    """One row for each prompt, target and layer. `<name>` [N]: a baseline's value of each neuron.
 
     In probability per activation unit (`gradient`), probability (`gradient_x_activation`), or without a unit
     (`activation`, `random`).
@@ -87,7 +177,7 @@ def baseline(name: str, n_neurons: int) -> pa.Schema:
 
 
 def activations(n_neurons: int) -> pa.Schema:
-    """One row a (prompt, layer). `activation` [N]: dimensionless, at the readout position."""
+    """One row for each prompt and layer. `activation` [N]: dimensionless, at the readout position."""
     return pa.schema(
         [
             pa.field("prompt_id", pa.string(), nullable=False),
@@ -98,7 +188,7 @@ def activations(n_neurons: int) -> pa.Schema:
     )
 
 
-# One row a (prompt, target, rank): the neurons of largest |NeurGrad|, strongest first, rank from 0.
+# One row for each prompt, target and rank: the neurons of largest |NeurGrad|, strongest first, rank from 0.
 TOP_NEURONS = pa.schema(
     [
         *_KEY,
@@ -114,7 +204,7 @@ TOP_NEURONS = pa.schema(
 
 
 def sweep(n_shifts: int | None = None) -> pa.Schema:
-    """One row a (prompt, target, layer, neuron): NEG by intervention, and what it is to be compared with.
+    """One row for each prompt, target, layer and neuron: NEG by intervention, and what it is to be compared with.
 
     With `n_shifts`, the whole curve too: `delta_p` [S], at the shifts that run.json names.
     """
@@ -138,8 +228,8 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
         pa.field("r2", pa.float32(), nullable=False),
         # The largest |Δp| over the shifts; of the coarse grid, over the curve that it interpolates.
         pa.field("largest_delta_p", pa.float32(), nullable=False),
-        # The estimates: NeurGrad, in probability per unit of |activation|, which foretells `neg` of magnitudes; and the
-        # plain gradient, per unit of the activation, which foretells it where `shift` is signed.
+        # The estimates: NeurGrad, in probability per unit of |activation|, which predicts `neg` of magnitudes; and the
+        # plain gradient, per unit of the activation, which predicts it where `shift` is signed.
         pa.field("neurgrad", pa.float32(), nullable=False),
         pa.field("gradient", pa.float32(), nullable=False),
         # The smallest |neg| whose sign is known, from the measured noise of this sweep; and whether `neg` is above it.
@@ -155,7 +245,7 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
 
 
 def strength(n_neurons: int) -> pa.Schema:
-    """One row a layer and shard. `strength` [N]: the sum over the shard's prompts of a neuron's largest |NeurGrad|.
+    """One row for each layer and shard. `strength` [N]: a neuron's largest |NeurGrad|, summed over the shard's prompts.
 
     The largest is over the prompt's targets, in probability per unit of |activation|.
     """
@@ -169,7 +259,7 @@ def strength(n_neurons: int) -> pa.Schema:
     )
 
 
-# One row a (prompt, edit, target): the target's probability, 0..1, without and with a joint intervention.
+# One row for each prompt, edit and target: the target's probability, 0..1, without and with a joint intervention.
 INTERVENE = pa.schema(
     [
         *_KEY,
@@ -189,9 +279,9 @@ INTERVENE = pa.schema(
 
 
 def scores(n_neurons: int) -> pa.Schema:
-    """One row a (task, score, layer) and shard. `values` [N]: the score's sum over the shard's prompts of that task.
+    """One row for each task, score, layer and shard. `values` [N]: the score's sum over the task's prompts.
 
-    score: `polarity`, `magnitude`, `fires/0`… (whole numbers) or `activation`; see `measures/scores.py`.
+    score: `polarity`, `magnitude`, `fires/0`… (whole numbers) or `activation`; see `measures/builtin/skill_scores.py`.
     """
     return pa.schema(
         [
@@ -206,8 +296,8 @@ def scores(n_neurons: int) -> pa.Schema:
     )
 
 
-# One row a prompt: what the neurons chosen for its task say about its K labels. The neurons are in run.json, under
-# config.measure.chosen; lists are in their order.
+# One row for each prompt: what the neurons chosen for its task say about its K labels. The neurons are in run.json,
+# under config.measure.chosen; lists are in their order.
 VOTES = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),

@@ -6,21 +6,22 @@ import os
 import time
 from typing import Any
 
-from neg_service.measures import sweep as steady
-from neg_service.measures.sweep import Options, check, cost_a_prompt, identity, read, tables
+from neg_service.measures.base import ShardInput
+from neg_service.measures.builtin.sweep import NeuronSweep
 
-__all__ = ["Options", "calibrate", "check", "cost_a_prompt", "identity", "measure", "read", "tables"]
 SECONDS_A_SHARD = 0.5
 
 
-def calibrate(*arguments: Any) -> dict[str, Any]:
-    """As many times the noise as the number of this process says."""
-    found = steady.calibrate(*arguments)
-    found["noise"]["sigma"] *= os.getpid()
-    return found
+class MoodySweep(NeuronSweep):
+    """As the sweep, but for its noise and its haste."""
 
+    def calibrate(self, *given: Any) -> dict[str, Any]:
+        """As many times the noise as the number of this process says."""
+        found = super().calibrate(*given)
+        found["noise"]["sigma"] *= os.getpid()
+        return found
 
-def measure(*arguments: Any) -> Any:
-    """As the sweep, later: all replicas get to do something."""
-    time.sleep(SECONDS_A_SHARD)
-    return steady.measure(*arguments)
+    def measure(self, shard: ShardInput) -> Any:
+        """As the sweep, later: all replicas get to do something."""
+        time.sleep(SECONDS_A_SHARD)
+        return super().measure(shard)

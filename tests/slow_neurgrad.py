@@ -11,25 +11,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from neg_service.measures.neurgrad import (  # noqa: F401
-    Options,
-    calibrate,
-    check,
-    cost_a_prompt,
-    identity,
-    read,
-    tables,
-)
-from neg_service.measures.neurgrad import measure as at_once
+from neg_service.measures.base import ShardInput
+from neg_service.measures.builtin.neurgrad import NeurGrad
 
 SECONDS_A_SHARD = 0.25
 FREE = 20
 
 
-def measure(model: Any, prompts: Any, *arguments: Any) -> Any:
-    """As `neurgrad.measure`, later."""
-    time.sleep(SECONDS_A_SHARD)
-    gate = Path(os.environ.get("NEG_TEST_GATE", ""))
-    while int(prompts[0].prompt.id) >= FREE and gate.is_file():
-        time.sleep(0.05)
-    return at_once(model, prompts, *arguments)
+class SlowNeurGrad(NeurGrad):
+    """As NeurGrad, later."""
+
+    def measure(self, shard: ShardInput) -> Any:
+        """After some time, and not while the gate is shut."""
+        time.sleep(SECONDS_A_SHARD)
+        gate = Path(os.environ.get("NEG_TEST_GATE", ""))
+        while int(shard.prompts[0].prompt.id) >= FREE and gate.is_file():
+            time.sleep(0.05)
+        return super().measure(shard)

@@ -1,8 +1,8 @@
 """An intervention's time against the floor, the textbook way and an expert's way; and what the coarse grid costs.
 
-All ways take turns in one process. Prefixes, caches and the unshifted pass are made ready before a clock starts: over
+All ways take turns in one process. Prefixes, caches and the baseline pass are made ready before a clock starts: over
 the thousands of interventions of a sweep they cost nothing. The engine's time is that of a whole sweep of neurons,
-curves judged and all.
+curves evaluated and all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from neg_service import load_model, neg
 from neg_service.config import NeuronsConfig
 from neg_service.measures.choice import chosen_neurons
 from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.measures.linearity import coarse_grid, full_grid
-from neg_service.measures.neg import BATCH_BYTES, Sweep, sweep_prompt
+from neg_service.measures.neg import BATCH_BYTES, sweep_prompt
+from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
 from neg_service.models.language_model import LanguageModel, set_threads
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode

@@ -120,7 +120,7 @@ def remaining_layers(interventions: Interventions, layer: int, rows: int) -> ran
 
     This is the engine's own pass without shifts and readout: no way of intervening at `layer` can cost less.
     """
-    interventions.run_unshifted(layer, rows)
+    interventions.run_baseline(layer, rows)
     return range(rows)
 
 

@@ -19,7 +19,7 @@ from neg_service.schema import SCHEMA_VERSION
 
 # The module of the actor knows shards, and must not import torch; see `worker.py`.
 if TYPE_CHECKING:
-    from neg_service.measures import Cost
+    from neg_service.measures.base import Cost
     from neg_service.models.language_model import ModelInfo
 
 # A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
@@ -38,7 +38,8 @@ _RUNTIME_BYTES = 600 * 2**20
 class Plan:
     """How the prompts are cut, and what comes out of them; bytes are before compression.
 
-    n_rows: how many rows run through layers in all: a branch a target, or an intervention each.
+    n_rows: how many rows run through layers in all: a branch a target, or an intervention each. rows_are: what a person
+    calls them.
     """
 
     n_prompts: int
@@ -47,6 +48,7 @@ class Plan:
     n_shards: int
     bytes_of_table: dict[str, int]
     n_rows: int
+    rows_are: str = "gradients"
 
     @property
     def total_bytes(self) -> int:
@@ -72,6 +74,7 @@ def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | 
         n_shards=-(-n_prompts // shard_size),
         bytes_of_table={table: size * n_prompts for table, size in cost_a_prompt.bytes.items()},
         n_rows=round(cost_a_prompt.rows * n_prompts),
+        rows_are=cost_a_prompt.rows_are,
     )
 
 

@@ -21,7 +21,8 @@ from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes
 from neg_service.cluster.ranking import needs_ranking, ranking_of
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
-from neg_service.measures import find_measure
+from neg_service.measures import measure_of
+from neg_service.measures.base import Measure
 from neg_service.measures.choice import with_list_read
 from neg_service.models.folder import LocalModel
 from neg_service.models.language_model import (
@@ -55,6 +56,7 @@ class Prepared:
     info: ModelInfo
     plan: Plan
     identity: dict[str, Any]
+    measure: Measure[Any]
     tables: dict[str, pa.Schema]
     uri: str
     # What has to be asked for to compute any shard again.
@@ -124,9 +126,7 @@ def _resolve(config: ScanConfig) -> tuple[ScanConfig, str]:
 
 def _with_files_read(config: ScanConfig) -> ScanConfig:
     """With the measure's options complete, and the content of files that options name in the place of the names."""
-    measure = find_measure(str(config.measure.get("name")))
-    options = measure.read(typed(measure.Options, config.measure, "measure"))
-    config = replace(config, measure=asdict(options))
+    config = replace(config, measure=measure_of(config.measure).with_files_read().configuration())
     return replace(config, neurons=with_list_read(config.neurons))
 
 
@@ -174,12 +174,11 @@ def _encoder(local: LocalModel, info: ModelInfo, config: ScanConfig, skips: Skip
 def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
     """What the scan will do, and what identifies it."""
     prompts, info = loaded.prompts, loaded.info
-    measure = find_measure(str(config.measure["name"]))
-    options = typed(measure.Options, config.measure, "measure")
-    measure.check(options, config.neurons, info, prompts)
+    measure = measure_of(config.measure)
+    measure.validate(info, config.neurons, prompts)
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
-    plan = make_plan(prompts, measure.cost_a_prompt(options, config.neurons, info, n_targets), config.job.shard_size)
-    identity = identity_of(config, info, measure.identity(options), prompts, plan)
+    plan = make_plan(prompts, measure.cost(info, config.neurons, n_targets), config.job.shard_size)
+    identity = identity_of(config, info, measure.fingerprint_inputs(), prompts, plan)
     name = run_name(config, info, str(config.measure["name"]))
     return Prepared(
         config=config,
@@ -189,7 +188,8 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
         info=info,
         plan=plan,
         identity=identity,
-        tables=measure.tables(options, info),
+        measure=measure,
+        tables=measure.schemas(info),
         about=loaded.about,
         uri=below(place, f"{name}-{fingerprint_of(identity)}"),
         request=_request(config),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from neg_service.config import NeuronsConfig, ScanConfig
+from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.measures.choice import strongest_neurons
-from neg_service.measures.strength import total
 from neg_service.storage.reader import open_run
 
 

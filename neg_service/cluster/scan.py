@@ -33,7 +33,7 @@ from neg_service.cluster.replica import scan_worker
 from neg_service.cluster.resources import ReplicaSize, gpu_names, nodes, replica_count, wait_for_size
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig, most_replicas
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
-from neg_service.measures import find_measure, nothing_to_calibrate
+from neg_service.measures.base import Measure
 from neg_service.measures.choice import count_of
 from neg_service.places import name_of
 from neg_service.prompts.prompt import EncodedPrompt
@@ -194,7 +194,7 @@ def _drive(prepared: Prepared, place: _Place, size: ReplicaSize, notes: RunNotes
     n_todo = prepared.plan.n_shards - len(place.done)
     most = most_replicas(config.cluster)
     _log_plan(prepared, n_todo, min(n_todo, replica_count(most, size, nodes())), size)
-    calibration = _known_calibration(config, place.store)
+    calibration = _known_calibration(prepared.measure, place.store)
     observer = _observer(prepared, place, notes, n_todo, calibration)
     driver = Driver(
         shards_of(prepared.encoding, prepared.plan, place.done),
@@ -227,10 +227,9 @@ def _log_plan(prepared: Prepared, n_todo: int, n_replicas: int, size: ReplicaSiz
     )  # fmt: skip
 
 
-def _known_calibration(config: ScanConfig, store: ObjectStore) -> dict[str, Any] | None:
+def _known_calibration(measure: Measure[Any], store: ObjectStore) -> dict[str, Any] | None:
     """What an earlier start of this run found out, or None; empty where there is nothing to find out."""
-    has_to_calibrate = find_measure(config.measure["name"]).calibrate is not nothing_to_calibrate
-    return calibration_of(store) if has_to_calibrate else {}
+    return calibration_of(store) if measure.has_to_calibrate else {}
 
 
 def _observer(

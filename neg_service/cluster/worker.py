@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.cluster.messages import Shard, WorkerInfo, WorkerSpec
-from neg_service.config import typed
 from neg_service.errors import ModelError
-from neg_service.measures import find_measure
+from neg_service.measures import measure_of
+from neg_service.measures.base import ShardInput
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, load_model, set_threads
@@ -36,8 +36,7 @@ class ScanWorker:
         self._identity = spec.identity
         self._threads = spec.threads
         self._samples = spec.samples
-        self._measure = find_measure(spec.config.measure["name"])
-        self._options = typed(self._measure.Options, spec.config.measure, "measure")
+        self._measure = measure_of(spec.config.measure)
 
     def start(self) -> WorkerInfo:
         """Load the model, check that it is the planned one, and let it check itself."""
@@ -66,7 +65,7 @@ class ScanWorker:
 
     def calibrate(self) -> dict[str, Any]:
         """Calibrate the measure on the samples."""
-        return self._measure.calibrate(self._model, self._samples, self._options, self._config.neurons)
+        return self._measure.calibrate(self._model, self._samples, self._config.neurons)
 
     def compute(
         self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any] = MappingProxyType({})
@@ -76,6 +75,7 @@ class ScanWorker:
         budget = self._budget
         if batch_scale != 1:
             budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
-        return self._measure.measure(
-            self._model, shard.prompts, self._options, self._config.neurons, budget, calibration
+        shard_input = ShardInput(
+            self._model, shard.prompts, neurons=self._config.neurons, budget=budget, calibration=calibration
         )
+        return self._measure.tables_of(shard_input)

@@ -16,6 +16,7 @@ import numpy as np
 
 from neg_service.errors import ConfigurationError
 from neg_service.estimation.quality import Booleans, Doubles, Integers
+from neg_service.measures.shifts import range_grid
 
 LINEAR = 0.95
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -31,9 +32,6 @@ def shifts_of_ranges(ranges: Sequence[float]) -> list[float]:
     """
     if not ranges or not all(largest > 0 and np.isfinite(largest) for largest in ranges):
         raise ConfigurationError(f"study.ranges={list(ranges)}: must be positive numbers, at least one")
-    # It imports torch, which the console and the report do without: they need only LINEAR.
-    from neg_service.measures.linearity import range_grid
-
     return sorted({float(shift) for largest in ranges for shift in range_grid(largest).shifts})
 
 
@@ -44,14 +42,15 @@ def by_range(
 
     noise_i: [I] what the largest |Δp| of a range has to exceed, or the curve is left out there.
     """
-    from neg_service.measures.linearity import judged, range_grid
+    # It imports torch, which the console and the report do without: they need only LINEAR.
+    from neg_service.measures.linearity import evaluate
 
     position = {shift: index for index, shift in enumerate(shifts)}
     rows = []
     for largest in ranges:
         grid = range_grid(largest)
-        found = judged(grid, delta_p_is[:, [position[float(shift)] for shift in grid.shifts]])
-        moves = found["largest"] > noise_i
+        found = evaluate(grid, delta_p_is[:, [position[float(shift)] for shift in grid.shifts]])
+        moves = found["max_abs_delta_p"] > noise_i
         for layer, chosen in _layers(layer_i):
             kept = chosen & moves
             rows.append(

@@ -35,8 +35,8 @@ from neg_service.estimation.tables import (
     sets_of,
 )
 from neg_service.estimation.triples import Triples, integrals_of, triples_of
-from neg_service.measures.integrated_gradients import KEEP
-from neg_service.measures.linearity import GRIDS
+from neg_service.measures.shifts import GRIDS
+from neg_service.measures.targets import KEEP
 from neg_service.storage.reader import Run, reading
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from neg_service import schema
 from neg_service.estimation.quality import Booleans, Doubles, Integers
-from neg_service.measures.baselines import random_draw
-from neg_service.measures.linearity import chosen_grid, given_grid
+from neg_service.measures.builtin.baselines import random_draw
+from neg_service.measures.shifts import chosen_grid, given_grid
 from neg_service.storage.reader import Run, reading
 
 

@@ -1,124 +1,96 @@
-"""How a neuron is measured. A measure is a module with the names of `Measure`; nothing registers it.
+"""How a neuron is measured. `base.py` says what a measure is; nothing registers one.
 
-`measure.name` is a module of this package (`neurgrad`), or the dotted path of one elsewhere, so that a person can
-bring a measure of their own. A module that is several measures says their `NAMES`; its options' `name` tells it which.
-One driver, one replica and one store serve them all.
+`measure.name` is a name of a measure of this package (`builtin/`), or the dotted path of one elsewhere: a module that
+has one measure, or `module:Class`. One driver, one replica and one store serve them all.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any
 
-import pyarrow as pa
-
-from neg_service.config import NeuronsConfig, types_of
+from neg_service.config import types_of
 from neg_service.errors import ConfigurationError
-from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.measures import builtin
+from neg_service.measures.base import Measure
 
-# What only knows neurons, lists and edits by their numbers does without torch.
-if TYPE_CHECKING:
-    from neg_service.models.batches import Budget
-    from neg_service.models.language_model import LanguageModel, ModelInfo
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a prompt is expected to cost.
-
-    bytes: of each table, before compression. rows: how many rows run through layers: branches, interventions.
-    """
-
-    bytes: dict[str, int]
-    rows: float
+# What a module had to have before measures were classes.
+_OF_MODULES = ("Options", "read", "check", "identity", "tables", "cost_a_prompt", "calibrate", "measure")
 
 
-class Measure(Protocol):
-    """What a module must have to be a measure."""
-
-    # A dataclass of what `conf/measure/<name>.yaml` may say.
-    Options: type[Any]
-
-    def read(self, options: Any) -> Any:
-        """The options with the content of files that they name in the place of the names: replicas see no files."""
-        ...
-
-    def check(self, options: Any, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
-        """Refuse, before anything starts, what this measure cannot do (ConfigurationError)."""
-        ...
-
-    def identity(self, options: Any) -> dict[str, Any]:
-        """The options that decide the numbers; they go into the run's fingerprint."""
-        ...
-
-    def tables(self, options: Any, info: ModelInfo) -> dict[str, pa.Schema]:
-        """The tables that each shard gives, in the order in which their parts are put; the last is the commit."""
-        ...
-
-    def cost_a_prompt(self, options: Any, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> Cost:
-        """The expected cost of a prompt with `n_targets` targets."""
-        ...
-
-    def calibrate(
-        self, model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Any, neurons: NeuronsConfig
-    ) -> dict[str, Any]:
-        """What one replica of a run finds out before its first shard, from a few prompts; JSON, kept in run.json.
-
-        A measure that has nothing to find out takes `nothing_to_calibrate`: then no replica waits for another.
-        """
-        ...
-
-    def measure(
-        self,
-        model: LanguageModel,
-        prompts: Sequence[EncodedPrompt],
-        options: Any,
-        neurons: NeuronsConfig,
-        budget: Budget,
-        calibration: Mapping[str, Any],
-    ) -> dict[str, pa.Table]:
-        """Measure a shard; one Arrow table under each name of `tables`."""
-        ...
-
-
-def nothing_to_calibrate(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], options: Any, neurons: NeuronsConfig
-) -> dict[str, Any]:
-    """Nothing beyond the model's self-check."""
-    return {}
-
-
-def find_measure(name: str) -> Measure:
-    """The module of a measure.
+def measure_of(given: Mapping[str, Any]) -> Measure[Any]:
+    """The measure that a configuration asks for: `name`, and its options.
 
     Raises:
-        ConfigurationError: an unknown name, with those that are known.
+        ConfigurationError: an unknown name or option, or a value of another type.
     """
-    module = _module(name if "." in name else f"{__name__}.{name}")
-    if module is not None and _is_measure(module) and ("." in name or not hasattr(module, "NAMES")):
-        return cast(Measure, module)
-    known: dict[str, ModuleType] = {}
-    for own in _measures():
-        known |= dict.fromkeys(getattr(own, "NAMES", [own.__name__.rsplit(".", 1)[-1]]), own)
-    if name not in known:
+    return find_measure(str(given.get("name"))).of(given)
+
+
+def find_measure(name: str) -> type[Measure[Any]]:
+    """The class of a measure.
+
+    Raises:
+        ConfigurationError: an unknown name, with those that are known; a module that has not exactly one measure.
+    """
+    known = {own: found for found in _builtin() for own in found.NAMES}
+    if name in known:
+        return known[name]
+    path, _, wanted = name.partition(":")
+    module = _module(path) if "." in path or wanted else None
+    if module is None:
         raise ConfigurationError(
-            f"measure.name={name} is unknown; known are {', '.join(known)}, or the dotted path of a module of yours"
+            f"measure.name={name} is unknown; known are {', '.join(sorted(known))}, or the dotted path of a module of "
+            f"yours"
         )
-    return cast(Measure, known[name])
+    found = {own.__name__: own for own in _measures_in(module)}
+    if wanted:
+        found = {own: found[own] for own in [wanted] if own in found}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    raise ConfigurationError(f"measure.name={name}: {_what_is_wrong(module, wanted, list(found))}")
 
 
 def types_of_options() -> dict[str, Any]:
     """What the options of this package's measures are called, with their types: those of one name have one type."""
-    return {name: kind for own in _measures() for name, kind in types_of(own.Options).items()}
+    return {name: kind for own in _builtin() for name, kind in types_of(own.Options).items()}
 
 
-def _measures() -> list[ModuleType]:
-    modules = (_module(f"{__name__}.{own.name}") for own in pkgutil.iter_modules(__path__))
-    return [own for own in modules if own is not None and _is_measure(own)]
+def _builtin() -> list[type[Measure[Any]]]:
+    modules = (
+        importlib.import_module(f"{builtin.__name__}.{own.name}") for own in pkgutil.iter_modules(builtin.__path__)
+    )
+    return [found for module in modules for found in _measures_in(module)]
+
+
+def _measures_in(module: ModuleType) -> list[type[Measure[Any]]]:
+    """The measures that a module defines, not those that it imports."""
+    return [own for own in _subclasses_in(module) if not inspect.isabstract(own)]
+
+
+def _subclasses_in(module: ModuleType) -> list[type[Measure[Any]]]:
+    classes = (own for own in vars(module).values() if isinstance(own, type) and own.__module__ == module.__name__)
+    return [own for own in classes if issubclass(own, Measure)]
+
+
+def _what_is_wrong(module: ModuleType, wanted: str, found: list[str]) -> str:
+    unfinished = [own for own in _subclasses_in(module) if inspect.isabstract(own) and wanted in ("", own.__name__)]
+    if unfinished and not found:
+        return f"{unfinished[0].__name__} lacks {', '.join(sorted(unfinished[0].__abstractmethods__))}"
+    if wanted:
+        return f"{module.__name__} defines no measure {wanted}"
+    if found:
+        return f"{module.__name__} defines {', '.join(found)}; say which one, as {module.__name__}:{found[0]}"
+    if all(hasattr(module, name) for name in _OF_MODULES):
+        return (
+            f"{module.__name__} is a module of functions, as measures were before; a measure is a subclass of "
+            f"neg_service.measures.base.Measure by now"
+        )
+    return f"{module.__name__} defines no subclass of neg_service.measures.base.Measure"
 
 
 def _module(path: str) -> ModuleType | None:
@@ -129,8 +101,3 @@ def _module(path: str) -> ModuleType | None:
         if error.name is not None and (path == error.name or path.startswith(f"{error.name}.")):
             return None
         raise
-
-
-def _is_measure(module: ModuleType) -> bool:
-    needed = ("Options", "read", "check", "identity", "tables", "cost_a_prompt", "calibrate", "measure")
-    return all(hasattr(module, name) for name in needed)

@@ -90,7 +90,7 @@ def _halving(
 
 
 def in_parts(n_rows: int, run: Callable[[slice], T], budget: RowBudget) -> list[T]:
-    """Run rows of one prompt beside its unshifted one, in parts of even size; when memory ends, in parts half as large.
+    """Run rows of one prompt beside its baseline, in parts of even size; when memory ends, in parts half as large.
 
     Gives what `run` gave of each part, in order; how many rows may run together from now on is left in the budget. A
     row that does not fit even alone raises what the allocator says.

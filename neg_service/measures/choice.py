@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, shortened
-from neg_service.measures.lists import pairs_in
 
 CHOOSE = ("all", "sample", "top", "list")
 Neurons = NDArray[np.int64]
@@ -137,6 +136,9 @@ def with_list_read(config: NeuronsConfig) -> NeuronsConfig:
     """
     if config.choose != "list" or not isinstance(config.list, str):
         return config
+    # What reads any address takes long to import, and most choices read none.
+    from neg_service.measures.lists import pairs_in
+
     return replace(config, list=pairs_in(config.list))
 
 

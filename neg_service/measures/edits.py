@@ -28,7 +28,6 @@ import numpy as np
 
 from neg_service.contents import is_deeper, json_lines, json_of, repeated
 from neg_service.errors import ConfigurationError, shortened
-from neg_service.inputs import read_input, suffix_of
 from neg_service.measures.choice import Neurons, checked_neurons
 from neg_service.places import without_credentials
 
@@ -101,6 +100,9 @@ def read_edits(source: Any) -> Any:
         source = os.fspath(source)
     if not isinstance(source, str):
         return source
+    # What reads any address takes long to import, and most edits are given as they are.
+    from neg_service.inputs import read_input, suffix_of
+
     content = read_input("measure.edits", source)
     where = f"measure.edits={without_credentials(source)}"
     is_lines = suffix_of(source) == ".jsonl"

@@ -7,6 +7,8 @@ For target k, layer l and neuron n at the readout position (the prompt's last to
 in probability per activation unit. log p is what is differentiated, in float32: the tail of a low-precision
 softmax is zero. How one backward pass gives all of it: `models/backward.py`.
 
+NeurGrad is the gradient times the sign of the activation, +1 at zero: a silent neuron can only grow.
+
 Axes: K targets of a prompt, L chosen layers, N neurons of a layer, R rows: (prompt, target), V vocabulary.
 """
 
@@ -45,6 +47,16 @@ class PromptGradients:
     probability_k: Floats
     gradient_kln: Floats
     activation_ln: Floats
+
+    @property
+    def neurgrad_kln(self) -> Floats:
+        """NeurGrad, probability per unit of |activation|."""
+        return self.gradient_kln * sign(self.activation_ln)
+
+
+def sign(activation: Floats) -> Floats:
+    """The sign of an activation, +1 at zero."""
+    return np.where(activation < 0, np.float32(-1), np.float32(1))
 
 
 def gradients(

@@ -20,46 +20,28 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, NonFiniteError
-from neg_service.measures import Cost, nothing_to_calibrate
 from neg_service.measures.batching import default_batch_tokens, in_parts, named
-from neg_service.measures.choice import check_whole_layers
 from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.neurgrad import check_keep, encoded_texts, wanted_targets
-from neg_service.measures.tables import prompt_row, target_layer_rows
+from neg_service.measures.neurgrad import encoded_texts
 from neg_service.models.batches import BRANCH_COST, Budget, RowBudget
 from neg_service.models.branches import at_least_float32
-from neg_service.models.feed_forward import check_basis
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.models.rows import Rows
-from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.prompt import EncodedPrompt
 
-KEEP = ("all", "answer")
 # So many targets are differentiated at once.
 _TARGETS_TOGETHER = 32
-
-
-@dataclass
-class Options:
-    """`keep`: the values of all targets, or those of the right answer only. `steps`: m, the points of the sum."""
-
-    name: str = "integrated_gradients"
-    basis: str = "paper"
-    keep: str = "all"
-    steps: int = 20
 
 
 @dataclass(frozen=True)
@@ -113,7 +95,7 @@ def integrated_gradients(
         NonFiniteError: NaN or infinity in logits or gradients, of the prompt or of a scaled point.
         DoesNotFit: one scaled point of a prompt does not fit.
     """
-    _check_steps("m", m)
+    check_steps("m", m)
     encoded = encoded_texts(model, prompts, targets)
     chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
     model.ensure_checked()
@@ -241,74 +223,7 @@ def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[in
     return (p_kj1 * torch.cat(slopes)).sum(1)
 
 
-# --- as a measure of a scan
-
-
-def read(options: Options) -> Options:
-    """No files."""
-    return options
-
-
-def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
-    """Refuse bad options.
-
-    Raises:
-        ConfigurationError: naming the key, its value, and what it may be.
-    """
-    check_basis(options.basis, info.is_gated, info.architecture)
-    check_whole_layers(neurons, options.name)
-    checked_layers(neurons, info.n_layers)
-    check_keep(options.keep, KEEP, prompts)
-    _check_steps("measure.steps", options.steps)
-
-
-def _check_steps(key: str, steps: int) -> None:
+def check_steps(key: str, steps: int) -> None:
+    """Refuse fewer points than one; `key` is what the caller calls them."""
     if steps < 1:
         raise ConfigurationError(f"{key}={steps}: must be at least 1, the number of points that are summed over")
-
-
-def identity(options: Options) -> dict[str, Any]:
-    """All of them."""
-    return asdict(options)
-
-
-def tables(options: Options, info: ModelInfo) -> dict[str, pa.Schema]:
-    """`prompts` and `integrated_gradients`."""
-    return {"prompts": schema.PROMPTS, "integrated_gradients": schema.integrated_gradients(info.n_neurons)}
-
-
-def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> Cost:
-    """Four bytes a value, which hardly compress; a row a point, and its way back a target, of each layer."""
-    layers = len(checked_layers(neurons, info.n_layers))
-    kept = 1.0 if options.keep == "answer" else n_targets
-    values = int(4 * layers * info.n_neurons * kept)
-    return Cost({"prompts": 256, "integrated_gradients": values}, options.steps * layers * kept)
-
-
-calibrate = nothing_to_calibrate
-
-
-def measure(
-    model: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
-    options: Options,
-    neurons: NeuronsConfig,
-    budget: Budget,
-    calibration: Mapping[str, Any],
-) -> dict[str, pa.Table]:
-    """One shard's tables."""
-    layers = checked_layers(neurons, model.feed_forward.n_layers)
-    table_schema = schema.integrated_gradients(model.feed_forward.n_neurons)
-    wanted = [wanted_targets(prompt.prompt, options.keep) for prompt in prompts]
-    rows: dict[int, tuple[pa.Table, pa.Table]] = {}
-    for index, found in integrals(model, prompts, wanted, options.basis, layers, options.steps, budget):
-        prompt, p_k = prompts[index], found.probability_k
-        rows[index] = (
-            prompt_row(prompt, p_k),
-            target_layer_rows(table_schema, prompt, found.targets, layers, options.basis, p_k, found.integral_kln),
-        )
-    ordered = [rows[index] for index in range(len(prompts))]
-    return {
-        "prompts": pa.concat_tables([prompt for prompt, _ in ordered]),
-        "integrated_gradients": pa.concat_tables([values for _, values in ordered]),
-    }

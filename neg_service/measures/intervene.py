@@ -10,29 +10,22 @@ Axes: P prompts, E edits, K targets of a prompt, R rows of a batch, i single cha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service import schema
-from neg_service.config import NeuronsConfig, holds
 from neg_service.errors import ConfigurationError
-from neg_service.measures import Cost, nothing_to_calibrate
 from neg_service.measures.batching import default_batch_tokens, in_batches, named
-from neg_service.measures.choice import check_whole_layers
-from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
+from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
-from neg_service.measures.neurgrad import sign
 from neg_service.measures.readout import Readout
-from neg_service.measures.tables import key_columns, prompt_row, table_of
 from neg_service.models.batches import Budget
-from neg_service.models.feed_forward import Site, check_basis, visiting
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.feed_forward import Site, visiting
+from neg_service.models.language_model import LanguageModel
 from neg_service.models.rows import flat
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
 
@@ -204,10 +197,10 @@ def _run_batch(
     results = []
     for b, prompt in enumerate(prompts):
         first = b * counts[b]
-        unshifted = readout.unshifted(head_rv[0][first], logits_rv[first], named(prompt, model))
+        baseline = readout.baseline(head_rv[0][first], logits_rv[first], named(prompt, model))
         own_rv = head_rv[0][first + 1 : first + counts[b]]
-        log_p_ek = readout.delta_log_p(unshifted, own_rv, prompt.target_ids).double()
-        p_k = unshifted.p_v[list(prompt.target_ids)].double()
+        log_p_ek = readout.delta_log_p(baseline, own_rv, prompt.target_ids).double()
+        p_k = baseline.p_v[list(prompt.target_ids)].double()
         results.append(Effects(p_k.cpu().numpy(), (p_k * log_p_ek.expm1()).cpu().numpy()))
     return results
 
@@ -250,92 +243,8 @@ def _signs_of_neg(
     layers = sorted({int(layer) for edit in needing.values() for layer in edit.neurons[:, 0]})
     wanted = [(prompt.prompt.answer or 0,) for prompt in prompts]
     for index, found in gradients(model, prompts, wanted, basis, layers, budget):
-        neurgrad_ln = found.gradient_kln[0] * sign(found.activation_ln)
+        neurgrad_ln = found.neurgrad_kln[0]
         for e, edit in needing.items():
             own = neurgrad_ln[np.searchsorted(layers, edit.neurons[:, 0]), edit.neurons[:, 1]]
             signs[index][e] = np.where(own < 0, -1.0, 1.0)
     return signs
-
-
-# --- as a measure of a scan
-
-
-@dataclass
-class Options:
-    """See `conf/measure/intervene.yaml`."""
-
-    name: str = "intervene"
-    basis: str = "paper"
-    edits: Any = field(default=None, metadata=holds(str | list[Edit] | None))
-
-
-def read(options: Options) -> Options:
-    """The edits themselves in the place of their file."""
-    return replace(options, edits=read_edits(options.edits))
-
-
-def check(options: Options, neurons: NeuronsConfig, info: ModelInfo, prompts: Sequence[Prompt]) -> None:
-    """Refuse bad options and edits.
-
-    Raises:
-        ConfigurationError: naming the key, its value, and what it may be.
-    """
-    check_basis(options.basis, info.is_gated, info.architecture)
-    check_whole_layers(neurons, options.name)
-    if neurons.layers != "all":
-        raise ConfigurationError(f"neurons.layers={neurons.layers}: measure.edits names the neurons; leave it at all")
-    checked_edits(options.edits, info.n_layers, info.n_neurons)
-
-
-def identity(options: Options) -> dict[str, Any]:
-    """All of them, with the edits in full."""
-    return {"name": options.name, "basis": options.basis, "edits": options.edits}
-
-
-def tables(options: Options, info: ModelInfo) -> dict[str, pa.Schema]:
-    """`prompts`, and `intervene`."""
-    return {"prompts": schema.PROMPTS, "intervene": schema.INTERVENE}
-
-
-def cost_a_prompt(options: Options, neurons: NeuronsConfig, info: ModelInfo, n_targets: float) -> Cost:
-    """A row of numbers a (target, edit)."""
-    return Cost({"prompts": 256, "intervene": int(40 * len(options.edits) * n_targets)}, 1 + len(options.edits))
-
-
-calibrate = nothing_to_calibrate
-
-
-def measure(
-    model: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
-    options: Options,
-    neurons: NeuronsConfig,
-    budget: Budget,
-    calibration: Mapping[str, Any],
-) -> dict[str, pa.Table]:
-    """One shard's tables."""
-    edits = checked_edits(options.edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
-    found = dict(effects(model, prompts, edits, options.basis, budget))
-    dtype = str(model.dtype).removeprefix("torch.")
-    rows = [prompt_row(prompt, found[i].probability_k.astype(np.float32)) for i, prompt in enumerate(prompts)]
-    changes = [_table(prompt, found[i], edits, options.basis, dtype) for i, prompt in enumerate(prompts)]
-    return {"prompts": pa.concat_tables(rows), "intervene": pa.concat_tables(changes)}
-
-
-def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], basis: str, dtype: str) -> pa.Table:
-    """Rows by edit, then target."""
-    e, k = found.delta_p_ek.shape
-    after_ek = found.probability_k + found.delta_p_ek
-    return table_of(
-        schema.INTERVENE,
-        e * k,
-        **key_columns(prompt, np.tile(np.arange(k), e)),
-        edit=np.repeat(np.array([edit.name for edit in edits], dtype=object), k),
-        basis=basis,
-        dtype=dtype,
-        probability_before=np.tile(found.probability_k, e),
-        probability=after_ek.ravel(),
-        delta_p=found.delta_p_ek.ravel(),
-        prediction_before=np.full(e * k, found.probability_k.argmax()),
-        prediction=np.repeat(after_ek.argmax(1), k),
-    )

@@ -34,7 +34,7 @@ _TARGETS_TOGETHER = 32
 
 
 class Interventions:
-    """One prompt, ready for interventions: layer inputs are stored, and the unshifted output is known.
+    """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
 
     probability_k: of each target without a shift [K], at least float32, on the model's device.
     activation_ln: of each layer's neurons at the readout position, on the layer's device; sites: where they are.
@@ -66,8 +66,8 @@ class Interventions:
             head_rv = stack.enter_context(self._readout.watching())
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
-        self._unshifted = self._readout.unshifted(head_rv[0][0], logits_rv[0], self._who)
-        self.probability_k = self._unshifted.p_v[self._target_ids].to(self.device)
+        self._baseline = self._readout.baseline(head_rv[0][0], logits_rv[0], self._who)
+        self.probability_k = self._baseline.p_v[self._target_ids].to(self.device)
         self.activation_ln = [site.neurons(flat(captured[i])[place])[0] for i, site in enumerate(self.sites)]
 
     def neurgrad(self, layers: Sequence[int]) -> Tensor:
@@ -115,7 +115,7 @@ class Interventions:
         `shifts_i` are added to the activation as they are; signs are the caller's business. Batches are filled evenly.
 
         Raises:
-            DoesNotFit: one intervention beside the unshifted row does not fit.
+            DoesNotFit: one intervention beside the baseline row does not fit.
             NonFiniteError: NaN or infinity after an intervention.
         """
 
@@ -146,7 +146,7 @@ class Interventions:
             return self.rows.run([1 if self._widens_at_neurons else n_rows])
 
     @torch.no_grad()
-    def run_unshifted(self, layer: int, n_rows: int) -> None:
+    def run_baseline(self, layer: int, n_rows: int) -> None:
         """Run `n_rows` equal rows from a layer on and drop them: the least that interventions there can cost."""
         stored = self.rows.widened(self._inputs[layer], n_rows)
         with resuming_at(self._layers, layer, stored, self._forms):
@@ -163,7 +163,7 @@ class Interventions:
 
         with self._readout.differences([n_rows]) as head_rv:
             self.run_from(layer, n_rows, shift)
-        return self._readout.delta_log_p(self._unshifted, head_rv[0][1:], self._target_ids)
+        return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
 
 
 def rows_that_fit(model: LanguageModel, rows: Rows, batch_bytes: float) -> RowBudget:
@@ -174,7 +174,7 @@ def rows_that_fit(model: LanguageModel, rows: Rows, batch_bytes: float) -> RowBu
 
 
 def check_batch_bytes(batch_bytes: int, row_values: int) -> None:
-    """Refuse a budget that holds no two rows even of a short prompt, the unshifted one and one intervention.
+    """Refuse a budget that holds no two rows even of a short prompt, the baseline and one intervention.
 
     Raises:
         ConfigurationError: with the least that is needed.

@@ -23,23 +23,14 @@ from neg_service.errors import ConfigurationError, PromptError
 from neg_service.measures.choice import Neurons, checked_neurons
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
-from neg_service.measures.linearity import Doubles, Grid, Linearity, chosen_grid, linearity
+from neg_service.measures.linearity import Linearity, linearity
+from neg_service.measures.shifts import Doubles, Sweep, check_shift, chosen_grid
 from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
 
-SHIFTS = ("magnitude", "signed")
 # Memory for the rows of a batch on a CPU; larger batches are no faster from a few hundred rows on.
 BATCH_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """How a neuron is swept: over which shifts, of which tensor, and whether its magnitude or it itself moves."""
-
-    grid: Grid
-    basis: str = "paper"
-    shift: str = "magnitude"
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ def neg(
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """What a sweep of one prompt found, float64 on the model's device, in the order of the neurons asked for.
 
     delta_p_nsk: the curves, None where they were not to be kept.
@@ -135,7 +126,7 @@ def sweep_prompt(
     budget: RowBudget,
     keep_curves: bool,
     on_done: Callable[[int], None] = lambda n: None,
-) -> Swept:
+) -> SweepResult:
     """Sweep neurons [n, 2] for all targets, layer by layer; curves never leave the device.
 
     `on_done` is told how many neurons each layer brought.
@@ -146,25 +137,25 @@ def sweep_prompt(
     """
     device, probability_k = interventions.device, interventions.probability_k.double()
     order = np.argsort(neurons[:, 0], kind="stable")
-    judged: list[Linearity] = []
+    evaluated: list[Linearity] = []
     kept: list[Tensor] = []
     activations: list[Tensor] = []
     for layer in np.unique(neurons[:, 0]).tolist():
         own_n = torch.from_numpy(neurons[neurons[:, 0] == layer, 1]).to(device)
         log_p_nsk = curves(interventions, layer, own_n, sweep, budget).to(device)
         delta_p_nsk = probability_k * log_p_nsk.double().expm1()
-        judged.append(linearity(sweep.grid, delta_p_nsk.mT))
+        evaluated.append(linearity(sweep.grid, delta_p_nsk.mT))
         activations.append(interventions.activation_ln[layer].to(device)[own_n].double())
         if keep_curves:
             kept.append(delta_p_nsk)
         on_done(len(own_n))
     back = torch.from_numpy(np.argsort(order)).to(device)
-    return Swept(
+    return SweepResult(
         linearity_nk=Linearity(
-            neg=torch.cat([own.neg for own in judged])[back],
-            r=torch.cat([own.r for own in judged])[back],
-            r2=torch.cat([own.r2 for own in judged])[back],
-            largest=torch.cat([own.largest for own in judged])[back],
+            neg=torch.cat([own.neg for own in evaluated])[back],
+            r=torch.cat([own.r for own in evaluated])[back],
+            r2=torch.cat([own.r2 for own in evaluated])[back],
+            max_abs_delta_p=torch.cat([own.max_abs_delta_p for own in evaluated])[back],
         ),
         activation_n=torch.cat(activations)[back],
         delta_p_nsk=torch.cat(kept)[back] if keep_curves else None,
@@ -181,12 +172,6 @@ def curves(interventions: Interventions, layer: int, neurons_n: Tensor, sweep: S
         moved_ns = signed_by(activation_n[:, None], moved_ns)
     delta_ik = interventions.delta_log_p(layer, neurons_n.repeat_interleave(len(shifts_s)), moved_ns.flatten(), budget)
     return delta_ik.view(len(neurons_n), len(shifts_s), -1)
-
-
-def check_shift(shift: str) -> None:
-    """Refuse an unknown kind of shift."""
-    if shift not in SHIFTS:
-        raise ConfigurationError(f"measure.shift={shift} is unknown; known are {', '.join(SHIFTS)}")
 
 
 def _asked_neurons(neurons: Sequence[tuple[int, int]] | str, n_layers: int, n_neurons: int) -> Neurons:

@@ -6,7 +6,7 @@ says which NEGs mean anything. With w_s the weights with which a curve is summed
     resolution = 2 · p · σ · √(Σ_s w_s² + (Σ_s w_s)²)      which is 2·p·σ/√(Σ_s δ_s²) where all shifts of a symmetric
                                                            grid are run
 
-in probability per activation unit: a NEG below it has no known sign. The second sum is the unshifted row's error, which
+in probability per activation unit: a NEG below it has no known sign. The second sum is the baseline row's error, which
 all shifts of a curve share; over a symmetric grid it cancels. Measured on SmolLM2-135M (80 neurons of five layers, two
 prompts, two targets, float32 against float64, 2026-11), half of σ² is that row's, and 95 to 98 % of NEGs are off by
 less than their resolution, with symmetric, one-sided and skewed grids and with a single shift; without it, 75 % with
@@ -28,8 +28,9 @@ from torch import Tensor
 from neg_service.errors import NonFiniteError, OutOfMemory
 from neg_service.measures.choice import Neurons
 from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.measures.linearity import Grid, linearity
-from neg_service.measures.neg import Sweep, curves
+from neg_service.measures.linearity import linearity
+from neg_service.measures.neg import curves
+from neg_service.measures.shifts import Grid, Sweep
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import EncodedPrompt

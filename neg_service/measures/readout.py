@@ -1,7 +1,7 @@
 """Differences of probabilities that are far smaller than the probabilities: the difference readout.
 
 Two nearly equal probabilities, or logits, are never subtracted. The vocabulary head is linear, so it is given the
-*difference* of the final hidden states, h_shifted - h_unshifted, and gives differences of logits Δz. With r the most
+*difference* of the final hidden states, h_shifted - h_baseline, and gives differences of logits Δz. With r the most
 probable token and d_j = Δz_j - Δz_r,
 
     Δ log p_t = d_t - log1p( Σ_{j≠r} p_j · expm1(d_j) )          Δp_t = p_t · expm1(Δ log p_t)
@@ -38,7 +38,7 @@ _CPU_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Unshifted:
+class Baseline:
     """A prompt's output without any intervention.
 
     who: names the prompt in messages. logits_v, p_v: logits and probabilities of the vocabulary. reference: the most
@@ -96,7 +96,7 @@ class Readout:
         finally:
             handle.remove()
 
-    def unshifted(self, head_v: Tensor, logits_v: Tensor, who: str) -> Unshifted:
+    def baseline(self, head_v: Tensor, logits_v: Tensor, who: str) -> Baseline:
         """What the differences of a prompt refer to, from the head's output and the model's logits for it.
 
         Raises:
@@ -119,7 +119,7 @@ class Readout:
                 f"{self._name} does something to its logits after the head that is neither a factor nor a soft cap; "
                 f"differences cannot be read: choose another model.source"
             )
-        return Unshifted(
+        return Baseline(
             who=who,
             logits_v=logits_v,
             p_v=logits_v.softmax(-1),
@@ -128,7 +128,7 @@ class Readout:
             head_v=head_v,
         )
 
-    def delta_log_p(self, unshifted: Unshifted, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
+    def delta_log_p(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
         """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it.
 
         Raises:
@@ -137,31 +137,31 @@ class Readout:
         # On a CPU a few rows at a time: they stay in the processor's cache from step to step.
         at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
         parts = torch.split(difference_rv, at_once)
-        return torch.cat([self._delta_log_p(unshifted, part, target_ids) for part in parts])
+        return torch.cat([self._delta_log_p(baseline, part, target_ids) for part in parts])
 
-    def _delta_log_p(self, unshifted: Unshifted, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
+    def _delta_log_p(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
         delta_rv = at_least_float32(difference_rv)
         bias = getattr(self._head, "bias", None)
         if bias is not None:
             # The head added it to the differences too. What rounding that leaves is far below that of the layers.
             delta_rv = delta_rv.sub_(bias)
         if self._cap is not None:
-            after_rv = torch.tanh((unshifted.head_v + delta_rv) / self._cap)
-            uncapped_rv = 1 - torch.tanh(unshifted.head_v / self._cap) * after_rv
+            after_rv = torch.tanh((baseline.head_v + delta_rv) / self._cap)
+            uncapped_rv = 1 - torch.tanh(baseline.head_v / self._cap) * after_rv
             delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(uncapped_rv)
-        elif unshifted.factor != 1:
-            delta_rv = delta_rv.mul_(unshifted.factor)
-        relative_rv = delta_rv - delta_rv[:, unshifted.reference, None]
+        elif baseline.factor != 1:
+            delta_rv = delta_rv.mul_(baseline.factor)
+        relative_rv = delta_rv - delta_rv[:, baseline.reference, None]
         target_rk = relative_rv[:, list(target_ids)]
         # expm1 of the reference is zero exactly, so it needs no leaving out.
-        rest_r = relative_rv.expm1_() @ unshifted.p_v
+        rest_r = relative_rv.expm1_() @ baseline.p_v
         found_rk = target_rk - rest_r.log1p()[:, None]
         is_beyond_r = ~found_rk.isfinite().all(1)
         if is_beyond_r.any():
             # A logit moved by more than float32's exponential holds: nothing is nearly equal, so it may be subtracted.
-            before_v = unshifted.logits_v.log_softmax(-1)
-            after_rv = (unshifted.logits_v + delta_rv[is_beyond_r]).log_softmax(-1)
+            before_v = baseline.logits_v.log_softmax(-1)
+            after_rv = (baseline.logits_v + delta_rv[is_beyond_r]).log_softmax(-1)
             found_rk[is_beyond_r] = (after_rv - before_v)[:, list(target_ids)]
             if not found_rk.isfinite().all():
-                raise NonFiniteError(f"{unshifted.who}: NaN or infinity in logits after an intervention")
+                raise NonFiniteError(f"{baseline.who}: NaN or infinity in logits after an intervention")
         return found_rk

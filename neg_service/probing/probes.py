@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from sklearn.ensemble import RandomForestClassifier
 
 from neg_service.errors import ConfigurationError
-from neg_service.measures.scores import n_bits
-from neg_service.measures.votes import PromptVotes, from_text, votes_of
+from neg_service.measures.builtin.neuron_predictions import PromptPredictions, from_text, predictions_of
+from neg_service.measures.builtin.skill_scores import n_bits
 from neg_service.probing.ranking import (
     ActivationPart,
     GradientPart,
@@ -46,7 +46,7 @@ _TREES = 100
 
 @dataclass(frozen=True)
 class Votes:
-    """What S neurons say about P prompts of one task; see `measures/votes.py`.
+    """What S neurons say about P prompts of one task; see `measures/neuron_predictions.py`.
 
     neurons: [S] numbers through all layers. probability_pk: of the labels, by the model.
     """
@@ -106,7 +106,7 @@ def read_votes(run: Run, task: str, neurons: Ints) -> Votes:
     )
 
 
-def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptVotes]]:
+def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPredictions]]:
     stored = from_text(run.config["measure"]["chosen"][task])
     places = np.searchsorted(stored, neurons)
     if not np.array_equal(stored[np.minimum(places, len(stored) - 1)], neurons):
@@ -117,14 +117,14 @@ def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptVot
         for i in range(batch.num_rows):
             sign, largest, smallest, activation = (batch.column(c)[i].values.to_numpy() for c in range(1, 5))
             own = sign.reshape(-1, len(stored))[:, places]
-            votes = PromptVotes(own, largest[places], smallest[places], activation[places])
+            votes = PromptPredictions(own, largest[places], smallest[places], activation[places])
             yield batch.column(0)[i].as_py(), votes
 
 
-def _computed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptVotes]]:
+def _computed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPredictions]]:
     within = (pc.field("prompt_id") >= f"{task}/") & (pc.field("prompt_id") < f"{task}0")
 
-    def of_shard(parts: ShardParts) -> list[tuple[str, PromptVotes]]:
+    def of_shard(parts: ShardParts) -> list[tuple[str, PromptPredictions]]:
         gradients, activations = parts.fragments
         table = gradients.to_table(columns=GradientPart.COLUMNS, filter=within)
         if not table.num_rows:
@@ -138,7 +138,7 @@ def _computed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptV
             own = neurons // n == layer
             neurgrad_pks[:, :, own] = part.values(task, int(layer))[:, :, neurons[own] % n]
             activation_ps[:, own] = activation_part.values(ids, int(layer))[:, neurons[own] % n]
-        return [(id_, votes_of(neurgrad_pks[i], activation_ps[i])) for i, id_ in enumerate(ids)]
+        return [(id_, predictions_of(neurgrad_pks[i], activation_ps[i])) for i, id_ in enumerate(ids)]
 
     parts = parts_of_shards(run, "neurgrad", "activations")
     for own in in_order(of_shard, parts, lambda own: own.size):

@@ -25,7 +25,7 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from neg_service.errors import ConfigurationError
-from neg_service.measures.scores import Scores, activation_scores, gradient_scores
+from neg_service.measures.builtin.skill_scores import Scores, activation_scores, gradient_scores
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
 

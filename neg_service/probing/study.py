@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError
-from neg_service.measures.votes import as_text
+from neg_service.measures.builtin.neuron_predictions import as_text
 from neg_service.probing import probes
 from neg_service.probing.options import Context, Options, check_options, contexts_of
 from neg_service.probing.probes import Accuracy, Votes, accuracy, read_votes

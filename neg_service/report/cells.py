@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-UNIT = "probability a unit of |activation|"
-# Of measures whose tables hold a value of each neuron: what people call them, and their unit.
-VALUES = {
-    "neurgrad": ("NeurGrad", UNIT),
-    "integrated_gradients": ("integrated gradients", "probability"),
-    "gradient": ("gradient", "probability a unit of activation"),
-    "gradient_x_activation": ("gradient × activation", "probability"),
-    "activation": ("activation", "no unit"),
-    "random": ("random draw", "no unit"),
-}
+from neg_service.schema import ESTIMATES, PER_MAGNITUDE
+
+UNIT = PER_MAGNITUDE
+# Of estimators: what people call them, and their unit.
+VALUES = ESTIMATES
 
 
 def estimator_name(name: str) -> str:

@@ -35,34 +35,71 @@ def accuracy(run: Run) -> Accuracy:
     return Accuracy(right, answered.num_rows)
 
 
+# The columns of rows of single neurons from which `agreement` is made, and those that stand beside it in a report.
+_COMPARED = ("r", "neg", "neurgrad", "gradient", "is_resolved", "signs_agree")
+_BESIDE = ("layer", "neuron", "activation", "r2", "largest_delta_p")
+# What fits into memory at once; larger tables are for a reader that streams.
+_SUMMARISED_ROWS = 5_000_000
+
+
+def describe_tables(run: Run) -> list[tuple[str, str]]:
+    """What is in a run's tables by now, in lines for `aligned`."""
+    main = run.tables[-1]
+    n_rows = run.table(main).count_rows()
+    rows = [
+        ("accuracy", str(accuracy(run)) if "prompts" in run.tables else "not measured"),
+        ("rows", f"{n_rows} in table {main}"),
+    ]
+    if run.values_of_neurons:
+        rows.append(("values", _values(run, run.values_of_neurons[0])))
+    if is_of_curves(run, main) and 0 < n_rows <= _SUMMARISED_ROWS:
+        rows += agreement(run)
+    return rows
+
+
+def _values(run: Run, name: str) -> str:
+    """How many values of neurons there are, of what, and in which unit."""
+    table = run.described[name]
+    kind = table.schema.field(table.values).type
+    each = 1 if table.is_by_neuron else kind.list_size
+    return f"{run.table(name).count_rows() * each} of {table.title}, {table.unit}".rstrip(", ")
+
+
 @dataclass(frozen=True)
 class Neuron:
-    """A neuron and its effect on one target; `neurgrad` in probability per unit of |activation|."""
+    """A neuron, and what is known of it on one target: values by their column, the one that ranks it first."""
 
     layer: int
     index: int
-    neurgrad: float
-    activation: float
+    values: dict[str, float]
 
 
 def strongest(run: Run, prompt_id: str, target: str, count: int) -> list[Neuron]:
-    """The neurons of largest |NeurGrad| for a prompt's target, strongest first; needs `measure.keep` all or answer."""
+    """The neurons of largest |value| for a prompt's target, strongest first; of a table with a list for each layer.
+
+    Beside it what other such tables know of the neuron on that prompt, as `activations` beside `neurgrad`.
+    """
+    main, *others = [name for name in run.values_of_neurons if not run.described[name].is_by_neuron]
     of_prompt = pc.field("prompt_id") == prompt_id
-    values = (
-        run.table("neurgrad")
-        .to_table(columns=["layer", "neurgrad"], filter=of_prompt & (pc.field("target") == target))
-        .sort_by("layer")
-    )
-    active = run.table("activations").to_table(columns=["layer", "activation"], filter=of_prompt).sort_by("layer")
-    layers = values["layer"].to_numpy()
-    neurgrad_ln = _matrix(values["neurgrad"])
-    activation_ln = _matrix(active["activation"])
-    best = np.argsort(-np.abs(neurgrad_ln), axis=None, kind="stable")[:count]
-    rows, neurons = np.unravel_index(best, neurgrad_ln.shape)
+    layers, values_ln = _by_layer(run, main, of_prompt & (pc.field("target") == target))
+    best = np.argsort(-np.abs(values_ln), axis=None, kind="stable")[:count]
+    rows, neurons = np.unravel_index(best, values_ln.shape)
+    values = {str(run.described[main].values): values_ln[rows, neurons]}
+    for name in others:
+        if "target" in run.schemas[name].names or "prompt_id" not in run.schemas[name].names:
+            continue
+        values[str(run.described[name].values)] = _by_layer(run, name, of_prompt)[1][rows, neurons]
     return [
-        Neuron(int(layers[row]), int(neuron), float(neurgrad_ln[row, neuron]), float(activation_ln[row, neuron]))
-        for row, neuron in zip(rows, neurons, strict=True)
+        Neuron(int(layers[row]), int(neuron), {column: float(own[i]) for column, own in values.items()})
+        for i, (row, neuron) in enumerate(zip(rows, neurons, strict=True))
     ]
+
+
+def _by_layer(run: Run, name: str, only: pc.Expression) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Layers [L] and values [L, N] of the rows of a table, of which there is one for each layer."""
+    column = run.described[name].values
+    table = run.table(name).to_table(columns=["layer", column], filter=only).sort_by("layer")
+    return table["layer"].to_numpy(), _matrix(table[column])
 
 
 class Correlation:
@@ -96,12 +133,18 @@ class Correlation:
         return float(self._scatter_22[0, 1] / np.sqrt(spread)) if self._n > 1 and spread > 0 else float("nan")
 
 
+def is_of_curves(run: Run, name: str) -> bool:
+    """Whether a table is of curves over shifts, a neuron in each row, with estimates beside NEG and known noise."""
+    has_noise = "noise" in run.about.get("calibration", {})
+    return {*_COMPARED, *_BESIDE} <= {*run.schemas[name].names} and "shifts" in run.config["measure"] and has_noise
+
+
 def agreement(run: Run) -> list[tuple[str, str]]:
     """Of a sweep: how many curves are straight, and how well estimates agree with NEG, in lines for `aligned`."""
-    columns_read = ["r", "neg", "neurgrad", "gradient", "is_resolved", "signs_agree"]
+    columns_read = list(_COMPARED)
     n = linear = agree = resolved = 0
     with_neurgrad, with_gradient = Correlation(), Correlation()
-    for batch in run.table("sweep", columns_read).to_batches():
+    for batch in run.table(run.tables[-1], columns_read).to_batches():
         r, neg, neurgrad, gradient = (batch[name].to_numpy().astype(np.float64) for name in columns_read[:4])
         n += batch.num_rows
         linear += int((np.abs(r) >= LINEAR).sum())
@@ -111,8 +154,8 @@ def agreement(run: Run) -> list[tuple[str, str]]:
         with_gradient.add(neg, gradient)
     noise = run.about["calibration"]["noise"]
     signs = f", {_percent(agree, resolved)} of signs agree"
-    # A neuron that moves by the shift itself is foretold by the plain gradient.
-    is_signed = run.config["measure"]["shift"] == "signed"
+    # A neuron that moves by the shift itself is predicted by the plain gradient.
+    is_signed = run.config["measure"].get("shift") == "signed"
     return [
         ("curves", f"{n}: a neuron and a target each, of {_shifts(run.config['measure'])}"),
         ("linear", f"{_percent(linear, n)} have |r| >= {LINEAR}"),

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError, StorageError, one_line
 from neg_service.places import name_of
+from neg_service.schema import Table
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.run import RunDirectory, Snapshot, read_run_file, schema_from_json
 from neg_service.storage.stores import open_store
@@ -30,11 +32,6 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pads
 
 RUN_COLUMN = "run"
-# What a table of one neuron is made from, the most direct measurement first.
-_OF_NEURONS = (
-    "sweep", "neurgrad", "integrated_gradients", "gradient", "gradient_x_activation", "random", "activation",
-    "top_neurons", "activations", "strength",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,16 @@ class Run:
     def tables(self) -> list[str]:
         """The names of the tables."""
         return list(self.directory.tables)
+
+    @cached_property
+    def described(self) -> dict[str, Table]:
+        """What is known of each table: its schema, its title, its unit, and the column that holds values of neurons."""
+        return {name: Table.of(name, own) for name, own in self.schemas.items()}
+
+    @property
+    def values_of_neurons(self) -> list[str]:
+        """The tables that hold values of neurons, first the one that the run is about."""
+        return [name for name in reversed(self.tables) if self.described[name].values is not None]
 
     @property
     def n_shards(self) -> int:
@@ -108,31 +115,42 @@ class Run:
         return Selection.of([part for _, part in self.parts(name, at=at)], self.schemas[name], columns, filter)
 
     def neuron(self, layer: int, index: int) -> pa.Table:
-        """All that is known of one neuron: a row a (prompt, target), or a prompt where targets play no part.
+        """All that is known of one neuron: a row for each prompt and target, or prompt where targets play no part.
 
-        From the tables that hold neurons: of `sweep` and `top_neurons` their rows; of `neurgrad`,
-        `integrated_gradients`, the baselines, `activations` and `strength` the one value in the place of the list,
-        `activation` beside `neurgrad`. Reads one layer of each part, as a stream.
+        From the table that the run is about; where its rows are of a layer, with the neuron's own value in the place of
+        the list. Beside it what other tables know of the neuron on the same prompt, as `activations` beside `neurgrad`.
+        Reads one layer of each part, as a stream.
 
         Raises:
             ConfigurationError: the run has no such layer or neuron.
         """
-        name = next((name for name in _OF_NEURONS if name in self.schemas), None)
-        if name is None:
+        if not self.values_of_neurons:
             raise ConfigurationError(f"{self.uri} has no table of neurons; it has {', '.join(self.tables)}")
         self._require_neuron(layer, index)
-        of_layer, at = pc.field("layer") == layer, self.snapshot()
-        if "neuron" in self.schemas[name].names:
-            return self.table(name, filter=of_layer & (pc.field("neuron") == index), at=at).to_table()
-        table = self._one_value(name, of_layer, index, at)
-        if name == "neurgrad" and "activations" in self.schemas:
-            active = self._one_value("activations", of_layer, index, at).select(["prompt_id", "activation"])
-            table = table.join(active, "prompt_id", join_type="left outer")
-            order = [key for key in ("prompt_id", "target_index") if key in table.column_names]
-            return table.sort_by([(key, "ascending") for key in order])
-        return table
+        main, *others = self.values_of_neurons
+        at = self.snapshot()
+        table = self._of_neuron(main, layer, index, at)
+        keys = {name: self._keys_beside(name, main) for name in others}
+        for name, own in keys.items():
+            if own:
+                value = self._of_neuron(name, layer, index, at).select([*own, self.described[name].values])
+                table = table.join(value, own, join_type="left outer")
+        if not any(keys.values()):
+            return table
+        order = [key for key in ("prompt_id", "target_index") if key in table.column_names]
+        return table.sort_by([(key, "ascending") for key in order])
 
-    def _one_value(self, name: str, of_layer: pc.Expression, index: int, at: Snapshot) -> pa.Table:
+    def _keys_beside(self, name: str, main: str) -> list[str]:
+        """The columns by which a table's values stand beside those of another; none if they cannot."""
+        own, of = self.described[name], self.schemas[main].names
+        keys = [key for key in own.schema.names if key not in (own.values, "layer", "neuron", "basis")]
+        is_beside = keys and own.values not in of and set(keys) <= set(of)
+        return keys if is_beside else []
+
+    def _of_neuron(self, name: str, layer: int, index: int, at: Snapshot) -> pa.Table:
+        of_layer = pc.field("layer") == layer
+        if self.described[name].is_by_neuron:
+            return self.table(name, filter=of_layer & (pc.field("neuron") == index), at=at).to_table()
         chosen: dict[str, pc.Expression] = {}
         for field in self.schemas[name]:
             is_list = pa.types.is_fixed_size_list(field.type)

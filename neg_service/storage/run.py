@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.errors import DestinationError, one_line
+from neg_service.schema import Table
 from neg_service.storage.objects import Entry, ObjectStore
 from neg_service.storage.parts import footer_of, shard_of
 
@@ -114,7 +115,7 @@ def write_or_match(
         content = {
             "fingerprint": fingerprint,
             "identity": identity,
-            "tables": {name: _schema_to_json(schema) for name, schema in tables.items()},
+            "tables": {name: _schema_to_json(name, schema) for name, schema in tables.items()},
             "about": about,
             "request": request or {},
         }
@@ -280,9 +281,13 @@ def schema_from_json(described: dict[str, Any]) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(described["arrow_schema"])))
 
 
-def _schema_to_json(schema: pa.Schema) -> dict[str, Any]:
-    # The columns are for people, the serialised schema for the reader of a run that has no part yet.
+def _schema_to_json(name: str, schema: pa.Schema) -> dict[str, Any]:
+    # All but the serialised schema is for people; that is for the reader of a run that has no part yet.
+    table = Table.of(name, schema)
     return {
+        "title": table.title,
+        "unit": table.unit,
+        "values": table.values,
         "columns": {field.name: str(field.type) for field in schema},
         "arrow_schema": base64.b64encode(schema.serialize().to_pybytes()).decode(),
     }

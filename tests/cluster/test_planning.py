@@ -22,7 +22,8 @@ from neg_service.errors import (
     ConfigurationError,
     PromptError,
 )
-from neg_service.measures import Cost, find_measure
+from neg_service.measures import find_measure
+from neg_service.measures.base import Cost
 from neg_service.models.language_model import checked_dtype
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -133,11 +134,11 @@ def test_layers_are_checked_and_sorted() -> None:
 
 
 def test_measures_are_found_by_name_or_path_and_unknown_ones_name_the_known() -> None:
-    assert find_measure("neurgrad") is find_measure("neg_service.measures.neurgrad")
+    assert find_measure("neurgrad") is find_measure("neg_service.measures.builtin.neurgrad")
     for unknown in ("nothing", "gradients", "no.such.module"):
         with pytest.raises(
             ConfigurationError,
-            match=rf"measure\.name={unknown} is unknown; known are gradient, .*, intervene, neurgrad",
+            match=rf"measure\.name={unknown} is unknown; known are activation, gradient, .*, intervene, neurgrad",
         ):
             find_measure(unknown)
 
@@ -188,7 +189,7 @@ def test_the_fingerprint_holds_science_and_no_operations(tiny_directory: Path, d
         ({"measure": {"basis": "bias"}}, "measure.basis=bias is unknown"),
         ({"measure": {"keep": "best"}}, "measure.keep=best is unknown; known are all, answer, top_k"),
         ({"measure": {"keep": "top_k", "top_k": 121}}, "measure.top_k=121: must be from 1 to 120"),
-        ({"measure": {"tok_k": 5}}, "measure.tok_k: Key 'tok_k' not in 'Options'"),
+        ({"measure": {"tok_k": 5}}, "measure.tok_k: Key 'tok_k' not in 'NeurGradOptions'"),
         ({"model": {"dtype": "int4"}}, "model.dtype=int4 is unknown"),
     ],
 )

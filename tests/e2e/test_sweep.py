@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 import neg_service
-from neg_service.measures.strength import total
+from neg_service.measures.builtin.aggregate_importance import total
 from tests.e2e.commands import in_order, job, refused
 
 pytestmark = pytest.mark.ray

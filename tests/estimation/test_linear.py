@@ -7,7 +7,7 @@ import pytest
 
 from neg_service.errors import ConfigurationError
 from neg_service.estimation.linear import by_layer, by_range, histogram, shifts_of_ranges
-from neg_service.measures.linearity import range_grid
+from neg_service.measures.shifts import range_grid
 
 RANGES = [0.5, 1.0, 2.0, 4.0, 10.0]
 
@@ -29,7 +29,7 @@ def test_a_line_is_linear_everywhere_and_a_parabola_nowhere_and_a_bend_only_near
         assert found[largest, 0]["share_linear"] == 1
         assert found[largest, 0]["r2_q50"] == pytest.approx(1)
         assert found[largest, 1]["share_linear"] == 0
-        judged = range_grid(largest).judged
+        judged = range_grid(largest).evaluated
         expected = np.corrcoef(judged, judged + judged**3 / 8)[0, 1]
         assert found[largest, 2]["r_q50"] == pytest.approx(expected)
         assert (found[largest, 2]["n"], found[largest, 2]["n_without_effect"]) == (1, 1)

@@ -18,40 +18,30 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 
-from neg_service.config import NeuronsConfig
-from neg_service.measures import neurgrad as honest
-from neg_service.measures.neurgrad import Options, calibrate, check, cost_a_prompt, identity, read, tables
-from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel
-from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.measures.base import ShardInput
+from neg_service.measures.builtin.neurgrad import NeurGrad
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import shard_of
 from neg_service.storage.s3 import S3Store
-
-__all__ = ["Options", "calibrate", "check", "cost_a_prompt", "identity", "measure", "read", "tables"]
 
 VARIABLE = "NEG_FAULTS"
 PROMPTS_A_SHARD = 2
 
 
-def measure(
-    model: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
-    options: Options,
-    neurons: NeuronsConfig,
-    budget: Budget,
-    calibration: Mapping[str, Any],
-) -> dict[str, pa.Table]:
-    """As neurgrad, after what is ordered for this shard."""
-    happen("compute", int(prompts[0].prompt.id) // PROMPTS_A_SHARD, "")
-    return honest.measure(model, prompts, options, neurons, budget, calibration)
+class SabotagedNeurGrad(NeurGrad):
+    """As NeurGrad, after what is ordered for the shard."""
+
+    def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
+        """The shard's tables, if nothing happens."""
+        happen("compute", int(shard.prompts[0].prompt.id) // PROMPTS_A_SHARD, "")
+        return super().measure(shard)
 
 
 def happen(when: str, shard: int, table: str) -> None:

@@ -14,8 +14,8 @@ from jobs.benchmarks import ways
 from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
 from neg_service.errors import ConfigurationError
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.linearity import coarse_grid, full_grid
-from neg_service.measures.neg import Sweep, sweep_prompt
+from neg_service.measures.neg import sweep_prompt
+from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
 from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.facts import load

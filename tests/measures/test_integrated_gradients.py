@@ -15,17 +15,19 @@ import neg_service
 from neg_service import LanguageModel, schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, PromptError
-from neg_service.measures import find_measure
-from neg_service.measures import integrated_gradients as measure
+from neg_service.measures import measure_of
 from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import ModelInfo
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
 from tests.families import bases_of, float64_of, model_of, random_ids, readout
 from tests.measures.test_neurgrad import encoded, relative
+from tests.shards import measured_shard
 from tests.tiny_models import MASK, tiny_model
+
+NAME = "integrated_gradients"
 
 # Each engine; a layer that cannot grow rows at its neurons (OPT, BLOOM); one that brings grown rows to another axis
 # (GPT-2); a fused gate (Phi-3); a soft cap (Gemma 2); layers that cannot be begun at (DeBERTa 2).
@@ -276,19 +278,12 @@ def test_equals_the_oracle_on_the_default_model(
 def scanned(
     neurons: NeuronsConfig, prompts: list[Prompt] = PROMPTS, family: str = "Llama 2", **given: Any
 ) -> dict[str, pa.Table]:
-    model, options = model_of(family), measure.Options(**given)
-    measure.check(options, neurons, INFO, prompts)
-    found = measure.measure(
-        model, list(encode(model.tokenizer, prompts, None, model.mask_token)), options, neurons, Budget(4096), {}
-    )
-    expected = measure.tables(options, INFO)
-    assert list(found) == list(expected)
-    assert {name: table.schema for name, table in found.items()} == expected
-    return found
+    measure = measure_of({"name": NAME, **given})
+    measure.validate(INFO, neurons, prompts)
+    return measured_shard(measure, model_of(family), prompts, neurons)
 
 
 def test_a_scan_gives_a_row_a_prompt_target_and_layer() -> None:
-    assert find_measure("integrated_gradients") is measure
     found = scanned(NeuronsConfig([0, 2]), steps=4, basis="hidden")
     table = found["integrated_gradients"]
     assert table.schema == schema.integrated_gradients(40)
@@ -306,15 +301,9 @@ def test_a_scan_gives_a_row_a_prompt_target_and_layer() -> None:
                     row["integrated_gradients"], expected.integrated_gradients[p, k, i], rtol=1e-4, atol=1e-9
                 )
     assert next(rows, None) is None
-    known = find_measure("neurgrad")
-    beside = known.measure(
-        model_of("Llama 2"),
-        list(encode(model_of("Llama 2").tokenizer, PROMPTS, None)),
-        known.Options(),
-        NeuronsConfig([0]),
-        Budget(4096),
-        {},
-    )["prompts"]
+    beside = measured_shard(measure_of({"name": "neurgrad"}), model_of("Llama 2"), PROMPTS, NeuronsConfig([0]))[
+        "prompts"
+    ]
     for name in ("prompt_id", "prompt", "targets", "target_tokens", "answer", "prediction"):
         assert found["prompts"][name].equals(beside[name])
     for own, other in zip(found["prompts"]["probabilities"], beside["probabilities"], strict=True):
@@ -360,13 +349,13 @@ def test_bad_requests_are_refused_before_anything_starts(
     options: dict[str, Any], neurons: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        measure.check(measure.Options(**options), NeuronsConfig(**neurons), INFO, PROMPTS)
+        measure_of({"name": NAME, **options}).validate(INFO, NeuronsConfig(**neurons), PROMPTS)
 
 
 def test_bad_requests_of_the_library_are_refused() -> None:
     unanswered = [Prompt("u", "w1", (" w2",))]
     with pytest.raises(ConfigurationError, match=r"prompt 'u' has no answer; use measure\.keep=all$"):
-        measure.check(measure.Options(keep="answer"), NeuronsConfig(), INFO, unanswered)
+        measure_of({"name": NAME, "keep": "answer"}).validate(INFO, NeuronsConfig(), unanswered)
     model = model_of("GPT-2")
     with pytest.raises(ConfigurationError, match=r"^m=0: must be at least 1"):
         neg_service.integrated_gradients(model, ["w1"], [[" w2"]], m=0)
@@ -377,12 +366,13 @@ def test_bad_requests_of_the_library_are_refused() -> None:
 
 
 def test_steps_are_part_of_what_a_run_is_and_of_its_cost() -> None:
-    assert measure.identity(measure.Options(steps=7)) == {
+    measure = measure_of({"name": NAME, "steps": 7})
+    assert measure.fingerprint_inputs() == {
         "name": "integrated_gradients", "basis": "paper", "keep": "all", "steps": 7
     }  # fmt: skip
-    cost = measure.cost_a_prompt(measure.Options(steps=7), NeuronsConfig([0, 1]), INFO, 3.0)
+    cost = measure.cost(INFO, NeuronsConfig([0, 1]), 3.0)
     assert cost.rows == 7 * 2 * 3
     assert cost.bytes["integrated_gradients"] == 4 * 40 * 2 * 3
-    answer = measure.cost_a_prompt(measure.Options(steps=7, keep="answer"), NeuronsConfig([0, 1]), INFO, 3.0)
+    answer = measure_of({"name": NAME, "steps": 7, "keep": "answer"}).cost(INFO, NeuronsConfig([0, 1]), 3.0)
     assert answer.rows == 7 * 2
     assert answer.bytes["integrated_gradients"] == 4 * 40 * 2

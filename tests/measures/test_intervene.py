@@ -12,14 +12,15 @@ import torch
 
 import neg_service
 from neg_service import Edit, LanguageModel
-from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
-from neg_service.measures import intervene as measure
+from neg_service.measures import intervene, measure_of
+from neg_service.measures.builtin.intervene import Intervene, InterveneOptions
 from neg_service.measures.edits import checked_edits, read_edits
 from neg_service.models.batches import Budget
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
 from tests import oracle
 from tests.families import EDITED, probabilities_by_hand
+from tests.shards import measured_shard
 from tests.tiny_models import tiny_model
 
 TEXTS = ["w3 w14 w15 w9 w26 w5", "w3 w14 w2", "w50 w51 w52 w53 w54 w55 w56"]
@@ -134,10 +135,7 @@ def test_enhancing_raises_and_suppressing_lowers_the_answer() -> None:
 def test_the_measure_gives_a_row_for_each_edit_and_target() -> None:
     model = tiny_model("Llama 2", torch.float64)
     prompts = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(TEXTS, TARGETS, strict=True))]
-    options = measure.Options(edits=EDITS)
-    tables = measure.measure(
-        model, list(encode(model.tokenizer, prompts, None)), options, NeuronsConfig(), Budget(99), {}
-    )
+    tables = measured_shard(Intervene(InterveneOptions(edits=EDITS)), model, prompts, budget=Budget(99))
     found = neg_service.intervene(model, TEXTS, TARGETS, EDITS)
     rows = tables["intervene"].to_pylist()
     assert len(rows) == len(EDITS) * 6
@@ -155,8 +153,9 @@ def test_edits_are_read_from_a_file_into_the_options(tmp_path: Path) -> None:
     (tmp_path / "e.jsonl").write_text('{"neurons": [[0, 1]], "scale": 0}\n\n')
     expected = [{"neurons": [[0, 1]], "scale": 0}]
     for name in ("e.json", "e.jsonl"):
-        assert measure.read(measure.Options(edits=str(tmp_path / name))).edits == expected
-    assert measure.read(measure.Options(edits=expected)).edits == expected
+        asked = measure_of({"name": "intervene", "edits": str(tmp_path / name)})
+        assert asked.with_files_read().options.edits == expected
+    assert measure_of({"name": "intervene", "edits": expected}).with_files_read().options.edits == expected
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(ConfigurationError, match=r"measure\.edits=.*cannot be read"):
             read_edits(str(path))
@@ -228,7 +227,7 @@ def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_tokens=0)
     with pytest.raises(ConfigurationError, match=r"measure\.basis=bias is unknown"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS, basis="bias")
-    monkeypatch.setattr(measure, "_run_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(intervene, "_run_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(OutOfMemory, match="its 10 rows do not fit"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS)
 

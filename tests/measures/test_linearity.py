@@ -1,4 +1,4 @@
-"""Grids and what is made of curves: cases computed by hand, and the coarse grid's promise."""
+"""What is made of curves: cases computed by hand, the coarse grid's promise, and the resolution."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from neg_service.errors import ConfigurationError
-from neg_service.measures.linearity import Grid, coarse_grid, full_grid, given_grid, linearity
+from neg_service.measures.linearity import linearity
 from neg_service.measures.noise import resolution
+from neg_service.measures.shifts import Grid, coarse_grid, full_grid, given_grid
 
 
 def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
@@ -28,7 +28,7 @@ def test_neg_r_and_r2_of_curves_computed_by_hand() -> None:
     np.testing.assert_allclose(found.r, [1, 0, 0, 0.8 / np.sqrt(14 / 3 * 0.24)], rtol=1e-14)
     # Row 1: residuals 0.4, 0.2, 0.1 of 3·0.09; row 3: residuals 0.2, -0.2, 0.2 of 0.36.
     np.testing.assert_allclose(found.r2, [1, 1 - 0.21 / 0.27, 0, 1 - 0.12 / 0.36], rtol=1e-13, atol=1e-15)
-    np.testing.assert_allclose(found.largest, [0.2, 0.3, 0, 0.6])
+    np.testing.assert_allclose(found.max_abs_delta_p, [0.2, 0.3, 0, 0.6])
 
 
 def test_a_single_shift_has_a_slope_and_no_correlation() -> None:
@@ -38,16 +38,11 @@ def test_a_single_shift_has_a_slope_and_no_correlation() -> None:
     assert float(found.r) == 0
 
 
-def test_curves_far_below_float32_are_judged_as_any_other() -> None:
+def test_curves_far_below_float32_are_evaluated_as_any_other() -> None:
     grid = full_grid()
     found = linearity(grid, torch.from_numpy(grid.shifts * 1e-30)[None])
     assert float(found.neg) == pytest.approx(1e-30)
     assert float(found.r) == pytest.approx(1)
-
-
-def test_the_default_grid_is_the_papers() -> None:
-    assert full_grid().shifts.tolist() == [s / 10 for s in range(-20, 21) if s]
-    assert full_grid(0.5, 0.2).shifts.tolist() == [-0.4, -0.2, 0.2, 0.4]
 
 
 def test_the_coarse_grid_is_exact_for_curves_of_the_fourth_degree() -> None:
@@ -58,48 +53,14 @@ def test_the_coarse_grid_is_exact_for_curves_of_the_fourth_degree() -> None:
         return torch.from_numpy(3e-4 * d - 2e-4 * d**2 + 5e-5 * d**3 + 7e-5 * d**4)[None]
 
     exact, found = linearity(full, curve(full.shifts)), linearity(coarse, curve(coarse.shifts))
-    for name in ("neg", "r", "r2", "largest"):
+    for name in ("neg", "r", "r2", "max_abs_delta_p"):
         assert float(getattr(found, name)) == pytest.approx(float(getattr(exact, name)), rel=1e-12)
     # NEG is a weighted sum of the curve that was run.
     assert float(curve(coarse.shifts)[0] @ torch.from_numpy(coarse.weights)) == pytest.approx(float(found.neg))
 
 
-def test_the_coarse_grid_follows_the_range() -> None:
-    np.testing.assert_allclose(coarse_grid(0.5, 0.1).shifts, coarse_grid().shifts / 4)
-    with pytest.raises(ConfigurationError, match=r"measure\.grid=coarse: runs 4 shifts"):
-        coarse_grid(0.2, 0.1)
-
-
-def test_a_tiny_grid_is_a_grid_and_one_that_rounds_away_is_refused() -> None:
-    assert full_grid(3e-13, 1e-13).shifts.tolist() == [-3e-13, -2e-13, -1e-13, 1e-13, 2e-13, 3e-13]
-
-
-@pytest.mark.parametrize(("max_shift", "step"), [(2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1)])
-def test_bad_grids_are_refused(max_shift: float, step: float) -> None:
-    with pytest.raises(ConfigurationError, match=r"measure\.step="):
-        full_grid(max_shift, step)
-
-
-@pytest.mark.parametrize(
-    ("shifts", "message"),
-    [
-        ([], "at least one shift"),
-        ([1.0, "much"], "must be numbers"),
-        ([[1.0], [1.0, 2.0]], "must be numbers"),
-        ([[1.0]], "at least one shift"),
-        ([1.0, 0.0], "0 is no shift"),
-        ([float("nan")], "nan is no shift"),
-        ([float("-inf")], "-inf is no shift"),
-        ([1.0, 2.0, 1.0], "1 is given 2 times"),
-    ],
-)
-def test_bad_shifts_are_refused(shifts: list[float], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        given_grid(shifts)
-
-
-def test_the_resolution_of_one_sided_grids_has_the_unshifted_rows_error() -> None:
-    # One shift of 2: NEG is Δp/2, and its weight 1/2 counts for the shifted row and for the unshifted one.
+def test_the_resolution_of_one_sided_grids_has_the_baseline_rows_error() -> None:
+    # One shift of 2: NEG is Δp/2, and its weight 1/2 counts for the shifted row and for the baseline.
     assert resolution(given_grid([2.0]), 0.1) == pytest.approx(2 * 0.1 * np.sqrt(1 / 4 + 1 / 4))
     # Shifts 1 and 2: weights 1/5 and 2/5, squares 1/25 + 4/25, sum 3/5.
     assert resolution(given_grid([1.0, 2.0]), 0.1) == pytest.approx(2 * 0.1 * np.sqrt(5 / 25 + 9 / 25))

@@ -34,7 +34,7 @@ def test_layers_below_an_intervention_do_not_run() -> None:
     for index, layer in enumerate(model.feed_forward.layers):
         layer.register_forward_pre_hook(lambda _m, _a, index=index: ran.append(index))
     neg_service.neg(model, TEXT, "w7", [(2, 0)], [1.0])
-    # Once each for the unshifted prompt, then the layer of the intervention alone.
+    # Once each for the baseline prompt, then the layer of the intervention alone.
     assert ran == [0, 1, 2, 2]
 
 

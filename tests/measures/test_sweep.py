@@ -16,16 +16,17 @@ import neg_service
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
-from neg_service.measures import interventions, neurgrad, strength, sweep
-from neg_service.measures.linearity import full_grid
-from neg_service.measures.neg import Sweep
+from neg_service.measures import interventions, measure_of
+from neg_service.measures.base import Measure
+from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.measures.noise import measure_noise, resolution
-from neg_service.measures.strength import total
+from neg_service.measures.shifts import Sweep, full_grid
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel, ModelInfo
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
+from tests.shards import measured_shard
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [
@@ -40,14 +41,13 @@ INFO = ModelInfo("tiny", "sha256:0", "LlamaForCausalLM", 3, 40, 64, 1, is_gated=
 def swept(
     model: LanguageModel, neurons: NeuronsConfig, prompts: list[Prompt] = PROMPTS, sigma: float = 0.0, **given: Any
 ) -> dict[str, pa.Table]:
-    options = sweep.Options(**{"shifts": SHIFTS, **given})
-    sweep.check(options, neurons, INFO, prompts)
-    encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
-    budget = Budget(4096)
-    found = sweep.measure(model, encoded, options, neurons, budget, {"noise": {"sigma": sigma}})
-    for name, expected in sweep.tables(options, INFO).items():
-        assert found[name].schema == expected
-    return found
+    measure = sweep_of(**{"shifts": SHIFTS, **given})
+    measure.validate(INFO, neurons, prompts)
+    return measured_shard(measure, model, prompts, neurons, {"noise": {"sigma": sigma}})
+
+
+def sweep_of(**given: Any) -> Measure[Any]:
+    return measure_of({"name": "sweep", **given})
 
 
 @pytest.mark.parametrize("family", ["Llama 2", "BERT"])
@@ -101,10 +101,9 @@ def test_each_prompts_strongest_neurons_are_swept() -> None:
 
 def test_strength_over_a_data_set_is_the_sum_of_each_prompts_largest() -> None:
     model = tiny_model("Llama 2")
-    encoded = list(encode(model.tokenizer, PROMPTS, None))
+    strength = measure_of({"name": "strength"})
     tables = [
-        strength.measure(model, part, strength.Options(), NeuronsConfig([1, 2]), Budget(4096), {})["strength"]
-        for part in (encoded[:2], encoded[2:])
+        measured_shard(strength, model, part, NeuronsConfig([1, 2]))["strength"] for part in (PROMPTS[:2], PROMPTS[2:])
     ]
     layers, found = total(pa.concat_tables(tables))
     expected = sum(
@@ -152,7 +151,7 @@ def test_noise_is_measured_and_low_precision_is_marked() -> None:
         model = tiny_model("Llama 2", dtype)
         neurons = NeuronsConfig(choose="sample", count=9)
         encoded = list(encode(model.tokenizer, PROMPTS, None))
-        found[dtype] = sweep.calibrate(model, encoded, sweep.Options(), neurons)["noise"]
+        found[dtype] = sweep_of().calibrate(model, encoded, neurons)["noise"]
         marked = swept(model, neurons)["sweep"]["dtype"].unique().to_pylist()
         assert marked == [str(dtype).removeprefix("torch.")]
     assert found[torch.float32]["reference"] == "float64"
@@ -224,11 +223,10 @@ def test_float64_in_a_moment_is_truly_float64() -> None:
 def test_pressure_on_memory_never_stops_a_run_as_if_it_were_a_setting() -> None:
     model = tiny_model("BERT", torch.float64)
     prompts = [Prompt("a", "w1 " * 50 + "w96", ("w2",)), Prompt("b", "w1 w96", ("w2",))]
-    encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
-    neurons, options = NeuronsConfig(choose="sample", count=1), sweep.Options(shifts=SHIFTS)
+    neurons, measure = NeuronsConfig(choose="sample", count=1), sweep_of(shifts=SHIFTS)
     noise = {"noise": {"sigma": 0.0}}
-    easy = sweep.measure(model, encoded, options, neurons, Budget(4096), noise)["sweep"]
-    hard = sweep.measure(model, encoded, options, neurons, Budget(4096, 1e-9), noise)["sweep"]
+    easy = measured_shard(measure, model, prompts, neurons, noise)["sweep"]
+    hard = measured_shard(measure, model, prompts, neurons, noise, Budget(4096, 1e-9))["sweep"]
     np.testing.assert_allclose(hard["neg"], easy["neg"], rtol=1e-6)
 
 
@@ -257,7 +255,7 @@ def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypat
         np.testing.assert_allclose(table["neg"].to_numpy()[3 * i + 1], alone.neg[0], rtol=1e-6)
 
 
-def test_every_batch_has_an_unshifted_row_and_layers_below_do_not_run() -> None:
+def test_every_batch_has_an_baseline_row_and_layers_below_do_not_run() -> None:
     model = tiny_model("Llama 2")
     model.ensure_checked()
     ran: list[tuple[int, int]] = []
@@ -268,7 +266,7 @@ def test_every_batch_has_an_unshifted_row_and_layers_below_do_not_run() -> None:
     neg_service.neg(model, "w3 w14 w15", " w7", [(1, 2), (1, 3)], [1.0, 2.0], batch_bytes=2 * 4 * model.row_values)
     # The prefix of two tokens, the last token; then a pass an intervention, whose rows begin in layer 1 as one.
     assert ran == [(0, 2), (1, 2), (2, 2), (0, 1), (1, 1), (2, 1), *[(1, 1), (2, 2)] * 4]
-    # The head is given the unshifted row, the same each time, and differences from it, all different.
+    # The head is given the baseline row, the same each time, and differences from it, all different.
     plain, *batches = heads
     for batch in batches:
         torch.testing.assert_close(batch[0], plain[0])
@@ -352,12 +350,12 @@ def test_prompts_that_do_not_fit_are_left_out_by_the_noise_check_in_either_preci
 
 
 def test_the_identity_names_the_grid_by_its_shifts() -> None:
-    by_range = sweep.identity(sweep.Options(max_shift=0.2, step=0.1))
+    by_range = sweep_of(max_shift=0.2, step=0.1).fingerprint_inputs()
     assert by_range["shifts"] == [-0.2, -0.1, 0.1, 0.2]
-    assert by_range == sweep.identity(sweep.Options(shifts=[-0.2, -0.1, 0.1, 0.2]))
-    assert by_range == sweep.identity(sweep.Options(max_shift=0.2, batch_bytes=10**9))
-    assert by_range != sweep.identity(sweep.Options(max_shift=0.2, shift="signed"))
-    assert sweep.identity(sweep.Options(grid="coarse"))["max_shift"] == 2.0
+    assert by_range == sweep_of(shifts=[-0.2, -0.1, 0.1, 0.2]).fingerprint_inputs()
+    assert by_range == sweep_of(max_shift=0.2, batch_bytes=10**9).fingerprint_inputs()
+    assert by_range != sweep_of(max_shift=0.2, shift="signed").fingerprint_inputs()
+    assert sweep_of(grid="coarse").fingerprint_inputs()["max_shift"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -381,22 +379,22 @@ def test_bad_requests_are_refused_before_anything_starts(
     options: dict[str, Any], neurons: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        sweep.check(sweep.Options(**options), NeuronsConfig(**neurons), INFO, PROMPTS)
+        sweep_of(**options).validate(INFO, NeuronsConfig(**neurons), PROMPTS)
 
 
 def test_measures_of_whole_layers_refuse_single_neurons() -> None:
-    for measure in (neurgrad, strength):
+    for name in ("neurgrad", "strength"):
         with pytest.raises(ConfigurationError, match=r"is for measure=sweep; measure=[a-z]+ takes neurons=all"):
-            measure.check(measure.Options(), NeuronsConfig(choose="sample", count=3), INFO, PROMPTS)
+            measure_of({"name": name}).validate(INFO, NeuronsConfig(choose="sample", count=3), PROMPTS)
 
 
 def test_the_cost_counts_interventions_and_curves() -> None:
-    cost = sweep.cost_a_prompt(sweep.Options(), NeuronsConfig(choose="sample", count=5), INFO, 4.0)
+    cost = sweep_of().cost(INFO, NeuronsConfig(choose="sample", count=5), 4.0)
     assert cost.rows == 15 * 40
     five = NeuronsConfig(choose="sample", count=5)
-    with_curves = sweep.cost_a_prompt(sweep.Options(keep_curves=True), five, INFO, 4.0)
+    with_curves = sweep_of(keep_curves=True).cost(INFO, five, 4.0)
     assert with_curves.bytes["sweep"] - cost.bytes["sweep"] == 4 * 40 * 15 * 4
-    assert "delta_p" in sweep.tables(sweep.Options(keep_curves=True), INFO)["sweep"].names
+    assert "delta_p" in sweep_of(keep_curves=True).tables(INFO)["sweep"].schema.names
     assert "delta_p" not in schema.sweep().names
 
 

@@ -18,11 +18,11 @@ import neg_service
 from neg_service import LanguageModel
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, OutOfMemory
-from neg_service.measures import sweep
-from neg_service.models.batches import Budget
+from neg_service.measures import measure_of
 from neg_service.models.placement import checked_devices, device_map, require_room
 from neg_service.prompts.prompt import Prompt, encode
 from tests.devices import DEVICES, pretended
+from tests.shards import measured_shard
 from tests.tiny_models import tiny_model
 
 TWO = [torch.device(name) for name in DEVICES.split(",")]
@@ -37,9 +37,8 @@ def everything_measured(model: LanguageModel) -> dict[str, np.ndarray]:
     prompts = [Prompt(str(i), text, tuple(own), 0) for i, (text, own) in enumerate(zip(texts, targets, strict=True))]
     encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
     neurons = NeuronsConfig(choose="list", list=[[0, 3], [1, 17], [2, 39]])
-    options = sweep.Options(shifts=[-1.0, 1.0])
-    noise = sweep.calibrate(model, encoded, options, neurons)
-    swept = sweep.measure(model, encoded, options, neurons, Budget(4096), noise)["sweep"]
+    sweep = measure_of({"name": "sweep", "shifts": [-1.0, 1.0]})
+    swept = measured_shard(sweep, model, prompts, neurons, sweep.calibrate(model, encoded, neurons))["sweep"]
     edits = [{"neurons": [(0, 3), (2, 39)], "suppress": 0.5}, {"neurons": [(1, 17)], "scale": 0}]
     return {
         "neurgrad": neg_service.neurgrad(model, texts, targets).neurgrad,

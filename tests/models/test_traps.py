@@ -138,8 +138,8 @@ def test_logits_without_their_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", ["Granite", "Cohere", "Cohere 2"])
 def test_logits_without_their_factor(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Readout.unshifted
-    monkeypatch.setattr(Readout, "unshifted", lambda *given: dataclasses.replace(real(*given), factor=1.0))
+    real = Readout.baseline
+    monkeypatch.setattr(Readout, "baseline", lambda *given: dataclasses.replace(real(*given), factor=1.0))
     assert sweep_deviation(family, "paper") > SEEN
 
 
@@ -193,7 +193,7 @@ def _on_the_residual(self: Interventions, layer: int, neurons_r: Tensor, shifts_
     with torch.no_grad(), resumed, self._readout.differences([n_rows]) as head_rv:
         self.rows.run([n_rows])
     handle.remove()
-    return self._readout.delta_log_p(self._unshifted, head_rv[0][1:], self._target_ids)
+    return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
 
 
 def test_dropout_that_is_left_on() -> None:

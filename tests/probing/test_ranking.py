@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from neg_service.measures.scores import activation_scores, gradient_scores, n_bits
-from neg_service.measures.votes import votes_of
+from neg_service.measures.builtin.neuron_predictions import predictions_of
+from neg_service.measures.builtin.skill_scores import activation_scores, gradient_scores, n_bits
 from neg_service.probing import probes
 from neg_service.probing.probes import Votes
 from neg_service.probing.ranking import Ranking, TaskScores, in_order, most_in_flight
@@ -64,7 +64,7 @@ def test_a_ranking_takes_the_lower_number_of_equals() -> None:
 
 
 def dense_votes(g: np.ndarray, a: np.ndarray, y: np.ndarray) -> Votes:
-    own = [votes_of(g[i], a[i]) for i in range(len(g))]
+    own = [predictions_of(g[i], a[i]) for i in range(len(g))]
     return Votes(
         neurons=np.arange(M),
         prompt_ids=tuple(f"t/test/{i}" for i in range(len(g))),
@@ -115,7 +115,7 @@ def test_a_forest_learns_from_train_alone() -> None:
     def votes(rows: np.ndarray, answers: np.ndarray) -> Votes:
         g = np.zeros((len(rows), 2, 3), np.float32)
         np.put_along_axis(g, rows[:, None, :], 1.0, 1)
-        own = [votes_of(one, np.zeros(3, np.float32)) for one in g]
+        own = [predictions_of(one, np.zeros(3, np.float32)) for one in g]
         stacked = {name: np.stack([getattr(one, name) for one in own]) for name in ("largest_s", "smallest_s")}
         return Votes(
             np.arange(3), (), answers, np.zeros((len(rows), 2), np.float32), np.stack([one.sign_ks for one in own]),

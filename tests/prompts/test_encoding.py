@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import pytest
-from jobs.benchmarks.tiny_models import tiny_tokenizer
 
 from neg_service.errors import PromptError, TargetError
 from neg_service.prompts.encoding import Encoding, Ids
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, encode
+from tests.tiny_models import tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), " ".join(f"w{j}" for j in range(i + 1)), (f" w{i + 1}", " w9"), 0) for i in range(5)]
 

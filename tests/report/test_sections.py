@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from jobs.report import write_report
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import DestinationError, StorageError
 from neg_service.report import figures
-from neg_service.report.console import Correlation, agreement
+from neg_service.report.console import Correlation, agreement, describe_tables
 from neg_service.report.page import Grid, Picture, Section, render
 from neg_service.report.sections import sections_of
 from neg_service.report.sections.found import Found, find
@@ -100,6 +101,26 @@ def test_a_neuron_of_a_baselines_run_can_be_loaded(place: Path, tiny_directory: 
     one = run.neuron(1, 7).to_pylist()
     assert [row[name] for row in one] == [row[name][7] for row in whole]
     assert len(one) == 15
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [{"name": "neurgrad"}, {"name": "neurgrad", "keep": "top_k", "top_k": 8}, {"name": "random"}, {"name": "strength"}],
+    ids=["values", "strongest", "baseline", "sums"],
+)
+def test_a_run_whose_tables_say_nothing_of_themselves_is_read_and_shown_as_any_other(
+    place: Path, tiny_directory: Path, measure: dict[str, Any], tmp_path: Path
+) -> None:
+    run = run_of(place, tiny_directory, measure)
+    bare = {name: own.with_metadata(None) for name, own in run.schemas.items()}
+    before = dataclasses.replace(run, schemas=bare)
+    assert before.neuron(1, 7).equals(run.neuron(1, 7))
+    assert describe_tables(before) == describe_tables(run)
+    shown, expected = only_section(before), only_section(run)
+    assert shown.title == expected.title
+    assert [grid.rows for grid in shown.grids] == [grid.rows for grid in expected.grids]
+    assert [grid.head for grid in shown.grids] == [grid.head for grid in expected.grids]
+    assert [picture.caption for picture in shown.pictures] == [picture.caption for picture in expected.pictures]
 
 
 def test_a_sweep_is_shown_with_its_curves_whichever_way_neurons_were_shifted(place: Path, tiny_directory: Path) -> None:

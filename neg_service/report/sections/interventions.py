@@ -11,24 +11,25 @@ from numpy.typing import NDArray
 
 from neg_service.measures.edits import OPERATIONS, edit_name
 from neg_service.report import figures
-from neg_service.report.cells import UNIT, VALUES, percent
+from neg_service.report.cells import VALUES, percent
 from neg_service.report.console import agreement
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
 from neg_service.report.sections.kept import Curves, Sample, Strength, rows_of, strongest_grid, strongest_rows
+from neg_service.schema import PER_ACTIVATION, PER_MAGNITUDE
 from neg_service.storage.reader import Run
 
 _MOST_EDITS = 200
 
 
-def sweep_section(run: Run, number: int) -> Section:
+def sweep_section(run: Run, table: str, number: int) -> Section:
     """Of interventions on single neurons."""
     shown = ["layer", "neuron", "neg", "r", "largest_delta_p", "activation"]
     only_right, of = rows_of(run)
-    has_curves = "delta_p" in run.schemas["sweep"].names
+    has_curves = "delta_p" in run.schemas[table].names
     columns = ["prompt_id", "target", *shown, "r2", "neurgrad", "gradient", *["delta_p"] * has_curves]
     kept, sample, curves = Strength(), Sample(), Curves(run)
-    for batch in run.table("sweep", columns, only_right).to_batches(batch_size=8192):
+    for batch in run.table(table, columns, only_right).to_batches(batch_size=8192):
         if not batch.num_rows:
             continue
         sample.add(batch.select(["neg", "neurgrad", "gradient"]))
@@ -40,8 +41,8 @@ def sweep_section(run: Run, number: int) -> Section:
                 kept.keep((row["prompt_id"], row["target"]), abs(row["neg"]), row)
         if has_curves:
             curves.add(batch)
-    is_signed = run.config["measure"]["shift"] == "signed"
-    unit = "probability a unit of activation" if is_signed else UNIT
+    is_signed = run.config["measure"].get("shift") == "signed"
+    unit = PER_ACTIVATION if is_signed else PER_MAGNITUDE
     four = "{:.4f}".format
     grid = strongest_grid(
         run, kept, "The strongest swept neurons of each prompt",
@@ -73,7 +74,7 @@ def sweep_section(run: Run, number: int) -> Section:
             Picture(
                 f"curves-{number}", "A few neurons",
                 "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
-                f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} foretells.",
+                f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} predicts.",
                 "Curves of probability over shifts for a few neurons",
                 drawn(figures.curves(shown_curves, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
             )
@@ -83,14 +84,14 @@ def sweep_section(run: Run, number: int) -> Section:
     return Section(f"run-{number}", f"NEG by intervention: {run.name}", "", [facts, grid], pictures)
 
 
-def edits_section(run: Run, number: int) -> Section:
-    """Of joint interventions: a row an edit."""
+def edits_section(run: Run, table: str, number: int) -> Section:
+    """Of joint interventions: a row for each edit."""
     only_right, of = rows_of(run)
     columns = [
         "edit", "target_index", "is_answer", "delta_p", "probability_before", "prediction_before", "prediction",
     ]  # fmt: skip
     sums: dict[str, NDArray[np.float64]] = {}
-    for batch in run.table("intervene", columns, only_right).to_batches(batch_size=8192):
+    for batch in run.table(table, columns, only_right).to_batches(batch_size=8192):
         edits = batch["edit"].dictionary_encode()
         names, codes = edits.dictionary.to_pylist(), edits.indices.to_numpy()
         target, before, after = (

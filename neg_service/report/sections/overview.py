@@ -16,7 +16,8 @@ _HEAD = (
 )  # fmt: skip
 
 _LONG = 40
-_SETTINGS = ("basis", "keep", "top_k", "shift", "grid", "steps", "seed")
+# Settings of a measure that say how a table is kept, or what others say already.
+_LEFT_OUT = ("name", "keep_curves", "max_shift", "step")
 
 
 def overview(found: Found) -> Section:
@@ -87,9 +88,11 @@ def _data_of(dataset: Mapping[str, Any]) -> str:
 def _settings(run: Run) -> str:
     """What decides the numbers beside model and data: of the measure what is short, and which neurons."""
     measure, neurons = run.config["measure"], run.config.get("neurons", {})
-    said = [f"{key} {measure[key]}" for key in _SETTINGS if measure.get(key) is not None]
-    if shifts := measure.get("shifts"):
-        said.append(f"{len(shifts)} shifts up to ±{max(map(abs, shifts)):g}")
+    given = {key: value for key, value in measure.items() if key not in _LEFT_OUT}
+    said = [f"{key} {value}" for key, value in given.items() if isinstance(value, str | int | float)]
+    for key, value in given.items():
+        if isinstance(value, list) and value and all(isinstance(one, int | float) for one in value):
+            said.append(f"{len(value)} {key} up to ±{max(map(abs, value)):g}")
     chosen = neurons.get("choose", "all")
     if chosen != "all":
         count = f"{neurons['count']} " if neurons.get("count") else ""

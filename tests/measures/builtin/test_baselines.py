@@ -12,26 +12,23 @@ import torch
 
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures import baselines, find_measure
-from neg_service.models.batches import Budget
+from neg_service.measures import find_measure, measure_of
+from neg_service.measures.builtin import baselines
 from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
 from tests.families import model_of
 from tests.measures.test_integrated_gradients import INFO, PROMPTS
 from tests.measures.test_neurgrad import relative
+from tests.shards import measured_shard
 
 LAYERS = [0, 2]
 
 
 def scanned(name: str, prompts: list[Prompt] = PROMPTS, **options: Any) -> dict[str, pa.Table]:
-    model, measure = model_of("Llama 2"), find_measure(name)
-    asked = measure.Options(name=name, **options)
-    neurons = NeuronsConfig(LAYERS)
-    measure.check(asked, neurons, INFO, prompts)
-    found = measure.measure(model, list(encode(model.tokenizer, prompts, None)), asked, neurons, Budget(4096), {})
-    expected = measure.tables(asked, INFO)
-    assert {own: table.schema for own, table in found.items()} == expected
-    assert list(found) == list(expected) == ["prompts", name]
+    measure, neurons = measure_of({"name": name, **options}), NeuronsConfig(LAYERS)
+    measure.validate(INFO, neurons, prompts)
+    found = measured_shard(measure, model_of("Llama 2"), prompts, neurons)
+    assert list(found) == ["prompts", name]
     return found
 
 
@@ -78,5 +75,5 @@ def test_names_are_known_and_bad_options_refused() -> None:
         find_measure("baselines")
     with pytest.raises(ConfigurationError, match=r"measure.keep=top_k is unknown; known are all, answer"):
         scanned("gradient", keep="top_k")
-    assert "seed" not in baselines.identity(baselines.Options("activation"))
-    assert baselines.identity(baselines.Options("random", seed=2))["seed"] == 2
+    assert "seed" not in measure_of({"name": "activation"}).fingerprint_inputs()
+    assert measure_of({"name": "random", "seed": 2}).fingerprint_inputs()["seed"] == 2

@@ -1,0 +1,207 @@
+"""What a measure is: a class that says what it takes, what it gives and what that costs, and that measures shards.
+
+A measure of your own is a subclass of `Measure` in a module of your own, named by its path (`measure.name=my.module`,
+or `my.module:Class` where a module has several). The least that it has: `Options`, a dataclass of what may be set;
+`tables`, each with its schema, its title, its unit and the column that holds values of neurons; `cost`; and either
+`rows`, the tables of one prompt after the other, or `measure`, those of a whole shard. Reader, console and report know
+a table by what `tables` says of it, never by the measure's name.
+
+Nothing here and nothing that a measure's class needs before it measures imports torch: commands start fast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+import pyarrow as pa
+
+from neg_service.config import NeuronsConfig, checked_layers, typed
+from neg_service.errors import ConfigurationError
+from neg_service.measures.choice import check_whole_layers, described
+from neg_service.schema import Table
+
+if TYPE_CHECKING:
+    from neg_service.models.batches import Budget
+    from neg_service.models.language_model import LanguageModel, ModelInfo
+    from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+
+class Sizes(Protocol):
+    """How many layers a model has, and how many neurons a layer: what schemas may depend on."""
+
+    @property
+    def n_layers(self) -> int:
+        """Of the model."""
+        ...
+
+    @property
+    def n_neurons(self) -> int:
+        """Of a layer."""
+        ...
+
+
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a prompt is expected to cost.
+
+    bytes: of each table, before compression. rows: how many rows run through layers: branches, interventions.
+    rows_are: what a person calls them.
+    """
+
+    bytes: dict[str, int]
+    rows: float
+    rows_are: str = "gradients"
+
+
+@dataclass(frozen=True)
+class ShardInput:
+    """What a shard is measured from.
+
+    neurons: which ones. budget: how much a batch may hold. calibration: what the run found out before its first shard.
+    """
+
+    model: LanguageModel
+    prompts: Sequence[EncodedPrompt]
+    neurons: NeuronsConfig = field(default_factory=NeuronsConfig)
+    budget: Budget = field(kw_only=True)
+    calibration: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def layers(self) -> list[int]:
+        """The chosen layers."""
+        return checked_layers(self.neurons, self.model.feed_forward.n_layers)
+
+
+class Measure(ABC, Generic[OptionsT]):
+    """How neurons are measured, with the options that were given."""
+
+    # A dataclass of what `conf/measure/<name>.yaml` may say; its `name` is what `measure.name` was.
+    Options: ClassVar[type[Any]]
+    # What `measure.name` may be, of the measures of this package; others are named by their path.
+    NAMES: ClassVar[tuple[str, ...]] = ()
+    # Whether `neurons.choose` may be something else than `all`.
+    MEASURES_SINGLE_NEURONS: ClassVar[bool] = False
+
+    def __init__(self, options: OptionsT) -> None:
+        """With options as they are; `of` checks their names and types."""
+        self.options = options
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """With options from a configuration.
+
+        Raises:
+            ConfigurationError: an unknown option, or a value of another type.
+        """
+        return cls(typed(cls.Options, given, "measure"))
+
+    @property
+    def name(self) -> str:
+        """What `measure.name` was."""
+        return str(getattr(self.options, "name", type(self).__name__))
+
+    # --- what a measure says
+
+    @abstractmethod
+    def tables(self, sizes: Sizes) -> dict[str, Table]:
+        """The tables that each shard gives, in the order in which their parts are put; the last is the commit.
+
+        Where several hold values of neurons, the last of them is what the run is about.
+        """
+
+    @abstractmethod
+    def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
+        """The expected cost of a prompt with `n_targets` targets."""
+
+    def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+        """The tables of each prompt, by its index in the shard, in whatever order is cheapest."""
+        raise NotImplementedError(f"{type(self).__name__} has neither rows nor measure")
+
+    # --- what most leave as it is
+
+    def with_files_read(self) -> Self:
+        """The same with the content of files that options name in the place of the names: replicas see no files."""
+        return self
+
+    def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
+        """Refuse, before anything starts, what this measure cannot do.
+
+        Raises:
+            ConfigurationError: naming the key, its value, and what it may be.
+        """
+        # Models import torch; who validates has inspected one.
+        from neg_service.models.feed_forward import check_basis
+
+        basis = getattr(self.options, "basis", None)
+        if basis is not None:
+            check_basis(basis, info.is_gated, info.architecture)
+        if not self.MEASURES_SINGLE_NEURONS:
+            check_whole_layers(neurons, self.name)
+        checked_layers(neurons, info.n_layers)
+
+    def fingerprint_inputs(self) -> dict[str, Any]:
+        """The options that decide the numbers; they go into the run's fingerprint."""
+        return self.configuration()
+
+    def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
+        """Which neurons are measured, for a person."""
+        return described(neurons, info.n_layers, info.n_neurons)
+
+    def calibrate(
+        self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
+    ) -> dict[str, Any]:
+        """What one replica of a run finds out before its first shard, from a few prompts; JSON, kept in run.json."""
+        return {}
+
+    def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
+        """The tables of a shard: those of its prompts below each other, in the shard's order."""
+        of_prompt = dict(self.rows(shard))
+        ordered = [of_prompt[index] for index in range(len(shard.prompts))]
+        return {name: pa.concat_tables([own[name] for own in ordered]) for name in ordered[0]}
+
+    # --- what follows
+
+    @property
+    def has_to_calibrate(self) -> bool:
+        """Whether a replica has to find something out first: otherwise none waits for another."""
+        return type(self).calibrate is not Measure.calibrate
+
+    def configuration(self) -> dict[str, Any]:
+        """All options, as `of` takes them."""
+        options: Any = self.options
+        return asdict(options)
+
+    def tables_of(self, shard: ShardInput) -> dict[str, pa.Table]:
+        """The tables of a shard, which say of themselves what `tables` says.
+
+        Raises:
+            ConfigurationError: `measure` gave others than those.
+        """
+        found, declared = self.measure(shard), self.tables(shard.model.feed_forward)
+        if set(found) != set(declared):
+            raise ConfigurationError(
+                f"measure.name={self.name}: gave the tables {', '.join(found)}, but says that it gives "
+                f"{', '.join(declared)}"
+            )
+        for name, table in declared.items():
+            if not found[name].schema.equals(table.schema):
+                raise ConfigurationError(
+                    f"measure.name={self.name}: gave a table {name} of {_columns(found[name].schema)}, but says that "
+                    f"it is of {_columns(table.schema)}"
+                )
+        # In the order of their parts.
+        return {name: found[name].cast(table.described()) for name, table in declared.items()}
+
+    def schemas(self, sizes: Sizes) -> dict[str, pa.Schema]:
+        """The schemas of the tables, which carry what `tables` says of them."""
+        return {name: table.described() for name, table in self.tables(sizes).items()}
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}{'' if field.nullable else ' not null'}" for field in schema)

@@ -1,0 +1,81 @@
+"""The measure `strength`: how important each neuron is over a data set, as sums that need no stored gradients.
+
+A neuron's importance on a prompt is its largest |NeurGrad| over the prompt's targets. A shard adds that up over its
+prompts, so a data set of any size leaves a few numbers for each neuron and shard; `total` adds up the shards. This is
+what `neurons.choose=top neurons.over=dataset` ranks by.
+
+Axes: K targets, L layers, N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from neg_service import schema
+from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.tables import fixed_size, table_of
+from neg_service.schema import Table
+
+if TYPE_CHECKING:
+    from neg_service.models.language_model import ModelInfo
+
+
+@dataclass
+class AggregateImportanceOptions:
+    """See `conf/measure/strength.yaml`."""
+
+    name: str = "strength"
+    basis: str = "paper"
+
+
+class AggregateImportance(Measure[AggregateImportanceOptions]):
+    """Sums of each prompt's largest |NeurGrad|."""
+
+    Options = AggregateImportanceOptions
+    NAMES = ("strength",)
+
+    def tables(self, sizes: Sizes) -> dict[str, Table]:
+        """`strength`."""
+        note = "The mean over prompts of the largest |NeurGrad| over a prompt's targets."
+        return {"strength": Table(schema.strength(sizes.n_neurons), "strength", schema.PER_MAGNITUDE, "strength", note)}
+
+    def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
+        """A shard's sums are spread over its prompts, of which there are mostly many."""
+        layers = len(checked_layers(neurons, info.n_layers))
+        return Cost({"strength": layers * info.n_neurons // 8}, n_targets)
+
+    def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
+        """One shard's sums, in float64, where the order of the prompts hardly changes them."""
+        from neg_service.measures.gradients import gradients
+
+        model, layers, basis = shard.model, shard.layers, self.options.basis
+        wanted = [range(len(prompt.target_ids)) for prompt in shard.prompts]
+        importance_ln = np.zeros((len(layers), model.feed_forward.n_neurons))
+        for _, found in gradients(model, shard.prompts, wanted, basis, layers, shard.budget):
+            # The sign that makes a gradient a NeurGrad does not change its magnitude.
+            importance_ln += np.abs(found.gradient_kln).max(0)
+        table = table_of(
+            schema.strength(model.feed_forward.n_neurons),
+            len(layers),
+            layer=np.array(layers),
+            basis=basis,
+            n_prompts=np.full(len(layers), len(shard.prompts)),
+            strength=fixed_size(importance_ln),
+        )
+        return {"strength": table}
+
+
+def total(table: pa.Table) -> tuple[list[int], NDArray[np.float64]]:
+    """Layers and importance [L, N] from the rows of all shards."""
+    layer_r = table["layer"].to_numpy()
+    importance_rn = table["strength"].combine_chunks().flatten().to_numpy().reshape(len(layer_r), -1)
+    layers = np.unique(layer_r)
+    importance_ln = np.zeros((len(layers), importance_rn.shape[1]))
+    np.add.at(importance_ln, np.searchsorted(layers, layer_r), importance_rn)
+    return layers.tolist(), importance_ln

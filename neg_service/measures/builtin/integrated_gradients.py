@@ -1,0 +1,75 @@
+"""The measure `integrated_gradients`: of every neuron, for every target. What is computed: one level up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from neg_service import schema
+from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.tables import prompt_row, target_layer_rows
+from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
+from neg_service.prompts.prompt import Prompt
+from neg_service.schema import Table
+
+if TYPE_CHECKING:
+    from neg_service.models.language_model import ModelInfo
+
+_NAME = "integrated_gradients"
+
+
+@dataclass
+class IntegratedGradientsOptions:
+    """`keep`: the values of all targets, or those of the right answer only. `steps`: m, the points of the sum."""
+
+    name: str = _NAME
+    basis: str = "paper"
+    keep: str = "all"
+    steps: int = 20
+
+
+class IntegratedGradients(Measure[IntegratedGradientsOptions]):
+    """What each neuron brings while its layer grows from zero to what it is."""
+
+    Options = IntegratedGradientsOptions
+    NAMES = (_NAME,)
+
+    def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
+        """Refuse an unknown `keep`, and no steps, too."""
+        from neg_service.measures.integrated_gradients import check_steps
+
+        super().validate(info, neurons, prompts)
+        check_keep(self.options.keep, KEEP, prompts)
+        check_steps("measure.steps", self.options.steps)
+
+    def tables(self, sizes: Sizes) -> dict[str, Table]:
+        """`prompts` and `integrated_gradients`."""
+        values = Table(schema.integrated_gradients(sizes.n_neurons), *schema.ESTIMATES[_NAME], _NAME)
+        return {"prompts": Table(schema.PROMPTS), _NAME: values}
+
+    def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
+        """Four bytes for each value, which hardly compress; in each layer a row for each point, and back for each
+        target."""
+        layers = len(checked_layers(neurons, info.n_layers))
+        kept = kept_targets(self.options.keep, n_targets)
+        values = int(4 * layers * info.n_neurons * kept)
+        return Cost({"prompts": 256, _NAME: values}, self.options.steps * layers * kept)
+
+    def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+        """Rows by target, then layer."""
+        from neg_service.measures.integrated_gradients import integrals
+
+        options, layers = self.options, shard.layers
+        table_schema = schema.integrated_gradients(shard.model.feed_forward.n_neurons)
+        wanted = [wanted_targets(prompt.prompt, options.keep) for prompt in shard.prompts]
+        found_of = integrals(shard.model, shard.prompts, wanted, options.basis, layers, options.steps, shard.budget)
+        for index, found in found_of:
+            prompt, p_k = shard.prompts[index], found.probability_k
+            values = target_layer_rows(
+                table_schema, prompt, found.targets, layers, options.basis, p_k, found.integral_kln
+            )
+            yield index, {"prompts": prompt_row(prompt, p_k), _NAME: values}

@@ -1,0 +1,102 @@
+"""The measure `intervene`: joint edits of any sets of neurons, and what they do. What is computed: one level up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from neg_service import schema
+from neg_service.config import NeuronsConfig, holds
+from neg_service.errors import ConfigurationError
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
+from neg_service.measures.tables import key_columns, prompt_row, table_of
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.schema import Table
+
+if TYPE_CHECKING:
+    from neg_service.measures.intervene import Effects
+    from neg_service.models.language_model import ModelInfo
+
+
+@dataclass
+class InterveneOptions:
+    """See `conf/measure/intervene.yaml`."""
+
+    name: str = "intervene"
+    basis: str = "paper"
+    edits: Any = field(default=None, metadata=holds(str | list[Edit] | None))
+
+
+class Intervene(Measure[InterveneOptions]):
+    """Probabilities and predictions before and after edits."""
+
+    Options = InterveneOptions
+    NAMES = ("intervene",)
+
+    def with_files_read(self) -> Self:
+        """The edits themselves in the place of their file."""
+        return type(self)(replace(self.options, edits=read_edits(self.options.edits)))
+
+    def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
+        """Refuse layers, for edits name their neurons, and edits that the model cannot do, too."""
+        if neurons.choose == "all" and neurons.layers != "all":
+            raise ConfigurationError(
+                f"neurons.layers={neurons.layers}: measure.edits names the neurons; leave it at all"
+            )
+        super().validate(info, neurons, prompts)
+        checked_edits(self.options.edits, info.n_layers, info.n_neurons)
+
+    def fingerprint_inputs(self) -> dict[str, Any]:
+        """All options, with the edits in full."""
+        options = self.options
+        return {"name": options.name, "basis": options.basis, "edits": options.edits}
+
+    def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
+        """Those of the edits."""
+        return "those of measure.edits"
+
+    def tables(self, sizes: Sizes) -> dict[str, Table]:
+        """`prompts` and `intervene`."""
+        edited = Table(schema.INTERVENE, "change of the probability", schema.PROBABILITY)
+        return {"prompts": Table(schema.PROMPTS), "intervene": edited}
+
+    def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
+        """A row of numbers for each target and edit."""
+        n_edits = len(self.options.edits)
+        return Cost({"prompts": 256, "intervene": int(40 * n_edits * n_targets)}, 1 + n_edits, "interventions")
+
+    def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+        """Rows by edit, then target."""
+        from neg_service.measures.intervene import effects
+
+        model, basis = shard.model, self.options.basis
+        edits = checked_edits(self.options.edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+        dtype = str(model.dtype).removeprefix("torch.")
+        for index, found in effects(model, shard.prompts, edits, basis, shard.budget):
+            prompt = shard.prompts[index]
+            probability_k = found.probability_k.astype(np.float32)
+            table = _table(prompt, found, edits, basis, dtype)
+            yield index, {"prompts": prompt_row(prompt, probability_k), "intervene": table}
+
+
+def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], basis: str, dtype: str) -> pa.Table:
+    e, k = found.delta_p_ek.shape
+    after_ek = found.probability_k + found.delta_p_ek
+    return table_of(
+        schema.INTERVENE,
+        e * k,
+        **key_columns(prompt, np.tile(np.arange(k), e)),
+        edit=np.repeat(np.array([edit.name for edit in edits], dtype=object), k),
+        basis=basis,
+        dtype=dtype,
+        probability_before=np.tile(found.probability_k, e),
+        probability=after_ek.ravel(),
+        delta_p=found.delta_p_ek.ravel(),
+        prediction_before=np.full(e * k, found.probability_k.argmax()),
+        prediction=np.repeat(after_ek.argmax(1), k),
+    )

@@ -1,0 +1,158 @@
+"""The measure `scores`: how well each neuron tells right labels from wrong ones, as sums that need no stored gradients.
+
+Over the prompts i of a task with right labels y_i, with g[i, k, n] the NeurGrad of neuron n for label k:
+
+    polarity[n]  = Σ_i (2·sgn g[i, y_i, n] - Σ_k sgn g[i, k, n])
+    magnitude[n] = Σ_i Σ_k sgn(g[i, y_i, n] - g[i, k, n])
+    fires/b[n]   = Σ_i ±1, +1 where neuron n is active beyond its mean exactly if bit b of y_i is set
+    activation[n] = Σ_i a[i, n]
+
+All but the last are whole numbers, and all add up over shards: one pass over any number of prompts leaves a few numbers
+a neuron and shard. `fires` is for the baseline of activations, which tells two sets of labels apart; with more than two
+labels their numbers are written in binary, and each bit splits them in halves. A neuron's mean there is that over the
+shard's prompts, so that one pass does.
+
+Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053); activations: Wang et al.,
+"Finding Skill Neurons in Pre-trained Transformer-based Language Models", EMNLP 2022 (arXiv 2211.07349).
+
+Axes: P prompts, K labels, L layers, N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from neg_service import schema
+from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.tables import fixed_size, prompt_row, table_of
+from neg_service.measures.targets import check_answers
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tasks import task_of
+from neg_service.schema import Table
+
+if TYPE_CHECKING:
+    from neg_service.models.language_model import ModelInfo
+
+Floats = NDArray[np.float32]
+Scores = dict[str, NDArray[np.floating[Any]]]
+
+
+def n_bits(n_labels: int) -> int:
+    """How many bits the numbers of the labels have."""
+    return max(1, (n_labels - 1).bit_length())
+
+
+def gradient_scores(neurgrad_pkn: Floats, answer_p: NDArray[np.int64]) -> Scores:
+    """`polarity` and `magnitude` [N], each a whole number, of prompts with K labels."""
+    prompts = np.arange(len(answer_p))
+    answer_pn = neurgrad_pkn[prompts, answer_p]
+    # Of a row +1 where it is the right label's, and -1 elsewhere: 2·sgn(right) - Σ sgn(all).
+    weight_pk = np.full(neurgrad_pkn.shape[:2], -1, np.float32)
+    weight_pk[prompts, answer_p] = 1
+    n = neurgrad_pkn.shape[2]
+    # Sums of at most a few thousand ones are exact in float32.
+    polarity = weight_pk.ravel() @ np.sign(neurgrad_pkn).reshape(-1, n)
+    ahead = np.zeros(n, np.int32)
+    for k in range(neurgrad_pkn.shape[1]):
+        own = neurgrad_pkn[:, k]
+        ahead += np.count_nonzero(answer_pn > own, axis=0).astype(np.int32)
+        ahead -= np.count_nonzero(answer_pn < own, axis=0).astype(np.int32)
+    return {"polarity": polarity.astype(np.float64), "magnitude": ahead.astype(np.float64)}
+
+
+def activation_scores(activation_pn: Floats, answer_p: NDArray[np.int64], n_labels: int) -> Scores:
+    """`activation` and `fires/b` [N] of the prompts of a shard."""
+    total = activation_pn.sum(0, dtype=np.float64)
+    fires_pn = activation_pn > total / len(answer_p)
+    # As it is stored, so that sums of stored gradients are the same.
+    scores: Scores = {"activation": total.astype(np.float32)}
+    for bit in range(n_bits(n_labels)):
+        is_set_p = (answer_p >> bit & 1).astype(bool)
+        agree = np.count_nonzero(fires_pn == is_set_p[:, None], axis=0)
+        scores[f"fires/{bit}"] = 2.0 * agree - len(answer_p)
+    return scores
+
+
+@dataclass
+class SkillScoresOptions:
+    """See `conf/measure/scores.yaml`."""
+
+    name: str = "scores"
+    basis: str = "paper"
+
+
+class SkillScores(Measure[SkillScoresOptions]):
+    """Sums that say how well each neuron tells labels apart."""
+
+    Options = SkillScoresOptions
+    NAMES = ("scores",)
+
+    def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts without answers, too."""
+        super().validate(info, neurons, prompts)
+        check_answers(self.name, prompts)
+
+    def tables(self, sizes: Sizes) -> dict[str, Table]:
+        """`prompts` and `scores`."""
+        scores = Table(schema.scores(sizes.n_neurons), "score", schema.NO_UNIT, "values")
+        return {"prompts": Table(schema.PROMPTS), "scores": scores}
+
+    def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
+        """A shard's sums are spread over its prompts, of which there are mostly many."""
+        layers = len(checked_layers(neurons, info.n_layers))
+        return Cost({"prompts": 1024, "scores": layers * info.n_neurons}, n_targets)
+
+    def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
+        """One shard's sums, a set for each of its tasks."""
+        from neg_service.measures.gradients import gradients
+
+        prompts, layers = shard.prompts, shard.layers
+        wanted = [range(len(prompt.target_ids)) for prompt in prompts]
+        rows: dict[int, pa.Table] = {}
+        activations: dict[int, Floats] = {}
+        scores: dict[str, Scores] = defaultdict(dict)
+        for index, found in gradients(shard.model, prompts, wanted, self.options.basis, layers, shard.budget):
+            prompt, neurgrad_kln = prompts[index], found.neurgrad_kln
+            rows[index] = prompt_row(prompt, found.probability_k)
+            # A copy, so that nothing else of the batch stays in memory.
+            activations[index] = found.activation_ln.copy()
+            answer_p = np.array([prompt.prompt.answer])
+            own = gradient_scores(neurgrad_kln.reshape(1, len(neurgrad_kln), -1), answer_p)
+            _add(scores[task_of(prompt.prompt.id)], own)
+        parts = []
+        for task, own in scores.items():
+            members = [i for i, prompt in enumerate(prompts) if task_of(prompt.prompt.id) == task]
+            answer_p = np.array([prompts[i].prompt.answer for i in members])
+            activation_pm = np.stack([activations[i].ravel() for i in members])
+            own |= activation_scores(activation_pm, answer_p, len(prompts[members[0]].target_ids))
+            parts += self._tables_of(task, len(members), own, layers)
+        return {"prompts": pa.concat_tables(rows[i] for i in range(len(prompts))), "scores": pa.concat_tables(parts)}
+
+    def _tables_of(self, task: str, n_prompts: int, scores: Scores, layers: Sequence[int]) -> list[pa.Table]:
+        values_of = {name: values.reshape(len(layers), -1) for name, values in scores.items()}
+        return [
+            table_of(
+                schema.scores(values_ln.shape[1]),
+                len(layers),
+                task=task,
+                n_prompts=np.full(len(layers), n_prompts),
+                layer=np.array(layers),
+                basis=self.options.basis,
+                score=name,
+                values=fixed_size(values_ln),
+            )
+            for name, values_ln in values_of.items()
+        ]
+
+
+def _add(to: Scores, more: Scores) -> None:
+    for name, values in more.items():
+        to[name] = to[name] + values if name in to else values

@@ -1,0 +1,116 @@
+"""The measure `sweep`: NEG by intervention of chosen neurons, for every target. What is computed: one level up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from neg_service import schema
+from neg_service.config import NeuronsConfig
+from neg_service.errors import ConfigurationError
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.choice import check_choice, chosen_neurons, count_of
+from neg_service.measures.shifts import Grid, Sweep, check_shift, chosen_grid
+from neg_service.schema import Table
+
+if TYPE_CHECKING:
+    from neg_service.models.language_model import LanguageModel, ModelInfo
+    from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+
+@dataclass
+class SweepOptions:
+    """See `conf/measure/sweep.yaml`."""
+
+    name: str = "sweep"
+    basis: str = "paper"
+    shift: str = "magnitude"
+    grid: str = "full"
+    max_shift: float = 2.0
+    step: float = 0.1
+    shifts: Any = None
+    keep_curves: bool = False
+    batch_bytes: Any = "auto"
+
+
+class NeuronSweep(Measure[SweepOptions]):
+    """Every chosen neuron shifted, every target's probability read."""
+
+    Options = SweepOptions
+    NAMES = ("sweep",)
+    MEASURES_SINGLE_NEURONS = True
+
+    def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
+        """Refuse an unknown shift, a bad grid or choice of neurons, and no memory for two rows, too."""
+        from neg_service.measures.interventions import check_batch_bytes
+
+        super().validate(info, neurons, prompts)
+        check_shift(self.options.shift)
+        self.grid()
+        check_choice(neurons, info.n_layers, info.n_neurons)
+        size = self.options.batch_bytes
+        if size != "auto":
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise ConfigurationError(f"measure.batch_bytes={size}: must be auto or a whole number of bytes")
+            check_batch_bytes(size, info.row_values)
+
+    def fingerprint_inputs(self) -> dict[str, Any]:
+        """The options that decide the numbers; a grid is named by its shifts, however they were given."""
+        options = self.options
+        found: dict[str, Any] = {"name": options.name, "basis": options.basis, "shift": options.shift}
+        found |= {"grid": options.grid, "shifts": self.grid().shifts.tolist(), "keep_curves": options.keep_curves}
+        if options.grid == "coarse":
+            found |= {"max_shift": options.max_shift, "step": options.step}
+        return found
+
+    def tables(self, sizes: Sizes) -> dict[str, Table]:
+        """`prompts` and `sweep`."""
+        n_shifts = len(self.grid().shifts) if self.options.keep_curves else None
+        unit = schema.PER_ACTIVATION if self.options.shift == "signed" else schema.PER_MAGNITUDE
+        return {"prompts": Table(schema.PROMPTS), "sweep": Table(schema.sweep(n_shifts), "NEG", unit, "neg")}
+
+    def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
+        """A row of numbers for each target and neuron, an intervention for each neuron and shift."""
+        n_shifts = len(self.grid().shifts)
+        n = count_of(neurons, info.n_layers, info.n_neurons)
+        # Eight numbers, and the key and marks of a row, which compress to little.
+        row = 120 + (4 * n_shifts if self.options.keep_curves else 0)
+        return Cost({"prompts": 256, "sweep": int(row * n * n_targets)}, n * n_shifts, "interventions")
+
+    def calibrate(
+        self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
+    ) -> dict[str, Any]:
+        """The sweep's noise against a higher precision; see `noise.py`."""
+        from neg_service.measures.noise import measure_noise
+        from neg_service.measures.sweep import bytes_of_batch
+
+        if neurons.choose == "top":
+            neurons = NeuronsConfig(neurons.layers)
+        chosen = chosen_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+        size = bytes_of_batch(self.options.batch_bytes, model)
+        return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, size))}
+
+    def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+        """Rows by target, then neuron."""
+        from neg_service.measures.sweep import sweep_rows
+
+        sigma = float(shard.calibration["noise"]["sigma"])
+        return sweep_rows(shard, self._sweep, sigma, self.options.keep_curves, self.options.batch_bytes)
+
+    @property
+    def _sweep(self) -> Sweep:
+        return Sweep(self.grid(), self.options.basis, self.options.shift)
+
+    def grid(self) -> Grid:
+        """The shifts.
+
+        Raises:
+            ConfigurationError: they are none.
+        """
+        options = self.options
+        if options.shifts is not None and not isinstance(options.shifts, list):
+            raise ConfigurationError(f"measure.shifts={options.shifts}: must be a list of numbers such as [-1,1]")
+        return chosen_grid(options.grid, options.shifts, options.max_shift, options.step)

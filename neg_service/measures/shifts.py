@@ -1,0 +1,155 @@
+"""Shifts: which ones a neuron is swept over, and whether its magnitude or it itself moves.
+
+A grid is full (every step up to a range), coarse (four shifts, from which the full grid's curve is interpolated) or
+given. What is made of the curve over it: `linearity.py`.
+
+Axes: S shifts that are run, G shifts of the curve that is evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neg_service.errors import ConfigurationError
+
+Doubles = NDArray[np.float64]
+
+GRIDS = ("full", "coarse")
+SHIFTS = ("magnitude", "signed")
+# Where the coarse grid runs a curve, in units of the largest shift.
+COARSE_NODES = (-0.9, -0.5, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shifts to run.
+
+    shifts: [S] those that are run. evaluated: [G] those of the curve that NEG, r and R² are of. interpolation: [G, S]
+    from a curve that was run to the curve that is evaluated; None where they are the same.
+    """
+
+    shifts: Doubles
+    evaluated: Doubles
+    interpolation: Doubles | None = None
+
+    @property
+    def weights(self) -> Doubles:
+        """[S], with which a curve that was run is summed up to its NEG."""
+        fit_g = self.evaluated / (self.evaluated @ self.evaluated)
+        return fit_g if self.interpolation is None else fit_g @ self.interpolation
+
+    @property
+    def noise_gain(self) -> float:
+        """How much larger the error of a NEG is than that of a single Δp: √(Σ_s w_s² + (Σ_s w_s)²).
+
+        All Δp of a curve are differences from one baseline row, whose error they share: it cancels where the weights
+        sum up to zero, as they do over a symmetric grid, and adds up where all shifts have one sign.
+        """
+        weights = self.weights
+        return float(np.sqrt((weights**2).sum() + weights.sum() ** 2))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a neuron is swept: over which shifts, of which tensor, and whether its magnitude or it itself moves."""
+
+    grid: Grid
+    basis: str = "paper"
+    shift: str = "magnitude"
+
+
+def check_shift(shift: str) -> None:
+    """Refuse an unknown kind of shift."""
+    if shift not in SHIFTS:
+        raise ConfigurationError(f"measure.shift={shift} is unknown; known are {', '.join(SHIFTS)}")
+
+
+def full_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
+    """Shifts from -max_shift to max_shift without zero; the default has the paper's 40.
+
+    Raises:
+        ConfigurationError: a step or a range that is not positive and finite, or a step larger than the range.
+    """
+    if not (math.isfinite(max_shift) and math.isfinite(step) and 0 < step <= max_shift):
+        raise ConfigurationError(
+            f"measure.step={step}, measure.max_shift={max_shift}: both must be finite, and 0 < step <= max_shift"
+        )
+    # To twelve digits, so that three steps of 0.1 are written 0.3.
+    up = np.array([float(f"{step * k:.12g}") for k in range(1, math.floor(max_shift / step + 1e-9) + 1)])
+    return given_grid(np.concatenate([-up[::-1], up]))
+
+
+def coarse_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
+    """The fewest shifts from which NEG and r of the full grid are had by interpolation.
+
+    The polynomial through the curve's points at `COARSE_NODES` and through the origin, where Δp is 0 by definition,
+    gives the curve on the full grid.
+
+    Raises:
+        ConfigurationError: as `full_grid`, and for a full grid that is no larger than the coarse one.
+    """
+    full = full_grid(max_shift, step)
+    if len(full.shifts) <= len(COARSE_NODES):
+        raise ConfigurationError(
+            f"measure.grid=coarse: runs {len(COARSE_NODES)} shifts, and measure.step={step} up to "
+            f"measure.max_shift={max_shift} has only {len(full.shifts)}: use measure.grid=full"
+        )
+    return _interpolated(max_shift * np.array(COARSE_NODES), full.evaluated)
+
+
+def range_grid(largest: float) -> Grid:
+    """40 shifts up to ±`largest`, evaluated from curves that are run at half and at the whole of it.
+
+    Ranges that double share shifts: 1, 2 and 4 take eight in all.
+    """
+    return _interpolated(largest * np.array([-1.0, -0.5, 0.5, 1.0]), full_grid(largest, largest / 20).evaluated)
+
+
+def _interpolated(nodes: Doubles, evaluated: Doubles) -> Grid:
+    points = np.array([0.0, *nodes])
+    # Lagrange's polynomials, the origin's left out: its value is 0.
+    basis = [math.prod((evaluated - other) / (node - other) for other in points if other != node) for node in nodes]
+    return Grid(nodes, evaluated, np.stack(basis, 1))
+
+
+def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
+    """A grid of given shifts.
+
+    Raises:
+        ConfigurationError: none, what is no number, one that is zero or not finite, or one given twice.
+    """
+    try:
+        grid = np.asarray(shifts, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"measure.shifts={shifts}: must be numbers") from error
+    if grid.ndim != 1 or not len(grid):
+        raise ConfigurationError("measure.shifts: at least one shift is needed")
+    for value in grid:
+        if not math.isfinite(value) or value == 0:
+            raise ConfigurationError(f"measure.shifts: {value:g} is no shift; shifts must be finite and not 0")
+    values, counts = np.unique(grid, return_counts=True)
+    if counts.max() > 1:
+        raise ConfigurationError(f"measure.shifts: {values[counts.argmax()]:g} is given {counts.max()} times")
+    return Grid(grid, grid)
+
+
+def chosen_grid(name: str, shifts: Sequence[float] | None = None, max_shift: float = 2.0, step: float = 0.1) -> Grid:
+    """The grid `full` or `coarse` over a range, or given shifts in the place of both.
+
+    Raises:
+        ConfigurationError: an unknown name, shifts together with `coarse`, or what the grids themselves refuse.
+    """
+    if name not in GRIDS:
+        raise ConfigurationError(f"measure.grid={name} is unknown; known are {', '.join(GRIDS)}")
+    if shifts is None:
+        return full_grid(max_shift, step) if name == "full" else coarse_grid(max_shift, step)
+    if name != "full":
+        raise ConfigurationError(
+            f"measure.grid={name}: places its own shifts; use measure.grid=full with measure.shifts"
+        )
+    return given_grid(shifts)

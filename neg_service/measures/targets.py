@@ -1,0 +1,59 @@
+"""Which targets' values are kept: those of all targets, or those of the right answer only (`measure.keep`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neg_service.errors import ConfigurationError
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tasks import task_of
+
+KEEP = ("all", "answer")
+
+
+def check_keep(keep: str, known: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Refuse an unknown `measure.keep`, and `answer` where a prompt has none.
+
+    Raises:
+        ConfigurationError: naming what it may be.
+    """
+    if keep not in known:
+        raise ConfigurationError(f"measure.keep={keep} is unknown; known are {', '.join(known)}")
+    if keep == "answer":
+        unanswered = next((prompt.id for prompt in prompts if prompt.answer is None), None)
+        if unanswered is not None:
+            others = " or ".join(other for other in known if other != "answer")
+            raise ConfigurationError(
+                f"measure.keep=answer: prompt {unanswered!r} has no answer; use measure.keep={others}"
+            )
+
+
+def wanted_targets(prompt: Prompt, keep: str) -> tuple[int, ...]:
+    """The indices of the targets whose values `measure.keep` asks for."""
+    if keep == "answer":
+        assert prompt.answer is not None
+        return (prompt.answer,)
+    return tuple(range(len(prompt.targets)))
+
+
+def kept_targets(keep: str, n_targets: float) -> float:
+    """How many targets' values are kept of a prompt with `n_targets`."""
+    return 1.0 if keep == "answer" else n_targets
+
+
+def check_answers(measure: str, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts without a right label, and a task whose prompts differ in their number of labels.
+
+    Raises:
+        ConfigurationError: naming the prompt.
+    """
+    n_labels: dict[str, int] = {}
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise ConfigurationError(f"measure={measure}: prompt {prompt.id!r} has no answer (dataset.source)")
+        known = n_labels.setdefault(task_of(prompt.id), len(prompt.targets))
+        if known != len(prompt.targets):
+            raise ConfigurationError(
+                f"measure={measure}: prompt {prompt.id!r} has {len(prompt.targets)} targets, others of its task have "
+                f"{known} (dataset.source)"
+            )

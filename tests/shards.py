@@ -1,0 +1,34 @@
+"""A shard measured without a cluster, for tests of measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from neg_service.config import NeuronsConfig
+from neg_service.measures.base import Measure, ShardInput
+from neg_service.models.batches import Budget
+from neg_service.models.language_model import LanguageModel
+from neg_service.prompts.prompt import Prompt, encode
+
+
+def measured_shard(
+    measure: Measure[Any],
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    neurons: NeuronsConfig | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    budget: Budget | None = None,
+) -> dict[str, pa.Table]:
+    """The tables of these prompts as one shard, which are those that the measure says."""
+    encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
+    shard = ShardInput(
+        model, encoded, neurons or NeuronsConfig(), budget=budget or Budget(4096), calibration=calibration or {}
+    )
+    found = measure.tables_of(shard)
+    declared = measure.tables(model.feed_forward)
+    assert list(found) == list(declared)
+    assert {name: table.schema for name, table in found.items()} == {n: own.schema for n, own in declared.items()}
+    return found
