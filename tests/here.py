@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from neg_service.cluster.messages import WorkerSpec
 from neg_service.cluster.plan import shards_of
-from neg_service.cluster.prepare import prepare
+from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.replica import scan_worker
+from neg_service.cluster.scan import Summary
 from neg_service.config import ScanConfig
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run, open_run
@@ -15,7 +18,12 @@ from neg_service.storage.stores import open_store
 
 def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
     """Compute a run's shards, or its first so many, one after the other, with the worker that a replica has."""
-    prepared = prepare(config)
+    return open_run(run_here(prepare(config), shards=shards).uri, config.storage.endpoint_url)
+
+
+def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: bool = False) -> Summary:
+    """In the place of `cluster.scan.run`; there is nothing to stay connected to."""
+    config = prepared.config
     store = open_store(prepared.uri, config.storage.endpoint_url)
     about = {
         "model": {
@@ -26,11 +34,29 @@ def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
         "dataset": prepared.request["dataset"],
     }
     directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request)
-    worker = scan_worker(WorkerSpec(prepared.config, prepared.info.identity, 1, prepared.encoding[:1]))
-    info = worker.start()
-    calibration = worker.calibrate()
-    note(store, {"calibration": calibration, "engine": info.engine, "runs_on": info.runs_on})
-    for shard in list(shards_of(prepared.encoding, prepared.plan, directory.done()))[:shards]:
-        for name, table in worker.compute(shard, 1.0, calibration).items():
-            store.put(part_key(name, shard.index), encode_part(name, table, directory.fingerprint, shard.index))
-    return open_run(store.uri, config.storage.endpoint_url)
+    before, began, written, n_prompts = directory.done(), time.monotonic(), 0, 0
+    todo = list(shards_of(prepared.encoding, prepared.plan, before))[:shards]
+    if todo:
+        worker = scan_worker(WorkerSpec(config, prepared.info.identity, 1, prepared.encoding[:1]))
+        info = worker.start()
+        calibration = worker.calibrate()
+        note(store, {"calibration": calibration, "engine": info.engine, "runs_on": info.runs_on})
+        computing = time.monotonic()
+        for shard in todo:
+            for name, table in worker.compute(shard, 1.0, calibration).items():
+                part = encode_part(name, table, directory.fingerprint, shard.index)
+                store.put(part_key(name, shard.index), part)
+                written += len(part)
+            n_prompts += len(shard.prompts)
+        now = time.monotonic()
+        cost = {"prompts": n_prompts, "seconds": now - began, "computed_seconds": now - computing}
+        note(store, {} if before else {"cost": cost})
+    return Summary(
+        uri=store.uri,
+        shards_before=len(before),
+        shards_done=len(before) + len(todo),
+        n_shards=prepared.plan.n_shards,
+        n_prompts_now=n_prompts,
+        seconds=time.monotonic() - began,
+        bytes_now=written,
+    )

@@ -71,22 +71,21 @@ def gradients(
     model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str, position: int = -1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities [K], gradients d p / d a [K, L, N] and activations [L, N] at a position of one prompt."""
-    probabilities, rows, activations = [], [], None
+    seen: dict[int, Tensor] = {}
+    handles = [_capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
+    try:
+        with torch.enable_grad():
+            p_v = _logits(model, ids)[position].softmax(-1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    neurons = [seen[layer] for layer in range(len(seen))]
+    rows = []
     for target in target_ids:
-        seen: dict[int, Tensor] = {}
-        handles = [_capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
-        try:
-            with torch.enable_grad():
-                logits = _logits(model, ids)[position]
-                probability = logits.softmax(-1)[target]
-                slopes = torch.autograd.grad(probability, [seen[layer] for layer in range(len(seen))])
-        finally:
-            for handle in handles:
-                handle.remove()
-        probabilities.append(float(probability.detach()))
+        slopes = torch.autograd.grad(p_v[target], neurons, retain_graph=True)
         rows.append(np.stack([_at(slope, position, basis, model) for slope in slopes]))
-        activations = np.stack([_at(seen[layer], position, basis, model) for layer in range(len(seen))])
-    return np.array(probabilities), np.stack(rows), activations
+    activations = np.stack([_at(own, position, basis, model) for own in neurons])
+    return p_v.detach()[list(target_ids)].double().numpy(), np.stack(rows), activations
 
 
 def gradients_over_cache(model: nn.Module, ids: Sequence[int], target_ids: Sequence[int], basis: str) -> np.ndarray:

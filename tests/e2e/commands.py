@@ -14,9 +14,8 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
-from hydra import compose, initialize_config_dir
 
-from jobs.entry import CONF
+from jobs.entry import composed
 from neg_service.cluster.prepare import prepare
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ConfigurationError
@@ -42,12 +41,15 @@ def job(name: str, *arguments: str, env: dict[str, str] | None = None) -> subpro
     )
 
 
+def scan_config(*arguments: str) -> ScanConfig:
+    """What `python -m jobs.scan` makes of these settings."""
+    return typed(ScanConfig, composed("scan", list(arguments), ScanConfig))
+
+
 def refused(message: str, *arguments: str) -> None:
     """The scan that these settings describe is refused with one line, before anything is begun."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        config = compose("scan", overrides=list(arguments))
     with pytest.raises(ConfigurationError) as error:
-        prepare(typed(ScanConfig, config))
+        prepare(scan_config(*arguments))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from hydra import compose, initialize_config_dir
 
-from jobs.entry import CONF
-from jobs.probe import probe
-from jobs.tasks import tasks
+from jobs.entry import CONF, composed
+from jobs.probe import ProbeConfig, probe
+from jobs.tasks import TasksConfig, tasks
 from neg_service.errors import ConfigurationError
 from tests.e2e.commands import job
 from tests.skills import PLANTED, PLANTED_WORDINGS, planted_model, planted_rows, write_split
@@ -36,7 +37,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def test_a_probe_and_again(settings: list[str]) -> None:
+def test_a_probe_and_again(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     asked = [
         *settings,
         "probe.sizes=[1,3,8]",
@@ -46,6 +47,7 @@ def test_a_probe_and_again(settings: list[str]) -> None:
         "probe.blocks=2",
         "probe.suppressed=3",
         "probe.suppress_by=200",
+        "cluster.replicas.max=1",
     ]
     done = job("probe", *asked)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -60,11 +62,10 @@ def test_a_probe_and_again(settings: list[str]) -> None:
     assert plots == ["accuracy_by_neurons.png", "efficiency.png", "flexibility.png", "interdependency.png"]
     about = json.loads((results / "probe.json").read_text())
     assert all((Path(uri) / "run.json").is_file() for uri in about["runs"])
-    # The same command finds all scans done, computes nothing, and writes the same.
-    again = job("probe", *asked)
-    assert again.returncode == 0
-    assert "shards to do" not in again.stderr
-    assert again.stdout == done.stdout
+    # The same settings find all scans done, compute nothing, and write the same.
+    assert probe(composed("probe", asked, ProbeConfig)) == 0
+    assert not ray.is_initialized()
+    assert capsys.readouterr().out == done.stdout
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,11 @@ def test_what_cannot_be_probed_is_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_tasks_are_listed_and_an_example_is_printed(settings: list[str]) -> None:
-    shown = job("tasks", "task=imdb", *settings[1:4])
-    assert shown.returncode == 0, shown.stderr
-    assert "--- imdb, wording default: 26 prompts of valid; this is imdb/valid/" in shown.stdout
-    assert "the labels are the tokens 'w7', 'w8'" in shown.stdout
+def test_tasks_are_listed_and_an_example_is_printed(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert tasks(composed("tasks", ["task=imdb", *settings[1:4]], TasksConfig)) == 0
+    shown = capsys.readouterr().out
+    assert "--- imdb, wording default: 26 prompts of valid; this is imdb/valid/" in shown
+    assert "the labels are the tokens 'w7', 'w8'" in shown
     listed = job("tasks")
     assert listed.stdout.count("\n") == 23
     assert "amazon-review-multi       5  en, de, es, fr, zh" in listed.stdout

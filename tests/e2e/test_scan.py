@@ -1,8 +1,13 @@
-"""The scan as a person runs it: commands, exit codes, tables, what is printed, and what is refused."""
+"""The scan as a person runs it: commands, exit codes, tables, what is printed, and what is refused.
+
+Two scans run as commands, with Ray of their own, and most tests read what they left. What is no matter of processes
+runs in this one: refusals, plans, what is kept.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
@@ -13,12 +18,18 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 import neg_service
+from jobs.entry import EXIT_INCOMPLETE, composed
+from jobs.scan import scan
+from neg_service.config import ScanConfig
+from neg_service.errors import NegServiceError
 from neg_service.report.console import accuracy, strongest
-from tests.e2e.commands import environment, in_order, job, refused
+from tests.e2e.commands import in_order, job, refused, scan_config
 from tests.fakes import save_tiny_model
+from tests.here import scan_here
 
 pytestmark = pytest.mark.ray
 N_PROMPTS = 21
@@ -52,6 +63,24 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     assert done.returncode == 0, done.stderr
     (run,) = place.iterdir()
     return done.stdout + done.stderr, run
+
+
+@pytest.fixture(scope="module")
+def otherwise(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The log as JSON, and the run directory, of the same scan in other shards and batches on two replicas."""
+    place = tmp_path_factory.mktemp("otherwise")
+    done = job(
+        "scan", *arguments, f"storage.uri={place}", "job.shard_size=5", "cluster.replicas=2",
+        "cluster.cpus_per_replica=1", "cluster.batch_tokens=30", "job.log=json", "job.progress_seconds=0",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    (run,) = place.iterdir()
+    return done.stderr, run
+
+
+def scanned(*arguments: str) -> int:
+    """The exit code of a scan in this process."""
+    return scan(composed("scan", list(arguments), ScanConfig))
 
 
 def test_the_tables_hold_what_the_library_gives(
@@ -101,15 +130,17 @@ def test_what_is_printed_helps_a_person(finished: tuple[str, Path]) -> None:
     assert names["table"].num_rows == 52 * 3  # type: ignore[attr-defined]
 
 
-def test_the_same_command_on_a_finished_run_does_nothing(finished: tuple[str, Path], arguments: list[str]) -> None:
+def test_the_same_command_on_a_finished_run_does_nothing(
+    finished: tuple[str, Path], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[1].rglob("*") if path.is_file()}
     # But for what a writer left that was killed in the middle of a put, two hours ago.
     left = finished[1] / "neurgrad" / ".unfinished.shard-000000.parquet.0123"
     left.write_bytes(b"half")
     os.utime(left, (time.time() - 7200,) * 2)
-    done = job("scan", *arguments, f"storage.uri={finished[1].parent}")
-    assert done.returncode == 0
-    assert "this run was finished already; nothing was done" in done.stdout
+    assert scanned(*arguments, f"storage.uri={finished[1].parent}") == 0
+    assert "this run was finished already; nothing was done" in capsys.readouterr().out
+    assert not ray.is_initialized()
     assert {path: path.stat().st_mtime_ns for path in finished[1].rglob("*") if path.is_file()} == before
 
 
@@ -141,9 +172,7 @@ def test_the_strongest_neurons_and_the_accuracy_are_right(finished: tuple[str, P
 
 @pytest.mark.parametrize("keep", ["answer", "top_k"])
 def test_less_can_be_kept(keep: str, arguments: list[str], finished: tuple[str, Path], tmp_path: Path) -> None:
-    done = job("scan", *arguments, f"storage.uri={tmp_path}", f"measure.keep={keep}", "measure.top_k=7")
-    assert done.returncode == 0, done.stderr
-    run = neg_service.open_run(str(next(tmp_path.iterdir())))
+    run = scan_here(scan_config(*arguments, f"storage.uri={tmp_path}", f"measure.keep={keep}", "measure.top_k=7"))
     full = neg_service.open_run(str(finished[1])).table("neurgrad").to_table().to_pandas()
     if keep == "answer":
         kept = run.table("neurgrad").to_table().to_pandas()
@@ -172,67 +201,58 @@ def test_less_can_be_kept(keep: str, arguments: list[str], finished: tuple[str, 
 
 
 def test_the_shard_size_and_the_number_of_replicas_change_nothing(
-    arguments: list[str], finished: tuple[str, Path], tmp_path: Path
+    finished: tuple[str, Path], otherwise: tuple[str, Path]
 ) -> None:
-    done = job(
-        "scan", *arguments, f"storage.uri={tmp_path}", "job.shard_size=5", "cluster.replicas=2",
-        "cluster.cpus_per_replica=1", "cluster.batch_tokens=30",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     one, other = (
-        in_order(neg_service.open_run(str(path)).table("neurgrad").to_table())
-        for path in (finished[1], next(tmp_path.iterdir()))
+        in_order(neg_service.open_run(str(path)).table("neurgrad").to_table()) for _, path in (finished, otherwise)
     )
     assert one.drop_columns(["neurgrad", "probability"]).equals(other.drop_columns(["neurgrad", "probability"]))
     a, b = (np.stack(table["neurgrad"].to_pandas().to_list()) for table in (one, other))
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-9)
 
 
-def test_a_poisoned_prompt_sets_its_shard_aside_and_the_rest_is_done(dataset: Path, tmp_path: Path) -> None:
+def test_logs_are_json_on_request(otherwise: tuple[str, Path]) -> None:
+    said = [json.loads(line) for line in otherwise[0].splitlines()]
+    assert {one["run"] for one in said} == {otherwise[1].name}
+    # A line that no replica is ready yet, as on a machine with much to do, is about none.
+    for replica in (0, 1):
+        assert any("is ready: pid" in one["message"] and one.get("replica") == replica for one in said)
+    assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
+
+
+def test_on_a_cluster_that_is_there_a_poisoned_prompt_sets_its_shard_aside_and_the_rest_is_done(
+    joined: Cluster,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     # The embedding of w64 is infinite; row-9 begins with it.
     model = save_tiny_model(tmp_path / "model", lambda m: m.model.embed_tokens.weight.data[64].fill_(float("inf")))
     place = tmp_path / "results"
+    caplog.set_level(logging.INFO, "neg_service")
     arguments = [f"model.source={model}", f"dataset.source={dataset}", "job.shard_size=4", f"storage.uri={place}"]
-    done = job("scan", *arguments)
-    assert done.returncode == 3, done.stderr
-    assert "shard 2: prompt 'row-9' (5 tokens) in float32: NaN or infinity" in done.stdout
+    assert scanned(*arguments, "cluster.replicas=1") == EXIT_INCOMPLETE
+    assert "shard 2: prompt 'row-9' (5 tokens) in float32: NaN or infinity" in capsys.readouterr().out
     run = neg_service.open_run(str(next(place.iterdir())))
     assert run.done() == {0, 1, 3, 4, 5}
     assert "row-9" in run.directory.failed()[2]["error"]
     stored = run.table("neurgrad").to_table()["neurgrad"].combine_chunks().flatten().to_numpy()
     assert np.isfinite(stored).all()
+    # Its replica was one of the cluster that $RAY_ADDRESS names.
+    (pid,) = re.findall(r"replica 0 is ready: pid (\d+)", caplog.text)
+    assert list(Path(joined.head_node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"))
 
 
-def test_a_cluster_of_its_own_is_used_when_its_address_is_given(arguments: list[str], tmp_path: Path) -> None:
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 * 2**20},
-    )
-    try:
-        done = job(
-            "scan", *arguments, f"storage.uri={tmp_path}", "job.limit=4", "cluster.cpus_per_replica=1",
-            env=environment(RAY_ADDRESS=cluster.address),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        nowhere = job(
-            "scan",
-            *arguments,
-            f"storage.uri={tmp_path}",
-            "job.limit=5",
-            "cluster.address=127.0.0.1:1",
-        )
-        assert nowhere.returncode == 1
-        assert nowhere.stderr.strip().splitlines()[-1].startswith("error: cluster.address=127.0.0.1:1: no Ray cluster")
-    finally:
-        cluster.shutdown()
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
-    done = job("scan", *arguments, f"storage.uri={tmp_path}", "job.dry_run=true")
-    assert done.returncode == 0
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scanned(*arguments, f"storage.uri={tmp_path}", "job.dry_run=true") == 0
+    shown = capsys.readouterr().out
     for what in ("21 with 52 targets", "6 of up to 4 prompts", "120 in 3 layers", "of memory", "before compression"):
-        assert what in done.stdout
+        assert what in shown
     assert list(tmp_path.iterdir()) == []
+    assert not ray.is_initialized()
 
 
 def test_the_help_names_every_setting() -> None:
@@ -250,10 +270,18 @@ def test_the_help_names_every_setting() -> None:
         assert key in done.stdout
 
 
+def test_a_mistake_is_one_line_and_writes_nothing(tiny_directory: Path, tmp_path: Path) -> None:
+    data, place = _tiny_data(tmp_path, []), tmp_path / "results"
+    done = job("scan", f"model.source={tiny_directory}", *data, f"storage.uri={place}", "modle.source=x")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Could not override 'modle.source'")
+    assert not place.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["modle.source=x"], "Could not override 'modle.source'"),
         (
             ["measure=nothing"],
             "Available options in 'measure': activation; gradient; gradient_x_activation; integrated_gradients;",
@@ -264,17 +292,17 @@ def test_the_help_names_every_setting() -> None:
         (["storage.uri=/proc/nowhere"], "storage.uri=/proc/nowhere"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(
+@pytest.mark.usefixtures("joined")
+def test_what_a_scan_cannot_do_is_one_line_and_writes_nothing(
     arguments: list[str], message: str, tiny_directory: Path, tmp_path: Path
 ) -> None:
-    place = [] if "storage" in arguments[0] else [f"storage.uri={tmp_path}"]
-    done = job("scan", f"model.source={tiny_directory}", *_tiny_data(tmp_path, arguments), *place, *arguments)
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
-    assert "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir() if path.name != "one.jsonl"] == []
+    data = _tiny_data(tmp_path, arguments)
+    place = f"storage.uri={tmp_path / 'results'}"
+    with pytest.raises(NegServiceError) as error:
+        scanned(f"model.source={tiny_directory}", *data, place, *arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -300,18 +328,3 @@ def _tiny_data(tmp_path: Path, arguments: list[str]) -> list[str]:
         return []
     (tmp_path / "one.jsonl").write_text('{"prompt": "w1", "targets": [" w2"]}\n')
     return [f"dataset.source={tmp_path}/one.jsonl"]
-
-
-def test_logs_are_json_on_request(arguments: list[str], tmp_path: Path) -> None:
-    done = job("scan", *arguments, f"storage.uri={tmp_path}", "job.log=json", "job.progress_seconds=0")
-    assert done.returncode == 0, done.stderr
-    said = [json.loads(line) for line in done.stderr.splitlines()]
-    (run,) = (path.name for path in tmp_path.iterdir())
-    assert {one["run"] for one in said} == {run}
-    # A line that no replica is ready yet, as on a machine with much to do, is about none.
-    assert any("is ready: pid" in one["message"] and one.get("replica") == 0 for one in said)
-    assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
-    # Errors too.
-    done = job("scan", *arguments, f"storage.uri={tmp_path}", "job.log=json", "measure.basis=none")
-    assert done.returncode == 1
-    assert json.loads(done.stderr.splitlines()[-1])["level"] == "ERROR"

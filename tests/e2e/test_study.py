@@ -1,11 +1,16 @@
-"""A study of a tiny model and its report, as a person runs them, and the page in a real browser."""
+"""A study of a tiny model and its report, as a person runs them, and the page in a real browser.
+
+Its scans are computed in this process, without Ray: `test_probe.py` has the same several scans on one.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +22,14 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 import neg_service
+from jobs import findings
+from jobs.entry import composed
+from jobs.report import ReportConfig, report
+from jobs.study import StudyConfig, study
+from neg_service.errors import ConfigurationError
 from tests.e2e.commands import job
+from tests.here import run_here
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PROMPTS, NEURONS = 6, 8
 needs_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
@@ -36,19 +46,24 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> Pat
         for i in range(10, 18)
     ]
     (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = job(
-        "study", f"model.source={tiny_directory}", f"dataset.source={folder}/words.jsonl", f"storage.uri={folder}/runs",
+    asked = [
+        f"model.source={tiny_directory}", f"dataset.source={folder}/words.jsonl", f"storage.uri={folder}/runs",
         f"study.prompts={PROMPTS}", f"study.neurons={NEURONS}", "study.answered=all", "study.range_prompts=2",
-        "study.sets=[2,4]", "study.draws=50", "study.steps=5", "cluster.replicas.max=1", "cluster.cpus_per_replica=1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"results: (\S+)", done.stdout)
+        "study.sets=[2,4]", "study.draws=50", "study.steps=5",
+    ]  # fmt: skip
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "run", run_here)
+        patch.setattr("jobs.study.say", lambda text, style: said.append(text))
+        assert study(composed("study", asked, StudyConfig)) == 0
+    found = re.search(r"results: (\S+)", said[0])
     assert found
-    assert "neurgrad" in done.stdout
+    assert "neurgrad" in said[0]
     (folder / "uri").write_text(found[1])
-    done = job("report", f"runs=[{found[1]}]", f"out={folder}/report")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{folder}/report/report.html"
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert report(composed("report", [f"runs=[{found[1]}]", f"out={folder}/report"], ReportConfig)) == 0
+    assert printed.getvalue().strip() == f"{folder}/report/report.html"
     return folder
 
 
@@ -140,10 +155,17 @@ def test_the_page_needs_no_network_and_names_every_figure(place: Path) -> None:
     ],
 )
 def test_what_cannot_be_reported_is_refused(arguments: list[str], message: str) -> None:
-    done = job("report", *arguments)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(ConfigurationError) as error:
+        report(composed("report", arguments, ReportConfig))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_refuses_a_study_before_it_scans(tiny_directory: Path, tmp_path: Path) -> None:
+    done = job("study", f"model.source={tiny_directory}", f"storage.uri={tmp_path / 'runs'}", "study.draws=0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: study.draws=0: must be at least 1\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(params=[(1400, False), (400, True)], ids=["wide and light", "narrow and dark"])
@@ -166,8 +188,10 @@ def browser(request: pytest.FixtureRequest) -> Iterator[WebDriver]:
         "Network.emulateNetworkConditions",
         {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
     )
-    yield driver
-    driver.quit()
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 @needs_browser

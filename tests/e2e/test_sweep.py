@@ -1,18 +1,24 @@
-"""Sweeps and joint interventions as a person runs them, and the demo that shows them."""
+"""Sweeps and joint interventions as a person runs them, on a cluster or here, and the demo that shows them."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.cluster_utils import Cluster
 
 import neg_service
+from jobs.entry import composed
+from jobs.scan import scan
+from neg_service.config import ScanConfig
 from neg_service.measures.builtin.aggregate_importance import total
-from tests.e2e.commands import in_order, job, refused
+from tests.e2e.commands import environment, in_order, job, refused, scan_config
+from tests.here import scan_here
 
 pytestmark = pytest.mark.ray
 KEYS = ["prompt_id", "target_index", "layer", "neuron"]
@@ -37,14 +43,24 @@ def table_of(place: Path, name: str) -> pa.Table:
     return in_order(run.table(name).to_table())
 
 
-def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(arguments: list[str], tmp_path: Path) -> None:
-    sweep = ["measure=sweep", "neurons=sample", "neurons.count=6", "measure.keep_curves=true"]
+def scanned(*arguments: str) -> int:
+    """The exit code of a scan in this process."""
+    return scan(composed("scan", list(arguments), ScanConfig))
+
+
+@pytest.mark.usefixtures("joined")
+def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "neg_service")
+    sweep = [*arguments, "measure=sweep", "neurons=sample", "neurons.count=6", "measure.keep_curves=true"]
+    scan_here(scan_config(*sweep, f"storage.uri={tmp_path / 'one'}", "job.shard_size=5"))
+    many = ["job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1"]
+    assert scanned(*sweep, f"storage.uri={tmp_path / 'two'}", *many) == 0
+    assert re.search(r"neurons +18 for each target: 180 values", capsys.readouterr().out)
+    assert "replica 1 is ready" in caplog.text
     tables = []
-    for name, how in (("one", ["job.shard_size=5"]), ("two", ["job.shard_size=1", "cluster.replicas=2"])):
-        more = [f"storage.uri={tmp_path / name}", "cluster.cpus_per_replica=1", *how]
-        done = job("scan", *arguments, *sweep, *more)
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"neurons +18 for each target: 180 values", done.stdout)
+    for name in ("one", "two"):
         tables.append(table_of(tmp_path / name, "sweep"))
         (run,) = (tmp_path / name).iterdir()
         about = json.loads((run / "run.json").read_text())["about"]
@@ -62,13 +78,17 @@ def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(argumen
     assert tables[0]["delta_p"].type.list_size == 40
 
 
-def test_all_replicas_go_by_one_calibration(arguments: list[str], tmp_path: Path) -> None:
-    done = job(
-        "scan", *arguments, "measure=sweep", "measure.name=tests.moody_sweep", "neurons=sample", "neurons.count=2",
+@pytest.mark.usefixtures("joined")
+def test_all_replicas_go_by_one_calibration(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "neg_service")
+    code = scanned(
+        *arguments, "measure=sweep", "measure.name=tests.moody_sweep", "neurons=sample", "neurons.count=2",
         "job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1", f"storage.uri={tmp_path}",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "replica 1 is ready" in done.stderr
+    assert code == 0
+    assert "replica 1 is ready" in caplog.text
     table = table_of(tmp_path, "sweep")
     assert table.num_rows == 5 * 2 * 6
     # In units of the probability the resolution is the noise times what the grid makes of it: the same in all shards.
@@ -76,27 +96,32 @@ def test_all_replicas_go_by_one_calibration(arguments: list[str], tmp_path: Path
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
 
 
-def test_the_strongest_over_the_data_set_are_ranked_first(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("joined")
+def test_the_strongest_over_the_data_set_are_ranked_first(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "neg_service")
     top = ["measure=sweep", "neurons=top", "neurons.count=4", "neurons.over=dataset", "measure.grid=coarse"]
-    done = job("scan", *arguments, *top, f"storage.uri={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert "ranking neurons over the data set first" in done.stderr
+    asked = [*arguments, *top, f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
+    assert scanned(*asked) == 0
+    assert "ranking neurons over the data set first" in caplog.text
     _, strength_ln = total(table_of(tmp_path, "strength"))
     best = np.argsort(-strength_ln, axis=None)[:4]
     swept = table_of(tmp_path, "sweep")
     found = set(zip(swept["layer"].to_pylist(), swept["neuron"].to_pylist(), strict=True))
     assert found == {divmod(int(i), 40) for i in best}
     assert swept.num_rows == 4 * 5 * 2
-    again = job("scan", *arguments, *top, f"storage.uri={tmp_path}")
-    assert "this run was finished already" in again.stdout
+    capsys.readouterr()
+    assert scanned(*asked) == 0
+    assert "this run was finished already" in capsys.readouterr().out
 
 
 def test_joint_interventions_from_a_file(arguments: list[str], tmp_path: Path, tiny_directory: Path) -> None:
     edits = [{"name": "off", "neurons": [[0, 3], [2, 5]], "scale": 0}, {"neurons": [[1, 1]], "enhance": 0.5}]
     (tmp_path / "edits.json").write_text(json.dumps(edits))
     place = tmp_path / "results"
-    done = job("scan", *arguments, "measure=intervene", f"measure.edits={tmp_path}/edits.json", f"storage.uri={place}")
-    assert done.returncode == 0, done.stderr
+    asked = ["measure=intervene", f"measure.edits={tmp_path}/edits.json", f"storage.uri={place}"]
+    scan_here(scan_config(*arguments, *asked))
     rows = table_of(place, "intervene").to_pylist()
     assert len(rows) == 5 * 2 * 2
     model = neg_service.load_model(str(tiny_directory))
@@ -133,8 +158,12 @@ def test_what_cannot_be_done_is_refused_when_it_is_planned(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_shows_neurons_straight_curves_and_plots(arguments: list[str], tmp_path: Path) -> None:
-    done = job("demo", *arguments, f"storage.uri={tmp_path}")
+def test_the_demo_shows_neurons_straight_curves_and_plots(
+    arguments: list[str], tmp_path: Path, joined: Cluster
+) -> None:
+    # A command of its own; each of its two scans joins the cluster that is there.
+    small = [f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
+    done = job("demo", *arguments, *small, env=environment(RAY_ADDRESS=joined.address))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("its strongest neurons") == 3
     assert re.search(r"linear +[\d.]+ % have \|r\| >= 0.95", done.stdout)

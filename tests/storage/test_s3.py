@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import botocore.auth
@@ -20,23 +21,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import ray
 import s3fs
 
 import neg_service
 from infra.s3.server import BUCKET, Keys, Server, server_on
+from jobs.entry import composed
+from jobs.scan import scan
 from neg_service import schema
-from neg_service.config import DatasetConfig, NeuronsConfig
+from neg_service.config import DatasetConfig, NeuronsConfig, ScanConfig
 from neg_service.errors import DestinationError, PromptError, StorageError
 from neg_service.measures.choice import with_list_read
 from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.tasks import TASKS
+from neg_service.storage import waiting
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.patience import PatientStore
 from neg_service.storage.run import write_or_match
 from neg_service.storage.s3 import S3Store
 from neg_service.storage.stores import open_store
-from tests.e2e.commands import ROOT, environment, job, refused
+from tests.e2e.commands import ROOT, environment, job, refused, scan_config
 from tests.faults.proxy import Proxy, Seen
+from tests.here import scan_here
 from tests.s3 import acting_as, credentials
 from tests.skills import published_row, write_split
 
@@ -142,23 +148,27 @@ def test_who_may_only_read_writes_nothing(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("as_writer")
-def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(tmp_path: Path) -> None:
+def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = server_on(tmp_path / "s3")
     own.start()
-    with acting_as(own.writer):
+    with acting_as(own.writer), ExitStack() as ended:
+        ended.callback(own.stop, 9)
         store = open_store(f"s3://{BUCKET}/p", own.endpoint_url)
         store.put("t/a", b"kept")
         own.stop(9)
+        monkeypatch.setattr(waiting, "HASTY_SECONDS", 1.0)
         with pytest.raises(StorageError):
             store.get("t/a")
         again = server_on(tmp_path / "s3")
         assert (again.endpoint_url, again.writer) == (own.endpoint_url, own.writer)
         # Who is patient does not notice.
         starting = threading.Timer(1, again.start)
+        ended.callback(again.stop)
+        ended.callback(starting.join)
         starting.start()
         assert PatientStore(store, 60).get("t/a") == b"kept"
-        starting.join()
-        again.stop()
 
 
 class _Page(http.server.BaseHTTPRequestHandler):
@@ -195,7 +205,8 @@ def test_an_endpoint_that_answers_with_a_page_is_no_s3_server(status: int) -> No
 
 
 @pytest.mark.usefixtures("as_writer")
-def test_an_endpoint_that_never_replies_is_told_and_not_waited_for() -> None:
+def test_an_endpoint_that_never_replies_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "HASTY_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         began = time.monotonic()
         with pytest.raises(StorageError, match=r"storage\.endpoint_url=http://127\.0\.0\.1:\d+.*[Tt]ime"):
@@ -312,7 +323,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scanned(server: Server, tiny_directory: Path, words: Path) -> tuple[str, list[str], list[str]]:
     """The URI of a finished run, the settings of its scan, and all that was printed."""
     arguments = [f"model.source={tiny_directory}", f"dataset.source={words}", f"storage.uri=s3://{BUCKET}/results"]
-    arguments += [f"storage.endpoint_url={server.endpoint_url}", "job.shard_size=2"]
+    arguments += [f"storage.endpoint_url={server.endpoint_url}", "cluster.replicas=1", "job.shard_size=2"]
     done = job("scan", *arguments, env=environment(**credentials(server.writer)))
     assert done.returncode == 0, done.stderr
     (uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
@@ -322,7 +333,7 @@ def scanned(server: Server, tiny_directory: Path, words: Path) -> tuple[str, lis
 @pytest.mark.ray
 @pytest.mark.usefixtures("as_writer")
 def test_a_scan_lands_in_s3_and_no_secret_is_anywhere(
-    scanned: tuple[str, list[str], list[str]], server: Server
+    scanned: tuple[str, list[str], list[str]], server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     uri, arguments, printed = scanned
     began = time.time()
@@ -330,13 +341,14 @@ def test_a_scan_lands_in_s3_and_no_secret_is_anywhere(
     run = neg_service.open_run(uri, server.endpoint_url)
     assert run.done() == {0, 1, 2}
     assert run.table("neurgrad").to_table().num_rows == 5 * 2 * 3
+    assert scan(composed("scan", arguments, ScanConfig)) == 0
+    again = capfd.readouterr()
+    assert "this run was finished already" in again.out
     env = environment(**credentials(server.writer))
-    again = job("scan", *arguments, env=env)
-    assert "this run was finished already" in again.stdout
     where = [f"run={uri}", f"storage.endpoint_url={server.endpoint_url}"]
     asked = [job(name, *where, env=env) for name in ("status", "verify")]
     assert [one.returncode for one in asked] == [0, 0]
-    everything = [*printed, *(text for one in (again, *asked) for text in (one.stdout, one.stderr))]
+    everything = [*printed, *again, *(text for one in asked for text in (one.stdout, one.stderr))]
     store = open_store(uri, server.endpoint_url)
     everything += [(store.get(entry.key) or b"").decode("latin-1") for entry in store.list("")]
     # What Ray keeps of its processes, too.
@@ -359,19 +371,26 @@ WRONG = Keys("a" * 20, "b" * 40)
     ],
 )
 def test_what_cannot_be_written_is_one_clear_line_before_a_model_is_loaded(
-    who: str, bucket: str, message: str, server: Server, tiny_directory: Path, words: Path
+    who: str,
+    bucket: str,
+    message: str,
+    server: Server,
+    tiny_directory: Path,
+    words: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = [f"model.source={tiny_directory}", f"dataset.source={words}"]
     arguments += [f"storage.uri=s3://{bucket}/refused", f"storage.endpoint_url={server.endpoint_url}"]
     used = getattr(server, who, WRONG)
-    done = job("scan", *arguments, env=environment(**credentials(used)))
-    assert done.returncode == 1
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert message in error
-    assert f"storage.uri=s3://{bucket}/refused" in error
-    assert "Traceback" not in done.stderr
-    assert used.secret_key not in done.stdout + done.stderr
-    assert "shards to do" not in done.stderr
+    with acting_as(used), pytest.raises(DestinationError) as caught:
+        scan(composed("scan", arguments, ScanConfig))
+    assert message in str(caught.value)
+    assert f"storage.uri=s3://{bucket}/refused" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert used.secret_key not in str(caught.value) + "".join(capfd.readouterr()) + caplog.text
+    # No cluster was begun for it.
+    assert not ray.is_initialized()
     with acting_as(server.writer):
         assert not s3fs.S3FileSystem(endpoint_url=server.endpoint_url).exists(f"{bucket}/refused")
 
@@ -420,18 +439,16 @@ def test_resuming_refuses_what_would_begin_another_run(scanned: tuple[str, list[
 @pytest.mark.ray
 @pytest.mark.usefixtures("as_writer")
 def test_the_recipes_of_the_readme_run_as_they_stand(
-    scanned: tuple[str, list[str], list[str]], server: Server, words: Path
+    scanned: tuple[str, list[str], list[str]], server: Server, words: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What a scan reads may lie there too: the prompts, and the neurons, as a table of an earlier one.
     open_store(f"s3://{BUCKET}", server.endpoint_url).put("words.jsonl", words.read_bytes())
-    env = environment(**credentials(server.writer), AWS_ENDPOINT_URL=server.endpoint_url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
+    s3fs.S3FileSystem.clear_instance_cache()
     top = ["measure.keep=top_k", "measure.top_k=3"]
-    kept = job("scan", *scanned[1], f"dataset.source=s3://{BUCKET}/words.jsonl", *top, env=env)
-    (top_uri,) = re.findall(r"results +(s3://\S+)", kept.stdout)
-    sweep = ["measure=sweep", "neurons=list", f"neurons.list={top_uri}/top_neurons", "measure.grid=coarse"]
-    done = job("scan", *scanned[1], *sweep, env=env)
-    assert done.returncode == 0, done.stderr
-    (sweep_uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
+    kept = scan_here(scan_config(*scanned[1], f"dataset.source=s3://{BUCKET}/words.jsonl", *top))
+    sweep = ["measure=sweep", "neurons=list", f"neurons.list={kept.uri}/top_neurons", "measure.grid=coarse"]
+    sweep_uri = scan_here(scan_config(*scanned[1], *sweep)).uri
     readme = (ROOT / "README.md").read_text()
     section = readme[readme.index("## Load the results") : readme.index("## In a notebook")]
     given = {"uri": scanned[0], "endpoint_url": server.endpoint_url, "sweep_uri": sweep_uri}

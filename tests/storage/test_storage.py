@@ -16,6 +16,7 @@ import pytest
 import neg_service
 from neg_service import schema
 from neg_service.errors import ConfigurationError, DestinationError, StorageError
+from neg_service.storage import waiting
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, footer_of, part_key, shard_of
 from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, write_or_match
@@ -220,6 +221,7 @@ print(neg_service.open_run(sys.argv[1]).table("activations").count_rows())
 
 
 def test_a_server_that_does_not_answer_is_a_storage_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "HASTY_SECONDS", 2.0)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     with socket.socket() as taken:

@@ -221,7 +221,7 @@ def test_what_a_server_says_that_refuses_everything_is_told(caplog: pytest.LogCa
     expected = {"busy put": "503 SlowDown Please reduce your rate", "busy get": "503 Service Unavailable"}
     expected |= dict.fromkeys(["resets put", "resets get"], "reset by peer")
     for name, (seconds, said) in failures.items():
-        assert seconds < 3 * patience, name
+        assert seconds < AT_ONCE, name
         assert expected[name] in said, name
         assert "(storage.patience_seconds=12)" in said, name
         assert "\n" not in said, name
