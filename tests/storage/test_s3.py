@@ -432,11 +432,10 @@ def test_the_recipes_of_the_readme_run_as_they_stand(
     done = job("scan", *scanned[1], *sweep, env=env)
     assert done.returncode == 0, done.stderr
     (sweep_uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Load the results") : readme.index("## In a notebook")]
+    readme = (ROOT / "neg_service" / "storage" / "README.md").read_text()
     given = {"uri": scanned[0], "endpoint_url": server.endpoint_url, "sweep_uri": sweep_uri}
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
         code = re.sub(r"^layer, neuron = .*$", "layer, neuron = 1, 7", block, flags=re.MULTILINE)
         for name, value in given.items():
             code = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", code, flags=re.MULTILINE)
