@@ -1,6 +1,6 @@
-"""Every family against the textbook way: what tests assert, and what the README's table shows.
+"""Every family against the textbook way: what tests assert, and what the table in `neg_service/models/README.md` shows.
 
-`python -m tests.families` writes the table into the README, from the same comparisons that the tests make.
+`python -m tests.families` writes that table, from the same comparisons that the tests make.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
 from tests.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "neg_service" / "models" / "README.md"
 # The engine's own float32 against float64; engine and oracle both in float64.
 # What a model's own code rounds to float32 (norms, attention) stays so in the float64 copy on which edits run.
 NEURGRAD_TOLERANCE, SWEEP_TOLERANCE, JOINT_TOLERANCE = 2e-5, 1e-6, 1e-5
@@ -260,14 +260,14 @@ def table() -> list[str]:
 
 
 def shown() -> list[str]:
-    """The table in the README."""
+    """The table as it stands there."""
     found = re.search(r"(?<=<!-- families -->\n).*?(?=\n<!-- /families -->)", README.read_text(), re.DOTALL)
     assert found is not None
     return found.group().splitlines()
 
 
 def main() -> None:
-    """Write the table into the README."""
+    """Write the table."""
     before = "\n".join(shown())
     README.write_text(README.read_text().replace(before, "\n".join(table())))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from jobs.benchmarks.tiny_models import tiny_model
 from torch import Tensor
 
-from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.errors import ModelError
 from neg_service.models import self_check
 

@@ -449,11 +449,10 @@ def test_the_recipes_of_the_readme_run_as_they_stand(
     kept = scan_here(scan_config(*scanned[1], f"dataset.source=s3://{BUCKET}/words.jsonl", *top))
     sweep = ["measure=sweep", "neurons=list", f"neurons.list={kept.uri}/top_neurons", "measure.grid=coarse"]
     sweep_uri = scan_here(scan_config(*scanned[1], *sweep)).uri
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Load the results") : readme.index("## In a notebook")]
+    readme = (ROOT / "neg_service" / "storage" / "README.md").read_text()
     given = {"uri": scanned[0], "endpoint_url": server.endpoint_url, "sweep_uri": sweep_uri}
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
         code = re.sub(r"^layer, neuron = .*$", "layer, neuron = 1, 7", block, flags=re.MULTILINE)
         for name, value in given.items():
             code = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", code, flags=re.MULTILINE)
