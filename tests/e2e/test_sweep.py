@@ -58,7 +58,8 @@ def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(
     many = ["job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1"]
     assert scanned(*sweep, f"storage.uri={tmp_path / 'two'}", *many) == 0
     assert re.search(r"neurons +18 for each target: 180 values", capsys.readouterr().out)
-    assert "replica 1 is ready" in caplog.text
+    assert "5 of 5 shards to do" in caplog.text
+    assert "on up to 2 replicas" in caplog.text
     tables = []
     for name in ("one", "two"):
         tables.append(table_of(tmp_path / name, "sweep"))
