@@ -15,7 +15,7 @@ from neg_service.report.cells import VALUES, percent
 from neg_service.report.console import agreement
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
-from neg_service.report.sections.kept import Curves, Sample, Strength, rows_of, strongest_grid, strongest_rows
+from neg_service.report.sections.accumulators import Curves, Sample, Strength, rows_of, strongest_grid, strongest_rows
 from neg_service.schema import PER_ACTIVATION, PER_MAGNITUDE
 from neg_service.storage.reader import Run
 

@@ -13,8 +13,8 @@ from neg_service.report import figures
 from neg_service.report.console import is_of_curves
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
+from neg_service.report.sections.accumulators import STRONGEST, Strength, rows_of, strongest_grid, strongest_rows
 from neg_service.report.sections.interventions import edits_section, sweep_section
-from neg_service.report.sections.kept import STRONGEST, Strength, rows_of, strongest_grid, strongest_rows
 from neg_service.schema import Table
 from neg_service.storage.reader import Run, reading
 

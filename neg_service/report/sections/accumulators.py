@@ -1,4 +1,4 @@
-"""What is kept of a run's tables while they are streamed: histograms, the strongest neurons, a sample, a few curves."""
+"""Accumulators of what a report shows, while tables are streamed: histograms, strongest neurons, a sample, curves."""
 
 from __future__ import annotations
 
