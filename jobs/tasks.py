@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from jobs.entry import start
 from neg_service.config import DatasetConfig, JobConfig, holds, typed
-from neg_service.models.language_model import inspect_model, load_tokenizer, mask_token_of
+from neg_service.models.inspection import inspect_model, mask_token_of
+from neg_service.models.loading import load_tokenizer
 from neg_service.models.source import fetch
 from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt, encode

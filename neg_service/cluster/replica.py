@@ -51,7 +51,7 @@ _ANSWERS_KEPT = 4
 class Ready:
     """What a worker says when it is ready: what it runs on, and what it found out about its model.
 
-    engine: how the model's rows are run, see `models/language_model.py`.
+    engine: how the model's rows are run, see `models/engines/`.
     """
 
     runs_on: str

@@ -19,7 +19,8 @@ import pyarrow as pa
 from neg_service.config import NeuronsConfig, types_of
 from neg_service.errors import ConfigurationError
 from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.inspection import ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 

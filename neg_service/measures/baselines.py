@@ -32,7 +32,8 @@ from neg_service.measures.neurgrad import check_keep, wanted_targets
 from neg_service.measures.tables import prompt_row, target_layer_rows
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.inspection import ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 NAMES = ("gradient", "gradient_x_activation", "activation", "random")

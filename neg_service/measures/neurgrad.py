@@ -32,7 +32,8 @@ from neg_service.measures.gradients import Floats, PromptGradients, gradients
 from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of, target_layer_rows
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.inspection import ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
 
 KEEP = ("all", "answer", "top_k")

@@ -39,7 +39,8 @@ from neg_service.measures.neurgrad import sign
 from neg_service.measures.tables import fixed_size, prompt_row, table_of
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.inspection import ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.prompts.tasks import task_of
 

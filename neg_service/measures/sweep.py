@@ -41,7 +41,8 @@ from neg_service.measures.noise import measure_noise, resolution
 from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.inspection import ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 log = logging.getLogger(__name__)
@@ -140,12 +141,12 @@ def measure(
     for group in model.groups([prompt.ids for prompt in prompts]):
         for index in group.members:
             prompt = prompts[index]
-            interventions = Interventions(model, prompt, options.basis, prompt.ids[: group.header])
+            interventions = Interventions(model, prompt, options.basis, prompt.ids[: group.shared])
             neurgrad_kln = interventions.neurgrad(layers)
             own = chosen
             if own is None:
                 own = strongest_neurons(layers, neurgrad_kln.abs().amax(0).cpu().numpy(), neurons.count)
-            rows = rows_that_fit(model, interventions.rows, _batch_bytes(options, model) * budget.scale)
+            rows = rows_that_fit(interventions.rows, _batch_bytes(options, model) * budget.scale)
             fitting = rows.rows
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(interventions, own, sweep, rows, options.keep_curves, progress.add)

@@ -29,7 +29,8 @@ from neg_service.measures.scores import check_answers
 from neg_service.measures.tables import prompt_row
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import check_basis
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.inspection import ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.prompts.tasks import task_of
 

@@ -36,7 +36,7 @@ from neg_service.errors import (
     StorageError,
 )
 from neg_service.measures import Cost, find_measure
-from neg_service.models.language_model import checked_dtype
+from neg_service.models.loading import checked_dtype
 from neg_service.prompts.prompt import Prompt
 
 GIB = 2**30

@@ -14,7 +14,8 @@ import torch
 
 from jobs.benchmarks.tiny_models import tiny_model
 from neg_service.errors import ModelError, NegServiceError
-from neg_service.models.language_model import inspect_model, load_model
+from neg_service.models.inspection import inspect_model
+from neg_service.models.loading import load_model
 from neg_service.models.source import fetch
 
 HUGE = 10**12

@@ -18,7 +18,7 @@ import neg_service
 from jobs.benchmarks.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from neg_service.errors import ModelError, NegServiceError
 from neg_service.models.folder import require_real_file
-from neg_service.models.language_model import inspect_model
+from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
 from tests.e2e.commands import job
 

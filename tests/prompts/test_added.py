@@ -24,7 +24,7 @@ import neg_service
 from jobs.benchmarks.tiny_models import VOCABULARY, tiny_model
 from neg_service import LanguageModel
 from neg_service.errors import PromptError, TargetError
-from neg_service.models.language_model import load_tokenizer
+from neg_service.models.loading import load_tokenizer
 from neg_service.models.source import LocalModel
 from neg_service.prompts import added
 from neg_service.prompts.added import added_by
