@@ -15,7 +15,7 @@ from neg_service.config import JobConfig, ModelConfig, typed
 from neg_service.report.console import aligned, bytes_text
 
 if TYPE_CHECKING:
-    from neg_service.models.feed_forward import Site
+    from neg_service.models.feed_forward import HookPoint
     from neg_service.models.language_model import LanguageModel
 
 
@@ -31,7 +31,7 @@ class CheckConfig:
 def check(config: DictConfig) -> int:
     """Load a model, let it check itself, and print what was found."""
     # Slow to load: see `entry.py`.
-    from neg_service.models.language_model import load_model
+    from neg_service.models.loading import load_model
 
     began = time.monotonic()
     asked = typed(ModelConfig, config.model, "model")
@@ -54,7 +54,8 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
     from neg_service.models.feed_forward import BASES
     from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
 
-    checked, own = model.ensure_checked(), model.feed_forward
+    chosen, own = model.ensure_checked(), model.feed_forward
+    checked = chosen.check
     bases = BASES if own.layout.is_gated else BASES[:2]
     return {
         "model": model.name,
@@ -63,14 +64,14 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "read_at": "mask token" if model.is_masked else "last token",
         "layers": own.n_layers,
         "neurons_a_layer": own.n_neurons,
-        "bases": {basis: _place(model, own.sites(basis)[0]) for basis in bases},
+        "bases": {basis: _place(model, own.hook_points(basis)[0]) for basis in bases},
         "context_tokens": model.context_length,
         "dtype": str(model.dtype).removeprefix("torch."),
         "devices": [str(device) for device in model.devices],
-        "engine": checked.engine,
-        "not_fitting": checked.not_fitting,
-        "resumes": checked.resumes,
-        "widens_at_neurons": checked.widens_at_neurons,
+        "engine": chosen.engine.name,
+        "not_fitting": chosen.rejected,
+        "resumes": checked.starts_at_layers,
+        "widens_at_neurons": checked.supports_late_expansion,
         "deviations": {"row_logits": checked.logits, "neurons": checked.neurons}
         | {"at_readout": checked.at_readout, "poke": checked.poke},
         "allowed": {"row_logits": LOGIT_TOLERANCE[model.dtype], "neurons": LOGIT_TOLERANCE[model.dtype]}
@@ -119,10 +120,10 @@ def describe(found: dict[str, Any]) -> str:
     return f"{aligned(rows)}\n\nThis model can be measured."
 
 
-def _place(model: LanguageModel, site: Site) -> str:
+def _place(model: LanguageModel, point: HookPoint) -> str:
     """Where the first layer's neurons are, by the name that the model gives to the module."""
-    name = next(name for name, module in model.model.named_modules() if module is site.module)
-    return f"{site.side} of {name}" + (f", from {site.start} on" if site.start else "")
+    name = next(name for name, module in model.model.named_modules() if module is point.module)
+    return f"{point.side} of {name}" + (f", from {point.start} on" if point.start else "")
 
 
 def _peak_bytes(model: LanguageModel) -> dict[str, int]:

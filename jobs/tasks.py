@@ -61,7 +61,8 @@ def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, mo
     tokens = ""
     if model_source is not None:
         # Slow to load: see `entry.py`.
-        from neg_service.models.language_model import inspect_model, load_tokenizer, mask_token_of
+        from neg_service.models.inspection import inspect_model, mask_token_of
+        from neg_service.models.loading import load_tokenizer
         from neg_service.models.source import fetch
 
         local = fetch(model_source, with_weights=False)

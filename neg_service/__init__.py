@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from neg_service.measures.intervene import InterveneResult, intervene
     from neg_service.measures.neg import NegResult, neg
     from neg_service.measures.neurgrad import NeurGradResult, neurgrad
-    from neg_service.models.language_model import LanguageModel, load_model
+    from neg_service.models.language_model import LanguageModel
+    from neg_service.models.loading import load_model
     from neg_service.storage.reader import Run, Runs, open_run, open_runs
 
 __version__ = "0.1.0"
@@ -30,7 +31,7 @@ _HOME = {
     "Runs": "neg_service.storage.reader",
     "integrated_gradients": "neg_service.measures.integrated_gradients",
     "intervene": "neg_service.measures.intervene",
-    "load_model": "neg_service.models.language_model",
+    "load_model": "neg_service.models.loading",
     "neg": "neg_service.measures.neg",
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",

@@ -124,7 +124,7 @@ def sweep_deviation(family: str, basis: str, length: int = 9) -> float:
     worst = 0.0
     # Truly float64, for the engine and for the oracle: many architectures cast to float32 on their own.
     with in_precision(model.model, model.feed_forward.layers, torch.float64):
-        model.forget_headers()
+        model.forget_prefixes()
         found = neg_service.neg(model, text, "w7" if model.is_masked else " w7", SWEPT, SHIFTS, basis)
         before = oracle.probability_with_shift(model.model, ids, 7, basis, 0, 0, 0.0, place)
         for i, (layer, neuron) in enumerate(SWEPT):
@@ -149,8 +149,7 @@ def joint_deviation(family: str, basis: str, lengths: Sequence[int] = (6, 3)) ->
     worst = 0.0
     # `suppress` asks for gradients, for which the whole model has to be in one precision.
     copied = LanguageModel(reference, model.tokenizer)
-    copied.use_engine(model.engine)
-    copied._checked = model.ensure_checked()
+    copied.adopt(model.ensure_checked())
     found = neg_service.intervene(copied, texts, names, EDITS, basis=basis, answers=[2, None])
     for p, ids in enumerate(prompts):
         place = readout(ids, model.is_masked)
@@ -255,7 +254,7 @@ def table() -> list[str]:
         ]
         kind = "mask token" if model.is_masked else "last token"
         numbers = " | ".join(f"{value:.0e}" for value in worst)
-        rows.append(f"| {family} | {kind} | {', '.join(bases)} | {model.engine} | {numbers} |")
+        rows.append(f"| {family} | {kind} | {', '.join(bases)} | {model.engine.name} | {numbers} |")
     return rows
 
 

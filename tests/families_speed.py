@@ -24,13 +24,17 @@ from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget, RowBudget
-from neg_service.models.feed_forward import visiting
-from neg_service.models.language_model import LanguageModel, set_threads
+from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine
+from neg_service.models.feed_forward import hooks
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.loading import set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 
 # The least speed-up of each engine, gradients and interventions: far below what is measured, far above no gain.
-LEAST = {"branches": (3.0, 4.0), "rows": (0.8, 4.0), "sequences": (2.5, 4.0)}
+LEAST = {SharedPrefixEngine: (3.0, 4.0), KeyValueCacheEngine: (0.8, 4.0), FullSequenceEngine: (2.5, 4.0)}
 NEURON = 5
 
 
@@ -57,9 +61,10 @@ def run(settings: Settings) -> dict[str, Any]:
             f"{name}: {found[name]['engine']}, gradients {gains[0]} x and interventions {gains[1]} x as fast "
             f"as the textbook way\n"
         )
-    others = [name for name, one in found.items() if one["engine"] != FAMILIES[name].engine]
+    others = [name for name, one in found.items() if one["engine"] != FAMILIES[name].engine.name]
     bars = [bar(f"families that fell off their engine: {', '.join(others) or 'none'}", len(others), 0, at_most=True)]
-    for engine, least in LEAST.items():
+    least_of = {engine.name: least for engine, least in LEAST.items()}
+    for engine, least in least_of.items():
         own = {name: one for name, one in found.items() if one["engine"] == engine}
         if not own:
             continue
@@ -70,7 +75,7 @@ def run(settings: Settings) -> dict[str, Any]:
     middle = {
         engine: {what: figure([one[what]["median"] for one in found.values() if one["engine"] == engine], "ratio")
                  for what in ("gradients", "interventions")}
-        for engine in LEAST
+        for engine in least_of
         if any(one["engine"] == engine for one in found.values())
     }  # fmt: skip
     return {"families": found, "engines": middle, "bars": bars}
@@ -86,7 +91,7 @@ def _family(name: str, settings: Settings) -> dict[str, Any]:
     shifts = torch.linspace(-2, 2, settings.interventions)
 
     def engine_gradients() -> None:
-        model.forget_headers()
+        model.forget_prefixes()
         for _ in gradients(model, prompts, wanted, "paper", layers, Budget(4096)):
             pass
 
@@ -99,7 +104,7 @@ def _family(name: str, settings: Settings) -> dict[str, Any]:
         "gradients": (lambda: _textbook_gradients(model, prompts), engine_gradients),
         "interventions": (lambda: _textbook_interventions(model, prompts[0], middle, shifts), engine_interventions),
     }
-    result: dict[str, Any] = {"engine": model.engine}
+    result: dict[str, Any] = {"engine": model.engine.name}
     for what, (textbook, engine) in pairs.items():
         slow, fast = [], []
         for turn in range(settings.repeats + 1):
@@ -133,7 +138,7 @@ def _prompts(settings: Settings, is_masked: bool) -> list[EncodedPrompt]:
 
 def _textbook_gradients(model: LanguageModel, prompts: list[EncodedPrompt]) -> None:
     """A whole sequence with a graph, one prompt at a time, one forward pass and a backward pass a label."""
-    sites = dict(enumerate(model.feed_forward.sites("paper")))
+    points = dict(enumerate(model.feed_forward.hook_points("paper")))
     for prompt in prompts:
         seen: dict[int, Tensor] = {}
 
@@ -141,7 +146,7 @@ def _textbook_gradients(model: LanguageModel, prompts: list[EncodedPrompt]) -> N
             seen[layer] = x if x.requires_grad else x.detach().requires_grad_()
             return seen[layer]
 
-        with torch.enable_grad(), visiting(sites, capture):
+        with torch.enable_grad(), hooks(points, capture):
             log_p = model.model(torch.tensor([prompt.ids])).logits[0, _readout(model, prompt)].log_softmax(-1)
             for token in prompt.target_ids:
                 torch.autograd.grad(log_p[token], list(seen.values()), retain_graph=True)
@@ -150,16 +155,16 @@ def _textbook_gradients(model: LanguageModel, prompts: list[EncodedPrompt]) -> N
 @torch.no_grad()
 def _textbook_interventions(model: LanguageModel, prompt: EncodedPrompt, layer: int, shifts: Tensor) -> None:
     """A hook on one neuron and a full forward pass, one shift at a time."""
-    site, place = model.feed_forward.sites("paper")[layer], _readout(model, prompt)
+    point, place = model.feed_forward.hook_points("paper")[layer], _readout(model, prompt)
     inputs = torch.tensor([prompt.ids])
     for shift in shifts:
 
         def move(_layer: int, x: Tensor, shift: Tensor = shift) -> Tensor:
             moved = x.clone()
-            site.neurons(moved.view(-1, moved.shape[-1]))[place, NEURON] += shift
+            point.neurons(moved.view(-1, moved.shape[-1]))[place, NEURON] += shift
             return moved
 
-        with visiting({layer: site}, move):
+        with hooks({layer: point}, move):
             model.model(inputs).logits[0, place].softmax(-1)
 
 

@@ -16,6 +16,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from neg_service.models.engines.base import MASK_TOKEN, Engine
+from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.language_model import LanguageModel
 
 VOCABULARY = 97
@@ -45,25 +49,25 @@ class Family:
     """
 
     config: Callable[[], hf.PreTrainedConfig]
-    engine: str
+    engine: type[Engine]
     attention: str
 
     @property
     def is_masked(self) -> bool:
         """Whether it is read at its mask token."""
-        return self.engine == "sequences"
+        return MASK_TOKEN in self.engine.reads_at
 
 
-def _branches(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
-    return Family(lambda: config(**options), "branches", attention)
+def _shared_prefix(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), SharedPrefixEngine, attention)
 
 
-def _rows(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
-    return Family(lambda: config(**options), "rows", attention)
+def _kv_cache(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), KeyValueCacheEngine, attention)
 
 
-def _sequences(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
-    return Family(lambda: config(**options), "sequences", attention)
+def _full_sequence(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), FullSequenceEngine, attention)
 
 
 def _longrope() -> dict[str, Any]:
@@ -78,8 +82,8 @@ def _longrope() -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Family] = {
-    "Llama 2": _branches(hf.LlamaConfig, **_GROUPED),
-    "Llama 3": _branches(
+    "Llama 2": _shared_prefix(hf.LlamaConfig, **_GROUPED),
+    "Llama 3": _shared_prefix(
         hf.LlamaConfig,
         **_GROUPED,
         tie_word_embeddings=True,
@@ -92,13 +96,13 @@ FAMILIES: dict[str, Family] = {
             "original_max_position_embeddings": 16,
         },
     ),
-    "Mistral": _branches(hf.MistralConfig, **_GROUPED, sliding_window=WINDOW),
-    "Qwen 2 and 2.5": _branches(
+    "Mistral": _shared_prefix(hf.MistralConfig, **_GROUPED, sliding_window=WINDOW),
+    "Qwen 2 and 2.5": _shared_prefix(
         hf.Qwen2Config, **_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
-    "Qwen 3": _branches(hf.Qwen3Config, **_GROUPED, head_dim=8),
-    "Gemma": _branches(hf.GemmaConfig, **_GROUPED, head_dim=8),
-    "Gemma 2": _branches(
+    "Qwen 3": _shared_prefix(hf.Qwen3Config, **_GROUPED, head_dim=8),
+    "Gemma": _shared_prefix(hf.GemmaConfig, **_GROUPED, head_dim=8),
+    "Gemma 2": _shared_prefix(
         hf.Gemma2Config,
         "eager",
         **_GROUPED,
@@ -108,7 +112,7 @@ FAMILIES: dict[str, Family] = {
         final_logit_softcapping=3.0,
         query_pre_attn_scalar=8,
     ),
-    "Gemma 3": _branches(hf.Gemma3TextConfig, **_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=_MIXED),
+    "Gemma 3": _shared_prefix(hf.Gemma3TextConfig, **_GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=_MIXED),
     "Gemma 3, images and text": Family(
         lambda: hf.Gemma3Config(
             text_config={**_GROUPED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _MIXED},
@@ -125,22 +129,22 @@ FAMILIES: dict[str, Family] = {
             boi_token_index=91,
             eoi_token_index=92,
         ),
-        "branches",
+        SharedPrefixEngine,
         "sdpa",
     ),
-    "Phi": _branches(hf.PhiConfig, **{**_PLAIN, "num_attention_heads": 3}, partial_rotary_factor=0.5),
-    "Phi-3 and 4": _branches(hf.Phi3Config, **_GROUPED, sliding_window=WINDOW),
-    "Phi-4-mini": _branches(
+    "Phi": _shared_prefix(hf.PhiConfig, **{**_PLAIN, "num_attention_heads": 3}, partial_rotary_factor=0.5),
+    "Phi-3 and 4": _shared_prefix(hf.Phi3Config, **_GROUPED, sliding_window=WINDOW),
+    "Phi-4-mini": _shared_prefix(
         hf.Phi3Config, **_GROUPED, original_max_position_embeddings=32, rope_parameters=_longrope()
     ),
-    "OLMo": _branches(hf.OlmoConfig, **_GROUPED, clip_qkv=0.5),
-    "OLMo 2": _branches(hf.Olmo2Config, **_GROUPED),
-    "OLMo 3": _branches(hf.Olmo3Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
-    "SmolLM 3": _branches(hf.SmolLM3Config, **_GROUPED, no_rope_layer_interval=2),
-    "StableLM": _branches(hf.StableLmConfig, **_GROUPED, partial_rotary_factor=0.5, use_parallel_residual=True),
-    "GPT-2": _branches(hf.GPT2Config, **_OLD, scale_attn_by_inverse_layer_idx=True),
-    "GPT-NeoX (Pythia)": _branches(hf.GPTNeoXConfig, **{**_PLAIN, "num_attention_heads": 3}, rotary_pct=0.5),
-    "GPT-Neo": _rows(
+    "OLMo": _shared_prefix(hf.OlmoConfig, **_GROUPED, clip_qkv=0.5),
+    "OLMo 2": _shared_prefix(hf.Olmo2Config, **_GROUPED),
+    "OLMo 3": _shared_prefix(hf.Olmo3Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
+    "SmolLM 3": _shared_prefix(hf.SmolLM3Config, **_GROUPED, no_rope_layer_interval=2),
+    "StableLM": _shared_prefix(hf.StableLmConfig, **_GROUPED, partial_rotary_factor=0.5, use_parallel_residual=True),
+    "GPT-2": _shared_prefix(hf.GPT2Config, **_OLD, scale_attn_by_inverse_layer_idx=True),
+    "GPT-NeoX (Pythia)": _shared_prefix(hf.GPTNeoXConfig, **{**_PLAIN, "num_attention_heads": 3}, rotary_pct=0.5),
+    "GPT-Neo": _kv_cache(
         hf.GPTNeoConfig,
         "eager",
         vocab_size=VOCABULARY,
@@ -153,14 +157,14 @@ FAMILIES: dict[str, Family] = {
         window_size=WINDOW,
         **_TOKENS,
     ),
-    "GPT-J": _rows(hf.GPTJConfig, "eager", **_OLD, rotary_dim=4),
-    "CodeGen": _rows(hf.CodeGenConfig, "eager", **_OLD, rotary_dim=4),
-    "OPT": _branches(hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=24),
-    "OPT, norm after": _branches(
+    "GPT-J": _kv_cache(hf.GPTJConfig, "eager", **_OLD, rotary_dim=4),
+    "CodeGen": _kv_cache(hf.CodeGenConfig, "eager", **_OLD, rotary_dim=4),
+    "OPT": _shared_prefix(hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=24),
+    "OPT, norm after": _shared_prefix(
         hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=20, do_layer_norm_before=False
     ),
-    "Falcon": _rows(hf.FalconConfig, **_BASE, num_attention_heads=4, ffn_hidden_size=40, multi_query=True),
-    "Falcon, new decoder": _rows(
+    "Falcon": _kv_cache(hf.FalconConfig, **_BASE, num_attention_heads=4, ffn_hidden_size=40, multi_query=True),
+    "Falcon, new decoder": _kv_cache(
         hf.FalconConfig,
         **_BASE,
         num_attention_heads=4,
@@ -168,7 +172,7 @@ FAMILIES: dict[str, Family] = {
         ffn_hidden_size=40,
         new_decoder_architecture=True,
     ),
-    "Falcon, ALiBi": _rows(
+    "Falcon, ALiBi": _kv_cache(
         hf.FalconConfig,
         "eager",
         **_BASE,
@@ -179,8 +183,8 @@ FAMILIES: dict[str, Family] = {
         parallel_attn=False,
         bias=True,
     ),
-    "BLOOM": _rows(hf.BloomConfig, "eager", vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=4, **_TOKENS),
-    "MPT": _rows(
+    "BLOOM": _kv_cache(hf.BloomConfig, "eager", vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=4, **_TOKENS),
+    "MPT": _kv_cache(
         hf.MptConfig,
         "eager",
         vocab_size=VOCABULARY,
@@ -191,11 +195,11 @@ FAMILIES: dict[str, Family] = {
         max_seq_len=64,
         **_TOKENS,
     ),
-    "StarCoder": _branches(hf.GPTBigCodeConfig, **_OLD),
-    "StarCoder 2": _branches(hf.Starcoder2Config, **_GROUPED, sliding_window=WINDOW),
-    "Cohere": _branches(hf.CohereConfig, **_GROUPED, use_qk_norm=True),
-    "Cohere 2": _branches(hf.Cohere2Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
-    "Granite": _branches(
+    "StarCoder": _shared_prefix(hf.GPTBigCodeConfig, **_OLD),
+    "StarCoder 2": _shared_prefix(hf.Starcoder2Config, **_GROUPED, sliding_window=WINDOW),
+    "Cohere": _shared_prefix(hf.CohereConfig, **_GROUPED, use_qk_norm=True),
+    "Cohere 2": _shared_prefix(hf.Cohere2Config, **_GROUPED, sliding_window=WINDOW, layer_types=_MIXED),
+    "Granite": _shared_prefix(
         hf.GraniteConfig,
         **_GROUPED,
         embedding_multiplier=2.0,
@@ -203,19 +207,19 @@ FAMILIES: dict[str, Family] = {
         attention_multiplier=0.3,
         logits_scaling=2.0,
     ),
-    "GLM": _branches(hf.GlmConfig, **_GROUPED, head_dim=8),
-    "GLM-4": _branches(hf.Glm4Config, **_GROUPED, head_dim=8),
-    "EXAONE 4": _branches(
+    "GLM": _shared_prefix(hf.GlmConfig, **_GROUPED, head_dim=8),
+    "GLM-4": _shared_prefix(hf.Glm4Config, **_GROUPED, head_dim=8),
+    "EXAONE 4": _shared_prefix(
         hf.Exaone4Config, **_GROUPED, sliding_window=WINDOW, sliding_window_pattern="LLG", layer_types=_MIXED
     ),
-    "Nemotron": _branches(hf.NemotronConfig, **_GROUPED, head_dim=4),
-    "Helium": _branches(hf.HeliumConfig, **_GROUPED, head_dim=4),
-    "Seed-OSS": _branches(hf.SeedOssConfig, **_GROUPED, head_dim=8),
-    "BERT": _sequences(hf.BertConfig, **_PLAIN),
-    "RoBERTa": _sequences(hf.RobertaConfig, **_PLAIN),
-    "XLM-R": _sequences(hf.XLMRobertaConfig, **_PLAIN),
-    "ELECTRA generator": _sequences(hf.ElectraConfig, **_PLAIN, embedding_size=20),
-    "DistilBERT": _sequences(
+    "Nemotron": _shared_prefix(hf.NemotronConfig, **_GROUPED, head_dim=4),
+    "Helium": _shared_prefix(hf.HeliumConfig, **_GROUPED, head_dim=4),
+    "Seed-OSS": _shared_prefix(hf.SeedOssConfig, **_GROUPED, head_dim=8),
+    "BERT": _full_sequence(hf.BertConfig, **_PLAIN),
+    "RoBERTa": _full_sequence(hf.RobertaConfig, **_PLAIN),
+    "XLM-R": _full_sequence(hf.XLMRobertaConfig, **_PLAIN),
+    "ELECTRA generator": _full_sequence(hf.ElectraConfig, **_PLAIN, embedding_size=20),
+    "DistilBERT": _full_sequence(
         hf.DistilBertConfig,
         vocab_size=VOCABULARY,
         dim=24,
@@ -225,10 +229,10 @@ FAMILIES: dict[str, Family] = {
         max_position_embeddings=64,
         pad_token_id=0,
     ),
-    "ModernBERT": _sequences(
+    "ModernBERT": _full_sequence(
         hf.ModernBertConfig, **_PLAIN, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
     ),
-    "DeBERTa": _sequences(
+    "DeBERTa": _full_sequence(
         hf.DebertaConfig,
         "eager",
         **_PLAIN,
@@ -237,7 +241,7 @@ FAMILIES: dict[str, Family] = {
         max_relative_positions=64,
         type_vocab_size=0,
     ),
-    "DeBERTa 2 and 3": _sequences(
+    "DeBERTa 2 and 3": _full_sequence(
         hf.DebertaV2Config,
         "eager",
         **_PLAIN,
@@ -251,8 +255,8 @@ FAMILIES: dict[str, Family] = {
         conv_kernel_size=3,
         conv_act="gelu",
     ),
-    "EuroBERT": _sequences(hf.EuroBertConfig, **_GROUPED, mask_token_id=MASK),
-    "MPNet": _sequences(hf.MPNetConfig, "eager", **_PLAIN),
+    "EuroBERT": _full_sequence(hf.EuroBertConfig, **_GROUPED, mask_token_id=MASK),
+    "MPNet": _full_sequence(hf.MPNetConfig, "eager", **_PLAIN),
 }
 
 

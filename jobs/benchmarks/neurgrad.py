@@ -20,7 +20,8 @@ from neg_service import load_model
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel, set_threads
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.loading import set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 BLOCK = 8
@@ -103,7 +104,7 @@ def _prepare(settings: Settings, way: Callable[[LanguageModel, Data], None], n_p
     data = _data(settings, model.model.config.vocab_size)
 
     def once() -> float:
-        model.forget_headers()
+        model.forget_prefixes()
         began = time.perf_counter()
         way(model, data)
         return (time.perf_counter() - began) / n_prompts

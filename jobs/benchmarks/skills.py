@@ -26,7 +26,8 @@ from neg_service.measures.batching import default_batch_tokens
 from neg_service.measures.gradients import gradients
 from neg_service.measures.tables import fixed_size, table_of
 from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel, set_threads
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.loading import set_threads
 from neg_service.probing.ranking import scores_of
 from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.prompt import EncodedPrompt, encode
@@ -91,7 +92,7 @@ def _prepare(
     sys.stderr.write(f"ready: {task}, {sum(len(own.ids) for own in encoded) / len(encoded):.0f} tokens a prompt\n")
 
     def once() -> float:
-        model.forget_headers()
+        model.forget_prefixes()
         began = time.perf_counter()
         way(model, encoded)
         return (time.perf_counter() - began) / len(encoded)

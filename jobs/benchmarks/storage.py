@@ -37,7 +37,7 @@ from neg_service.cluster.replica import Replica, scan_worker
 from neg_service.cluster.resources import ReplicaSize
 from neg_service.config import ClusterConfig, ModelConfig, ScanConfig
 from neg_service.measures.base import Cost
-from neg_service.models.language_model import load_tokenizer
+from neg_service.models.loading import load_tokenizer
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import encode

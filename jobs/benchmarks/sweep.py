@@ -26,7 +26,8 @@ from neg_service.measures.choice import chosen_neurons
 from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.measures.neg import BATCH_BYTES, sweep_prompt
 from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
-from neg_service.models.language_model import LanguageModel, set_threads
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.loading import set_threads
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 
@@ -122,7 +123,7 @@ def _ways_of(
 
     def engine(layer: int) -> range:
         neurons = np.stack([np.full(settings.neurons, layer), np.arange(settings.neurons)], 1)
-        budget = rows_that_fit(model, interventions.rows, BATCH_BYTES)
+        budget = rows_that_fit(interventions.rows, BATCH_BYTES)
         sweep_prompt(interventions, neurons, sweep, budget, keep_curves=False)
         return range(settings.neurons * len(shifts))
 
@@ -162,7 +163,7 @@ def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:
         interventions = Interventions(model, prompt, "paper")
         full, coarse = (
             sweep_prompt(
-                interventions, neurons, Sweep(grid), rows_that_fit(model, interventions.rows, BATCH_BYTES), False
+                interventions, neurons, Sweep(grid), rows_that_fit(interventions.rows, BATCH_BYTES), False
             ).linearity_nk
             for grid in (full_grid(), coarse_grid())
         )

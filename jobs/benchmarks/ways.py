@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from neg_service.measures.interventions import Interventions
-from neg_service.models.branches import Prefix, PrefixPass, packed, run_header, running
-from neg_service.models.feed_forward import find_feed_forward, visiting
+from neg_service.models.engines.prefix_attention import FrozenPrefix, PrefixPass, packed, running
+from neg_service.models.engines.shared_prefix import run_shared_prefix
+from neg_service.models.feed_forward import find_feed_forward, hooks
 
 Ids = Sequence[Sequence[int]]
 
@@ -29,12 +30,12 @@ def floor(model: PreTrainedModel, prompts: Ids, header: int, batch: int) -> None
 
     This is the engine's own prefix pass, run to the last token: no way of measuring can cost less.
     """
-    shared = run_header(model, prompts[0][:header])
+    shared = run_shared_prefix(model, prompts[0][:header])
     order = sorted(prompts, key=len)
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         own = [list(ids[header:]) for ids in part]
-        prefix = Prefix(shared, tuple(map(len, own)), tuple(ids[-1] for ids in part))
+        prefix = FrozenPrefix(shared, tuple(map(len, own)), tuple(ids[-1] for ids in part))
         with running(model, PrefixPass(prefix)):
             inputs = packed(model, own, [range(header, header + len(ids)) for ids in own])
             hidden = model.base_model(**inputs).last_hidden_state
@@ -58,7 +59,7 @@ def textbook(model: PreTrainedModel, prompts: Ids, targets: Ids, batch: int) -> 
     for start in range(0, len(prompts), batch):
         part, own = prompts[start : start + batch], targets[start : start + batch]
         seen: dict[int, Tensor] = {}
-        with torch.enable_grad(), visiting(_sites(model), _capturing(seen)):
+        with torch.enable_grad(), hooks(_hook_points(model), _capturing(seen)):
             inputs = _padded(part)
             last = inputs["attention_mask"].sum(1) - 1
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -81,7 +82,7 @@ def expert(model: PreTrainedModel, prompts: Ids, targets: Ids) -> list[Tensor]:
             model.base_model(torch.tensor([ids[:-1]]), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(own))
         seen: dict[int, Tensor] = {}
-        with torch.enable_grad(), visiting(_sites(model), _capturing(seen)):
+        with torch.enable_grad(), hooks(_hook_points(model), _capturing(seen)):
             rows = torch.tensor([[ids[-1]]] * len(own))
             log_p = model(rows, past_key_values=cache, use_cache=True).logits[:, -1].log_softmax(-1)
             chosen = log_p[range(len(own)), list(own)]
@@ -91,8 +92,8 @@ def expert(model: PreTrainedModel, prompts: Ids, targets: Ids) -> list[Tensor]:
     return results
 
 
-def _sites(model: PreTrainedModel) -> dict[int, Any]:
-    return dict(enumerate(find_feed_forward(model).sites("paper")))
+def _hook_points(model: PreTrainedModel) -> dict[int, Any]:
+    return dict(enumerate(find_feed_forward(model).hook_points("paper")))
 
 
 def _capturing(seen: dict[int, Tensor]) -> Any:
@@ -133,7 +134,7 @@ def textbook_interventions(
     Gives the target's probability with each intervention. `logits`: of how many last tokens; 0 means all, which is what
     a plain call of the model gives.
     """
-    sites = _sites(model)
+    points = _hook_points(model)
     probabilities: list[float] = []
     for start in range(0, len(shifted), batch):
         part = shifted[start : start + batch]
@@ -144,7 +145,7 @@ def textbook_interventions(
             x[:, -1, neuron] += shift_r
             return x
 
-        with visiting({layer: sites[layer]}, shift):
+        with hooks({layer: points[layer]}, shift):
             inputs = torch.tensor([list(ids)] * len(part))
             last = model(inputs, use_cache=False, logits_to_keep=logits).logits[:, -1]
         probabilities += last.softmax(-1)[:, target].tolist()
@@ -172,7 +173,7 @@ class Cached:
             x[torch.arange(len(x)), -1, neuron_r] += shift_r
             return x
 
-        with visiting({layer: _sites(self._model)[layer]}, shift):
+        with hooks({layer: _hook_points(self._model)[layer]}, shift):
             logits = self._model(self._last, past_key_values=self._cache, use_cache=True).logits[:, -1]
         # A pass changes the cache in place; what it added is taken off again.
         self._cache.crop(-1)

@@ -20,7 +20,7 @@ from neg_service.schema import SCHEMA_VERSION
 # The module of the actor knows shards, and must not import torch; see `worker.py`.
 if TYPE_CHECKING:
     from neg_service.measures.base import Cost
-    from neg_service.models.language_model import ModelInfo
+    from neg_service.models.inspection import ModelInfo
 
 # A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
 SHARD_BYTES = 64 * 2**20

@@ -25,13 +25,8 @@ from neg_service.measures import measure_of
 from neg_service.measures.base import Measure
 from neg_service.measures.choice import with_list_read
 from neg_service.models.folder import LocalModel
-from neg_service.models.language_model import (
-    ModelInfo,
-    checked_dtype,
-    inspect_model,
-    load_tokenizer,
-    mask_token_of,
-)
+from neg_service.models.inspection import ModelInfo, inspect_model, mask_token_of
+from neg_service.models.loading import checked_dtype, load_tokenizer
 from neg_service.models.source import DEFAULT, fetch
 from neg_service.places import absolute, below, local_path, parent_of, without_credentials
 from neg_service.prompts.encoding import Encode, Encoding, Ids

@@ -21,7 +21,8 @@ from neg_service.measures import measure_of
 from neg_service.measures.base import ShardInput
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel, load_model, set_threads
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.loading import load_model, set_threads
 from neg_service.models.placement import processor_name
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,14 @@ class ScanWorker:
                 f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
                 f"planned for {self._identity}: put the same files on every node"
             )
-        checked = self._model.ensure_checked()
-        log.info("self-check passed, engine %s, row logits %.0e off the plain pass", checked.engine, checked.logits)
+        chosen = self._model.ensure_checked()
+        log.info(
+            "self-check passed, engine %s, row logits %.0e off the plain pass", chosen.engine.name, chosen.check.logits
+        )
         batch_tokens = self._config.cluster.batch_tokens
         self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
         devices = ", ".join(f"{device} ({processor_name(device)})" for device in self._model.devices)
-        return WorkerInfo(f"{devices}, {self._threads} threads", self._model.engine)
+        return WorkerInfo(f"{devices}, {self._threads} threads", chosen.engine.name)
 
     def calibrate(self) -> dict[str, Any]:
         """Calibrate the measure on the samples."""

@@ -13,8 +13,8 @@ from neg_service.prompts.prompt import EncodedPrompt
 
 T = TypeVar("T")
 
-# A header known from earlier prompts serves unless it leaves more than this many shared tokens unshared.
-HEADER_SLACK = 16
+# A prefix kept of earlier prompts serves unless it leaves more than this many shared tokens unshared.
+PREFIX_SLACK = 16
 # So many prompts are planned together; planning costs the square of it.
 PLANNED_TOGETHER = 256
 
@@ -33,24 +33,25 @@ def in_batches(
 ) -> Iterator[tuple[int, T]]:
     """Run prompts in whatever order is cheapest; yields (index, result), each index once.
 
-    `counts[i]` rows are run of prompt i; `run(indices, header)` runs some prompts that all begin with the tokens
-    `header`, and gives their results in order.
+    `counts[i]` rows are run of prompt i; `run(indices, shared)` runs some prompts that all begin with the tokens
+    `shared`, and gives their results in order.
 
     Raises:
         DoesNotFit: a prompt does not fit even alone.
     """
+    engine = model.engine
     for start in range(0, len(prompts), PLANNED_TOGETHER):
         block = range(len(prompts))[start : start + PLANNED_TOGETHER]
-        for group in model.groups([prompts[i].ids for i in block]):
+        for group in engine.groups([prompts[i].ids for i in block]):
             members = [block[i] for i in group.members]
             first = prompts[members[0]].ids
-            known = model.known_header([prompts[i].ids for i in members])
-            header = known if known and known >= group.header - HEADER_SLACK else group.header
-            # A masked model's rows carry the whole prompt, a causal one's the last token over a prefix that all share.
-            lengths = [0 if model.is_masked else len(prompts[i].ids) - header for i in members]
-            rows = [counts[i] * (len(prompts[i].ids) if model.is_masked else 1) for i in members]
-            for batch in fill_batches(lengths, rows, budget):
-                yield from _halving(model, prompts, counts, run, first[:header], [members[i] for i in batch], budget)
+            kept = engine.prefixes.longest([prompts[i].ids for i in members])
+            shared = kept if kept and kept >= group.shared - PREFIX_SLACK else group.shared
+            costs = [engine.cost(len(prompts[i].ids), shared) for i in members]
+            once = [tokens for tokens, _ in costs]
+            rows = [counts[i] * tokens for i, (_, tokens) in zip(members, costs, strict=True)]
+            for batch in fill_batches(once, rows, budget):
+                yield from _halving(model, prompts, counts, run, first[:shared], [members[i] for i in batch], budget)
 
 
 def _halving(
@@ -58,7 +59,7 @@ def _halving(
     prompts: Sequence[EncodedPrompt],
     counts: Sequence[int],
     run: Callable[[Sequence[int], tuple[int, ...]], list[T]],
-    header: tuple[int, ...],
+    shared: tuple[int, ...],
     indices: list[int],
     budget: Budget,
 ) -> Iterator[tuple[int, T]]:
@@ -67,7 +68,7 @@ def _halving(
     while waiting:
         part = waiting.pop()
         try:
-            results = run(part, header)
+            results = run(part, shared)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

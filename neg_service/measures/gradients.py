@@ -26,7 +26,7 @@ from neg_service.errors import NonFiniteError
 from neg_service.measures.batching import in_batches, named
 from neg_service.models.backward import target_gradients
 from neg_service.models.batches import Budget
-from neg_service.models.feed_forward import Site
+from neg_service.models.feed_forward import HookPoint
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt
 
@@ -71,14 +71,13 @@ def gradients(
 
     `wanted[i]` are the indices of the targets of prompt i to differentiate; probabilities cover all targets.
     """
-    all_sites = model.feed_forward.sites(basis)
-    sites = {layer: all_sites[layer] for layer in layers}
+    all_points = model.feed_forward.hook_points(basis)
+    points = {layer: all_points[layer] for layer in layers}
 
-    def run(indices: Sequence[int], header: tuple[int, ...]) -> list[PromptGradients]:
-        return _run_batch(model, [prompts[i] for i in indices], [wanted[i] for i in indices], sites, header)
+    def run(indices: Sequence[int], shared: tuple[int, ...]) -> list[PromptGradients]:
+        return _run_batch(model, [prompts[i] for i in indices], [wanted[i] for i in indices], points, shared)
 
-    # A masked model's targets share one row.
-    counts = [1 if model.is_masked else len(own) for own in wanted]
+    counts = [1 if model.engine.targets_share_rows else len(own) for own in wanted]
     return in_batches(model, prompts, counts, run, budget)
 
 
@@ -86,11 +85,11 @@ def _run_batch(
     model: LanguageModel,
     prompts: Sequence[EncodedPrompt],
     wanted: Sequence[Sequence[int]],
-    sites: dict[int, Site],
-    header: tuple[int, ...],
+    points: dict[int, HookPoint],
+    shared: tuple[int, ...],
 ) -> list[PromptGradients]:
     target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, wanted, strict=True)]
-    found = target_gradients(model.rows([prompt.ids for prompt in prompts], header), target_ids, sites)
+    found = target_gradients(model.rows([prompt.ids for prompt in prompts], shared), target_ids, points)
     log_p_rv = found.log_p_rv
     finite_r = log_p_rv.isfinite().all(-1).cpu()
     token_r = [token for own in target_ids for token in own]

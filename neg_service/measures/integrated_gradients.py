@@ -34,10 +34,10 @@ from neg_service.measures.batching import default_batch_tokens, in_parts, named
 from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import encoded_texts
-from neg_service.models.batches import BRANCH_COST, Budget, RowBudget
-from neg_service.models.branches import at_least_float32
+from neg_service.models.batches import ROW_COST, Budget, RowBudget
+from neg_service.models.engines.base import Rows
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.rows import Rows
+from neg_service.models.precision import at_least_float32
 from neg_service.prompts.prompt import EncodedPrompt
 
 # So many targets are differentiated at once.
@@ -142,14 +142,14 @@ def integrals(
     m: int,
     budget: Budget,
 ) -> Iterator[tuple[int, PromptIntegrals]]:
-    """Measure prompts, those with a common header together; yields (index, result), each index once.
+    """Measure prompts, those with a common prefix together; yields (index, result), each index once.
 
     `wanted[i]` are the indices of the targets of prompt i to integrate for; probabilities cover all targets.
     """
     for group in model.groups([prompt.ids for prompt in prompts]):
         for index in group.members:
             prompt, own = prompts[index], tuple(wanted[index])
-            interventions = Interventions(model, prompt, basis, prompt.ids[: group.header])
+            interventions = Interventions(model, prompt, basis, prompt.ids[: group.shared])
             tokens = [prompt.target_ids[k] for k in own]
             by_layer = [_integral(interventions, layer, tokens, m, budget) for layer in layers]
             integral_kln: Floats = torch.stack([found.float().cpu() for found in by_layer], 1).numpy()
@@ -189,7 +189,7 @@ def _integral(interventions: Interventions, layer: int, tokens: Sequence[int], m
 
 def _points_that_fit(rows: Rows, n_targets: int, budget: Budget) -> int:
     # A point's row keeps a graph through the layers; each target's way back carries one row of a layer at a time.
-    return max(1, budget.tokens // (BRANCH_COST * (rows.tokens + min(n_targets, _TARGETS_TOGETHER))))
+    return max(1, budget.tokens // (ROW_COST * (rows.tokens + min(n_targets, _TARGETS_TOGETHER))))
 
 
 def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[int], steps: range, m: int) -> Tensor:
@@ -199,12 +199,12 @@ def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[in
     20 points, 4 targets and all layers, that takes 7 s; a row for each point and target takes 10 s, and a backward pass
     after another for each target 11 s.
     """
-    site, activation_n = interventions.sites[layer], interventions.activation_ln[layer]
+    point, activation_n = interventions.points[layer], interventions.activation_ln[layer]
     factor_j1 = torch.tensor(steps, dtype=torch.float64, device=activation_n.device)[:, None] / m
     shifts: list[Tensor] = []
 
     def scale(x_tf: Tensor, position_j: Tensor) -> Tensor:
-        site.neurons(x_tf)[position_j] = (activation_n * factor_j1).to(activation_n.dtype)
+        point.neurons(x_tf)[position_j] = (activation_n * factor_j1).to(activation_n.dtype)
         # Nothing frozen requires a gradient; a shift by zero of the scaled points does.
         shifts.append(x_tf.new_zeros(len(steps), x_tf.shape[1], requires_grad=True))
         return x_tf.index_add(0, position_j, shifts[0])
@@ -218,7 +218,7 @@ def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[in
             (slope_kjf,) = torch.autograd.grad(
                 summed_k, shifts, grad_outputs=one_each, is_grads_batched=True, retain_graph=True
             )
-            slopes.append(at_least_float32(site.neurons(slope_kjf)))
+            slopes.append(at_least_float32(point.neurons(slope_kjf)))
     p_kj1 = log_p_jk.detach().exp().T[..., None].to(activation_n.device)
     return (p_kj1 * torch.cat(slopes)).sum(1)
 

@@ -24,9 +24,9 @@ from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
 from neg_service.models.batches import Budget
-from neg_service.models.feed_forward import Site, visiting
+from neg_service.models.feed_forward import HookPoint, hooks
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.rows import flat
+from neg_service.models.start_at_layer import flat
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
 
 Doubles = NDArray[np.float64]
@@ -135,16 +135,16 @@ def effects(
         NonFiniteError: NaN or infinity in a prompt's logits, without or with an edit.
     """
     signs = _signs_of_neg(model, prompts, edits, basis, budget)
-    sites = model.feed_forward.sites(basis)
+    points = model.feed_forward.hook_points(basis)
     readout = Readout(model)
 
     found: list[list[Effects]] = [[] for _ in prompts]
     for start in range(0, len(edits), _EDITS_TOGETHER):
         part = range(len(edits))[start : start + _EDITS_TOGETHER]
 
-        def run(indices: Sequence[int], header: tuple[int, ...], part: range = part) -> list[Effects]:
+        def run(indices: Sequence[int], shared: tuple[int, ...], part: range = part) -> list[Effects]:
             own, own_signs = [prompts[i] for i in indices], [signs[i] for i in indices]
-            return _run_batch(model, readout, own, own_signs, {e: edits[e] for e in part}, sites, header)
+            return _run_batch(model, readout, own, own_signs, {e: edits[e] for e in part}, points, shared)
 
         for index, effects_of_part in in_batches(model, prompts, [1 + len(part)] * len(prompts), run, budget):
             found[index].append(effects_of_part)
@@ -172,18 +172,18 @@ def _run_batch(
     prompts: Sequence[EncodedPrompt],
     signs: Sequence[Mapping[int, Doubles]],
     edits: Mapping[int, CheckedEdit],
-    sites: Sequence[Site],
-    header: tuple[int, ...],
+    points: Sequence[HookPoint],
+    shared: tuple[int, ...],
 ) -> list[Effects]:
     counts = [1 + len(edits)] * len(prompts)
-    rows = model.rows([prompt.ids for prompt in prompts], header)
+    rows = model.rows([prompt.ids for prompt in prompts], shared)
     positions_r = rows.positions(counts)
     changes = _changes(edits, signs)
 
     def change(layer: int, x: Tensor) -> Tensor:
         own, device = changes[layer], x.device
         changed = x.clone()
-        neurons = sites[layer].neurons(flat(changed))
+        neurons = points[layer].neurons(flat(changed))
         place = (positions_r[own.row_i].to(device), own.neuron_i.to(device))
         unedited = neurons[positions_r[own.unedited_row_i].to(device), place[1]]
         by_sign = own.by_sign_i.to(device)
@@ -192,7 +192,7 @@ def _run_batch(
         neurons[place] = moved.to(x.dtype)
         return changed
 
-    with visiting({layer: sites[layer] for layer in changes}, change), readout.differences(counts) as head_rv:
+    with hooks({layer: points[layer] for layer in changes}, change), readout.differences(counts) as head_rv:
         logits_rv = rows.run(counts)
     results = []
     for b, prompt in enumerate(prompts):

@@ -1,10 +1,10 @@
 """Interventions on single neurons: what a shift does to the targets' probabilities, for very many shifts at once.
 
 For one prompt, a row of a batch is one (neuron, shift) of one layer. All rows start from the stored input of their
-layer, so that the layers below never run again (`models/rows.py`); and up to its neurons the layer itself runs once,
-because only there do rows begin to differ. Architectures whose layers cannot grow rows on the way (the self-check
-finds out) run the whole layer for each row. Row 0 of every batch is not shifted: another batch
-shape alone moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
+layer, so that the layers below never run again (`models/start_at_layer.py`); and up to its neurons the layer itself
+runs once, because only there do rows begin to differ. Architectures whose layers cannot grow rows on the way (the
+self-check finds out) run the whole layer for each row. Row 0 of every batch is not shifted: another batch shape alone
+moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
 
 Axes: K targets, L layers, I interventions, R rows of a batch, N neurons of a layer, F features.
 """
@@ -24,9 +24,10 @@ from neg_service.measures.readout import Readout
 from neg_service.memory import is_out_of_memory
 from neg_service.models.backward import target_gradients
 from neg_service.models.batches import RowBudget, without_frames
-from neg_service.models.feed_forward import visiting
+from neg_service.models.engines.base import Rows
+from neg_service.models.feed_forward import hooks
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.rows import Rows, flat, keeping_inputs, resuming_at
+from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
 from neg_service.prompts.prompt import EncodedPrompt
 
 # So many targets' graphs are held at once.
@@ -37,11 +38,11 @@ class Interventions:
     """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
 
     probability_k: of each target without a shift [K], at least float32, on the model's device.
-    activation_ln: of each layer's neurons at the readout position, on the layer's device; sites: where they are.
+    activation_ln: of each layer's neurons at the readout position, on the layer's device; points: where they are.
     """
 
-    def __init__(self, model: LanguageModel, prompt: EncodedPrompt, basis: str, header: Sequence[int] = ()) -> None:
-        """Run the prompt once; `header` are first tokens that it shares with others, and that run only once for all.
+    def __init__(self, model: LanguageModel, prompt: EncodedPrompt, basis: str, shared: Sequence[int] = ()) -> None:
+        """Run the prompt once; `shared` are first tokens that it shares with others, and that run only once for all.
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
@@ -49,26 +50,29 @@ class Interventions:
             ModelError: the model fails its self-check, or does to its logits what no difference passes through.
         """
         self._who = named(prompt, model)
-        self.sites = model.feed_forward.sites(basis)
+        self.points = model.feed_forward.hook_points(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
         self._target_ids = list(prompt.target_ids)
-        checked = model.ensure_checked()
-        self._widens_at_neurons, self._resumes = checked.widens_at_neurons, checked.resumes
+        checked = model.ensure_checked().check
+        self._supports_late_expansion, self._starts_at_layers = (
+            checked.supports_late_expansion,
+            checked.starts_at_layers,
+        )
         self.device = model.device
         with self.naming_memory("its tokens do"):
-            self.rows: Rows = model.rows([prompt.ids], header)
+            self.rows: Rows = model.rows([prompt.ids], shared)
         captured: dict[int, Tensor] = {}
 
         with torch.no_grad(), self.naming_memory("its tokens do"), ExitStack() as stack:
-            self._inputs, self._forms = stack.enter_context(keeping_inputs(self._layers))
-            stack.enter_context(visiting(dict(enumerate(self.sites)), lambda i, x: captured.update({i: x})))
+            self._inputs, self._output_structures = stack.enter_context(keep_inputs(self._layers))
+            stack.enter_context(hooks(dict(enumerate(self.points)), lambda i, x: captured.update({i: x})))
             head_rv = stack.enter_context(self._readout.watching())
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
         self._baseline = self._readout.baseline(head_rv[0][0], logits_rv[0], self._who)
         self.probability_k = self._baseline.p_v[self._target_ids].to(self.device)
-        self.activation_ln = [site.neurons(flat(captured[i])[place])[0] for i, site in enumerate(self.sites)]
+        self.activation_ln = [point.neurons(flat(captured[i])[place])[0] for i, point in enumerate(self.points)]
 
     def neurgrad(self, layers: Sequence[int]) -> Tensor:
         """NeurGrad [K, L, N] of the layers' neurons, over the same prefix; probability per unit of |activation|.
@@ -77,12 +81,12 @@ class Interventions:
             NonFiniteError: NaN or infinity in a gradient.
             DoesNotFit: a few targets' graphs do not fit.
         """
-        sites = {layer: self.sites[layer] for layer in layers}
+        points = {layer: self.points[layer] for layer in layers}
         parts = []
         for start in range(0, len(self._target_ids), _TARGETS_TOGETHER):
             own = self._target_ids[start : start + _TARGETS_TOGETHER]
             with self.naming_memory("the gradients of its targets do"):
-                found = target_gradients(self.rows, [own], sites)
+                found = target_gradients(self.rows, [own], points)
             signed = [
                 signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
                 for slope_kn, activation_kn in zip(found.gradient_lrn, found.activation_lrn, strict=True)
@@ -134,22 +138,25 @@ class Interventions:
         position_r = self.rows.positions([n_rows])
 
         def change_copy(_layer: int, x: Tensor) -> Tensor:
-            copied = (self.rows.widened(x, n_rows) if self._widens_at_neurons else x).clone()
+            copied = (self.rows.expand_rows(x, n_rows) if self._supports_late_expansion else x).clone()
             return change(flat(copied), position_r.to(x.device)).view_as(copied)
 
         # Where layers hand each other more than their outputs, all of them run for every row.
-        first = layer if self._resumes else 0
+        first = layer if self._starts_at_layers else 0
         stored = self._inputs[first]
-        if not self._widens_at_neurons:
-            stored = self.rows.widened(stored, n_rows)
-        with resuming_at(self._layers, first, stored, self._forms), visiting({layer: self.sites[layer]}, change_copy):
-            return self.rows.run([1 if self._widens_at_neurons else n_rows])
+        if not self._supports_late_expansion:
+            stored = self.rows.expand_rows(stored, n_rows)
+        with (
+            start_at_layer(self._layers, first, stored, self._output_structures),
+            hooks({layer: self.points[layer]}, change_copy),
+        ):
+            return self.rows.run([1 if self._supports_late_expansion else n_rows])
 
     @torch.no_grad()
     def run_baseline(self, layer: int, n_rows: int) -> None:
         """Run `n_rows` equal rows from a layer on and drop them: the least that interventions there can cost."""
-        stored = self.rows.widened(self._inputs[layer], n_rows)
-        with resuming_at(self._layers, layer, stored, self._forms):
+        stored = self.rows.expand_rows(self._inputs[layer], n_rows)
+        with start_at_layer(self._layers, layer, stored, self._output_structures):
             self.rows.run([n_rows])
 
     @torch.no_grad()
@@ -158,7 +165,7 @@ class Interventions:
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
             place = (position_r[1:], neurons_r.to(x_tf.device))
-            self.sites[layer].neurons(x_tf)[place] += shifts_r.to(x_tf.device, x_tf.dtype)
+            self.points[layer].neurons(x_tf)[place] += shifts_r.to(x_tf.device, x_tf.dtype)
             return x_tf
 
         with self._readout.differences([n_rows]) as head_rv:
@@ -166,11 +173,9 @@ class Interventions:
         return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
 
 
-def rows_that_fit(model: LanguageModel, rows: Rows, batch_bytes: float) -> RowBudget:
+def rows_that_fit(rows: Rows, batch_bytes: float) -> RowBudget:
     """How many rows of a batch fit into a memory budget; never fewer than the two without which nothing is measured."""
-    attention = 3 * model.model.config.get_text_config().num_attention_heads * rows.attended
-    a_row = model.row_values + (rows.tokens - 1) * model.token_values + rows.tokens * attention + rows.copied
-    return RowBudget(max(2, int(batch_bytes) // (max(4, model.dtype.itemsize) * a_row)))
+    return RowBudget(max(2, int(batch_bytes) // rows.row_bytes))
 
 
 def check_batch_bytes(batch_bytes: int, row_values: int) -> None:

@@ -92,7 +92,7 @@ def neg(
     model.ensure_checked()
     check_batch_bytes(batch_bytes, model.row_values)
     interventions = Interventions(model, encoded, basis)
-    budget = rows_that_fit(model, interventions.rows, batch_bytes)
+    budget = rows_that_fit(interventions.rows, batch_bytes)
     found = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True)
     assert found.delta_p_nsk is not None
     return NegResult(

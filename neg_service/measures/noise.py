@@ -116,7 +116,7 @@ def _delta_log_p(
     layers = model.feed_forward.layers
     with nullcontext() if dtype == model.dtype else in_precision(model.model, layers, dtype):
         interventions = Interventions(model, prompt, sweep.basis)
-        budget = rows_that_fit(model, interventions.rows, batch_bytes)
+        budget = rows_that_fit(interventions.rows, batch_bytes)
         found = []
         for layer in np.unique(neurons[:, 0]).tolist():
             own_n = torch.from_numpy(neurons[neurons[:, 0] == layer, 1])

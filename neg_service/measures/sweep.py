@@ -54,12 +54,12 @@ def sweep_rows(
     for group in model.groups([prompt.ids for prompt in shard.prompts]):
         for index in group.members:
             prompt = shard.prompts[index]
-            interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.header])
+            interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
             neurgrad_kln = interventions.neurgrad(layers)
             own = chosen
             if own is None:
                 own = strongest_neurons(layers, neurgrad_kln.abs().amax(0).cpu().numpy(), neurons.count)
-            rows = rows_that_fit(model, interventions.rows, size * shard.budget.scale)
+            rows = rows_that_fit(interventions.rows, size * shard.budget.scale)
             fitting = rows.rows
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(interventions, own, sweep, rows, keep_curves, progress.add)

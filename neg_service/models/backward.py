@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neg_service.models.branches import at_least_float32
-from neg_service.models.feed_forward import Site, visiting
-from neg_service.models.rows import Rows, flat
+from neg_service.models.engines.base import Rows
+from neg_service.models.feed_forward import HookPoint, hooks
+from neg_service.models.precision import at_least_float32
+from neg_service.models.start_at_layer import flat
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class TargetGradients:
     activation_lrn: list[Tensor]
 
 
-def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], sites: Mapping[int, Site]) -> TargetGradients:
-    """Differentiate log p of `target_ids[b]`, the targets of prompt b, at the neurons of `sites`, by layer."""
+def target_gradients(
+    rows: Rows, target_ids: Sequence[Sequence[int]], points: Mapping[int, HookPoint]
+) -> TargetGradients:
+    """Differentiate log p of `target_ids[b]`, the targets of prompt b, at the neurons of `points`, by layer."""
     counts = [1 if rows.targets_share_rows else len(own) for own in target_ids]
     place_r = rows.positions(counts)
     leaves: dict[int, Tensor] = {}
@@ -43,7 +46,7 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], sites: Map
 
     def capture(layer: int, x: Tensor) -> Tensor:
         place = place_r.to(x.device)
-        activations[layer] = sites[layer].neurons(flat(x.detach().contiguous())[place])
+        activations[layer] = points[layer].neurons(flat(x.detach().contiguous())[place])
         if len(place) * x.shape[-1] == x.numel():
             # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
             leaves[layer] = x if x.requires_grad else x.detach().requires_grad_()
@@ -52,23 +55,23 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], sites: Map
         leaves[layer] = x.new_zeros(len(place), x.shape[-1], requires_grad=True)
         return x.reshape(-1, x.shape[-1]).index_add(0, place, leaves[layer]).view_as(x)
 
-    with torch.enable_grad(), visiting(sites, capture):
+    with torch.enable_grad(), hooks(points, capture):
         log_p = at_least_float32(rows.run(counts)).log_softmax(-1)
         if rows.targets_share_rows:
             prompt_r = torch.tensor([b for b, own in enumerate(target_ids) for _ in own])
             target_r = torch.tensor([k for own in target_ids for k in range(len(own))])
-            slopes_lkrf = _for_each_target(log_p, target_ids, [leaves[layer] for layer in sites])
+            slopes_lkrf = _for_each_target(log_p, target_ids, [leaves[layer] for layer in points])
             slopes = [slope_krf[target_r, prompt_r] for slope_krf in slopes_lkrf]
             log_p = log_p[prompt_r]
             activations = {layer: own[prompt_r] for layer, own in activations.items()}
         else:
             ids_r1 = torch.tensor([token for own in target_ids for token in own], device=log_p.device)[:, None]
-            slopes_lrf = torch.autograd.grad(log_p.gather(1, ids_r1).sum(), [leaves[layer] for layer in sites])
+            slopes_lrf = torch.autograd.grad(log_p.gather(1, ids_r1).sum(), [leaves[layer] for layer in points])
             slopes = [flat(slope.contiguous()) for slope in slopes_lrf]
     return TargetGradients(
         log_p_rv=log_p.detach(),
-        gradient_lrn=[site.neurons(slope) for site, slope in zip(sites.values(), slopes, strict=True)],
-        activation_lrn=[activations[layer] for layer in sites],
+        gradient_lrn=[point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)],
+        activation_lrn=[activations[layer] for layer in points],
     )
 
 

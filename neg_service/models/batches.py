@@ -1,7 +1,7 @@
-"""Which prompts run together: shared headers found, batches filled, and a budget that halves when memory ends.
+"""Which prompts run together: shared prefixes found, batches filled, and a budget that halves when memory ends.
 
 Pure planning on token ids; nothing here touches a model. Batches never change what is measured, only its cost:
-prompts with long common beginnings share a header, and a batch holds prompts of similar length, because the
+prompts with long common beginnings share a prefix, and a batch holds prompts of similar length, because the
 attention product (and it alone) is padded to the longest.
 """
 
@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import torch
 
-# A branch keeps a graph through every layer, a prefix token only keys and values: about this many times the memory.
-BRANCH_COST = 16
-# A pass reads all weights whatever it carries: about so many tokens' time. A group costs one, a header another.
+# A row keeps a graph through every layer, a prefix token only keys and values: about this many times the memory.
+ROW_COST = 16
+# A pass reads all weights whatever it carries: about so many tokens' time. A group costs one, a shared prefix another.
 PASS_COST = 64
 # After so many batches that fitted a lowered limit doubles. A sweep has thousands of small ones.
 PATIENCE, ROWS_PATIENCE, MOST_PATIENCE = 8, 64, 4096
@@ -56,7 +56,7 @@ class Limit:
 
 
 class Budget:
-    """How much a batch may hold, in prefix tokens; a branch counts as `BRANCH_COST` of them.
+    """How much a batch may hold, in prefix tokens; a token of a row counts as `ROW_COST` of them.
 
     `scale` is what is left of any other budget after batches did not fit.
     """
@@ -114,29 +114,30 @@ class RowBudget:
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts, by index, whose first `header` tokens are the same and are worth running once."""
+    """Prompts, by index, whose first `shared` tokens are the same and are worth running once."""
 
     members: tuple[int, ...]
-    header: int
+    shared: int
 
 
-def group_by_header(prompts: Sequence[Sequence[int]]) -> list[Group]:
-    """Split prompts into groups with a common header so that the fewest tokens run in all.
+def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[Group]:
+    """Split prompts into groups with a common prefix so that the fewest tokens run in all.
 
     Sorted, prompts with common beginnings stand together; of all cuttings of that order the cheapest is taken, by
-    dynamic programming, O(P^2). A header leaves each prompt at least its last token.
+    dynamic programming, O(P^2). A shared prefix leaves each prompt at least its last token.
     """
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     lengths = [len(prompts[i]) for i in order]
-    shared = [0, *(_common(prompts[a], prompts[b]) for a, b in pairwise(order))]
-    # best[end]: least cost of the first `end` prompts, with the start and the header of their last group.
+    common_to_next = [0, *(_common(prompts[a], prompts[b]) for a, b in pairwise(order))]
+    # best[end]: least cost of the first `end` prompts, with the start and the shared tokens of their last group.
     best: list[tuple[int, int, int]] = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
         common, own = 0, lengths[end - 1]
         options = [(best[end - 1][0] + PASS_COST + own, end - 1, 0)]
         for start in range(end - 2, -1, -1):
             own += lengths[start]
-            common = shared[start + 1] if start == end - 2 else min(common, shared[start + 1])
+            following = common_to_next[start + 1]
+            common = following if start == end - 2 else min(common, following)
             saved = common * (end - start - 1) - PASS_COST
             cost = best[start][0] + PASS_COST + own
             options.append((cost - saved, start, common) if saved > 0 else (cost, start, 0))
@@ -144,13 +145,13 @@ def group_by_header(prompts: Sequence[Sequence[int]]) -> list[Group]:
     groups = []
     end = len(order)
     while end:
-        _, start, header = best[end]
-        groups.append(Group(tuple(order[start:end]), header))
+        _, start, shared = best[end]
+        groups.append(Group(tuple(order[start:end]), shared))
         end = start
     return groups[::-1]
 
 
-def fill_batches(lengths: Sequence[int], branches: Sequence[int], budget: Budget) -> Iterator[tuple[int, ...]]:
+def fill_batches(lengths: Sequence[int], row_tokens: Sequence[int], budget: Budget) -> Iterator[tuple[int, ...]]:
     """Yield batches of indices, by length, each within the budget or a single prompt.
 
     The budget is read anew for each batch, so that halving it takes effect at once.
@@ -160,7 +161,7 @@ def fill_batches(lengths: Sequence[int], branches: Sequence[int], budget: Budget
     while start < len(order):
         spent, end = 0, start
         while end < len(order):
-            spent += lengths[order[end]] + BRANCH_COST * branches[order[end]]
+            spent += lengths[order[end]] + ROW_COST * row_tokens[order[end]]
             if spent > budget.tokens and end > start:
                 break
             end += 1

@@ -74,7 +74,7 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Site:
+class HookPoint:
     """Where a layer's neurons pass by: a slice of the last axis of a module's input or output."""
 
     module: nn.Module
@@ -100,22 +100,22 @@ class FeedForward:
     def n_layers(self) -> int:
         return len(self.mlps)
 
-    def sites(self, basis: str) -> list[Site]:
+    def hook_points(self, basis: str) -> list[HookPoint]:
         """Where each layer's neurons of a basis are.
 
         Raises:
             ConfigurationError: an unknown basis, or `gate` for an MLP that has none.
         """
         check_basis(basis, self.layout.is_gated, type(self.mlps[0]).__name__)
-        return [self._site(mlp, basis) for mlp in self.mlps]
+        return [self._hook_point(mlp, basis) for mlp in self.mlps]
 
-    def _site(self, mlp: nn.Module, basis: str) -> Site:
+    def _hook_point(self, mlp: nn.Module, basis: str) -> HookPoint:
         if basis == "gate":
-            return Site(mlp.get_submodule(self.layout.act), "output", 0, self.n_neurons)
+            return HookPoint(mlp.get_submodule(self.layout.act), "output", 0, self.n_neurons)
         if basis == "hidden" or not self.layout.is_gated:
-            return Site(mlp.get_submodule(self.layout.down), "input", 0, self.n_neurons)
+            return HookPoint(mlp.get_submodule(self.layout.down), "input", 0, self.n_neurons)
         start = self.n_neurons if self.layout.fused else 0
-        return Site(mlp.get_submodule(self.layout.up), "output", start, self.n_neurons)
+        return HookPoint(mlp.get_submodule(self.layout.up), "output", start, self.n_neurons)
 
 
 def check_basis(basis: str, is_gated: bool, whose: str) -> None:
@@ -173,18 +173,18 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
 
 
 @contextmanager
-def visiting(sites: Mapping[int, Site], visit: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `visit(layer, tensor)` whenever a site's whole tensor passes by; what it returns, if anything, goes on.
+def hooks(points: Mapping[int, HookPoint], visit: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `visit(layer, tensor)` whenever a point's whole tensor passes by; what it returns, if anything, goes on.
 
     The hooks are gone on leaving, also after an error.
     """
     with ExitStack() as stack:
-        for layer, site in sites.items():
-            stack.callback(_hook(site, layer, visit).remove)
+        for layer, point in points.items():
+            stack.callback(_hook(point, layer, visit).remove)
         yield
 
 
-def _hook(site: Site, layer: int, visit: Callable[[int, Tensor], Tensor | None]) -> Any:
+def _hook(point: HookPoint, layer: int, visit: Callable[[int, Tensor], Tensor | None]) -> Any:
     def on_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         changed = visit(layer, inputs[0])
         return None if changed is None else (changed, *inputs[1:])
@@ -192,9 +192,9 @@ def _hook(site: Site, layer: int, visit: Callable[[int, Tensor], Tensor | None])
     def on_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         return visit(layer, output)
 
-    if site.side == "input":
-        return site.module.register_forward_pre_hook(on_input)
-    return site.module.register_forward_hook(on_output)
+    if point.side == "input":
+        return point.module.register_forward_pre_hook(on_input)
+    return point.module.register_forward_hook(on_output)
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -22,6 +22,11 @@ from transformers import PreTrainedModel
 PIECE_BYTES = 2**28
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is more precise: softmax and statistics are never done in less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @contextmanager
 def in_precision(model: PreTrainedModel, layers: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """Let `model` compute in `dtype` for as long as this lasts; afterwards its weights are the same objects and bits.

@@ -24,7 +24,7 @@ from neg_service.errors import (
 )
 from neg_service.measures import find_measure
 from neg_service.measures.base import Cost
-from neg_service.models.language_model import checked_dtype
+from neg_service.models.loading import checked_dtype
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

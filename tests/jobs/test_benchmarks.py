@@ -97,6 +97,6 @@ def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.
     assert found["bars"][0] == {
         "name": "families that fell off their engine: none", "value": 0, "bar": "<= 0", "reached": True,
     }  # fmt: skip
-    monkeypatch.setattr("neg_service.models.rows.run_prefix", None)
+    monkeypatch.setattr("neg_service.models.engines.shared_prefix.run_prefix", None)
     fell = families_speed.run(settings)["bars"][0]
     assert (fell["name"], fell["reached"]) == ("families that fell off their engine: Llama 2", False)

@@ -19,7 +19,7 @@ from neg_service.measures import measure_of
 from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
-from neg_service.models.language_model import ModelInfo
+from neg_service.models.inspection import ModelInfo
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
 from tests.families import bases_of, float64_of, model_of, random_ids, readout
@@ -66,7 +66,7 @@ def measured(
 )
 def test_equals_the_oracle_on_every_engine(engine: str, family: str, basis: str) -> None:
     model = model_of(family)
-    assert model.engine == engine
+    assert model.engine.name == engine
     prompts = random_prompts(model.is_masked)
     for prompt, found in zip(prompts, measured(model, prompts, basis, 5), strict=True):
         place, reference = readout(prompt.ids, model.is_masked), float64_of(family)

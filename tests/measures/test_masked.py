@@ -18,7 +18,8 @@ from neg_service.cluster.prepare import prepare
 from neg_service.cluster.worker import ScanWorker
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ModelError, PromptError
-from neg_service.models.language_model import LanguageModel, inspect_model
+from neg_service.models.inspection import inspect_model
+from neg_service.models.language_model import LanguageModel
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, encode
@@ -66,7 +67,7 @@ def test_a_checkpoint_says_whether_it_is_masked(tmp_path: Path) -> None:
     model = neg_service.load_model(str(tmp_path))
     assert model.is_masked
     assert model.mask_token == MASK
-    assert model.ensure_checked().logits < 1e-5
+    assert model.ensure_checked().check.logits < 1e-5
 
 
 def test_a_masked_model_without_a_mask_token_is_refused() -> None:

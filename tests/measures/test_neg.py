@@ -82,7 +82,7 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> No
     assert whole.neurons.tolist() == [[layer, n] for layer in range(3) for n in range(40)]
     assert whole.delta_p.shape == (120, 40)
     small = neg_service.neg(model, TEXT, TARGET, NEURONS, batch_bytes=int(3.9 * 8 * model.row_values))
-    assert rows_that_fit(model, model.rows([IDS]), 3.9 * 8 * model.row_values).rows == 3
+    assert rows_that_fit(model.rows([IDS]), 3.9 * 8 * model.row_values).rows == 3
     for i, (layer, neuron) in enumerate(NEURONS):
         np.testing.assert_allclose(small.delta_p[i], whole.delta_p[layer * 40 + neuron], rtol=1e-6, atol=1e-15)
 

@@ -14,8 +14,8 @@ import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, ModelError, NonFiniteError, OutOfMemory, PromptError
 from neg_service.measures.gradients import gradients
-from neg_service.models import rows as engine
 from neg_service.models.batches import Budget
+from neg_service.models.engines import shared_prefix as engine
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from tests import oracle
@@ -171,7 +171,7 @@ def test_memory_that_ends_halves_the_batches_and_changes_nothing(monkeypatch: py
     prompts = random_prompts([5] * 8, [2] * 8)
     expected = measured(model, prompts, "paper")
     seen: list[int] = []
-    real = engine.run_branches
+    real = engine.run_last_tokens
 
     def limited(plain, prefix, rows):
         seen.append(len(rows))
@@ -179,7 +179,7 @@ def test_memory_that_ends_halves_the_batches_and_changes_nothing(monkeypatch: py
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(plain, prefix, rows)
 
-    monkeypatch.setattr(engine, "run_branches", limited)
+    monkeypatch.setattr(engine, "run_last_tokens", limited)
     budget = Budget(10_000)
     found = dict(gradients(model, prompts, [(0, 1)] * 8, "paper", [0, 1, 2], budget))
     assert seen[0] == 8
@@ -195,7 +195,7 @@ def test_one_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     model = tiny_model("Llama 2")
     model.ensure_checked()
-    monkeypatch.setattr(engine, "run_branches", never)
+    monkeypatch.setattr(engine, "run_last_tokens", never)
     with pytest.raises(OutOfMemory, match=r"'p0' .5 tokens. in float32: its 2 rows do not fit"):
         measured(model, random_prompts([5], [2]), "paper")
     # A slower engine would need even more.

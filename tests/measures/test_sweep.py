@@ -22,7 +22,8 @@ from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.measures.noise import measure_noise, resolution
 from neg_service.measures.shifts import Sweep, full_grid
 from neg_service.models.batches import Budget
-from neg_service.models.language_model import LanguageModel, ModelInfo
+from neg_service.models.inspection import ModelInfo
+from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
@@ -249,7 +250,7 @@ def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypat
     assert max(tokens) == 60
     assert sum(count >= 60 for count in tokens) == 1
     assert len(passes) == 1 + 3 * 4
-    model.forget_headers()
+    model.forget_prefixes()
     for i, prompt in enumerate(prompts):
         alone = neg_service.neg(model, prompt.text, " w8", [(1, 3)], SHIFTS)
         np.testing.assert_allclose(table["neg"].to_numpy()[3 * i + 1], alone.neg[0], rtol=1e-6)

@@ -6,21 +6,21 @@ import random
 from itertools import combinations, pairwise
 
 from neg_service.models.batches import (
-    BRANCH_COST,
     MOST_PATIENCE,
     PASS_COST,
+    ROW_COST,
     Budget,
     Group,
     Limit,
     RowBudget,
     fill_batches,
-    group_by_header,
+    group_by_prefix,
 )
 
 
 def _cost(prompts: list[list[int]], groups: list[Group]) -> int:
     return sum(
-        PASS_COST * (1 + (group.header > 0)) + group.header + sum(len(prompts[i]) - group.header for i in group.members)
+        PASS_COST * (1 + (group.shared > 0)) + group.shared + sum(len(prompts[i]) - group.shared for i in group.members)
         for group in groups
     )
 
@@ -52,24 +52,24 @@ def test_grouping_is_the_cheapest_and_headers_are_really_shared() -> None:
             base[: draw.choice([0, 20, 90, 300])] + [draw.randrange(5) for _ in range(draw.randrange(1, 60))]
             for _ in range(draw.randrange(1, 8))
         ]
-        groups = group_by_header(prompts)
+        groups = group_by_prefix(prompts)
         assert sorted(i for group in groups for i in group.members) == list(range(len(prompts)))
         for group in groups:
-            headers = {tuple(prompts[i][: group.header]) for i in group.members}
+            headers = {tuple(prompts[i][: group.shared]) for i in group.members}
             assert len(headers) == 1
-            assert all(len(prompts[i]) > group.header for i in group.members)
+            assert all(len(prompts[i]) > group.shared for i in group.members)
         assert _cost(prompts, groups) == _cheapest(prompts)
 
 
 def test_a_long_header_is_found_and_the_stranger_stays_apart() -> None:
     header = list(range(300))
     prompts = [[*header, 900 + i, i] for i in range(8)] + [[7, 8]]
-    groups = {group.members: group.header for group in group_by_header(prompts)}
+    groups = {group.members: group.shared for group in group_by_prefix(prompts)}
     assert groups == {(8,): 0, tuple(range(8)): 300} or groups == {tuple(range(8)): 300, (8,): 0}
 
 
 def test_no_prompts_make_no_groups() -> None:
-    assert group_by_header([]) == []
+    assert group_by_prefix([]) == []
 
 
 def test_batches_keep_the_budget_and_leave_nobody_out() -> None:
@@ -77,12 +77,12 @@ def test_batches_keep_the_budget_and_leave_nobody_out() -> None:
     batches = list(fill_batches(lengths, branches, Budget(100)))
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
     for batch in batches:
-        spent = sum(lengths[i] + BRANCH_COST * branches[i] for i in batch)
+        spent = sum(lengths[i] + ROW_COST * branches[i] for i in batch)
         assert spent <= 100 or len(batch) == 1
 
 
 def test_halving_the_budget_shrinks_the_batches_that_follow() -> None:
-    budget = Budget(10 * (1 + BRANCH_COST))
+    budget = Budget(10 * (1 + ROW_COST))
     sizes = []
     for batch in fill_batches([1] * 20, [1] * 20, budget):
         sizes.append(len(batch))

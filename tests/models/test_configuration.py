@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from neg_service.errors import ModelError, NegServiceError
-from neg_service.models.language_model import inspect_model, load_model
+from neg_service.models.inspection import inspect_model
+from neg_service.models.loading import load_model
 from neg_service.models.source import fetch
 from tests.fakes import save_family
 from tests.families import model_of

@@ -24,8 +24,9 @@ BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_self_check_passes_and_chooses_the_engine(family: str) -> None:
-    checked = model_of(family).ensure_checked()
-    assert checked.engine == FAMILIES[family].engine
+    chosen = model_of(family).ensure_checked()
+    checked = chosen.check
+    assert type(chosen.engine) is FAMILIES[family].engine
     assert checked.logits < 1e-5
     assert checked.neurons < 1e-5
     assert checked.poke is not None
@@ -54,7 +55,7 @@ def test_neurgrad_with_a_shared_header_equals_a_backward_pass_a_target(
     # On a tiny model a pass costs nothing, so that the planner shares these few tokens.
     monkeypatch.setattr("neg_service.models.batches.PASS_COST", 0)
     assert families.neurgrad_deviation(family, "paper", (1, 6, 3, 8), header=8) <= families.NEURGRAD_TOLERANCE
-    assert {len(known.ids) for known in model_of(family)._headers} >= {8}
+    assert {len(ids) for ids, _ in model_of(family).engine.prefixes._kept} >= {8}
 
 
 # What a model is cast to is the same for all: the other precision for each engine and kind of position.
@@ -110,7 +111,7 @@ def test_a_masked_prompt_may_be_its_mask_token_alone(family: str, basis: str) ->
 @pytest.mark.parametrize("family", families.PLAIN)
 def test_a_plain_mlp_has_no_gate(family: str) -> None:
     with pytest.raises(ConfigurationError, match=r"measure\.basis=gate: .* has no gate; use paper or hidden"):
-        model_of(family).feed_forward.sites("gate")
+        model_of(family).feed_forward.hook_points("gate")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,7 +167,7 @@ def test_the_readme_shows_every_family() -> None:
             family,
             "mask token" if FAMILIES[family].is_masked else "last token",
             ", ".join(bases_of(family)),
-            FAMILIES[family].engine,
+            FAMILIES[family].engine.name,
         ]
         for family in FAMILIES
     ]

@@ -19,7 +19,7 @@ from jobs.check import CheckConfig, check
 from jobs.entry import composed
 from neg_service.errors import ModelError, NegServiceError
 from neg_service.models.folder import require_real_file
-from neg_service.models.language_model import inspect_model
+from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
 from tests.fakes import save_family
 from tests.families import model_of

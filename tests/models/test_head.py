@@ -16,7 +16,7 @@ from neg_service.models.batches import Budget
 from neg_service.models.head import exact_head_gradient, product_in_parts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
-from tests.families import readout
+from tests.families import model_of, readout
 from tests.tiny_models import FAMILIES, tiny_tokenizer
 
 VOCABULARY = 131_072
@@ -64,7 +64,7 @@ def test_a_product_in_parts_has_float32s_digits_for_any_vocabulary(n_rows: int, 
 @pytest.mark.parametrize("family", ["Llama 2", "Granite", "Phi", "GPT-J", "BERT"])
 def test_a_large_vocabulary_costs_gradients_no_digits(family: str) -> None:
     model = large_vocabulary(family)
-    model.use_engine(FAMILIES[family].engine)
+    model.adopt(model_of(family).ensure_checked())
     ids = (3, 14, 15, 92, 65, 35, 89)
     if model.mask_token is not None:
         ids = (*ids, model.mask_token, 7)

@@ -99,7 +99,7 @@ def test_layers_are_shared_out_by_their_bytes() -> None:
 
 def test_a_model_is_loaded_straight_to_its_devices(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Both are this machine's memory; a part without a place would be refused all the same.
-    monkeypatch.setattr("neg_service.models.language_model.checked_devices", lambda _: [torch.device("cpu")] * 2)
+    monkeypatch.setattr("neg_service.models.loading.checked_devices", lambda _: [torch.device("cpu")] * 2)
     asked: list[dict[str, Any]] = []
     real = hf.LlamaForCausalLM.from_pretrained.__func__  # type: ignore[attr-defined]
 

@@ -1,17 +1,128 @@
-"""What a self-check costs, which each replica pays before its first shard; what it finds: `test_language_model.py`."""
+"""The self-check finds a wrong engine, wrong neurons and wrong gradients, and what a model supports."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from jobs.benchmarks.tiny_models import tiny_model
-from torch import Tensor
+import transformers as hf
+from torch import Tensor, nn
 
+import neg_service
+from neg_service import LanguageModel
 from neg_service.errors import ModelError
 from neg_service.models import self_check
+from neg_service.models.engines import prefix_attention, shared_prefix
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+
+def test_the_self_check_in_bfloat16_has_no_poke() -> None:
+    checked = tiny_model("Llama 2", torch.bfloat16).ensure_checked().check
+    assert checked.poke is None
+
+
+def test_windows_that_a_short_prompt_never_meets_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As of a checkpoint whose window is longer than any prompt of the self-check.
+    model = tiny_model("Mistral")
+    model.model.config.sliding_window = 4096
+    assert model.engine.name == "branches"
+    assert model.model.config.sliding_window == 4096
+    real = prefix_attention._View
+    monkeypatch.setattr(prefix_attention, "_View", lambda scaling, window, softcap: real(scaling, None, softcap))
+    blind = tiny_model("Mistral")
+    blind.model.config.sliding_window = 4096
+    assert blind.engine.name == "rows"
+
+
+def test_the_self_check_finds_neurons_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Phi-3 and 4")
+    # As if the fused projection gave up before gate.
+    for mlp in model.feed_forward.mlps:
+        up = mlp.gate_up_proj.weight
+        up.copy_(torch.cat(up.chunk(2)[::-1]))
+        mlp.forward = _swapped_forward.__get__(mlp)
+    with pytest.raises(ModelError, match="captured neurons are"):
+        model.ensure_checked()
+
+
+def _swapped_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    up, gate = self.gate_up_proj(x).chunk(2, -1)
+    return self.down_proj(up * self.activation_fn(gate))
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    model = tiny_model("Llama 2")
+    with torch.no_grad():
+        model.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"logits on 13 tokens are not finite"):
+        model.ensure_checked()
+
+
+def _not_fitting(family: str) -> str:
+    """What the self-check says against the fast engine of a tiny model."""
+    return tiny_model(family).ensure_checked().rejected.get("branches", "")
+
+
+def test_the_self_check_sees_neurons_of_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shared_prefix.SharedPrefixRows.positions
+    monkeypatch.setattr(shared_prefix.SharedPrefixRows, "positions", lambda self, counts: real(self, counts).roll(-1))
+    assert "neurons at the readout position are" in _not_fitting("Llama 2")
+
+
+def test_the_self_check_sees_gradients_that_are_a_tenth_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = self_check.target_gradients
+
+    def larger(*arguments: Any) -> Any:
+        found = real(*arguments)
+        return dataclasses.replace(found, gradient_lrn=[1.1 * own for own in found.gradient_lrn])
+
+    monkeypatch.setattr(self_check, "target_gradients", larger)
+    with pytest.raises(ModelError, match="away from what its gradient says"):
+        tiny_model("Llama 2").ensure_checked()
+
+
+def test_the_self_check_sees_a_shared_prefix_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shared_prefix.run_shared_prefix
+
+    def rolled(*arguments: Any) -> Any:
+        found = real(*arguments)
+        keys = {layer: own.roll(1, 1) for layer, own in found.keys_gcd.items()}
+        return dataclasses.replace(found, keys_gcd=keys)
+
+    monkeypatch.setattr(shared_prefix, "run_shared_prefix", rolled)
+    assert "row logits are" in _not_fitting("Llama 2")
+
+
+def test_the_self_check_sees_padding_that_is_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_attention.RowPass, "_hidden_keys", lambda self, window, device: (None, None))
+    assert "row logits are" in _not_fitting("Llama 2")
+
+
+@pytest.mark.parametrize(("family", "starts"), [("DeBERTa 2 and 3", False), ("DeBERTa", True), ("Llama 2", True)])
+def test_where_more_than_its_output_leaves_a_layer_no_pass_begins_at_it(family: str, starts: bool) -> None:
+    assert tiny_model(family).ensure_checked().check.starts_at_layers is starts
+
+
+def test_a_model_whose_layers_share_keys_and_values_is_swept_by_whole_passes() -> None:
+    config = hf.Gemma3nTextConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=97, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8,
+        altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LanguageModel(hf.Gemma3nForCausalLM(config), tiny_tokenizer())
+    assert not model.ensure_checked().check.starts_at_layers
+    neurons = [(layer, 5) for layer in range(4)]
+    swept = neg_service.neg(model, "w1 w2 w3", " w7", neurons, [-0.5, 0.5])
+    for i, neuron in enumerate(neurons):
+        edits = [{"neurons": [neuron], "shift": 0.5}]
+        edited = neg_service.intervene(model, ["w1 w2 w3"], [[" w7"]], edits)
+        np.testing.assert_allclose(swept.delta_p[i, 1], edited.delta_p.ravel()[0], rtol=1e-3)
 
 
 @pytest.fixture
@@ -30,7 +141,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_nothing_is_run_twice(passes: list[int]) -> None:
     tiny_model("Llama 2").ensure_checked()
-    # At first; the two prompts of rows; of neurons, also at readout; the poke's target, and three layers up and down.
+    # At first; the two prompts of rows; of neurons, also at readout; the target, and three layers up and down.
     assert len(passes) == 1 + 2 + 2 + 1 + 2 * 3
     passes.clear()
     model = tiny_model("Mistral")
@@ -40,7 +151,9 @@ def test_nothing_is_run_twice(passes: list[int]) -> None:
     assert len(passes) == 1 + 2 * 2 + 2 + 1 + 2 * 3
 
 
-def test_a_poke_that_does_not_agree_is_tried_in_all_steps(monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
+def test_a_finite_difference_that_does_not_agree_is_tried_in_all_steps(
+    monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
     real = self_check.target_gradients
 
     def twice_as_steep(*arguments: Any) -> Any:

@@ -23,11 +23,13 @@ from neg_service.errors import ModelError
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.readout import Readout
-from neg_service.models import branches
-from neg_service.models.batches import Budget, group_by_header
-from neg_service.models.cached import _FrozenLayer
-from neg_service.models.feed_forward import FeedForward, Site
-from neg_service.models.rows import SequenceRows, resuming_at
+from neg_service.models.batches import Budget, group_by_prefix
+from neg_service.models.engines import prefix_attention, shared_prefix
+from neg_service.models.engines.full_sequence import FullSequenceRows
+from neg_service.models.engines.kv_cache import _FrozenLayer
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine
+from neg_service.models.feed_forward import FeedForward, HookPoint
+from neg_service.models.start_at_layer import start_at_layer
 from neg_service.prompts.prompt import Prompt, encode
 from tests.families import LENGTHS, bases_of, model_of, neurgrad_deviation, sweep_deviation
 from tests.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
@@ -38,7 +40,7 @@ SEEN = 1e-3
 WINDOWED = [
     name
     for name, family in FAMILIES.items()
-    if family.engine == "branches" and getattr(family.config().get_text_config(), "sliding_window", None)
+    if family.engine is SharedPrefixEngine and getattr(family.config().get_text_config(), "sliding_window", None)
 ]
 ABSOLUTE_OR_ROTARY = ["GPT-2", "OPT", "Llama 2", "GPT-NeoX (Pythia)"]
 FUSED = ["Phi-3 and 4", "Phi-4-mini", "GLM", "GLM-4", "ModernBERT"]
@@ -55,31 +57,31 @@ def _checked_before() -> None:
 
 @pytest.mark.parametrize("family", ABSOLUTE_OR_ROTARY)
 def test_positions_shifted_by_padding(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = branches.packed
+    real = shared_prefix.packed
 
     def padded(model: Any, ids: Any, positions: Any) -> dict[str, Any]:
         longest = max(place for row in positions for place in row)
         return real(model, ids, [[longest] * len(row) if len(set(row)) == 1 else row for row in positions])
 
-    monkeypatch.setattr(branches, "packed", padded)
+    monkeypatch.setattr(shared_prefix, "packed", padded)
     assert neurgrad_deviation(family, "paper", LENGTHS) > SEEN
 
 
 @pytest.mark.parametrize("family", ["Llama 2", "GPT-2", "Gemma 2"])
 def test_padding_that_is_attended_to(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(branches._BranchPass, "_hidden_keys", lambda self, window, device: (None, None))
+    monkeypatch.setattr(prefix_attention.RowPass, "_hidden_keys", lambda self, window, device: (None, None))
     assert neurgrad_deviation(family, "paper", LENGTHS) > SEEN
 
 
 @pytest.mark.parametrize("family", MASKED)
 def test_padding_that_is_attended_to_in_whole_sequences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = SequenceRows.__init__
+    real = FullSequenceRows.__init__
 
     def blind(self: Any, *args: Any) -> None:
         real(self, *args)
         self._visible_bt = torch.ones_like(self._visible_bt)
 
-    monkeypatch.setattr(SequenceRows, "__init__", blind)
+    monkeypatch.setattr(FullSequenceRows, "__init__", blind)
     assert neurgrad_deviation(family, "paper", LENGTHS) > SEEN
 
 
@@ -145,19 +147,19 @@ def test_logits_without_their_factor(family: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("family", FUSED)
 def test_the_halves_of_a_fused_projection_exchanged(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = FeedForward._site
+    real = FeedForward._hook_point
 
-    def gate_for_up(self: FeedForward, mlp: Any, basis: str) -> Site:
+    def gate_for_up(self: FeedForward, mlp: Any, basis: str) -> HookPoint:
         return dataclasses.replace(real(self, mlp, basis), start=0)
 
-    monkeypatch.setattr(FeedForward, "_site", gate_for_up)
+    monkeypatch.setattr(FeedForward, "_hook_point", gate_for_up)
     assert neurgrad_deviation(family, "paper", LENGTHS) > SEEN
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_basis_taken_for_another(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = FeedForward._site
-    monkeypatch.setattr(FeedForward, "_site", lambda self, mlp, _basis: real(self, mlp, "hidden"))
+    real = FeedForward._hook_point
+    monkeypatch.setattr(FeedForward, "_hook_point", lambda self, mlp, _basis: real(self, mlp, "hidden"))
     for basis in set(bases_of(family)) - {"hidden"}:
         # In a plain MLP `paper` and `hidden` are the same tensor.
         is_other = len(bases_of(family)) == 3
@@ -188,9 +190,9 @@ def _on_the_residual(self: Interventions, layer: int, neurons_r: Tensor, shifts_
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = own.register_forward_hook(add)
-    stored = self.rows.widened(self._inputs[layer], n_rows)
-    resumed = resuming_at(self._layers, layer, stored, self._forms)
-    with torch.no_grad(), resumed, self._readout.differences([n_rows]) as head_rv:
+    stored = self.rows.expand_rows(self._inputs[layer], n_rows)
+    started = start_at_layer(self._layers, layer, stored, self._output_structures)
+    with torch.no_grad(), started, self._readout.differences([n_rows]) as head_rv:
         self.rows.run([n_rows])
     handle.remove()
     return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
@@ -228,19 +230,19 @@ def test_a_header_split_where_its_text_ends(smollm2: LanguageModel) -> None:
     of_text = len(smollm2.tokenizer(header)["input_ids"])
     of_tokens = next(i for i, ids in enumerate(zip(*(p.ids for p in encoded), strict=False)) if len(set(ids)) > 1)
     assert of_tokens < of_text
-    (group,) = group_by_header([p.ids for p in encoded])
-    assert group.header == of_tokens
+    (group,) = group_by_prefix([p.ids for p in encoded])
+    assert group.shared == of_tokens
     run = dict(gradients(smollm2, encoded, [(0,)] * 3, "paper", [29], Budget(4096)))
     for i, prompt in enumerate(encoded):
-        smollm2.forget_headers()
+        smollm2.forget_prefixes()
         ((_, alone),) = gradients(smollm2, [prompt], [(0,)], "paper", [29], Budget(4096))
         largest = np.abs(alone.gradient_kln).max()
         np.testing.assert_allclose(run[i].gradient_kln, alone.gradient_kln, rtol=1e-3, atol=1e-4 * largest)
 
 
 def _change_the_view(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-    real = branches._View
-    monkeypatch.setattr(branches, "_View", lambda *given: change(real(*given)))
+    real = prefix_attention._View
+    monkeypatch.setattr(prefix_attention, "_View", lambda *given: change(real(*given)))
 
 
 def _added(output: Any, column: torch.Tensor) -> Any:

@@ -23,7 +23,7 @@ from tokenizers.trainers import BpeTrainer
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import PromptError, TargetError
-from neg_service.models.language_model import load_tokenizer
+from neg_service.models.loading import load_tokenizer
 from neg_service.models.source import LocalModel
 from neg_service.prompts import added
 from neg_service.prompts.added import added_by

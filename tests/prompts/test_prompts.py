@@ -20,7 +20,7 @@ from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, ScanConfig, plain, typed
 from neg_service.errors import PromptError
 from neg_service.inputs import without_credentials
-from neg_service.models.language_model import load_tokenizer
+from neg_service.models.loading import load_tokenizer
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
 from neg_service.prompts.sources import load_dataset, load_prompts

@@ -23,7 +23,7 @@ from neg_service.measures.tables import fixed_size, table_of
 from neg_service.schema import Table
 
 if TYPE_CHECKING:
-    from neg_service.models.language_model import ModelInfo
+    from neg_service.models.inspection import ModelInfo
 
 
 @dataclass

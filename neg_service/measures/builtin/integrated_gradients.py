@@ -17,7 +17,7 @@ from neg_service.prompts.prompt import Prompt
 from neg_service.schema import Table
 
 if TYPE_CHECKING:
-    from neg_service.models.language_model import ModelInfo
+    from neg_service.models.inspection import ModelInfo
 
 _NAME = "integrated_gradients"
 

@@ -20,7 +20,7 @@ from neg_service.schema import Table
 
 if TYPE_CHECKING:
     from neg_service.measures.intervene import Effects
-    from neg_service.models.language_model import ModelInfo
+    from neg_service.models.inspection import ModelInfo
 
 
 @dataclass

@@ -26,7 +26,7 @@ from neg_service.schema import Table
 
 if TYPE_CHECKING:
     from neg_service.measures.gradients import PromptGradients
-    from neg_service.models.language_model import ModelInfo
+    from neg_service.models.inspection import ModelInfo
 
 KEEP = (*targets.KEEP, "top_k")
 

@@ -39,7 +39,7 @@ from neg_service.prompts.tasks import task_of
 from neg_service.schema import Table
 
 if TYPE_CHECKING:
-    from neg_service.models.language_model import ModelInfo
+    from neg_service.models.inspection import ModelInfo
 
 Floats = NDArray[np.float32]
 Scores = dict[str, NDArray[np.floating[Any]]]

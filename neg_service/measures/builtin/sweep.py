@@ -17,7 +17,8 @@ from neg_service.measures.shifts import Grid, Sweep, check_shift, chosen_grid
 from neg_service.schema import Table
 
 if TYPE_CHECKING:
-    from neg_service.models.language_model import LanguageModel, ModelInfo
+    from neg_service.models.inspection import ModelInfo
+    from neg_service.models.language_model import LanguageModel
     from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 

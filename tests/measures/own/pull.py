@@ -15,7 +15,7 @@ from neg_service.measures.tables import fixed_size, key_columns, prompt_row, tab
 from neg_service.schema import PROMPTS, Table
 
 if TYPE_CHECKING:
-    from neg_service.models.language_model import ModelInfo
+    from neg_service.models.inspection import ModelInfo
 
 
 @dataclass

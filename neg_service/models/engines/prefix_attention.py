@@ -1,18 +1,18 @@
-"""Pay for a token once: a frozen prefix, and branches of the last token over it.
+"""Attention of a frozen prefix, and of many rows of one token behind it: pay for a token once.
 
 In a causal model a change at the last token changes nothing before it. So the tokens before the last run
-once, without a graph, and leave their keys and values (`Prefix`); the last token then runs in many *branches*:
-a row per target for gradients, a row per (neuron, shift) for interventions. A branch attends to its prompt's
-prefix and to itself. Prompts that begin with the same tokens share that part of the prefix (`Header`).
+once, without a graph, and leave their keys and values (`FrozenPrefix`); the last token then runs in many *rows*:
+one per target for gradients, one per (neuron, shift) for interventions. A row attends to its prompt's
+prefix and to itself. Prompts that begin with the same tokens share that part of the prefix (`SharedPrefix`).
 
 One attention function, registered with transformers' `AttentionInterface`, does this for every architecture that
 calls attention through that interface; everything else is the model's own code. Tokens of unequal prompts
 travel *packed* in one row with explicit positions, so no linear layer ever sees padding; only the attention
 product itself is padded. No transformers cache is involved: its update in place is how frozen prefixes get
-corrupted. No mask is registered either, for which transformers then makes none: what a branch may see is decided here.
+corrupted. No mask is registered either, for which transformers then makes none: what a row may see is decided here.
 
-Axes: B prompts, T longest own prefix, C header tokens, M packed prefix tokens, J branches of a prompt (the most),
-R branches in all, H query heads, G key/value heads, D head size, V vocabulary.
+Axes: B prompts, T longest own prefix, C shared tokens, M packed prefix tokens, J rows of a prompt (the most),
+R rows in all, H query heads, G key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from neg_service.errors import ModelError
-from neg_service.models.head import exact_head_gradient
+from neg_service.models.precision import at_least_float32
 
-ATTENTION = "neg_service_branches"
+ATTENTION = "neg_service_shared_prefix"
 
 
 @dataclass(frozen=True)
-class Header:
+class SharedPrefix:
     """Tokens with which every prompt of a batch begins, and their keys and values by layer."""
 
     ids: tuple[int, ...] = ()
@@ -43,14 +43,14 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class FrozenPrefix:
     """Frozen keys and values of all tokens but the last, for a batch of prompts.
 
-    `own_lengths[b]` counts the tokens of prompt b between the header and its last token; keys and values beyond
+    `own_lengths[b]` counts the tokens of prompt b between the shared ones and its last; keys and values beyond
     it are padding. Layers may live on different devices; each one's tensors lie where the layer does.
     """
 
-    header: Header
+    shared: SharedPrefix
     own_lengths: tuple[int, ...]
     last_ids: tuple[int, ...]
     keys_bgtd: dict[int, Tensor] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def _attention(
     beyond = {"attention_mask": attention_mask, **extras}
     for name in ("attention_mask", "s_aux", "position_bias", "indices", "block_indices"):
         if beyond.get(name) is not None:
-            raise ModelError(f"{type(module).__name__} has {name}, which branches over a prefix cannot express")
+            raise ModelError(f"{type(module).__name__} has {name}, which rows over a shared prefix cannot express")
     view = _View(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     layer: int = module.layer_idx  # type: ignore[assignment]
     return _PASS.get().attend(layer, (query, key, value), view), None
@@ -142,9 +142,9 @@ class _Packing:
 
 
 class PrefixPass:
-    """Attention of the tokens before the last: to the header, and causally to their own prompt."""
+    """Attention of the tokens before the last: to the shared prefix, and causally to their own prompt."""
 
-    def __init__(self, prefix: Prefix) -> None:
+    def __init__(self, prefix: FrozenPrefix) -> None:
         self.prefix = prefix
         self.packing = _Packing(prefix.own_lengths)
         self._masks: dict[tuple[int | None, torch.device], Tensor] = {}
@@ -152,11 +152,11 @@ class PrefixPass:
     def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
         q_bhtd, k_bgtd, v_bgtd = (self.packing.pad(x) for x in qkv)
         self.prefix.keys_bgtd[layer], self.prefix.values_bgtd[layer] = _alone(k_bgtd), _alone(v_bgtd)
-        header = self.prefix.header
-        if header.ids:
+        shared = self.prefix.shared
+        if shared.ids:
             b = self.packing.b
-            k_bgtd = torch.cat([header.keys_gcd[layer].expand(b, -1, -1, -1), k_bgtd], 2)
-            v_bgtd = torch.cat([header.values_gcd[layer].expand(b, -1, -1, -1), v_bgtd], 2)
+            k_bgtd = torch.cat([shared.keys_gcd[layer].expand(b, -1, -1, -1), k_bgtd], 2)
+            v_bgtd = torch.cat([shared.values_gcd[layer].expand(b, -1, -1, -1), v_bgtd], 2)
         return self.packing.unpad(self._product(q_bhtd, k_bgtd, v_bgtd, view))
 
     def _product(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, view: _View) -> Tensor:
@@ -186,7 +186,7 @@ class PrefixPass:
 
         Padding needs no mask: it lies behind every real token of its prompt.
         """
-        c, t = len(self.prefix.header.ids), self.packing.t
+        c, t = len(self.prefix.shared.ids), self.packing.t
         if window is not None and window >= c + t:
             window = None
         if c == 0 and window is None:
@@ -201,10 +201,10 @@ class PrefixPass:
         return self._masks[window, device]
 
 
-class _BranchPass:
-    """Attention of branches of the last token: to the header, to their prompt's own prefix, and to themselves."""
+class RowPass:
+    """Attention of rows of the last token: to the shared prefix, to their prompt's own prefix, and to themselves."""
 
-    def __init__(self, prefix: Prefix, rows: Sequence[int]) -> None:
+    def __init__(self, prefix: FrozenPrefix, rows: Sequence[int]) -> None:
         self.prefix = prefix
         self.packing = _Packing(rows)
         self._hidden: dict[tuple[int | None, torch.device], tuple[Tensor | None, Tensor | None]] = {}
@@ -215,19 +215,19 @@ class _BranchPass:
         g = k_bgjd.shape[1]
         # The query heads that share a key/value head become one axis of rows, X = H/G * J.
         q_bgxd = (q_bhjd * view.scaling).reshape(b, g, h // g * j, d)
-        header_hidden, own_hidden = self._hidden_keys(view.window, q_bhjd.device)
+        shared_hidden, own_hidden = self._hidden_keys(view.window, q_bhjd.device)
 
         scores: list[Tensor] = []
         values: list[Tensor] = []
-        if self.prefix.header.ids:
-            # One product for all prompts: the header's keys are shared, never copied.
+        if self.prefix.shared.ids:
+            # One product for all prompts: the keys that all share are never copied.
             q_gyd = q_bgxd.transpose(0, 1).reshape(g, -1, d)
-            score_gyc = q_gyd @ self.prefix.header.keys_gcd[layer].transpose(1, 2)
+            score_gyc = q_gyd @ self.prefix.shared.keys_gcd[layer].transpose(1, 2)
             score_bgxc = score_gyc.view(g, b, -1, score_gyc.shape[-1]).transpose(0, 1)
             scores.append(_softcapped(score_bgxc, view.softcap))
-            if header_hidden is not None:
-                scores[-1] = scores[-1].masked_fill(header_hidden[:, None, None], float("-inf"))
-            values.append(self.prefix.header.values_gcd[layer])
+            if shared_hidden is not None:
+                scores[-1] = scores[-1].masked_fill(shared_hidden[:, None, None], float("-inf"))
+            values.append(self.prefix.shared.values_gcd[layer])
         if layer in self.prefix.keys_bgtd:
             score_bgxt = q_bgxd @ self.prefix.keys_bgtd[layer].transpose(2, 3)
             scores.append(_softcapped(score_bgxt, view.softcap))
@@ -249,24 +249,19 @@ class _BranchPass:
         return self.packing.unpad(out_bgxd.reshape(b, h, j, -1))
 
     def _hidden_keys(self, window: int | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Header keys [B, C] and own keys [B, T] that a prompt's last token may not see; None: it sees all."""
+        """Shared keys [B, C] and own keys [B, T] that a prompt's last token may not see; None: it sees all."""
         if (window, device) not in self._hidden:
-            c, lengths = len(self.prefix.header.ids), self.prefix.own_lengths
+            c, lengths = len(self.prefix.shared.ids), self.prefix.own_lengths
             length_b1 = torch.tensor(lengths, device=device)[:, None]
             t = torch.arange(max(lengths), device=device)[None]
             own = t >= length_b1 if min(lengths) < max(lengths) else None
-            header = None
+            shared = None
             if window is not None and c + max(lengths) >= window:
                 far = length_b1 - t >= window
                 own = far if own is None else own | far
-                header = c + length_b1 - torch.arange(c, device=device)[None] >= window
-            self._hidden[window, device] = (header, own)
+                shared = c + length_b1 - torch.arange(c, device=device)[None] >= window
+            self._hidden[window, device] = (shared, own)
         return self._hidden[window, device]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is more precise: softmax and statistics are never done in less."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -278,43 +273,8 @@ def _softcapped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-@torch.no_grad()
-def run_header(model: PreTrainedModel, ids: Sequence[int]) -> Header:
-    """Run shared tokens once; their keys and values serve every prompt that begins with them."""
-    prefix = run_prefix(model, [(*ids, 0)], Header())
-    keys, values = prefix.keys_bgtd, prefix.values_bgtd
-    return Header(tuple(ids), {i: k[0] for i, k in keys.items()}, {i: v[0] for i, v in values.items()})
-
-
-@torch.no_grad()
-def run_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]], header: Header) -> Prefix:
-    """Run all tokens of `prompts` but the last; each must begin with the header and go on by at least a token.
-
-    The vocabulary head is not run: nothing but keys and values is wanted.
-    """
-    c = len(header.ids)
-    own = [ids[c:-1] for ids in prompts]
-    prefix = Prefix(header, tuple(map(len, own)), tuple(ids[-1] for ids in prompts))
-    if any(own):
-        with running(model, PrefixPass(prefix)):
-            model.base_model(**packed(model, own, [range(c, c + len(ids)) for ids in own]))
-    return prefix
-
-
-def run_branches(model: PreTrainedModel, prefix: Prefix, rows: Sequence[int]) -> Tensor:
-    """Run `rows[b]` branches of the last token of each prompt b; logits [R, V], prompt by prompt.
-
-    With gradients enabled the graph covers the branches alone: the prefix is frozen.
-    """
-    ids = [[last] * n for last, n in zip(prefix.last_ids, rows, strict=True)]
-    positions = [[len(prefix.header.ids) + own] * n for own, n in zip(prefix.own_lengths, rows, strict=True)]
-    with running(model, _BranchPass(prefix, rows)), exact_head_gradient(model):
-        logits: Tensor = model(**packed(model, ids, positions)).logits
-    # Some architectures (GPT-2) bring rows that became more on the way to another axis in the end.
-    return logits.flatten(0, -2)
-
-
 def packed(model: PreTrainedModel, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A model's inputs: all rows' tokens one behind the other."""
     return {
         "input_ids": torch.tensor([[i for row in ids for i in row]], device=model.device),
         "position_ids": torch.tensor([[i for row in positions for i in row]], device=model.device),

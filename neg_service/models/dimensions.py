@@ -1,0 +1,47 @@
+"""Sizes of a model that follow from its configuration and modules, with or without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def vocabulary(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """How many ids can be read and predicted: rows of the embedding and of the vocabulary head."""
+    config = model.config.get_text_config()
+    # Gemma 3n reads a second, shorter table of embeddings in each layer.
+    read = [model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size_per_layer_input", None)]
+    head = model.get_output_embeddings()
+    predicted = getattr(head, "weight", None)
+    return (
+        min(int(rows) for rows in read if rows),
+        int(config.vocab_size) if predicted is None else int(predicted.shape[0]),
+    )
+
+
+def token_values(config: Any, n_neurons: int) -> int:
+    """About how many values a token of a row holds at once: a layer's neurons and hidden states, with copies."""
+    return 6 * n_neurons + 12 * int(config.get_text_config().hidden_size)
+
+
+def row_values(config: Any, n_neurons: int) -> int:
+    """About how many values a row of one token holds at once: logits and differences, and those of the token."""
+    return 3 * int(config.get_text_config().vocab_size) + token_values(config, n_neurons)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens of a prompt: positions that there are, and for which rotary angles are the same in every pass."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    # Beyond its original context `longrope` takes other angles for a whole pass, so that one prompt changes another's.
+    # `dynamic` does so beyond max_position_embeddings.
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part.get("original_max_position_embeddings"))
+    for module_name, module in model.named_modules():
+        # RoBERTa numbers positions from behind the one that stands for padding.
+        if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((int(limit) for limit in limits if limit), default=None)

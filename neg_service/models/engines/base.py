@@ -1,0 +1,270 @@
+"""What an engine is: how rows of prompts are run, and what that needs of a model, shares between prompts and costs.
+
+A measure asks for rows and does not care how they are run. A *row* is one or several tokens that run behind a frozen
+prefix: one of them has its neurons shifted, and logits are read behind one or more of them.
+
+| question                                | a row                                      | shifted   | read           |
+|-----------------------------------------|--------------------------------------------|-----------|----------------|
+| today, of a causal model                | the last token                             | it        | it             |
+| today, of a masked model                | the whole prompt                           | its mask  | its mask       |
+| to come: answers of several tokens      | the last token, and the answers behind it  | the first | all but leaves |
+| to come: a shift at an earlier position | the tokens from that position on           | the first | the last       |
+
+An engine refuses rows that it cannot run (`Engine.prepare`). What runs once for a prefix that prompts share is the
+engine's own affair: keys and values today, the states of recurrent layers likewise.
+
+Axes: R rows, V vocabulary, F features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from neg_service.errors import ModelError
+from neg_service.models.batches import Group, group_by_prefix
+from neg_service.models.dimensions import row_values, token_values
+from neg_service.models.feed_forward import FeedForward
+
+Ids = Sequence[int]
+T = TypeVar("T")
+
+LAST_TOKEN, MASK_TOKEN = "last token", "mask token"
+# So many shared prefixes are kept for prompts to come.
+_PREFIXES_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one row, a tree: `parents[i]` is the place in the row of the token before token i, -1 the prefix's end.
+
+    shifted: place in the row of the token whose neurons are shifted.
+    read: places of the tokens behind which logits are read.
+    """
+
+    ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    shifted: int
+    read: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        if len(self.parents) != n or any(not -1 <= parent < i for i, parent in enumerate(self.parents)):
+            raise ValueError(f"parents={self.parents}: of each of the {n} tokens one that comes before it, or -1")
+        if not self.read or any(not 0 <= place < n for place in (self.shifted, *self.read)):
+            raise ValueError(f"shifted={self.shifted}, read={self.read}: must be places of the row's {n} tokens")
+
+    @classmethod
+    def chain(cls, ids: Ids, at: int) -> Row:
+        """Tokens one behind the other, of which one is both shifted and read."""
+        return cls(tuple(ids), tuple(range(-1, len(ids) - 1)), at, (at,))
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether tokens stand one behind the other."""
+        return self.parents == tuple(range(-1, len(self.ids) - 1))
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many tokens of the row stand before each."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(0 if parent < 0 else found[parent] + 1)
+        return tuple(found)
+
+    def positions(self, start: int) -> tuple[int, ...]:
+        """Each token's position behind a prefix of `start` tokens."""
+        return tuple(start + depth for depth in self.depths)
+
+
+@dataclass(frozen=True)
+class SplitPrompt:
+    """A prompt as an engine runs it: tokens that run once and stay frozen, and the row that runs behind them."""
+
+    prefix: tuple[int, ...]
+    row: Row
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All tokens, of a row that is a chain."""
+        return (*self.prefix, *self.row.ids)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What engines need of a model: its modules, where its neurons are, and its mask token if it is a masked one."""
+
+    module: PreTrainedModel
+    feed_forward: FeedForward
+    mask_token: int | None = None
+    name: str = "model"
+
+    @property
+    def read_at(self) -> str:
+        """Where prompts are read."""
+        return LAST_TOKEN if self.mask_token is None else MASK_TOKEN
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; with several devices, the first layer's."""
+        device: torch.device = self.module.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of weights and activations."""
+        dtype: torch.dtype = self.module.dtype
+        return dtype
+
+    def row_bytes(self, tokens: int, attended: int, copied_values: int = 0) -> int:
+        """What a row of some tokens costs at most while it runs through a layer or the head, in bytes.
+
+        attended: how many tokens each of them looks at. copied_values: what a row copies that others do not share.
+        """
+        config, n_neurons = self.module.config, self.feed_forward.n_neurons
+        attention = 3 * int(config.get_text_config().num_attention_heads) * attended
+        values = row_values(config, n_neurons) + (tokens - 1) * token_values(config, n_neurons) + tokens * attention
+        return max(4, self.dtype.itemsize) * (values + copied_values)
+
+
+class Rows(Protocol):
+    """Prompts, ready to be run in rows: `counts[b]` rows of prompt b, prompt by prompt."""
+
+    # How many tokens a row carries through the layers.
+    tokens: int
+    # Whether a prompt's targets are read, and differentiated, from one row.
+    targets_share_rows: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """What one more row costs while it runs, at the most; without a graph."""
+        ...
+
+    def run(self, counts: Sequence[int]) -> Tensor:
+        """Logits behind the token that is read, of each row [R, V], in the model's precision."""
+        ...
+
+    def positions(self, counts: Sequence[int]) -> Tensor:
+        """Where each row's shifted token is [R], in any tensor of the pass seen as [tokens, F]."""
+        ...
+
+    def expand_rows(self, x: Tensor, n_rows: int) -> Tensor:
+        """A tensor from a pass of one row of one prompt, as that of `n_rows` equal rows; not to be written to."""
+        ...
+
+
+class KeptPrefixes(Generic[T]):
+    """What shared prefixes left when they ran, of the last few used, for prompts to come."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[tuple[int, ...], T]] = []
+
+    def of(self, ids: Ids, run: Callable[[tuple[int, ...]], T]) -> T:
+        """What a prefix left, `run` now unless it is kept. An empty one takes no place among those kept."""
+        wanted = tuple(ids)
+        if not wanted:
+            return run(wanted)
+        known = next((own for own in self._kept if own[0] == wanted), None)
+        if known is None:
+            known = wanted, run(wanted)
+        else:
+            self._kept.remove(known)
+        self._kept = [known, *self._kept[: _PREFIXES_KEPT - 1]]
+        return known[1]
+
+    def longest(self, prompts: Sequence[Ids]) -> int:
+        """Length of the longest one kept with which all `prompts` begin, leaving each its last token."""
+
+        def serves(ids: tuple[int, ...]) -> bool:
+            return all(len(prompt) > len(ids) and tuple(prompt[: len(ids)]) == ids for prompt in prompts)
+
+        return max((len(ids) for ids, _ in self._kept if serves(ids)), default=0)
+
+    def forget(self) -> None:
+        """Free their memory."""
+        self._kept = []
+
+
+class MismatchError(Exception):
+    """An engine and a model do not fit each other: what it runs is not what the plain model does."""
+
+
+class Engine(ABC):
+    """How a model's rows are run.
+
+    name: as runs record it and people are told; nothing else is decided by it.
+    reads_at: at which tokens it can read. shares_prefixes: prompts' common beginnings may run once for all.
+    runs_prompts_together: rows of several prompts may be in one batch.
+    targets_share_rows: a prompt's targets are read, and differentiated, from one row.
+    """
+
+    name: ClassVar[str]
+    reads_at: ClassVar[tuple[str, ...]]
+    shares_prefixes: ClassVar[bool]
+    runs_prompts_together: ClassVar[bool]
+    targets_share_rows: ClassVar[bool]
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.prefixes: KeptPrefixes[Any] = KeptPrefixes()
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, model: PreTrainedModel) -> str | None:
+        """Why it cannot run a model, as far as its configuration tells, with what to do about it; else None."""
+
+    @abstractmethod
+    def split(self, prompt: Ids) -> SplitPrompt:
+        """A prompt whose target is the one token that follows, or stands at the mask: what is frozen, and the row."""
+
+    @abstractmethod
+    def prepare(self, prompts: Sequence[SplitPrompt], shared: Ids = ()) -> Rows:
+        """Run what is frozen; `shared` are first tokens that all prompts have, of an engine that shares prefixes.
+
+        Raises:
+            ModelError: rows that this engine cannot run.
+            MismatchError: the model is not as the engine needs it; the self-check meets it before anyone else.
+        """
+
+    @abstractmethod
+    def cost(self, n_tokens: int, shared: int) -> tuple[int, int]:
+        """Tokens of a prompt that run once, behind `shared` ones, and tokens of each of its rows."""
+
+    def run_shared(self, ids: tuple[int, ...]) -> Any:
+        """Run tokens that prompts share; what they leave serves every prompt that begins with them."""
+        raise NotImplementedError(f"{type(self).__name__} shares no prefixes")
+
+    def shared_prefix(self, ids: Ids) -> Any:
+        """What `run_shared` gives, of the last few prefixes without running them again."""
+        return self.prefixes.of(ids, self.run_shared)
+
+    def rows(self, prompts: Sequence[Ids], shared: Ids = ()) -> Rows:
+        """Prompts' rows, each as `split` makes it."""
+        return self.prepare([self.split(prompt) for prompt in prompts], shared)
+
+    def groups(self, prompts: Sequence[Ids]) -> list[Group]:
+        """Which prompts to run together: those with a common beginning, or all, where nothing can be shared."""
+        groups = group_by_prefix(prompts) if self.shares_prefixes else [Group(tuple(range(len(prompts))), 0)]
+        if self.runs_prompts_together:
+            return groups
+        return [Group((member,), group.shared) for group in groups for member in group.members]
+
+
+def require_single_tokens(engine: Engine, prompts: Sequence[SplitPrompt]) -> None:
+    """Refuse rows of several tokens, for engines that run one.
+
+    Raises:
+        ModelError: naming how many tokens a row has.
+    """
+    for prompt in prompts:
+        if len(prompt.row.ids) != 1:
+            raise ModelError(
+                f"{engine.model.name}: its engine ({engine.name}) runs rows of one token, not of "
+                f"{len(prompt.row.ids)}: ask for targets of one token, at the prompt's last token"
+            )

@@ -1,0 +1,72 @@
+"""Which engine runs a model: the fastest one that takes it and passes the self-check.
+
+What its configuration rules out is refused without weights (`candidates`); the rest is tried on the loaded model
+(`select_engine`), where an engine that gives other numbers than the plain model is not used. Where none is left the
+model is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from neg_service.errors import ModelError, one_line
+from neg_service.memory import is_out_of_memory
+from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
+from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine
+from neg_service.models.self_check import CHECK_TOKENS, SelfCheck, check_engine, check_plain, name_of
+
+# The fastest first.
+ENGINES: tuple[type[Engine], ...] = (SharedPrefixEngine, KeyValueCacheEngine, FullSequenceEngine)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The engine that was chosen, what the self-check found of it, and why each faster one is not it, by name."""
+
+    engine: Engine
+    check: SelfCheck
+    rejected: dict[str, str] = field(default_factory=dict)
+
+
+def candidates(model: PreTrainedModel, read_at: str) -> list[type[Engine]]:
+    """The engines that may run a model, loaded or without weights, which is read at a kind of token.
+
+    Raises:
+        ModelError: none; why the one that needs least cannot.
+    """
+    reading = [engine for engine in ENGINES if read_at in engine.reads_at]
+    refusals = {engine: engine.refusal(model) for engine in reading}
+    if all(refusals.values()):
+        raise ModelError(refusals[reading[-1]])
+    return [engine for engine, refusal in refusals.items() if refusal is None]
+
+
+def select_engine(model: LoadedModel) -> Selection:
+    """Compare engines with the plain model on a few tokens, and choose the first that fits.
+
+    Raises:
+        ModelError: no engine fits; for each, a deviation beyond its tolerance, or why it does not run.
+    """
+    check_plain(model)
+    rejected: dict[str, str] = {}
+    for kind in candidates(model.module, model.read_at):
+        engine = kind(model)
+        try:
+            return Selection(engine, check_engine(engine), rejected)
+        except MismatchError as error:
+            rejected[kind.name] = str(error)
+        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise ModelError(
+                    f"self-check of {name_of(model)}: the graph of {CHECK_TOKENS} tokens does not fit into the memory "
+                    f"of {model.device} beside the weights: use a larger device, or a smaller model.source or "
+                    f"model.dtype"
+                ) from error
+            own = "" if model.module._supports_attention_backend else "its attention is code of its own; "
+            rejected[kind.name] = f"{own}does not run: {one_line(error)}"
+    reasons = "; ".join(f"{engine}: {reason}" for engine, reason in rejected.items())
+    raise ModelError(f"self-check of {name_of(model)}: {reasons}: choose another model.source or model.dtype")

@@ -1,0 +1,101 @@
+"""What can be said of a model from its configuration alone, and whether it can be measured: no weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from neg_service.errors import ModelError
+from neg_service.models.configuration import auto_class_of, is_masked_architecture, read_config, without_weights
+from neg_service.models.dimensions import context_length, row_values, vocabulary
+from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
+from neg_service.models.engines.select import candidates
+from neg_service.models.feed_forward import find_feed_forward
+from neg_service.models.folder import LocalModel
+from neg_service.models.library_log import hear_libraries
+from neg_service.models.weights import rehearse
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What can be said of a model without loading its weights."""
+
+    name: str
+    identity: str
+    architecture: str
+    n_layers: int
+    n_neurons: int
+    context_length: int | None
+    n_parameters: int
+    is_gated: bool
+    is_masked: bool
+    # Values that a row of interventions carries: for its one token, or its first of several.
+    row_values: int
+    # Rows of the embedding and of the vocabulary head, which may be more than the tokenizer has tokens.
+    n_input_ids: int | None = None
+    n_output_ids: int | None = None
+
+
+def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_files: bool = False) -> ModelInfo:
+    """Describe a model from its configuration alone: built without memory for weights.
+
+    check_files: also see whether the model would take what lies in its files, as far as they are here.
+
+    Raises:
+        ModelError: an architecture whose neurons are not known, or neither a causal nor a masked language model; files
+            that the model would not take as they are.
+    """
+    hear_libraries()
+    config = read_config(local, trust_remote_code)
+    auto_class = auto_class_of(config, local.name)
+    model = without_weights(auto_class, config, local, trust_remote_code)
+    require_measurable(model)
+    found = find_feed_forward(model)
+    if check_files and local.has_weights:
+        rehearse(local, auto_class, model, trust_remote_code)
+    n_input_ids, n_output_ids = vocabulary(model)
+    return ModelInfo(
+        name=local.name,
+        identity=local.identity,
+        architecture=type(model).__name__,
+        n_layers=found.n_layers,
+        n_neurons=found.n_neurons,
+        context_length=context_length(model),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        is_gated=found.layout.is_gated,
+        is_masked=is_masked_architecture(type(model).__name__),
+        row_values=row_values(model.config, found.n_neurons),
+        n_input_ids=n_input_ids,
+        n_output_ids=n_output_ids,
+    )
+
+
+def require_measurable(model: PreTrainedModel) -> None:
+    """Refuse what engines would get wrong without the self-check's seeing it.
+
+    Raises:
+        ModelError: an encoder-decoder, or what no engine runs.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder; a causal or masked model is needed (model.source)")
+    candidates(model, MASK_TOKEN if is_masked_architecture(name) else LAST_TOKEN)
+
+
+def mask_token_of(tokenizer: Any, name: str, n_input_ids: int | None = None) -> int:
+    """The id of a masked model's mask token.
+
+    Raises:
+        ModelError: the tokenizer has none, or one that the embedding of `n_input_ids` rows does not have.
+    """
+    token: int | None = getattr(tokenizer, "mask_token_id", None)
+    if token is None:
+        raise ModelError(f"{name} is a masked model, but its tokenizer has no mask token: choose another model.source")
+    if n_input_ids is not None and token >= n_input_ids:
+        raise ModelError(
+            f"{name}: the mask token {tokenizer.mask_token!r} has the id {token}, but it embeds only the ids below "
+            f"{n_input_ids}: the tokenizer beside the weights is another model's (model.source)"
+        )
+    return token

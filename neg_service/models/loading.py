@@ -1,0 +1,110 @@
+"""Loading a model: weights and tokenizer from wherever they are, onto the devices asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from neg_service.errors import ConfigurationError, ModelError
+from neg_service.models.configuration import auto_class_of, guarded, read_config, without_weights
+from neg_service.models.feed_forward import find_feed_forward
+from neg_service.models.folder import LocalModel, damaged_json
+from neg_service.models.inspection import require_measurable
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.library_log import hear_libraries
+from neg_service.models.placement import checked_devices, device_map, require_room
+from neg_service.models.source import fetch
+from neg_service.models.weights import rehearse
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    source: str | os.PathLike[str] = "smollm2",
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | Sequence[str] = "auto",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal or masked language model for measuring.
+
+    Args:
+        source: `smollm2` (the default model), a hub id, a directory with safetensors, or a .gguf file; a text or path.
+        revision: branch, tag or commit, for a hub id.
+        dtype: float64, float32, bfloat16 or float16; float32 computes without TF32.
+        device: a torch device, or `auto`: a GPU if there is one. Several, `["cuda:0", "cuda:1"]`, share the layers of
+            a model that is too large for one.
+        trust_remote_code: run Python code that comes with the model; off unless asked for.
+
+    Raises:
+        ModelError: nothing usable at `source`, files that the model would not take as they are, or an architecture
+            whose neurons are not known.
+        ConfigurationError: an unknown dtype or a device that is not there.
+    """
+    chosen_dtype = checked_dtype(dtype)
+    devices = checked_devices(device)
+    local = fetch(source, revision, trust_remote_code=trust_remote_code)
+    source = os.fsdecode(source)
+    if chosen_dtype == torch.float32:
+        torch.set_float32_matmul_precision("highest")
+    config = read_config(local, trust_remote_code)
+    auto_class = auto_class_of(config, local.name)
+    empty = without_weights(auto_class, config, local, trust_remote_code)
+    require_measurable(empty)
+    find_feed_forward(empty)
+    rehearse(local, auto_class, empty, trust_remote_code, source)
+    places: dict[str, Any] = {}
+    if devices[0].type == "cuda":
+        placed = device_map(empty, devices) if len(devices) > 1 else {"": devices[0]}
+        require_room(empty, chosen_dtype, placed, source)
+    if len(devices) > 1:
+        # Read straight to where they belong: all of the weights may not fit this machine's memory.
+        places["device_map"] = device_map(empty, devices)
+    model: PreTrainedModel = guarded(
+        lambda: auto_class.from_pretrained(
+            local.directory,
+            dtype=chosen_dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **places,
+        ),
+        source,
+    )
+    if not places:
+        model = model.to(devices[0])
+    return LanguageModel(model, load_tokenizer(local, trust_remote_code), name=local.name, identity=local.identity)
+
+
+def load_tokenizer(local: LocalModel, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model's weights.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    hear_libraries()
+    if not any(list(local.directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ModelError(f"model.source={local.directory}: has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+    damaged = damaged_json(local.directory)
+    return guarded(
+        lambda: AutoTokenizer.from_pretrained(local.directory, trust_remote_code=trust_remote_code),
+        local.directory,
+        f"the tokenizer{f' ({damaged})' if damaged else ''} ",
+    )
+
+
+def checked_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a name in the configuration."""
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"model.dtype={dtype} is unknown; known are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def set_threads(threads: int) -> None:
+    """How many CPU threads torch uses in this process."""
+    torch.set_num_threads(max(1, threads))

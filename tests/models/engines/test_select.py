@@ -1,0 +1,93 @@
+"""Which engine runs a model: the fastest that fits, or none."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+import neg_service
+from neg_service import LanguageModel
+from neg_service.errors import ModelError
+from neg_service.models.engines import kv_cache, shared_prefix
+from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
+from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.select import candidates
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine
+from tests.families import model_of
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+
+def _with_a_wrong_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shared_prefix.run_prefix
+
+    def off_by_one(model, prompts, header):
+        prefix = real(model, prompts, header)
+        for keys in prefix.keys_bgtd.values():
+            keys.copy_(keys.roll(1, 2))
+        return prefix
+
+    monkeypatch.setattr("neg_service.models.engines.shared_prefix.run_prefix", off_by_one)
+
+
+def _with_a_wrong_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kv_cache._FrozenLayer.update
+    monkeypatch.setattr(
+        kv_cache._FrozenLayer, "update", lambda self, keys, values: (real(self, keys, values)[0].roll(1, 2), values)
+    )
+
+
+def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    right = neg_service.neurgrad(tiny_model("Llama 2"), ["w1 w2 w5 w9"], [[" w3"]])
+    _with_a_wrong_prefix(monkeypatch)
+    caplog.set_level(logging.INFO)
+    model = tiny_model("Llama 2")
+    found = neg_service.neurgrad(model, ["w1 w2 w5 w9"], [[" w3"]])
+    assert type(model.engine) is KeyValueCacheEngine
+    assert "runs as rows, which is slower than branches: row logits are" in caplog.text
+    np.testing.assert_allclose(found.neurgrad, right.neurgrad, rtol=1e-3, atol=1e-6 * np.abs(right.neurgrad).max())
+
+
+def test_a_model_that_no_engine_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_a_wrong_prefix(monkeypatch)
+    _with_a_wrong_cache(monkeypatch)
+    model = tiny_model("Llama 2")
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"branches: row logits are .* off the plain forward pass.*; rows: "):
+            neg_service.neurgrad(model, ["w1 w2"], [[" w3"]])
+    with pytest.raises(ModelError, match="branches: row logits are"):
+        _ = model.engine
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("BigBird", "attention_type=block_sparse"), ("Longformer", "attention_window"), ("Doge", "keep_window_size=16")],
+)
+def test_attention_that_depends_on_the_length_of_a_prompt_is_refused(name: str, setting: str) -> None:
+    config = getattr(hf, f"{name}Config")(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        **{"BigBird": {}, "Longformer": {"attention_window": [4, 4]}, "Doge": {"keep_window_size": 16}}[name],
+    )  # fmt: skip
+    auto = hf.AutoModelForCausalLM if name == "Doge" else hf.AutoModelForMaskedLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    with pytest.raises(ModelError, match=rf"sparse attention \(.*{setting}"):
+        LanguageModel(model, tiny_tokenizer())
+
+
+def test_what_is_read_at_a_kind_of_token_has_the_engines_that_read_there() -> None:
+    assert candidates(model_of("Llama 2").model, LAST_TOKEN) == [SharedPrefixEngine, KeyValueCacheEngine]
+    assert candidates(model_of("BERT").model, MASK_TOKEN) == [FullSequenceEngine]
+
+
+def test_another_copy_of_a_model_runs_by_the_engine_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = model_of("GPT-J").ensure_checked()
+    copied = tiny_model("GPT-J")
+    copied.adopt(chosen)
+    assert type(copied.engine) is KeyValueCacheEngine
+    assert copied.engine.model.module is copied.model
+    assert copied.ensure_checked().check is chosen.check

@@ -1,0 +1,58 @@
+"""Sizes of a model: its vocabulary, and how long a prompt may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers as hf
+
+import neg_service
+from neg_service import LanguageModel
+from neg_service.errors import PromptError
+from neg_service.models.inspection import inspect_model
+from neg_service.models.source import fetch
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_positions_behind_the_padding_are_not_counted_as_context() -> None:
+    # RoBERTa's first position is the one behind its padding token's.
+    config = hf.RobertaConfig(**TINY, intermediate_size=40, max_position_embeddings=20, pad_token_id=1)
+    model = LanguageModel(hf.AutoModelForMaskedLM.from_config(config), tiny_tokenizer())
+    assert model.context_length == 18
+    text = " ".join(["w5"] * 17)
+    neg_service.neurgrad(model, [f"{text} w96"], [["w7"]])
+    with pytest.raises(PromptError, match=r"prompt '0' has 19 tokens, the model's context holds 18"):
+        neg_service.neurgrad(model, [f"{text} w5 w96"], [["w7"]])
+
+
+def test_prompts_that_change_the_rotary_angles_of_a_pass_are_refused() -> None:
+    model = tiny_model("Phi-4-mini")
+    # Of 64 positions, the angles of all change beyond the first 32.
+    assert model.context_length == 32
+    with pytest.raises(PromptError, match=r"prompt '1' has 33 tokens, the model's context holds 32"):
+        neg_service.neurgrad(model, ["w5 " * 32, "w5 " * 33], [[" w7"]] * 2)
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "BLOOM", "Gemma 3", "BERT", "DeBERTa", "MPNet", "ModernBERT"])
+def test_the_ids_of_a_model_are_known_with_and_without_its_weights(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    info = inspect_model(fetch(str(tmp_path)))
+    assert (model.n_input_ids, model.n_output_ids) == (info.n_input_ids, info.n_output_ids) == (97, 97)
+
+
+def test_the_ids_of_a_model_are_those_of_its_shortest_table() -> None:
+    config = hf.Gemma3nTextConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=90, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"], altup_num_inputs=2, laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 2,
+    )  # fmt: skip
+    model = LanguageModel(hf.Gemma3nForCausalLM(config), tiny_tokenizer())
+    assert (model.n_input_ids, model.n_output_ids) == (90, 97)
+    with pytest.raises(PromptError, match="its token 'w92' has the id 92, but model embeds only the ids below 90"):
+        neg_service.neurgrad(model, ["w92 w3"], [[" w4"]])

@@ -1,0 +1,23 @@
+"""The table of MLPs: what is not in it is refused, and of several lists of layers the right one is found."""
+
+from __future__ import annotations
+
+import pytest
+
+from neg_service.errors import ModelError
+from neg_service.models.feed_forward import find_feed_forward
+from tests.tiny_models import tiny_model
+
+
+def test_unknown_mlps_are_refused_by_their_class() -> None:
+    model = tiny_model("Llama 2").model
+    for layer in model.model.layers:
+        layer.mlp.act_fn = None
+    with pytest.raises(ModelError, match=r"the neurons of LlamaMLP \(layer 0 of LlamaForCausalLM\) are not known"):
+        find_feed_forward(model)
+
+
+def test_a_model_of_images_and_text_is_measured_in_its_text_layers() -> None:
+    # As many layers as the part that reads images has, of which the list comes first.
+    model = tiny_model("Gemma 3, images and text")
+    assert model.feed_forward.layers is model.model.model.language_model.layers
