@@ -127,7 +127,7 @@ def _linearity(tables: Mapping[str, pa.Table]) -> Section:
         "linearity", "How linear neurons are", text,
         [
             Grid(
-                "Linearity by range", "Each range is judged on 40 shifts, interpolated from four that were run.",
+                "Linearity by range", "Each range is evaluated on 40 shifts, interpolated from four that were run.",
                 head, rows, numeric=range(6),
             )
         ],
@@ -147,7 +147,7 @@ def _pictures_of_curves(ranges: Rows, curves: Rows, panels: Mapping[str, Rows]) 
             "curves", "A few neurons",
             "Change of a target's probability over shifts of one neuron (points), of several layers the one that "
             "changes most over the widest range, where neurons may go far through zero; below it the prompt's id. "
-            "The dashed line is what NeurGrad foretells.",
+            "The dashed line is what NeurGrad predicts.",
             "Curves of probability over shifts for a few neurons",
             drawn(figures.curves(curves), (10, 5.6)), is_wide=True,
         ),

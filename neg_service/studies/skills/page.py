@@ -33,7 +33,7 @@ _ANALYSES = {
         "suppressed.",
     ),
 }  # fmt: skip
-# Those that are one matrix, not a panel a task.
+# Those that are one matrix, without a panel for each task.
 _MATRICES = ("robustness", "interdependency")
 
 
@@ -64,7 +64,7 @@ def _accuracy(name: str, tables: Mapping[str, pa.Table]) -> Section:
     grid = Grid("Accuracy on test", caption, head, lines, (3, 4), is_interactive=True, name="skill-accuracies")
     picture = Picture(
         "skill-accuracy", "Probes and baselines", "Accuracy on test of each probe and baseline, task by task.",
-        "Bars of accuracy for each probe, a group a task",
+        "Bars of accuracy for each probe, in a group for each task",
         drawn(figures.accuracies(rows), (max(9, 1.4 * len({row["task"] for row in rows})), 4.4)), is_wide=True,
     )  # fmt: skip
     text = f"From {name}: how well a few neurons do a task without the model's head."

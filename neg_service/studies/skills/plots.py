@@ -76,7 +76,7 @@ def _flexibility(flexibility: pa.Table) -> bytes:
 
 
 def _matrices(name: str, table: pa.Table, row_key: str, column_key: str) -> dict[str, bytes]:
-    """Heat maps of accuracy: one, or one a task where rows are contexts."""
+    """Heat maps of accuracy: one, or one for each task where rows are contexts."""
     images = {}
     rows = [row for row in table.to_pylist() if row.get("probe", "magnitude") == "magnitude"]
     groups = tasks_in(rows) if row_key != "task" else [None]
