@@ -9,7 +9,7 @@ import pyarrow as pa
 from omegaconf import DictConfig
 
 from jobs.entry import start
-from jobs.studies import Told, run_study
+from jobs.studies import StudyOutput, run_study
 from neg_service.cluster.prepare import to_be_stored
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.studies.scans import StudyScans
@@ -33,7 +33,7 @@ def probe(config: DictConfig) -> int:
     asked = typed(ProbeConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     check_options(asked.probe)
 
-    def tell(scans: StudyScans, tables: Mapping[str, pa.Table]) -> Told:
+    def describe(scans: StudyScans, tables: Mapping[str, pa.Table]) -> StudyOutput:
         dataset = to_be_stored(asked.dataset)
         about = {
             "probe": asdict(asked.probe),
@@ -42,9 +42,9 @@ def probe(config: DictConfig) -> int:
             "runs": list(dict.fromkeys(uri for _, uri in scans.runs)),
         }
         files = {f"plots/{name}": image for name, image in plots(tables).items()}
-        return Told(about, tables_text(tables), _HEADING, files)
+        return StudyOutput(about, tables_text(tables), _HEADING, files)
 
-    return run_study(asked, "probe", lambda scans: run_skills(asked.probe, scans), tell)
+    return run_study(asked, "probe", lambda scans: run_skills(asked.probe, scans), describe)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands of studies share: scans that have to be whole, and where their results are put and told."""
+"""What the commands of studies share: scans that have to be whole, and where their results are put and shown."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class IncompleteError(NegServiceError):
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a study tells.
+class StudyOutput:
+    """What is made of the tables of a study.
 
     about: its settings, and the runs that it comes from. text: its tables for a person, kept with them. heading: what
     stands above the text on the screen. files: what else is kept, by name.
@@ -49,7 +49,7 @@ def run_study(
     settings: ScanConfig,
     kind: str,
     pipeline: Callable[[StudyScans], StudyTables],
-    tell: Callable[[StudyScans, Mapping[str, pa.Table]], Told],
+    describe: Callable[[StudyScans, Mapping[str, pa.Table]], StudyOutput],
 ) -> int:
     """Run or continue the scans of a study, store its tables beside them, and print them; the exit code."""
     scans = StudyScans(settings, finished, prepare)
@@ -60,10 +60,10 @@ def run_study(
         return EXIT_INCOMPLETE
     finally:
         disconnect()
-    told = tell(scans, tables)
-    uri = put_results(settings, kind, told.about, tables, {**told.files, "tables.txt": told.text.encode()})
-    heading = f"{told.heading}\n\n" if told.heading else ""
-    say(f"\n{heading}{told.text}\n\nresults: {uri}", settings.job.log)
+    output = describe(scans, tables)
+    uri = put_results(settings, kind, output.about, tables, {**output.files, "tables.txt": output.text.encode()})
+    heading = f"{output.heading}\n\n" if output.heading else ""
+    say(f"\n{heading}{output.text}\n\nresults: {uri}", settings.job.log)
     return 0
 
 

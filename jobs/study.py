@@ -9,7 +9,7 @@ import pyarrow as pa
 from omegaconf import DictConfig
 
 from jobs.entry import start
-from jobs.studies import Told, run_study
+from jobs.studies import StudyOutput, run_study
 from neg_service.cluster.prepare import to_be_stored
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.studies.linearity.options import LinearityOptions, check_options
@@ -30,16 +30,16 @@ def study(config: DictConfig) -> int:
     asked = typed(StudyConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     check_options(asked.study)
 
-    def tell(scans: StudyScans, tables: Mapping[str, pa.Table]) -> Told:
+    def describe(scans: StudyScans, tables: Mapping[str, pa.Table]) -> StudyOutput:
         about = {
             "study": asdict(asked.study),
             "dataset": to_be_stored(asked.dataset),
             "neurons": asdict(asked.neurons),
             "runs": dict(scans.runs),
         }
-        return Told(about, tables_text(tables))
+        return StudyOutput(about, tables_text(tables))
 
-    return run_study(asked, "study", lambda scans: run_linearity(asked.study, scans), tell)
+    return run_study(asked, "study", lambda scans: run_linearity(asked.study, scans), describe)
 
 
 if __name__ == "__main__":
