@@ -24,6 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from jobs.advice import advice, for_a_shell, in_quotes, is_container, is_group, literal, tree_of
 from jobs.kinds import can_be_text, element_of, field_of, is_in_mapping, is_only_text, is_optional, type_at
+from jobs.shorthand import written_out
 from neg_service.errors import ConfigurationError
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[^=+~][^=]*)=(?P<value>.*)", re.DOTALL)
@@ -45,7 +46,7 @@ def as_typed(overrides: Sequence[str], settings: type, is_sweep: bool) -> list[s
     Raises:
         ConfigurationError: one that Hydra's grammar has another meaning for, or none: with how it is written.
     """
-    return [_as_typed(override, settings, is_sweep) for override in overrides]
+    return [_as_typed(override, settings, is_sweep) for override in written_out(overrides)]
 
 
 def _as_typed(override: str, settings: type, is_sweep: bool) -> str:

@@ -39,18 +39,20 @@ def report(config: DictConfig) -> int:
 
 def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str | None = None) -> str:
     """Write report.html and figures/*.png to a directory or prefix; the page's path."""
+
     # Slow to load: see `entry.py`.
     from neg_service.report.page import render
     from neg_service.report.sections import sections_of
-    from neg_service.report.sections.found import find
+    from neg_service.report.sections.loading import load
+    from neg_service.studies.kinds import STUDY_VIEWS
 
     store = open_store(out, endpoint_url, key="out")
     # What is wrong with the place is told before anything is read.
     store.check()
-    found = find(uris, endpoint_url)
-    sections = sections_of(found)
-    runs = [*found.runs, *(run for finding in found.findings for run in finding.runs.values())]
-    about = [run.about for run in runs] or [finding.about for finding in found.findings]
+    loaded = load(uris, endpoint_url, STUDY_VIEWS)
+    sections = sections_of(loaded, STUDY_VIEWS)
+    runs = [*loaded.runs, *(run for study in loaded.studies for run in study.runs.values())]
+    about = [run.about for run in runs] or [study.about for study in loaded.studies]
     models = sorted({str(own["model"]["source"]) for own in about if "source" in own.get("model", {})})
     named = title or f"Neurons of {', '.join(models) or 'a model'}"
     made = datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00")

@@ -12,7 +12,7 @@ from neg_service.config import DatasetConfig, JobConfig, holds, typed
 from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt, encode
 from neg_service.prompts.tasks import GENRES, TASKS
-from neg_service.prompts.wording import wordings_of
+from neg_service.prompts.templates import templates_of
 from neg_service.report.console import columns
 
 
@@ -51,9 +51,9 @@ def _listed() -> str:
     for genre in GENRES:
         for task in TASKS.values():
             if task.genre == genre:
-                found = wordings_of(task)
-                languages = ", ".join(found["default"])
-                rows.append((genre, task.name, f"{task.n_labels}", languages, ", ".join(found)))
+                templates = templates_of(task)
+                languages = ", ".join(templates["default"])
+                rows.append((genre, task.name, f"{task.n_labels}", languages, ", ".join(templates)))
     return columns(("genre", "task", "labels", "languages", "wordings"), rows)
 
 

@@ -118,6 +118,9 @@ PROMPTS = pa.schema(
     ]
 )
 
+# The |r| from which on a curve of Δp over shifts counts as linear.
+LINEAR = 0.95
+
 # Rows of right answers, and all of prompts that have none.
 RIGHT = pc.field("is_answer").is_null() | pc.field("is_answer")
 

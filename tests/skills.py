@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
-from neg_service.cluster.messages import Destination, WorkerSpec
-from neg_service.cluster.plan import shards_of
-from neg_service.cluster.prepare import prepare
-from neg_service.cluster.replica import Replica, scan_worker
-from neg_service.config import ClusterConfig, DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
-from neg_service.probing.options import Context
+from neg_service.config import DatasetConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.prompts.tasks import LANGUAGES, TASKS
-from neg_service.storage.reader import Run, open_run
-from neg_service.storage.run import write_or_match
-from neg_service.storage.stores import open_store
+from neg_service.studies.scans import StudyScans
 from tests.fakes import save_tiny_model
+from tests.here import scan_here
 
 # Where the planted model has its skill, as (layer, neuron), with the sign of the neuron's influence on the right label.
 PLANTED = {(0, 3): 1, (0, 17): -1, (2, 5): 1}
@@ -149,31 +141,9 @@ labels = [" w7", " w8"]
 """
 
 
-class ScansHere:
-    """Scans in this process: the same plan, worker and parts as on a cluster, one shard after the other."""
-
-    def __init__(self, model: Path, dataset: DatasetConfig, results: Path, shard_size: int = 8) -> None:
-        self._model, self._dataset, self._results, self._shard_size = model, dataset, results, shard_size
-
-    def __call__(self, measure: Mapping[str, Any], tasks: Sequence[str], split: str, context: Context) -> Run:
-        """See `probing.study.Scan`."""
-        dataset = DatasetConfig(**{**asdict(self._dataset), "task": list(tasks), "split": split, **context.__dict__})
-        config = ScanConfig(
-            model=ModelConfig(source=str(self._model)),
-            dataset=dataset,
-            measure=dict(measure),
-            cluster=ClusterConfig(),
-            storage=StorageConfig(uri=str(self._results)),
-            job=JobConfig(shard_size=self._shard_size),
-        )
-        prepared = prepare(config)
-        about = {"model": {"neurons_a_layer": prepared.info.n_neurons, "layers": prepared.info.n_layers}}
-        write_or_match(open_store(prepared.uri), prepared.identity, prepared.tables, about, prepared.request)
-        replica = Replica(
-            partial(scan_worker, WorkerSpec(prepared.config, prepared.info.identity, 1)),
-            Destination(prepared.uri, None, prepared.fingerprint),
-        )
-        replica.start()
-        for shard in shards_of(prepared.encoding, prepared.plan):
-            replica.run(shard)
-        return open_run(prepared.uri)
+def scans_here(model: Path, dataset: DatasetConfig, results: Path) -> StudyScans:
+    """The scans of a study in this process, of tasks in `dataset`."""
+    settings = ScanConfig(
+        model=ModelConfig(source=str(model)), dataset=dataset, storage=StorageConfig(uri=str(results))
+    )  # fmt: skip
+    return StudyScans(settings, scan_here)

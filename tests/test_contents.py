@@ -24,7 +24,7 @@ from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.prompt import Prompt, check_prompts
 from neg_service.prompts.sources import load_prompts
 from neg_service.prompts.tasks import TASKS
-from neg_service.prompts.wording import wordings_of
+from neg_service.prompts.templates import templates_of
 from tests.skills import published_row
 
 MARK = b"\xef\xbb\xbf"
@@ -54,7 +54,7 @@ def rows_in(place: Path) -> list[Prompt]:
 
 
 def wordings_in(place: Path) -> Any:
-    return wordings_of(TASKS["agnews"], str(place)).get("mine")
+    return templates_of(TASKS["agnews"], str(place)).get("mine")
 
 
 def outcome(read: Callable[..., Any], *given: Any) -> Any:

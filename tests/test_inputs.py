@@ -31,7 +31,7 @@ from neg_service.measures.choice import with_list_read
 from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.sources import load_prompts
 from neg_service.prompts.tasks import TASKS
-from neg_service.prompts.wording import wordings_of
+from neg_service.prompts.templates import templates_of
 from neg_service.refusals import advice_of
 from neg_service.storage.parts import encode_part
 from tests.s3 import acting_as
@@ -189,7 +189,7 @@ def test_a_server_that_refuses_or_breaks_off_is_told_with_its_reason(refusing: s
     with pytest.raises(PromptError, match="cannot be read: "):
         load_tasks(DatasetConfig(source=f"{refusing}/{path}", task="agnews"))
     with pytest.raises(PromptError, match="cannot be read: "):
-        wordings_of(TASKS["agnews"], f"{refusing}/{path}")
+        templates_of(TASKS["agnews"], f"{refusing}/{path}")
 
 
 @pytest.mark.parametrize(

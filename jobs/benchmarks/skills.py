@@ -28,13 +28,13 @@ from neg_service.measures.tables import fixed_size, table_of
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
-from neg_service.probing.ranking import scores_of
 from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.prompt import EncodedPrompt, encode
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, write_or_match
 from neg_service.storage.stores import open_store
+from neg_service.studies.skills.scores import read_scores
 
 _BATCH = 8
 
@@ -116,7 +116,7 @@ def _ranking(settings: Settings) -> dict[str, Any]:
         stored = _stored(settings, Path(place))
         rank, read = [], []
         for turn in range(settings.repeats + 1):
-            seconds = _seconds(lambda: scores_of(stored)), _seconds(lambda: _read(stored))
+            seconds = _seconds(lambda: read_scores(stored)), _seconds(lambda: _read(stored))
             sys.stderr.write(f"ranking {seconds[0]:.2f} s, reading alone {seconds[1]:.2f} s\n")
             if turn:
                 rank.append(seconds[0])

@@ -30,7 +30,7 @@ from neg_service.inputs import read_if_there
 from neg_service.places import absolute, below, is_chain, split_scheme, without_credentials
 from neg_service.prompts.prompt import MASK, Prompt
 from neg_service.prompts.tasks import LANGUAGES, TASKS, Example, Row, Task
-from neg_service.prompts.wording import Wording, wordings_of
+from neg_service.prompts.templates import PromptTemplate, templates_of
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ class _Loader:
             if value is not None and value < least:
                 raise PromptError(f"dataset.{key}={value}: must be at least {least}")
         self._task, self._config = task, config
-        self._wordings = wordings_of(task, config.wordings)
-        _require_known("dataset.wording", config.wording, self._wordings, f" of {task.name}")
+        self._templates = templates_of(task, config.wordings)
+        _require_known("dataset.wording", config.wording, self._templates, f" of {task.name}")
         self._examples = {split: own for split in SPLITS if (own := self._published(split)) is not None}
         self._order = {split: self._shuffled(split) for split in self._examples}
         self._own = self._without_overlap()
@@ -118,11 +118,11 @@ class _Loader:
         prompts = []
         for (source, number), repeat in self._drawn(split, shown_rows):
             example = self._examples[source][number]
-            wording = self._wording(self._group(example))
+            template = self._template(self._group(example))
             mark = f"+{repeat}" if repeat else ""
             id_ = f"{self._task.name}/{source}/{number:06d}{mark}"
-            text = beginnings[self._group(example)][0] + wording.ask(example)
-            prompts.append(Prompt(id_, text, wording.labels, example.answer))
+            text = beginnings[self._group(example)][0] + template.render(example)
+            prompts.append(Prompt(id_, text, template.labels, example.answer))
         if not prompts:
             raise PromptError(
                 f"dataset.source={without_credentials(self._config.source)}: no row of {self._task.name}, {split}, is "
@@ -154,9 +154,9 @@ class _Loader:
 
     def _demonstrations(self, group: str) -> tuple[str, list[tuple[str, int]]]:
         """What every prompt of a group begins with, and the rows shown there."""
-        wording, shots = self._wording(group), self._config.shots
+        template, shots = self._template(group), self._config.shots
         if not shots:
-            return f"{wording.instruction}\n\n", []
+            return f"{template.instruction}\n\n", []
         split = next((split for split, rows in self._own.items() if rows), next(iter(self._own)))
         draw = random.Random(f"{self._config.demonstration_seed}/{self._task.name}/{group}")
         # In the order of the rows, so that the seed of demonstrations alone decides.
@@ -171,14 +171,14 @@ class _Loader:
             if len(own) < shots:
                 of = f" in {group}" if self._task.is_multilingual else ""
                 raise PromptError(
-                    f"dataset.shots={shots}: {self._task.name} has {len(own)} rows for label {wording.labels[label]!r}"
+                    f"dataset.shots={shots}: {self._task.name} has {len(own)} rows for label {template.labels[label]!r}"
                     f"{of} in its {split} split; use at most {len(own)}"
                 )
             chosen += draw.sample(own, shots)
         draw.shuffle(chosen)
         examples = [self._examples[source][i] for source, i in chosen]
-        shown = [wording.ask(example) + wording.labels[example.answer] for example in examples]
-        return "\n\n".join([wording.instruction, *shown, ""]), chosen
+        shown = [template.render(example) + template.labels[example.answer] for example in examples]
+        return "\n\n".join([template.instruction, *shown, ""]), chosen
 
     def _without_overlap(self) -> dict[str, list[tuple[str, int]]]:
         """Of each split its own rows, shuffled, as (published split, number)."""
@@ -206,10 +206,10 @@ class _Loader:
         """Rows of one language share their beginning; where the language is asked for, all rows do."""
         return "en" if self._task.language_is_label else example.language
 
-    def _wording(self, group: str) -> Wording:
+    def _template(self, group: str) -> PromptTemplate:
         """The words around the rows of a group, in their language or in the one that was asked for."""
         language = group if self._config.language == "auto" else self._config.language
-        own = self._wordings[self._config.wording]
+        own = self._templates[self._config.wording]
         _require_known("dataset.language", language, own, f" of {self._task.name}, wording {self._config.wording}")
         return own[language]
 

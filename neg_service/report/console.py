@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from neg_service.estimation.linear import LINEAR
+from neg_service.schema import LINEAR
 from neg_service.storage.reader import Run
 
 

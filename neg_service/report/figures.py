@@ -20,7 +20,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from neg_service.estimation.linear import LINEAR
+from neg_service.schema import LINEAR
 
 Doubles = NDArray[np.float64]
 Rows = list[dict[str, Any]]

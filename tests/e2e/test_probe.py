@@ -28,7 +28,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for i, (split, count) in enumerate((("train", 50), ("valid", 26), ("test", 26))):
         write_split(place / "data", "imdb", split, planted_rows(count, 100 * i))
     return [
-        "dataset=mceval8k/imdb",
+        "dataset=mceval8k",
+        "dataset.task=imdb",
         f"dataset.source={place / 'data'}",
         f"dataset.wordings={place / 'wordings.toml'}",
         f"model.source={place / 'model'}",
@@ -39,7 +40,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_a_probe_and_again(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     asked = [
-        *settings,
+        "dataset=mceval8k/imdb",
+        *settings[2:],
         "probe.sizes=[1,3,8]",
         "probe.shard_size=24",
         "probe.studies=[efficiency,flexibility,interdependency]",
@@ -92,7 +94,7 @@ def test_what_cannot_be_probed_is_told_in_one_line(
 
 
 def test_tasks_are_listed_and_an_example_is_printed(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert tasks(composed("tasks", ["task=imdb", *settings[1:4]], TasksConfig)) == 0
+    assert tasks(composed("tasks", ["task=imdb", *settings[2:5]], TasksConfig)) == 0
     shown = capsys.readouterr().out
     assert "--- imdb, wording default: 26 prompts of valid; this is imdb/valid/" in shown
     assert "the labels are the tokens 'w7', 'w8'" in shown
@@ -107,7 +109,7 @@ def test_the_example_of_a_masked_model_has_its_mask(
     tiny_model("BERT").model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with initialize_config_dir(CONF, version_base="1.3"):
-        tasks(compose("tasks", overrides=["task=imdb", *settings[1:3], f"model.source={tmp_path}"]))
+        tasks(compose("tasks", overrides=["task=imdb", *settings[2:4], f"model.source={tmp_path}"]))
     shown = capsys.readouterr().out
     assert " [MASK].\n--- labels 'w7' or 'w8'; right is 'w" in shown
     assert "the labels are the tokens 'w7', 'w8'" in shown

@@ -19,7 +19,7 @@ from neg_service.prompts.mceval8k import as_masked, load_tasks
 from neg_service.prompts.prompt import MASK, Prompt, encode
 from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.tasks import GENRES, LANGUAGES, TASKS, task_of
-from neg_service.prompts.wording import wordings_of
+from neg_service.prompts.templates import templates_of
 from tests.skills import published_row, write_all, write_split
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "mceval8k"
@@ -38,15 +38,15 @@ def dataset(place: Path, task: Any = "agnews", **settings: Any) -> DatasetConfig
 def test_there_are_22_tasks_in_six_genres() -> None:
     assert Counter(task.genre for task in TASKS.values()) == dict(zip(GENRES, (4, 3, 4, 3, 3, 5), strict=True))
     for genre in GENRES:
-        assert any(len(wordings_of(task)) >= 4 for task in TASKS.values() if task.genre == genre), genre
+        assert any(len(templates_of(task)) >= 4 for task in TASKS.values() if task.genre == genre), genre
     for task in TASKS.values():
-        for by_language in wordings_of(task).values():
+        for by_language in templates_of(task).values():
             assert set(by_language) == (set(LANGUAGES) if task.is_multilingual else {"en"}), task.name
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_renders_in_every_wording_and_language(place: Path, task: str) -> None:
-    for wording, by_language in wordings_of(TASKS[task]).items():
+    for wording, by_language in templates_of(TASKS[task]).items():
         for language in by_language:
             prompts = load_tasks(dataset(place, task, wording=wording, language=language))
             own = by_language[language]
@@ -72,14 +72,14 @@ def test_every_task_renders_in_every_wording_and_language(place: Path, task: str
 
 
 def test_multilingual_rows_are_asked_in_their_own_language_but_not_where_it_is_the_answer(place: Path) -> None:
-    of = wordings_of(TASKS["xnli"])["default"]
+    of = templates_of(TASKS["xnli"])["default"]
     found = {prompt.text.split("\n\n")[0] for prompt in load_tasks(dataset(place, "xnli"))}
     assert found == {of[language].instruction for language in LANGUAGES}
     german = load_tasks(dataset(place, "xnli", languages=["de"]))
     assert {prompt.text.split("\n\n")[0] for prompt in german} == {of["de"].instruction}
     assert len(german) == 12
     one = {prompt.text.split("\n\n")[0] for prompt in load_tasks(dataset(place, "lti"))}
-    assert one == {wordings_of(TASKS["lti"])["default"]["en"].instruction}
+    assert one == {templates_of(TASKS["lti"])["default"]["en"].instruction}
 
 
 def test_rows_of_a_task_share_their_beginning(place: Path) -> None:
@@ -296,7 +296,7 @@ def test_masked_models_are_asked_for_the_word_at_a_mask() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published rows are not at hand")
 @pytest.mark.parametrize("task", TASKS)
 def test_published_rows_become_prompts_with_one_token_a_label(smollm2: LanguageModel, task: str) -> None:
-    for wording in wordings_of(TASKS[task]):
+    for wording in templates_of(TASKS[task]):
         prompts = load_tasks(DatasetConfig(source=str(SHARED), task=task, wording=wording, limit=20))
         for encoded in encode(smollm2.tokenizer, prompts, smollm2.context_length):
             assert len(set(encoded.target_ids)) == TASKS[task].n_labels

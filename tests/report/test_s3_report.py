@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import s3fs
 
 from infra.s3.server import BUCKET, Server, server_on
-from jobs.findings import put_findings
 from jobs.report import write_report
-from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
+from jobs.studies import put_results
+from neg_service.config import DatasetConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.errors import DestinationError
-from neg_service.estimation.study import Options, run_study
-from neg_service.storage.reader import Run
+from neg_service.studies.linearity.options import LinearityOptions
+from neg_service.studies.linearity.pipeline import run_linearity
+from neg_service.studies.scans import StudyScans
 from tests.here import scan_here
 from tests.s3 import acting_as
 
@@ -42,17 +42,15 @@ def test_a_study_and_its_report_lie_on_s3_and_can_be_moved(
         dataset=DatasetConfig(source=str(tmp_path / "rows.jsonl")),
         storage=StorageConfig(uri=f"s3://{BUCKET}/first", endpoint_url=server.endpoint_url),
     )
-    options = Options(
+    options = LinearityOptions(
         answered="all", neurons=5, grid="coarse", steps=2, ranges=[1.0, 2.0], range_prompts=1, sets=[2], draws=20
     )
 
-    def scan(measure: Mapping[str, Any], neurons: NeuronsConfig, ids: Sequence[str] | None) -> Run:
-        dataset = config.dataset if ids is None else replace(config.dataset, ids=list(ids))
-        return scan_here(replace(config, measure=dict(measure), neurons=neurons, dataset=dataset))
-
-    found = run_study(options, NeuronsConfig(), scan)
-    about = {"study": asdict(options), "dataset": asdict(config.dataset), "runs": found.runs}
-    uri = put_findings(config, "study", about, found.tables(), {})
+    scans = StudyScans(config, scan_here)
+    tables = run_linearity(options, scans).arrow()
+    runs = dict(scans.runs)
+    about = {"study": asdict(options), "dataset": asdict(config.dataset), "runs": runs}
+    uri = put_results(config, "study", about, tables, {})
     assert uri.startswith(f"s3://{BUCKET}/first/")
     filesystem = s3fs.S3FileSystem(endpoint_url=server.endpoint_url)
 
@@ -71,6 +69,6 @@ def test_a_study_and_its_report_lie_on_s3_and_can_be_moved(
     moved = uri.replace("/first/", "/second/")
     assert report(moved, f"s3://{BUCKET}/reports/2") == first
     # With a run gone it is said which.
-    filesystem.rm(f"{BUCKET}/second/{found.runs['sweep'].rsplit('/', 1)[-1]}", recursive=True)
+    filesystem.rm(f"{BUCKET}/second/{runs['sweep'].rsplit('/', 1)[-1]}", recursive=True)
     with pytest.raises(DestinationError, match=r"its run s3://.*sweep.* \(sweep\) is neither there nor beside"):
         write_report([moved], str(tmp_path), server.endpoint_url)

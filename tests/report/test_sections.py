@@ -22,8 +22,9 @@ from neg_service.report import figures
 from neg_service.report.console import Correlation, agreement, describe_tables
 from neg_service.report.page import Grid, Picture, Section, render
 from neg_service.report.sections import sections_of
-from neg_service.report.sections.found import Found, find
+from neg_service.report.sections.loading import Loaded, load
 from neg_service.storage.reader import Run
+from neg_service.studies.kinds import STUDY_VIEWS
 from tests.here import scan_here
 
 ROWS = [
@@ -56,7 +57,7 @@ def run_of(
 
 
 def only_section(run: Run) -> Section:
-    overview, section = sections_of(Found([run]))
+    overview, section = sections_of(Loaded([run]))
     assert overview.title == "What was run"
     return section
 
@@ -206,14 +207,14 @@ def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory:
 
 def test_a_run_that_is_not_done_shows_what_it_has(place: Path, tiny_directory: Path) -> None:
     run = run_of(place, tiny_directory, {"name": "neurgrad", "keep": "answer"}, shards=1)
-    overview, section = sections_of(Found([run]))
+    overview, section = sections_of(Loaded([run]))
     (row,) = next(grid.rows for grid in overview.grids if grid.title == "Runs")
     assert "1 of 3" in row
     machines = next(grid.rows for grid in overview.grids if grid.title == "Software and machine")
     assert re.search(r"'replicas ran on', 'cpu \(.+\), 1 threads'", str(machines))
     assert len({row["prompt"] for row in grid_of(section, "strongest")}) == 2
     nothing = run_of(place, tiny_directory, {"name": "neurgrad", "basis": "gate"}, shards=0)
-    assert [own.title for own in sections_of(Found([nothing]))] == ["What was run"]
+    assert [own.title for own in sections_of(Loaded([nothing]))] == ["What was run"]
 
 
 def test_several_runs_stand_on_one_page_and_copies_are_found(place: Path, tiny_directory: Path, tmp_path: Path) -> None:
@@ -256,12 +257,36 @@ def test_runs_of_a_study_are_found_beside_it_wherever_both_are(
     (tmp_path / "x-study" / "study.json").write_text(json.dumps(named))
     monkeypatch.chdir(tmp_path)
     for uri in ("x-study", "./x-study/", str(tmp_path / "x-study")):
-        (finding,) = find([uri], None).findings
-        assert finding.runs["neurgrad"].fingerprint == run.fingerprint
-        assert finding.name == "x-study"
+        (study,) = load([uri], None, STUDY_VIEWS).studies
+        assert study.runs["neurgrad"].fingerprint == run.fingerprint
+        assert study.name == "x-study"
     shutil.rmtree(tmp_path / run.name)
     with pytest.raises(DestinationError, match=r"runs=x-study: its run /gone/\S+ \(neurgrad\) is neither there nor"):
-        find(["x-study"], None)
+        load(["x-study"], None, STUDY_VIEWS)
+
+
+def test_a_run_that_a_study_names_at_an_impossible_place_is_told_of_the_setting_that_was_given(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps({"runs": {"sweep": "gs://bucket/run"}}))
+    with pytest.raises(DestinationError, match=r"^runs=gs://bucket/run: scheme 'gs' is unknown"):
+        load([str(tmp_path)], None, STUDY_VIEWS)
+
+
+def test_a_study_that_nobody_shows_is_no_study(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(DestinationError, match="there is no run, no study and no probe"):
+        load([str(tmp_path)], None, [view for view in STUDY_VIEWS if view.kind != "study"])
+
+
+def test_of_a_list_of_runs_the_first_says_with_what_it_was_computed(
+    place: Path, tiny_directory: Path, tmp_path: Path
+) -> None:
+    run = run_of(place, tiny_directory, {"name": "neurgrad"})
+    (tmp_path / "probe.json").write_text(json.dumps({"runs": [run.uri, "/gone"]}))
+    loaded = load([str(tmp_path)], None, STUDY_VIEWS)
+    (study,) = loaded.studies
+    assert [(what, own.uri) for what, own in study.runs.items()] == [("first", run.uri)]
+    # It has no section of its own, and is not listed among the runs.
+    assert (loaded.runs, study.names_runs) == ([], False)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +298,7 @@ def test_runs_of_a_study_are_found_beside_it_wherever_both_are(
         (b"{}", "found.parquet: is damaged: .*CRC checksum"),
     ],
 )
-def test_findings_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, message: str) -> None:
+def test_studies_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, message: str) -> None:
     table = tmp_path / "found.parquet"
     pq.write_table(pa.table({"a": range(100)}), table, write_page_checksum=True, use_dictionary=False)
     content = bytearray(table.read_bytes())
@@ -282,7 +307,7 @@ def test_findings_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, mes
     table.write_bytes(content)
     (tmp_path / "study.json").write_bytes(said)
     with pytest.raises(DestinationError, match=message) as caught:
-        find([str(tmp_path)], None)
+        load([str(tmp_path)], None, STUDY_VIEWS)
     assert "\n" not in str(caught.value)
 
 

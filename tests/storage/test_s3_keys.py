@@ -13,7 +13,7 @@ from neg_service.config import NeuronsConfig
 from neg_service.inputs import parts_of_input, read_if_there
 from neg_service.measures.choice import with_list_read
 from neg_service.prompts.sources import load_prompts
-from neg_service.report.sections.found import find
+from neg_service.report.sections.loading import load
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.patience import PatientStore
 from neg_service.storage.run import note, read_run_file, write_or_match
@@ -62,7 +62,7 @@ def test_a_run_is_found_again_under_the_key_that_was_typed(name: str, server: Se
     assert run.table("neurgrad").count_rows() == tables_of(0)["neurgrad"].num_rows
     assert status_of(run).done == {0}
     assert verify(store).not_done == [1, 2]
-    assert [found.uri for found in find([uri, f"{uri}/"], server.endpoint_url).runs] == [uri]
+    assert [found.uri for found in load([uri, f"{uri}/"], server.endpoint_url).runs] == [uri]
     for key in expected:
         store.delete(key)
     assert store.list("") == []

@@ -7,7 +7,7 @@ from typing import Any
 
 from neg_service.report.console import accuracy
 from neg_service.report.page import Grid, Section
-from neg_service.report.sections.found import Found
+from neg_service.report.sections.loading import Loaded
 from neg_service.storage.reader import Run
 
 _HEAD = (
@@ -20,10 +20,10 @@ _LONG = 40
 _LEFT_OUT = ("name", "keep_curves", "max_shift", "step")
 
 
-def overview(found: Found) -> Section:
+def overview(loaded: Loaded) -> Section:
     """The first section."""
-    of_findings = [run for finding in found.findings for run in finding.runs.values()]
-    runs = list({run.uri: run for run in [*found.runs, *of_findings]}.values())
+    of_studies = [run for study in loaded.studies for run in study.runs.values()]
+    runs = list({run.uri: run for run in [*loaded.runs, *of_studies]}.values())
     text = (
         "Accuracy is the share of prompts whose right answer is the most probable of their targets. Seconds a prompt "
         "are those that one replica computes; a run that was interrupted does not say."
@@ -31,21 +31,21 @@ def overview(found: Found) -> Section:
     if engines := sorted({run.about["engine"] for run in runs if run.about.get("engine")}):
         text += f" Engine: {', '.join(engines)}."
     grids = []
-    if found.findings:
+    if loaded.studies:
         head = ("what", "name", "model", "data", "runs")
         rows = [
             (
-                finding.kind,
-                finding.name,
-                _model_of(finding.about.get("model", {})),
-                _data_of(finding.about.get("dataset", {})),
-                str(len(finding.about.get("runs", []))),
+                study.kind,
+                study.name,
+                _model_of(study.about.get("model", {})),
+                _data_of(study.about.get("dataset", {})),
+                str(len(study.about.get("runs", []))),
             )
-            for finding in found.findings
+            for study in loaded.studies
         ]
         grids.append(Grid("Studies and probes", "", head, rows, numeric=(4,)))
-    of_studies = [run for own in found.findings if own.kind == "study" for run in own.runs.values()]
-    if listed := list({run.uri: run for run in [*found.runs, *of_studies]}.values()):
+    named = [run for study in loaded.studies if study.names_runs for run in study.runs.values()]
+    if listed := list({run.uri: run for run in [*loaded.runs, *named]}.values()):
         grids.append(Grid("Runs", "", _HEAD, [_row(run) for run in listed], numeric=(6, 9)))
     if runs:
         grids.append(Grid("Software and machine", "", ("what", "which"), _software(runs) + _machines(runs)))

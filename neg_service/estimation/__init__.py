@@ -1,1 +1,0 @@
-"""How linear neurons are, and how well NEG is estimated: what runs of several measures say together."""

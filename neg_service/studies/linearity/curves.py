@@ -1,0 +1,96 @@
+"""How linear neurons are, from curves of Δp over shifts; and how strong they are, layer by layer.
+
+Whether a curve counts as linear says `schema.LINEAR`. Ranges of shifts are evaluated on 40 shifts each, which for a
+range are interpolated from four that were run (`measures/linearity.py`), so that a wide range is not evaluated on fewer
+points than a narrow one. Curves that are all noise are left out and counted.
+
+Axes: I curves, S shifts that were run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from neg_service.measures.shifts import range_grid
+from neg_service.schema import LINEAR
+from neg_service.studies.linearity.quality import Booleans, Doubles, Integers
+from neg_service.studies.tables import Row, Rows
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def shifts_of_ranges(ranges: Sequence[float]) -> list[float]:
+    """The shifts that have to be run for all ranges, in ascending order."""
+    return sorted({float(shift) for largest in ranges for shift in range_grid(largest).shifts})
+
+
+def by_range(
+    shifts: Sequence[float], delta_p_is: Doubles, layer_i: Integers, ranges: Sequence[float], noise_i: Doubles
+) -> Rows:
+    """How linear curves are: a row for each range and layer, and for each range over all layers (`layer` is None).
+
+    noise_i: [I] what the largest |Δp| of a range has to exceed, or the curve is left out there.
+    """
+    # It imports torch, which the console and the report do without: they need only LINEAR.
+    from neg_service.measures.linearity import evaluate
+
+    position = {shift: index for index, shift in enumerate(shifts)}
+    rows = []
+    for largest in ranges:
+        grid = range_grid(largest)
+        fits = evaluate(grid, delta_p_is[:, [position[float(shift)] for shift in grid.shifts]])
+        moves = fits["max_abs_delta_p"] > noise_i
+        for layer, chosen in _layers(layer_i):
+            counted = chosen & moves
+            rows.append(
+                {"range": float(largest), "layer": layer}
+                | _linear(fits["r"][counted], fits["r2"][counted], int((chosen & ~moves).sum()))
+            )
+    return rows
+
+
+def by_layer(r_i: Doubles, r2_i: Doubles, neg_i: Doubles, is_resolved_i: Booleans, layer_i: Integers) -> Rows:
+    """Linearity, the spread of |NEG|, and the share of positive ones: a row for each layer, and one over all."""
+    rows = []
+    for layer, chosen in _layers(layer_i):
+        moves = chosen & is_resolved_i
+        neg, resolved = neg_i[chosen], neg_i[moves]
+        spread = {f"neg_{_name(q)}": _quantile(np.abs(neg), q) for q in _QUANTILES}
+        rows.append(
+            {"layer": layer}
+            | _linear(r_i[moves], r2_i[moves], int((chosen & ~moves).sum()))
+            | spread
+            | {"share_positive": float((resolved > 0).mean()) if len(resolved) else None, "n_resolved": len(resolved)}
+        )
+    return rows
+
+
+def histogram(values: Doubles, n: int = 40) -> Rows:
+    """Values between 0 and 1 in bins of equal width; what is below 0 (R² can be) is in the first."""
+    counts, edges = np.histogram(np.clip(values, 0, 1), bins=n, range=(0, 1))
+    return [{"low": float(edges[i]), "high": float(edges[i + 1]), "n": int(counts[i])} for i in range(n)]
+
+
+def _linear(r: Doubles, r2: Doubles, without_effect: int) -> Row:
+    return {
+        "n": len(r),
+        "n_without_effect": without_effect,
+        "share_linear": float((np.abs(r) >= LINEAR).mean()) if len(r) else None,
+        **{f"r_{_name(q)}": _quantile(np.abs(r), q) for q in _QUANTILES},
+        **{f"r2_{_name(q)}": _quantile(r2, q) for q in _QUANTILES},
+    }
+
+
+def _layers(layer_i: Integers) -> list[tuple[int | None, Booleans]]:
+    everywhere: list[tuple[int | None, Booleans]] = [(None, np.ones(len(layer_i), dtype=bool))]
+    return everywhere + [(int(layer), layer_i == layer) for layer in np.unique(layer_i)]
+
+
+def _quantile(values: Doubles, q: float) -> float | None:
+    return float(np.quantile(values, q)) if len(values) else None
+
+
+def _name(q: float) -> str:
+    return f"q{round(100 * q):02d}"

@@ -1,0 +1,130 @@
+"""What chosen neurons say about prompts, each alone: which label has the largest and the smallest NeurGrad, and signs.
+
+They come from a run of `measure=votes`, or from the stored gradients of a run of `measure=neurgrad`.
+
+Axes: P prompts, K labels, S neurons that predictions are known of, N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from neg_service.errors import ConfigurationError
+from neg_service.measures.builtin.neuron_predictions import PromptPredictions, from_text, predictions_of
+from neg_service.prompts.tasks import task_of
+from neg_service.storage.reader import Run, reading
+from neg_service.studies.skills.parts import (
+    ActivationPart,
+    GradientPart,
+    Ints,
+    ShardParts,
+    in_order,
+    parts_of_shards,
+)
+
+
+@dataclass(frozen=True)
+class NeuronPredictions:
+    """What S neurons say about P prompts of one task; see `measures/votes.py`.
+
+    neurons: [S] numbers through all layers. probability_pk: of the labels, by the model.
+    """
+
+    neurons: Ints
+    prompt_ids: tuple[str, ...]
+    answer_p: Ints
+    probability_pk: NDArray[np.float32]
+    sign_pks: NDArray[np.int8]
+    largest_ps: NDArray[np.int8]
+    smallest_ps: NDArray[np.int8]
+    activation_ps: NDArray[np.float32]
+
+    @property
+    def n_labels(self) -> int:
+        """K."""
+        return int(self.probability_pk.shape[1])
+
+    def columns(self, neurons: Ints) -> Ints:
+        """Where neurons are along S.
+
+        Raises:
+            ConfigurationError: predictions of one of them are not known.
+        """
+        order = np.argsort(self.neurons)
+        places = np.searchsorted(self.neurons, neurons, sorter=order)
+        columns: Ints = order[np.minimum(places, len(order) - 1)]
+        if not np.array_equal(self.neurons[columns], neurons):
+            raise ConfigurationError(f"votes are known of {len(self.neurons)} neurons, not of all that were asked for")
+        return columns
+
+
+def read_predictions(run: Run, task: str, neurons: Ints) -> NeuronPredictions:
+    """The predictions of `neurons` on a task's prompts, from a run of `measure=votes`, or of `measure=neurgrad`.
+
+    Raises:
+        ConfigurationError: the run does not know them.
+        StorageError: its parts cannot be read.
+    """
+    with reading(run):
+        asked = run.table("prompts", ["prompt_id", "answer", "probabilities"]).to_table()
+        mine = asked.filter(pa.array([task_of(own) == task for own in asked["prompt_id"].to_pylist()]))
+        rows = dict(_summed(run, task, neurons) if "votes" in run.tables else _computed(run, task, neurons))
+    ids = mine["prompt_id"].to_pylist()
+    if missing := next((own for own in ids if own not in rows), None):
+        raise ConfigurationError(f"{run.uri} has no votes of {missing!r}; run it again, parts are missing")
+    predictions = [rows[own] for own in ids]
+    return NeuronPredictions(
+        neurons=neurons,
+        prompt_ids=tuple(ids),
+        answer_p=mine["answer"].to_numpy().astype(np.int64),
+        probability_pk=np.array(mine["probabilities"].to_pylist(), np.float32),
+        sign_pks=np.stack([own.sign_ks for own in predictions]),
+        largest_ps=np.stack([own.largest_s for own in predictions]),
+        smallest_ps=np.stack([own.smallest_s for own in predictions]),
+        activation_ps=np.stack([own.activation_s for own in predictions]),
+    )
+
+
+def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPredictions]]:
+    stored = from_text(run.config["measure"]["chosen"][task])
+    places = np.searchsorted(stored, neurons)
+    if not np.array_equal(stored[np.minimum(places, len(stored) - 1)], neurons):
+        raise ConfigurationError(f"{run.uri} has votes of other neurons than those asked for")
+    # Parts are in the order of tasks, so that most are told from their statistics to hold none of this one's rows.
+    begin = pc.field("prompt_id")
+    for batch in run.table("votes", filter=(begin >= f"{task}/") & (begin < f"{task}0")).to_batches():
+        for i in range(batch.num_rows):
+            sign, largest, smallest, activation = (batch.column(c)[i].values.to_numpy() for c in range(1, 5))
+            own = sign.reshape(-1, len(stored))[:, places]
+            predicted = PromptPredictions(own, largest[places], smallest[places], activation[places])
+            yield batch.column(0)[i].as_py(), predicted
+
+
+def _computed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPredictions]]:
+    within = (pc.field("prompt_id") >= f"{task}/") & (pc.field("prompt_id") < f"{task}0")
+
+    def of_shard(parts: ShardParts) -> list[tuple[str, PromptPredictions]]:
+        gradients, activations = parts.fragments
+        table = gradients.to_table(columns=GradientPart.COLUMNS, filter=within)
+        if not table.num_rows:
+            return []
+        part = GradientPart(table)
+        ids, n = part.prompt_ids(task), part.n_neurons
+        activation_part = ActivationPart(activations.to_table(columns=ActivationPart.COLUMNS, filter=within))
+        shape = (len(ids), part.n_labels(task), len(neurons))
+        neurgrad_pks, activation_ps = np.empty(shape, np.float32), np.empty((len(ids), len(neurons)), np.float32)
+        for layer in np.unique(neurons // n):
+            own = neurons // n == layer
+            neurgrad_pks[:, :, own] = part.values(task, int(layer))[:, :, neurons[own] % n]
+            activation_ps[:, own] = activation_part.values(ids, int(layer))[:, neurons[own] % n]
+        return [(id_, predictions_of(neurgrad_pks[i], activation_ps[i])) for i, id_ in enumerate(ids)]
+
+    parts = parts_of_shards(run, "neurgrad", "activations")
+    for own in in_order(of_shard, parts, lambda own: own.size):
+        yield from own
