@@ -39,7 +39,6 @@ def report(config: DictConfig) -> int:
 
 def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str | None = None) -> str:
     """Write report.html and figures/*.png to a directory or prefix; the page's path."""
-
     # Slow to load: see `entry.py`.
     from neg_service.report.page import render
     from neg_service.report.sections import sections_of

@@ -27,7 +27,7 @@ from neg_service.prompts.prompt import Prompt
 from neg_service.report.console import aligned, describe_tables, strongest
 from neg_service.report.page import Section, render
 from neg_service.report.sections import sections_of
-from neg_service.report.sections.found import Found
+from neg_service.report.sections.loading import Loaded
 from neg_service.schema import Table
 from neg_service.storage.reader import Run
 from tests.families import model_of
@@ -62,7 +62,7 @@ def run(asked: list[str]) -> Run:
 
 
 def own_section(run: Run) -> Section:
-    overview, section = sections_of(Found([run]))
+    overview, section = sections_of(Loaded([run]))
     assert "tests.measures.own" in str(overview.grids[0].rows)
     assert section.title in render("report", "", [overview, section])
     return section
