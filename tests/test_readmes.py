@@ -129,6 +129,11 @@ def test_each_command_stands_in_the_table(path: Path) -> None:
     assert set(rows) >= JOBS
 
 
+def test_each_measure_stands_in_the_table() -> None:
+    table = (ROOT / "neg_service" / "measures" / "README.md").read_text().partition("\n\n## ")[0]
+    assert {path.stem for path in (ROOT / "conf" / "measure").glob("*.yaml")} <= set(re.findall(r"`(\w+)`", table))
+
+
 def test_the_reference_of_settings_is_up_to_date() -> None:
     found = settings_reference.reference()
     assert settings_reference.shown() == found, "make settings writes it"
