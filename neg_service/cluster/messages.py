@@ -56,7 +56,7 @@ class WorkerSpec:
 class WorkerInfo:
     """What a worker says when it is ready: what it runs on, and what it found out about its model.
 
-    engine: how the model's rows are run, see `models/language_model.py`.
+    engine: how the model's rows are run, see `models/engines/`.
     """
 
     runs_on: str

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 import ray
 
-from neg_service.cluster.plan import Shard
-from neg_service.cluster.replica import ACTOR_OPTIONS, Destination, LogStyle, Ready, Replica
+from neg_service.cluster.messages import Destination, LogStyle, Shard, WorkerInfo
+from neg_service.cluster.replica import ACTOR_OPTIONS, Replica
 
 CODE = """
 import logging
@@ -44,8 +44,8 @@ def test_each_line_is_an_object_that_says_what_it_is_about() -> None:
 class Talking:
     """A worker that says something of every shard."""
 
-    def start(self) -> Ready:
-        return Ready("cpu")
+    def start(self) -> WorkerInfo:
+        return WorkerInfo("cpu")
 
     def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
         logging.getLogger("neg_service.talking").info("at work")
@@ -61,7 +61,7 @@ def test_a_replicas_own_log_says_run_replica_and_shard(tmp_path: Path) -> None:
     )
     pid = ray.get(actor.start.remote()).pid
     for index in (0, 7):
-        ray.get(actor.run.remote(Shard(index, [])))
+        ray.get(actor.run.remote(Shard(index, ())))
     folder = Path(ray._private.worker._global_node.get_logs_dir_path())
     # What a process writes reaches its file at once; Ray names the file after the process.
     (file,) = folder.glob(f"worker-*-{pid}.err")
