@@ -13,8 +13,9 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,8 @@ _OTHER_FILES = {
     b"<html": "a page of HTML: the address is of a page about the file, perhaps",
 }
 _PARQUET = b"PAR1"
+# So many bytes tell what a file is.
+_BEGINNING = 64
 
 # The csv module has one limit for all cells of a process; so many rows are read while it is another.
 _CSV_LIMIT = threading.Lock()
@@ -52,13 +55,7 @@ def text_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -
     Raises:
         ConfigurationError: it is not UTF-8, or no text at all; of the class `refusal`, as in all of this file.
     """
-    for mark, name in _ENCODINGS.items():
-        if content.startswith(mark):
-            raise refusal(f"{where}: is {name}, not UTF-8: save it as UTF-8")
-    if content.startswith(_PARQUET):
-        raise refusal(f"{where}: is Parquet, not text: its name must end in .parquet")
-    if other := _other_file(content):
-        raise refusal(f"{where}: is {other}")
+    _refuse_no_text(where, content, refusal)
     if (at := content.find(b"\0")) >= 0:
         line = content.count(b"\n", 0, at) + 1
         raise refusal(
@@ -72,6 +69,41 @@ def text_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -
             f"{where}: line {line} is not UTF-8 (byte 0x{content[problem.start]:02x}; the file is Latin-1 or of a "
             f"Windows code page, or damaged): save it as UTF-8"
         ) from problem
+
+
+def text_lines(where: str, file: BinaryIO, refusal: Refusal, newline: str | None = None) -> Iterator[str]:
+    """The lines of a file's text, one after the other, so that no more than a piece is in memory; see `text_of`.
+
+    `newline` as of `io.TextIOWrapper`.
+    """
+    _refuse_no_text(where, file.read(_BEGINNING), refusal)
+    file.seek(0)
+    lines = io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+    try:
+        for line in lines:
+            if "\0" in line:
+                break
+            yield line
+        else:
+            return
+    except UnicodeDecodeError:
+        pass
+    finally:
+        with suppress(ValueError):
+            lines.detach()
+    # Only who reads all of it can say where what is wrong stands.
+    file.seek(0)
+    text_of(where, file.read(), refusal)
+
+
+def _refuse_no_text(where: str, beginning: bytes, refusal: Refusal) -> None:
+    for mark, name in _ENCODINGS.items():
+        if beginning.startswith(mark):
+            raise refusal(f"{where}: is {name}, not UTF-8: save it as UTF-8")
+    if beginning.startswith(_PARQUET):
+        raise refusal(f"{where}: is Parquet, not text: its name must end in .parquet")
+    if other := _other_file(beginning):
+        raise refusal(f"{where}: is {other}")
 
 
 def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> Any:
@@ -88,9 +120,11 @@ def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -
 
 
 def json_lines(
-    where: str, content: bytes, refusal: Refusal = ConfigurationError, *, as_written: bool = False
+    where: str, content: bytes | BinaryIO, refusal: Refusal = ConfigurationError, *, as_written: bool = False
 ) -> Iterator[tuple[int, Any]]:
     """What the lines of a JSONL file say, with their numbers from 1; empty lines are left out.
+
+    Of an open file no more than a piece is in memory.
 
     `as_written`: the text of a number is that in the file, as of 1.10 and 1e5.
 
@@ -99,7 +133,12 @@ def json_lines(
     Raises:
         ConfigurationError: see `json_of`; naming the line.
     """
-    for number, line in enumerate(io.StringIO(text_of(where, content, refusal), newline=None), 1):
+    lines: Iterable[str]
+    if isinstance(content, bytes):
+        lines = io.StringIO(text_of(where, content, refusal), newline=None)
+    else:
+        lines = text_lines(where, content, refusal)
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -186,7 +225,7 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 
 def csv_of(
-    where: str, content: bytes, refusal: Refusal = ConfigurationError
+    where: str, content: bytes | BinaryIO, refusal: Refusal = ConfigurationError
 ) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """The header of a CSV file, and its rows with the numbers of their lines; empty lines are left out.
 
@@ -194,7 +233,13 @@ def csv_of(
         ConfigurationError: it is not CSV in UTF-8, two columns have one name, or a row has not as many cells as the
             header; the latter as rows are read.
     """
-    rows = _csv_rows(where, text_of(where, content, refusal), refusal)
+    if isinstance(content, bytes):
+        text = text_of(where, content, refusal)
+        rows = _csv_rows(where, io.StringIO(text, newline=""), len(text), refusal)
+    else:
+        size = content.seek(0, io.SEEK_END)
+        content.seek(0)
+        rows = _csv_rows(where, text_lines(where, content, refusal, newline=""), size, refusal)
     _, header = next(rows, (0, []))
     # Spreadsheets write columns without a name, any number of them; of a space beside a name nobody knows.
     if (name := repeated(name.strip() for name in header if name.strip())) is not None:
@@ -211,15 +256,15 @@ def _of_length(
         yield number, row
 
 
-def _csv_rows(where: str, text: str, refusal: Refusal) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(where: str, lines: Iterable[str], size: int, refusal: Refusal) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(lines, strict=True)
     last = 0
     while True:
         rows = []
         with _CSV_LIMIT:
             limit = csv.field_size_limit()
             # No cell is longer than the file; and nobody's limit is lowered, not for a moment.
-            csv.field_size_limit(max(limit, min(len(text), _MOST_CSV_LIMIT)))
+            csv.field_size_limit(max(limit, min(size, _MOST_CSV_LIMIT)))
             try:
                 for row in islice(reader, _CSV_ROWS):
                     last = reader.line_num
@@ -234,16 +279,20 @@ def _csv_rows(where: str, text: str, refusal: Refusal) -> Iterator[tuple[int, li
         yield from (row for row in rows if row[1])
 
 
-def parquet_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> pq.ParquetFile:
+def parquet_of(where: str, content: bytes | BinaryIO, refusal: Refusal = ConfigurationError) -> pq.ParquetFile:
     """A Parquet file whose checksums are verified as it is read.
 
     Raises:
         ConfigurationError: it is not Parquet, or two columns have one name.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        source = pa.BufferReader(content) if isinstance(content, bytes) else content
+        file = pq.ParquetFile(source, page_checksum_verification=True)
         names = file.schema_arrow.names
     except (pa.ArrowException, OSError, ValueError) as problem:
+        if not isinstance(content, bytes):
+            content.seek(0)
+            content = content.read(_BEGINNING)
         reason = f"but {other}" if (other := _other_file(content)) else one_line(problem)
         raise refusal(f"{where}: is not Parquet, or damaged: {reason}") from problem
     if (name := repeated(names)) is not None:
@@ -275,5 +324,5 @@ def parquet_batches(
 
 def _other_file(content: bytes) -> str | None:
     """What a file is whose content is neither text nor Parquet, if it can be told from its beginning."""
-    beginning = content[:64].lstrip() if content[:1].isspace() else content[:64]
+    beginning = content[:_BEGINNING].lstrip() if content[:1].isspace() else content[:_BEGINNING]
     return next((what for mark, what in _OTHER_FILES.items() if beginning[: len(mark)].lower() == mark.lower()), None)

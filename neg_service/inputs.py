@@ -6,19 +6,21 @@ What their content says: `contents.py`.
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import PurePosixPath
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import aiohttp
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.tar import TarFileSystem
 from fsspec.implementations.zip import ZipFileSystem
 
@@ -49,6 +51,24 @@ def read_input(key: str, source: str, error: type[ConfigurationError] = Configur
     """
     with _told(key, source, error):
         return _content(*_opened(key, source, error))
+
+
+@contextmanager
+def opened_input(key: str, source: str, error: type[ConfigurationError] = ConfigurationError) -> Iterator[BinaryIO]:
+    """The file `source`, to be read in pieces: on this machine where it lies, from elsewhere fetched whole before.
+
+    Raises:
+        ConfigurationError: it cannot be read; of the class `error`.
+    """
+    with ExitStack() as until_read:
+        with _told(key, source, error):
+            files, place = _opened(key, source, error)
+            file: BinaryIO
+            if isinstance(files, LocalFileSystem):
+                file = until_read.enter_context(Path(place).open("rb"))
+            else:
+                file = io.BytesIO(_content(files, place))
+        yield file
 
 
 def read_if_there(key: str, source: str, error: type[ConfigurationError] = ConfigurationError) -> bytes | None:

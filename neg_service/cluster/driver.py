@@ -125,7 +125,7 @@ class Driver:
             self._calibration_failed(replica, error)
         if ready := self._pool.working:
             failed_on = self._failed_calibrations.on
-            replica = min(ready, key=lambda one: (failed_on[one.number], one.number))
+            replica = min(ready, key=lambda one: (failed_on.get(one.number, 0), one.number))
             replica.calibrate_call = TimedCall(replica.actor.calibrate.remote(), now)
 
     def _send_shards(self) -> None:

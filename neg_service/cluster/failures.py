@@ -5,7 +5,6 @@ Nothing here knows a replica, a store or Ray. What a run does about the answers 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -69,13 +68,13 @@ def decide(error: BaseException, failures: int, most: int, requeues: int = 0) ->
     return Action.RETRY
 
 
-@dataclass
+@dataclass(slots=True)
 class Failures:
     """How often one thing failed, and on which replicas; how often it was lost with a node is counted apart."""
 
     count: int = 0
     requeues: int = 0
-    on: Counter[int] = field(default_factory=Counter)
+    on: dict[int, int] = field(default_factory=dict)
 
     def add(self, error: Exception, replica: int, most: int) -> Action:
         """Count a failure on a replica, and give what is to be done; what is only requeued has not failed."""
@@ -83,11 +82,11 @@ class Failures:
         if decide(error, self.count, most, self.requeues) is Action.REQUEUE:
             return Action.REQUEUE
         self.count += 1
-        self.on[replica] += 1
+        self.on[replica] = self.on.get(replica, 0) + 1
         return decide(error, self.count, most, self.requeues)
 
 
-@dataclass
+@dataclass(slots=True)
 class Attempt:
     """A shard on its way, and what has happened to it so far."""
 

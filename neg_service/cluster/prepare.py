@@ -33,6 +33,7 @@ from neg_service.prompts.encoding import Encode, Encoding, Ids
 from neg_service.prompts.mceval8k import as_masked
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, check_prompts, encode
 from neg_service.prompts.sources import BUILT_IN, load_dataset
+from neg_service.prompts.store import PromptFile
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
 from neg_service.storage.stores import open_store
@@ -147,10 +148,14 @@ def _load(config: ScanConfig) -> _Loaded:
     encode_with = _encoder(local, info, config, skips)
     if not (skips.not_one_token or skips.too_long):
         return _Loaded(prompts, Encoding(prompts, encode_with), local, info, {})
-    ids, kept = Ids(), []
-    for encoded in encode_with(prompts):
-        ids.append(encoded.ids, encoded.target_ids)
-        kept.append(encoded.prompt)
+    ids = Ids()
+
+    def kept_prompts() -> Iterator[Prompt]:
+        for encoded in encode_with(prompts):
+            ids.append(encoded.ids, encoded.target_ids)
+            yield encoded.prompt
+
+    kept = PromptFile(kept_prompts())
     about = _tell_skipped(skips, len(prompts), info)
     return _Loaded(kept, Encoding(kept, encode_with, ids), local, info, about)
 

@@ -50,9 +50,10 @@ class ShardQueue:
                 self._retries.remove(attempt)
                 found.append((replica, attempt))
         for replica in replicas:
-            if replica.number in reserved or replica.runs_retry:
+            n_more = IN_FLIGHT - len(replica.in_flight)
+            if n_more <= 0 or replica.number in reserved or replica.runs_retry:
                 continue
-            for _ in range(IN_FLIGHT - len(replica.in_flight)):
+            for _ in range(n_more):
                 next_one = self._take()
                 if next_one is None:
                     return found

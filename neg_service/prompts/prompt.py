@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Protocol
+
+import numpy as np
 
 from neg_service.errors import PromptError, TargetError
 from neg_service.prompts.added import added_by, read_once, readable, tell_what_is_odd
@@ -86,11 +89,10 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
     """
     if not prompts:
         raise PromptError("there are 0 prompts, at least 1 is needed: check dataset.source and job.limit")
-    seen: set[str] = set()
+    # Eight bytes of each: where two are the same, and only there, the ids themselves are compared.
+    hashes = array("q")
     for prompt in prompts:
-        if prompt.id in seen:
-            raise PromptError(f"prompt id {prompt.id!r} appears twice; ids must differ (dataset.source)")
-        seen.add(prompt.id)
+        hashes.append(hash(prompt.id))
         if not prompt.text:
             raise PromptError(f"prompt {prompt.id!r} is empty; it needs at least one token (dataset.source)")
         if any(_is_not_text(text) for text in (prompt.id, prompt.text, *prompt.targets)):
@@ -102,6 +104,20 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
                 f"prompt {prompt.id!r} has answer {prompt.answer}, but its {len(prompt.targets)} targets are "
                 f"numbered from 0 (dataset.source)"
             )
+    _check_ids_differ(prompts, hashes)
+
+
+def _check_ids_differ(prompts: Sequence[Prompt], hashes: array[int]) -> None:
+    values, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    if not repeated:
+        return
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise PromptError(f"prompt id {prompt.id!r} appears twice; ids must differ (dataset.source)")
+        if hash(prompt.id) in repeated:
+            seen.add(prompt.id)
 
 
 def check_texts(prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> None:

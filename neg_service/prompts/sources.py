@@ -9,45 +9,59 @@ and an error names its line or row.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from neg_service.config import DatasetConfig
 from neg_service.contents import csv_of, json_lines, json_value, parquet_batches, parquet_of, repeated
 from neg_service.errors import PromptError, nearest, one_line, shortened
-from neg_service.inputs import read_input, suffix_of
+from neg_service.inputs import opened_input, suffix_of
 from neg_service.places import file_name_of, refuse_credentials, without_credentials
 from neg_service.prompts import facts
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.store import PromptFile
 
 BUILT_IN = {"facts": facts.load, "facts-masked": facts.load_masked}
 COLUMNS = ("prompt", "targets", "answer", "id", "group")
 
 
-def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> list[Prompt]:
+def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> Sequence[Prompt]:
     """All prompts of a data set, or its first `limit`, or those with the ids that it names.
+
+    Those of a file stay on disk: see `PromptFile`.
 
     Raises:
         PromptError: see `load_prompts` and `load_tasks`, or an id that there is not.
     """
     require_source(dataset.source)
     most = None if dataset.ids is not None else limit
-    prompts = load_prompts(dataset.source, most, dataset) if dataset.task is None else load_tasks(dataset)
+    prompts: Sequence[Prompt]
+    if dataset.task is not None:
+        prompts = load_tasks(dataset)
+    elif dataset.source in BUILT_IN:
+        prompts = BUILT_IN[dataset.source]()
+    else:
+        prompts = PromptFile(read_prompts(dataset.source, most, dataset))
     if dataset.ids is not None:
         wanted = {str(one) for one in (dataset.ids if isinstance(dataset.ids, list) else [dataset.ids])}
-        known = [prompt.id for prompt in prompts]
-        if missing := sorted(wanted - set(known)):
+        found = [prompt for prompt in prompts if prompt.id in wanted]
+        if missing := sorted(wanted - {prompt.id for prompt in found}):
+            known = [prompt.id for prompt in prompts]
             raise PromptError(
                 f"dataset.ids: no prompt has the id {missing[0]!r}; {nearest(missing[0], known)}".rstrip("; ")
             )
-        prompts = [prompt for prompt in prompts if prompt.id in wanted]
-    return prompts[:limit]
+        prompts = found
+    return prompts if limit is None or len(prompts) <= limit else prompts[:limit]
 
 
 def require_source(source: str) -> None:
@@ -80,8 +94,11 @@ def load_prompts(
     """
     source = os.fspath(source)
     require_source(source)
-    if source in BUILT_IN:
-        return BUILT_IN[source]()[:limit]
+    return BUILT_IN[source]()[:limit] if source in BUILT_IN else list(read_prompts(source, limit, how))
+
+
+def read_prompts(source: str, limit: int | None = None, how: DatasetConfig | None = None) -> Iterator[Prompt]:
+    """The prompts of a file, one after the other; see `load_prompts`. All rows are checked, also beyond `limit`."""
     refuse_credentials("dataset.source", source, PromptError)
     shown = without_credentials(source)
     suffix = suffix_of(source)
@@ -93,17 +110,46 @@ def load_prompts(
         )
     how = how or DatasetConfig(source)
     names = _columns(how.columns)
-    named = dict(how.columns or {})
     if how.choices < 2:
         raise PromptError(f"dataset.choices={how.choices}: must be at least 2, the answer and another one")
-    where = f"dataset.source={shown}"
-    content = read_input("dataset.source", source, PromptError)
-    rows = [
-        (f"{where}: {place}", {column: row.get(name) for column, name in names.items()})
-        for place, row in rows_of[suffix](where, content, names, named)
-    ]
-    _give_targets(rows, how)
-    return [_prompt(place, index, row, names) for index, (place, row) in enumerate(rows[:limit])]
+    where, named = f"dataset.source={shown}", dict(how.columns or {})
+
+    def rows(file: BinaryIO) -> _Rows:
+        for place, row in rows_of[suffix](where, file, names, named):
+            yield f"{where}: {place}", {column: row.get(name) for column, name in names.items()}
+
+    with opened_input("dataset.source", source, PromptError) as file, _once_more(file) as again:
+        yield from _prompts(rows(file), partial(rows, again), limit, how, names)
+
+
+@contextmanager
+def _once_more(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The same file, to be read from its beginning beside the other; its content is not copied."""
+    with io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else Path(file.name).open("rb") as again:
+        yield again
+
+
+def _prompts(
+    rows: _Rows, again: Callable[[], _Rows], limit: int | None, how: DatasetConfig, names: Mapping[str, str]
+) -> Iterator[Prompt]:
+    """What rows say; `again` reads them all once more, where some have no targets."""
+    others: _Answers | None = None
+    wrong: PromptError | None = None
+    for index, (place, row) in enumerate(rows):
+        # What is wrong with the file itself says more than what is wrong with a row of it.
+        if wrong is not None or (limit is not None and index >= limit):
+            continue
+        try:
+            if _has_answer_alone(row):
+                others = others or _Answers(again(), how)
+                others.give_targets(place, row)
+            prompt = _prompt(place, index, row, names)
+        except PromptError as problem:
+            wrong = problem
+            continue
+        yield prompt
+    if wrong is not None:
+        raise wrong
 
 
 def _columns(given: Any) -> dict[str, str]:
@@ -125,48 +171,62 @@ def _columns(given: Any) -> dict[str, str]:
     return names
 
 
-def _give_targets(rows: Sequence[tuple[str, dict[str, Any]]], how: DatasetConfig) -> None:
-    """Targets for rows that have an answer alone: other rows' answers beside it."""
-    waiting = []
-    for place, row in rows:
-        if row["targets"] is None and isinstance(row["answer"], str) and row["answer"].strip():
-            group = "" if row["group"] is None else _name(place, "group", row["group"])
-            row["group"] = group.split(how.group_until)[0] if how.group_until else group
-            waiting.append(row)
-    of_group: dict[str, set[str]] = {}
-    for row in waiting:
-        of_group.setdefault(row["group"], set()).add(row["answer"].lstrip())
-    pools = {group: sorted(answers) for group, answers in of_group.items()}
-    everywhere = sorted(set().union(*of_group.values()))
-    for row in waiting:
+def _has_answer_alone(row: Mapping[str, Any]) -> bool:
+    """Whether a row has an answer, and its targets are to be found."""
+    return row["targets"] is None and isinstance(row["answer"], str) and bool(row["answer"].strip())
+
+
+class _Answers:
+    """The answers of all rows that have no targets, from which each of these rows gets its other ones.
+
+    What memory they take grows with how many different ones there are.
+    """
+
+    def __init__(self, rows: _Rows, how: DatasetConfig) -> None:
+        """Of all rows."""
+        self._how = how
+        of_group: dict[str, set[str]] = {}
+        for place, row in rows:
+            if _has_answer_alone(row):
+                of_group.setdefault(self._group(place, row), set()).add(row["answer"].lstrip())
+        self._pools = {group: sorted(answers) for group, answers in of_group.items()}
+        self._everywhere = sorted(set().union(*of_group.values()))
+
+    def _group(self, place: str, row: Mapping[str, Any]) -> str:
+        group = "" if row["group"] is None else _name(place, "group", row["group"])
+        return group.split(self._how.group_until)[0] if self._how.group_until else group
+
+    def give_targets(self, place: str, row: dict[str, Any]) -> None:
+        """The answer and others, in an order that is drawn; what is no prompt gets none."""
         if not isinstance(row["prompt"], str):
-            continue
+            return
+        choices = self._how.choices
         # Of the row alone, so that neither the order of rows nor their number decides what is drawn from a group.
         # Lone surrogates are refused later, with the prompt's id.
-        own = f"{how.seed}\0{row['prompt']}\0{row['answer']}".encode(errors="surrogatepass")
+        own = f"{self._how.seed}\0{row['prompt']}\0{row['answer']}".encode(errors="surrogatepass")
         digest = hashlib.sha256(own).digest()
         draw = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         texts = [row["answer"].lstrip()]
-        for pool in (pools[row["group"]], everywhere):
+        for pool in (self._pools[self._group(place, row)], self._everywhere):
             # Of a large pool so many are drawn that enough of them differ.
-            is_small = len(pool) <= 16 * how.choices
-            places = draw.permutation(len(pool)) if is_small else draw.integers(len(pool), size=16 * how.choices)
-            for text in (pool[place] for place in places):
-                if len(texts) < how.choices and text not in texts:
+            is_small = len(pool) <= 16 * choices
+            places = draw.permutation(len(pool)) if is_small else draw.integers(len(pool), size=16 * choices)
+            for text in (pool[index] for index in places):
+                if len(texts) < choices and text not in texts:
                     texts.append(text)
-        space = "" if row["prompt"][-1:].isspace() else how.answer_prefix
+        space = "" if row["prompt"][-1:].isspace() else self._how.answer_prefix
         texts = [space + text for text in texts]
         row["answer"] = texts[0]
         # The right one's place says nothing.
-        row["targets"] = [texts[place] for place in draw.permutation(len(texts))]
+        row["targets"] = [texts[index] for index in draw.permutation(len(texts))]
 
 
 _Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def _jsonl_rows(where: str, content: bytes, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
+def _jsonl_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
     present: dict[str, None] = {}
-    for number, row in json_lines(where, content, PromptError, as_written=True):
+    for number, row in json_lines(where, file, PromptError, as_written=True):
         if not isinstance(row, dict):
             raise PromptError(f"{where}: line {number} is not a JSON object")
         present |= dict.fromkeys(row)
@@ -176,8 +236,8 @@ def _jsonl_rows(where: str, content: bytes, names: Mapping[str, str], named: Map
         _require_named(where, list(present), named)
 
 
-def _csv_rows(where: str, content: bytes, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
-    header, rows = csv_of(where, content, PromptError)
+def _csv_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
+    header, rows = csv_of(where, file, PromptError)
     _require_columns(f"{where}: its header", header, names)
     _require_named(where, header, named)
     for number, row in rows:
@@ -199,14 +259,14 @@ def _json_list(where: str, cell: str) -> Any:
         ) from error
 
 
-def _parquet_rows(where: str, content: bytes, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
-    file = parquet_of(where, content, PromptError)
-    present = file.schema_arrow.names
+def _parquet_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
+    parquet = parquet_of(where, file, PromptError)
+    present = parquet.schema_arrow.names
     _require_columns(f"{where}: the file", present, names)
     _require_named(where, present, named)
     number = 0
     wanted = dict.fromkeys(name for name in names.values() if name in present)
-    for batch in parquet_batches(where, file, list(wanted), PromptError):
+    for batch in parquet_batches(where, parquet, list(wanted), PromptError):
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError) as error:
