@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,10 @@ from neg_service.storage.run import RUN_FILE, RunDirectory
 from neg_service.storage.stores import open_store
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
     from neg_service.cluster.prepare import Prepared
+    from neg_service.cluster.submission import Request
 
 log = logging.getLogger(__name__)
 
@@ -50,48 +54,20 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
     # Slow to load: see `entry.py`.
     from ray.job_submission import JobStatus
 
-    from neg_service.cluster.prepare import prepare, require_lasting
-    from neg_service.cluster.submission import (
-        Request,
-        check_driver,
-        check_request,
-        check_room,
-        connect_to_job_server,
-        follow,
-        last_of,
-        pack,
-        submit,
-    )
+    from neg_service.cluster.submission import check_driver, check_request, connect_to_job_server, last_of
 
     client = connect_to_job_server(asked.address)
     driver = _amounts(_pairs("--driver", asked.driver))
-    prepared = None
-    if asked.job != "verify":
-        require_lasting(str(config.storage.uri))
-    if asked.job == "scan":
-        scan = typed(ScanConfig, config)
-        if asked.unchecked:
-            check(scan)
-        else:
-            prepared = prepare(scan)
-            check_room(client._address, prepared.config, prepared.memory)
-        if scan.job.dry_run:
-            # A job of that id is the scan itself, which the next command should find.
-            if prepared is None:
-                raise ConfigurationError("job.dry_run=true: the plan is made here, so leave out --unchecked")
-            print(describe_plan(prepared))
-            return 0
-    files = _files(config)
-    request = Request(
-        job=asked.job,
-        submission_id=_submission_id(asked.job, prepared, config, files),
-        overrides=[*as_typed(asked.overrides, JOBS[asked.job], is_sweep=False), *_model_by_full_path(config)],
-        files=files,
-        environment=_pairs("--env", asked.env),
-        driver=driver,
-    )
+    prepared = _planned(asked, config, client._address)
+    if asked.job == "scan" and config.job.dry_run:
+        if prepared is None:
+            raise ConfigurationError("job.dry_run=true: the plan is made here, so leave out --unchecked")
+        # Before a look at the server: a job of that id is the scan itself, which the next command should find.
+        print(describe_plan(prepared))
+        return 0
+    request = _request_of(asked, config, prepared, driver)
     check_request(request, plain(config))
-    check_driver(client._address, driver)
+    check_driver(client._address, request.driver)
     last = last_of(client, request.submission_id)
     if last and last[1] is JobStatus.SUCCEEDED and not asked.again and (prepared is None or _is_complete(prepared)):
         log.info(
@@ -100,6 +76,50 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
         if asked.no_wait:
             print(last[0])
         return 0
+    return _send(client, request, prepared, no_wait=asked.no_wait)
+
+
+def _planned(asked: argparse.Namespace, config: DictConfig, address: str) -> Prepared | None:
+    """The plan of a scan, seen to fit the cluster; None for other jobs, and where --unchecked leaves it to the job."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import prepare, require_lasting
+    from neg_service.cluster.submission import check_room
+
+    if asked.job != "verify":
+        require_lasting(str(config.storage.uri))
+    if asked.job != "scan":
+        return None
+    scan = typed(ScanConfig, config)
+    if asked.unchecked:
+        check(scan)
+        return None
+    prepared = prepare(scan)
+    check_room(address, prepared.config, prepared.memory)
+    return prepared
+
+
+def _request_of(
+    asked: argparse.Namespace, config: DictConfig, prepared: Prepared | None, driver: Mapping[str, float]
+) -> Request:
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.submission import Request
+
+    files = _files(config)
+    return Request(
+        job=asked.job,
+        submission_id=_submission_id(asked.job, prepared, config, files),
+        overrides=[*as_typed(asked.overrides, JOBS[asked.job], is_sweep=False), *_model_by_full_path(config)],
+        files=files,
+        environment=_pairs("--env", asked.env),
+        driver=driver,
+    )
+
+
+def _send(client: JobSubmissionClient, request: Request, prepared: Prepared | None, *, no_wait: bool) -> int:
+    """Pack and submit the request, unless it is there, and follow its job; the exit code."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.submission import follow, pack, submit
+
     with tempfile.TemporaryDirectory() as directory:
         pack(request, Path(PROJECT), Path(CONF).relative_to(PROJECT), Path(directory))
         name, is_new = submit(client, request, Path(directory))
@@ -107,7 +127,7 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
     log.info("job %s %s at %s", name, there, client._address)
     if prepared:
         log.info("results: %s", prepared.uri)
-    if asked.no_wait:
+    if no_wait:
         print(name)
         return 0
     try:
