@@ -1,11 +1,11 @@
-"""What `encode` leaves out, prompt by prompt."""
+"""Prompts with tokens: those that are given, and what `encode` leaves out, prompt by prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from neg_service.prompts.prompt import Prompt, Skips, Vocabulary, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, Vocabulary, encode
 from neg_service.prompts.reading import Tokenizer
 
 
@@ -32,3 +32,8 @@ def within_context(
     kept = {one.prompt.id for one in encode(tokenizer, alone, context_length, mask_token, model=model, skips=skips)}
     assert skips.n_too_long == len(prompts) - len(kept)
     return [prompt.id in kept for prompt in prompts]
+
+
+def encoded(ids: Sequence[int], target_ids: Sequence[int], name: str = "p") -> EncodedPrompt:
+    """A prompt whose tokens are given, whatever its text."""
+    return EncodedPrompt(Prompt(name, "-", tuple(f"t{t}" for t in target_ids)), tuple(ids), tuple(target_ids))

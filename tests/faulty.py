@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -70,6 +70,7 @@ class FaultyWorker:
     calibrates: str = ""
     once: str = ""
     seconds: float = 0.0
+    made_by: int = field(default_factory=os.getpid)
 
     def __call__(self) -> FaultyWorker:
         """As a factory, it makes itself."""
@@ -106,7 +107,7 @@ class FaultyWorker:
             time.sleep(600)
         if shard.index in self.kills and self._is_due(shard.index):
             os.kill(os.getpid(), 9)
-        row = {"shard": shard.index, "batch_scale": batch_scale, "by": os.getpid()}
+        row = {"shard": shard.index, "batch_scale": batch_scale, "by": os.getpid(), "made_by": self.made_by}
         return {"rows": pa.Table.from_pylist([row | {"calibrated": calibration.get("by")}])}
 
     def _is_due(self, shard: int) -> bool:

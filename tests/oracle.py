@@ -235,3 +235,9 @@ def _at(x: Tensor, position: int, basis: str, model: nn.Module) -> np.ndarray:
     row = x.detach().reshape(-1, x.shape[-1])[position].double().numpy()
     _, side = neuron_module(layers_of(model)[0], basis)
     return row[len(row) // 2 :] if side.startswith("second") else row
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """How far numbers are off, as a share of what they should be, over all of them together."""
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -10,8 +10,17 @@ import pyarrow as pa
 from neg_service.config import NeuronsConfig
 from neg_service.measures.base import Measure, ShardInput
 from neg_service.models.batches import Budget
+from neg_service.models.inspection import ModelInfo
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import Prompt, encode
+
+# What shards are measured of, and the model that they are planned for.
+PROMPTS = [
+    Prompt("a", "w3 w14 w15 w9 w26 w5", (" w7", " w8", " w11"), 1),
+    Prompt("b", "w3 w14 w15 w9 w2", (" w7", " w8"), 0),
+    Prompt("c", "w50 w51", (" w1",), 0),
+]
+INFO = ModelInfo("tiny", "sha256:0", "LlamaForCausalLM", 3, 40, 64, 1, is_gated=True, is_masked=False, row_values=1000)
 
 
 def measured_shard(

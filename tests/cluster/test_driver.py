@@ -195,6 +195,7 @@ def test_a_run_in_which_everything_fails_ends_early(tmp_path: Path, monkeypatch:
 def test_the_worker_is_made_in_the_replica_and_factories_travel(tmp_path: Path) -> None:
     outcome, _ = run(partial(FaultyWorker, seconds=0.0), tmp_path)  # type: ignore[arg-type]
     assert outcome.done == N_SHARDS
+    assert rows(tmp_path, "made_by") == rows(tmp_path, "by")
 
 
 def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

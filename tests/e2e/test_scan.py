@@ -255,21 +255,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert not ray.is_initialized()
 
 
-def test_the_help_names_every_setting() -> None:
-    done = job("scan", "--help")
-    assert done.returncode == 0
-    for key in (
-        "model.source",
-        "dataset.source",
-        "measure.keep",
-        "measure.steps",
-        "neurons.layers",
-        "cluster.replicas",
-        "job.dry_run",
-    ):
-        assert key in done.stdout
-
-
 def test_a_mistake_is_one_line_and_writes_nothing(tiny_directory: Path, tmp_path: Path) -> None:
     data, place = _tiny_data(tmp_path, []), tmp_path / "results"
     done = job("scan", f"model.source={tiny_directory}", *data, f"storage.uri={place}", "modle.source=x")

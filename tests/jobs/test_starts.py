@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from neg_service.config import DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
+from neg_service.config import DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig, types_of
+from neg_service.measures import types_of_options
 from tests.e2e.commands import ROOT, environment
 from tests.here import scan_here
 
@@ -66,6 +68,17 @@ def test_help_loads_nothing_slow() -> None:
         assert code == 0
         assert f"python -m jobs.{name}" in printed
         assert not modules & set(SLOW), name
+
+
+def test_the_help_of_a_scan_says_what_each_setting_is() -> None:
+    ((_, _, printed, _),) = ran(["scan", "--help"])
+    explained = set(re.findall(r"\b[a-z]+\.[a-z_]+\b", printed[: printed.index("Groups (GROUP=OPTION)")]))
+    groups = {group: kind for group, kind in types_of(ScanConfig).items() if group != "measure"}
+    settings = {f"{group}.{name}" for group, kind in groups.items() for name in types_of(kind)}
+    # `neurons=top` chooses; which neurons vote is what jobs.probe finds out.
+    asked = (settings - {"neurons.choose"}) | {f"measure.{name}" for name in types_of_options() if name != "chosen"}
+    assert len(asked) > 50
+    assert asked - explained == set()
 
 
 def test_mistakes_on_the_command_line_are_told_before_anything_slow_is_loaded() -> None:

@@ -19,12 +19,12 @@ from neg_service.measures import measure_of
 from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
-from neg_service.models.inspection import ModelInfo
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
+from tests.encodings import encoded
 from tests.families import bases_of, float64_of, model_of, random_ids, readout
-from tests.measures.test_neurgrad import encoded, relative
-from tests.shards import measured_shard
+from tests.oracle import relative
+from tests.shards import INFO, PROMPTS, measured_shard
 from tests.tiny_models import MASK, tiny_model
 
 NAME = "integrated_gradients"
@@ -37,12 +37,6 @@ ENGINES = {
     "sequences": ["BERT", "ModernBERT", "DeBERTa 2 and 3"],
 }
 TARGETS = [[7, 8, 11], [1], [2, 3]]
-PROMPTS = [
-    Prompt("a", "w3 w14 w15 w9 w26 w5", (" w7", " w8", " w11"), 1),
-    Prompt("b", "w3 w14 w15 w9 w2", (" w7", " w8"), 0),
-    Prompt("c", "w50 w51", (" w1",), 0),
-]
-INFO = ModelInfo("tiny", "sha256:0", "LlamaForCausalLM", 3, 40, 64, 1, is_gated=True, is_masked=False, row_values=1000)
 
 
 def random_prompts(is_masked: bool, header: int = 4) -> list[EncodedPrompt]:

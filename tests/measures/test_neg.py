@@ -17,7 +17,7 @@ from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.models.batches import RowBudget
 from neg_service.models.precision import in_precision
 from tests import oracle
-from tests.measures.test_neurgrad import encoded
+from tests.encodings import encoded
 from tests.tiny_models import tiny_model
 
 TEXT, TARGET = "w3 w14 w15 w9 w26 w5 w35 w8", " w7"

@@ -17,13 +17,11 @@ from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
 from neg_service.models.engines import shared_prefix as engine
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+from neg_service.prompts.prompt import EncodedPrompt, encode
 from tests import oracle
+from tests.encodings import encoded
+from tests.oracle import relative
 from tests.tiny_models import VOCABULARY, tiny_model
-
-
-def encoded(ids: Sequence[int], target_ids: Sequence[int], name: str = "p") -> EncodedPrompt:
-    return EncodedPrompt(Prompt(name, "-", tuple(f"t{t}" for t in target_ids)), tuple(ids), tuple(target_ids))
 
 
 def random_prompts(lengths: Sequence[int], n_targets: Sequence[int], header: int = 0) -> list[EncodedPrompt]:
@@ -60,11 +58,6 @@ def assert_equals_oracle(
         for k in range(len(p)):
             assert relative(found.gradient_kln[k], slopes[k]) <= max(tolerance, 1.5 * relative(textbook[k], slopes[k]))
         assert relative(found.activation_ln, activation) <= tolerance
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("family", ["Llama 2", "Gemma 2", "GPT-2", "GPT-J"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -17,6 +16,7 @@ from neg_service.models.head import exact_head_gradient, product_in_parts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
 from tests.families import model_of, readout
+from tests.oracle import relative
 from tests.tiny_models import FAMILIES, tiny_tokenizer
 
 VOCABULARY = 131_072
@@ -42,10 +42,6 @@ def large_vocabulary(family: str) -> LanguageModel:
 
 def encoded(ids: tuple[int, ...], targets: tuple[int, ...]) -> EncodedPrompt:
     return EncodedPrompt(Prompt("p", "-", tuple(map(str, targets))), ids, targets)
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 9])

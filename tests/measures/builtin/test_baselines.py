@@ -17,9 +17,8 @@ from neg_service.measures.builtin import baselines
 from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
 from tests.families import model_of
-from tests.measures.test_integrated_gradients import INFO, PROMPTS
-from tests.measures.test_neurgrad import relative
-from tests.shards import measured_shard
+from tests.oracle import relative
+from tests.shards import INFO, PROMPTS, measured_shard
 
 LAYERS = [0, 2]
 
