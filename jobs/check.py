@@ -51,8 +51,8 @@ def check(config: DictConfig) -> int:
 
 def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> dict[str, Any]:
     """What there is to know of a checked model; deviations are relative, memory in bytes."""
+    from neg_service.models.engines.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
     from neg_service.models.feed_forward import BASES
-    from neg_service.models.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
 
     chosen, own = model.ensure_checked(), model.feed_forward
     checked = chosen.check

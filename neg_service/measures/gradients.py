@@ -5,7 +5,7 @@ For target k, layer l and neuron n at the readout position (the prompt's last to
     gradient[k, l, n] = d p[k] / d a[l, n] = p[k] * d log p[k] / d a[l, n]
 
 in probability per activation unit. log p is what is differentiated, in float32: the tail of a low-precision
-softmax is zero. How one backward pass gives all of it: `models/backward.py`.
+softmax is zero. How one backward pass gives all of it: `models/engines/backward.py`.
 
 NeurGrad is the gradient times the sign of the activation, +1 at zero: a silent neuron can only grow.
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from neg_service.errors import NonFiniteError
 from neg_service.measures.batching import in_batches, named
-from neg_service.models.backward import target_gradients
 from neg_service.models.batches import Budget
+from neg_service.models.engines.backward import target_gradients
 from neg_service.models.feed_forward import HookPoint
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt

@@ -22,8 +22,8 @@ from neg_service.measures.batching import in_parts, named
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
 from neg_service.memory import is_out_of_memory
-from neg_service.models.backward import target_gradients
 from neg_service.models.batches import RowBudget, without_frames
+from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows
 from neg_service.models.feed_forward import hooks
 from neg_service.models.language_model import LanguageModel

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from neg_service.errors import ModelError, NonFiniteError
+from neg_service.models.engines.self_check import LOGIT_TOLERANCE
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
-from neg_service.models.self_check import LOGIT_TOLERANCE
 
 _CPU_ROWS = 8
 

@@ -164,8 +164,8 @@ def test_the_strongest_neurons_and_the_accuracy_are_right(finished: tuple[str, P
     table = run.table("neurgrad").to_table().to_pandas()
     rows = table[(table.prompt_id == "row-7") & (table.target == " w4")].sort_values("layer")
     flat = np.stack(rows.neurgrad.to_list()).ravel()
-    assert [abs(neuron.neurgrad) for neuron in top] == sorted(np.abs(flat), reverse=True)[:5]
-    assert all(flat[neuron.layer * 40 + neuron.index] == np.float32(neuron.neurgrad) for neuron in top)
+    assert [abs(neuron.values["neurgrad"]) for neuron in top] == sorted(np.abs(flat), reverse=True)[:5]
+    assert all(flat[neuron.layer * 40 + neuron.index] == np.float32(neuron.values["neurgrad"]) for neuron in top)
     prompts = run.table("prompts").to_table().to_pylist()
     assert accuracy(run).right == sum(row["answer"] == row["prediction"] for row in prompts)
 

@@ -16,8 +16,8 @@ from neg_service.memory import is_out_of_memory
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.self_check import CHECK_TOKENS, SelfCheck, check_engine, check_plain, name_of
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
-from neg_service.models.self_check import CHECK_TOKENS, SelfCheck, check_engine, check_plain, name_of
 
 # The fastest first.
 ENGINES: tuple[type[Engine], ...] = (SharedPrefixEngine, KeyValueCacheEngine, FullSequenceEngine)

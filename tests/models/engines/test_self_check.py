@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
-from neg_service.models import self_check
-from neg_service.models.engines import prefix_attention, shared_prefix
+from neg_service.models.engines import prefix_attention, self_check, shared_prefix
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 

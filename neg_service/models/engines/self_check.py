@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neg_service.errors import ModelError, one_line
-from neg_service.models.backward import target_gradients
+from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
 from neg_service.models.feed_forward import HookPoint, hooks
 from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
