@@ -37,7 +37,9 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
     before, began, written, n_prompts = directory.done(), time.monotonic(), 0, 0
     todo = list(shards_of(prepared.encoding, prepared.plan, before))[:shards]
     if todo:
-        worker = scan_worker(WorkerSpec(config, prepared.info.identity, 1, prepared.encoding[:1]))
+        # The first, a middle and the last, as on a cluster.
+        samples = [prepared.encoding[i] for i in sorted({0, len(prepared.encoding) // 2, len(prepared.encoding) - 1})]
+        worker = scan_worker(WorkerSpec(config, prepared.info.identity, 1, samples))
         info = worker.start()
         calibration = worker.calibrate()
         note(store, {"calibration": calibration, "engine": info.engine, "runs_on": info.runs_on})
