@@ -18,7 +18,8 @@ from tests.fakes import save_tiny_model
 _SLOW = (
     "tests/e2e/test_cluster.py", "tests/models/test_families.py", "tests/faults/", "tests/e2e/",
     "tests/cluster/test_driver.py", "tests/cluster/test_metrics.py", "tests/measures/test_neurgrad.py",
-    "tests/jobs/test_entry.py", "tests/storage/test_s3.py", "tests/models/", "tests/cluster/", "tests/storage/",
+    "tests/jobs/test_entry.py", "tests/storage/test_s3_results.py", "tests/storage/test_s3.py", "tests/models/",
+    "tests/cluster/", "tests/storage/",
 )  # fmt: skip
 
 

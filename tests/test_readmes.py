@@ -143,7 +143,7 @@ def test_the_reference_of_settings_is_up_to_date() -> None:
 
 
 def test_all_recipes_in_python_are_run() -> None:
-    # That of storage is run on a real server, in `storage/test_s3.py`.
+    # That of storage is run on a real server, in `storage/test_s3_results.py`.
     run = {ROOT / "README.md", ROOT / "neg_service" / "README.md", ROOT / "neg_service" / "storage" / "README.md"}
     assert {path for path in READMES if blocks(path)} == run
 

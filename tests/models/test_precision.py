@@ -1,7 +1,8 @@
-"""Another precision for a moment: large weights are converted in pieces, and give what whole ones give."""
+"""Another precision for a moment: exact, in pieces where weights are large, and undone without a trace."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neg_service.models import precision
 from neg_service.models.precision import in_precision
 from tests.families import model_of, random_ids
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, tiny_model
 
 
 class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -49,3 +50,44 @@ def test_large_weights_are_never_converted_whole_and_change_nothing(
     assert shape not in converted
     assert in_pieces.dtype == torch.float64
     torch.testing.assert_close(in_pieces, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_another_precision_leaves_no_trace() -> None:
+    model = tiny_model("Gemma 2").model
+    before = {name: (t, t.data_ptr(), t.dtype) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    ids = torch.tensor([[3, 1, 4]])
+    plain = model(ids).logits
+    with in_precision(model, model.model.layers, torch.float64):
+        exact = model(ids).logits
+        assert exact.dtype == torch.float64
+        assert {p.dtype for p in model.model.layers[0].parameters()} == {torch.float32}
+    assert not torch.equal(exact.float(), plain)
+    torch.testing.assert_close(exact.float(), plain)
+
+    def stop(*_: Any) -> None:
+        raise ValueError("stop")
+
+    handle = model.model.layers[1].mlp.register_forward_hook(stop)
+    with pytest.raises(ValueError, match="stop"), in_precision(model, model.model.layers, torch.float64):
+        model(ids)
+    handle.remove()
+    gc.collect()
+    assert {
+        name: (t, t.data_ptr(), t.dtype) for name, t in [*model.named_parameters(), *model.named_buffers()]
+    } == before
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_float64_in_a_moment_is_truly_float64() -> None:
+    # A norm that casts to float32 on its own would leave 1e-8 here.
+    model = tiny_model("Llama 2").model
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    seen: list[torch.Tensor] = []
+    with in_precision(model, model.model.layers, torch.float64):
+        handle = model.model.norm.register_forward_hook(lambda _m, i, out: seen.extend((i[0], out)))
+        model(ids)
+        handle.remove()
+        x, found = seen
+        expected = x / (x.square().mean(-1, keepdim=True) + model.model.norm.variance_epsilon).sqrt()
+        torch.testing.assert_close(found, expected * model.model.norm.weight, rtol=1e-13, atol=0)

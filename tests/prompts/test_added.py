@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers as hf
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import BPE, WordLevel, WordPiece
-from tokenizers.normalizers import BertNormalizer, Prepend, Replace, Sequence
-from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace, Whitespace
 from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
 
 import neg_service
 from neg_service import LanguageModel
@@ -30,89 +22,22 @@ from neg_service.prompts.added import added_by
 from neg_service.prompts.prompt import Prompt, encode
 from tests import families, oracle
 from tests.encodings import one_token_targets, within_context
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import (
+    END,
+    IS,
+    Made,
+    byte_level,
+    ids_of,
+    llama,
+    metaspace,
+    roberta,
+    without_unknown,
+    word_piece,
+    words_of_tiny_models,
+)
 
-Made = Callable[[], hf.PreTrainedTokenizerFast]
-TEXT = "The capital of France is Paris, the capital of Italy is Rome\nParis"
-IS, END = " is", "</s>"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_told() -> Iterator[None]:
-    """What is told once a process is told in each test."""
-    before = set(added._told)
-    added._told.clear()
-    yield
-    added._told.clear()
-    added._told.update(before)
-
-
-def byte_level(template: str | None = None, special: tuple[str, ...] = ("<s>", END), **options: bool) -> Made:
-    """As GPT-2, Llama 3 and Qwen have it: no text is unknown, a space belongs to the word behind it."""
-    own = Tokenizer(BPE())
-    own.pre_tokenizer = ByteLevel(add_prefix_space=options.pop("add_prefix_space", False))
-    trainer = BpeTrainer(
-        vocab_size=400, special_tokens=list(special), initial_alphabet=ByteLevel.alphabet(), show_progress=False
-    )
-    return _trained(own, trainer, template, **options)
-
-
-def metaspace(template: str, scheme: str = "first") -> Made:
-    """As Llama 2 and Gemma have it; `normalizer`, as their older files do, gives every stretch a space of its own."""
-    own = Tokenizer(BPE(unk_token="<unk>"))
-    if scheme == "normalizer":
-        own.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
-        own.pre_tokenizer = Metaspace(prepend_scheme="never")
-    else:
-        own.pre_tokenizer = Metaspace(prepend_scheme=scheme)
-    special = ["<unk>", "<s>", END]
-    trainer = BpeTrainer(vocab_size=200, special_tokens=special, initial_alphabet=["\n", "?"], show_progress=False)
-    return _trained(own, trainer, template)
-
-
-def _trained(own: Tokenizer, trainer: BpeTrainer, template: str | None, **options: bool) -> Made:
-    own.train_from_iterator([TEXT] * 3, trainer)
-    if template is not None:
-        own.post_processor = TemplateProcessing(
-            single=template,
-            special_tokens=[(token, own.token_to_id(token)) for token in set(template.split()) - {"$A"}],
-        )
-    return hf.PreTrainedTokenizerFast(tokenizer_object=own, **options)
-
-
-def llama(**options: bool) -> hf.PreTrainedTokenizerFast:
-    """The class of Llama 2 itself, which makes its template from its options."""
-    trained = json.loads(metaspace("$A").backend_tokenizer.to_str())["model"]
-    return hf.LlamaTokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]], **options)
-
-
-def word_piece(is_registered: bool = True) -> hf.PreTrainedTokenizerFast:
-    """As BERT has it; not registered, `[CLS]` is put in front of a text and cannot be written in one."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "is", "paris", "."]
-    own = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    own.normalizer, own.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
-    own.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    special = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if is_registered else {}
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=own, mask_token="[MASK]", unk_token="[UNK]", pad_token="[PAD]", **special
-    )
-
-
-def roberta() -> hf.PreTrainedTokenizerFast:
-    """As RoBERTa has it: the mask token takes the space before it."""
-    found = byte_level("<s> $A </s>", ("<s>", END))
-    found.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
-    return found
-
-
-def words_of_tiny_models(template: str) -> hf.PreTrainedTokenizerFast:
-    """A word a token for tiny models, of which two are `<s>` and `</s>`."""
-    words = {f"w{i}": i for i in range(VOCABULARY) if i not in (1, 2)} | {"<s>": 1, END: 2}
-    own = Tokenizer(WordLevel(words, unk_token="w0"))
-    own.pre_tokenizer = Whitespace()
-    own.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), (END, 2)])
-    return hf.PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token=END)
-
+pytestmark = pytest.mark.usefixtures("nothing_told")
 
 GLM = ("[gMASK]", "<sop>")
 # What they put in front of a text, and how they are made.
@@ -137,12 +62,6 @@ IN_FRONT: dict[str, tuple[str, Made]] = {
 def in_front(name: str) -> tuple[str, hf.PreTrainedTokenizerFast]:
     spelled, make = IN_FRONT[name]
     return spelled, make()
-
-
-def ids_of(tokenizer: hf.PreTrainedTokenizerFast, text: str, target: str = IS) -> tuple[tuple[int, ...], int]:
-    """The prompt's tokens, and the target's."""
-    (found,) = encode(tokenizer, [Prompt("x", text, (target,))], None)
-    return found.ids, found.target_ids[0]
 
 
 @pytest.mark.parametrize("name", IN_FRONT)
@@ -243,31 +162,6 @@ def test_a_prompt_is_read_as_it_is_written(name: str) -> None:
     assert ids_of(tokenizer, f"{spelled}The capital")[0] != ids_of(tokenizer, "The capital")[0]
 
 
-def without_unknown() -> hf.PreTrainedTokenizerFast:
-    """Fails at a word that it does not know, as at the letters of probes."""
-    own = Tokenizer(WordLevel({"the": 0, "capital": 1, "paris": 2, "rome": 3}))
-    own.pre_tokenizer = Whitespace()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=own)
-
-
-def test_a_tokenizer_without_an_unknown_token_reads_what_it_knows() -> None:
-    tokenizer = without_unknown()
-    assert ids_of(tokenizer, "the capital", " paris") == ((0, 1), 2)
-    good = Prompt("good", "the capital", (" paris", " rome"), 0)
-    with pytest.raises(
-        PromptError, match=r"prompt 'bad': the model's tokenizer cannot read it: .*\(dataset.source, mod"
-    ):
-        list(encode(tokenizer, [good, Prompt("bad", "the town", (" paris",))], None))
-    with pytest.raises(PromptError, match=r"prompt 'bad': .* cannot read it"):
-        within_context(tokenizer, [good, Prompt("bad", "the town", (" paris",))], 9)
-    mixed = replace(good, id="mixed", targets=(" paris", " berlin", " rome"))
-    with pytest.raises(
-        TargetError, match=r"prompt 'mixed': .* cannot read target ' berlin': .*UNK.*not_one_token=skip"
-    ):
-        list(encode(tokenizer, [good, mixed], None))
-    assert list(one_token_targets(tokenizer, [good, mixed])) == [(good, 0), (replace(good, id="mixed"), 1)]
-
-
 class AddsToWordsOnly(hf.PreTrainedTokenizerFast):
     """As some of models' own do: nothing is added to a text without words."""
 
@@ -303,34 +197,6 @@ def test_what_texts_have_in_common_is_not_taken_for_added() -> None:
         (byte_level(), ["<s>The", "<s>The capital"]),
     ):
         assert added_by(tokenizer, tokenizer(texts)["input_ids"]) == added.Added()
-
-
-def drops_what_it_does_not_know() -> hf.PreTrainedTokenizerFast:
-    own = Tokenizer(BPE({"a": 0, "b": 1, "c": 2, "0": 3, "ab": 4, " ": 5}, [("a", "b")]))
-    return hf.PreTrainedTokenizerFast(tokenizer_object=own)
-
-
-def test_characters_without_a_token_are_not_left_out_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = drops_what_it_does_not_know()
-    for target in ("Xa", "aX", "é0"):
-        with pytest.raises(TargetError, match=f"no token for 1 of the characters of target '{target}'"):
-            ids_of(tokenizer, "b", target)
-        prompt = Prompt("x", "b", ("a", target, "c"), 0)
-        assert [gone for _, gone in one_token_targets(tokenizer, [prompt])] == [1]
-    assert not caplog.records
-    # The prompt's own are no fault of a target.
-    assert ids_of(tokenizer, "cXc", "a") == ((2, 2), 0)
-    assert ids_of(tokenizer, "cX", "a") == ((2,), 0)
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 2
-    assert told[0].endswith("with characters that the tokenizer has no token for: read as if they were not there: 'x'")
-
-
-@pytest.mark.parametrize("target", ["PARIS", "Paris", "Pa\u0301ris", "pÁris", "paris\u200b", "\x00paris", " paris "])
-def test_a_target_that_is_written_otherwise_is_none_with_characters_left_out(target: str) -> None:
-    tokenizer = word_piece()
-    (found,) = encode(tokenizer, [Prompt("x", "the [MASK].", (target,))], None, tokenizer.mask_token_id)
-    assert found.target_ids == (9,)
 
 
 def test_a_tokenizer_that_adds_nothing_reads_prompts_as_they_are() -> None:

@@ -1,16 +1,20 @@
-"""A small run on a local disk, made by hand."""
+"""A small run on a local disk, made by hand, and an S3 server for the tests of a file."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from infra.s3.server import Server, server_on
 from neg_service import schema
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.run import RunDirectory, write_or_match
+from tests.s3 import acting_as
 
 N_SHARDS = 3
 LAYERS, NEURONS = 2, 4
@@ -68,3 +72,20 @@ def put(run: RunDirectory, *shards: int) -> None:
     for shard in shards:
         for name, table in tables_of(shard).items():
             run.store.put(part_key(name, shard), encode_part(name, table, run.fingerprint, shard))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the file's own, started once."""
+    started = server_on(tmp_path_factory.mktemp("s3"))
+    started.start()
+    yield started
+    started.stop()
+    assert started.pid is None
+
+
+@pytest.fixture
+def as_writer(server: Server) -> Iterator[None]:
+    """This process as the one who may write."""
+    with acting_as(server.writer):
+        yield

@@ -1,12 +1,11 @@
-"""Facts, files and encoding: what is accepted, and that every refusal names its place."""
+"""Files of prompts: every kind gives the same, answers alone get targets, and every refusal names its place."""
 
 from __future__ import annotations
 
 import json
 import socket
 import time
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
-from neg_service import LanguageModel
 from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, ScanConfig, plain, typed
 from neg_service.errors import PromptError
 from neg_service.inputs import without_credentials
 from neg_service.models.loading import load_tokenizer
-from neg_service.prompts import facts
-from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
+from neg_service.prompts.prompt import Prompt, check_prompts, encode
 from neg_service.prompts.sources import load_dataset, load_prompts
-from tests.encodings import one_token_targets, within_context
-from tests.tiny_models import MASK, tiny_tokenizer
 
 ROWS = [
     {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},
     {"prompt": "w5, w6", "targets": [" w7"], "answer": None, "id": "second"},
 ]
 EXPECTED = [Prompt("first", "w1 w2", (" w3", " w4"), 1), Prompt("second", "w5, w6", (" w7",), None)]
-
-
-def test_the_facts_are_as_many_and_as_varied_as_promised() -> None:
-    prompts = facts.load()
-    check_prompts(prompts)
-    relations = Counter(prompt.id.split("/")[0] for prompt in prompts)
-    assert len(prompts) >= 240
-    assert len(relations) >= 8
-    for relation in facts.RELATIONS:
-        assert len(set(relation.wordings)) == 2
-    for prompt in prompts:
-        assert len(set(prompt.targets)) == 4
-        assert prompt.answer is not None
-    # The right one's place says nothing.
-    places = Counter(prompt.answer for prompt in prompts)
-    assert min(places.values()) > 0.8 * max(places.values())
-
-
-def test_a_wrong_target_is_never_also_right() -> None:
-    answers = {
-        (r.name.replace(" ", "-"), s.replace(" ", "-")): a for r in facts.RELATIONS for s, a in r.answers.items()
-    }
-    for prompt in facts.load():
-        relation, _, subject = prompt.id.split("/")
-        assert prompt.answer is not None
-        assert prompt.targets[prompt.answer] == f" {answers[relation, subject]}"
-        assert prompt.targets.count(prompt.targets[prompt.answer]) == 1
-
-
-@pytest.mark.model
-def test_all_facts_are_single_tokens_for_the_default_model(smollm2: LanguageModel) -> None:
-    encoded = list(encode(smollm2.tokenizer, facts.load(), smollm2.context_length))
-    assert len(encoded) == len(facts.load())
-    for prompt in encoded[::17]:
-        assert [smollm2.tokenizer.decode(i) for i in prompt.target_ids] == list(prompt.prompt.targets)
 
 
 def test_files_of_every_kind_give_the_same_prompts(tmp_path: Path) -> None:
@@ -185,37 +145,6 @@ def test_an_empty_source_is_refused(source: str, task: str | None) -> None:
         load_dataset(DatasetConfig(source=source, task=task))
 
 
-def test_targets_of_several_tokens_can_be_left_out_with_prompts_whose_answers_they_are() -> None:
-    class Words:
-        """A token a word, and a mark is one of its own; two spellings share one."""
-
-        def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
-            words = [text.lower().replace("-", " - ").split() for text in texts]
-            return {"input_ids": [[int.from_bytes(word.encode(), "big") for word in own] for own in words]}
-
-        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-            return [str(number) for number in ids]
-
-    prompts = [
-        Prompt("all", "a b", (" c", " d", " e"), 1),
-        Prompt("some", "a b", (" x-y", " d", " e"), 2),
-        Prompt("answer", "a b", (" c", " x-y", " e"), 1),
-        Prompt("same", "a b", (" C", " c", " e"), 1),
-        Prompt("few", "a b", (" x-y", " x-z", " e"), 2),
-        Prompt("open", "a b", (" c",), None),
-    ]
-    found = list(one_token_targets(Words(), prompts))
-    assert [(own.id, own.targets, own.answer, gone) for own, gone in found] == [
-        ("all", (" c", " d", " e"), 1, 0),
-        ("some", (" d", " e"), 1, 1),
-        ("answer", (), None, 3),
-        ("same", (" c", " e"), 0, 1),
-        ("few", (), None, 3),
-        ("open", (" c",), None, 0),
-    ]
-    assert list(encode(Words(), [own for own, _ in found if own.targets], None))
-
-
 MYRIADLAMA = Path(__file__).parents[3] / "shared" / "data" / "myriadlama" / "prompts.jsonl"
 
 
@@ -309,109 +238,6 @@ def test_a_file_that_is_not_there_is_one_line() -> None:
         bound.bind(("127.0.0.1", 0))
         with pytest.raises(PromptError, match=r"/a\.jsonl: cannot be read: nothing answers there"):
             load_prompts(f"http://127.0.0.1:{bound.getsockname()[1]}/a.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"),
-    [
-        ([], "there are 0 prompts"),
-        ([Prompt("x", "a", ("b",)), Prompt("x", "c", ("d",))], "prompt id 'x' appears twice"),
-        ([Prompt("x", "", ("b",))], "prompt 'x' is empty"),
-        ([Prompt("x", "a", ())], "prompt 'x' has no targets"),
-        ([Prompt("x", "a\ud800", ("b",))], "prompt 'x' holds a lone surrogate"),
-        ([Prompt("x", "a", ("b",), 1)], "prompt 'x' has answer 1, but its 1 targets"),
-    ],
-)
-def test_prompts_that_are_wrong_without_a_tokenizer(prompts: list[Prompt], message: str) -> None:
-    with pytest.raises(PromptError, match=message):
-        check_prompts(prompts)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        (Prompt("x", "w1", (" w2 w3",)), r"target ' w2 w3' is 2 tokens \['w2', 'w3'\], it must be exactly 1"),
-        (Prompt("x", "w1", ("",)), r"target '' is 0 tokens"),
-        (Prompt("x", "w1", (" w2", "  w2")), r"targets ' w2' and '  w2' are the same token \['w2'\]"),
-        (Prompt("x", "w1", ("2",)), r"target '2' merges with the text beside it \['w1'\] into \['w12'\]"),
-        (Prompt("x", "w1 " * 9, ("w2",)), r"has 9 tokens, the model's context holds 8"),
-        (Prompt("x", " ", ("w2",)), r"has no tokens"),
-    ],
-)
-def test_prompts_that_the_tokenizer_shows_to_be_wrong(prompt: Prompt, message: str) -> None:
-    with pytest.raises(PromptError, match=message) as caught:
-        list(encode(tiny_tokenizer(), [Prompt("good", "w1", (" w2",)), prompt], context_length=8))
-    assert "prompt 'x'" in str(caught.value)
-
-
-def test_encoding_is_lazy_ordered_and_does_not_depend_on_the_batch() -> None:
-    prompts = [Prompt(str(i), f"w{i} w1", (f" w{i + 1}", " w0")) for i in range(1, 20)]
-    whole = list(encode(tiny_tokenizer(), prompts, None))
-    assert whole == list(encode(tiny_tokenizer(), iter(prompts), None, batch=3))
-    assert whole[4].ids == (5, 1)
-    assert whole[4].target_ids == (6, 0)
-
-
-def test_the_digest_is_of_the_content() -> None:
-    prompts = facts.load()
-    assert digest(prompts) == digest(facts.load())
-    assert digest(prompts) != digest(prompts[:-1])
-    changed = Prompt(prompts[0].id, prompts[0].text + " ", prompts[0].targets, prompts[0].answer)
-    assert digest(prompts) != digest([changed, *prompts[1:]])
-
-
-def test_a_target_that_the_model_has_no_token_for_is_refused() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.unk_token = "w0"
-    with pytest.raises(PromptError, match=r"'p': the model has no token for target ' nothing', only \['w0'\]"):
-        list(encode(tokenizer, [Prompt("p", "w5", (" w7", " nothing"))], None))
-
-
-@dataclass(frozen=True)
-class Ids:
-    """How many ids a model has."""
-
-    n_input_ids: int | None
-    n_output_ids: int | None
-    name: str = "small"
-
-
-@pytest.mark.parametrize(
-    ("text", "target", "model", "message"),
-    [
-        ("w1 w50 w2", " w3", Ids(50, 97), "its token 'w50' has the id 50, but small embeds only the ids below 50"),
-        ("w1 w2", " w60", Ids(97, 60), "target ' w60' is the token 'w60' with the id 60, but small predicts only the"),
-        # The first of several, and of a prompt that is all in the dark.
-        ("w91 w92", " w93", Ids(7, 7), "its token 'w91' has the id 91, but small embeds only the ids below 7"),
-    ],
-)
-def test_ids_of_another_models_tokenizer_are_refused_by_all_who_encode(
-    text: str, target: str, model: Ids, message: str
-) -> None:
-    prompts = [Prompt("good", "w1 w2", (" w3",)), Prompt("x", text, (" w4", target))]
-    for refused in (
-        lambda: list(encode(tiny_tokenizer(), prompts, None, model=model)),
-        lambda: list(one_token_targets(tiny_tokenizer(), prompts, model=model)),
-    ):
-        with pytest.raises(PromptError) as caught:
-            refused()
-        assert str(caught.value).startswith(f"prompt 'x': {message}")
-        assert str(caught.value).endswith("the tokenizer beside the weights is another model's (model.source)")
-    # A masked model predicts what stands in the place of the mask, and need not read it.
-    with_mask = [Prompt("x", "w1 w96", ("w60",))]
-    with pytest.raises(PromptError, match="prompt 'x': target 'w60' is the token 'w60' with the id 60"):
-        list(encode(tiny_tokenizer(), with_mask, None, MASK, model=Ids(97, 60)))
-    assert list(encode(tiny_tokenizer(), with_mask, None, MASK, model=Ids(97, 61)))
-
-
-def test_ids_up_to_the_last_of_a_model_are_encoded() -> None:
-    prompts = [Prompt("x", "w1 w49", (" w59",))]
-    for model in (Ids(50, 60), Ids(None, None), Ids(128, 128)):
-        (found,) = encode(tiny_tokenizer(), prompts, None, model=model)
-        assert (found.ids, found.target_ids) == ((1, 49), (59,))
-    # Too long is too long, whatever is in it; what is left in must be known.
-    with pytest.raises(PromptError, match=r"its token 'w49' has the id 49"):
-        within_context(tiny_tokenizer(), prompts, 8, model=Ids(49, 60))
 
 
 def test_an_address_is_printed_without_what_it_hides() -> None:
