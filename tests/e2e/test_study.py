@@ -22,7 +22,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 import neg_service
-from jobs import findings
 from jobs.entry import composed
 from jobs.report import ReportConfig, report
 from jobs.study import StudyConfig, study
@@ -53,8 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> Pat
     ]  # fmt: skip
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "run", run_here)
-        patch.setattr("jobs.study.say", lambda text, style: said.append(text))
+        patch.setattr("neg_service.cluster.scan.run", run_here)
+        patch.setattr("jobs.studies.say", lambda text, style: said.append(text))
         assert study(composed("study", asked, StudyConfig)) == 0
     found = re.search(r"results: (\S+)", said[0])
     assert found
