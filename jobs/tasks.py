@@ -54,7 +54,7 @@ def _listed() -> str:
                 templates = templates_of(task)
                 languages = ", ".join(templates["default"])
                 rows.append((genre, task.name, f"{task.n_labels}", languages, ", ".join(templates)))
-    return columns(("genre", "task", "labels", "languages", "wordings"), rows)
+    return columns(("genre", "task", "labels", "languages", "wordings"), rows, text=(0, 1, 3, 4))
 
 
 def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, model_source: str | None) -> str:

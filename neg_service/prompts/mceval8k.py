@@ -239,6 +239,8 @@ def _read(source: str, path: str) -> bytes | None:
         return read_if_there("dataset.source", below(source, path), PromptError)
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise PromptError(f"dataset.source={source}: no such directory")
+    # Each retry would be announced over two lines, twice; what came of it is told below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return Path(hf_hub_download(source, path, repo_type="dataset")).read_bytes()
     except LocalEntryNotFoundError as error:
@@ -251,8 +253,8 @@ def _read(source: str, path: str) -> bytes | None:
 
 def _hub_error(source: str, path: str, error: Exception) -> PromptError:
     return PromptError(
-        f"dataset.source={source}: no such directory here, and the hub gave no {path}: {one_line(error)}: check the "
-        f"network, or give a directory with the layout of MCEval8K"
+        f"dataset.source={source}: no such directory here, and the hub gave no {path}: "
+        f"{one_line(error).rstrip('.')}; check the network, or give a directory with the layout of MCEval8K"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,16 +192,16 @@ def aligned(rows: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with right-aligned columns, the first one left-aligned."""
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> str:
+    """A table with right-aligned columns, but for those of text."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    lines = (
+        "  ".join(
+            f"{cell:<{w}}" if i in text else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in [header, *rows]
     )
+    return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
 def bytes_text(count: float) -> str:

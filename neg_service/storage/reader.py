@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,8 @@ class Run:
     config: dict[str, Any]
     about: dict[str, Any]
     request: dict[str, Any]
-    directory: RunDirectory
-    schemas: dict[str, pa.Schema]
+    directory: RunDirectory = field(repr=False)
+    schemas: dict[str, pa.Schema] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -152,9 +152,9 @@ class Run:
         if self.described[name].is_by_neuron:
             return self.table(name, filter=of_layer & (pc.field("neuron") == index), at=at).to_table()
         chosen: dict[str, pc.Expression] = {}
-        for field in self.schemas[name]:
-            is_list = pa.types.is_fixed_size_list(field.type)
-            chosen[field.name] = pc.list_element(pc.field(field.name), index) if is_list else pc.field(field.name)
+        for column in self.schemas[name]:
+            is_list = pa.types.is_fixed_size_list(column.type)
+            chosen[column.name] = pc.list_element(pc.field(column.name), index) if is_list else pc.field(column.name)
         return self.table(name, at=at).to_table(columns=chosen, filter=of_layer)
 
     def _require_neuron(self, layer: int, index: int) -> None:
@@ -213,11 +213,11 @@ class Runs:
         for run in self.runs:
             fragments += [part for _, part in run.parts(name, pc.field(RUN_COLUMN) == run.name)]
             own, schema = run.schemas[name], first.schemas[name]
-            for field in schema:
-                if field.name not in own.names or own.field(field.name).type != field.type:
-                    found = own.field(field.name).type if field.name in own.names else "missing"
+            for column in schema:
+                if column.name not in own.names or own.field(column.name).type != column.type:
+                    found = own.field(column.name).type if column.name in own.names else "missing"
                     raise ConfigurationError(
-                        f"table {name!r} cannot be shown side by side: column {field.name} is {field.type} in "
+                        f"table {name!r} cannot be shown side by side: column {column.name} is {column.type} in "
                         f"{first.name} and {found} in {run.name}; read them one by one"
                     )
         schema = first.schemas[name].insert(0, pa.field(RUN_COLUMN, pa.string(), nullable=False))
