@@ -85,7 +85,8 @@ def _as_typed(override: str, settings: type, is_sweep: bool) -> str:
         has_spaces = typed != typed.strip(" \t") and not _is_quoted(typed)
         if has_spaces:
             return begin + in_quotes(_with_its_spaces(typed, element.primitive()))
-    return _with_quotes(override, value, kind)
+    # The names of files are text, too.
+    return _with_quotes(override, value, str | list[str] if is_group(key) else kind)
 
 
 def _as_text(override: str, begin: str, typed: str) -> str:

@@ -206,7 +206,7 @@ class JobConfig:
     )
     resume: str | None = setting(None, "the URI of a run: refuse anything that would begin another one")
     dry_run: bool = setting(False, "print the plan and do nothing")
-    progress_seconds: float = setting(10.0, "between progress lines where there is no terminal")
+    progress_seconds: float = setting(10.0, "between progress lines where there is no terminal", least=0)
     log: str = setting(
         "text", "`json`: an object a line, with run, replica and shard, on stderr", allowed=("text", "json")
     )

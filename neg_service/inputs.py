@@ -145,6 +145,9 @@ def _opened(key: str, source: str, error: type[ConfigurationError]) -> tuple[Any
             raise error(f"{key}={source}: names no bucket; give s3://bucket/key")
         if scheme == "s3" and "?versionId=" not in rest:
             return fsspec.filesystem("s3"), rest
+        if scheme in ("http", "https"):
+            # fsspec would take the address of a host in brackets, [::1], for a chain.
+            return fsspec.filesystem(scheme), source
     # An archive that was changed since it was opened is another one.
     files, place = fsspec.url_to_fs(source, skip_instance_cache=is_chain(source))
     return files, place

@@ -158,6 +158,33 @@ def refusing() -> Iterator[str]:
     server.server_close()
 
 
+class _OnIPv6(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+class _Giving(_Refusing):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(ROWS)))
+        self.end_headers()
+        self.wfile.write(ROWS)
+
+
+def test_the_address_of_a_host_in_brackets_is_no_chain() -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read: nothing answers there"):
+        read_input("dataset.source", "http://[::1]:9/x.jsonl")
+    try:
+        server = _OnIPv6(("::1", 0), _Giving)
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert read_input("dataset.source", f"http://[::1]:{server.server_port}/x.jsonl") == ROWS
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.mark.parametrize(
     ("path", "reason"),
     [

@@ -12,7 +12,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
 import numpy as np
@@ -121,13 +121,19 @@ def _check_ids_differ(prompts: Sequence[Prompt], hashes: array[int]) -> None:
 
 
 def check_texts(prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> None:
-    """Refuse a text where a list of texts is meant, whose letters would be taken for prompts or targets.
+    """Refuse a text where a list of texts is meant, whose letters would be taken for prompts or targets; and no texts.
 
     Raises:
         PromptError: saying what is meant.
     """
-    if isinstance(prompts, str) or isinstance(targets, str) or any(isinstance(own, str) for own in targets):
+    lists = (prompts, targets, *(targets if _is_list(targets) else ()))
+    if not all(map(_is_list, lists)) or not all(isinstance(text, str) for text in chain(prompts, *targets)):
         raise PromptError('prompts must be a list of texts, and targets a list of texts for each: ["..."], [[" a"]]')
+
+
+def _is_list(given: object) -> bool:
+    # Anything that has elements, such as an array.
+    return isinstance(given, Iterable) and not isinstance(given, str | bytes)
 
 
 def _is_not_text(text: str) -> bool:

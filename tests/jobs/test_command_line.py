@@ -214,7 +214,7 @@ def test_a_number_of_a_yaml_file_in_the_place_of_a_text_is_refused(written: str)
 
 
 @pytest.mark.parametrize("group", ["measure", "model", "neurons", "cluster", "storage", "+experiment"])
-@pytest.mark.parametrize("name", ["é", "a=b", "(x)", "a(b)", "a#b", "a b(1)"])
+@pytest.mark.parametrize("name", ["é", "a=b", "(x)", "a(b)", "a#b", "a b(1)", "1e5", "2026_11_25", "true", "007"])
 def test_a_group_is_told_with_the_names_of_its_files(group: str, name: str) -> None:
     options = sorted(path.stem for path in Path(CONF, group.lstrip("+")).glob("*.yaml"))
     with pytest.raises(ConfigurationError, match=re.escape(f"Could not find '{group.lstrip('+')}/{name}'")) as caught:

@@ -223,6 +223,16 @@ def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         neg_service.intervene(model, TEXTS, TARGETS[:1], EDITS)
     with pytest.raises(ConfigurationError, match="targets a list of texts for each"):
         neg_service.intervene(model, TEXTS[:1], [" w7"], EDITS)  # type: ignore[list-item]
+    wrong: list[tuple[Any, Any]] = [
+        ([b"w1"], [[" w7"]]),
+        ([None], [[" w7"]]),
+        (["w1"], [[7]]),
+        (["w1"], [7]),
+        (None, None),
+    ]
+    for texts, targets in wrong:
+        with pytest.raises(ConfigurationError, match="targets a list of texts for each"):
+            neg_service.intervene(model, texts, targets, EDITS)
     with pytest.raises(ConfigurationError, match="batch_tokens=0: must be at least 1"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_tokens=0)
     with pytest.raises(ConfigurationError, match=r"measure\.basis=bias is unknown"):
