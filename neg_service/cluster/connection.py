@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 # A host that is there takes a connection sooner; what a server then needs may be longer.
 _LISTEN_SECONDS = 10.0
+_DAY_SECONDS = 86_400.0
 _SILENT_SECONDS = 5.0
 # What the name of a socket may have on Linux, and what Ray puts behind the place for temporary files.
 _MOST_SOCKET_BYTES = 107
@@ -174,7 +175,8 @@ def _require_answer(host: str, port: int, named: str, seconds: float, limit_key:
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or left <= 0:
                 raise
             log.info("%s: takes connections and does not answer; waiting for %.0f s more", named, left)
-            alive(CheckAliveRequest(), timeout=left)
+            # grpc takes a deadline that never comes for one that has passed.
+            alive(CheckAliveRequest(), timeout=min(left, _DAY_SECONDS))
     except grpc.RpcError as error:
         raise ConfigurationError(f"{named}: {_no_answer(error, seconds, limit_key)}") from error
     except (RuntimeError, ValueError, OSError, AuthenticationError) as error:

@@ -197,7 +197,7 @@ def bars_over_layers(counts: Mapping[int, int], label: str) -> Draw:
 
 
 def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
-    """Δp over shifts of a few neurons, with the line that an estimate foretells."""
+    """Δp over shifts of a few neurons, with the line that an estimate predicts."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         n_columns = min(3, len(rows))
