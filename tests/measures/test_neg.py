@@ -102,7 +102,7 @@ def test_float32_is_as_exact_as_promised(
     smollm2: LanguageModel, text: str, target: str, least: float, most: float
 ) -> None:
     draw = np.random.default_rng(0)
-    neurons = [(layer, int(n)) for layer in range(30) for n in draw.choice(1536, 3, replace=False)]
+    neurons = [(layer, int(draw.integers(1536))) for layer in range(30)]
     found = neg_service.neg(smollm2, text, target, neurons)
     ids = smollm2.tokenizer(text)["input_ids"]
     (target_id,) = smollm2.tokenizer(target)["input_ids"]
@@ -110,12 +110,11 @@ def test_float32_is_as_exact_as_promised(
     with in_precision(smollm2.model, smollm2.feed_forward.layers, torch.float64):
         exact = neg_service.neg(smollm2, text, target, neurons)
         single = neg_service.neg(smollm2, text, target, neurons, [1.0], shift="signed")
-        # That reference is itself held against full forward passes, an intervention each.
-        for layer in range(30):
-            own = slice(3 * layer, 3 * layer + 3)
-            shifted = [(n, 1.0) for _, n in neurons[own]]
+        # That reference is itself held against full forward passes, which take seconds each: at both ends and between.
+        for layer in (0, 9, 20, 29):
+            shifted = [(neurons[layer][1], 1.0)]
             changes = oracle.changes_with_shifts(smollm2.model, ids, target_id, "paper", layer, shifted)
-            np.testing.assert_allclose(single.delta_p[own, 0], changes, rtol=1e-6, atol=1e-12 * single.probability)
+            np.testing.assert_allclose(single.delta_p[[layer], 0], changes, rtol=1e-6, atol=1e-12 * single.probability)
     assert least <= found.probability <= most
     assert np.median(np.abs(found.neg / exact.neg - 1)) <= 1e-4
     assert np.abs(found.delta_p - exact.delta_p).max() <= 5e-6
