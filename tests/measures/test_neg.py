@@ -99,21 +99,22 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> No
     ids=["sure", "unsure", "unlikely"],
 )
 def test_float32_is_as_exact_as_promised(
-    smollm2: LanguageModel, text: str, target: str, least: float, most: float
+    smollm2: LanguageModel, smollm2_float64: nn.Module, text: str, target: str, least: float, most: float
 ) -> None:
+    double = LanguageModel(smollm2_float64, smollm2.tokenizer)
     draw = np.random.default_rng(0)
     neurons = [(layer, int(draw.integers(1536))) for layer in range(30)]
     found = neg_service.neg(smollm2, text, target, neurons)
     ids = smollm2.tokenizer(text)["input_ids"]
     (target_id,) = smollm2.tokenizer(target)["input_ids"]
     # The same weights in float64, what the model casts to float32 on its own included.
-    with in_precision(smollm2.model, smollm2.feed_forward.layers, torch.float64):
-        exact = neg_service.neg(smollm2, text, target, neurons)
-        single = neg_service.neg(smollm2, text, target, neurons, [1.0], shift="signed")
+    with in_precision(double.model, double.feed_forward.layers, torch.float64):
+        exact = neg_service.neg(double, text, target, neurons)
+        single = neg_service.neg(double, text, target, neurons, [1.0], shift="signed")
         # That reference is itself held against full forward passes, which take seconds each: at both ends and between.
         for layer in (0, 9, 20, 29):
             shifted = [(neurons[layer][1], 1.0)]
-            changes = oracle.changes_with_shifts(smollm2.model, ids, target_id, "paper", layer, shifted)
+            changes = oracle.changes_with_shifts(double.model, ids, target_id, "paper", layer, shifted)
             np.testing.assert_allclose(single.delta_p[[layer], 0], changes, rtol=1e-6, atol=1e-12 * single.probability)
     assert least <= found.probability <= most
     assert np.median(np.abs(found.neg / exact.neg - 1)) <= 1e-4
