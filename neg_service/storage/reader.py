@@ -11,7 +11,7 @@ A run that is still being computed gives what is done. Page checksums are verifi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -283,7 +283,7 @@ def open_runs(uris: Sequence[str | os.PathLike[str]], endpoint_url: str | None =
         ConfigurationError: none are given, or one twice.
         DestinationError: there is no run at one of them.
     """
-    uris = [uris] if isinstance(uris, str | os.PathLike) else uris
+    uris = [uris] if isinstance(uris, str | os.PathLike) or not isinstance(uris, Iterable) else uris
     runs = tuple(open_run(uri, endpoint_url) for uri in uris)
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):

@@ -22,8 +22,10 @@ def open_store(
     `key` is the setting that names it, for messages.
 
     Raises:
-        DestinationError: an unknown scheme, no bucket, credentials, or a place that would not be found again.
+        DestinationError: no text, an unknown scheme, no bucket, credentials, or a place that would not be found again.
     """
+    if not isinstance(uri, str | os.PathLike):
+        raise DestinationError(f"{key}={uri!r}: must be a path or a URI, as text")
     text = os.fspath(uri)
     require_place(text, key, DestinationError)
     path = local_path(uri, key, DestinationError)

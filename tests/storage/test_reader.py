@@ -14,7 +14,7 @@ import pytest
 
 import neg_service
 from neg_service import schema
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run
@@ -161,3 +161,7 @@ def test_runs_that_do_not_fit_side_by_side_are_refused(run: Run, tmp_path: Path)
         neg_service.open_runs([run.uri, run.uri])
     with pytest.raises(ConfigurationError, match="give at least one run"):
         neg_service.open_runs([])
+    for open_any in (neg_service.open_run, neg_service.open_runs):
+        for nothing in (None, 5):
+            with pytest.raises(DestinationError, match=f"run={nothing}: must be a path or a URI, as text"):
+                open_any(nothing)  # type: ignore[arg-type]

@@ -256,6 +256,11 @@ class Engine(ABC):
         return [Group((member,), group.shared) for group in groups for member in group.members]
 
 
+def last_token_behind_the_rest(prompt: Ids) -> SplitPrompt:
+    """A prompt whose row is its last token, for engines that freeze all before it."""
+    return SplitPrompt(tuple(prompt[:-1]), Row.chain(prompt[-1:], 0))
+
+
 def require_single_tokens(engine: Engine, prompts: Sequence[SplitPrompt]) -> None:
     """Refuse rows of several tokens, for engines that run one.
 

@@ -26,8 +26,8 @@ from neg_service.models.engines.base import (
     Engine,
     Ids,
     LoadedModel,
-    Row,
     SplitPrompt,
+    last_token_behind_the_rest,
     require_single_tokens,
 )
 from neg_service.models.engines.needs import lacks_dense_attention, lacks_keys_and_values
@@ -51,7 +51,7 @@ class KeyValueCacheEngine(Engine):
 
     def split(self, prompt: Ids) -> SplitPrompt:
         """See `Engine`."""
-        return SplitPrompt(tuple(prompt[:-1]), Row.chain(prompt[-1:], 0))
+        return last_token_behind_the_rest(prompt)
 
     def prepare(self, prompts: Sequence[SplitPrompt], shared: Ids = ()) -> KeyValueCacheRows:
         """See `Engine`; of one prompt."""

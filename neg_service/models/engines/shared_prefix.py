@@ -19,8 +19,8 @@ from neg_service.models.engines.base import (
     Ids,
     LoadedModel,
     MismatchError,
-    Row,
     SplitPrompt,
+    last_token_behind_the_rest,
     require_single_tokens,
 )
 from neg_service.models.engines.needs import lacks_dense_attention, lacks_keys_and_values
@@ -51,7 +51,7 @@ class SharedPrefixEngine(Engine):
 
     def split(self, prompt: Ids) -> SplitPrompt:
         """See `Engine`."""
-        return SplitPrompt(tuple(prompt[:-1]), Row.chain(prompt[-1:], 0))
+        return last_token_behind_the_rest(prompt)
 
     def prepare(self, prompts: Sequence[SplitPrompt], shared: Ids = ()) -> SharedPrefixRows:
         """See `Engine`."""
