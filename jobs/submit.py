@@ -56,8 +56,8 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
 
     from neg_service.cluster.submission import check_driver, check_request, connect_to_job_server, last_of
 
+    driver, environment = _amounts(_pairs("--driver", asked.driver)), _pairs("--env", asked.env)
     client = connect_to_job_server(asked.address)
-    driver = _amounts(_pairs("--driver", asked.driver))
     prepared = _planned(asked, config, client._address)
     if asked.job == "scan" and config.job.dry_run:
         if prepared is None:
@@ -65,7 +65,7 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
         # Before a look at the server: a job of that id is the scan itself, which the next command should find.
         print(describe_plan(prepared))
         return 0
-    request = _request_of(asked, config, prepared, driver)
+    request = _request_of(asked, config, prepared, environment, driver)
     check_request(request, plain(config))
     check_driver(client._address, request.driver)
     last = last_of(client, request.submission_id)
@@ -99,7 +99,11 @@ def _planned(asked: argparse.Namespace, config: DictConfig, address: str) -> Pre
 
 
 def _request_of(
-    asked: argparse.Namespace, config: DictConfig, prepared: Prepared | None, driver: Mapping[str, float]
+    asked: argparse.Namespace,
+    config: DictConfig,
+    prepared: Prepared | None,
+    environment: Mapping[str, str],
+    driver: Mapping[str, float],
 ) -> Request:
     # Slow to load: see `entry.py`.
     from neg_service.cluster.submission import Request
@@ -110,7 +114,7 @@ def _request_of(
         submission_id=_submission_id(asked.job, prepared, config, files),
         overrides=[*as_typed(asked.overrides, JOBS[asked.job], is_sweep=False), *_model_by_full_path(config)],
         files=files,
-        environment=_pairs("--env", asked.env),
+        environment=environment,
         driver=driver,
     )
 

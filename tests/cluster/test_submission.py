@@ -200,8 +200,10 @@ def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 
 
 @pytest.mark.parametrize("option", [["--driver", "CPU"], ["--driver", "CPU=x"], ["--env", "FOO"]])
-def test_options_that_are_no_pairs_are_refused(option: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submission, "connect_to_job_server", lambda address: None)
+def test_options_that_are_no_pairs_are_refused_before_a_server_is_asked(
+    option: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "connect_to_job_server", lambda address: pytest.fail("asked"))
     with pytest.raises(ConfigurationError, match=option[0]):
         main(["--unchecked", "storage.uri=/tmp/x", *option])
 

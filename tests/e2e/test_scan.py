@@ -214,9 +214,10 @@ def test_the_shard_size_and_the_number_of_replicas_change_nothing(
 def test_logs_are_json_on_request(otherwise: tuple[str, Path]) -> None:
     said = [json.loads(line) for line in otherwise[0].splitlines()]
     assert {one["run"] for one in said} == {otherwise[1].name}
-    # A line that no replica is ready yet, as on a machine with much to do, is about none.
-    for replica in (0, 1):
-        assert any("is ready: pid" in one["message"] and one.get("replica") == replica for one in said)
+    # The last prompt may be done before the second replica is ready, on a machine with much to do.
+    ready = [one for one in said if "is ready: pid" in one["message"]]
+    assert ready
+    assert {one["replica"] for one in ready} <= {0, 1}
     assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
 
 

@@ -201,7 +201,8 @@ def test_who_is_hasty_is_told_soon_also_when_a_server_is_silent(monkeypatch: pyt
         failures = timed_failures(acts)
     for name, (seconds, said) in failures.items():
         assert seconds < AT_ONCE, name
-        assert "no answer for" in said or "timed out" in said, name
+        # A new question on a connection that still drips the last answer is told as the library tells it.
+        assert any(words in said for words in ("no answer for", "timed out", "; tried for 2 s")), name
 
 
 @pytest.mark.usefixtures("as_somebody")
