@@ -1,18 +1,77 @@
 """Everything that can go wrong, as one small tree.
 
-A message says the value, the limit, and the configuration key to change, in one line. The class says what the
-driver may do about it; `cluster/failures.py` decides from the class alone.
+An error says in one line the value, the limit, and the setting to change, and carries these as fields, so that it can
+be told by the name under which a person gave the value: `measure.shift` to a command, `shift` in a notebook,
+`study.basis` where a study hands it on. The class says what the driver may do about it; `cluster/failures.py` decides
+from that alone.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from functools import partial, wraps
+from inspect import signature
+from typing import Any, ParamSpec, Self, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Absent(Enum):
+    """An enumeration, so that it is itself also after it crossed processes."""
+
+    NOT_GIVEN = "not given"
+
+
+NOT_GIVEN = _Absent.NOT_GIVEN
 
 
 class NegServiceError(Exception):
-    """Any error that this package raises on purpose."""
+    """Any error that this package raises on purpose.
+
+    reason: what is wrong, in words, without setting and value; other settings stand in it by their keys.
+    setting: the key of the setting, or the name of the parameter, that is to be changed; None where there is none.
+    value: what it was given as, as it is shown; `NOT_GIVEN` where it was not given at all, or is too large to be shown.
+    allowed: what it must be, to be read after "must be"; None where the reason says more than that.
+    """
+
+    def __init__(
+        self, reason: str = "", *, setting: str | None = None, value: Any = NOT_GIVEN, allowed: str | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.reason, self.setting, self.value, self.allowed = reason, setting, value, allowed
+
+    def __str__(self) -> str:
+        must = f"must be {self.allowed}" if self.allowed is not None else ""
+        words = "; ".join(part for part in (must, self.reason) if part)
+        if self.setting is None:
+            return words
+        shown = self.setting if self.value is NOT_GIVEN else f"{self.setting}={self.value}"
+        return f"{shown}: {words}" if words else shown
+
+    def __reduce__(self) -> Any:
+        # It crosses processes with its fields; a value that might not is shown there as it would have been here.
+        is_plain = self.value is None or isinstance(self.value, bool | int | float | str | _Absent)
+        value = self.value if is_plain else str(self.value)
+        made = partial(type(self), setting=self.setting, value=value, allowed=self.allowed)
+        return made, (self.reason,), self.__dict__ | {"value": value}
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same error, told by other names of settings: in its field, and where its words mention them."""
+        if not names:
+            return self
+        pattern = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![\w])")
+
+        def told(words: str | None) -> str | None:
+            return words and pattern.sub(lambda found: names[found[0]], words)
+
+        return type(self)(
+            told(self.reason) or "", setting=told(self.setting), value=self.value, allowed=told(self.allowed)
+        )
 
 
 class ConfigurationError(NegServiceError):
@@ -57,6 +116,32 @@ class ReplicaLost(NegServiceError):
 
 class NodeLost(ReplicaLost):
     """A replica's node is gone, drained, pre-empted or out of reach; that says nothing of what it was doing."""
+
+
+def told_by_parameters(**others: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """For functions that people call: what is refused is told by the parameter that they gave, not by the setting.
+
+    A parameter takes the place of the setting of its name in any group; `others` says which one takes the place of
+    settings of other names, with `__` for the dot: `neurons__list="neurons"`.
+    """
+
+    def told(function: Callable[P, T]) -> Callable[P, T]:
+        names = {f"{group}.{name}": name for group in _GROUPS for name in signature(function).parameters}
+        names |= {setting.replace("__", "."): name for setting, name in others.items()}
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except NegServiceError as error:
+                raise error.renamed(names).with_traceback(error.__traceback__) from error.__cause__
+
+        return call
+
+    return told
+
+
+_GROUPS = ("measure", "neurons", "model", "dataset", "cluster", "storage")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ def candidates(model: PreTrainedModel, read_at: str) -> list[type[Engine]]:
     reading = [engine for engine in ENGINES if read_at in engine.reads_at]
     refusals = {engine: engine.refusal(model) for engine in reading}
     if all(refusals.values()):
-        raise ModelError(refusals[reading[-1]])
+        raise ModelError(str(refusals[reading[-1]]))
     return [engine for engine, refusal in refusals.items() if refusal is None]
 
 
