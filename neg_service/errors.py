@@ -13,7 +13,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -37,41 +37,58 @@ class NegServiceError(Exception):
     setting: the key of the setting, or the name of the parameter, that is to be changed; None where there is none.
     value: what it was given as, as it is shown; `NOT_GIVEN` where it was not given at all, or is too large to be shown.
     allowed: what it must be, to be read after "must be"; None where the reason says more than that.
+
+    In the place of setting and value: `given`, both in one text, KEY=VALUE; or `change`, the setting that is named
+    behind the words, because these speak of a prompt or a model in the first place.
     """
 
     def __init__(
-        self, reason: str = "", *, setting: str | None = None, value: Any = NOT_GIVEN, allowed: str | None = None
+        self,
+        reason: str = "",
+        *,
+        setting: str | None = None,
+        value: Any = NOT_GIVEN,
+        allowed: str | None = None,
+        given: str | None = None,
+        change: str | None = None,
     ) -> None:
         super().__init__(reason)
-        self.reason, self.setting, self.value, self.allowed = reason, setting, value, allowed
+        if given is not None:
+            setting, is_value, text = given.partition("=")
+            value = text if is_value else NOT_GIVEN
+        self.reason, self.value, self.allowed = reason, value, allowed
+        self.setting = change if setting is None else setting
+        self._is_named_last = setting is None
 
     def __str__(self) -> str:
         must = f"must be {self.allowed}" if self.allowed is not None else ""
         words = "; ".join(part for part in (must, self.reason) if part)
         if self.setting is None:
             return words
+        if self._is_named_last:
+            return f"{words} ({self.setting})"
         shown = self.setting if self.value is NOT_GIVEN else f"{self.setting}={self.value}"
         return f"{shown}: {words}" if words else shown
 
     def __reduce__(self) -> Any:
         # It crosses processes with its fields; a value that might not is shown there as it would have been here.
         is_plain = self.value is None or isinstance(self.value, bool | int | float | str | _Absent)
-        value = self.value if is_plain else str(self.value)
-        made = partial(type(self), setting=self.setting, value=value, allowed=self.allowed)
-        return made, (self.reason,), self.__dict__ | {"value": value}
+        return type(self), (self.reason,), self.__dict__ | {"value": self.value if is_plain else str(self.value)}
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The same error, told by other names of settings: in its field, and where its words mention them."""
         if not names:
             return self
-        pattern = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![\w])")
+        keys = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        pattern = re.compile(rf"(?<![\w.])(?:{keys})(?!\w)")
 
         def told(words: str | None) -> str | None:
             return words and pattern.sub(lambda found: names[found[0]], words)
 
-        return type(self)(
-            told(self.reason) or "", setting=told(self.setting), value=self.value, allowed=told(self.allowed)
-        )
+        other = type(self)(told(self.reason) or "")
+        other.__dict__.update(self.__dict__)
+        other.reason, other.setting, other.allowed = other.args[0], told(self.setting), told(self.allowed)
+        return other
 
 
 class ConfigurationError(NegServiceError):
