@@ -38,8 +38,9 @@ def bench(config: DictConfig) -> int:
         if error.name is None or error.name.partition(".")[0] != "infra":
             raise
         raise ConfigurationError(
-            f"benchmark={settings['name']}: starts the S3 server of infra/s3/server.py, which is not installed: run it "
-            f"in the project's folder"
+            "starts the S3 server of infra/s3/server.py, which is not installed: run it in the project's folder",
+            setting="benchmark",
+            value=settings["name"],
         ) from error
     require_text(config.benchmark, module.Settings, "benchmark")
     result = module.run(typed(module.Settings, settings, "benchmark"))

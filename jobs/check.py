@@ -31,20 +31,13 @@ class CheckConfig:
 def check(config: DictConfig) -> int:
     """Load a model, let it check itself, and print what was found."""
     # Slow to load: see `entry.py`.
-    from neg_service.models.loading import load_model
+    from neg_service.models.loading import loaded
 
     began = time.monotonic()
-    asked = typed(ModelConfig, config.model, "model")
-    model = load_model(
-        asked.source,
-        revision=asked.revision,
-        dtype=asked.dtype,
-        device=asked.device,
-        trust_remote_code=asked.trust_remote_code,
-    )
-    loaded = time.monotonic()
+    model = loaded(typed(ModelConfig, config.model, "model"))
+    began_check = time.monotonic()
     model.ensure_checked()
-    found = report(model, loaded - began, time.monotonic() - loaded)
+    found = report(model, began_check - began, time.monotonic() - began_check)
     print(json.dumps(found) if flag_of(config, "json") else describe(found))
     return 0
 

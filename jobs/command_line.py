@@ -54,10 +54,10 @@ def _as_typed(override: str, settings: type, is_sweep: bool) -> str:
     if parts is None:
         if override.startswith("~"):
             return override
-        raise ConfigurationError(f"{override}: is not a setting, which is KEY=VALUE")
+        raise ConfigurationError("is not a setting, which is KEY=VALUE", given=override)
     key, typed = parts["key"], parts["value"]
     if not _KEY.fullmatch(key):
-        raise ConfigurationError(f"{override}: {key!r} is not the name of a setting, which is KEY=VALUE")
+        raise ConfigurationError(f"{key!r} is not the name of a setting, which is KEY=VALUE", given=override)
     kind, begin = type_at(settings, key), f"{parts['sign']}{key}="
     # Which files there are to choose from, Hydra says itself, of a name in quotes as of any other.
     can_be_quoted = can_be_text(kind) or (is_group(key) and not is_container(typed))
@@ -66,20 +66,22 @@ def _as_typed(override: str, settings: type, is_sweep: bool) -> str:
     except HydraException as error:
         if can_be_quoted and _is_plain(typed, kind):
             return _as_text(override, begin, typed)
-        raise ConfigurationError(f"{override}: {_unreadable(typed)}{advice(begin, typed, kind, is_sweep)}") from error
+        raise ConfigurationError(
+            f"{_unreadable(typed)}{advice(begin, typed, kind, is_sweep)}", given=override
+        ) from error
     if value is None:
         # Spaces alone; nothing at all stays nothing.
         return begin + in_quotes(typed) if typed and can_be_text(kind) else override
     _require_meaning(override, begin, typed, value)
     sweep, element = value.simpleChoiceSweep(), value.element()
     if sweep is not None and not is_sweep:
-        raise ConfigurationError(f"{override}: {_SEVERAL.format('a comma')}{advice(begin, typed, kind)}")
+        raise ConfigurationError(f"{_SEVERAL.format('a comma')}{advice(begin, typed, kind)}", given=override)
     if element is not None and can_be_quoted:
         if element.function() is not None:
             return _of_function(override, begin, typed, element.function(), is_sweep)
         if element.primitive() is None and is_only_text(kind):
             raise ConfigurationError(
-                f"{override}: is a list or a mapping, and {key} is one text{advice(begin, typed, kind)}"
+                f"is a list or a mapping, and {key} is one text{advice(begin, typed, kind)}", given=override
             )
     if element is not None and element.primitive() is not None and can_be_text(kind):
         has_spaces = typed != typed.strip(" \t") and not _is_quoted(typed)
@@ -93,7 +95,7 @@ def _as_text(override: str, begin: str, typed: str) -> str:
     """What the grammar cannot read, in quotes."""
     text = literal(typed)
     if text != typed and _INTERPOLATION.search(typed):
-        raise ConfigurationError(f"{override}: {_UNENDED}; as one text it is written {_written(begin, text)}")
+        raise ConfigurationError(f"{_UNENDED}; as one text it is written {_written(begin, text)}", given=override)
     return begin + in_quotes(text)
 
 
@@ -105,19 +107,19 @@ def _require_meaning(override: str, begin: str, typed: str, value: OverrideParse
             keys: list[Any] = []
             for pair in part.dictKeyValuePair():
                 if (name := read.visitDictKey(pair.dictKey())) in keys:
-                    raise ConfigurationError(f"{override}: has the key {name} twice in one mapping")
+                    raise ConfigurationError(f"has the key {name} twice in one mapping", given=override)
                 keys.append(name)
         elif isinstance(part, OverrideParser.PrimitiveContext):
             found = read.visitPrimitive(part)
             text = found.text if isinstance(found, QuotedString) else found
             if text == "???":
                 raise ConfigurationError(
-                    f"{override}: ??? stands for a value that is still to be given, and is no text"
+                    "??? stands for a value that is still to be given, and is no text", given=override
                 )
             if isinstance(text, str) and literal(text) != text:
                 whole = part.start.start == value.start.start and part.stop.stop == value.stop.stop
                 advised = f"; as one text it is written {_written(begin, literal(text))}" if whole else ""
-                raise ConfigurationError(f"{override}: {_UNENDED}{advised}")
+                raise ConfigurationError(f"{_UNENDED}{advised}", given=override)
 
 
 def _written(begin: str, text: str) -> str:
@@ -151,8 +153,10 @@ def require_text(config: Any, settings: Any, key: str = "") -> None:
     elif config is not None and not isinstance(config, str) and can_be_text(settings):
         kind = "true or false" if isinstance(config, bool) else f"a {type(config).__name__}"
         raise ConfigurationError(
-            f"{key}={config}: is {kind} where a text belongs, and not as it was written any more: put it into quotes "
-            f"in the YAML file that it comes from"
+            f"is {kind} where a text belongs, and not as it was written any more: put it into quotes in the YAML "
+            "file that it comes from",
+            setting=key,
+            value=config,
         )
 
 
@@ -201,12 +205,12 @@ def _of_function(
         return begin + in_quotes(typed)
     if not is_sweep and name not in ("str", *_NUMBERS):
         told = "" if is_group(key) else advice(begin, typed, str)
-        raise ConfigurationError(f"{override}: {_SEVERAL.format(f'{name}(...)')}{told}")
+        raise ConfigurationError(f"{_SEVERAL.format(f'{name}(...)')}{told}", given=override)
     if is_group(key):
         return override
     if name in (*_NUMBERS, "glob", "interval"):
         why = "chooses among files, as of models" if name == "glob" else "stands for numbers or truth values"
-        raise ConfigurationError(f"{override}: {name}(...) {why}, and {key} is text{advice(begin, typed, str)}")
+        raise ConfigurationError(f"{name}(...) {why}, and {key} is text{advice(begin, typed, str)}", given=override)
     said = _with_quotes(override, function.parentCtx.parentCtx, str)
     if name == "choice" and not function.argName():
         # What is chosen from by a call loses its quotes on the way to a job; separated by commas it does not.
@@ -218,7 +222,9 @@ def _of_function(
         read = OverridesParser.create().parse_override(said)
         values: list[Any] = list(read.sweep_string_iterator() if name == "range" else read.sweep_iterator())
     except HydraException as error:
-        raise ConfigurationError(f"{override}: {' '.join(str(error).split())}{advice(begin, typed, str)}") from error
+        raise ConfigurationError(
+            f"{' '.join(str(error).split())}{advice(begin, typed, str)}", given=override
+        ) from error
     if not all(isinstance(one, str | QuotedString) for one in values):
         return said
     return begin + ",".join(in_quotes(one.text if isinstance(one, QuotedString) else one) for one in values)

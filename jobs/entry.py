@@ -188,7 +188,7 @@ def flag_of(config: DictConfig, key: str) -> bool:
         ConfigurationError: it is something else, such as `no`.
     """
     if not isinstance(config[key], bool):
-        raise ConfigurationError(f"{key}={config[key]}: must be true or false")
+        raise ConfigurationError(setting=key, value=config[key], allowed="true or false")
     return bool(config[key])
 
 

@@ -32,7 +32,7 @@ def report(config: DictConfig) -> int:
     value_of(config, "runs")
     runs = list(config.runs) if isinstance(config.runs, ListConfig) else [config.runs]
     if not runs:
-        raise ConfigurationError("runs=[]: name at least one run, study or probe")
+        raise ConfigurationError("name at least one run, study or probe", setting="runs", value="[]")
     print(write_report([str(uri) for uri in runs], str(config.out), config.storage.endpoint_url, config.title))
     return 0
 

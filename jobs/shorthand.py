@@ -24,8 +24,9 @@ def written_out(overrides: Sequence[str]) -> list[str]:
         own = [name.removeprefix(f"{_SOURCE}/") for name in names if name.startswith(f"{_SOURCE}/")]
         if own and len(own) < len(names):
             raise ConfigurationError(
-                f"{override}: {_SOURCE}/{own[0]} is short for {_KEY}{_SOURCE} dataset.task={own[0]}, which other data "
-                f"sets do not have; sweep over them in a command of their own"
+                f"{_SOURCE}/{own[0]} is short for {_KEY}{_SOURCE} dataset.task={own[0]}, which other data sets do "
+                "not have; sweep over them in a command of their own",
+                given=override,
             )
         if own:
             tasks = [f"dataset.task={','.join(own)}"]

@@ -61,7 +61,9 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
     prepared = _planned(asked, config, client._address)
     if asked.job == "scan" and config.job.dry_run:
         if prepared is None:
-            raise ConfigurationError("job.dry_run=true: the plan is made here, so leave out --unchecked")
+            raise ConfigurationError(
+                "the plan is made here, so leave out --unchecked", setting="job.dry_run", value="true"
+            )
         # Before a look at the server: a job of that id is the scan itself, which the next command should find.
         print(describe_plan(prepared))
         return 0
@@ -173,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
     for one in given:
         if not all(one.partition("=")):
-            raise ConfigurationError(f"{option}={one}: must be NAME=VALUE")
+            raise ConfigurationError(setting=option, value=one, allowed="NAME=VALUE")
     return {name: value for name, _, value in (one.partition("=") for one in given)}
 
 

@@ -264,7 +264,7 @@ def check(config: ScanConfig) -> None:
                 key, value = key + ".max" * isinstance(value, Mapping), most_replicas(config.cluster)
             is_empty = value is None and own.default is None
             if not is_empty and (must := _must_be(own.metadata, value)):
-                raise ConfigurationError(f"{key}={value}: must {must}")
+                raise ConfigurationError(f"must {must}", setting=key, value=value)
 
 
 def _must_be(said: Mapping[str, Any], value: Any) -> str:
@@ -292,7 +292,7 @@ def most_replicas(cluster: ClusterConfig) -> Any:
     if not isinstance(replicas, Mapping):
         return replicas
     if unknown := sorted(set(replicas) - {"max"}):
-        raise ConfigurationError(f"cluster.replicas.{unknown[0]}: there is only cluster.replicas.max")
+        raise ConfigurationError("there is only cluster.replicas.max", setting=f"cluster.replicas.{unknown[0]}")
     return replicas.get("max", "auto")
 
 
@@ -308,14 +308,18 @@ def checked_layers(neurons: NeuronsConfig, n_layers: int) -> list[int]:
     if isinstance(layers, int):
         layers = [layers]
     if not isinstance(layers, list) or not layers or not all(_is_whole(layer) for layer in layers):
-        raise ConfigurationError(f"neurons.layers={layers}: must be all or a list of layer numbers such as [0,5]")
+        raise ConfigurationError(
+            setting="neurons.layers", value=layers, allowed="all or a list of layer numbers such as [0,5]"
+        )
     for layer in layers:
         if not 0 <= layer < n_layers:
             raise ConfigurationError(
-                f"neurons.layers={layers}: layer {layer} does not exist; the model has layers 0 to {n_layers - 1}"
+                f"layer {layer} does not exist; the model has layers 0 to {n_layers - 1}",
+                setting="neurons.layers",
+                value=layers,
             )
     if len(set(layers)) < len(layers):
-        raise ConfigurationError(f"neurons.layers={layers}: a layer is named twice")
+        raise ConfigurationError("a layer is named twice", setting="neurons.layers", value=layers)
     return sorted(layers)
 
 

@@ -39,7 +39,7 @@ class NegServiceError(Exception):
     allowed: what it must be, to be read after "must be"; None where the reason says more than that.
 
     In the place of setting and value: `given`, both in one text, KEY=VALUE; or `change`, the setting that is named
-    behind the words, because these speak of a prompt or a model in the first place.
+    behind the words, or in them, because these speak of a prompt or a model in the first place.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class NegServiceError(Exception):
         if self.setting is None:
             return words
         if self._is_named_last:
-            return f"{words} ({self.setting})"
+            return words if self.setting in words else f"{words} ({self.setting})"
         shown = self.setting if self.value is NOT_GIVEN else f"{self.setting}={self.value}"
         return f"{shown}: {words}" if words else shown
 
@@ -77,17 +77,18 @@ class NegServiceError(Exception):
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The same error, told by other names of settings: in its field, and where its words mention them."""
-        if not names:
-            return self
-        keys = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-        pattern = re.compile(rf"(?<![\w.])(?:{keys})(?!\w)")
+        # A key without a dot may be any word.
+        keys = "|".join(re.escape(key) for key in sorted(names, key=len, reverse=True) if "." in key)
 
         def told(words: str | None) -> str | None:
-            return words and pattern.sub(lambda found: names[found[0]], words)
+            return words and re.sub(rf"(?<![\w.])(?:{keys})(?!\w)", lambda found: names[found[0]], words)
 
-        other = type(self)(told(self.reason) or "")
+        other = type(self)(self.reason)
         other.__dict__.update(self.__dict__)
-        other.reason, other.setting, other.allowed = other.args[0], told(self.setting), told(self.allowed)
+        if keys:
+            other.reason, other.allowed, other.setting = told(self.reason) or "", told(self.allowed), told(self.setting)
+        if self.setting is not None and self.setting in names:
+            other.setting = names[self.setting]
         return other
 
 

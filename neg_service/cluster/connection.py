@@ -75,7 +75,7 @@ def connect(
     except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         if address == "local":
             raise ConfigurationError(f"Ray does not start on this machine: {one_line(error)}") from error
-        raise ConfigurationError(f"{named}: {_why_not(error)}") from error
+        raise ConfigurationError(_why_not(error), given=named) from error
 
 
 def disconnect() -> None:
@@ -99,19 +99,25 @@ def require_place_for_sockets() -> None:
     size = len(os.fsencode(place))
     if size > most:
         raise ConfigurationError(
-            f"{name}={place}: has {size} bytes, and Ray's sockets below it leave room for {most}: set RAY_TMPDIR to a "
-            f"shorter path, such as /tmp"
+            f"has {size} bytes, and Ray's sockets below it leave room for {most}: set RAY_TMPDIR to a shorter "
+            "path, such as /tmp",
+            setting=name,
+            value=place,
         )
     if not Path(place).is_absolute():
-        raise ConfigurationError(f"{name}={place}: must be an absolute path, for Ray's processes run elsewhere")
+        raise ConfigurationError(
+            setting=name, value=place, allowed="an absolute path, for Ray's processes run elsewhere"
+        )
     own = Path(place) / "ray"
     try:
         own.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=own).close()
     except OSError as error:
         raise ConfigurationError(
-            f"{name}={place}: Ray cannot write its files to {own}: {error.strerror or error}: set RAY_TMPDIR to a "
-            f"place that can be written"
+            f"Ray cannot write its files to {own}: {error.strerror or error}: set RAY_TMPDIR to a place that can "
+            "be written",
+            setting=name,
+            value=place,
         ) from error
 
 
@@ -124,13 +130,15 @@ def _named(cluster: ClusterConfig, key: str) -> tuple[str, str]:
     named = f"{said}={address}"
     if re.match(r"https?://", address, re.IGNORECASE):
         raise ConfigurationError(
-            f"{named}: is the address of a job server, to which python -m jobs.submit --address {address} sends a job; "
-            f"a cluster is joined at the port of its head, such as HEAD:6379"
+            f"is the address of a job server, to which python -m jobs.submit --address {address} sends a job; a "
+            "cluster is joined at the port of its head, such as HEAD:6379",
+            given=named,
         )
     if "://" in address:
         raise ConfigurationError(
-            f"{named}: replicas cannot be watched through Ray's client; join the cluster at the port of its head, such "
-            f"as HEAD:6379, or send the job with python -m jobs.submit --address http://HEAD:8265"
+            "replicas cannot be watched through Ray's client; join the cluster at the port of its head, such as "
+            "HEAD:6379, or send the job with python -m jobs.submit --address http://HEAD:8265",
+            given=named,
         )
     if address != "auto":
         return named, address
@@ -138,8 +146,9 @@ def _named(cluster: ClusterConfig, key: str) -> tuple[str, str]:
         found = canonicalize_bootstrap_address("auto")
     except (ConnectionError, ValueError) as error:
         raise ConfigurationError(
-            f"{named}: no Ray cluster runs on this machine: start one with `ray start --head`, or give the address of "
-            f"one elsewhere, such as HEAD:6379"
+            "no Ray cluster runs on this machine: start one with `ray start --head`, or give the address of one "
+            "elsewhere, such as HEAD:6379",
+            given=named,
         ) from error
     return f"{named} ({found})", found or "local"
 
@@ -148,7 +157,7 @@ def _host_and_port(address: str, named: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16 or re.search(r"[\s/@]", host):
         raise ConfigurationError(
-            f"{named}: is no address of a cluster: give HOST:PORT, such as HEAD:6379, auto or local"
+            "is no address of a cluster: give HOST:PORT, such as HEAD:6379, auto or local", given=named
         )
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -159,7 +168,7 @@ def _require_listener(host: str, port: int, named: str) -> None:
         socket.create_connection((host, port), timeout=_LISTEN_SECONDS).close()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigurationError(f"{named}: no Ray cluster answers there: {reason}") from error
+        raise ConfigurationError(f"no Ray cluster answers there: {reason}", given=named) from error
 
 
 def _require_answer(host: str, port: int, named: str, seconds: float, limit_key: str) -> None:
@@ -178,9 +187,9 @@ def _require_answer(host: str, port: int, named: str, seconds: float, limit_key:
             # grpc takes a deadline that never comes for one that has passed.
             alive(CheckAliveRequest(), timeout=min(left, _DAY_SECONDS))
     except grpc.RpcError as error:
-        raise ConfigurationError(f"{named}: {_no_answer(error, seconds, limit_key)}") from error
+        raise ConfigurationError(_no_answer(error, seconds, limit_key), given=named) from error
     except (RuntimeError, ValueError, OSError, AuthenticationError) as error:
-        raise ConfigurationError(f"{named}: {_why_not(error)}") from error
+        raise ConfigurationError(_why_not(error), given=named) from error
     finally:
         channel.close()
 

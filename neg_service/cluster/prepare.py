@@ -139,8 +139,10 @@ def _load(config: ScanConfig) -> _Loaded:
     info = inspect_model(local, config.model.trust_remote_code, check_files=True)
     if config.dataset.source == "facts-masked" and not info.is_masked:
         raise ConfigurationError(
-            f"dataset.source=facts-masked: its prompts have masks to fill, and {info.name} ({info.architecture}) is a "
-            f"causal model: use dataset=facts"
+            f"its prompts have masks to fill, and {info.name} ({info.architecture}) is a causal model: use "
+            "dataset=facts",
+            setting="dataset.source",
+            value="facts-masked",
         )
     if config.dataset.task is not None and info.is_masked:
         prompts = [as_masked(prompt) for prompt in prompts]
@@ -215,8 +217,10 @@ def require_lasting(uri: str) -> None:
     path = local_path(uri, "storage.uri", DestinationError)
     if path is not None and not Path(path).is_absolute():
         raise ConfigurationError(
-            f"storage.uri={uri}: would lie in the job's own directory, which goes when the job does: give "
-            f"s3://bucket/prefix, or an absolute path that all nodes share"
+            "would lie in the job's own directory, which goes when the job does: give s3://bucket/prefix, or an "
+            "absolute path that all nodes share",
+            setting="storage.uri",
+            value=uri,
         )
 
 
@@ -277,7 +281,8 @@ def _tell_skipped(skips: Skips, n_prompts: int, info: ModelInfo) -> dict[str, An
             )  # fmt: skip
         if skips.n_not_one_token == n_prompts:
             raise ConfigurationError(
-                f"none of {n_prompts} prompts has an answer that is one token of the model: check dataset.source"
+                f"none of {n_prompts} prompts has an answer that is one token of the model: check dataset.source",
+                change="dataset.source",
             )
     n_prompts -= skips.n_not_one_token
     if skips.too_long:
@@ -290,7 +295,8 @@ def _tell_skipped(skips: Skips, n_prompts: int, info: ModelInfo) -> dict[str, An
         if skips.n_too_long == n_prompts:
             raise ConfigurationError(
                 f"all {n_prompts} prompts have more than the {info.context_length} tokens of the model's context: "
-                f"shorten them, or choose another model.source"
+                "shorten them, or choose another model.source",
+                change="model.source",
             )
     return about
 

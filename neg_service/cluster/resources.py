@@ -112,7 +112,9 @@ def replica_size(
         wants = names == ["auto"] or names[0].startswith("cuda")
         gpus = len(names) if wants and any(node.gpus >= 1 for node in available) else 0
     if gpus > 1 and gpus != int(gpus):
-        raise ConfigurationError(f"cluster.gpus_per_replica={gpus:g}: more than 1 must be a whole number")
+        raise ConfigurationError(
+            "more than 1 must be a whole number", setting="cluster.gpus_per_replica", value=f"{gpus:g}"
+        )
     usable = [node for node in available if node.gpus >= gpus and node.cpus >= 1]
     cpus = cluster.cpus_per_replica
     if cpus == "auto":
@@ -125,15 +127,20 @@ def replica_size(
     ):
         if wanted > most == 0:
             raise ConfigurationError(
-                f"{key}={wanted:g}: no node has any; use auto or 0, or cluster.wait_seconds to wait for one that has"
+                "no node has any; use auto or 0, or cluster.wait_seconds to wait for one that has",
+                setting=key,
+                value=f"{wanted:g}",
             )
         if wanted > most:
-            raise ConfigurationError(f"{key}={wanted:g}: the largest node has {most:g}; a replica must fit one node")
+            raise ConfigurationError(
+                f"the largest node has {most:g}; a replica must fit one node", setting=key, value=f"{wanted:g}"
+            )
     largest = max(node.memory for node in available)
     if not gpus and size.memory > largest:
         raise ConfigurationError(
             f"a replica needs about {size.memory / 2**30:.1f} GiB of memory, the largest node has "
-            f"{largest / 2**30:.1f} GiB: use a smaller model.source, model.dtype or job.shard_size"
+            f"{largest / 2**30:.1f} GiB: use a smaller model.source, model.dtype or job.shard_size",
+            change="model.source",
         )
     if not _n_fitting(size, available):
         raise ConfigurationError(

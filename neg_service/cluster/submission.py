@@ -93,8 +93,9 @@ def connect_to_job_server(address: str | None) -> JobSubmissionClient:
     given = address or next((value for value in surroundings if value.startswith("http")), DEFAULT_ADDRESS)
     if not re.match(r"https?://.", given):
         raise ConfigurationError(
-            f"--address={without_credentials(given)}: must be the job server's, such as {DEFAULT_ADDRESS}, not the "
-            f"port at which a cluster is joined"
+            setting="--address",
+            value=without_credentials(given),
+            allowed=f"the job server's, such as {DEFAULT_ADDRESS}, not the port at which a cluster is joined",
         )
     refuse_credentials("--address", given)
     # Ray lets its variables win over what it is told.
@@ -106,11 +107,15 @@ def connect_to_job_server(address: str | None) -> JobSubmissionClient:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, AuthenticationError | requests.exceptions.RequestException):
                 raise
-            raise ConfigurationError(f"--address={given}: is no Ray job server: {one_line(error)}") from error
+            raise ConfigurationError(
+                f"is no Ray job server: {one_line(error)}", setting="--address", value=given
+            ) from error
     if version != ray.__version__:
         raise ConfigurationError(
-            f"--address={given}: the cluster runs Ray {version}, this program is tested with {ray.__version__}: use an "
-            f"image with the versions of requirements.lock"
+            f"the cluster runs Ray {version}, this program is tested with {ray.__version__}: use an image with "
+            "the versions of requirements.lock",
+            setting="--address",
+            value=given,
         )
     return client
 
@@ -137,7 +142,7 @@ def check_driver(address: str, driver: Mapping[str, float]) -> None:
     if driver and not any(all(total.get(k, 0.0) >= v for k, v in driver.items()) for total in _resources(address)):
         asked = ", ".join(f"{name}={amount:g}" for name, amount in driver.items())
         raise ConfigurationError(
-            f"--driver={asked}: no node has that; without --driver the driver runs on the head node"
+            "no node has that; without --driver the driver runs on the head node", setting="--driver", value=asked
         )
 
 
@@ -165,15 +170,19 @@ def check_request(request: Request, config: Mapping[str, Any]) -> None:
     for name, value in request.environment.items():
         if SECRET_NAME.search(name) or _holds_credentials(value):
             raise ConfigurationError(
-                f"--env={name}: looks like a secret, and everybody who sees the job sees its environment: set it in "
-                f"the environment of the cluster's nodes"
+                "looks like a secret, and everybody who sees the job sees its environment: set it in the "
+                "environment of the cluster's nodes",
+                setting="--env",
+                value=name,
             )
     sizes = {key: sum(file.stat().st_size for file in files_in(path)) for key, path in request.files.items()}
     for key, size in sizes.items():
         if size > MOST_BYTES:
             raise ConfigurationError(
-                f"{key}={request.files[key]}: {size / 2**20:.0f} MiB are too many to travel with a job, which may take "
-                f"{MOST_BYTES / 2**20:.0f}: put it into object storage and name its URI"
+                f"{size / 2**20:.0f} MiB are too many to travel with a job, which may take "
+                f"{MOST_BYTES / 2**20:.0f}: put it into object storage and name its URI",
+                setting=key,
+                value=request.files[key],
             )
     if sum(sizes.values()) > MOST_BYTES:
         raise ConfigurationError(
@@ -345,20 +354,26 @@ def _told(address: str) -> Iterator[None]:
         yield
     except requests.exceptions.Timeout as error:
         raise ConfigurationError(
-            f"--address={address}: takes connections, and no job server has answered there within {_ANSWER_SECONDS:g} "
-            f"s: is it Ray's dashboard, such as http://HEAD:8265, and does what it is forwarded to still run?"
+            f"takes connections, and no job server has answered there within {_ANSWER_SECONDS:g} s: is it Ray's "
+            "dashboard, such as http://HEAD:8265, and does what it is forwarded to still run?",
+            setting="--address",
+            value=address,
         ) from error
     except (ConnectionError, requests.exceptions.ConnectionError) as error:
         raise ConfigurationError(
-            f"--address={address}: no job server answers there; Ray needs its dashboard for it (`ray start --head "
-            f"--include-dashboard=true`), whose port, such as 8265, is not the one at which a cluster is joined"
+            "no job server answers there; Ray needs its dashboard for it (`ray start --head "
+            "--include-dashboard=true`), whose port, such as 8265, is not the one at which a cluster is joined",
+            setting="--address",
+            value=address,
         ) from error
     except (AuthenticationError, requests.exceptions.HTTPError) as error:
         if getattr(getattr(error, "response", None), "status_code", 401) not in (401, 403):
-            raise ConfigurationError(f"--address={address}: {one_line(error)}") from error
+            raise ConfigurationError(one_line(error), setting="--address", value=address) from error
         raise ConfigurationError(
-            f"--address={address}: the cluster wants a token, or another one (set RAY_AUTH_MODE=token and "
-            f"RAY_AUTH_TOKEN), or it is no Ray job server"
+            "the cluster wants a token, or another one (set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN), or it is no "
+            "Ray job server",
+            setting="--address",
+            value=address,
         ) from error
     except (requests.exceptions.RequestException, RayStateApiException, RayError) as error:
-        raise ConfigurationError(f"--address={address}: {one_line(error)}") from error
+        raise ConfigurationError(one_line(error), setting="--address", value=address) from error

@@ -22,7 +22,7 @@ from neg_service.measures.base import ShardInput
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.loading import load_model, set_threads
+from neg_service.models.loading import loaded, set_threads
 from neg_service.models.placement import processor_name
 
 log = logging.getLogger(__name__)
@@ -43,19 +43,14 @@ class ScanWorker:
         """Load the model, check that it is the planned one, and let it check itself."""
         set_threads(self._threads)
         began = time.monotonic()
-        asked = self._config.model
-        self._model: LanguageModel = load_model(
-            asked.source,
-            revision=asked.revision,
-            dtype=asked.dtype,
-            device=asked.device,
-            trust_remote_code=asked.trust_remote_code,
-        )
+        self._model: LanguageModel = loaded(self._config.model)
         log.info("loaded %s in %.1f s; checking that the engine fits it", self._model.name, time.monotonic() - began)
         if self._model.identity != self._identity:
             raise ModelError(
-                f"model.source={asked.source} is {self._model.identity} on {socket.gethostname()}, but the run was "
-                f"planned for {self._identity}: put the same files on every node"
+                f"is {self._model.identity} on {socket.gethostname()}, but the run was planned for {self._identity}: "
+                "put the same files on every node",
+                setting="model.source",
+                value=self._config.model.source,
             )
         chosen = self._model.ensure_checked()
         log.info(

@@ -44,15 +44,16 @@ def find_measure(name: str) -> type[Measure[Any]]:
     module = _module(path) if "." in path or wanted else None
     if module is None:
         raise ConfigurationError(
-            f"measure.name={name} is unknown; known are {', '.join(sorted(known))}, or the dotted path of a module of "
-            f"yours"
+            setting="measure.name",
+            value=name,
+            allowed=f"one of {', '.join(sorted(known))}, or the dotted path of a module of yours",
         )
     found = {own.__name__: own for own in _measures_in(module)}
     if wanted:
         found = {own: found[own] for own in [wanted] if own in found}
     if len(found) == 1:
         return next(iter(found.values()))
-    raise ConfigurationError(f"measure.name={name}: {_what_is_wrong(module, wanted, list(found))}")
+    raise ConfigurationError(_what_is_wrong(module, wanted, list(found)), setting="measure.name", value=name)
 
 
 def types_of_options() -> dict[str, Any]:

@@ -187,14 +187,17 @@ class Measure(ABC, Generic[OptionsT]):
         found, declared = self.measure(shard), self.tables(shard.model.feed_forward)
         if set(found) != set(declared):
             raise ConfigurationError(
-                f"measure.name={self.name}: gave the tables {', '.join(found)}, but says that it gives "
-                f"{', '.join(declared)}"
+                f"gave the tables {', '.join(found)}, but says that it gives {', '.join(declared)}",
+                setting="measure.name",
+                value=self.name,
             )
         for name, table in declared.items():
             if not found[name].schema.equals(table.schema):
                 raise ConfigurationError(
-                    f"measure.name={self.name}: gave a table {name} of {_columns(found[name].schema)}, but says that "
-                    f"it is of {_columns(table.schema)}"
+                    f"gave a table {name} of {_columns(found[name].schema)}, but says that it is of "
+                    f"{_columns(table.schema)}",
+                    setting="measure.name",
+                    value=self.name,
                 )
         # In the order of their parts.
         return {name: found[name].cast(table.described()) for name, table in declared.items()}

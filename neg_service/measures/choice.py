@@ -44,15 +44,15 @@ def check_choice(config: NeuronsConfig, n_layers: int, n_neurons: int) -> None:
         ("over", config.over, ("prompt", "dataset")),
     ):
         if value not in known:
-            raise ConfigurationError(f"neurons.{key}={value} is unknown; known are {', '.join(known)}")
+            raise ConfigurationError(setting=f"neurons.{key}", value=value, allowed=f"one of {', '.join(known)}")
     if config.seed < 0:
-        raise ConfigurationError(f"neurons.seed={config.seed}: must be 0 or more")
+        raise ConfigurationError(setting="neurons.seed", value=config.seed, allowed="0 or more")
     if config.choose in ("sample", "top"):
         is_of_layer = config.choose == "sample" and config.per == "layer"
         most, of = (n_neurons, "a layer") if is_of_layer else (n_neurons * len(layers), "the chosen layers")
         if not 1 <= config.count <= most:
             raise ConfigurationError(
-                f"neurons.count={config.count}: the choice must be from 1 to {most}, the neurons of {of}"
+                f"the choice must be from 1 to {most}, the neurons of {of}", setting="neurons.count", value=config.count
             )
     if config.choose == "list":
         _listed(config, n_layers, n_neurons)
@@ -62,7 +62,7 @@ def check_whole_layers(config: NeuronsConfig, measure: str) -> None:
     """Refuse a choice of single neurons for a measure that has all of a layer's at once."""
     if config.choose != "all":
         raise ConfigurationError(
-            f"neurons.choose={config.choose}: is for measure=sweep; measure={measure} takes neurons=all"
+            f"is for measure=sweep; measure={measure} takes neurons=all", setting="neurons.choose", value=config.choose
         )
 
 
@@ -153,19 +153,20 @@ def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: 
     except (ValueError, RecursionError):
         chosen = np.empty(1)
     if chosen.size == 0:
-        raise ConfigurationError("neurons: the choice is empty; at least one neuron is needed")
+        raise ConfigurationError("the choice is empty; at least one neuron is needed", setting="neurons")
     # Beyond 64 bits numbers are objects, of which none exists; true and false would become 1 and 0.
     is_whole = np.issubdtype(chosen.dtype, np.integer) or all(type(value) is int for value in chosen.flat)
     if chosen.ndim != 2 or chosen.shape[1] != 2 or not is_whole or _has_truth_value(neurons):
         raise ConfigurationError(
-            f"neurons: must be a list of (layer, index) pairs of whole numbers, not {shortened(neurons)}"
+            setting="neurons", allowed=f"a list of (layer, index) pairs of whole numbers, not {shortened(neurons)}"
         )
     exists = ((chosen >= 0) & (chosen < [n_layers, n_neurons])).all(1)
     if not exists.all():
         layer, index = map(int, chosen[exists.argmin()])
         raise ConfigurationError(
-            f"neurons: {shortened((layer, index))} does not exist; the model has layers 0 to {n_layers - 1} and "
-            f"neurons 0 to {n_neurons - 1}"
+            f"{shortened((layer, index))} does not exist; the model has layers 0 to {n_layers - 1} and neurons 0 "
+            f"to {n_neurons - 1}",
+            setting="neurons",
         )
     return chosen.astype(np.int64)
 
@@ -178,15 +179,18 @@ def _has_truth_value(neurons: Any) -> bool:
 
 def _listed(config: NeuronsConfig, n_layers: int, n_neurons: int) -> Neurons:
     if not isinstance(config.list, list):
-        raise ConfigurationError(f"neurons.list={config.list}: must be a list of [layer, index] pairs, or a file")
+        raise ConfigurationError(
+            setting="neurons.list", value=config.list, allowed="a list of [layer, index] pairs, or a file"
+        )
     chosen = checked_neurons(config.list, n_layers, n_neurons)
     values, counts = np.unique(chosen, axis=0, return_counts=True)
     if counts.max() > 1:
-        raise ConfigurationError(f"neurons.list: {tuple(values[counts.argmax()].tolist())} is given twice")
+        raise ConfigurationError(f"{tuple(values[counts.argmax()].tolist())} is given twice", setting="neurons.list")
     outside = set(values[:, 0].tolist()) - set(checked_layers(config, n_layers))
     if outside:
         raise ConfigurationError(
-            f"neurons.list: has neurons of layer {min(outside)}, which neurons.layers={config.layers} leaves out"
+            f"has neurons of layer {min(outside)}, which neurons.layers={config.layers} leaves out",
+            setting="neurons.list",
         )
     return values
 

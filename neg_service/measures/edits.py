@@ -77,10 +77,10 @@ def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], n_layers: int, n_ne
             appear twice in an edit, two edits of one name.
     """
     if isinstance(edits, str | Mapping) or not isinstance(edits, Sequence) or not edits:
-        raise ConfigurationError(f"measure.edits={shortened(edits)}: must be a list of at least one edit")
+        raise ConfigurationError(setting="measure.edits", value=shortened(edits), allowed="a list of at least one edit")
     found = [_checked(edit, index, n_layers, n_neurons) for index, edit in enumerate(edits)]
     if (name := repeated(edit.name for edit in found)) is not None:
-        raise ConfigurationError(f"measure.edits: two edits are named {name!r}; names must differ")
+        raise ConfigurationError(f"two edits are named {name!r}; names must differ", setting="measure.edits")
     return found
 
 
@@ -110,8 +110,9 @@ def read_edits(source: Any) -> Any:
     # Before anything walks through them.
     if is_deeper(edits, _LEVELS):
         raise ConfigurationError(
-            f"{where}: is nested more than {_LEVELS} deep; edits are a list of objects such as "
-            f'{{"neurons": [[0, 5]], "shift": 0.5}}'
+            f'is nested more than {_LEVELS} deep; edits are a list of objects such as {{"neurons": [[0, 5]], '
+            '"shift": 0.5}',
+            given=where,
         )
     return edits
 
@@ -120,42 +121,46 @@ def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neuron
     given = asdict(edit) if isinstance(edit, Edit) else edit
     where = f"measure.edits[{index}]"
     if not isinstance(given, Mapping):
-        raise ConfigurationError(f"{where}: must be an edit such as {{neurons: [[0, 5]], shift: 0.5}}")
+        raise ConfigurationError(given=where, allowed="an edit such as {neurons: [[0, 5]], shift: 0.5}")
     if unknown := set(given) - _KEYS:
-        raise ConfigurationError(f"{where}: {min(map(str, unknown))} is unknown; known are {', '.join(sorted(_KEYS))}")
+        raise ConfigurationError(
+            f"{min(map(str, unknown))} is unknown; known are {', '.join(sorted(_KEYS))}", given=where
+        )
     _require_name_and_kind(where, given)
     operations = [name for name in OPERATIONS if given.get(name) is not None]
     if len(operations) != 1:
-        raise ConfigurationError(f"{where}: has {len(operations)} operations, needs one of {', '.join(OPERATIONS)}")
+        raise ConfigurationError(f"has {len(operations)} operations, needs one of {', '.join(OPERATIONS)}", given=where)
     try:
         neurons = checked_neurons(given.get("neurons", []), n_layers, n_neurons)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{where}: {error}") from error
+        raise error.renamed({"neurons": f"{where}.neurons"}) from None
     if len(np.unique(neurons, axis=0)) < len(neurons):
-        raise ConfigurationError(f"{where}: a neuron is given twice")
+        raise ConfigurationError("a neuron is given twice", given=where)
     operation = operations[0]
     values = _numbers(f"{where}.{operation}", given[operation], len(neurons))
     polarity = given.get("polarity")
     if polarity is not None:
         if operation not in ("enhance", "suppress"):
-            raise ConfigurationError(f"{where}: polarity goes with enhance or suppress, not with {operation}")
+            raise ConfigurationError(f"polarity goes with enhance or suppress, not with {operation}", given=where)
         polarity = _numbers(f"{where}.polarity", polarity, len(neurons))
         if not (np.abs(polarity) == 1).all():
-            raise ConfigurationError(f"{where}: polarity must be +1 or -1 for each neuron")
+            raise ConfigurationError("polarity must be +1 or -1 for each neuron", given=where)
     if given.get("signed") and operation != "shift":
-        raise ConfigurationError(f"{where}: signed goes with shift, not with {operation}")
+        raise ConfigurationError(f"signed goes with shift, not with {operation}", given=where)
     return CheckedEdit(edit_name(given, index), neurons, operation, values, polarity, bool(given.get("signed")))
 
 
 def _require_name_and_kind(where: str, given: Mapping[str, Any]) -> None:
     name, signed = given.get("name"), given.get("signed")
     if isinstance(name, bool) or not isinstance(name, str | int | float | None):
-        raise ConfigurationError(f"{where}.name={shortened(name)}: must be a text")
+        raise ConfigurationError(setting=f"{where}.name", value=shortened(name), allowed="a text")
     if any("\ud800" <= character <= "\udfff" for character in str(name)):
-        raise ConfigurationError(f"{where}.name={name!a}: holds a lone surrogate, which no text has")
+        raise ConfigurationError(
+            "holds a lone surrogate, which no text has", setting=f"{where}.name", value=ascii(name)
+        )
     # Any text is true, also "false".
     if not isinstance(signed, bool | None):
-        raise ConfigurationError(f"{where}.signed={shortened(signed)}: must be true or false")
+        raise ConfigurationError(setting=f"{where}.signed", value=shortened(signed), allowed="true or false")
 
 
 def _numbers(where: str, value: Any, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -166,9 +171,11 @@ def _numbers(where: str, value: Any, n: int) -> np.ndarray[Any, np.dtype[np.floa
     # Text and truth values would become numbers too, and a list of one would be for all.
     is_odd = isinstance(value, list | tuple) and any(isinstance(one, bool | np.bool_) for one in value)
     if is_odd or given.dtype.kind not in "iuf" or given.shape not in ((), (n,)):
-        raise ConfigurationError(f"{where}={shortened(value)}: must be a number, or {n} numbers, one a neuron")
+        raise ConfigurationError(
+            setting=where, value=shortened(value), allowed=f"a number, or {n} numbers, one a neuron"
+        )
     numbers = np.broadcast_to(given.astype(np.float64), (n,))
     bad = next((number for number in numbers if not math.isfinite(number)), None)
     if bad is not None:
-        raise ConfigurationError(f"{where}: {bad:g} is not finite")
+        raise ConfigurationError(f"{bad:g} is not finite", given=where)
     return numbers

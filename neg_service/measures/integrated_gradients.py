@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.errors import ConfigurationError, NonFiniteError
+from neg_service.errors import ConfigurationError, NonFiniteError, told_by_parameters
 from neg_service.measures.batching import default_batch_tokens, in_parts, named
 from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
@@ -62,6 +62,7 @@ class IntegratedGradientsResult:
     layers: tuple[int, ...]
 
 
+@told_by_parameters(model__source="model", dataset__source="prompts", measure__steps="m")
 def integrated_gradients(
     model: LanguageModel,
     prompts: Sequence[str],
@@ -95,7 +96,7 @@ def integrated_gradients(
         NonFiniteError: NaN or infinity in logits or gradients, of the prompt or of a scaled point.
         DoesNotFit: one scaled point of a prompt does not fit.
     """
-    check_steps("m", m)
+    check_steps(m)
     encoded = encoded_texts(model, prompts, targets)
     chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
     model.ensure_checked()
@@ -223,7 +224,9 @@ def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[in
     return (p_kj1 * torch.cat(slopes)).sum(1)
 
 
-def check_steps(key: str, steps: int) -> None:
-    """Refuse fewer points than one; `key` is what the caller calls them."""
+def check_steps(steps: int) -> None:
+    """Refuse fewer points than one."""
     if steps < 1:
-        raise ConfigurationError(f"{key}={steps}: must be at least 1, the number of points that are summed over")
+        raise ConfigurationError(
+            setting="measure.steps", value=steps, allowed="at least 1, the number of points that are summed over"
+        )

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.measures.batching import default_batch_tokens, in_batches, named
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
@@ -55,6 +55,7 @@ class InterveneResult:
     n_targets: NDArray[np.int64]
 
 
+@told_by_parameters(model__source="model", dataset__source="prompts")
 def intervene(
     model: LanguageModel,
     prompts: Sequence[str],
@@ -97,7 +98,7 @@ def intervene(
     encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
     model.ensure_checked()
     if batch_tokens is not None and batch_tokens < 1:
-        raise ConfigurationError(f"batch_tokens={batch_tokens}: must be at least 1")
+        raise ConfigurationError(setting="batch_tokens", value=batch_tokens, allowed="at least 1")
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
     before, delta = np.full((p, k), np.nan), np.full((p, e, k), np.nan)
     for index, found in effects(model, encoded, checked, basis, Budget(batch_tokens or default_batch_tokens(model))):

@@ -186,6 +186,7 @@ def check_batch_bytes(batch_bytes: int, row_values: int) -> None:
     """
     if batch_bytes < 2 * 4 * row_values:
         raise ConfigurationError(
-            f"measure.batch_bytes={batch_bytes}: holds {batch_bytes // (4 * row_values)} rows of {4 * row_values} "
-            f"bytes, at least 2 are needed"
+            f"holds {batch_bytes // (4 * row_values)} rows of {4 * row_values} bytes, at least 2 are needed",
+            setting="measure.batch_bytes",
+            value=batch_bytes,
         )

@@ -47,11 +47,11 @@ def pairs_in(source: str) -> list[list[int]]:
             found.update(map(tuple, np.unique(pairs, axis=0).tolist()))
     if read is None:
         raise ConfigurationError(
-            f"{where}: must end in {', '.join(_READERS)}, be a folder of .parquet files, or a list of pairs such as "
-            f"[[29,864]]"
+            f"must end in {', '.join(_READERS)}, be a folder of .parquet files, or a list of pairs such as [[29,864]]",
+            given=where,
         )
     if not found:
-        raise ConfigurationError(f"{where}: has no rows; at least one neuron is needed")
+        raise ConfigurationError("has no rows; at least one neuron is needed", given=where)
     return [list(pair) for pair in sorted(found)]
 
 
@@ -86,17 +86,17 @@ def _parquet_pairs(where: str, name: str, content: bytes) -> Iterator[_Pairs]:
         if not pa.types.is_integer(schema.field(_index(where, column, schema.names)).type):
             raise _no_column(where, column, schema.names)
     if (damage := damage_of(name, content)) is not None:
-        raise ConfigurationError(f"{where}: is {damage}")
+        raise ConfigurationError(f"is {damage}", given=where)
     first = 0
     for batch in parquet_batches(where, file, _COLUMNS):
         for column in _COLUMNS:
             if batch[column].null_count:
                 row = first + batch[column].is_valid().to_pylist().index(False)
-                raise ConfigurationError(f"{where}: row {row}: {column} must be a whole number, and is empty")
+                raise ConfigurationError(f"row {row}: {column} must be a whole number, and is empty", given=where)
         try:
             yield np.stack([batch[column].cast(pa.int64()).to_numpy() for column in _COLUMNS], 1)
         except pa.ArrowInvalid as error:
-            raise ConfigurationError(f"{where}: rows from {first} on: {one_line(error)}") from error
+            raise ConfigurationError(f"rows from {first} on: {one_line(error)}", given=where) from error
         first += batch.num_rows
 
 
@@ -115,7 +115,7 @@ def _number(cell: str) -> Any:
 def _whole(where: str, column: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 10**_DIGITS:
         raise ConfigurationError(
-            f"{where}: {column} must be a whole number, of at most {_DIGITS} digits, not {shortened(value)}"
+            f"{column} must be a whole number, of at most {_DIGITS} digits, not {shortened(value)}", given=where
         )
     return value
 
@@ -128,5 +128,6 @@ def _index(where: str, column: str, present: Sequence[str]) -> int:
 
 def _no_column(where: str, column: str, present: Sequence[str]) -> ConfigurationError:
     return ConfigurationError(
-        f"{where}: needs whole numbers in a column {column!r}; its columns are {shortened(', '.join(present))[1:-1]}"
+        f"needs whole numbers in a column {column!r}; its columns are {shortened(', '.join(present))[1:-1]}",
+        given=where,
     )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neg_service.errors import ConfigurationError, PromptError
+from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
 from neg_service.measures.choice import Neurons, checked_neurons
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
@@ -51,6 +51,7 @@ class NegResult:
     probability: float
 
 
+@told_by_parameters(model__source="model", dataset__source="prompt", neurons__list="neurons")
 def neg(
     model: LanguageModel,
     prompt: str,
@@ -178,5 +179,5 @@ def _asked_neurons(neurons: Sequence[tuple[int, int]] | str, n_layers: int, n_ne
     if not isinstance(neurons, str):
         return checked_neurons(neurons, n_layers, n_neurons)
     if neurons != "all":
-        raise ConfigurationError(f"neurons={neurons!r}: must be 'all' or a list of (layer, index)")
+        raise ConfigurationError(setting="neurons", value=repr(neurons), allowed="'all' or a list of (layer, index)")
     return np.stack(np.divmod(np.arange(n_layers * n_neurons), n_neurons), 1)

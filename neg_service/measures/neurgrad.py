@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.measures.batching import default_batch_tokens
 from neg_service.measures.gradients import Floats, gradients
 from neg_service.models.batches import Budget
@@ -47,6 +47,7 @@ class NeurGradResult:
     layers: tuple[int, ...]
 
 
+@told_by_parameters(model__source="model", dataset__source="prompts")
 def neurgrad(
     model: LanguageModel,
     prompts: Sequence[str],

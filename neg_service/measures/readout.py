@@ -59,7 +59,10 @@ class Readout:
     def __init__(self, model: LanguageModel) -> None:
         head = model.model.get_output_embeddings()
         if head is None:
-            raise ModelError(f"{type(model.model).__name__} names no vocabulary head: choose another model.source")
+            raise ModelError(
+                f"{type(model.model).__name__} names no vocabulary head: choose another model.source",
+                change="model.source",
+            )
         self._head: nn.Module = head
         self._name = type(model.model).__name__
         self._cap: float | None = getattr(model.model.config.get_text_config(), "final_logit_softcapping", None)
@@ -116,8 +119,9 @@ class Readout:
             expected_v = self._cap * torch.tanh(head_v / self._cap)
         if not (expected_v - logits_v).abs().max() <= self._tolerance * logits_v.abs().max():
             raise ModelError(
-                f"{self._name} does something to its logits after the head that is neither a factor nor a soft cap; "
-                f"differences cannot be read: choose another model.source"
+                f"{self._name} does something to its logits after the head that is neither a factor nor a soft "
+                "cap; differences cannot be read: choose another model.source",
+                change="model.source",
             )
         return Baseline(
             who=who,

@@ -66,7 +66,7 @@ class Sweep:
 def check_shift(shift: str) -> None:
     """Refuse an unknown kind of shift."""
     if shift not in SHIFTS:
-        raise ConfigurationError(f"measure.shift={shift} is unknown; known are {', '.join(SHIFTS)}")
+        raise ConfigurationError(setting="measure.shift", value=shift, allowed=f"one of {', '.join(SHIFTS)}")
 
 
 def full_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
@@ -96,8 +96,10 @@ def coarse_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
     full = full_grid(max_shift, step)
     if len(full.shifts) <= len(COARSE_NODES):
         raise ConfigurationError(
-            f"measure.grid=coarse: runs {len(COARSE_NODES)} shifts, and measure.step={step} up to "
-            f"measure.max_shift={max_shift} has only {len(full.shifts)}: use measure.grid=full"
+            f"runs {len(COARSE_NODES)} shifts, and measure.step={step} up to measure.max_shift={max_shift} has "
+            f"only {len(full.shifts)}: use measure.grid=full",
+            setting="measure.grid",
+            value="coarse",
         )
     return _interpolated(max_shift * np.array(COARSE_NODES), full.evaluated)
 
@@ -126,15 +128,17 @@ def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
     try:
         grid = np.asarray(shifts, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"measure.shifts={shifts}: must be numbers") from error
+        raise ConfigurationError(setting="measure.shifts", value=shifts, allowed="numbers") from error
     if grid.ndim != 1 or not len(grid):
-        raise ConfigurationError("measure.shifts: at least one shift is needed")
+        raise ConfigurationError("at least one shift is needed", setting="measure.shifts")
     for value in grid:
         if not math.isfinite(value) or value == 0:
-            raise ConfigurationError(f"measure.shifts: {value:g} is no shift; shifts must be finite and not 0")
+            raise ConfigurationError(
+                f"{value:g} is no shift; shifts must be finite and not 0", setting="measure.shifts"
+            )
     values, counts = np.unique(grid, return_counts=True)
     if counts.max() > 1:
-        raise ConfigurationError(f"measure.shifts: {values[counts.argmax()]:g} is given {counts.max()} times")
+        raise ConfigurationError(f"{values[counts.argmax()]:g} is given {counts.max()} times", setting="measure.shifts")
     return Grid(grid, grid)
 
 
@@ -145,11 +149,11 @@ def chosen_grid(name: str, shifts: Sequence[float] | None = None, max_shift: flo
         ConfigurationError: an unknown name, shifts together with `coarse`, or what the grids themselves refuse.
     """
     if name not in GRIDS:
-        raise ConfigurationError(f"measure.grid={name} is unknown; known are {', '.join(GRIDS)}")
+        raise ConfigurationError(setting="measure.grid", value=name, allowed=f"one of {', '.join(GRIDS)}")
     if shifts is None:
         return full_grid(max_shift, step) if name == "full" else coarse_grid(max_shift, step)
     if name != "full":
         raise ConfigurationError(
-            f"measure.grid={name}: places its own shifts; use measure.grid=full with measure.shifts"
+            "places its own shifts; use measure.grid=full with measure.shifts", setting="measure.grid", value=name
         )
     return given_grid(shifts)

@@ -18,13 +18,15 @@ def check_keep(keep: str, known: Sequence[str], prompts: Sequence[Prompt]) -> No
         ConfigurationError: naming what it may be.
     """
     if keep not in known:
-        raise ConfigurationError(f"measure.keep={keep} is unknown; known are {', '.join(known)}")
+        raise ConfigurationError(setting="measure.keep", value=keep, allowed=f"one of {', '.join(known)}")
     if keep == "answer":
         unanswered = next((prompt.id for prompt in prompts if prompt.answer is None), None)
         if unanswered is not None:
             others = " or ".join(other for other in known if other != "answer")
             raise ConfigurationError(
-                f"measure.keep=answer: prompt {unanswered!r} has no answer; use measure.keep={others}"
+                f"prompt {unanswered!r} has no answer; use measure.keep={others}",
+                setting="measure.keep",
+                value="answer",
             )
 
 
@@ -50,10 +52,14 @@ def check_answers(measure: str, prompts: Sequence[Prompt]) -> None:
     n_labels: dict[str, int] = {}
     for prompt in prompts:
         if prompt.answer is None:
-            raise ConfigurationError(f"measure={measure}: prompt {prompt.id!r} has no answer (dataset.source)")
+            raise ConfigurationError(
+                f"prompt {prompt.id!r} has no answer (dataset.source)", setting="measure", value=measure
+            )
         known = n_labels.setdefault(task_of(prompt.id), len(prompt.targets))
         if known != len(prompt.targets):
             raise ConfigurationError(
-                f"measure={measure}: prompt {prompt.id!r} has {len(prompt.targets)} targets, others of its task have "
-                f"{known} (dataset.source)"
+                f"prompt {prompt.id!r} has {len(prompt.targets)} targets, others of its task have {known} "
+                "(dataset.source)",
+                setting="measure",
+                value=measure,
             )

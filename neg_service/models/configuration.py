@@ -61,7 +61,9 @@ def read_config(local: LocalModel, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # Any class of configuration may run, also one that comes with the model.
-        raise ModelError(f"model.source={local.directory}: cannot be loaded: {CONFIG}: {_said(error, raw)}") from error
+        raise ModelError(
+            f"cannot be loaded: {CONFIG}: {_said(error, raw)}", setting="model.source", value=local.directory
+        ) from error
 
 
 def without_weights(
@@ -84,7 +86,9 @@ def without_weights(
         raw = _json_of(local)
         key = _to_blame(raw, type(config), build)
         reason = f"{key}={_shown(raw[key])}: {one_line(error)}" if key else _said(error, raw)
-        raise ModelError(f"model.source={local.directory}: cannot be loaded: {CONFIG}: {reason}") from error
+        raise ModelError(
+            f"cannot be loaded: {CONFIG}: {reason}", setting="model.source", value=local.directory
+        ) from error
     _require_room_for_buffers(model, local)
     return model
 
@@ -101,7 +105,9 @@ def guarded(load: Callable[[], T], source: str | Path, what: str = "") -> T:
         raise
     except Exception as error:  # tokenizers raises Exception itself, and a model's own code anything.
         words = str(error) if isinstance(error, OSError) and error.filename is None else one_line(error)
-        raise ModelError(f"model.source={source}: {what}cannot be loaded: {' '.join(words.split())}") from error
+        raise ModelError(
+            f"{what}cannot be loaded: {' '.join(words.split())}", setting="model.source", value=source
+        ) from error
 
 
 def auto_class_of(config: Any, name: str) -> Any:
@@ -113,13 +119,15 @@ def auto_class_of(config: Any, name: str) -> Any:
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ModelError(
-            f"{name} ({kind}) is an encoder-decoder; a causal or masked language model is needed (model.source)"
+            f"{name} ({kind}) is an encoder-decoder; a causal or masked language model is needed", change="model.source"
         )
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ModelError(
             f"{name} has quantised weights ({getattr(method, 'value', method)}), through which gradients are not "
-            f"known to be right: choose the full weights as model.source, in model.dtype=bfloat16 if memory is short"
+            "known to be right: choose the full weights as model.source, in model.dtype=bfloat16 if memory is "
+            "short",
+            change="model.source",
         )
     if any(map(is_masked_architecture, config.architectures or [])):
         return AutoModelForMaskedLM
@@ -132,7 +140,8 @@ def auto_class_of(config: Any, name: str) -> Any:
     # Code that comes with a model is in no list of transformers'.
     if not is_causal and not getattr(config, "auto_map", None):
         raise ModelError(
-            f"{name} ({kind}) is neither a causal nor a masked language model: choose another model.source"
+            f"{name} ({kind}) is neither a causal nor a masked language model: choose another model.source",
+            change="model.source",
         )
     return AutoModelForCausalLM
 
@@ -148,10 +157,10 @@ def _json_of(local: LocalModel) -> dict[str, Any]:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"model.source={local.directory}: cannot be loaded: {CONFIG} is no JSON: {one_line(error)}"
+            f"cannot be loaded: {CONFIG} is no JSON: {one_line(error)}", setting="model.source", value=local.directory
         ) from error
     if not isinstance(raw, dict):
-        raise ModelError(f"model.source={local.directory}: cannot be loaded: {CONFIG} is no JSON object")
+        raise ModelError(f"cannot be loaded: {CONFIG} is no JSON object", setting="model.source", value=local.directory)
     # Of a key that stands twice, the last would be taken without a word.
     json_of(f"model.source={local.directory}: cannot be loaded: {CONFIG}", file.read_bytes(), ModelError)
     return raw
@@ -162,15 +171,18 @@ def _check(local: LocalModel, raw: dict[str, Any]) -> None:
     for path, key, value in _values(raw):
         if key == "factor" and path.startswith("rope_") and isinstance(value, int | float) and value <= 0:
             raise ModelError(
-                f"model.source={local.directory}: cannot be loaded: {CONFIG}: {path}={_shown(value)}: must be more "
-                f"than 0"
+                f"cannot be loaded: {CONFIG}: {path}={_shown(value)}: must be more than 0",
+                setting="model.source",
+                value=local.directory,
             )
         if key == "sliding_window" and raw.get("use_sliding_window") is False:
             continue
         reason = _objection(key, value) or (_objection_to_name(path, key, value) if "auto_map" not in raw else None)
         if reason:
             raise ModelError(
-                f"model.source={local.directory}: cannot be loaded: {CONFIG}: {path}={_shown(value)}: {reason}"
+                f"cannot be loaded: {CONFIG}: {path}={_shown(value)}: {reason}",
+                setting="model.source",
+                value=local.directory,
             )
 
 
@@ -279,9 +291,10 @@ def _require_room_for_buffers(model: PreTrainedModel, local: LocalModel) -> None
     if sum(sizes.values()) > memory:
         largest = max(sizes, key=lambda name: sizes[name])
         raise ModelError(
-            f"model.source={local.directory}: cannot be loaded: {CONFIG}: {largest} would be "
-            f"{sizes[largest] / 2**30:.0f} GiB, and this machine has {memory / 2**30:.0f}: check the numbers of "
-            f"positions (max_position_embeddings, n_positions)"
+            f"cannot be loaded: {CONFIG}: {largest} would be {sizes[largest] / 2**30:.0f} GiB, and this machine "
+            f"has {memory / 2**30:.0f}: check the numbers of positions (max_position_embeddings, n_positions)",
+            setting="model.source",
+            value=local.directory,
         )
 
 

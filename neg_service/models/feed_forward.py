@@ -125,9 +125,9 @@ def check_basis(basis: str, is_gated: bool, whose: str) -> None:
         ConfigurationError: naming the key and what it may be.
     """
     if basis not in BASES:
-        raise ConfigurationError(f"measure.basis={basis} is unknown; known are {', '.join(BASES)}")
+        raise ConfigurationError(setting="measure.basis", value=basis, allowed=f"one of {', '.join(BASES)}")
     if basis == "gate" and not is_gated:
-        raise ConfigurationError(f"measure.basis=gate: {whose} has no gate; use paper or hidden")
+        raise ConfigurationError(f"{whose} has no gate; use paper or hidden", setting="measure.basis", value="gate")
 
 
 def find_feed_forward(model: PreTrainedModel) -> FeedForward:
@@ -138,13 +138,14 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     """
     name = type(model).__name__
     if reason := _REFUSED.get(model.config.model_type):
-        raise ModelError(f"{name} {reason}: choose another model.source")
+        raise ModelError(f"{name} {reason}: choose another model.source", change="model.source")
     layers = _layers(model)
     experts = next((type(part).__name__ for part in layers.modules() if "Experts" in type(part).__name__), None)
     if experts is not None:
         raise ModelError(
-            f"{name} has experts ({experts}), of which each token uses some, so that not every neuron acts on every "
-            f"prompt: choose a dense model as model.source"
+            f"{name} has experts ({experts}), of which each token uses some, so that not every neuron acts on "
+            "every prompt: choose a dense model as model.source",
+            change="model.source",
         )
     mlps = tuple(_mlp(layer) for layer in layers)
     found = [next((row for row in LAYOUTS if _has(mlp, row)), None) for mlp in mlps]
@@ -152,8 +153,9 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
         if layout is None:
             known = "; ".join("/".join(row.names) for row in LAYOUTS)
             raise ModelError(
-                f"the neurons of {type(mlp).__name__} (layer {index} of {name}) are not known; "
-                f"known are MLPs made of {known}: choose another model.source"
+                f"the neurons of {type(mlp).__name__} (layer {index} of {name}) are not known; known are MLPs "
+                f"made of {known}: choose another model.source",
+                change="model.source",
             )
         if layout != found[0]:
             raise ModelError(
@@ -164,7 +166,8 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     if len({id(mlp.get_submodule(layout.act)) for mlp in mlps}) < len(mlps):
         raise ModelError(
             f"the layers of {name} share one activation module, so their neurons cannot be told apart; choose "
-            f"another model.source"
+            "another model.source",
+            change="model.source",
         )
     sizes = {_input_size(mlp.get_submodule(layout.down)) for mlp in mlps}
     if len(sizes) > 1:

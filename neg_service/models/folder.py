@@ -94,9 +94,11 @@ def require_plain_files(source: str, directory: Path) -> None:
     if adapter:
         beside = "beside full weights" if any(directory.glob("*.safetensors")) else "without its base model"
         raise ModelError(
-            f"model.source={source}: {', '.join(file.name for file in adapter[:3])}: an adapter {beside}, which would "
-            f"not be applied: merge it into its base model and save that, or take its files out of the folder, if the "
-            f"full weights alone are meant"
+            f"{', '.join(file.name for file in adapter[:3])}: an adapter {beside}, which would not be applied: "
+            "merge it into its base model and save that, or take its files out of the folder, if the full "
+            "weights alone are meant",
+            setting="model.source",
+            value=source,
         )
     for file in _matching(directory, _READ):
         require_real_file(source, file)
@@ -111,14 +113,18 @@ def require_real_file(source: str, file: Path) -> None:
         ModelError: naming the file.
     """
     if not file.exists():
-        raise ModelError(f"model.source={source}: {file.name} is a link to {file.readlink()}, where nothing is")
+        raise ModelError(
+            f"{file.name} is a link to {file.readlink()}, where nothing is", setting="model.source", value=source
+        )
     if not file.is_file():
         return
     with file.open("rb") as opened:
         text = opened.read(_POINTER_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     for start, what in _ANSWERS:
         if text.lower().startswith(start):
-            raise ModelError(f"model.source={source}: {file.name} is {what}, not the file itself: download the file")
+            raise ModelError(
+                f"{file.name} is {what}, not the file itself: download the file", setting="model.source", value=source
+            )
     if file.stat().st_size > _POINTER_BYTES:
         return
     for start, system in _POINTERS:
@@ -127,8 +133,9 @@ def require_real_file(source: str, file: Path) -> None:
             what = f", which stands for {int(size.group(1))} bytes" if size else ""
             how = {"Git LFS": "run `git lfs pull` there", "git-annex": "run `git annex get` there"}.get(system)
             raise ModelError(
-                f"model.source={source}: {file.name} is a {system} pointer{what}, not the file itself: "
-                f"{how or 'download the file'}"
+                f"{file.name} is a {system} pointer{what}, not the file itself: {how or 'download the file'}",
+                setting="model.source",
+                value=source,
             )
 
 
@@ -163,19 +170,25 @@ def _used_files(source: str, directory: Path) -> list[Path]:
     if not index.is_file():
         found = ", ".join(file.name for file in _matching(directory, ("*.safetensors",))[:3])
         raise ModelError(
-            f"model.source={source}: cannot be loaded: neither {WEIGHTS} nor {INDEX} is there; of {found} nothing says "
-            f"that they are the whole model"
+            f"cannot be loaded: neither {WEIGHTS} nor {INDEX} is there; of {found} nothing says that they are the "
+            "whole model",
+            setting="model.source",
+            value=source,
         )
     require_real_file(source, index)
     names = _names_in_index(source, index)
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ModelError(f"model.source={source}: {index.name} names {outside[0]!r}, which is not in the folder")
+        raise ModelError(
+            f"{index.name} names {outside[0]!r}, which is not in the folder", setting="model.source", value=source
+        )
     missing = [name for name in names if not (directory / name).exists() and not (directory / name).is_symlink()]
     if missing:
         raise ModelError(
-            f"model.source={source}: {index.name} names {len(names)} files, of which {len(missing)} are missing: "
-            f"{', '.join(missing[:3])}: fetch the whole model"
+            f"{index.name} names {len(names)} files, of which {len(missing)} are missing: "
+            f"{', '.join(missing[:3])}: fetch the whole model",
+            setting="model.source",
+            value=source,
         )
     return [directory / name for name in names]
 
@@ -193,12 +206,14 @@ def _names_in_index(source: str, index: Path) -> list[str]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"model.source={source}: {index.name} is no JSON: {one_line(error)}") from error
+        raise ModelError(f"{index.name} is no JSON: {one_line(error)}", setting="model.source", value=source) from error
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ModelError(f"model.source={source}: {index.name}: weight_map must name a file for each tensor")
+        raise ModelError(
+            f"{index.name}: weight_map must name a file for each tensor", setting="model.source", value=source
+        )
     if not isinstance(content.get("metadata"), dict):
-        raise ModelError(f"model.source={source}: {index.name}: metadata must be there, if only as {{}}")
+        raise ModelError(f"{index.name}: metadata must be there, if only as {{}}", setting="model.source", value=source)
     return sorted(set(places.values()))
 
 
@@ -214,8 +229,10 @@ def _require_no_adapter_inside(source: str, file: Path) -> None:
         return
     if own is not None:
         raise ModelError(
-            f"model.source={source}: {file.name}: an adapter ({own}) beside full weights, which would not be applied: "
-            f"merge it into the model and save that, or take the file out of the folder"
+            f"{file.name}: an adapter ({own}) beside full weights, which would not be applied: merge it into the "
+            "model and save that, or take the file out of the folder",
+            setting="model.source",
+            value=source,
         )
 
 
@@ -238,8 +255,10 @@ def stored_tensors(source: str, files: Sequence[Path]) -> dict[str, StoredTensor
         for name, tensor in _header(source, file).items():
             if name in found and not _is_same(name, found[name].file, file):
                 raise ModelError(
-                    f"model.source={source}: {found[name].file.name} and {file.name} have different tensors of the "
-                    f"name {name}: fetch the model anew into an empty folder"
+                    f"{found[name].file.name} and {file.name} have different tensors of the name {name}: fetch "
+                    "the model anew into an empty folder",
+                    setting="model.source",
+                    value=source,
                 )
             found[name] = tensor
     return found
@@ -255,8 +274,9 @@ def _header(source: str, file: Path) -> dict[str, StoredTensor]:
             }
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
-            f"model.source={source}: cannot be loaded: {file.name}: {_what_is_wrong(file) or one_line(error)}: fetch "
-            f"the file again"
+            f"cannot be loaded: {file.name}: {_what_is_wrong(file) or one_line(error)}: fetch the file again",
+            setting="model.source",
+            value=source,
         ) from error
 
 

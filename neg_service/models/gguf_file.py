@@ -53,7 +53,7 @@ def unpack(file: Path, target: Path) -> None:
     except NegServiceError:
         raise
     except Exception as error:  # Three readers, whose own exceptions are of all kinds where a file is damaged.
-        raise ModelError(f"model.source={file}: cannot be read as GGUF: {one_line(error)}") from error
+        raise ModelError(f"cannot be read as GGUF: {one_line(error)}", setting="model.source", value=file) from error
     require_complete(str(file), report)
     require_used(str(file), model, {name: name for name in report["unexpected_keys"]}, {})
     _require_all_taken(file, model, metadata, names)
@@ -64,13 +64,17 @@ def unpack(file: Path, target: Path) -> None:
 def _require_a_whole_model(file: Path, metadata: dict[str, Any]) -> None:
     if metadata.get("general.type", "model") != "model":
         raise ModelError(
-            f"model.source={file}: holds no model but {metadata['general.type']} (general.type): merge it into its "
-            f"base model, and give that"
+            f"holds no model but {metadata['general.type']} (general.type): merge it into its base model, and "
+            "give that",
+            setting="model.source",
+            value=file,
         )
     if int(metadata.get("split.count", 1)) > 1:
         raise ModelError(
-            f"model.source={file}: is one of {metadata['split.count']} files of a model (split.count): merge them, as "
-            f"with llama-gguf-split --merge"
+            f"is one of {metadata['split.count']} files of a model (split.count): merge them, as with "
+            "llama-gguf-split --merge",
+            setting="model.source",
+            value=file,
         )
 
 
@@ -81,8 +85,10 @@ def _require_all_taken(file: Path, model: PreTrainedModel, metadata: dict[str, A
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" and not is_scaled:
         raise ModelError(
-            f"model.source={file}: has scaled rotary embeddings ({architecture}.rope.scaling.type={scaling}), which "
-            f"are lost where GGUF is unpacked: give the model's directory with safetensors"
+            f"has scaled rotary embeddings ({architecture}.rope.scaling.type={scaling}), which are lost where "
+            "GGUF is unpacked: give the model's directory with safetensors",
+            setting="model.source",
+            value=file,
         )
     if is_gguf_arch_supported(architecture):
         # What is not taken is in transformers' own report.
@@ -94,13 +100,17 @@ def _require_all_taken(file: Path, model: PreTrainedModel, metadata: dict[str, A
     wrong = [name for name in left if name not in factors and not _OF_NO_USE.search(name)]
     if wrong:
         raise ModelError(
-            f"model.source={file}: {len(wrong)} tensors would not be used: {', '.join(wrong[:3])}: no parameter of "
-            f"{type(model).__name__} takes them: give the model's directory with safetensors"
+            f"{len(wrong)} tensors would not be used: {', '.join(wrong[:3])}: no parameter of "
+            f"{type(model).__name__} takes them: give the model's directory with safetensors",
+            setting="model.source",
+            value=file,
         )
     if factors and not is_scaled and not _are_ones(file, factors):
         raise ModelError(
-            f"model.source={file}: has scaled rotary embeddings ({', '.join(factors)}), which are lost where GGUF is "
-            f"unpacked: give the model's directory with safetensors"
+            f"has scaled rotary embeddings ({', '.join(factors)}), which are lost where GGUF is unpacked: give "
+            "the model's directory with safetensors",
+            setting="model.source",
+            value=file,
         )
     if left:
         log.info("%s: not used: %d tensors: %s", file.name, len(left), ", ".join(left[:3]))

@@ -80,7 +80,7 @@ def require_measurable(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder; a causal or masked model is needed (model.source)")
+        raise ModelError(f"{name} is an encoder-decoder; a causal or masked model is needed", change="model.source")
     candidates(model, MASK_TOKEN if is_masked_architecture(name) else LAST_TOKEN)
 
 
@@ -92,10 +92,14 @@ def mask_token_of(tokenizer: Any, name: str, n_input_ids: int | None = None) -> 
     """
     token: int | None = getattr(tokenizer, "mask_token_id", None)
     if token is None:
-        raise ModelError(f"{name} is a masked model, but its tokenizer has no mask token: choose another model.source")
+        raise ModelError(
+            f"{name} is a masked model, but its tokenizer has no mask token: choose another model.source",
+            change="model.source",
+        )
     if n_input_ids is not None and token >= n_input_ids:
         raise ModelError(
-            f"{name}: the mask token {tokenizer.mask_token!r} has the id {token}, but it embeds only the ids below "
-            f"{n_input_ids}: the tokenizer beside the weights is another model's (model.source)"
+            f"{name}: the mask token {tokenizer.mask_token!r} has the id {token}, but it embeds only the ids "
+            f"below {n_input_ids}: the tokenizer beside the weights is another model's",
+            change="model.source",
         )
     return token

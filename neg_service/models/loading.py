@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from neg_service.errors import ConfigurationError, ModelError
+from neg_service.config import ModelConfig
+from neg_service.errors import ConfigurationError, ModelError, told_by_parameters
 from neg_service.models.configuration import auto_class_of, guarded, read_config, without_weights
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.folder import LocalModel, damaged_json
@@ -24,6 +25,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@told_by_parameters()
 def load_model(
     source: str | os.PathLike[str] = "smollm2",
     *,
@@ -47,10 +49,17 @@ def load_model(
             whose neurons are not known.
         ConfigurationError: an unknown dtype or a device that is not there.
     """
-    chosen_dtype = checked_dtype(dtype)
-    devices = checked_devices(device)
-    local = fetch(source, revision, trust_remote_code=trust_remote_code)
-    source = os.fsdecode(source)
+    # Whatever is no text or path is refused where it is looked for.
+    return loaded(ModelConfig(cast(str, source), revision, dtype, device, trust_remote_code))
+
+
+def loaded(settings: ModelConfig) -> LanguageModel:
+    """`load_model` for those who have settings, under whose keys it refuses what cannot be."""
+    chosen_dtype = checked_dtype(settings.dtype)
+    devices = checked_devices(settings.device)
+    trust_remote_code = settings.trust_remote_code
+    local = fetch(settings.source, settings.revision, trust_remote_code=trust_remote_code)
+    source = os.fsdecode(settings.source)
     if chosen_dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")
     config = read_config(local, trust_remote_code)
@@ -89,7 +98,9 @@ def load_tokenizer(local: LocalModel, trust_remote_code: bool = False) -> Any:
     """
     hear_libraries()
     if not any(list(local.directory.glob(pattern)) for pattern in _TOKENIZER_FILES):
-        raise ModelError(f"model.source={local.directory}: has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+        raise ModelError(
+            f"has no tokenizer ({', '.join(_TOKENIZER_FILES)})", setting="model.source", value=local.directory
+        )
     damaged = damaged_json(local.directory)
     return guarded(
         lambda: AutoTokenizer.from_pretrained(local.directory, trust_remote_code=trust_remote_code),
@@ -101,7 +112,7 @@ def load_tokenizer(local: LocalModel, trust_remote_code: bool = False) -> Any:
 def checked_dtype(dtype: str) -> torch.dtype:
     """The torch dtype of a name in the configuration."""
     if dtype not in DTYPES:
-        raise ConfigurationError(f"model.dtype={dtype} is unknown; known are {', '.join(DTYPES)}")
+        raise ConfigurationError(setting="model.dtype", value=dtype, allowed=f"one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 

@@ -46,17 +46,20 @@ def checked_devices(device: Any) -> list[torch.device]:
             raise _not_a_device(device, str(one))
         if one.type == "cuda" and (one.index or 0) >= torch.cuda.device_count():
             raise ConfigurationError(
-                f"model.device={device}: this machine has {torch.cuda.device_count()} GPUs; use auto or cpu"
+                f"this machine has {torch.cuda.device_count()} GPUs; use auto or cpu",
+                setting="model.device",
+                value=device,
             )
     if len(set(chosen)) < len(chosen):
-        raise ConfigurationError(f"model.device={device}: a device is named twice")
+        raise ConfigurationError("a device is named twice", setting="model.device", value=device)
     return chosen
 
 
 def _not_a_device(device: str, name: str) -> ConfigurationError:
     return ConfigurationError(
-        f"model.device={device}: {name} is no device that can be used; use auto, cpu, cuda, or several in a list, "
-        f"[cuda:0,cuda:1]"
+        f"{name} is no device that can be used; use auto, cpu, cuda, or several in a list, [cuda:0,cuda:1]",
+        setting="model.device",
+        value=device,
     )
 
 
@@ -72,8 +75,9 @@ def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[
     layers = find_feed_forward(model).layers
     if len(layers) < len(devices):
         raise ConfigurationError(
-            f"model.device: {len(devices)} devices, but {type(model).__name__} has {len(layers)} layers: use fewer "
-            f"devices, or a smaller cluster.gpus_per_replica"
+            f"{len(devices)} devices, but {type(model).__name__} has {len(layers)} layers: use fewer devices, or "
+            "a smaller cluster.gpus_per_replica",
+            setting="model.device",
         )
     before, path, after = _around(model, layers)
     # By identity: a head that shares its weights with the embeddings has to lie with them.
@@ -131,9 +135,11 @@ def require_room(
         # A tenth for what a pass needs beside the weights.
         enough = math.ceil(1.1 * whole / max(1, room))
         raise ConfigurationError(
-            f"model.source={source}: {billions:.2f} billion parameters of {dtype.itemsize} bytes are "
-            f"{whole / 2**30:.1f} GiB, {size / 2**30:.1f} of them on {device}, which has {room / 2**30:.1f} GiB: "
-            f"use cluster.gpus_per_replica={enough}, or a smaller model.dtype"
+            f"{billions:.2f} billion parameters of {dtype.itemsize} bytes are {whole / 2**30:.1f} GiB, "
+            f"{size / 2**30:.1f} of them on {device}, which has {room / 2**30:.1f} GiB: use "
+            f"cluster.gpus_per_replica={enough}, or a smaller model.dtype",
+            setting="model.source",
+            value=source,
         )
 
 

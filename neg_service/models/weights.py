@@ -110,21 +110,26 @@ def require_complete(source: str, report: Mapping[str, Any], head_is_outside: st
     if mismatched:
         name, stored, wanted = mismatched[0]
         raise ModelError(
-            f"model.source={source}: cannot be loaded: {len(mismatched)} tensors are mismatched: {name} is "
-            f"{list(stored)} in the files, {list(wanted)} by config.json: the two are of different models, or "
-            f"config.json was changed"
+            f"cannot be loaded: {len(mismatched)} tensors are mismatched: {name} is {list(stored)} in the files, "
+            f"{list(wanted)} by config.json: the two are of different models, or config.json was changed",
+            setting="model.source",
+            value=source,
         )
     missing = sorted(map(str, report.get("missing_keys") or ()))
     if not missing:
         return
     if head_is_outside and not any(name.startswith(head_is_outside) for name in missing):
         raise ModelError(
-            f"model.source={source}: has no language-model head ({', '.join(missing[:3])} are missing): choose "
-            f"a checkpoint that was saved with one"
+            f"has no language-model head ({', '.join(missing[:3])} are missing): choose a checkpoint that was "
+            "saved with one",
+            setting="model.source",
+            value=source,
         )
     raise ModelError(
-        f"model.source={source}: {len(missing)} tensors are missing: {', '.join(missing[:3])}: the files are not "
-        f"complete, or config.json asks for more than they have"
+        f"{len(missing)} tensors are missing: {', '.join(missing[:3])}: the files are not complete, or "
+        "config.json asks for more than they have",
+        setting="model.source",
+        value=source,
     )
 
 
@@ -149,8 +154,10 @@ def require_used(
             hint = "they are an adapter's: merge it into the model, and save that"
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ModelError(
-            f"model.source={source}: {len(wrong)} tensors would not be used: {', '.join(wrong[:3])}{more}{where}: no "
-            f"parameter of {type(model).__name__} takes them: {hint}"
+            f"{len(wrong)} tensors would not be used: {', '.join(wrong[:3])}{more}{where}: no parameter of "
+            f"{type(model).__name__} takes them: {hint}",
+            setting="model.source",
+            value=source,
         )
     for kind in sorted({kind for kind in kinds.values() if kind}):
         names = [name for name, own in kinds.items() if own == kind]
@@ -188,8 +195,10 @@ def _require_one_of_each(source: str, places: Mapping[str, str], tensors: Mappin
         if other != name and not _are_equal(other, name, tensors):
             files = ", ".join(sorted({tensors[own].file.name for own in (other, name)}))
             raise ModelError(
-                f"model.source={source}: {other} and {name} ({files}) are different tensors for one parameter, "
-                f"{place}: take out the one that is not meant"
+                f"{other} and {name} ({files}) are different tensors for one parameter, {place}: take out the one "
+                "that is not meant",
+                setting="model.source",
+                value=source,
             )
 
 
@@ -318,6 +327,8 @@ def _require_numbers(
     for name, stored in tensors.items():
         if stored.dtype not in _FLOATS and places[name].name in parameters:
             raise ModelError(
-                f"model.source={source}: {name} ({stored.file.name}) is stored as {stored.dtype}, which are quantised "
-                f"weights that config.json does not tell of: choose the full weights ({', '.join(_FLOATS)})"
+                f"{name} ({stored.file.name}) is stored as {stored.dtype}, which are quantised weights that "
+                f"config.json does not tell of: choose the full weights ({', '.join(_FLOATS)})",
+                setting="model.source",
+                value=source,
             )

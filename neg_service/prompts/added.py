@@ -270,8 +270,9 @@ def _is_first(tokenizer: Tokenizer, content: Sequence[int], edge: Sequence[int])
 def _spelled_too(who: str, does: str, names: Sequence[str], added_text: str) -> PromptError:
     where, place = ("in front of", "first") if does == "begin" else ("behind", "last")
     return PromptError(
-        f"prompt {who!r} would {does} with {list(names)}: the tokenizer puts {added_text!r} {where} every prompt, and "
-        f"this one spells it again; leave that out, or write it whole, once, and {place} of all (dataset.source)"
+        f"prompt {who!r} would {does} with {list(names)}: the tokenizer puts {added_text!r} {where} every prompt, "
+        f"and this one spells it again; leave that out, or write it whole, once, and {place} of all",
+        change="dataset.source",
     )
 
 

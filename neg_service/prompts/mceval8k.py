@@ -58,7 +58,7 @@ def chosen_tasks(task: Any) -> list[str]:
     """The names of the tasks of `dataset.task`: `all`, one, or a list."""
     names = list(TASKS) if task == "all" else _as_list(task)
     if not names or len(set(names)) < len(names):
-        raise PromptError(f"dataset.task={task}: give at least one task, and each once")
+        raise PromptError("give at least one task, and each once", setting="dataset.task", value=task)
     for name in names:
         _require_known("dataset.task", str(name), TASKS)
     return names
@@ -68,7 +68,7 @@ def chosen_splits(split: Any) -> list[str]:
     """The splits of `dataset.split`: one, or a list."""
     names = _as_list(split)
     if not names or len(set(names)) < len(names):
-        raise PromptError(f"dataset.split={split}: give at least one split, and each once")
+        raise PromptError("give at least one split, and each once", setting="dataset.split", value=split)
     for name in names:
         _require_known("dataset.split", str(name), SPLITS)
     return names
@@ -90,7 +90,7 @@ class _Loader:
             _require_known("dataset.languages", str(language), LANGUAGES)
         for key, value, least in (("shots", config.shots, 0), ("limit", config.limit, 1)):
             if value is not None and value < least:
-                raise PromptError(f"dataset.{key}={value}: must be at least {least}")
+                raise PromptError(setting=f"dataset.{key}", value=value, allowed=f"at least {least}")
         self._task, self._config = task, config
         self._templates = templates_of(task, config.wordings)
         _require_known("dataset.wording", config.wording, self._templates, f" of {task.name}")
@@ -125,8 +125,10 @@ class _Loader:
             prompts.append(Prompt(id_, text, template.labels, example.answer))
         if not prompts:
             raise PromptError(
-                f"dataset.source={without_credentials(self._config.source)}: no row of {self._task.name}, {split}, is "
-                f"left to be asked; check dataset.languages and dataset.balanced"
+                f"no row of {self._task.name}, {split}, is left to be asked; check dataset.languages and "
+                "dataset.balanced",
+                setting="dataset.source",
+                value=without_credentials(self._config.source),
             )
         return prompts
 
@@ -171,8 +173,10 @@ class _Loader:
             if len(own) < shots:
                 of = f" in {group}" if self._task.is_multilingual else ""
                 raise PromptError(
-                    f"dataset.shots={shots}: {self._task.name} has {len(own)} rows for label {template.labels[label]!r}"
-                    f"{of} in its {split} split; use at most {len(own)}"
+                    f"{self._task.name} has {len(own)} rows for label {template.labels[label]!r}{of} in its "
+                    f"{split} split; use at most {len(own)}",
+                    setting="dataset.shots",
+                    value=shots,
                 )
             chosen += draw.sample(own, shots)
         draw.shuffle(chosen)
@@ -238,7 +242,7 @@ def _read(source: str, path: str) -> bytes | None:
     if is_elsewhere or Path(absolute(source)).is_dir():
         return read_if_there("dataset.source", below(source, path), PromptError)
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:
-        raise PromptError(f"dataset.source={source}: no such directory")
+        raise PromptError("no such directory", setting="dataset.source", value=source)
     # Each retry would be announced over two lines, twice; what came of it is told below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
@@ -253,22 +257,26 @@ def _read(source: str, path: str) -> bytes | None:
 
 def _hub_error(source: str, path: str, error: Exception) -> PromptError:
     return PromptError(
-        f"dataset.source={source}: no such directory here, and the hub gave no {path}: "
-        f"{one_line(error).rstrip('.')}; check the network, or give a directory with the layout of MCEval8K"
+        f"no such directory here, and the hub gave no {path}: {one_line(error).rstrip('.')}; check the network, "
+        "or give a directory with the layout of MCEval8K",
+        setting="dataset.source",
+        value=source,
     )
 
 
 def _parsed(where: str, content: bytes) -> list[dict[str, Any]]:
     rows = json_of(where, content, PromptError)
     if not isinstance(rows, list):
-        raise PromptError(f"{where}: must be a list of rows")
+        raise PromptError(given=where, allowed="a list of rows")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise PromptError(f"{where}: row {number} must be an object with fields, not {shortened(row)}")
+            raise PromptError(f"row {number} must be an object with fields, not {shortened(row)}", given=where)
     return rows
 
 
 def _require_known(key: str, name: str, known: Iterable[str], of: str = "") -> None:
     known = list(known)
     if name not in known:
-        raise PromptError(f"{key}={name} is unknown; {nearest(name, known)}known{of} are {', '.join(known)}")
+        raise PromptError(
+            f"is unknown; {nearest(name, known)}known{of} are {', '.join(known)}", setting=key, value=name
+        )

@@ -88,21 +88,26 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
         PromptError: naming the prompt.
     """
     if not prompts:
-        raise PromptError("there are 0 prompts, at least 1 is needed: check dataset.source and job.limit")
+        raise PromptError(
+            "there are 0 prompts, at least 1 is needed: check dataset.source and job.limit", change="dataset.source"
+        )
     # Eight bytes of each: where two are the same, and only there, the ids themselves are compared.
     hashes = array("q")
     for prompt in prompts:
         hashes.append(hash(prompt.id))
         if not prompt.text:
-            raise PromptError(f"prompt {prompt.id!r} is empty; it needs at least one token (dataset.source)")
+            raise PromptError(f"prompt {prompt.id!r} is empty; it needs at least one token", change="dataset.source")
         if any(_is_not_text(text) for text in (prompt.id, prompt.text, *prompt.targets)):
-            raise PromptError(f"prompt {prompt.id!r} holds a lone surrogate, which no text has (dataset.source)")
+            raise PromptError(
+                f"prompt {prompt.id!r} holds a lone surrogate, which no text has", change="dataset.source"
+            )
         if not prompt.targets:
-            raise PromptError(f"prompt {prompt.id!r} has no targets; it needs at least one (dataset.source)")
+            raise PromptError(f"prompt {prompt.id!r} has no targets; it needs at least one", change="dataset.source")
         if prompt.answer is not None and not 0 <= prompt.answer < len(prompt.targets):
             raise PromptError(
                 f"prompt {prompt.id!r} has answer {prompt.answer}, but its {len(prompt.targets)} targets are "
-                f"numbered from 0 (dataset.source)"
+                "numbered from 0",
+                change="dataset.source",
             )
     _check_ids_differ(prompts, hashes)
 
@@ -115,7 +120,7 @@ def _check_ids_differ(prompts: Sequence[Prompt], hashes: array[int]) -> None:
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
-            raise PromptError(f"prompt id {prompt.id!r} appears twice; ids must differ (dataset.source)")
+            raise PromptError(f"prompt id {prompt.id!r} appears twice; ids must differ", change="dataset.source")
         if hash(prompt.id) in repeated:
             seen.add(prompt.id)
 
@@ -209,8 +214,9 @@ def _checked_targets(
         token = _target_id(tokenizer, read, target, full, mask_token, model)
         if token in place_of:
             raise TargetError(
-                f"prompt {read.prompt.id!r}: targets {targets[place_of[token]]!r} and {target!r} are the same token "
-                f"{_tokens(tokenizer, [token])}; targets must differ (dataset.source)"
+                f"prompt {read.prompt.id!r}: targets {targets[place_of[token]]!r} and {target!r} are the same "
+                f"token {_tokens(tokenizer, [token])}; targets must differ",
+                change="dataset.source",
             )
         place_of[token] = place
     return {place: token for token, place in place_of.items()}
@@ -305,7 +311,8 @@ def _with_models_mask(tokenizer: Tokenizer, prompt: Prompt, mask_token: int | No
         either = repr(mask) if mask == MASK else f"{mask!r} or {MASK!r}"
         raise PromptError(
             f"prompt {prompt.id!r} has {text.count(mask)} mask tokens, a masked model needs exactly 1, written as "
-            f"{either} (dataset.source; dataset=facts-masked has facts with masks)"
+            f"{either} (dataset.source; dataset=facts-masked has facts with masks)",
+            change="dataset.source",
         )
     return text
 
@@ -322,18 +329,20 @@ def _check_known(tokenizer: Tokenizer, prompt: Prompt, ids: tuple[int, ...], mod
     if strange is not None:
         raise PromptError(
             f"prompt {prompt.id!r}: its token {_tokens(tokenizer, [strange])[0]!r} has the id {strange}, but "
-            f"{model.name} embeds only the ids below {model.n_input_ids}: the tokenizer beside the weights is another "
-            f"model's (model.source)"
+            f"{model.name} embeds only the ids below {model.n_input_ids}: the tokenizer beside the weights is "
+            "another model's",
+            change="model.source",
         )
 
 
 def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | None) -> None:
     if not ids:
-        raise PromptError(f"prompt {prompt.id!r} has no tokens; it needs at least one (dataset.source)")
+        raise PromptError(f"prompt {prompt.id!r} has no tokens; it needs at least one", change="dataset.source")
     if context_length is not None and len(ids) > context_length:
         raise PromptError(
-            f"prompt {prompt.id!r} has {len(ids)} tokens, the model's context holds {context_length}: "
-            f"shorten it, choose another model.source, or leave such prompts out with dataset.too_long=skip"
+            f"prompt {prompt.id!r} has {len(ids)} tokens, the model's context holds {context_length}: shorten it, "
+            "choose another model.source, or leave such prompts out with dataset.too_long=skip",
+            change="model.source",
         )
 
 
@@ -369,25 +378,27 @@ def _target_id(
         raise TargetError(
             f"prompt {prompt.id!r}: target {target!r} merges with the text beside it "
             f"{_tokens(tokenizer, ids[max(0, seam) : seam + 2])} into "
-            f"{_tokens(tokenizer, full[max(0, seam) : seam + 3])}; "
-            f"move the space between them from the prompt to the target, or away (dataset.source)"
+            f"{_tokens(tokenizer, full[max(0, seam) : seam + 3])}; move the space between them from the prompt to "
+            "the target, or away",
+            change="dataset.source",
         )
     if len(own) != 1:
         raise TargetError(
-            f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, "
-            f"it must be exactly 1 (dataset.source; of a task, dataset.wording; dataset.not_one_token=skip leaves "
-            f"it out)"
+            f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, it must be "
+            "exactly 1 (dataset.source; of a task, dataset.wording; dataset.not_one_token=skip leaves it out)",
+            change="dataset.source",
         )
     if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):
         raise TargetError(
-            f"prompt {prompt.id!r}: the model has no token for target {target!r}, only {_tokens(tokenizer, own)} "
-            f"(dataset.source)"
+            f"prompt {prompt.id!r}: the model has no token for target {target!r}, only {_tokens(tokenizer, own)}",
+            change="dataset.source",
         )
     if model is not None and model.n_output_ids is not None and own[0] >= model.n_output_ids:
         raise PromptError(
             f"prompt {prompt.id!r}: target {target!r} is the token {_tokens(tokenizer, own)[0]!r} with the id "
-            f"{own[0]}, but {model.name} predicts only the ids below {model.n_output_ids}: the tokenizer beside the "
-            f"weights is another model's (model.source)"
+            f"{own[0]}, but {model.name} predicts only the ids below {model.n_output_ids}: the tokenizer beside "
+            "the weights is another model's",
+            change="model.source",
         )
     return own[0]
 

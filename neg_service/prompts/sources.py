@@ -71,7 +71,9 @@ def require_source(source: str) -> None:
         PromptError: it is empty.
     """
     if not source.strip():
-        raise PromptError(f"dataset.source={source}: has no value; give a file, a folder or {' or '.join(BUILT_IN)}")
+        raise PromptError(
+            f"has no value; give a file, a folder or {' or '.join(BUILT_IN)}", setting="dataset.source", value=source
+        )
 
 
 def dataset_name(dataset: DatasetConfig) -> str:
@@ -105,13 +107,16 @@ def read_prompts(source: str, limit: int | None = None, how: DatasetConfig | Non
     rows_of = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
     if suffix not in rows_of:
         raise PromptError(
-            f"dataset.source={shown}: neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that "
-            f"ends in {', '.join(rows_of)}"
+            f"neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that ends in {', '.join(rows_of)}",
+            setting="dataset.source",
+            value=shown,
         )
     how = how or DatasetConfig(source)
     names = _columns(how.columns)
     if how.choices < 2:
-        raise PromptError(f"dataset.choices={how.choices}: must be at least 2, the answer and another one")
+        raise PromptError(
+            setting="dataset.choices", value=how.choices, allowed="at least 2, the answer and another one"
+        )
     where, named = f"dataset.source={shown}", dict(how.columns or {})
 
     def rows(file: BinaryIO) -> _Rows:
@@ -160,14 +165,18 @@ def _columns(given: Any) -> dict[str, str]:
         and set(given) <= set(COLUMNS)
     ):
         raise PromptError(
-            f"dataset.columns={given}: must say what a file calls some of {', '.join(COLUMNS)}, such as {{id: uuid}}"
+            f"must say what a file calls some of {', '.join(COLUMNS)}, such as {{id: uuid}}",
+            setting="dataset.columns",
+            value=given,
         )
     names = {column: (given or {}).get(column, column) for column in COLUMNS}
     # Whoever says so may take ids and groups from where something else comes from.
     alone = [column for column in COLUMNS if column in ("prompt", "targets", "answer") or column not in (given or {})]
     if (name := repeated(names[column] for column in alone)) is not None:
         both = " and ".join(column for column in alone if names[column] == name)
-        raise PromptError(f"dataset.columns={given}: {both} would both be the column {name!r}; give each its own")
+        raise PromptError(
+            f"{both} would both be the column {name!r}; give each its own", setting="dataset.columns", value=given
+        )
     return names
 
 
@@ -228,7 +237,7 @@ def _jsonl_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Map
     present: dict[str, None] = {}
     for number, row in json_lines(where, file, PromptError, as_written=True):
         if not isinstance(row, dict):
-            raise PromptError(f"{where}: line {number} is not a JSON object")
+            raise PromptError(f"line {number} is not a JSON object", given=where)
         present |= dict.fromkeys(row)
         yield f"line {number}", row
     # A row may leave out what it has nothing to say of; a file without rows says nothing at all.
@@ -255,7 +264,8 @@ def _json_list(where: str, cell: str) -> Any:
         return json_value(cell)
     except ValueError as error:
         raise PromptError(
-            f'{where}: targets must be a JSON list such as [" a", " b"], not {shortened(cell)}, which {one_line(error)}'
+            f'targets must be a JSON list such as [" a", " b"], not {shortened(cell)}, which {one_line(error)}',
+            given=where,
         ) from error
 
 
@@ -271,7 +281,7 @@ def _parquet_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: M
             rows = batch.to_pylist()
         except (ValueError, OverflowError) as error:
             # Times that Python has no value for.
-            raise PromptError(f"{where}: rows from {number} on cannot be read: {one_line(error)}") from error
+            raise PromptError(f"rows from {number} on cannot be read: {one_line(error)}", given=where) from error
         for row in rows:
             yield f"row {number}", row
             number += 1
@@ -290,8 +300,9 @@ def _require_named(where: str, present: Sequence[str], named: Mapping[str, str])
     for column, name in named.items():
         if column != "prompt" and name not in present:
             raise PromptError(
-                f"{where}: has no column {name!r}, which dataset.columns={{{column}: {name}}} names; its columns are "
-                f"{shortened(', '.join(present))[1:-1]}"
+                f"has no column {name!r}, which dataset.columns={{{column}: {name}}} names; its columns are "
+                f"{shortened(', '.join(present))[1:-1]}",
+                given=where,
             )
 
 
@@ -300,15 +311,15 @@ def _prompt(where: str, index: int, row: dict[str, Any], names: Mapping[str, str
     if text is None:
         raise _missing_column(where, names["prompt"])
     if not isinstance(text, str):
-        raise PromptError(f"{where}: prompt must be a text, not {shortened(text)}")
+        raise PromptError(f"prompt must be a text, not {shortened(text)}", given=where)
     if targets is None and answer is not None:
-        raise PromptError(f"{where}: answer must be a text where there are no targets, not {shortened(answer)}")
+        raise PromptError(f"answer must be a text where there are no targets, not {shortened(answer)}", given=where)
     if targets is None:
         raise _missing_column(where, names["targets"])
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise PromptError(f"{where}: targets must be a list of texts, not {shortened(targets)}")
+        raise PromptError(f"targets must be a list of texts, not {shortened(targets)}", given=where)
     if answer is not None and answer not in targets:
-        raise PromptError(f"{where}: answer {shortened(answer)} is not one of the targets {shortened(targets)}")
+        raise PromptError(f"answer {shortened(answer)} is not one of the targets {shortened(targets)}", given=where)
     id_ = f"{index:06d}" if id_ is None else _name(where, "id", id_)
     return Prompt(id_, text, tuple(targets), None if answer is None else targets.index(answer))
 
@@ -316,7 +327,7 @@ def _prompt(where: str, index: int, row: dict[str, Any], names: Mapping[str, str
 def _name(where: str, column: str, value: Any) -> str:
     """An id or a group as a text."""
     if isinstance(value, list | dict | bytes) or (isinstance(value, float) and not math.isfinite(value)):
-        raise PromptError(f"{where}: {column} must be a text or a number, not {shortened(value)}")
+        raise PromptError(f"{column} must be a text or a number, not {shortened(value)}", given=where)
     return str(value)
 
 

@@ -42,7 +42,9 @@ class Row:
         """A list of texts, `count` of them if given."""
         found = self._of(field, list, "a list of texts")
         if not all(isinstance(one, str) for one in found) or count not in (None, len(found)):
-            raise PromptError(f"{self.where}: {field} must be a list of {count or ''} texts, not {shortened(found)}")
+            raise PromptError(
+                f"{field} must be a list of {count or ''} texts, not {shortened(found)}", given=self.where
+            )
         return [_clean(one) for one in found]
 
     def index(self, field: str, count: int, first: int = 0) -> int:
@@ -52,7 +54,7 @@ class Row:
         is_index = (count, first) == (2, 0) or not isinstance(value, bool)
         if not is_index or value not in range(first, first + count):
             raise PromptError(
-                f"{self.where}: {field} must be from {first} to {first + count - 1}, not {shortened(value)}"
+                f"{field} must be from {first} to {first + count - 1}, not {shortened(value)}", given=self.where
             )
         return int(value) - first
 
@@ -60,7 +62,7 @@ class Row:
         """The code of its language."""
         code = self.text("lang")
         if code not in LANGUAGES:
-            raise PromptError(f"{self.where}: lang must be one of {', '.join(LANGUAGES)}, not {shortened(code)}")
+            raise PromptError(f"lang must be one of {', '.join(LANGUAGES)}, not {shortened(code)}", given=self.where)
         return code
 
     def _of(self, field: str, kind: Any, wanted: str) -> Any:
@@ -68,7 +70,7 @@ class Row:
             raise PromptError(f"{self.where} has no field {field!r}; it has {', '.join(map(repr, self.values))}")
         value = self.values[field]
         if not isinstance(value, kind):
-            raise PromptError(f"{self.where}: {field} must be {wanted}, not {shortened(value)}")
+            raise PromptError(f"{field} must be {wanted}, not {shortened(value)}", given=self.where)
         return value
 
 
@@ -153,7 +155,7 @@ def _clang8(row: Row) -> Example:
         other = next(name for name in names if name != empty)
         both = row.raw_text(other).split("\t")
         if len(both) != 2:
-            raise PromptError(f"{row.where}: {empty} is empty, and {other} is not two sentences: {shortened(both)}")
+            raise PromptError(f"{empty} is empty, and {other} is not two sentences: {shortened(both)}", given=row.where)
         first, second = map(_clean, both)
     return Example({"first": first, "second": second}, row.index("acceptable", 2))
 
@@ -167,7 +169,9 @@ def _stereoset(row: Row) -> Example:
     # Three fields give the index of a sentence each; the right one is the first.
     places = [row.index(field, 3) for field in ("stereotype", "anti-stereotype", "non-stereotype")]
     if sorted(places) != [0, 1, 2]:
-        raise PromptError(f"{row.where}: its three kinds of sentence must be 0, 1 and 2 in some order, not {places}")
+        raise PromptError(
+            f"its three kinds of sentence must be 0, 1 and 2 in some order, not {places}", given=row.where
+        )
     # What is published as `stereotype` mostly goes against one ("Football players are usually weak"); wordings ask so.
     return Example({"context": row.text("context"), **_lettered(row.texts("sentences", 3))}, places[0])
 

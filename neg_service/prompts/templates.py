@@ -62,11 +62,13 @@ def _templates(task: Task, where: str, content: bytes) -> dict[str, dict[str, Pr
     try:
         read = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"dataset.wordings={where}: is not TOML: {one_line(error)}") from error
+        raise PromptError(f"is not TOML: {one_line(error)}", setting="dataset.wordings", value=where) from error
     templates: dict[str, dict[str, PromptTemplate]] = {}
     for name, by_language in read.items():
         if not isinstance(by_language, dict):
-            raise PromptError(f"dataset.wordings={where}: {name} must be a table for each language, [{name}.en]")
+            raise PromptError(
+                f"{name} must be a table for each language, [{name}.en]", setting="dataset.wordings", value=where
+            )
         for language, own in by_language.items():
             place = f"dataset.wordings={where}: [{name}.{language}]"
             if not isinstance(own, dict) or set(own) != {"instruction", "question", "labels"}:
@@ -74,7 +76,7 @@ def _templates(task: Task, where: str, content: bytes) -> dict[str, dict[str, Pr
             labels = own["labels"]
             is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
             if not is_list or not all(isinstance(own[key], str) for key in ("instruction", "question")):
-                raise PromptError(f"{place}: instruction and question must be texts, labels a list of texts")
+                raise PromptError("instruction and question must be texts, labels a list of texts", given=place)
             if len(labels) != task.n_labels:
                 raise PromptError(
                     f"{place} has {len(labels)} labels; {task.name} needs {task.n_labels}, in the order of its answers"
@@ -92,9 +94,9 @@ def _require_fields(place: str, task: Task, template: PromptTemplate) -> None:
     try:
         question = template.render(example)
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        raise PromptError(f"{place}: question: {one_line(error)} is no field; the fields are {known}") from error
+        raise PromptError(f"question: {one_line(error)} is no field; the fields are {known}", given=place) from error
     if question == template.question:
-        raise PromptError(f"{place}: question uses no field; the fields are {known}")
+        raise PromptError(f"question uses no field; the fields are {known}", given=place)
 
 
 def _made_up(task: Task) -> Example:

@@ -287,5 +287,5 @@ def open_runs(uris: Sequence[str | os.PathLike[str]], endpoint_url: str | None =
     runs = tuple(open_run(uri, endpoint_url) for uri in uris)
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):
-        raise ConfigurationError(f"runs={names}: give at least one run, and each once")
+        raise ConfigurationError("give at least one run, and each once", setting="runs", value=names)
     return Runs(runs)

@@ -139,7 +139,7 @@ class S3Store:
         """The server answers as S3 does, the bucket exists, and the key may list it."""
         self._require_listener()
         strange = DestinationError(
-            f"{self._where()}: something answers there, but not as an S3 server does; check storage.endpoint_url"
+            "something answers there, but not as an S3 server does; check storage.endpoint_url", given=self._where()
         )
         with self._translated():
             try:
@@ -208,15 +208,15 @@ class S3Store:
         try:
             parts = urlsplit(self.endpoint_url)
         except ValueError as error:
-            raise DestinationError(f"{self._where()}: is no URL of a server: {error}") from error
+            raise DestinationError(f"is no URL of a server: {error}", given=self._where()) from error
         if parts.scheme not in ("http", "https"):
-            raise DestinationError(f"{self._where()}: is no URL of a server; give http://HOST:PORT or https://HOST")
+            raise DestinationError("is no URL of a server; give http://HOST:PORT or https://HOST", given=self._where())
         try:
             place = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
             within(_CONNECT_SECONDS, lambda: socket.create_connection(place, timeout=_CONNECT_SECONDS)).close()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DestinationError(f"{self._where()}: no server answers there: {reason}") from error
+            raise DestinationError(f"no server answers there: {reason}", given=self._where()) from error
 
     def _where(self) -> str:
         at = f" (storage.endpoint_url={self.endpoint_url})" if self.endpoint_url else ""
@@ -229,15 +229,15 @@ class S3Store:
         except (PermissionError, FileNotFoundError, NoCredentialsError, *_WRONG_SETTINGS) as error:
             # The reply to a completed upload was lost, and the upload is not there any more: put it again.
             if "upload" in str(error) and "does not exist" in str(error):
-                raise StorageError(f"{self._where()}: {one_line(error)}") from error
-            raise DestinationError(f"{self._where()}: {_explained(error)}") from error
+                raise StorageError(one_line(error), given=self._where()) from error
+            raise DestinationError(_explained(error), given=self._where()) from error
         # Refused connections are botocore's own errors, bodies that break off aiohttp's; both are no OSErrors.
         except (OSError, BotoCoreError, ResponseParserError, aiohttp.ClientError) as error:
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-                raise DestinationError(f"{self._where()}: {one_line(error)}: give a shorter prefix") from error
+                raise DestinationError(f"{one_line(error)}: give a shorter prefix", given=self._where()) from error
             if (advised := advice_of(error)) is not None:
-                raise DestinationError(f"{self._where()}: {advised}") from error
-            raise StorageError(f"{self._where()}: {reason_of(error)}") from error
+                raise DestinationError(advised, given=self._where()) from error
+            raise StorageError(reason_of(error), given=self._where()) from error
 
 
 def _explained(error: Exception) -> str:

@@ -49,7 +49,7 @@ class Selection(pads.FileSystemDataset):  # type: ignore[misc]
             filtered.scanner()
             return filtered
         except pa.ArrowInvalid as error:
-            raise ConfigurationError(f"filter={filter}: {one_line(error)}") from error
+            raise ConfigurationError(one_line(error), setting="filter", value=filter) from error
 
     @property
     def schema(self) -> pa.Schema:

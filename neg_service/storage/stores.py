@@ -25,7 +25,7 @@ def open_store(
         DestinationError: no text, an unknown scheme, no bucket, credentials, or a place that would not be found again.
     """
     if not isinstance(uri, str | os.PathLike):
-        raise DestinationError(f"{key}={uri!r}: must be a path or a URI, as text")
+        raise DestinationError(setting=key, value=repr(uri), allowed="a path or a URI, as text")
     text = os.fspath(uri)
     require_place(text, key, DestinationError)
     path = local_path(uri, key, DestinationError)
@@ -40,5 +40,5 @@ def open_store(
         store = S3Store(text, endpoint_url, key=key)
     else:
         shown = without_credentials(text)
-        raise DestinationError(f"{key}={shown}: scheme {scheme!r} is unknown; use a path, file:// or s3://")
+        raise DestinationError(f"scheme {scheme!r} is unknown; use a path, file:// or s3://", setting=key, value=shown)
     return PatientStore(store, patience_seconds) if patience_seconds else store

@@ -87,7 +87,9 @@ def read_study(store: ObjectStore, shown: str, kinds: Sequence[str], endpoint_ur
         runs = {what: run for what, own in named.items() if (run := _run(own, store.uri, endpoint_url)) is not None}
         if needs_all and (gone := sorted(set(named) - set(runs))):
             raise DestinationError(
-                f"runs={shown}: its run {named[gone[0]]} ({gone[0]}) is neither there nor beside the study"
+                f"its run {named[gone[0]]} ({gone[0]}) is neither there nor beside the study",
+                setting="runs",
+                value=shown,
             )
         return StudyResults(kind, store.uri, about, _tables(store), runs)
     return None
@@ -119,5 +121,5 @@ def _table(store: ObjectStore, name: str) -> pa.Table:
 def _settings_in(where: str, content: bytes) -> dict[str, Any]:
     about = json_of(where, content, DestinationError)
     if not isinstance(about, dict):
-        raise DestinationError(f"{where}: must be a JSON object, not {shortened(about)}")
+        raise DestinationError(given=where, allowed=f"a JSON object, not {shortened(about)}")
     return about

@@ -44,7 +44,7 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
 
         super().validate(info, neurons, prompts)
         check_keep(self.options.keep, KEEP, prompts)
-        check_steps("measure.steps", self.options.steps)
+        check_steps(self.options.steps)
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `integrated_gradients`."""

@@ -46,7 +46,7 @@ class Intervene(Measure[InterveneOptions]):
         """Refuse layers, for edits name their neurons, and edits that the model cannot do, too."""
         if neurons.choose == "all" and neurons.layers != "all":
             raise ConfigurationError(
-                f"neurons.layers={neurons.layers}: measure.edits names the neurons; leave it at all"
+                "measure.edits names the neurons; leave it at all", setting="neurons.layers", value=neurons.layers
             )
         super().validate(info, neurons, prompts)
         checked_edits(self.options.edits, info.n_layers, info.n_neurons)

@@ -54,7 +54,9 @@ class NeurGrad(Measure[NeurGradOptions]):
         in_all = len(checked_layers(neurons, info.n_layers)) * info.n_neurons
         if self._is_top_k and not 1 <= self.options.top_k <= in_all:
             raise ConfigurationError(
-                f"measure.top_k={self.options.top_k}: must be from 1 to {in_all}, the neurons of the chosen layers"
+                setting="measure.top_k",
+                value=self.options.top_k,
+                allowed=f"from 1 to {in_all}, the neurons of the chosen layers",
             )
 
     def fingerprint_inputs(self) -> dict[str, Any]:

@@ -55,7 +55,9 @@ class NeuronSweep(Measure[SweepOptions]):
         size = self.options.batch_bytes
         if size != "auto":
             if not isinstance(size, int) or isinstance(size, bool):
-                raise ConfigurationError(f"measure.batch_bytes={size}: must be auto or a whole number of bytes")
+                raise ConfigurationError(
+                    setting="measure.batch_bytes", value=size, allowed="auto or a whole number of bytes"
+                )
             check_batch_bytes(size, info.row_values)
 
     def fingerprint_inputs(self) -> dict[str, Any]:
@@ -113,5 +115,7 @@ class NeuronSweep(Measure[SweepOptions]):
         """
         options = self.options
         if options.shifts is not None and not isinstance(options.shifts, list):
-            raise ConfigurationError(f"measure.shifts={options.shifts}: must be a list of numbers such as [-1,1]")
+            raise ConfigurationError(
+                setting="measure.shifts", value=options.shifts, allowed="a list of numbers such as [-1,1]"
+            )
         return chosen_grid(options.grid, options.shifts, options.max_shift, options.step)

@@ -62,11 +62,14 @@ def select_engine(model: LoadedModel) -> Selection:
         except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise ModelError(
-                    f"self-check of {name_of(model)}: the graph of {CHECK_TOKENS} tokens does not fit into the memory "
-                    f"of {model.device} beside the weights: use a larger device, or a smaller model.source or "
-                    f"model.dtype"
+                    f"self-check of {name_of(model)}: the graph of {CHECK_TOKENS} tokens does not fit into the "
+                    f"memory of {model.device} beside the weights: use a larger device, or a smaller model.source "
+                    "or model.dtype",
+                    change="model.source",
                 ) from error
             own = "" if model.module._supports_attention_backend else "its attention is code of its own; "
             rejected[kind.name] = f"{own}does not run: {one_line(error)}"
     reasons = "; ".join(f"{engine}: {reason}" for engine, reason in rejected.items())
-    raise ModelError(f"self-check of {name_of(model)}: {reasons}: choose another model.source or model.dtype")
+    raise ModelError(
+        f"self-check of {name_of(model)}: {reasons}: choose another model.source or model.dtype", change="model.source"
+    )

@@ -63,12 +63,14 @@ def check_plain(model: LoadedModel) -> None:
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"self-check of {name_of(model)}: the plain model does not run: {one_line(error)}: choose another "
-            f"model.source"
+            "model.source",
+            change="model.source",
         ) from error
     if not plain.isfinite().all():
         raise ModelError(
-            f"self-check of {name_of(model)}: the plain model's logits on {CHECK_TOKENS} tokens are not finite: its "
-            f"weights are damaged (model.source), or too large for {_dtype(model)} (model.dtype)"
+            f"self-check of {name_of(model)}: the plain model's logits on {CHECK_TOKENS} tokens are not finite: "
+            f"its weights are damaged (model.source), or too large for {_dtype(model)}",
+            change="model.dtype",
         )
 
 

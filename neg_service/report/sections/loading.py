@@ -51,7 +51,7 @@ def load(uris: Sequence[str], endpoint_url: str | None, views: Sequence[StudyVie
         elif store.get(RUN_FILE) is not None:
             shown = [open_run(uri, endpoint_url, key="runs")]
         else:
-            raise DestinationError(f"runs={uri}: there is no run, no study and no probe")
+            raise DestinationError("there is no run, no study and no probe", setting="runs", value=uri)
         known = {run.uri for run in loaded.runs}
         loaded.runs.extend(run for run in shown if run.uri not in known)
     return loaded

@@ -42,27 +42,32 @@ def check_options(options: LinearityOptions) -> None:
     """
     for key, given in (("estimators", options.estimators), ("sets", options.sets)):
         if len(set(given)) < len(given):
-            raise ConfigurationError(f"study.{key}={given}: one is named twice")
+            raise ConfigurationError("one is named twice", setting=f"study.{key}", value=given)
     if not options.estimators:
-        raise ConfigurationError(f"study.estimators=[]: name at least one of {', '.join(ESTIMATORS)}")
+        raise ConfigurationError(
+            f"name at least one of {', '.join(ESTIMATORS)}", setting="study.estimators", value="[]"
+        )
     for name in options.estimators:
         if name not in ESTIMATORS:
             raise ConfigurationError(
-                f"study.estimators: {name} is unknown; {nearest(name, ESTIMATORS)}known are {', '.join(ESTIMATORS)}"
+                f"{name} is unknown; {nearest(name, ESTIMATORS)}known are {', '.join(ESTIMATORS)}",
+                setting="study.estimators",
             )
     if options.answered not in _ANSWERED:
-        raise ConfigurationError(f"study.answered={options.answered}: must be {' or '.join(_ANSWERED)}")
+        raise ConfigurationError(setting="study.answered", value=options.answered, allowed=f"{' or '.join(_ANSWERED)}")
     for key, choice, known in (("keep", options.keep, KEEP), ("grid", options.grid, GRIDS)):
         if choice not in known:
-            raise ConfigurationError(f"study.{key}={choice} is unknown; known are {', '.join(known)}")
+            raise ConfigurationError(setting=f"study.{key}", value=choice, allowed=f"one of {', '.join(known)}")
     _check_numbers(options)
 
 
 def _check_numbers(options: LinearityOptions) -> None:
     if options.seed < 0:
-        raise ConfigurationError(f"study.seed={options.seed}: must not be negative")
+        raise ConfigurationError("must not be negative", setting="study.seed", value=options.seed)
     if not math.isfinite(options.set_shift) or options.set_shift == 0:
-        raise ConfigurationError(f"study.set_shift={options.set_shift}: must be a finite number, not zero")
+        raise ConfigurationError(
+            setting="study.set_shift", value=options.set_shift, allowed="a finite number, not zero"
+        )
     _check_ranges(options.ranges)
     for key, value in (
         ("steps", options.steps),
@@ -73,9 +78,9 @@ def _check_numbers(options: LinearityOptions) -> None:
         *(("sets", value) for value in options.sets),
     ):
         if value is not None and value < 1:
-            raise ConfigurationError(f"study.{key}={value}: must be at least 1")
+            raise ConfigurationError(setting=f"study.{key}", value=value, allowed="at least 1")
 
 
 def _check_ranges(ranges: Sequence[float]) -> None:
     if not ranges or not all(largest > 0 and math.isfinite(largest) for largest in ranges):
-        raise ConfigurationError(f"study.ranges={list(ranges)}: must be positive numbers, at least one")
+        raise ConfigurationError(setting="study.ranges", value=list(ranges), allowed="positive numbers, at least one")

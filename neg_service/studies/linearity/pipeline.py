@@ -13,7 +13,6 @@ of them.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
@@ -37,6 +36,12 @@ from neg_service.studies.scans import StudyScans
 from neg_service.studies.tables import StudyTables
 
 log = logging.getLogger(__name__)
+# Settings of a scan, and the study's own under which a person sets them.
+_OF_A_STUDY = {f"measure.{name}": f"study.{name}" for name in ("basis", "keep", "steps", "grid")} | {
+    "neurons.count": "study.neurons",
+    # A study keeps NeurGrad of the answer or of all targets.
+    "measure.keep=all or top_k": "study.keep=all",
+}
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -91,8 +96,9 @@ def _planned(options: LinearityOptions, scans: StudyScans) -> dict[str, ScanConf
     neurons = scans.settings.neurons
     if neurons.choose != "all":
         raise ConfigurationError(
-            f"neurons.choose={neurons.choose}: a study draws its neurons itself: study.neurons of each layer of "
-            f"neurons.layers, or null for all of them"
+            "a study draws its neurons itself: study.neurons of each layer of neurons.layers, or null for all of them",
+            setting="neurons.choose",
+            value=neurons.choose,
         )
     sample = whole = NeuronsConfig(neurons.layers)
     if options.neurons is not None:
@@ -139,6 +145,4 @@ def _told_of_a_study(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
     try:
         return call(*args, **kwargs)
     except ConfigurationError as error:
-        message = re.sub(r"\bmeasure\.(basis|keep|steps|grid)\b", r"study.\1", str(error))
-        message = re.sub(r"\bneurons\.count\b", "study.neurons", message).replace("keep=all or top_k", "keep=all")
-        raise type(error)(message) from error
+        raise error.renamed(_OF_A_STUDY) from error

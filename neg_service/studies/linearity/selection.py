@@ -46,12 +46,16 @@ def spread_over(ids: Sequence[str], count: int) -> list[str]:
 def _require_right(prompts: pa.Table, right: int, with_answer: int) -> None:
     if all(len(targets) < 2 for targets in prompts["targets"].to_pylist()):
         raise ConfigurationError(
-            "study.answered=right: prompts have one target each, which is always the most probable one; give them "
-            "several, or use study.answered=all"
+            "prompts have one target each, which is always the most probable one; give them several, or use "
+            "study.answered=all",
+            setting="study.answered",
+            value="right",
         )
     if not right:
         raise ConfigurationError(
-            f"study.answered=right: the model answers none of {with_answer} prompts rightly; use study.answered=all"
+            f"the model answers none of {with_answer} prompts rightly; use study.answered=all",
+            setting="study.answered",
+            value="right",
         )
 
 

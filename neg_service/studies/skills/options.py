@@ -66,24 +66,30 @@ def check_options(options: SkillOptions) -> None:
     for key, given, known in (("probes", options.probes, PROBES), ("studies", options.studies, STUDIES)):
         if unknown := [one for one in given if one not in known]:
             raise ConfigurationError(
-                f"probe.{key}={unknown[0]} is unknown; {nearest(unknown[0], known)}known are {', '.join(known)}"
+                f"is unknown; {nearest(unknown[0], known)}known are {', '.join(known)}",
+                setting=f"probe.{key}",
+                value=unknown[0],
             )
         if len(set(given)) < len(given) or (key == "probes" and not given):
-            raise ConfigurationError(f"probe.{key}={given}: give at least one, and each once")
+            raise ConfigurationError("give at least one, and each once", setting=f"probe.{key}", value=given)
     whole = ("train", "valid", "test", "shard_size", "efficiency_neurons", "block", "blocks", "suppressed")
     for key in whole:
         value = getattr(options, key)
         if value is not None and value < 1:
-            raise ConfigurationError(f"probe.{key}={value}: must be at least 1")
+            raise ConfigurationError(setting=f"probe.{key}", value=value, allowed="at least 1")
     sizes = options.sizes
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise ConfigurationError(f"probe.sizes={sizes}: must be numbers of neurons, each once, at least 1")
+        raise ConfigurationError(
+            setting="probe.sizes", value=sizes, allowed="numbers of neurons, each once, at least 1"
+        )
     if options.seed < 0:
-        raise ConfigurationError(f"probe.seed={options.seed}: must not be negative")
+        raise ConfigurationError("must not be negative", setting="probe.seed", value=options.seed)
     if "activation" in options.probes and options.shard_size < _LEAST_SHARD:
         raise ConfigurationError(
-            f"probe.shard_size={options.shard_size}: the probe activation compares with the mean over a shard and "
-            f"needs at least {_LEAST_SHARD} prompts in it; or leave it out of probe.probes"
+            f"the probe activation compares with the mean over a shard and needs at least {_LEAST_SHARD} prompts "
+            "in it; or leave it out of probe.probes",
+            setting="probe.shard_size",
+            value=options.shard_size,
         )
     _check_studies(options)
 
@@ -94,21 +100,28 @@ def _check_studies(options: SkillOptions) -> None:
     if "efficiency" in options.studies:
         if options.efficiency_neurons < least:
             raise ConfigurationError(
-                f"probe.efficiency_neurons={options.efficiency_neurons}: must be at least {least}, the smallest of "
-                f"probe.sizes"
+                setting="probe.efficiency_neurons",
+                value=options.efficiency_neurons,
+                allowed=f"at least {least}, the smallest of probe.sizes",
             )
         for size in options.train_sizes or ():
             if size < 1 or size % options.shard_size:
                 raise ConfigurationError(
-                    f"probe.train_sizes={options.train_sizes}: scores add up shard by shard, so each must be a "
-                    f"multiple of probe.shard_size={options.shard_size}"
+                    "scores add up shard by shard, so each must be a multiple of "
+                    f"probe.shard_size={options.shard_size}",
+                    setting="probe.train_sizes",
+                    value=options.train_sizes,
                 )
     if {"flexibility", "robustness"} & set(options.studies) and options.block > most:
-        raise ConfigurationError(f"probe.block={options.block}: must be at most {most}, the largest of probe.sizes")
+        raise ConfigurationError(
+            setting="probe.block", value=options.block, allowed=f"at most {most}, the largest of probe.sizes"
+        )
     known_keys = [own.name for own in fields(Context)]
     for index, own in enumerate(options.contexts or ()):
         if not isinstance(own, Mapping) or not own or set(own) - set(known_keys):
-            raise ConfigurationError(f"probe.contexts[{index}]={own}: must have some of {', '.join(known_keys)}")
+            raise ConfigurationError(
+                f"must have some of {', '.join(known_keys)}", setting=f"probe.contexts[{index}]", value=own
+            )
 
 
 def contexts_of(options: SkillOptions, base: Context, wordings: Iterable[str]) -> list[Context]:

@@ -94,6 +94,6 @@ def _require_neurons(options: SkillOptions, scores: Mapping[str, SkillScores]) -
     for task, own in scores.items():
         if max(options.sizes) > len(own.neurons):
             raise ConfigurationError(
-                f"probe.sizes={options.sizes}: the chosen layers have {len(own.neurons)} neurons"
-            )  # fmt: skip
+                f"the chosen layers have {len(own.neurons)} neurons", setting="probe.sizes", value=options.sizes
+            )
         log.info("%s: neurons ranked on %d prompts", task, own.n_prompts)
