@@ -104,12 +104,14 @@ def test_float32_is_as_exact_as_promised(
     double = LanguageModel(smollm2_float64, smollm2.tokenizer)
     draw = np.random.default_rng(0)
     neurons = [(layer, int(draw.integers(1536))) for layer in range(30)]
-    found = neg_service.neg(smollm2, text, target, neurons)
+    # Every fifth of the full grid's shifts: the whole of it takes minutes in float64.
+    shifts = [-2.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0]
+    found = neg_service.neg(smollm2, text, target, neurons, shifts)
     ids = smollm2.tokenizer(text)["input_ids"]
     (target_id,) = smollm2.tokenizer(target)["input_ids"]
     # The same weights in float64, what the model casts to float32 on its own included.
     with in_precision(double.model, double.feed_forward.layers, torch.float64):
-        exact = neg_service.neg(double, text, target, neurons)
+        exact = neg_service.neg(double, text, target, neurons, shifts)
         single = neg_service.neg(double, text, target, neurons, [1.0], shift="signed")
         # That reference is itself held against full forward passes, which take seconds each: at both ends and between.
         for layer in (0, 9, 20, 29):
