@@ -221,7 +221,9 @@ class _Answers:
             is_small = len(pool) <= 16 * choices
             places = draw.permutation(len(pool)) if is_small else draw.integers(len(pool), size=16 * choices)
             for text in (pool[index] for index in places):
-                if len(texts) < choices and text not in texts:
+                if len(texts) == choices:
+                    break
+                if text not in texts:
                     texts.append(text)
         space = "" if row["prompt"][-1:].isspace() else self._how.answer_prefix
         texts = [space + text for text in texts]
