@@ -26,9 +26,10 @@ import aiohttp
 import ray
 import requests
 from ray.exceptions import AuthenticationError, RayError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
+from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from neg_service.cluster.resources import Node, replica_size
 from neg_service.config import ScanConfig
@@ -214,33 +215,50 @@ def submit(client: JobSubmissionClient, request: Request, directory: Path) -> tu
     Raises:
         ConfigurationError: the job server refuses it.
     """
-    until = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        last = last_of(client, request.submission_id)
-        if last is not None and last[1] not in _ENDED:
-            return last[0], False
-        name = request.submission_id
-        if last is not None:
-            name += f"-{int(last[0].removeprefix(name).removeprefix('-') or 1) + 1}"
-        with _told(client._address):
-            try:
-                client.submit_job(
-                    entrypoint=request.entrypoint,
-                    submission_id=name,
-                    runtime_env={"working_dir": str(directory), "env_vars": dict(request.environment)},
-                    metadata={_MARK: request.submission_id},
-                    entrypoint_num_cpus=request.driver.get("CPU"),
-                    entrypoint_num_gpus=request.driver.get("GPU"),
-                    entrypoint_resources={k: v for k, v in request.driver.items() if k not in ("CPU", "GPU")} or None,
-                )
-            except RuntimeError as error:
-                # A head node that has just started says so; and somebody may have sent the same job just now.
-                is_passing = "try again later" in str(error) or last_of(client, request.submission_id) != last
-                if is_passing and time.monotonic() < until:
-                    time.sleep(_ASK_SECONDS)
-                    continue
-                raise ConfigurationError(f"the job server refuses the job: {one_line(error)}") from error
-        return name, True
+    try:
+        return _asking(_NotNow)(_submit_once, client, request, directory)
+    except _NotNow as error:
+        raise ConfigurationError(f"the job server refuses the job: {error}") from error
+
+
+def _asking(*errors: type[Exception]) -> Retrying:
+    """Asks again for a while after one of these errors."""
+    return Retrying(
+        retry=retry_if_exception_type(errors),
+        stop=stop_after_delay(_PATIENCE_SECONDS),
+        wait=wait_fixed(_ASK_SECONDS),
+        reraise=True,
+    )
+
+
+class _NotNow(Exception):
+    """A job server that refuses a job now may take it, or have it, in a moment."""
+
+
+def _submit_once(client: JobSubmissionClient, request: Request, directory: Path) -> tuple[str, bool]:
+    last = last_of(client, request.submission_id)
+    if last is not None and last[1] not in _ENDED:
+        return last[0], False
+    name = request.submission_id
+    if last is not None:
+        name += f"-{int(last[0].removeprefix(name).removeprefix('-') or 1) + 1}"
+    with _told(client._address):
+        try:
+            client.submit_job(
+                entrypoint=request.entrypoint,
+                submission_id=name,
+                runtime_env={"working_dir": str(directory), "env_vars": dict(request.environment)},
+                metadata={_MARK: request.submission_id},
+                entrypoint_num_cpus=request.driver.get("CPU"),
+                entrypoint_num_gpus=request.driver.get("GPU"),
+                entrypoint_resources={k: v for k, v in request.driver.items() if k not in ("CPU", "GPU")} or None,
+            )
+        except RuntimeError as error:
+            # A head node that has just started says so; and somebody may have sent the same job just now.
+            if "try again later" in str(error) or last_of(client, request.submission_id) != last:
+                raise _NotNow(one_line(error)) from error
+            raise ConfigurationError(f"the job server refuses the job: {one_line(error)}") from error
+    return name, True
 
 
 def last_of(client: JobSubmissionClient, submission_id: str) -> tuple[str, JobStatus] | None:
@@ -264,24 +282,13 @@ def follow(client: JobSubmissionClient, name: str) -> int:
     printer = _Printer(client, name)
     thread = threading.Thread(target=printer.run, daemon=True)
     thread.start()
-    answered = spoke = time.monotonic()
-    while True:
-        try:
-            info = client.get_job_info(name)
-        except _AWAY as error:
-            if time.monotonic() - answered > _PATIENCE_SECONDS:
-                raise NegServiceError(
-                    f"the job server at {client._address} has not answered for {_PATIENCE_SECONDS:.0f} s; job {name} "
-                    f"may go on: the same command follows it again: {one_line(error)}"
-                ) from error
-        else:
-            answered = time.monotonic()
-            if (status := info.status) in _ENDED:
-                break
-            if status is JobStatus.PENDING and answered - spoke > _WAITING_SECONDS:
-                spoke = answered
-                log.info("job %s waits: %s", name, " ".join((info.message or "for the job server").split())[:300])
+    spoke = time.monotonic()
+    while (info := _info_of(client, name)).status not in _ENDED:
+        if info.status is JobStatus.PENDING and time.monotonic() - spoke > _WAITING_SECONDS:
+            spoke = time.monotonic()
+            log.info("job %s waits: %s", name, " ".join((info.message or "for the job server").split())[:300])
         time.sleep(_ASK_SECONDS)
+    status = info.status
     thread.join(5)
     printer.finish()
     if status is JobStatus.SUCCEEDED:
@@ -294,6 +301,17 @@ def follow(client: JobSubmissionClient, name: str) -> int:
     return int(info.driver_exit_code)
 
 
+def _info_of(client: JobSubmissionClient, name: str) -> JobDetails:
+    """What the job server says of a job, which may be away for a while."""
+    try:
+        return _asking(*_AWAY)(client.get_job_info, name)
+    except _AWAY as error:
+        raise NegServiceError(
+            f"the job server at {client._address} has not answered for {_PATIENCE_SECONDS:.0f} s; job {name} "
+            f"may go on: the same command follows it again: {one_line(error)}"
+        ) from error
+
+
 class _Printer:
     """Prints a job's log, each character once, however often the connection breaks."""
 
@@ -303,13 +321,13 @@ class _Printer:
         self._has_ended = False
 
     def run(self) -> None:
-        while not self._has_ended:
-            try:
-                asyncio.run(self._tail())
-                return
-            except (*_AWAY, aiohttp.ClientError) as error:
-                log.debug("the log of %s broke off: %s", self._name, error)
-                time.sleep(_ASK_SECONDS)
+        Retrying(
+            retry=retry_if_exception_type((*_AWAY, aiohttp.ClientError)),
+            stop=lambda _: self._has_ended,
+            wait=wait_fixed(_ASK_SECONDS),
+            before_sleep=before_sleep_log(log, logging.DEBUG),
+            retry_error_callback=lambda _: None,
+        )(lambda: asyncio.run(self._tail()))
 
     def finish(self) -> None:
         self._has_ended = True

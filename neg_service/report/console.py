@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from tabulate import tabulate
 
 from neg_service.schema import LINEAR
 from neg_service.storage.reader import Run
@@ -183,25 +184,19 @@ def _percent(part: float, of: float) -> str:
 
 def aligned(rows: Iterable[tuple[str, str]]) -> str:
     """Two columns; the second may have several lines."""
-    rows = list(rows)
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(
-        f"  {name if line == 0 else '':<{width}}  {text}"
-        for name, value in rows
-        for line, text in enumerate(value.splitlines() or [""])
-    )
+    return _indented(tabulate(list(rows), tablefmt="plain", disable_numparse=True))
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[int] = (0,)) -> str:
     """A table with right-aligned columns, but for those of text."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = (
-        "  ".join(
-            f"{cell:<{w}}" if i in text else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, *rows]
-    )
-    return "\n".join(f"  {line}".rstrip() for line in lines)
+    sides = ["left" if i in text else "right" for i in range(len(header))]
+    # A title stands as its column does.
+    lines = [header, *rows]
+    return _indented(tabulate(lines, tablefmt="plain", colalign=sides, disable_numparse=True))
+
+
+def _indented(table: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in table.splitlines())
 
 
 def bytes_text(count: float) -> str:

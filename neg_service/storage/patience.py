@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import pyarrow.fs as pafs
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from neg_service.errors import StorageError
 from neg_service.storage.objects import UNFINISHED_SECONDS, Entry, ObjectStore
@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Between an operation that failed and its repetition: doubled each time, up to this, and jittered.
-_LONGEST_PAUSE_SECONDS = 30.0
+# Between an operation that failed and its repetition: drawn from below a bound that doubles each time. Many replicas
+# lose the same server at the same moment; they should not all come back at once.
+_PAUSE = wait_random_exponential(multiplier=1, min=0.5, max=30)
 
 
 class PatientStore:
@@ -67,23 +68,30 @@ class PatientStore:
         return self._store.arrow()
 
     def _patiently(self, operation: Callable[[], T]) -> T:
-        pause, wait = 1.0, Waiting(self._seconds, is_repeated=True)
-        while True:
-            try:
-                with waiting(wait):
-                    result = operation()
-            except StorageError as error:
-                left = wait.fail()
-                if left <= 0:
-                    took = f"given up after {time.monotonic() - wait.began:.0f} s"
-                    raise StorageError(f"{error}; {took} (storage.patience_seconds={self._seconds:g})") from error
-                log.warning("%s; trying again for %.0f s", error, left)
-                wait.has_spoken = True
-                # Many replicas lose the same server at the same moment; they should not all come back at once.
-                time.sleep(min(pause * random.uniform(0.5, 1.5), left))
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-                wait.begin_attempt()
-            else:
-                if wait.has_spoken:
-                    log.info("%s answers again, after %.0f s", self.uri, time.monotonic() - wait.began)
-                return result
+        wait = Waiting(self._seconds, is_repeated=True)
+
+        def attempt() -> T:
+            wait.begin_attempt()
+            with waiting(wait):
+                return operation()
+
+        def tell(state: RetryCallState) -> None:
+            log.warning("%s; trying again for %.0f s", state.outcome and state.outcome.exception(), wait.left)
+            wait.has_spoken = True
+
+        attempts = Retrying(
+            retry=retry_if_exception_type(StorageError),
+            stop=lambda _: wait.fail() <= 0,
+            wait=lambda state: min(_PAUSE(state), wait.fail()),
+            before_sleep=tell,
+            reraise=True,
+        )
+        try:
+            result = attempts(attempt)
+        except StorageError as error:
+            took = f"given up after {time.monotonic() - wait.began:.0f} s"
+            error.reason = f"{error.reason}; {took} (storage.patience_seconds={self._seconds:g})"
+            raise
+        if wait.has_spoken:
+            log.info("%s answers again, after %.0f s", self.uri, time.monotonic() - wait.began)
+        return result
