@@ -22,6 +22,7 @@ from neg_service.measures.choice import (
     strongest_neurons,
     with_list_read,
 )
+from tests.refusals import refused
 
 LAYERS, NEURONS = 3, 40
 
@@ -73,7 +74,7 @@ def test_a_folder_of_results_is_all_its_parts(tmp_path: Path) -> None:
         pq.write_table(pa.table({"layer": [2], "neuron": [neuron]}), tmp_path / f"shard-{shard:06d}.parquet")
     assert choose(choose="list", list=str(tmp_path)) == [[2, 1], [2, 39]]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigurationError, match=r"be a folder of \.parquet files"):
+    with refused(ConfigurationError, "neurons.list", says=r"be a folder of \.parquet files"):
         choose(choose="list", list=str(tmp_path / "empty"))
 
 
@@ -138,5 +139,5 @@ def test_bad_choices_are_refused(given: dict[str, Any], message: str) -> None:
 
 def test_a_file_without_the_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "n.csv").write_text("layer,index\n0,1\n")
-    with pytest.raises(ConfigurationError, match="needs whole numbers in a column 'neuron'"):
+    with refused(ConfigurationError, "neurons.list", says="needs whole numbers in a column 'neuron'"):
         choose(choose="list", list=str(tmp_path / "n.csv"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 
 from neg_service.errors import ConfigurationError
 from tests.readers import list_in
+from tests.refusals import ANY, refused
 
 
 @pytest.mark.parametrize(
@@ -58,15 +60,17 @@ def test_a_list_says_whole_numbers_in_every_cell(tmp_path: Path, name: str, text
 
 
 @pytest.mark.parametrize(
-    ("neurons", "message"),
+    ("neurons", "refusal"),
     [
-        (pa.array([1, None]), "row 1: neuron must be a whole number, and is empty"),
-        (pa.array([1.0, 3.7]), "needs whole numbers in a column 'neuron'"),
-        (pa.array([True, False]), "needs whole numbers in a column 'neuron'"),
-        (pa.array([1, 2**63], pa.uint64()), "rows from 0 on: Integer value"),
+        (pa.array([1, None]), ("neurons.list", ANY, "row 1: neuron must be a whole number, and is empty")),
+        (pa.array([1.0, 3.7]), ("neurons.list", ANY, "needs whole numbers in a column 'neuron'")),
+        (pa.array([True, False]), ("neurons.list", ANY, "needs whole numbers in a column 'neuron'")),
+        (pa.array([1, 2**63], pa.uint64()), ("neurons.list", ANY, "rows from 0 on: Integer value")),
     ],
 )
-def test_a_list_in_parquet_says_whole_numbers_in_every_cell(tmp_path: Path, neurons: pa.Array, message: str) -> None:
+def test_a_list_in_parquet_says_whole_numbers_in_every_cell(
+    tmp_path: Path, neurons: pa.Array, refusal: tuple[Any, ...]
+) -> None:
     pq.write_table(pa.table({"layer": [0, 0], "neuron": neurons}), tmp_path / "n.parquet")
-    with pytest.raises(ConfigurationError, match=message):
+    with refused(ConfigurationError, *refusal):
         list_in(tmp_path / "n.parquet")

@@ -17,6 +17,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures import measure_of
 from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.prompts.prompt import Prompt
+from tests.refusals import refused
 from tests.shards import INFO, measured_shard
 from tests.sweeps import PROMPTS, SHIFTS, sweep_of, swept
 from tests.tiny_models import tiny_model
@@ -138,7 +139,12 @@ def test_bad_requests_are_refused_before_anything_starts(
 
 def test_measures_of_whole_layers_refuse_single_neurons() -> None:
     for name in ("neurgrad", "strength"):
-        with pytest.raises(ConfigurationError, match=r"is for measure=sweep; measure=[a-z]+ takes neurons=all"):
+        with refused(
+            ConfigurationError,
+            "neurons.choose",
+            "sample",
+            says="is for measure=sweep; measure=[a-z]+ takes neurons=all",
+        ):
             measure_of({"name": name}).validate(INFO, NeuronsConfig(choose="sample", count=3), PROMPTS)
 
 
