@@ -58,7 +58,7 @@ def _leave(asked: argparse.Namespace) -> int:
         node = asked.node_id or ray.get_runtime_context().get_node_id()
         alive = [one.node_id for one in list_nodes(filters=[("state", "=", "ALIVE")], limit=10_000)]
         if node not in alive:
-            raise ConfigurationError(f"--node-id={node}: no such node; there are {', '.join(alive)}")
+            raise ConfigurationError(f"no such node; there are {', '.join(alive)}", setting="--node-id", value=node)
         if len(alive) == 1:
             log.warning("%s is the only node: work waits until another one comes", node)
         address = ray.get_runtime_context().gcs_address

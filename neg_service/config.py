@@ -236,13 +236,13 @@ def typed(cls: type[T], values: Any, where: str = "") -> T:
         given = OmegaConf.create(values)
         # A merge would silently keep the default where `???` asks for a value.
         if missing := sorted(OmegaConf.missing_keys(given)):
-            raise ConfigurationError(f"{where}{'.' if where else ''}{missing[0]}: has no value; give one")
+            raise ConfigurationError("has no value; give one", setting=f"{where}{'.' if where else ''}{missing[0]}")
         merged = OmegaConf.merge(OmegaConf.structured(cls), given)
         result = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, error.full_key) if part)
         reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"{key or 'configuration'}: {reason}") from error
+        raise ConfigurationError(reason, setting=key or "configuration") from error
     assert isinstance(result, cls)
     return result
 
