@@ -18,6 +18,7 @@ from neg_service.errors import ConfigurationError, PromptError
 from neg_service.measures.edits import checked_edits
 from neg_service.prompts.sources import load_prompts
 from tests.readers import TEXTS, WORDING, edits_in, list_in, prompts_in, rows_in, wordings_in
+from tests.refusals import refused
 
 MARK = b"\xef\xbb\xbf"
 EACH = pytest.mark.parametrize(("name", "text", "read"), TEXTS, ids=[name for name, _, _ in TEXTS])
@@ -64,9 +65,9 @@ def test_what_is_no_text_in_utf_8_is_named(
 
 
 def test_the_line_of_a_letter_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"^x: line 3 is not UTF-8 \(byte 0xfc"):
+    with refused(ConfigurationError, "x", says=r"line 3 is not UTF-8 \(byte 0xfc"):
         text_of("x", b"a\nb\n\xfcber\n")
-    with pytest.raises(PromptError, match=r"^x: is Parquet, not text"):
+    with refused(PromptError, "x", says="is Parquet, not text"):
         text_of("x", b"PAR1", PromptError)
 
 
@@ -103,7 +104,7 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path, twice: s
     with pytest.raises(PromptError, match=f"a.parquet: has two columns '{twice}'; names must differ"):
         load_prompts(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table([[0], [1], [2]], ["layer", "neuron", "neuron"]), tmp_path / "n.parquet")
-    with pytest.raises(ConfigurationError, match=r"n.parquet: has two columns 'neuron'; names must differ"):
+    with refused(ConfigurationError, "neurons.list", says="n.parquet: has two columns 'neuron'; names must differ"):
         list_in(tmp_path / "n.parquet")
 
 
@@ -189,5 +190,5 @@ def test_lines_are_ended_by_line_feeds_and_carriage_returns_alone() -> None:
     texts = ["a\u2028b", "a\u2029b", "a\x85b"]
     content = b"\r\n".join(json.dumps(text, ensure_ascii=False).encode() for text in texts) + b'\r"c"\n\n"d"'
     assert list(json_lines("x", content)) == [*enumerate(texts, 1), (4, "c"), (6, "d")]
-    with pytest.raises(ConfigurationError, match=r"^x: is not JSON: Expecting value at line 2, column 1"):
+    with refused(ConfigurationError, "x", says="is not JSON: Expecting value at line 2, column 1"):
         json_of("x", b"[\n")

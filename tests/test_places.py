@@ -42,6 +42,7 @@ from neg_service.prompts.sources import dataset_name, load_prompts
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.s3 import S3Store
 from neg_service.storage.stores import open_store
+from tests.refusals import refused
 
 # Characters that URLs, shells, patterns or Hydra give a meaning.
 ODD = [
@@ -230,7 +231,7 @@ NO_SECRET = [
 @pytest.mark.parametrize("uri", SECRET)
 def test_credentials_are_refused_without_being_shown(uri: str) -> None:
     assert holds_credentials(uri)
-    for refused in (
+    for refusal in (
         lambda: open_store(uri),
         lambda: neg_service.open_run(uri),
         lambda: S3Store("s3://bucket/x", uri),
@@ -241,7 +242,7 @@ def test_credentials_are_refused_without_being_shown(uri: str) -> None:
         lambda: fetch(uri),
         lambda: refuse_credentials("runs", f"[s3://bucket/x,{uri}]"),
     ):
-        with pytest.raises(ConfigurationError, match="holds credentials") as caught:
+        with refused(ConfigurationError, setting=None, says="holds credentials") as caught:
             refused()
         assert "hid" not in str(caught.value)
         assert "den" not in str(caught.value).replace("credentials", "")
@@ -268,7 +269,7 @@ def test_a_place_for_results_that_is_none_is_told_without_its_signature(uri: str
             open_store(wrong)
         assert "hidden" not in str(caught.value)
     if uri[0] == "h":
-        with pytest.raises(ConfigurationError, match=r"^model\.source=") as caught:
+        with refused(ConfigurationError, "model.source", "https://h/x", says=r"^model\.source=") as caught:
             fetch("https://h/x?sig=hidden")
         assert "hidden" not in str(caught.value)
 
@@ -292,7 +293,12 @@ def test_addresses_that_are_none_are_told_in_one_line(source: str) -> None:
 
 
 def test_an_endpoint_that_is_no_url_is_told() -> None:
-    with pytest.raises(DestinationError, match=r"storage\.endpoint_url=http://\[::1.*is no URL"):
+    with refused(
+        DestinationError,
+        "storage.uri",
+        "s3://bucket/x (storage.endpoint_url=http://[::1)",
+        says=r"storage\.endpoint_url=http://\[::1.*is no URL",
+    ):
         open_store("s3://bucket/x", "http://[::1").check()
 
 
@@ -328,7 +334,7 @@ def test_no_command_shows_credentials(
 
 @pytest.mark.parametrize("where", [["--address", "http://me:hidden@127.0.0.1:9"], ["storage.uri=s3://KEY:hidden@b/x"]])
 def test_nothing_is_submitted_with_credentials(where: list[str]) -> None:
-    with pytest.raises(ConfigurationError, match="holds credentials") as caught:
+    with refused(ConfigurationError, setting=None, says="holds credentials") as caught:
         submit([*where, "model.source=nothing"])
     assert "hidden" not in str(caught.value)
 

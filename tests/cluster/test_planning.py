@@ -26,6 +26,7 @@ from neg_service.measures import find_measure
 from neg_service.measures.base import Cost
 from neg_service.models.loading import checked_dtype
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
@@ -245,7 +246,7 @@ def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: 
     plain = tiny_model("GPT-2")
     plain.model.save_pretrained(tmp_path / "gpt2")
     plain.tokenizer.save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ConfigurationError, match="GPT2LMHeadModel has no gate"):
+    with refused(ConfigurationError, "measure.basis", "gate", says="GPT2LMHeadModel has no gate"):
         _prepared(tmp_path / "gpt2", dataset=dataset, measure={"basis": "gate"})
 
 
@@ -260,7 +261,7 @@ def test_neurons_are_ranked_in_the_basis_of_the_measure_if_it_has_one(measure: d
 
 def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "w1", "targets": [" w3"], "id": "me"}\n')
-    with pytest.raises(ConfigurationError, match="prompt 'me' has no answer"):
+    with refused(ConfigurationError, "measure.keep", "answer", says="prompt 'me' has no answer"):
         _prepared(tiny_directory, dataset=str(tmp_path / "a.jsonl"), measure={"keep": "answer"})
 
 

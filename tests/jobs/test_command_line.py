@@ -28,6 +28,7 @@ from jobs.tasks import TasksConfig
 from jobs.verify import VerifyConfig
 from neg_service.config import ScanConfig, types_of
 from neg_service.errors import ConfigurationError
+from tests.refusals import refused
 
 SETTINGS: dict[str, type] = {
     "scan": ScanConfig, "demo": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "check": CheckConfig,
@@ -165,7 +166,7 @@ def test_what_has_to_be_quoted_is_told_ready_to_be_copied(given: str) -> None:
     ],
 )  # fmt: skip
 def test_lists_are_told_as_lists(given: str, value: list[Any]) -> None:
-    with pytest.raises(ConfigurationError, match="as a list it is written ") as caught:
+    with refused(ConfigurationError, says="as a list it is written ") as caught:
         as_typed([given], ScanConfig, is_sweep=False)
     (argument,) = shlex.split(str(caught.value).partition("as a list it is written ")[2])
     (said,) = as_typed([argument], ScanConfig, is_sweep=False)
@@ -220,11 +221,11 @@ def test_a_group_is_told_with_the_names_of_its_files(group: str, name: str) -> N
     with pytest.raises(ConfigurationError, match=re.escape(f"Could not find '{group.lstrip('+')}/{name}'")) as caught:
         composed("scan", [f"{group}={name}"], ScanConfig)
     assert re.search(f"Available options .*{'.*'.join(map(re.escape, options))}", str(caught.value))
-    with pytest.raises(ConfigurationError, match="a comma stands for the values of several jobs"):
+    with refused(ConfigurationError, value="a,b", says="a comma stands for the values of several jobs"):
         as_typed([f"{group}=a,b"], ScanConfig, is_sweep=False)
-    with pytest.raises(ConfigurationError, match=r"as several values they are written .*=a,'é'"):
+    with refused(ConfigurationError, value="a,é", says="as several values they are written .*=a,'é'"):
         as_typed([f"{group}=a,é"], ScanConfig, is_sweep=True)
-    with pytest.raises(ConfigurationError, match="cannot be read"):
+    with refused(ConfigurationError, value="{name: é}", says="cannot be read"):
         as_typed([f"{group}={{name: é}}"], ScanConfig, is_sweep=False)
 
 
@@ -260,7 +261,7 @@ def test_a_key_in_several_mappings_is_no_key_twice() -> None:
     ],
 )  # fmt: skip
 def test_lists_and_mappings_are_told_with_quotes_where_they_belong(given: str, value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"cannot be read; .*it is written ") as caught:
+    with refused(ConfigurationError, says="cannot be read; .*it is written ") as caught:
         as_typed([given], ScanConfig, is_sweep=False)
     message = str(caught.value)
     assert "as one text" not in message
@@ -280,7 +281,7 @@ def test_lists_and_mappings_are_told_with_quotes_where_they_belong(given: str, v
     ],
 )  # fmt: skip
 def test_of_several_jobs_each_value_is_told_with_its_quotes(given: str, values: list[Any]) -> None:
-    with pytest.raises(ConfigurationError, match="as several values they are written") as caught:
+    with refused(ConfigurationError, says="as several values they are written") as caught:
         as_typed([given], ScanConfig, is_sweep=True)
     (argument,) = shlex.split(str(caught.value).partition("they are written ")[2])
     (said,) = as_typed([argument], ScanConfig, is_sweep=True)

@@ -158,10 +158,10 @@ def test_edits_are_read_from_a_file_into_the_options(tmp_path: Path) -> None:
         assert asked.with_files_read().options.edits == expected
     assert measure_of({"name": "intervene", "edits": expected}).with_files_read().options.edits == expected
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(ConfigurationError, match=r"measure\.edits=.*cannot be read"):
+        with refused(ConfigurationError, "measure.edits", path, says="cannot be read"):
             read_edits(str(path))
     (tmp_path / "bad.json").write_text("[")
-    with pytest.raises(ConfigurationError, match=r"bad\.json: is not JSON"):
+    with refused(ConfigurationError, "measure.edits", tmp_path / "bad.json", says="is not JSON"):
         read_edits(str(tmp_path / "bad.json"))
 
 
@@ -263,7 +263,7 @@ def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(ConfigurationError, "basis", "bias"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS, basis="bias")
     monkeypatch.setattr(intervene, "_run_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(OutOfMemory, match="its 10 rows do not fit"):
+    with refused(OutOfMemory, setting=None, says="its 10 rows do not fit"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS)
 
 

@@ -20,6 +20,7 @@ from neg_service.prompts.prompt import MASK, Prompt, encode
 from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.tasks import GENRES, LANGUAGES, TASKS, task_of
 from neg_service.prompts.templates import templates_of
+from tests.refusals import ANY, refused
 from tests.skills import published_row, write_all, write_split
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "mceval8k"
@@ -209,26 +210,32 @@ def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, message: str
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "refusal"),
     [
-        ({"task": "agnew"}, r"dataset\.task=agnew is unknown; did you mean agnews"),
-        ({"task": ["ner", "ner"]}, r"dataset\.task=\['ner', 'ner'\]: give at least one task, and each once"),
-        ({"wording": "leters"}, r"dataset\.wording=leters is unknown; did you mean letters.* known of agnews are"),
-        ({"split": "validation"}, r"dataset\.split=validation is unknown; did you mean valid"),
-        ({"shots": 99}, r"dataset\.shots=99: agnews has 15 rows for label ' World' in its train split; use at most 15"),
-        ({"shots": -1}, r"dataset\.shots=-1: must be at least 0"),
-        ({"limit": 0}, r"dataset\.limit=0: must be at least 1"),
-        ({"balanced": "yes"}, r"dataset\.balanced=yes is unknown; known are down, up"),
-        ({"languages": ["it"]}, r"dataset\.languages=it is unknown; known are en, de"),
-        ({"languages": ["de"]}, r"no row of agnews, valid, is left to be asked"),
-        ({"languages": ["de"], "balanced": "down"}, r"no row of agnews, valid, is left to be asked"),
-        ({"split": None}, r"dataset\.split=None: give at least one split"),
-        ({"language": "it"}, r"dataset\.language=it is unknown; known of agnews, wording default are en"),
-        ({"source": "/nowhere/at-all/x"}, r"dataset\.source=/nowhere/at-all/x: "),
+        ({"task": "agnew"}, ("dataset.task", "agnew")),
+        ({"task": ["ner", "ner"]}, ("dataset.task", "['ner', 'ner']", "give at least one task, and each once")),
+        ({"wording": "leters"}, ("dataset.wording", "leters")),
+        ({"split": "validation"}, ("dataset.split", "validation")),
+        (
+            {"shots": 99},
+            ("dataset.shots", "99", "agnews has 15 rows for label ' World' in its train split; use at most 15"),
+        ),
+        ({"shots": -1}, ("dataset.shots", "-1", "at least 0")),
+        ({"limit": 0}, ("dataset.limit", "0", "at least 1")),
+        ({"balanced": "yes"}, ("dataset.balanced", "yes")),
+        ({"languages": ["it"]}, ("dataset.languages", "it")),
+        ({"languages": ["de"]}, ("dataset.source", ANY, "no row of agnews, valid, is left to be asked")),
+        (
+            {"languages": ["de"], "balanced": "down"},
+            ("dataset.source", ANY, "no row of agnews, valid, is left to be asked"),
+        ),
+        ({"split": None}, ("dataset.split", "None", "give at least one split")),
+        ({"language": "it"}, ("dataset.language", "it")),
+        ({"source": "/nowhere/at-all/x"}, ("dataset.source", "/nowhere/at-all/x")),
     ],
 )
-def test_bad_settings_are_refused(place: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_bad_settings_are_refused(place: Path, settings: dict[str, Any], refusal: tuple[Any, ...]) -> None:
+    with refused(ConfigurationError, *refusal):
         load_tasks(replace(dataset(place), **settings))
 
 
@@ -283,7 +290,7 @@ def test_prompts_beyond_the_context_are_named_or_left_out_and_counted(place: Pat
         "70",
         "5",
     ]
-    with pytest.raises(ConfigurationError, match=r"dataset\.too_long=ignore: must be error or skip"):
+    with refused(ConfigurationError, "dataset.too_long", "ignore", says="must be error or skip"):
         prepare(replace(config, dataset=DatasetConfig(str(words), too_long="ignore")))
 
 
@@ -326,5 +333,5 @@ def test_a_label_is_an_index_and_a_truth_value_where_there_are_two(
         (prompt,) = load_tasks(dataset(tmp_path, task, shots=0))
         assert prompt.answer == int(label)
         return
-    with pytest.raises(PromptError, match="row 0: label must be from"):
+    with refused(PromptError, "dataset.source", says="row 0: label must be from"):
         load_tasks(dataset(tmp_path, task, shots=0))

@@ -21,6 +21,7 @@ from neg_service.inputs import without_credentials
 from neg_service.models.loading import load_tokenizer
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
 from neg_service.prompts.sources import load_dataset, load_prompts
+from tests.refusals import refused
 
 ROWS = [
     {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},
@@ -141,7 +142,7 @@ def test_ids_that_are_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", [None, "agnews"])
 @pytest.mark.parametrize("source", ["", " "])
 def test_an_empty_source_is_refused(source: str, task: str | None) -> None:
-    with pytest.raises(PromptError, match=r"^dataset\.source= ?: has no value"):
+    with refused(PromptError, "dataset.source", says=r"^dataset\.source= ?: has no value"):
         load_dataset(DatasetConfig(source=source, task=task))
 
 
@@ -220,7 +221,7 @@ def test_a_broken_file_is_refused_with_the_place(tmp_path: Path, name: str, cont
 
 def test_a_lone_surrogate_is_refused_by_its_prompt_also_where_targets_are_drawn(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a\\ud800", "answer": "b"}\n{"prompt": "c", "answer": "d\\udfff"}\n')
-    with pytest.raises(PromptError, match="prompt '000000' holds a lone surrogate"):
+    with refused(PromptError, "dataset.source", says="prompt '000000' holds a lone surrogate"):
         check_prompts(load_prompts(str(tmp_path / "a.jsonl")))
 
 

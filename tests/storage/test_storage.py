@@ -22,6 +22,7 @@ from neg_service.storage.parts import encode_part, footer_of, part_key, shard_of
 from neg_service.storage.run import RUN_FILE, RunDirectory, fingerprint_of, write_or_match
 from neg_service.storage.s3 import S3Store
 from neg_service.storage.stores import open_store
+from tests.refusals import refused
 
 IDENTITY = {"model": {"identity": "sha256:1", "dtype": "float32"}, "plan": {"shard_size": 2, "shards": 3}}
 TABLES = {"prompts": schema.PROMPTS, "activations": schema.activations(4)}
@@ -144,20 +145,20 @@ def test_the_same_identity_continues_and_another_is_refused_field_by_field(tmp_p
     edited = json.loads(file.read_text())
     edited["identity"]["model"]["dtype"] = "bfloat16"
     file.write_text(json.dumps(edited))
-    with pytest.raises(DestinationError, match=r'model\.dtype: "bfloat16" there, "float32" asked'):
+    with refused(DestinationError, setting=None, says=r'model\.dtype: "bfloat16" there, "float32" asked'):
         begin(tmp_path)
 
 
 def test_a_place_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    with pytest.raises(DestinationError, match=r"holds thesis\.tex but no run\.json"):
+    with refused(DestinationError, setting=None, says=r"holds thesis\.tex but no run\.json"):
         begin(tmp_path)
     (tmp_path / "run" / RUN_FILE).write_text("{")
-    with pytest.raises(DestinationError, match=r"run\.json is damaged"):
+    with refused(DestinationError, setting=None, says=r"run\.json is damaged"):
         begin(tmp_path)
     (tmp_path / "run" / RUN_FILE).write_text("[]")
-    with pytest.raises(DestinationError, match=r"is not a run's"):
+    with refused(DestinationError, setting=None, says="is not a run's"):
         begin(tmp_path)
 
 
@@ -179,9 +180,11 @@ def test_the_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
 def test_uris_open_the_store_they_name(tmp_path: Path) -> None:
     assert open_store(str(tmp_path)).uri == open_store(f"file://{tmp_path}").uri == str(tmp_path)
     assert isinstance(open_store("s3://bucket/prefix"), S3Store)
-    with pytest.raises(DestinationError, match="names a host; an absolute path begins with file:///"):
+    with refused(
+        DestinationError, "storage.uri", "file://results", says="names a host; an absolute path begins with file:///"
+    ):
         open_store("file://results")
-    with pytest.raises(DestinationError, match="scheme 'ftp' is unknown"):
+    with refused(DestinationError, "storage.uri", "ftp://somewhere", says="scheme 'ftp' is unknown"):
         open_store("ftp://somewhere")
 
 
@@ -194,10 +197,10 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DestinationError, match=r"there is no run\.json"):
+    with refused(DestinationError, setting=None, says=r"there is no run\.json"):
         neg_service.open_run(str(tmp_path))
     begin(tmp_path)
-    with pytest.raises(ConfigurationError, match="has no table 'neurgrad'; it has prompts, activations"):
+    with refused(ConfigurationError, setting=None, says="has no table 'neurgrad'; it has prompts, activations"):
         neg_service.open_run(str(tmp_path / "run")).table("neurgrad")
 
 
@@ -228,7 +231,9 @@ def test_a_server_that_does_not_answer_is_a_storage_error_in_one_line(monkeypatc
         # Bound and not listening: a port where nothing answers.
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(StorageError, match=r"storage\.uri=s3://bucket/x \(storage\.endpoint_url=http") as caught:
+        with refused(
+            StorageError, "storage.uri", says=r"storage\.uri=s3://bucket/x \(storage\.endpoint_url=http"
+        ) as caught:
             open_store("s3://bucket/x", endpoint).get("a")
     assert "\n" not in str(caught.value)
     assert "hush" not in str(caught.value)
