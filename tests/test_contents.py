@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +58,9 @@ def test_what_is_no_text_in_utf_8_is_named(
     tmp_path: Path, name: str, text: str, read: Callable[[Path], Any], encoded: Callable[[str], bytes], cause: str
 ) -> None:
     (tmp_path / name).write_bytes(encoded(text))
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, says=re.escape(cause)) as caught:
         read(tmp_path / name)
-    assert cause in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value.value)
 
 
 def test_the_line_of_a_letter_that_is_none_is_named(tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_two_of_one_name_are_refused(
     tmp_path: Path, name: str, text: str, read: Callable[[Path], Any], key: str
 ) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigurationError, match=f"two columns '{key}'|the key '{key}' twice"):
+    with refused(ConfigurationError, says=f"two columns '{key}'|the key '{key}' twice"):
         read(tmp_path / name)
 
 
@@ -101,7 +100,7 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path, twice: s
     columns = {"prompt": ["a"], "targets": [[" b"]], "id": ["c"], "other": [1]}
     table = pa.table([*columns.values(), columns[twice]], [*columns, twice])
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(PromptError, match=f"a.parquet: has two columns '{twice}'; names must differ"):
+    with refused(PromptError, "dataset.source", tmp_path / "a.parquet", says=f"two columns '{twice}'"):
         load_prompts(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table([[0], [1], [2]], ["layer", "neuron", "neuron"]), tmp_path / "n.parquet")
     with refused(ConfigurationError, "neurons.list", says="n.parquet: has two columns 'neuron'; names must differ"):
@@ -139,11 +138,9 @@ def test_what_is_nested_without_end_is_one_line(
     if '"more": DEEP' in text and levels < DEEP:
         assert read(tmp_path / name)
         return
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, says=f"{name.split('.')[0]}|valid.json") as caught:
         read(tmp_path / name)
-    assert name.split(".")[0] in str(caught.value) or "valid.json" in str(caught.value)
     assert len(str(caught.value)) < 1000
-    assert "\n" not in str(caught.value)
 
 
 def test_depth_is_counted() -> None:
@@ -181,7 +178,7 @@ def test_long_cells_are_read_by_several_threads_at_once() -> None:
 
 
 def test_what_a_message_quotes_is_short() -> None:
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, "measure.edits[0].shift") as caught:
         checked_edits([{"neurons": [[0, 1]] * 10_000, "shift": "a" * 10_000}], 3, 40)
     assert len(str(caught.value)) < 1000
 

@@ -89,7 +89,7 @@ def test_letters_that_are_none_in_a_file_without_checksums_are_damage(tmp_path: 
 def test_what_is_no_parquet_is_named(tmp_path: Path, content: bytes, cause: str) -> None:
     (tmp_path / "a.parquet").write_bytes(content)
     for read in (prompts_in, list_in):
-        with pytest.raises(ConfigurationError, match=rf"a\.parquet: is not Parquet, or damaged: {cause}"):
+        with refused(ConfigurationError, says=rf"a\.parquet: is not Parquet, or damaged: {cause}"):
             read(tmp_path / "a.parquet")
 
 

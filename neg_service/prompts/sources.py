@@ -333,6 +333,7 @@ def _name(where: str, column: str, value: Any) -> str:
 
 def _missing_column(where: str, column: str) -> PromptError:
     return PromptError(
-        f"{where} has no {column!r}; prompt is needed, and targets or answer; id is optional; "
-        f"dataset.columns={{prompt: NAME}} says what a file calls them"
+        f"has no {column!r}; prompt is needed, and targets or answer; id is optional; "
+        "dataset.columns={prompt: NAME} says what a file calls them",
+        given=where,
     )

@@ -104,5 +104,5 @@ def test_targets_are_found_among_the_answers_of_all_rows_also_of_those_before(
 def test_a_broken_line_beyond_the_limit_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p", "targets": [" a"]}\n{"prompt": 1}\n{"prompt": \n')
-    with pytest.raises(PromptError, match="line 3 is not JSON"):
+    with refused(PromptError, "dataset.source", says="line 3 is not JSON"):
         load_dataset(DatasetConfig(source=str(path)), 1)

@@ -120,7 +120,7 @@ def test_a_put_that_fails_leaves_the_old_object_and_no_scratch(tmp_path: Path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(DestinationError, match="No space left on device"):
+    with refused(DestinationError, "storage.uri", says="No space left on device"):
         store.put("t/a", b"new")
     assert store.get("t/a") == b"old"
     assert [path.name for path in (tmp_path / "t").iterdir()] == ["a"]
@@ -190,7 +190,7 @@ def test_uris_open_the_store_they_name(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DestinationError, match=r"storage\.uri=.*Not a directory"):
+    with refused(DestinationError, "storage.uri", says="Not a directory"):
         LocalStore(tmp_path / "file" / "below").put("a", b"")
     with pytest.raises((DestinationError, StorageError), match=r"storage\.uri=/proc/nowhere"):
         LocalStore(Path("/proc/nowhere")).put("a", b"")
@@ -231,9 +231,7 @@ def test_a_server_that_does_not_answer_is_a_storage_error_in_one_line(monkeypatc
         # Bound and not listening: a port where nothing answers.
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        with refused(
-            StorageError, "storage.uri", says=r"storage\.uri=s3://bucket/x \(storage\.endpoint_url=http"
-        ) as caught:
+        with refused(StorageError, "storage.uri", says=r"s3://bucket/x \(storage\.endpoint_url=http") as caught:
             open_store("s3://bucket/x", endpoint).get("a")
     assert "\n" not in str(caught.value)
     assert "hush" not in str(caught.value)
