@@ -186,22 +186,21 @@ def test_the_fingerprint_holds_science_and_no_operations(tiny_directory: Path, d
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "refusal"),
     [
-        ({"neurons": {"layers": [3]}}, "layer 3 does not exist"),
-        ({"measure": {"basis": "bias"}}, "measure.basis=bias is unknown"),
-        ({"measure": {"keep": "best"}}, "measure.keep=best is unknown; known are all, answer, top_k"),
-        ({"measure": {"keep": "top_k", "top_k": 121}}, "measure.top_k=121: must be from 1 to 120"),
-        ({"measure": {"tok_k": 5}}, "measure.tok_k: Key 'tok_k' not in 'NeurGradOptions'"),
-        ({"model": {"dtype": "int4"}}, "model.dtype=int4 is unknown"),
+        ({"neurons": {"layers": [3]}}, ("neurons.layers", [3], "layer 3 does not exist")),
+        ({"measure": {"basis": "bias"}}, ("measure.basis", "bias")),
+        ({"measure": {"keep": "best"}}, ("measure.keep", "best", "one of all, answer, top_k")),
+        ({"measure": {"keep": "top_k", "top_k": 121}}, ("measure.top_k", 121, "from 1 to 120")),
+        ({"measure": {"tok_k": 5}}, ("measure.tok_k", ANY, "Key 'tok_k' not in 'NeurGradOptions'")),
+        ({"model": {"dtype": "int4"}}, ("model.dtype", "int4")),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(
-    tiny_directory: Path, dataset: str, changes: dict[str, Any], message: str
+    tiny_directory: Path, dataset: str, changes: dict[str, Any], refusal: tuple[Any, ...]
 ) -> None:
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, *refusal):
         _prepared(tiny_directory, dataset=dataset, **changes)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("settings", [{}, {"not_one_token": "skip"}, {"too_long": "skip"}])

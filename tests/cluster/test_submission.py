@@ -26,7 +26,7 @@ from neg_service.config import DatasetConfig, ModelConfig, ScanConfig, StorageCo
 from neg_service.errors import ConfigurationError, NegServiceError
 from neg_service.places import setting
 from tests.here import scan_here
-from tests.refusals import refused
+from tests.refusals import NOT_GIVEN, refused
 
 
 def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Path) -> None:
@@ -53,24 +53,23 @@ def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("source", "environment", "message"),
+    ("source", "environment", "setting"),
     [
-        ("https://me:hidden@host/a.csv", {}, "dataset.source: holds credentials"),
-        ("https://host/a.csv?X-Amz-Signature=hidden", {}, "dataset.source: holds credentials"),
-        ("facts", {"AWS_SECRET_ACCESS_KEY": "hidden"}, "--env=AWS_SECRET_ACCESS_KEY: looks like a secret"),
-        ("facts", {"HF_TOKEN": "hidden"}, "--env=HF_TOKEN: looks like a secret"),
-        ("facts", {"HTTPS_PROXY": "http://me:hidden@proxy"}, "--env=HTTPS_PROXY: looks like a secret"),
-        ("facts", {"NOTE": "hf_hidden" + "x" * 30}, "--env=NOTE: looks like a secret"),
-        ("AKIAHIDDEN0123456789", {}, "dataset.source: holds credentials"),
+        ("https://me:hidden@host/a.csv", {}, "dataset.source"),
+        ("https://host/a.csv?X-Amz-Signature=hidden", {}, "dataset.source"),
+        ("facts", {"AWS_SECRET_ACCESS_KEY": "hidden"}, "--env=AWS_SECRET_ACCESS_KEY"),
+        ("facts", {"HF_TOKEN": "hidden"}, "--env=HF_TOKEN"),
+        ("facts", {"HTTPS_PROXY": "http://me:hidden@proxy"}, "--env=HTTPS_PROXY"),
+        ("facts", {"NOTE": "hf_hidden" + "x" * 30}, "--env=NOTE"),
+        ("AKIAHIDDEN0123456789", {}, "dataset.source"),
     ],
 )
-def test_secrets_do_not_travel_and_are_not_repeated(source: str, environment: dict[str, str], message: str) -> None:
+def test_secrets_do_not_travel_and_are_not_repeated(source: str, environment: dict[str, str], setting: str) -> None:
     # However the value was quoted on the command line.
     with initialize_config_dir(CONF, version_base="1.3"):
         config = plain(compose("scan", overrides=[f"dataset.source='{source}'"]))
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, setting, NOT_GIVEN, says="holds credentials|looks like a secret") as caught:
         check_request(Request("scan", "x", [], environment=environment), config)
-    assert message in str(caught.value)
     assert "hidden" not in str(caught.value).lower()
     check_request(Request("scan", "x", [], environment={"AWS_REGION": "eu-central-1"}), {"a": ["s3://bucket/x"]})
 
@@ -79,9 +78,7 @@ def test_what_is_too_large_to_travel_is_refused_by_its_key(tmp_path: Path) -> No
     large = tmp_path / "large.jsonl"
     with large.open("wb") as file:
         file.truncate(MOST_BYTES + 1)
-    with refused(
-        ConfigurationError, "dataset.source", says="large.jsonl: 100 MiB are too many to travel"
-    ):
+    with refused(ConfigurationError, "dataset.source", says="large.jsonl: 100 MiB are too many to travel"):
         check_request(Request("scan", "x", [], {"dataset.source": large}), {})
 
 
@@ -130,9 +127,7 @@ def test_results_in_the_jobs_own_directory_are_refused() -> None:
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:6379"])
 def test_no_job_server_at_the_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
-    with pytest.raises(
-        ConfigurationError, match=f"--address={address}: (no job server answers|must be the job server)"
-    ):
+    with refused(ConfigurationError, "--address", address, says="no job server answers|must be the job server"):
         main(["--address", address, "storage.uri=/tmp/x"])
 
 
@@ -207,7 +202,7 @@ def test_options_that_are_no_pairs_are_refused_before_a_server_is_asked(
     option: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submission, "connect_to_job_server", lambda address: pytest.fail("asked"))
-    with pytest.raises(ConfigurationError, match=option[0]):
+    with refused(ConfigurationError, option[0]):
         main(["--unchecked", "storage.uri=/tmp/x", *option])
 
 
