@@ -80,7 +80,7 @@ def test_the_largest_number_of_replicas_is_said_either_way(override: str, most: 
 def test_something_else_than_their_largest_number_is_refused() -> None:
     for replicas, refusal in (
         ({"max": 0}, ("cluster.replicas.max", 0)),
-        ({"min": 1}, ("cluster.replicas", ANY, "there is only cluster.replicas.max")),
+        ({"min": 1}, ("cluster.replicas.min", ANY, "there is only cluster.replicas.max")),
     ):
         with refused(ConfigurationError, *refusal):
             check(ScanConfig(cluster=ClusterConfig(replicas=replicas)))

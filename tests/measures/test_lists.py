@@ -48,7 +48,7 @@ from tests.refusals import ANY, refused
         ("n.jsonl", '{"layer": 0, "neuron": NaN}', "not nan"),
         ("n.jsonl", '{"layer": 0, "neuron": ' + "9" * 5000 + "}", "line 1 is not JSON that can be read: Exceeds"),
         ("n.jsonl", '{"layer": 0, "neuron": ' + "9" * 500 + "}", "line 1: neuron must be a whole number"),
-        ("n.jsonl", "[0, 1]", "line 1 is not a JSON object"),
+        ("n.jsonl", "[0, 1]", "line 1: is not a JSON object"),
         ("n.jsonl", '{"layer": 0, "neuron": 1}{"layer": 0}', "line 1 is not JSON: Extra data at column 26"),
     ],
 )

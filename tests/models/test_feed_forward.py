@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from neg_service.errors import ModelError
 from neg_service.models.feed_forward import find_feed_forward
+from tests.refusals import refused
 from tests.tiny_models import tiny_model
 
 
@@ -13,7 +12,7 @@ def test_unknown_mlps_are_refused_by_their_class() -> None:
     model = tiny_model("Llama 2").model
     for layer in model.model.layers:
         layer.mlp.act_fn = None
-    with pytest.raises(ModelError, match=r"the neurons of LlamaMLP \(layer 0 of LlamaForCausalLM\) are not known"):
+    with refused(ModelError, says=r"the neurons of LlamaMLP \(layer 0 of LlamaForCausalLM\) are not known"):
         find_feed_forward(model)
 
 

