@@ -30,7 +30,6 @@ from neg_service.report.console import accuracy, strongest
 from tests.e2e.commands import in_order, job, refused, scan_config
 from tests.fakes import save_tiny_model
 from tests.here import scan_here
-from tests.refusals import refused
 
 pytestmark = pytest.mark.ray
 N_PROMPTS = 21

@@ -19,7 +19,6 @@ from neg_service.config import ScanConfig
 from neg_service.measures.builtin.aggregate_importance import total
 from tests.e2e.commands import environment, in_order, job, refused, scan_config
 from tests.here import scan_here
-from tests.refusals import refused
 
 pytestmark = pytest.mark.ray
 KEYS = ["prompt_id", "target_index", "layer", "neuron"]

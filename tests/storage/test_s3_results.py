@@ -28,7 +28,6 @@ from neg_service.storage.stores import open_store
 from tests.e2e.commands import ROOT, environment, job, refused, scan_config
 from tests.faults.proxy import Proxy
 from tests.here import scan_here
-from tests.refusals import refused
 from tests.s3 import acting_as, credentials
 
 
