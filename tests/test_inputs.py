@@ -80,9 +80,8 @@ def test_the_checksums_of_archives_are_verified(tmp_path: Path, name: str) -> No
         content[: len(content) // 2],
     ):
         (tmp_path / name).write_bytes(broken)
-        with refused(PromptError, "dataset.source", says="cannot be read: ") as caught:
+        with refused(PromptError, "dataset.source", says="cannot be read: "):
             read_input("dataset.source", uri, PromptError)
-        assert "\n" not in str(caught.value)
 
 
 def _flipped(content: bytes, at: int) -> bytes:
@@ -113,9 +112,8 @@ def _flipped(content: bytes, at: int) -> bytes:
 def test_whatever_a_file_system_raises_is_one_line(tmp_path: Path, source: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(ROWS)
     (tmp_path / "deflated.zip").write_bytes(ARCHIVES["deflated.zip"])
-    with refused(ConfigurationError, "dataset.source", says="cannot be read: ") as caught:
+    with refused(ConfigurationError, "dataset.source", says="cannot be read: "):
         read_input("dataset.source", source.replace("PLACE", str(tmp_path)))
-    assert "\n" not in str(caught.value)
 
 
 EXPIRED = (

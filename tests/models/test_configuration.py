@@ -118,9 +118,8 @@ def test_null_means_what_transformers_says(family: str, key: str, tmp_path: Path
 def test_a_configuration_that_is_no_json_object_is_told(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with refused(ModelError, "model.source", says=r"cannot be loaded: config\.json is no JSON") as error:
+    with refused(ModelError, "model.source", says=r"cannot be loaded: config\.json is no JSON"):
         inspect_model(fetch(str(tmp_path)))
-    assert "\n" not in str(error.value)
 
 
 def test_a_key_that_stands_twice_is_told(tmp_path: Path) -> None:

@@ -182,5 +182,4 @@ def test_a_damaged_tokenizer_is_told(content: bytes, tmp_path: Path) -> None:
     (directory / "tokenizer.json").write_bytes(content)
     with refused(ModelError, "source", says="tokenizer.*cannot be loaded") as error:
         neg_service.load_model(str(directory))
-    assert "\n" not in str(error.value)
     assert ("tokenizer.json has no model" if content == b"{}" else "tokenizer.json is no JSON") in str(error.value)

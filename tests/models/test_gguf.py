@@ -105,6 +105,5 @@ def test_what_is_no_whole_model_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off_is_told(length: int, tmp_path: Path) -> None:
     file = written(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes()[:length])
-    with refused(ModelError, "source", says=r"tiny\.gguf: cannot be read as GGUF: ") as error:
+    with refused(ModelError, "source", says=r"tiny\.gguf: cannot be read as GGUF: "):
         neg_service.load_model(file)
-    assert "\n" not in str(error.value)

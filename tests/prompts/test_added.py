@@ -98,7 +98,6 @@ def test_what_is_put_in_front_is_refused_where_a_prompt_has_it_in_another_way(na
     ) as caught:
         ids_of(tokenizer, form.format(spelled))
     assert repr(spelled) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[gMASK]The", "<sop>The", "[gMASK] <sop> The", " <sop>The", "<sop>[gMASK]The"])

@@ -191,7 +191,7 @@ def test_what_is_published_in_two_ways(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "row", "says"),
     [
-        ("agnews", {"text": "x"}, r"agnews/valid\.json: row 1 has no field 'label'; it has 'text'"),
+        ("agnews", {"text": "x"}, r"agnews/valid\.json: row 1: has no field 'label'; it has 'text'"),
         ("agnews", {"text": "x", "label": float("nan")}, "row 1: label must be from 0 to 3, not nan"),
         ("agnews", {"text": "x", "label": 4}, "row 1: label must be from 0 to 3, not 4"),
         ("agnews", {"text": 5, "label": 0}, "row 1: text must be a text, not 5"),

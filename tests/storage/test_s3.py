@@ -210,9 +210,8 @@ def test_a_place_that_is_none_is_told_at_once(
     uri: str, endpoint_url: str | None, refusal: tuple[Any, ...], server: Server
 ) -> None:
     began = time.monotonic()
-    with refused(DestinationError, *refusal) as error:
+    with refused(DestinationError, *refusal):
         S3Store(uri, endpoint_url or server.endpoint_url).check()
-    assert "\n" not in str(error.value)
     assert time.monotonic() - began < 60
 
 
