@@ -189,7 +189,6 @@ def test_the_fingerprint_holds_science_and_no_operations(tiny_directory: Path, d
     ("changes", "refusal"),
     [
         ({"neurons": {"layers": [3]}}, ("neurons.layers", [3], "layer 3 does not exist")),
-        ({"measure": {"basis": "bias"}}, ("measure.basis", "bias")),
         ({"measure": {"keep": "best"}}, ("measure.keep", "best", "one of all, answer, top_k")),
         ({"measure": {"keep": "top_k", "top_k": 121}}, ("measure.top_k", 121, "from 1 to 120")),
         ({"measure": {"tok_k": 5}}, ("measure.tok_k", ANY, "Key 'tok_k' not in 'NeurGradOptions'")),

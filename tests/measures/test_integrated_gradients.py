@@ -14,7 +14,7 @@ from torch import nn
 import neg_service
 from neg_service import LanguageModel, schema
 from neg_service.config import NeuronsConfig
-from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, PromptError
+from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
 from neg_service.measures import measure_of
 from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
 from neg_service.measures.interventions import Interventions
@@ -337,7 +337,6 @@ def test_a_masked_model_is_scanned_like_a_causal_one() -> None:
         ({"steps": 0}, {}, ("measure.steps", "0", "at least 1")),
         ({"steps": -3}, {}, ("measure.steps", "-3", "at least 1")),
         ({"keep": "top_k"}, {}, ("measure.keep", "top_k", "one of all, answer")),
-        ({"basis": "up"}, {}, ("measure.basis", "up")),
         ({}, {"layers": [3]}, ("neurons.layers", "[3]", "layer 3 does not exist")),
         (
             {},
@@ -362,10 +361,6 @@ def test_bad_requests_of_the_library_are_refused() -> None:
     model = model_of("GPT-2")
     with refused(ConfigurationError, "m", "0", allowed="at least 1, the number of points that are summed over"):
         neg_service.integrated_gradients(model, ["w1"], [[" w2"]], m=0)
-    with refused(ConfigurationError, "basis", "gate", says="GPT2MLP has no gate"):
-        neg_service.integrated_gradients(model, ["w1"], [[" w2"]], basis="gate")
-    with refused(PromptError, "prompts", says="0 prompts"):
-        neg_service.integrated_gradients(model, [], [])
 
 
 def test_steps_are_part_of_what_a_run_is_and_of_its_cost() -> None:

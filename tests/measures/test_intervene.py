@@ -260,8 +260,6 @@ def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             neg_service.intervene(model, texts, targets, EDITS)
     with refused(ConfigurationError, "batch_tokens", "0", allowed="at least 1"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_tokens=0)
-    with refused(ConfigurationError, "basis", "bias"):
-        neg_service.intervene(model, TEXTS, TARGETS, EDITS, basis="bias")
     monkeypatch.setattr(intervene, "_run_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with refused(OutOfMemory, setting=None, says="its 10 rows do not fit"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS)

@@ -151,7 +151,6 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
         ({"shifts": [0.0, 1.0]}, ("shifts", ANY, "0 is no shift")),
         ({"shifts": ["a"]}, ("shifts", "['a']", "numbers")),
         ({"shift": "sideways"}, ("shift", "sideways", "one of magnitude, signed")),
-        ({"basis": "bias"}, ("basis", "bias")),
         ({"batch_bytes": 100}, ("batch_bytes", "100", "holds 0 rows")),
     ],
 )

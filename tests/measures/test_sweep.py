@@ -116,7 +116,6 @@ def test_the_identity_names_the_grid_by_its_shifts() -> None:
 @pytest.mark.parametrize(
     ("options", "neurons", "refusal"),
     [
-        ({"basis": "bias"}, {}, ("measure.basis", "bias")),
         ({"shift": "up"}, {}, ("measure.shift", "up")),
         ({"grid": "fine"}, {}, ("measure.grid", "fine", "one of full, coarse")),
         ({"grid": "coarse", "shifts": [1.0]}, {}, ("measure.grid", "coarse", "places its own shifts")),
