@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     )
     asked = in_one_line(parser).parse_intermixed_args(arguments)
     if unknown := [one for one in asked.settings if one not in ("job.traceback=true", "job.traceback=false")]:
-        raise ConfigurationError(f"{unknown[0]}: the one setting of this command is job.traceback=true")
+        raise ConfigurationError("the one setting of this command is job.traceback=true", given=unknown[0])
     return _leave(asked)
 
 

@@ -9,6 +9,7 @@ from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import requests
@@ -53,22 +54,24 @@ def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("source", "environment", "setting"),
+    ("source", "environment", "setting", "value"),
     [
-        ("https://me:hidden@host/a.csv", {}, "dataset.source"),
-        ("https://host/a.csv?X-Amz-Signature=hidden", {}, "dataset.source"),
-        ("facts", {"AWS_SECRET_ACCESS_KEY": "hidden"}, "--env=AWS_SECRET_ACCESS_KEY"),
-        ("facts", {"HF_TOKEN": "hidden"}, "--env=HF_TOKEN"),
-        ("facts", {"HTTPS_PROXY": "http://me:hidden@proxy"}, "--env=HTTPS_PROXY"),
-        ("facts", {"NOTE": "hf_hidden" + "x" * 30}, "--env=NOTE"),
-        ("AKIAHIDDEN0123456789", {}, "dataset.source"),
+        ("https://me:hidden@host/a.csv", {}, "dataset.source", NOT_GIVEN),
+        ("https://host/a.csv?X-Amz-Signature=hidden", {}, "dataset.source", NOT_GIVEN),
+        ("facts", {"AWS_SECRET_ACCESS_KEY": "hidden"}, "--env", "AWS_SECRET_ACCESS_KEY"),
+        ("facts", {"HF_TOKEN": "hidden"}, "--env", "HF_TOKEN"),
+        ("facts", {"HTTPS_PROXY": "http://me:hidden@proxy"}, "--env", "HTTPS_PROXY"),
+        ("facts", {"NOTE": "hf_hidden" + "x" * 30}, "--env", "NOTE"),
+        ("AKIAHIDDEN0123456789", {}, "dataset.source", NOT_GIVEN),
     ],
 )
-def test_secrets_do_not_travel_and_are_not_repeated(source: str, environment: dict[str, str], setting: str) -> None:
+def test_secrets_do_not_travel_and_are_not_repeated(
+    source: str, environment: dict[str, str], setting: str, value: Any
+) -> None:
     # However the value was quoted on the command line.
     with initialize_config_dir(CONF, version_base="1.3"):
         config = plain(compose("scan", overrides=[f"dataset.source='{source}'"]))
-    with refused(ConfigurationError, setting, NOT_GIVEN, says="holds credentials|looks like a secret") as caught:
+    with refused(ConfigurationError, setting, value, says="holds credentials|looks like a secret") as caught:
         check_request(Request("scan", "x", [], environment=environment), config)
     assert "hidden" not in str(caught.value).lower()
     check_request(Request("scan", "x", [], environment={"AWS_REGION": "eu-central-1"}), {"a": ["s3://bucket/x"]})

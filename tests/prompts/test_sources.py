@@ -189,13 +189,13 @@ def test_myriadlama_is_read_by_the_general_loader(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"prompt": "a", "targets": ["b"]}\n{"prompt": \n', "line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "a", "targets": ["b"]}\n[1]\n', "line 2 is not a JSON object"),
-        ("a.jsonl", '{"prompt": "a"}\n', "line 1 has no 'targets'"),
-        ("a.jsonl", '{"targets": ["a"]}\n', "line 1 has no 'prompt'"),
+        ("a.jsonl", '{"prompt": "a"}\n', "line 1: has no 'targets'"),
+        ("a.jsonl", '{"targets": ["a"]}\n', "line 1: has no 'prompt'"),
         ("a.jsonl", '{"prompt": 5, "targets": ["a"]}\n', "line 1: prompt must be a text, not 5"),
         ("a.jsonl", '{"prompt": "a", "targets": "b"}\n', "line 1: targets must be a list of texts, not 'b'"),
         ("a.jsonl", '{"prompt": "a", "targets": ["b"], "answer": "c"}\n', "line 1: answer 'c' is not one of"),
-        ("a.csv", "prompt,id\na,b\n", "its header has no 'targets'"),
-        ("a.csv", "prompt,answer\na,\n", "line 2 has no 'targets'"),
+        ("a.csv", "prompt,id\na,b\n", "its header: has no 'targets'"),
+        ("a.csv", "prompt,answer\na,\n", "line 2: has no 'targets'"),
         (
             "a.jsonl",
             '{"prompt": "a", "answer": 5}\n',

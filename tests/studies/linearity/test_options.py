@@ -32,7 +32,7 @@ from tests.refusals import ANY, refused
         ({"prompts": 0}, ("study.prompts", "0", "at least 1")),
         ({"draws": 0}, ("study.draws", "0", "at least 1")),
         ({"keep": "top_k"}, ("study.keep", "top_k", "one of all, answer")),
-        ({"seed": -1}, ("study.seed", "-1", "must not be negative")),
+        ({"seed": -1}, ("study.seed", "-1", "0 or more")),
         ({"set_shift": float("inf")}, ("study.set_shift", "inf", "a finite number")),
     ],
 )

@@ -27,7 +27,7 @@ def test_good_options_are_taken() -> None:
         ({"studies": ["all"]}, ("probe.studies", "all")),
         ({"block": 0}, ("probe.block", "0", "at least 1")),
         ({"block": 9}, ("probe.block", "9", r"at most 8, the largest of probe\.sizes")),
-        ({"seed": -1}, ("probe.seed", "-1", "must not be negative")),
+        ({"seed": -1}, ("probe.seed", "-1", "0 or more")),
         ({"probes": []}, ("probe.probes", "[]", "give at least one")),
         ({"shard_size": 8}, ("probe.shard_size", "8", "the probe activation")),
         ({"train_sizes": [25]}, ("probe.train_sizes", "[25]", r"multiple of probe\.shard_size=24")),
