@@ -76,7 +76,11 @@ class PatientStore:
                 left = wait.fail()
                 if left <= 0:
                     took = f"given up after {time.monotonic() - wait.began:.0f} s"
-                    raise StorageError(f"{error}; {took} (storage.patience_seconds={self._seconds:g})") from error
+                    raise StorageError(
+                        f"{error.reason}; {took} (storage.patience_seconds={self._seconds:g})",
+                        setting=error.setting,
+                        value=error.value,
+                    ) from error
                 log.warning("%s; trying again for %.0f s", error, left)
                 wait.has_spoken = True
                 # Many replicas lose the same server at the same moment; they should not all come back at once.

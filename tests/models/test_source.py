@@ -68,7 +68,7 @@ def test_replicas_of_a_node_do_not_download_beside_each_other(tmp_path: Path, mo
 def test_a_path_is_as_good_as_its_text(tiny_directory: Path) -> None:
     assert neg_service.load_model(tiny_directory).identity == source.fetch(str(tiny_directory)).identity
     for bad in (None, 3, ["a"]):
-        with refused(ModelError, "source", "None", allowed="a text or a path, such as smollm2"):
+        with refused(ModelError, "source", bad, allowed="a text or a path, such as smollm2"):
             neg_service.load_model(bad)  # type: ignore[arg-type]
 
 
