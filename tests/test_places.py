@@ -131,7 +131,7 @@ def test_what_would_not_be_found_again_is_refused_with_the_setting_to_change(uri
         open_store(uri)
     for key, opened in (
         ("run", lambda: neg_service.open_run(uri)),
-        ("runs", lambda: neg_service.open_runs([uri])),
+        ("run", lambda: neg_service.open_runs([uri])),
         ("runs", lambda: write_report([uri], "/nowhere", None)),
         ("out", lambda: write_report(["/nowhere"], uri, None)),
     ):
@@ -332,7 +332,8 @@ def test_no_command_shows_credentials(
 
 @pytest.mark.parametrize("where", [["--address", "http://me:hidden@127.0.0.1:9"], ["storage.uri=s3://KEY:hidden@b/x"]])
 def test_nothing_is_submitted_with_credentials(where: list[str]) -> None:
-    with refused(ConfigurationError, where[0].partition("=")[0], says="holds credentials") as caught:
+    setting = "an argument" if where[0] == "--address" else "storage.uri"
+    with refused(ConfigurationError, setting, says="holds credentials") as caught:
         submit([*where, "model.source=nothing"])
     assert "hidden" not in str(caught.value)
 
