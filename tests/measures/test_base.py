@@ -85,7 +85,7 @@ def test_it_is_planned(asked: list[str]) -> None:
     assert "-prompts-pull-" in prepared.uri
     assert prepare(configured(asked, "measure=pull", "measure.factor=3")).fingerprint != prepared.fingerprint
     unknown = configured(asked, "measure=pull", "+measure.force=3")
-    with refused(ConfigurationError, setting=None, says=r"measure\.force: Key 'force' not in 'PullOptions'"):
+    with refused(ConfigurationError, "measure.force", says=r"Key 'force' not in 'PullOptions'"):
         prepare(unknown)
 
 
