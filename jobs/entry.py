@@ -38,7 +38,7 @@ from jobs.command_line import as_typed, require_text
 from jobs.conf_folder import CONF as CONF
 from jobs.guard import EXIT_ERROR, EXIT_INTERRUPTED, flush_or_silence, prepare_streams, speak, tell, tell_unforeseen
 from neg_service.cluster.logs import log_to_stderr, tell_interrupted
-from neg_service.errors import ConfigurationError, NegServiceError
+from neg_service.errors import NOT_GIVEN, ConfigurationError, NegServiceError
 from neg_service.places import refuse_credentials, texts_of
 
 EXIT_INCOMPLETE, EXIT_STOPPED = 3, 143
@@ -81,7 +81,9 @@ def start(config_name: str, job: Callable[[DictConfig], int], settings: type) ->
     with ending("composing the configuration") as composing, _in_our_words(config_name, settings) as asked:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)()
         if asked.runs_several and not ended:
-            raise ConfigurationError("--multirun: none of the values given stands for a job, so that nothing was run")
+            raise ConfigurationError(
+                "none of the values given stands for a job, so that nothing was run", setting="--multirun"
+            )
     if len(ended) > 1:
         _tell_of_several(ended)
     sys.exit(max([composing.code, *(code for _, code in ended)], key=_badness))
@@ -164,9 +166,10 @@ def _resolved(config: DictConfig) -> Any:
         typed = dict(texts_of(OmegaConf.to_container(config))).get(re.sub(r"\[\d+\]", "", error.full_key or ""))
         reason = str(error).splitlines()[0]
         raise ConfigurationError(
-            f"{error.full_key}{'' if typed is None else f'={typed}'}: {reason}: "
-            f"${{...}} stands for another setting, or as ${{oc.env:NAME}} for a variable of the environment; where it "
-            f"is meant as it is, \\${{ is written"
+            f"{reason}: ${{...}} stands for another setting, or as ${{oc.env:NAME}} for a variable of the environment; "
+            f"where it is meant as it is, \\${{ is written",
+            setting=error.full_key,
+            value=NOT_GIVEN if typed is None else typed,
         ) from error
 
 
@@ -177,7 +180,7 @@ def value_of(config: DictConfig, key: str) -> str:
         ConfigurationError: it was not.
     """
     if OmegaConf.is_missing(config, key) or config[key] is None:
-        raise ConfigurationError(f"{key}: has no value; give one, such as {key}=results/RUN")
+        raise ConfigurationError(f"has no value; give one, such as {key}=results/RUN", setting=key)
     return str(config[key])
 
 
@@ -244,7 +247,7 @@ def _asked(typed: list[str], settings: type, scratch: ExitStack) -> _Asked:
     overrides = asked.pop("overrides")
     if asked["shell_completion"]:
         if any("query=" in one for one in overrides) and "COMP_LINE" not in os.environ:
-            raise ConfigurationError("--shell-completion: a shell asks for it, with the line in COMP_LINE")
+            raise ConfigurationError("a shell asks for it, with the line in COMP_LINE", setting="--shell-completion")
         return _Asked(typed, runs_several=False)
     is_sweep = asked["multirun"] or any(one.lstrip("+").lower() == "hydra.mode=multirun" for one in overrides)
     told = as_typed(overrides, settings, is_sweep)

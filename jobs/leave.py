@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     )
     asked = in_one_line(parser).parse_intermixed_args(arguments)
     if unknown := [one for one in asked.settings if one not in ("job.traceback=true", "job.traceback=false")]:
-        raise ConfigurationError(f"{unknown[0]}: the one setting of this command is job.traceback=true")
+        raise ConfigurationError("the one setting of this command is job.traceback=true", given=unknown[0])
     return _leave(asked)
 
 
@@ -58,7 +58,7 @@ def _leave(asked: argparse.Namespace) -> int:
         node = asked.node_id or ray.get_runtime_context().get_node_id()
         alive = [one.node_id for one in list_nodes(filters=[("state", "=", "ALIVE")], limit=10_000)]
         if node not in alive:
-            raise ConfigurationError(f"--node-id={node}: no such node; there are {', '.join(alive)}")
+            raise ConfigurationError(f"no such node; there are {', '.join(alive)}", setting="--node-id", value=node)
         if len(alive) == 1:
             log.warning("%s is the only node: work waits until another one comes", node)
         address = ray.get_runtime_context().gcs_address

@@ -183,7 +183,7 @@ def _amounts(given: dict[str, str]) -> dict[str, float]:
     try:
         return {name: float(amount) for name, amount in given.items()}
     except ValueError as error:
-        raise ConfigurationError(f"--driver: {error}; must be RESOURCE=AMOUNT, such as CPU=1") from error
+        raise ConfigurationError(f"{error}; must be RESOURCE=AMOUNT, such as CPU=1", setting="--driver") from error
 
 
 def _submission_id(job: str, prepared: Prepared | None, config: DictConfig, files: dict[str, Path]) -> str:

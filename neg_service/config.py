@@ -236,13 +236,13 @@ def typed(cls: type[T], values: Any, where: str = "") -> T:
         given = OmegaConf.create(values)
         # A merge would silently keep the default where `???` asks for a value.
         if missing := sorted(OmegaConf.missing_keys(given)):
-            raise ConfigurationError(f"{where}{'.' if where else ''}{missing[0]}: has no value; give one")
+            raise ConfigurationError("has no value; give one", setting=f"{where}{'.' if where else ''}{missing[0]}")
         merged = OmegaConf.merge(OmegaConf.structured(cls), given)
         result = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, error.full_key) if part)
         reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"{key or 'configuration'}: {reason}") from error
+        raise ConfigurationError(reason, setting=key or "configuration") from error
     assert isinstance(result, cls)
     return result
 
@@ -264,7 +264,7 @@ def check(config: ScanConfig) -> None:
                 key, value = key + ".max" * isinstance(value, Mapping), most_replicas(config.cluster)
             is_empty = value is None and own.default is None
             if not is_empty and (must := _must_be(own.metadata, value)):
-                raise ConfigurationError(f"must {must}", setting=key, value=value)
+                raise ConfigurationError(setting=key, value=value, allowed=must)
 
 
 def _must_be(said: Mapping[str, Any], value: Any) -> str:
@@ -273,13 +273,13 @@ def _must_be(said: Mapping[str, Any], value: Any) -> str:
     if value in allowed or (least is None and not allowed):
         return ""
     if least is None:
-        return f"be {' or '.join(allowed)}"
+        return " or ".join(allowed)
     is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
     if is_number and value >= least:
         return ""
     if allowed:
-        return f"be {' or '.join(allowed)} or a {'whole ' if is_whole else ''}number, at least {least}"
-    return f"be at least {least}" if least else "not be negative"
+        return f"{' or '.join(allowed)} or a {'whole ' if is_whole else ''}number, at least {least}"
+    return f"at least {least}" if least else "0 or more"
 
 
 def most_replicas(cluster: ClusterConfig) -> Any:

@@ -59,15 +59,16 @@ def text_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -
     if (at := content.find(b"\0")) >= 0:
         line = content.count(b"\n", 0, at) + 1
         raise refusal(
-            f"{where}: line {line} holds a NUL byte, as UTF-16 without a byte-order mark does: save it as UTF-8"
+            f"line {line} holds a NUL byte, as UTF-16 without a byte-order mark does: save it as UTF-8", given=where
         )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         line = content.count(b"\n", 0, problem.start) + 1
         raise refusal(
-            f"{where}: line {line} is not UTF-8 (byte 0x{content[problem.start]:02x}; the file is Latin-1 or of a "
-            f"Windows code page, or damaged): save it as UTF-8"
+            f"line {line} is not UTF-8 (byte 0x{content[problem.start]:02x}; the file is Latin-1 or of a "
+            f"Windows code page, or damaged): save it as UTF-8",
+            given=where,
         ) from problem
 
 
@@ -99,11 +100,11 @@ def text_lines(where: str, file: BinaryIO, refusal: Refusal, newline: str | None
 def _refuse_no_text(where: str, beginning: bytes, refusal: Refusal) -> None:
     for mark, name in _ENCODINGS.items():
         if beginning.startswith(mark):
-            raise refusal(f"{where}: is {name}, not UTF-8: save it as UTF-8")
+            raise refusal(f"is {name}, not UTF-8: save it as UTF-8", given=where)
     if beginning.startswith(_PARQUET):
-        raise refusal(f"{where}: is Parquet, not text: its name must end in .parquet")
+        raise refusal("is Parquet, not text: its name must end in .parquet", given=where)
     if other := _other_file(beginning):
-        raise refusal(f"{where}: is {other}")
+        raise refusal(f"is {other}", given=where)
 
 
 def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> Any:
@@ -116,7 +117,7 @@ def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -
     try:
         return json_value(text)
     except ValueError as problem:
-        raise refusal(f"{where}: {problem}") from problem
+        raise refusal(str(problem), given=where) from problem
 
 
 def json_lines(
@@ -144,7 +145,7 @@ def json_lines(
         try:
             yield number, json_value(line.rstrip(), as_written=as_written)
         except ValueError as problem:
-            raise refusal(f"{where}: line {number} {problem}") from problem
+            raise refusal(f"line {number} {problem}", given=where) from problem
 
 
 def json_value(text: str, *, as_written: bool = False) -> Any:
@@ -243,7 +244,7 @@ def csv_of(
     _, header = next(rows, (0, []))
     # Spreadsheets write columns without a name, any number of them; of a space beside a name nobody knows.
     if (name := repeated(name.strip() for name in header if name.strip())) is not None:
-        raise refusal(f"{where}: its header has two columns {name!r}; names must differ")
+        raise refusal(f"its header has two columns {name!r}; names must differ", given=where)
     return header, _of_length(where, rows, len(header), refusal)
 
 
@@ -252,7 +253,7 @@ def _of_length(
 ) -> Iterator[tuple[int, list[str]]]:
     for number, row in rows:
         if len(row) != length:
-            raise refusal(f"{where}: line {number} has not as many cells as the header: {len(row)} and {length}")
+            raise refusal(f"line {number} has not as many cells as the header: {len(row)} and {length}", given=where)
         yield number, row
 
 
@@ -271,7 +272,7 @@ def _csv_rows(where: str, lines: Iterable[str], size: int, refusal: Refusal) -> 
                     rows.append((last, row))
             except csv.Error as problem:
                 after = f"after line {last}: " if last else ""
-                raise refusal(f"{where}: {after}is not CSV: {one_line(problem)}") from problem
+                raise refusal(f"{after}is not CSV: {one_line(problem)}", given=where) from problem
             finally:
                 csv.field_size_limit(limit)
         if not rows:
@@ -294,9 +295,9 @@ def parquet_of(where: str, content: bytes | BinaryIO, refusal: Refusal = Configu
             content.seek(0)
             content = content.read(_BEGINNING)
         reason = f"but {other}" if (other := _other_file(content)) else one_line(problem)
-        raise refusal(f"{where}: is not Parquet, or damaged: {reason}") from problem
+        raise refusal(f"is not Parquet, or damaged: {reason}", given=where) from problem
     if (name := repeated(names)) is not None:
-        raise refusal(f"{where}: has two columns {name!r}; names must differ")
+        raise refusal(f"has two columns {name!r}; names must differ", given=where)
     return file
 
 
@@ -316,10 +317,10 @@ def parquet_batches(
             count += batch.num_rows
             yield batch
     except (pa.ArrowException, OSError, ValueError) as problem:
-        raise refusal(f"{where}: is damaged: {one_line(problem)}") from problem
+        raise refusal(f"is damaged: {one_line(problem)}", given=where) from problem
     # A page whose kind is changed is passed over.
     if count != file.metadata.num_rows:
-        raise refusal(f"{where}: is damaged: {count} rows can be read of {file.metadata.num_rows}")
+        raise refusal(f"is damaged: {count} rows can be read of {file.metadata.num_rows}", given=where)
 
 
 def _other_file(content: bytes) -> str | None:

@@ -142,7 +142,7 @@ def _opened(key: str, source: str, error: type[ConfigurationError]) -> tuple[Any
             return fsspec.filesystem("file"), str(path.absolute())
         scheme, rest = split_scheme(source)
         if scheme == "s3" and not rest.partition("/")[0]:
-            raise error(f"{key}={source}: names no bucket; give s3://bucket/key")
+            raise error("names no bucket; give s3://bucket/key", setting=key, value=source)
         if scheme == "s3" and "?versionId=" not in rest:
             return fsspec.filesystem("s3"), rest
         if scheme in ("http", "https"):
@@ -168,7 +168,7 @@ def _told(key: str, source: str, error: type[ConfigurationError]) -> Iterator[No
         reason = _reason(_better_told(source, _cause(problem)), shown == source)
         # The storage of results and the place of inputs need not be the same server.
         hint = "; the server, where it is not Amazon's, is named by AWS_ENDPOINT_URL" if _is_s3(_last(shown)) else ""
-        raise error(f"{key}={shown}: cannot be read: {reason}{hint}") from problem
+        raise error(f"cannot be read: {reason}{hint}", setting=key, value=shown) from problem
 
 
 def _last(source: str) -> str:

@@ -68,21 +68,23 @@ def local_path(place: str | os.PathLike[str], key: str, error: type[Configuratio
     if scheme == "file":
         host, slash, below = path.partition("/")
         if host not in ("", "localhost"):
-            raise error(f"{key}={place}: names a host; an absolute path begins with file:///")
+            raise error("names a host; an absolute path begins with file:///", setting=key, value=place)
         path = f"{slash}{below}"
         if not path:
-            raise error(f"{key}={place}: names no path; give file:///path")
+            raise error("names no path; give file:///path", setting=key, value=place)
     elif place[:5].lower() == "file:":
         path = place[5:]
     elif found := _ELSEWHERE.match(place):
         meant = f"{found[0]}://{place[found.end() + 1 :].lstrip('/')}"
         shown = place if meant == without_credentials(meant) and not holds_credentials(meant) else f"{found[0]}:"
-        raise error(f"{key}={shown}: two slashes follow {found[1]}:, as in {found[1].lower()}://...")
+        raise error(f"two slashes follow {found[1]}:, as in {found[1].lower()}://...", setting=key, value=shown)
     # POSIX leaves open what two slashes at the beginning mean, so that Path keeps them.
     path = re.sub("^/+", "/", path)
     expanded = _expanded(path)
     if path.startswith("~") and expanded == Path(path) and not expanded.exists():
-        raise error(f"{key}={place}: there is no home {expanded.parts[0]}; a folder of that name is ./{path}")
+        raise error(
+            f"there is no home {expanded.parts[0]}; a folder of that name is ./{path}", setting=key, value=place
+        )
     return expanded
 
 
@@ -96,7 +98,7 @@ def bucket_and_prefix(place: str, key: str, error: type[ConfigurationError]) -> 
     """
     bucket, _, prefix = split_scheme(place)[1].partition("/")
     if not bucket:
-        raise error(f"{key}={place}: names no bucket; give s3://bucket/prefix")
+        raise error("names no bucket; give s3://bucket/prefix", setting=key, value=place)
     prefix = prefix.removesuffix("/")
     parts = prefix.split("/") if prefix else []
     reason = None
@@ -109,7 +111,7 @@ def bucket_and_prefix(place: str, key: str, error: type[ConfigurationError]) -> 
     elif _VERSION in prefix:
         reason = f"has {_VERSION!r}, which names a version and no place"
     if reason is not None:
-        raise error(f"{key}={place}: {reason}; give another prefix")
+        raise error(f"{reason}; give another prefix", setting=key, value=place)
     return bucket, prefix
 
 
@@ -121,17 +123,17 @@ def require_place(place: str, key: str, error: type[ConfigurationError]) -> None
     """
     refuse_credentials(key, place, error)
     if not place.strip():
-        raise error(f"{key}={place}: is empty; give a path, or s3://bucket/prefix")
+        raise error("is empty; give a path, or s3://bucket/prefix", setting=key, value=place)
     # A tab is shown as it is.
     # Also of what is not quite an address.
     shown = place.partition("?")[0] if _SIGNATURE.search(place) else without_credentials(place)
     if odd := [one for one in place if one != "\t" and unicodedata.category(one) in ("Cc", "Zl", "Zp", "Cs")]:
-        raise error(f"{key}={shown!r}: has the character {odd[0]!r}, which cannot be shown in one line")
+        raise error(f"has the character {odd[0]!r}, which cannot be shown in one line", setting=key, value=repr(shown))
     if "://" in place and not place.startswith(("/", ".", "~")) and not _SCHEME.match(place):
         scheme, _, rest = place.partition("://")
         # As if it were one of those that may hold a signature.
         shown = f"{scheme}://{without_credentials(f'https://{rest}').removeprefix('https://')}"
-        raise error(f"{key}={shown}: {scheme!r} is no scheme; use a path, file:// or s3://")
+        raise error(f"{scheme!r} is no scheme; use a path, file:// or s3://", setting=key, value=shown)
 
 
 # --- folders and names
@@ -242,8 +244,9 @@ def refuse_credentials(key: str, value: str, error: type[ConfigurationError] = C
         is_url = any(split_scheme(link)[0] in _URLS for link in found.split("::"))
         also = "; an @ in the path of a URL is written %40" if is_url else "; no bucket has a colon in its name"
         raise error(
-            f"{key}: holds credentials, and what is set is printed, stored and seen in lists of processes: set them in "
-            f"the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY{also}"
+            "holds credentials, and what is set is printed, stored and seen in lists of processes: set them in "
+            f"the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY{also}",
+            setting=key,
         )
 
 

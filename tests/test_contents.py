@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from neg_service.errors import ConfigurationError, PromptError
 from neg_service.measures.edits import checked_edits
 from neg_service.prompts.sources import load_prompts
 from tests.readers import TEXTS, WORDING, edits_in, list_in, prompts_in, rows_in, wordings_in
+from tests.refusals import refused
 
 MARK = b"\xef\xbb\xbf"
 EACH = pytest.mark.parametrize(("name", "text", "read"), TEXTS, ids=[name for name, _, _ in TEXTS])
@@ -56,17 +58,15 @@ def test_what_is_no_text_in_utf_8_is_named(
     tmp_path: Path, name: str, text: str, read: Callable[[Path], Any], encoded: Callable[[str], bytes], cause: str
 ) -> None:
     (tmp_path / name).write_bytes(encoded(text))
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, says=re.escape(cause)) as caught:
         read(tmp_path / name)
-    assert cause in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value.value)
 
 
 def test_the_line_of_a_letter_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"^x: line 3 is not UTF-8 \(byte 0xfc"):
+    with refused(ConfigurationError, "x", says=r"line 3 is not UTF-8 \(byte 0xfc"):
         text_of("x", b"a\nb\n\xfcber\n")
-    with pytest.raises(PromptError, match=r"^x: is Parquet, not text"):
+    with refused(PromptError, "x", says="is Parquet, not text"):
         text_of("x", b"PAR1", PromptError)
 
 
@@ -91,7 +91,7 @@ def test_two_of_one_name_are_refused(
     tmp_path: Path, name: str, text: str, read: Callable[[Path], Any], key: str
 ) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigurationError, match=f"two columns '{key}'|the key '{key}' twice"):
+    with refused(ConfigurationError, says=f"two columns '{key}'|the key '{key}' twice"):
         read(tmp_path / name)
 
 
@@ -100,10 +100,10 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path, twice: s
     columns = {"prompt": ["a"], "targets": [[" b"]], "id": ["c"], "other": [1]}
     table = pa.table([*columns.values(), columns[twice]], [*columns, twice])
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(PromptError, match=f"a.parquet: has two columns '{twice}'; names must differ"):
+    with refused(PromptError, "dataset.source", tmp_path / "a.parquet", says=f"two columns '{twice}'"):
         load_prompts(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table([[0], [1], [2]], ["layer", "neuron", "neuron"]), tmp_path / "n.parquet")
-    with pytest.raises(ConfigurationError, match=r"n.parquet: has two columns 'neuron'; names must differ"):
+    with refused(ConfigurationError, "neurons.list", says="n.parquet: has two columns 'neuron'; names must differ"):
         list_in(tmp_path / "n.parquet")
 
 
@@ -138,11 +138,9 @@ def test_what_is_nested_without_end_is_one_line(
     if '"more": DEEP' in text and levels < DEEP:
         assert read(tmp_path / name)
         return
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, says=f"{name.split('.')[0]}|valid.json") as caught:
         read(tmp_path / name)
-    assert name.split(".")[0] in str(caught.value) or "valid.json" in str(caught.value)
     assert len(str(caught.value)) < 1000
-    assert "\n" not in str(caught.value)
 
 
 def test_depth_is_counted() -> None:
@@ -180,8 +178,8 @@ def test_long_cells_are_read_by_several_threads_at_once() -> None:
 
 
 def test_what_a_message_quotes_is_short() -> None:
-    with pytest.raises(ConfigurationError) as caught:
-        checked_edits([{"neurons": [[0, 1]] * 10_000, "shift": "a" * 10_000}], 3, 40)
+    with refused(ConfigurationError, "measure.edits[0].shift") as caught:
+        checked_edits([{"neurons": [[0, 1]], "shift": "a" * 10_000}], 3, 40)
     assert len(str(caught.value)) < 1000
 
 
@@ -189,5 +187,5 @@ def test_lines_are_ended_by_line_feeds_and_carriage_returns_alone() -> None:
     texts = ["a\u2028b", "a\u2029b", "a\x85b"]
     content = b"\r\n".join(json.dumps(text, ensure_ascii=False).encode() for text in texts) + b'\r"c"\n\n"d"'
     assert list(json_lines("x", content)) == [*enumerate(texts, 1), (4, "c"), (6, "d")]
-    with pytest.raises(ConfigurationError, match=r"^x: is not JSON: Expecting value at line 2, column 1"):
+    with refused(ConfigurationError, "x", says="is not JSON: Expecting value at line 2, column 1"):
         json_of("x", b"[\n")

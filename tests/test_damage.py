@@ -15,6 +15,7 @@ from neg_service.contents import parquet_batches, parquet_of
 from neg_service.errors import ConfigurationError, NegServiceError, PromptError
 from neg_service.prompts.sources import load_prompts
 from tests.readers import TEXTS, list_in, outcome, parquet_file, prompts_in, rows_in
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
@@ -65,14 +66,14 @@ def test_every_reader_of_parquet_verifies_checksums_and_reads_files_without(tmp_
         assert len(whole) == 30
         if how:
             (tmp_path / "a.parquet").write_bytes(_with_a_flipped_value(content, column))
-            with pytest.raises(ConfigurationError, match=r"a\.parquet: is damaged: .*CRC checksum verification failed"):
+            with refused(ConfigurationError, says=r"a\.parquet: is damaged: .*CRC checksum verification failed"):
                 read(tmp_path / "a.parquet")
 
 
 def test_letters_that_are_none_in_a_file_without_checksums_are_damage(tmp_path: Path) -> None:
     content, _ = parquet_file(compression="none", use_dictionary=False)
     (tmp_path / "a.parquet").write_bytes(content.replace(b"w29", b"w2\xff"))
-    with pytest.raises(PromptError, match=r"a\.parquet: is damaged: "):
+    with refused(PromptError, "dataset.source", says=r"a\.parquet: is damaged: "):
         load_prompts(str(tmp_path / "a.parquet"))
 
 
@@ -88,7 +89,7 @@ def test_letters_that_are_none_in_a_file_without_checksums_are_damage(tmp_path: 
 def test_what_is_no_parquet_is_named(tmp_path: Path, content: bytes, cause: str) -> None:
     (tmp_path / "a.parquet").write_bytes(content)
     for read in (prompts_in, list_in):
-        with pytest.raises(ConfigurationError, match=rf"a\.parquet: is not Parquet, or damaged: {cause}"):
+        with refused(ConfigurationError, says=rf"a\.parquet: is not Parquet, or damaged: {cause}"):
             read(tmp_path / "a.parquet")
 
 

@@ -165,8 +165,9 @@ def check_request(request: Request, config: Mapping[str, Any]) -> None:
     for key, value in texts_of(config):
         if _holds_credentials(value):
             raise ConfigurationError(
-                f"{key}: holds credentials, and everybody who sees the job sees how it was called: set them in the "
-                f"environment of the cluster"
+                "holds credentials, and everybody who sees the job sees how it was called: set them in the "
+                "environment of the cluster",
+                setting=key,
             )
     for name, value in request.environment.items():
         if SECRET_NAME.search(name) or _holds_credentials(value):

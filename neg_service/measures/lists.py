@@ -71,7 +71,7 @@ def _jsonl_pairs(where: str, name: str, content: bytes) -> Iterator[_Pairs]:
     def pair(number: int, row: Any) -> list[int]:
         place = f"{where}: line {number}"
         if not isinstance(row, dict):
-            raise ConfigurationError(f'{place} is not a JSON object such as {{"layer": 29, "neuron": 864}}')
+            raise ConfigurationError('is not a JSON object such as {"layer": 29, "neuron": 864}', given=place)
         for column in _COLUMNS:
             _index(place, column, list(row))
         return [_whole(place, column, row[column]) for column in _COLUMNS]

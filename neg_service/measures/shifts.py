@@ -77,7 +77,9 @@ def full_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
     """
     if not (math.isfinite(max_shift) and math.isfinite(step) and 0 < step <= max_shift):
         raise ConfigurationError(
-            f"measure.step={step}, measure.max_shift={max_shift}: both must be finite, and 0 < step <= max_shift"
+            setting="measure.step",
+            value=step,
+            allowed=f"more than 0 and at most measure.max_shift={max_shift}, and both finite",
         )
     # To twelve digits, so that three steps of 0.1 are written 0.3.
     up = np.array([float(f"{step * k:.12g}") for k in range(1, math.floor(max_shift / step + 1e-9) + 1)])

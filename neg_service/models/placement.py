@@ -127,9 +127,11 @@ def require_room(
             continue
         if size <= room:
             raise OutOfMemory(
-                f"model.source={source}: {size / 2**30:.1f} GiB of weights belong on {device}, where "
+                f"{size / 2**30:.1f} GiB of weights belong on {device}, where "
                 f"{free / 2**30:.1f} GiB of {room / 2**30:.1f} are free: use fewer replicas a GPU "
-                f"(cluster.gpus_per_replica)"
+                f"(cluster.gpus_per_replica)",
+                setting="model.source",
+                value=source,
             )
         billions, whole = sum(own.numel() for own in model.parameters()) / 1e9, sum(needed.values())
         # A tenth for what a pass needs beside the weights.

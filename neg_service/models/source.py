@@ -183,9 +183,11 @@ def _require_safetensors(source: str, directory: Path) -> None:
         return
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
     raise ModelError(
-        f"model.source={source}: no *.safetensors"
+        "no *.safetensors"
         + (f", only pickled weights ({', '.join(pickled[:3])}), which are never loaded" if pickled else "")
-        + _or_a_gguf_file(directory)
+        + _or_a_gguf_file(directory),
+        setting="model.source",
+        value=source,
     )
 
 

@@ -106,8 +106,10 @@ class _Loader:
         if split not in self._own:
             shown = without_credentials(self._config.source)
             raise PromptError(
-                f"dataset.source={shown}: {self._task.name} has no split {split} ({self._task.path(split)}); "
-                + (f"there is {', '.join(self._examples)}" if self._examples else "there is none of its splits")
+                f"{self._task.name} has no split {split} ({self._task.path(split)}); "
+                + (f"there is {', '.join(self._examples)}" if self._examples else "there is none of its splits"),
+                setting="dataset.source",
+                value=shown,
             )
         beginnings: dict[str, tuple[str, list[tuple[str, int]]]] = {}
         for source, number in self._own[split]:

@@ -58,7 +58,7 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> Sequence[P
         if missing := sorted(wanted - {prompt.id for prompt in found}):
             known = [prompt.id for prompt in prompts]
             raise PromptError(
-                f"dataset.ids: no prompt has the id {missing[0]!r}; {nearest(missing[0], known)}".rstrip("; ")
+                f"no prompt has the id {missing[0]!r}; {nearest(missing[0], known)}".rstrip("; "), setting="dataset.ids"
             )
         prompts = found
     return prompts if limit is None or len(prompts) <= limit else prompts[:limit]
@@ -335,6 +335,7 @@ def _name(where: str, column: str, value: Any) -> str:
 
 def _missing_column(where: str, column: str) -> PromptError:
     return PromptError(
-        f"{where} has no {column!r}; prompt is needed, and targets or answer; id is optional; "
-        f"dataset.columns={{prompt: NAME}} says what a file calls them"
+        f"has no {column!r}; prompt is needed, and targets or answer; id is optional; "
+        "dataset.columns={prompt: NAME} says what a file calls them",
+        given=where,
     )

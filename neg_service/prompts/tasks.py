@@ -67,7 +67,7 @@ class Row:
 
     def _of(self, field: str, kind: Any, wanted: str) -> Any:
         if field not in self.values:
-            raise PromptError(f"{self.where} has no field {field!r}; it has {', '.join(map(repr, self.values))}")
+            raise PromptError(f"has no field {field!r}; it has {', '.join(map(repr, self.values))}", given=self.where)
         value = self.values[field]
         if not isinstance(value, kind):
             raise PromptError(f"{field} must be {wanted}, not {shortened(value)}", given=self.where)

@@ -72,14 +72,15 @@ def _templates(task: Task, where: str, content: bytes) -> dict[str, dict[str, Pr
         for language, own in by_language.items():
             place = f"dataset.wordings={where}: [{name}.{language}]"
             if not isinstance(own, dict) or set(own) != {"instruction", "question", "labels"}:
-                raise PromptError(f"{place} must have instruction, question and labels, and nothing else")
+                raise PromptError("must have instruction, question and labels, and nothing else", given=place)
             labels = own["labels"]
             is_list = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
             if not is_list or not all(isinstance(own[key], str) for key in ("instruction", "question")):
                 raise PromptError("instruction and question must be texts, labels a list of texts", given=place)
             if len(labels) != task.n_labels:
                 raise PromptError(
-                    f"{place} has {len(labels)} labels; {task.name} needs {task.n_labels}, in the order of its answers"
+                    f"has {len(labels)} labels; {task.name} needs {task.n_labels}, in the order of its answers",
+                    given=place,
                 )
             templates.setdefault(name, {})[language] = PromptTemplate(
                 own["instruction"], own["question"], tuple(labels)

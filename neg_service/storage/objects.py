@@ -202,8 +202,8 @@ class LocalStore:
         try:
             yield
         except OSError as error:
-            text = f"{self._key}={self.uri}: {error.strerror or error}"
-            raise DestinationError(text) if error.errno in _FINAL else StorageError(text) from error
+            kind = DestinationError if error.errno in _FINAL else StorageError
+            raise kind(str(error.strerror or error), setting=self._key, value=self.uri) from error
 
 
 @contextmanager

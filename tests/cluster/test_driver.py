@@ -25,6 +25,7 @@ from neg_service.cluster.resources import ReplicaSize
 from neg_service.cluster.scaling import Capacity
 from neg_service.errors import ModelError, NegServiceError
 from tests.faulty import FaultyWorker
+from tests.refusals import refused
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 N_SHARDS = 12
@@ -132,7 +133,7 @@ def test_a_replica_that_fails_to_calibrate_leaves_it_to_another_and_what_was_not
 
 def test_a_calibration_that_never_works_ends_the_run(tmp_path: Path) -> None:
     worker = FaultyWorker(calibrates="fail")
-    with pytest.raises(NegServiceError, match="cannot be calibrated, 3 tries failed: NeedsMore: 1 and 2"):
+    with refused(NegServiceError, says="cannot be calibrated, 3 tries failed: NeedsMore: 1 and 2"):
         run(worker, tmp_path, calibration=None)
     assert parts(tmp_path) == []
 
@@ -170,25 +171,25 @@ def test_a_shard_that_kills_every_replica_takes_no_other_shard_with_it(tmp_path:
 
 
 def test_a_wrong_configuration_stops_at_once_as_itself(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="the wrong model"):
+    with refused(ModelError, says="the wrong model"):
         run(FaultyWorker(start_error="the wrong model"), tmp_path)
     assert parts(tmp_path) == []
 
 
 def test_replicas_that_die_at_the_start_end_the_run_instead_of_going_on_for_ever(tmp_path: Path) -> None:
-    with pytest.raises(NegServiceError, match="no replica can be started, 3 tries failed"):
+    with refused(NegServiceError, says="no replica can be started, 3 tries failed"):
         run(FaultyWorker(start_error="kill"), tmp_path, replicas=1)
 
 
 def test_a_destination_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text("a file where the folder should be")
-    with pytest.raises(NegServiceError, match=r"storage\.uri"):
+    with refused(NegServiceError, says=r"storage\.uri"):
         run(FaultyWorker(), tmp_path)
 
 
 def test_a_run_in_which_everything_fails_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neg_service.cluster.failures.MOST_QUARANTINED_IN_A_ROW", 4)
-    with pytest.raises(NegServiceError, match="4 shards in a row failed and none was done, the last with: prompt of"):
+    with refused(NegServiceError, says="4 shards in a row failed and none was done, the last with: prompt of"):
         run(FaultyWorker(not_finite=frozenset(range(N_SHARDS))), tmp_path)
 
 
@@ -257,7 +258,7 @@ def test_a_replica_that_dies_as_it_calibrates_counts_whichever_call_tells_it(cal
 
     die(0)
     die(1)
-    with pytest.raises(NegServiceError, match="cannot be calibrated, 3 tries failed"):
+    with refused(NegServiceError, says="cannot be calibrated, 3 tries failed"):
         die(2)
 
 

@@ -26,6 +26,7 @@ from neg_service.measures import find_measure
 from neg_service.measures.base import Cost
 from neg_service.models.loading import checked_dtype
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from tests.refusals import ANY, refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), "w1", (" w2",)) for i in range(10)]
@@ -77,27 +78,28 @@ def test_the_largest_number_of_replicas_is_said_either_way(override: str, most: 
 
 
 def test_something_else_than_their_largest_number_is_refused() -> None:
-    for replicas, message in (
-        ({"max": 0}, "cluster.replicas.max=0"),
-        ({"min": 1}, "there is only cluster.replicas.max"),
+    for replicas, refusal in (
+        ({"max": 0}, ("cluster.replicas.max", 0)),
+        ({"min": 1}, ("cluster.replicas.min", ANY, "there is only cluster.replicas.max")),
     ):
-        with pytest.raises(ConfigurationError, match=message):
+        with refused(ConfigurationError, *refusal):
             check(ScanConfig(cluster=ClusterConfig(replicas=replicas)))
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "setting", "says"),
     [
-        ({"model": {"sorce": "x"}}, "model.sorce: Key 'sorce' not in 'ModelConfig'"),
-        ({"extra": 1}, "extra: Key 'extra' not in 'ScanConfig'"),
-        ({"job": {"limit": "many"}}, "job.limit: Value 'many' of type 'str' could not be converted to Integer"),
-        ({"storage": {"uri": "???"}}, "storage.uri: has no value; give one"),
+        ({"model": {"sorce": "x"}}, "model.sorce", "Key 'sorce' not in 'ModelConfig'"),
+        ({"extra": 1}, "extra", "Key 'extra' not in 'ScanConfig'"),
+        ({"job": {"limit": "many"}}, "job.limit", "Value 'many' of type 'str' could not be converted to Integer"),
+        ({"storage": {"uri": "???"}}, "storage.uri", "has no value; give one"),
     ],
 )
-def test_unknown_keys_and_wrong_types_are_refused_by_their_full_key(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError) as caught:
+def test_unknown_keys_and_wrong_types_are_refused_by_their_full_key(
+    values: dict[str, Any], setting: str, says: str
+) -> None:
+    with refused(ConfigurationError, setting, says=says):
         typed(ScanConfig, values)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_unknown_keys_and_wrong_types_are_refused_by_their_full_key(values: dict
     ],
 )
 def test_numbers_out_of_range_are_refused(section: str, key: str, value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=rf"{section}\.{key}={value}: must (not )?be"):
+    with refused(ConfigurationError, f"{section}.{key}", value):
         check(typed(ScanConfig, {section: {key: value}}))
 
 
@@ -127,20 +129,19 @@ def test_layers_are_checked_and_sorted() -> None:
     for layers, message in [
         ([3], "layer 3 does not exist; the model has layers 0 to 2"),
         ([-1], "layer -1 does not exist"),
-        ([], "must be all or a list"),
-        ("some", "must be all or a list"),
+        ([], "all or a list"),
+        ("some", "all or a list"),
         ([1, 1], "named twice"),
     ]:
-        with pytest.raises(ConfigurationError, match=message):
+        with refused(ConfigurationError, "neurons.layers", layers, message):
             checked_layers(NeuronsConfig(layers), 3)
 
 
 def test_measures_are_found_by_name_or_path_and_unknown_ones_name_the_known() -> None:
     assert find_measure("neurgrad") is find_measure("neg_service.measures.builtin.neurgrad")
     for unknown in ("nothing", "gradients", "no.such.module"):
-        with pytest.raises(
-            ConfigurationError,
-            match=rf"measure\.name={unknown} is unknown; known are activation, gradient, .*, intervene, neurgrad",
+        with refused(
+            ConfigurationError, "measure.name", unknown, "one of activation, gradient, .*, intervene, neurgrad"
         ):
             find_measure(unknown)
 
@@ -185,22 +186,20 @@ def test_the_fingerprint_holds_science_and_no_operations(tiny_directory: Path, d
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "refusal"),
     [
-        ({"neurons": {"layers": [3]}}, "layer 3 does not exist"),
-        ({"measure": {"basis": "bias"}}, "measure.basis=bias is unknown"),
-        ({"measure": {"keep": "best"}}, "measure.keep=best is unknown; known are all, answer, top_k"),
-        ({"measure": {"keep": "top_k", "top_k": 121}}, "measure.top_k=121: must be from 1 to 120"),
-        ({"measure": {"tok_k": 5}}, "measure.tok_k: Key 'tok_k' not in 'NeurGradOptions'"),
-        ({"model": {"dtype": "int4"}}, "model.dtype=int4 is unknown"),
+        ({"neurons": {"layers": [3]}}, ("neurons.layers", [3], "layer 3 does not exist")),
+        ({"measure": {"keep": "best"}}, ("measure.keep", "best", "one of all, answer, top_k")),
+        ({"measure": {"keep": "top_k", "top_k": 121}}, ("measure.top_k", 121, "from 1 to 120")),
+        ({"measure": {"tok_k": 5}}, ("measure.tok_k", ANY, "Key 'tok_k' not in 'NeurGradOptions'")),
+        ({"model": {"dtype": "int4"}}, ("model.dtype", "int4")),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(
-    tiny_directory: Path, dataset: str, changes: dict[str, Any], message: str
+    tiny_directory: Path, dataset: str, changes: dict[str, Any], refusal: tuple[Any, ...]
 ) -> None:
-    with pytest.raises(ConfigurationError) as caught:
+    with refused(ConfigurationError, *refusal):
         _prepared(tiny_directory, dataset=dataset, **changes)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("settings", [{}, {"not_one_token": "skip"}, {"too_long": "skip"}])
@@ -226,11 +225,8 @@ def test_another_models_tokenizer_is_refused_before_ray_starts(
         "measure": {"name": "neurgrad"},
         "storage": {"uri": str(tmp_path / "results")},
     }
-    with pytest.raises(PromptError) as caught:
+    with refused(PromptError, "model.source", says=f"^{message}.*below 50"):
         run(prepare(typed(ScanConfig, asked)))
-    assert str(caught.value).startswith(message)
-    assert "below 50" in str(caught.value)
-    assert "model.source" in str(caught.value)
     assert not ray.is_initialized()
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
 
@@ -245,7 +241,7 @@ def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: 
     plain = tiny_model("GPT-2")
     plain.model.save_pretrained(tmp_path / "gpt2")
     plain.tokenizer.save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(ConfigurationError, match="GPT2LMHeadModel has no gate"):
+    with refused(ConfigurationError, "measure.basis", "gate", says="GPT2LMHeadModel has no gate"):
         _prepared(tmp_path / "gpt2", dataset=dataset, measure={"basis": "gate"})
 
 
@@ -260,7 +256,7 @@ def test_neurons_are_ranked_in_the_basis_of_the_measure_if_it_has_one(measure: d
 
 def test_keeping_the_answer_needs_answers(tiny_directory: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "w1", "targets": [" w3"], "id": "me"}\n')
-    with pytest.raises(ConfigurationError, match="prompt 'me' has no answer"):
+    with refused(ConfigurationError, "measure.keep", "answer", says="prompt 'me' has no answer"):
         _prepared(tiny_directory, dataset=str(tmp_path / "a.jsonl"), measure={"keep": "answer"})
 
 

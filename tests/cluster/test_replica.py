@@ -17,6 +17,7 @@ from neg_service.cluster.messages import Destination, Shard, WorkerInfo
 from neg_service.cluster.ray_errors import Unexpected
 from neg_service.cluster.replica import ACTOR_OPTIONS, Replica
 from neg_service.errors import ConfigurationError
+from tests.refusals import refused
 
 
 class Counting:
@@ -145,7 +146,7 @@ def test_the_calibration_goes_with_each_shard_and_is_what_json_gives_back(replic
 @pytest.mark.parametrize("found", [{"sigma": object()}, {"sigma": b"1"}, {(1, 2): 3}])
 def test_a_calibration_that_run_json_cannot_keep_is_refused(replica: Replica, worker: Counting, found: Any) -> None:
     worker.calibration = found
-    with pytest.raises(ConfigurationError, match="cannot keep"):
+    with refused(ConfigurationError, says="cannot keep"):
         replica.calibrate()
 
 

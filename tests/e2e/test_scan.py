@@ -295,10 +295,10 @@ def test_what_a_scan_cannot_do_is_one_line_and_writes_nothing(
     ("arguments", "message"),
     [
         (["dataset.source=nothing"], "dataset.source=nothing: neither a built-in data set"),
-        (["measure.basis=bias"], "measure.basis=bias is unknown"),
+        (["measure.basis=bias"], "measure.basis=bias: must be one of paper, hidden, gate"),
         (["cluster.stall_seconds=0"], "cluster.stall_seconds=0: must be auto or a number, at least 1"),
-        (["storage.patience_seconds=-1"], "storage.patience_seconds=-1.0: must not be negative"),
-        (["cluster.unreachable_seconds=-1"], "cluster.unreachable_seconds=-1.0: must not be negative"),
+        (["storage.patience_seconds=-1"], "storage.patience_seconds=-1.0: must be 0 or more"),
+        (["cluster.unreachable_seconds=-1"], "cluster.unreachable_seconds=-1.0: must be 0 or more"),
         (["job.resume=nowhere"], "nowhere: there is no run.json"),
     ],
 )

@@ -20,6 +20,7 @@ from neg_service.storage.stores import open_store
 from tests.e2e.commands import Running, job
 from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
 from tests.faults.proxy import FAULTS, Proxy, Seen
+from tests.refusals import refused
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 Invariant = Callable[[Disturbed], None]
@@ -124,7 +125,7 @@ def test_damage_is_named_and_repaired(disturbed: Disturbed, invariant: Invariant
     store.put("neurgrad/shard-000099.parquet", first)
     store.put("run.json", (store.get("run.json") or b"").replace(b'"float32"', b'"float16"'))
 
-    with pytest.raises(ConfigurationError, match=r'model\.dtype: "float16" there, "float32" asked'):
+    with refused(ConfigurationError, says=r'model\.dtype: "float16" there, "float32" asked'):
         disturbed.scan()
 
     where = [f"run={disturbed.run_uri}", f"storage.endpoint_url={disturbed.endpoint_url}"]
@@ -142,7 +143,7 @@ def test_damage_is_named_and_repaired(disturbed: Disturbed, invariant: Invariant
         assert expected in found.stdout, found.stdout
     assert found.stdout.count(": damaged: ") + found.stdout.count(": foreign: ") + found.stdout.count(": missing") == 7
 
-    with pytest.raises(ConfigurationError, match="repair=no: must be true or false"):
+    with refused(ConfigurationError, "repair", "no", allowed="true or false"):
         verify(composed("verify", [*where, "repair=no"], VerifyConfig))
     repaired = job("verify", *where, "repair=true", "cluster.cpus_per_replica=1", env=dict(os.environ))
     assert repaired.returncode == 0, repaired.stdout + repaired.stderr

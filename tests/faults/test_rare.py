@@ -29,6 +29,7 @@ from neg_service.storage.parts import part_key
 from neg_service.storage.stores import open_store
 from tests.e2e.commands import Running, job
 from tests.faults.conftest import N_PROMPTS, N_SHARDS, Disturbed, Orders, meanwhile, signalled
+from tests.refusals import refused
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.usefixtures("cluster")]
 Invariant = Callable[[Disturbed], None]
@@ -196,7 +197,7 @@ def test_a_full_disk_is_one_line_and_what_was_done_stays(
     local = Disturbed(disturbed.arguments, str(small_disk / "results"), None)
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\0" * 500_000)
-    with pytest.raises(DestinationError, match=os.strerror(errno.ENOSPC)):
+    with refused(DestinationError, says=os.strerror(errno.ENOSPC)):
         local.scan()
     assert not list(small_disk.rglob(".unfinished*"))
     kept = local.open().done()
@@ -236,7 +237,7 @@ def test_a_server_that_stays_away_ends_the_run_and_nothing_is_set_aside(
         orders.await_pid(order)
         own_server.stop(signal.SIGKILL)
 
-    with meanwhile(stop), pytest.raises(StorageError, match=own_server.endpoint_url):
+    with meanwhile(stop), refused(StorageError, says=own_server.endpoint_url):
         disturbed.scan("storage.patience_seconds=1", "cluster.attempts=2", "cluster.stall_seconds=2")
     # It waited for storage for longer than it may be silent, and was let be until it gave up by itself.
     assert "finished nothing" not in caplog.text

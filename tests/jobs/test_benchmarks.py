@@ -21,6 +21,7 @@ from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import encode
 from tests import families_speed, oracle
+from tests.refusals import refused
 from tests.tiny_models import tiny_model
 
 IDS, TARGET = (3, 14, 15, 9, 26), 7
@@ -73,7 +74,7 @@ def test_the_coarse_grid_is_as_exact_as_is_said(smollm2: LanguageModel) -> None:
 def test_what_an_installation_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "infra.s3.server", None)
     monkeypatch.delitem(sys.modules, "jobs.benchmarks.storage", raising=False)
-    with pytest.raises(ConfigurationError, match=r"benchmark=storage: .* is not installed"):
+    with refused(ConfigurationError, "benchmark", "storage", says=" is not installed"):
         bench(OmegaConf.create({"benchmark": {"name": "storage"}}))
 
 

@@ -13,6 +13,7 @@ from jobs.check import check
 from jobs.entry import CONF
 from neg_service.errors import ModelError
 from tests.e2e.commands import job
+from tests.refusals import refused
 from tests.tiny_models import tiny_model
 
 
@@ -55,7 +56,7 @@ def test_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_model_that_cannot_be_measured_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+    with refused(ModelError, "model.source", says=r"no \*\.safetensors"):
         checked(tmp_path)
     done = job("check", f"model.source={tmp_path}")
     assert (done.returncode, done.stdout) == (1, "")

@@ -9,6 +9,7 @@ from jobs.shorthand import written_out
 from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError
 from neg_service.prompts.tasks import TASKS
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize("task", ["ner", "amazon-review-multi", "all"])
@@ -35,7 +36,7 @@ def test_what_is_not_short_stays() -> None:
 
 def test_several_tasks_are_several_values_of_one_setting() -> None:
     assert written_out(["dataset=mceval8k/ner,mceval8k/paws"]) == ["dataset.task=ner,paws", "dataset=mceval8k"]
-    with pytest.raises(ConfigurationError, match=r"dataset\.task=facts,"):
+    with refused(ConfigurationError, "dataset.task", "facts,ner"):
         composed("scan", ["dataset=mceval8k/facts,mceval8k/ner"], ScanConfig)
-    with pytest.raises(ConfigurationError, match=r"^dataset=facts,mceval8k/ner: mceval8k/ner is short for dataset=mce"):
+    with refused(ConfigurationError, "dataset", "facts,mceval8k/ner", says="mceval8k/ner is short for dataset=mce"):
         written_out(["dataset=facts,mceval8k/ner"])

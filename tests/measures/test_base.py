@@ -33,6 +33,7 @@ from neg_service.storage.reader import Run
 from tests.families import model_of
 from tests.here import scan_here
 from tests.measures.own.pull import Pull, PullOptions
+from tests.refusals import refused
 from tests.shards import measured_shard
 
 OWN = Path(__file__).parent / "own"
@@ -84,7 +85,7 @@ def test_it_is_planned(asked: list[str]) -> None:
     assert "-prompts-pull-" in prepared.uri
     assert prepare(configured(asked, "measure=pull", "measure.factor=3")).fingerprint != prepared.fingerprint
     unknown = configured(asked, "measure=pull", "+measure.force=3")
-    with pytest.raises(ConfigurationError, match=r"measure\.force: Key 'force' not in 'PullOptions'"):
+    with refused(ConfigurationError, "measure.force", says=r"Key 'force' not in 'PullOptions'"):
         prepare(unknown)
 
 
@@ -189,22 +190,29 @@ class Wide(Pull):
 
 
 @pytest.mark.parametrize(
-    ("measure", "message"),
+    ("measure", "refusal"),
     [
-        (Short, "gave the tables pulls, but says that it gives prompts, pulls"),
-        (Wide, "gave a table pulls of prompt_id: large_string not null, .* says that it is of prompt_id: string not"),
+        (Short, ("measure.name", "pull", "gave the tables pulls, but says that it gives prompts, pulls")),
+        (
+            Wide,
+            (
+                "measure.name",
+                "pull",
+                "gave a table pulls of prompt_id: large_string not null, .* says that it is of prompt_id: string not",
+            ),
+        ),
     ],
 )
-def test_tables_that_are_not_those_that_were_said_are_refused(measure: type[Pull], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_tables_that_are_not_those_that_were_said_are_refused(measure: type[Pull], refusal: tuple[Any, ...]) -> None:
+    with refused(ConfigurationError, *refusal):
         measured_shard(measure(PullOptions()), model_of("Llama 2"), [Prompt("a", "w1 w2", (" w7",))])
 
 
 def test_a_table_whose_values_nobody_could_find_is_refused() -> None:
     fields = {"layer": pa.int16(), "values": pa.list_(pa.float32())}
-    with pytest.raises(ConfigurationError, match="has no column 'pull', or no column 'layer'"):
+    with refused(ConfigurationError, setting=None, says="has no column 'pull', or no column 'layer'"):
         Table(pa.schema(list(fields.items())), "pull", values="pull")
-    with pytest.raises(ConfigurationError, match="column 'values' must be a list of fixed size"):
+    with refused(ConfigurationError, setting=None, says="column 'values' must be a list of fixed size"):
         Table(pa.schema(list(fields.items())), "pull", values="values")
 
 
@@ -217,30 +225,47 @@ OF_BEFORE = "Options = read = check = identity = tables = cost_a_prompt = calibr
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "message"),
+    ("source", "name", "refusal"),
     [
-        (UNFINISHED, "own.odd", r"measure\.name=own\.odd: Half lacks cost"),
-        (OF_BEFORE, "own.odd", r"measure\.name=own\.odd: own\.odd is a module of functions, as measures were before"),
-        ("", "own.odd", r"own\.odd defines no subclass of neg_service\.measures\.base\.Measure"),
-        ("", "own.odd:Pull", r"own\.odd defines no measure Pull"),
-        ("from tests.measures.own.pull import Pull", "own.odd", r"own\.odd defines no subclass"),
-        ("", "own.none", r"measure\.name=own\.none is unknown; known are activation, gradient"),
+        (UNFINISHED, "own.odd", ("measure.name", "own.odd", "Half lacks cost")),
+        (
+            OF_BEFORE,
+            "own.odd",
+            ("measure.name", "own.odd", r"own\.odd is a module of functions, as measures were before"),
+        ),
+        (
+            "",
+            "own.odd",
+            ("measure.name", "own.odd", r"own\.odd defines no subclass of neg_service\.measures\.base\.Measure"),
+        ),
+        ("", "own.odd:Pull", ("measure.name", "own.odd:Pull", r"own\.odd defines no measure Pull")),
+        (
+            "from tests.measures.own.pull import Pull",
+            "own.odd",
+            ("measure.name", "own.odd", r"own\.odd defines no subclass"),
+        ),
+        ("", "own.none", ("measure.name", "own.none", "one of activation, gradient, gradient_x_activation, integrat")),
     ],
 )
 def test_modules_without_exactly_one_measure_say_what_is_wrong(
-    source: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, name: str, refusal: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "odd.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     for loaded in ("own", "own.odd"):
         monkeypatch.delitem(sys.modules, loaded, raising=False)
-    with pytest.raises(ConfigurationError, match=message):
+    with refused(ConfigurationError, *refusal):
         find_measure(name)
 
 
 def test_of_several_measures_in_a_module_one_is_named() -> None:
-    with pytest.raises(ConfigurationError, match=r"defines Loudest, Loudness; say which one, as .*loudness:Loudest"):
+    with refused(
+        ConfigurationError,
+        "measure.name",
+        "tests.measures.own.loudness",
+        says="defines Loudest, Loudness; say which one, as .*loudness:Loudest",
+    ):
         find_measure("tests.measures.own.loudness")
     assert find_measure("tests.measures.own.loudness:Loudness").__name__ == "Loudness"
     assert find_measure("tests.measures.own.pull") is Pull

@@ -22,6 +22,7 @@ from neg_service.measures.choice import (
     strongest_neurons,
     with_list_read,
 )
+from tests.refusals import ANY, refused
 
 LAYERS, NEURONS = 3, 40
 
@@ -73,7 +74,7 @@ def test_a_folder_of_results_is_all_its_parts(tmp_path: Path) -> None:
         pq.write_table(pa.table({"layer": [2], "neuron": [neuron]}), tmp_path / f"shard-{shard:06d}.parquet")
     assert choose(choose="list", list=str(tmp_path)) == [[2, 1], [2, 39]]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigurationError, match=r"be a folder of \.parquet files"):
+    with refused(ConfigurationError, "neurons.list", says=r"be a folder of \.parquet files"):
         choose(choose="list", list=str(tmp_path / "empty"))
 
 
@@ -103,40 +104,55 @@ def test_the_choice_is_told_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "refusal"),
     [
-        ({"choose": "best"}, "neurons.choose=best is unknown; known are all, sample, top, list"),
-        ({"choose": "sample", "count": 1, "per": "head"}, "neurons.per=head is unknown"),
-        ({"choose": "top", "count": 1, "over": "time"}, "neurons.over=time is unknown"),
-        ({"choose": "sample", "count": 0}, "neurons.count=0: the choice must be from 1 to 40, the neurons of a layer"),
-        ({"choose": "sample", "count": 41}, "neurons.count=41: the choice must be from 1 to 40"),
-        ({"choose": "sample", "count": 121, "per": "model"}, "from 1 to 120, the neurons of the chosen layers"),
-        ({"choose": "top", "count": 121}, "neurons.count=121: the choice must be from 1 to 120"),
-        ({"choose": "top", "count": 50, "layers": [1]}, "from 1 to 40"),
-        ({"choose": "list", "list": []}, "the choice is empty"),
-        ({"choose": "list", "list": [[3, 0]]}, r"\(3, 0\) does not exist; the model has layers 0 to 2"),
-        ({"choose": "list", "list": [[0, 1], [0, 1]]}, r"\(0, 1\) is given twice"),
-        ({"choose": "list", "list": [[0, 1]], "layers": [1]}, "has neurons of layer 0, which neurons.layers"),
-        ({"choose": "list", "list": 7}, "must be a list of"),
-        ({"choose": "list", "list": [[0, 1.5]]}, "must be a list of"),
-        ({"choose": "list", "list": [[0, 1], [2]]}, "must be a list of"),
-        ({"choose": "list", "list": [[0, True]]}, r"pairs of whole numbers, not \[\[0, True\]\]"),
-        ({"choose": "list", "list": [[False, True]]}, "must be a list of"),
-        ({"choose": "list", "list": [[0, "1"]]}, "must be a list of"),
-        ({"choose": "list", "list": [[0, None]]}, "must be a list of"),
-        ({"choose": "list", "list": [[0, float("nan")]]}, "must be a list of"),
-        ({"choose": "list", "list": [[0, 2**70]]}, r"\(0, 1180591620717411303424\) does not exist"),
-        ({"choose": "list", "list": [[-1, 0]]}, r"\(-1, 0\) does not exist"),
-        ({"choose": "list", "list": "README.md"}, "must end in .csv, .jsonl, .parquet, be a folder"),
-        ({"choose": "list", "list": "nowhere.csv"}, "neurons.list=nowhere.csv: cannot be read"),
+        ({"choose": "best"}, ("neurons.choose", "best", "one of all, sample, top, list")),
+        ({"choose": "sample", "count": 1, "per": "head"}, ("neurons.per", "head")),
+        ({"choose": "top", "count": 1, "over": "time"}, ("neurons.over", "time")),
+        (
+            {"choose": "sample", "count": 0},
+            ("neurons.count", "0", "the choice must be from 1 to 40, the neurons of a layer"),
+        ),
+        ({"choose": "sample", "count": 41}, ("neurons.count", "41", "the choice must be from 1 to 40")),
+        (
+            {"choose": "sample", "count": 121, "per": "model"},
+            ("neurons.count", "121", "from 1 to 120, the neurons of the chosen layers"),
+        ),
+        ({"choose": "top", "count": 121}, ("neurons.count", "121", "the choice must be from 1 to 120")),
+        ({"choose": "top", "count": 50, "layers": [1]}, ("neurons.count", "50", "from 1 to 40")),
+        ({"choose": "list", "list": []}, ("neurons", ANY, "the choice is empty")),
+        (
+            {"choose": "list", "list": [[3, 0]]},
+            ("neurons", ANY, r"\(3, 0\) does not exist; the model has layers 0 to 2"),
+        ),
+        ({"choose": "list", "list": [[0, 1], [0, 1]]}, ("neurons.list", ANY, r"\(0, 1\) is given twice")),
+        (
+            {"choose": "list", "list": [[0, 1]], "layers": [1]},
+            ("neurons.list", ANY, "has neurons of layer 0, which neurons.layers"),
+        ),
+        ({"choose": "list", "list": 7}, ("neurons.list", "7", "a list of")),
+        ({"choose": "list", "list": [[0, 1.5]]}, ("neurons", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, 1], [2]]}, ("neurons", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, True]]}, ("neurons", ANY, r"pairs of whole numbers, not \[\[0, True\]\]")),
+        ({"choose": "list", "list": [[False, True]]}, ("neurons", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, "1"]]}, ("neurons", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, None]]}, ("neurons", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, float("nan")]]}, ("neurons", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, 2**70]]}, ("neurons", ANY, r"\(0, 1180591620717411303424\) does not exist")),
+        ({"choose": "list", "list": [[-1, 0]]}, ("neurons", ANY, r"\(-1, 0\) does not exist")),
+        (
+            {"choose": "list", "list": "README.md"},
+            ("neurons.list", "README.md", "must end in .csv, .jsonl, .parquet, be a folder"),
+        ),
+        ({"choose": "list", "list": "nowhere.csv"}, ("neurons.list", "nowhere.csv", "cannot be read")),
     ],
 )
-def test_bad_choices_are_refused(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_bad_choices_are_refused(given: dict[str, Any], refusal: tuple[Any, ...]) -> None:
+    with refused(ConfigurationError, *refusal):
         choose(**given)
 
 
 def test_a_file_without_the_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "n.csv").write_text("layer,index\n0,1\n")
-    with pytest.raises(ConfigurationError, match="needs whole numbers in a column 'neuron'"):
+    with refused(ConfigurationError, "neurons.list", says="needs whole numbers in a column 'neuron'"):
         choose(choose="list", list=str(tmp_path / "n.csv"))

@@ -6,11 +6,14 @@ import pytest
 
 from neg_service.errors import ConfigurationError
 from neg_service.measures.edits import checked_edits, edit_name
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize("neuron", [[0, 10**400 - 1], [-(10**400), 0]])
 def test_a_neuron_of_any_number_is_refused_in_a_short_line(neuron: list[int]) -> None:
-    with pytest.raises(ConfigurationError, match="does not exist; the model has layers 0 to 1") as caught:
+    with refused(
+        ConfigurationError, "measure.edits[0].neurons", says="does not exist; the model has layers 0 to 1"
+    ) as caught:
         checked_edits([{"neurons": [neuron], "shift": 1.0}], 2, 8)
     assert len(str(caught.value)) < 200
 

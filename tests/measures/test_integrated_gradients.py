@@ -14,7 +14,7 @@ from torch import nn
 import neg_service
 from neg_service import LanguageModel, schema
 from neg_service.config import NeuronsConfig
-from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory, PromptError
+from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
 from neg_service.measures import measure_of
 from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
 from neg_service.measures.interventions import Interventions
@@ -24,6 +24,7 @@ from tests import oracle
 from tests.encodings import encoded
 from tests.families import bases_of, float64_of, model_of, random_ids, readout
 from tests.oracle import relative
+from tests.refusals import refused
 from tests.shards import INFO, PROMPTS, measured_shard
 from tests.tiny_models import MASK, tiny_model
 
@@ -157,7 +158,7 @@ def test_memory_that_ends_shrinks_the_batches_and_changes_nothing(monkeypatch: p
         raise MemoryError("no memory")
 
     monkeypatch.setattr(Interventions, "run_from", no_memory)
-    with pytest.raises(OutOfMemory, match=r"prompt 'p.' .* one scaled point of layer 0 does not fit"):
+    with refused(OutOfMemory, setting=None, says="prompt 'p.' .* one scaled point of layer 0 does not fit"):
         measured(model, prompts, "paper", 20)
 
 
@@ -228,11 +229,13 @@ def test_what_is_not_finite_on_the_way_is_refused_with_its_prompt_and_layer() ->
         return output if rows[-1] == 1 else output.index_fill(-2, torch.tensor([0]), float("inf"))
 
     model.feed_forward.layers[2].mlp.register_forward_hook(overflow)
-    with pytest.raises(NonFiniteError, match=r"prompt 'bad' .* neurons of layer 2 between zero and what they are"):
+    with refused(
+        NonFiniteError, setting=None, says="prompt 'bad' .* neurons of layer 2 between zero and what they are"
+    ):
         list(integrals(model, [encoded((1, 2), (3,), "bad")], [[0]], "paper", [2], 4, Budget(4096)))
     with torch.no_grad():
         model.model.model.embed_tokens.weight[13] = float("nan")
-    with pytest.raises(NonFiniteError, match="prompt 'worse'"):
+    with refused(NonFiniteError, setting=None, says="prompt 'worse'"):
         measured(model, [encoded((1, 13), (3,), "worse")], "paper", 2)
 
 
@@ -327,34 +330,35 @@ def test_a_masked_model_is_scanned_like_a_causal_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "neurons", "message"),
+    ("options", "neurons", "refusal"),
     [
-        ({"steps": 0}, {}, r"measure\.steps=0: must be at least 1"),
-        ({"steps": -3}, {}, r"measure\.steps=-3: must be at least 1"),
-        ({"keep": "top_k"}, {}, r"measure\.keep=top_k is unknown; known are all, answer"),
-        ({"basis": "up"}, {}, r"measure\.basis=up is unknown"),
-        ({}, {"layers": [3]}, "layer 3 does not exist"),
-        ({}, {"choose": "sample", "count": 3}, "measure=integrated_gradients takes neurons=all"),
+        ({"steps": 0}, {}, ("measure.steps", "0", "at least 1")),
+        ({"steps": -3}, {}, ("measure.steps", "-3", "at least 1")),
+        ({"keep": "top_k"}, {}, ("measure.keep", "top_k", "one of all, answer")),
+        ({}, {"layers": [3]}, ("neurons.layers", "[3]", "layer 3 does not exist")),
+        (
+            {},
+            {"choose": "sample", "count": 3},
+            ("neurons.choose", "sample", "measure=integrated_gradients takes neurons=all"),
+        ),
     ],
 )
 def test_bad_requests_are_refused_before_anything_starts(
-    options: dict[str, Any], neurons: dict[str, Any], message: str
+    options: dict[str, Any], neurons: dict[str, Any], refusal: tuple[Any, ...]
 ) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+    with refused(ConfigurationError, *refusal):
         measure_of({"name": NAME, **options}).validate(INFO, NeuronsConfig(**neurons), PROMPTS)
 
 
 def test_bad_requests_of_the_library_are_refused() -> None:
     unanswered = [Prompt("u", "w1", (" w2",))]
-    with pytest.raises(ConfigurationError, match=r"prompt 'u' has no answer; use measure\.keep=all$"):
+    with refused(
+        ConfigurationError, "measure.keep", "answer", says=r"prompt 'u' has no answer; use measure\.keep=all$"
+    ):
         measure_of({"name": NAME, "keep": "answer"}).validate(INFO, NeuronsConfig(), unanswered)
     model = model_of("GPT-2")
-    with pytest.raises(ConfigurationError, match=r"^m=0: must be at least 1"):
+    with refused(ConfigurationError, "m", "0", allowed="at least 1, the number of points that are summed over"):
         neg_service.integrated_gradients(model, ["w1"], [[" w2"]], m=0)
-    with pytest.raises(ConfigurationError, match="GPT2MLP has no gate"):
-        neg_service.integrated_gradients(model, ["w1"], [[" w2"]], basis="gate")
-    with pytest.raises(PromptError, match="0 prompts"):
-        neg_service.integrated_gradients(model, [], [])
 
 
 def test_steps_are_part_of_what_a_run_is_and_of_its_cost() -> None:

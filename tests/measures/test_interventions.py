@@ -17,6 +17,7 @@ from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import Prompt
 from tests import oracle
+from tests.refusals import refused
 from tests.shards import measured_shard
 from tests.sweeps import SHIFTS, sweep_of, swept
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -111,7 +112,7 @@ def test_when_memory_ends_batches_shrink_and_rows_stay_the_same(monkeypatch: pyt
     assert [size for size in sizes if size > 3] == [16, 8, 4]
 
     monkeypatch.setattr(interventions.Interventions, "_run", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
-    with pytest.raises(OutOfMemory, match=r"prompt '.' .* one intervention does not fit"):
+    with refused(OutOfMemory, setting=None, says="prompt '.' .* one intervention does not fit"):
         swept(model, NeuronsConfig(choose="sample", count=4))
 
 

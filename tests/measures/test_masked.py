@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -23,6 +24,7 @@ from neg_service.models.language_model import LanguageModel
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, encode
+from tests.refusals import ANY, refused
 from tests.tiny_models import MASK, tiny_model, tiny_tokenizer
 
 TEXT = "w3 w14 w96 w9 w26 w5 w35 w8"
@@ -40,18 +42,26 @@ def test_layers_below_an_intervention_do_not_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "target", "message"),
+    ("text", "target", "refusal"),
     [
-        ("w1 w2", "w7", "prompt 'a' has 0 mask tokens, a masked model needs exactly 1, written as 'w96' or "),
-        ("w1 w96 w2 w96", "w7", "prompt 'a' has 2 mask tokens"),
-        ("w1 w96 w2", "w7 w8", "target 'w7 w8' is 2 tokens"),
-        ("w1 w96 w2", "", "target '' is 0 tokens"),
+        (
+            "w1 w2",
+            "w7",
+            (
+                "dataset.source",
+                ANY,
+                "prompt 'a' has 0 mask tokens, a masked model needs exactly 1, written as 'w96' or ",
+            ),
+        ),
+        ("w1 w96 w2 w96", "w7", ("dataset.source", ANY, "prompt 'a' has 2 mask tokens")),
+        ("w1 w96 w2", "w7 w8", ("dataset.source", ANY, "target 'w7 w8' is 2 tokens")),
+        ("w1 w96 w2", "", ("dataset.source", ANY, "target '' is 0 tokens")),
     ],
 )
 def test_prompts_without_one_mask_token_or_with_longer_targets_are_refused(
-    text: str, target: str, message: str
+    text: str, target: str, refusal: tuple[Any, ...]
 ) -> None:
-    with pytest.raises(PromptError, match=message):
+    with refused(PromptError, *refusal):
         list(encode(tiny_tokenizer(), [Prompt("a", text, (target,))], None, MASK))
 
 
@@ -71,7 +81,7 @@ def test_a_checkpoint_says_whether_it_is_masked(tmp_path: Path) -> None:
 
 
 def test_a_masked_model_without_a_mask_token_is_refused() -> None:
-    with pytest.raises(ModelError, match="has no mask token"):
+    with refused(ModelError, "model.source", says="has no mask token"):
         LanguageModel(tiny_model("BERT").model)
 
 

@@ -21,6 +21,7 @@ from neg_service.prompts.prompt import EncodedPrompt, encode
 from tests import oracle
 from tests.encodings import encoded
 from tests.oracle import relative
+from tests.refusals import refused
 from tests.tiny_models import VOCABULARY, tiny_model
 
 
@@ -147,7 +148,7 @@ def test_nothing_of_the_measurement_stays_in_the_model() -> None:
     state = copy.deepcopy(model.model.state_dict())
     implementation = model.model.config._attn_implementation
     measured(model, random_prompts([4, 7], [2, 2]), "paper")
-    with pytest.raises(ConfigurationError, match="basis"):
+    with refused(ConfigurationError, "measure.basis", "none"):
         measured(model, random_prompts([4], [2]), "none")
     with pytest.raises(IndexError):
         # The vocabulary has 97 words: the body fails in the middle of a pass.
@@ -189,10 +190,10 @@ def test_one_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) 
     model = tiny_model("Llama 2")
     model.ensure_checked()
     monkeypatch.setattr(engine, "run_last_tokens", never)
-    with pytest.raises(OutOfMemory, match=r"'p0' .5 tokens. in float32: its 2 rows do not fit"):
+    with refused(OutOfMemory, setting=None, says="'p0' .5 tokens. in float32: its 2 rows do not fit"):
         measured(model, random_prompts([5], [2]), "paper")
     # A slower engine would need even more.
-    with pytest.raises(ModelError, match=r"self-check of Llama 2 .*: the graph of 13 tokens does not fit"):
+    with refused(ModelError, "model.source", says="self-check of Llama 2 .*: the graph of 13 tokens does not fit"):
         tiny_model("Llama 2").ensure_checked()
 
 
@@ -201,21 +202,21 @@ def test_a_value_that_is_not_finite_is_refused_with_its_prompt(value: float) -> 
     model = tiny_model("Llama 2")
     with torch.no_grad():
         model.model.model.embed_tokens.weight[13] = value
-    with pytest.raises(NonFiniteError, match="'bad'"):
+    with refused(NonFiniteError, setting=None, says="'bad'"):
         measured(model, [encoded((1, 2), (3,), "good"), encoded((1, 13), (3,), "bad")], "paper")
 
 
 def test_bad_requests_are_refused() -> None:
     model = tiny_model("GPT-2")
-    with pytest.raises(ConfigurationError, match="GPT2MLP has no gate"):
+    with refused(ConfigurationError, "basis", "gate", says="GPT2MLP has no gate"):
         neg_service.neurgrad(model, ["w1"], [[" w2"]], basis="gate")
-    with pytest.raises(ConfigurationError, match="layer 3 does not exist; the model has layers 0 to 2"):
+    with refused(ConfigurationError, "layers", "[3]", says="layer 3 does not exist; the model has layers 0 to 2"):
         neg_service.neurgrad(model, ["w1"], [[" w2"]], layers=[3])
-    with pytest.raises(ConfigurationError, match="2 prompts, but targets for 1"):
+    with refused(ConfigurationError, setting=None, says="2 prompts, but targets for 1"):
         neg_service.neurgrad(model, ["w1", "w2"], [["w2"]])
-    with pytest.raises(PromptError, match="0 prompts"):
+    with refused(PromptError, "prompts", says="0 prompts"):
         neg_service.neurgrad(model, [], [])
-    with pytest.raises(PromptError, match="65 tokens, the model's context holds 64"):
+    with refused(PromptError, "model", says="65 tokens, the model's context holds 64"):
         neg_service.neurgrad(model, ["w1 " * 65], [["w2"]])
 
 

@@ -12,6 +12,7 @@ from neg_service import LanguageModel
 from neg_service.errors import PromptError
 from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
+from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -24,7 +25,7 @@ def test_positions_behind_the_padding_are_not_counted_as_context() -> None:
     assert model.context_length == 18
     text = " ".join(["w5"] * 17)
     neg_service.neurgrad(model, [f"{text} w96"], [["w7"]])
-    with pytest.raises(PromptError, match=r"prompt '0' has 19 tokens, the model's context holds 18"):
+    with refused(PromptError, "model", says="prompt '0' has 19 tokens, the model's context holds 18"):
         neg_service.neurgrad(model, [f"{text} w5 w96"], [["w7"]])
 
 
@@ -32,7 +33,7 @@ def test_prompts_that_change_the_rotary_angles_of_a_pass_are_refused() -> None:
     model = tiny_model("Phi-4-mini")
     # Of 64 positions, the angles of all change beyond the first 32.
     assert model.context_length == 32
-    with pytest.raises(PromptError, match=r"prompt '1' has 33 tokens, the model's context holds 32"):
+    with refused(PromptError, "model", says="prompt '1' has 33 tokens, the model's context holds 32"):
         neg_service.neurgrad(model, ["w5 " * 32, "w5 " * 33], [[" w7"]] * 2)
 
 
@@ -54,5 +55,5 @@ def test_the_ids_of_a_model_are_those_of_its_shortest_table() -> None:
     )  # fmt: skip
     model = LanguageModel(hf.Gemma3nForCausalLM(config), tiny_tokenizer())
     assert (model.n_input_ids, model.n_output_ids) == (90, 97)
-    with pytest.raises(PromptError, match="its token 'w92' has the id 92, but model embeds only the ids below 90"):
+    with refused(PromptError, "model", says="its token 'w92' has the id 92, but model embeds only the ids below 90"):
         neg_service.neurgrad(model, ["w92 w3"], [[" w4"]])

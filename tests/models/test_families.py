@@ -17,6 +17,7 @@ from neg_service.models.batches import RowBudget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from tests import families, oracle
 from tests.families import bases_of, model_of
+from tests.refusals import refused
 from tests.tiny_models import FAMILIES, MASK
 
 BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
@@ -110,7 +111,7 @@ def test_a_masked_prompt_may_be_its_mask_token_alone(family: str, basis: str) ->
 
 @pytest.mark.parametrize("family", families.PLAIN)
 def test_a_plain_mlp_has_no_gate(family: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"measure\.basis=gate: .* has no gate; use paper or hidden"):
+    with refused(ConfigurationError, "measure.basis", "gate", says=r"has no gate; use paper or hidden"):
         model_of(family).feed_forward.hook_points("gate")
 
 

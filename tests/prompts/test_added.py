@@ -22,6 +22,7 @@ from neg_service.prompts.added import added_by
 from neg_service.prompts.prompt import Prompt, encode
 from tests import families, oracle
 from tests.encodings import one_token_targets, within_context
+from tests.refusals import refused
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import (
     END,
@@ -92,15 +93,16 @@ def test_a_prompt_that_spells_what_is_put_in_front_has_it_once(name: str) -> Non
 @pytest.mark.parametrize("form", ["{0}{0}The capital", " {0}The capital", "\n\n{0} The capital", "{0} {0}The capital"])
 def test_what_is_put_in_front_is_refused_where_a_prompt_has_it_in_another_way(name: str, form: str) -> None:
     spelled, tokenizer = in_front(name)
-    with pytest.raises(PromptError, match=r"prompt 'x' would begin with \[.*\]: the tokenizer puts") as caught:
+    with refused(
+        PromptError, "dataset.source", says=r"prompt 'x' would begin with \[.*\]: the tokenizer puts"
+    ) as caught:
         ids_of(tokenizer, form.format(spelled))
     assert repr(spelled) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[gMASK]The", "<sop>The", "[gMASK] <sop> The", " <sop>The", "<sop>[gMASK]The"])
 def test_a_part_of_what_is_put_in_front_is_refused(text: str) -> None:
-    with pytest.raises(PromptError, match=r"prompt 'x' would begin with \['\[gMASK\]', '<sop>', "):
+    with refused(PromptError, "dataset.source", says=r"prompt 'x' would begin with \['\[gMASK\]', '<sop>', "):
         ids_of(in_front("two tokens")[1], text)
 
 
@@ -143,10 +145,10 @@ def test_special_tokens_within_a_prompt_stay_and_each_prompt_is_told_once(caplog
 def test_what_nobody_sees_does_not_hide_what_is_put_in_front(name: str, blank: str) -> None:
     spelled, tokenizer = in_front(name)
     for form in (f"{blank}{spelled}The capital", f"{spelled}{blank}{spelled}The capital"):
-        with pytest.raises(PromptError, match="prompt 'x' would begin with"):
+        with refused(PromptError, "dataset.source", says="prompt 'x' would begin with"):
             ids_of(tokenizer, form)
     if name == "two tokens":
-        with pytest.raises(PromptError, match="prompt 'x' would begin with"):
+        with refused(PromptError, "dataset.source", says="prompt 'x' would begin with"):
             ids_of(tokenizer, f"{blank}<sop>The capital")
 
 
@@ -183,7 +185,7 @@ def test_what_is_not_added_to_the_empty_text_is_found_too(ends: tuple[int, ...])
     assert (found.before, found.after) == ((1,), ends)
     for text in ("w3 w4", "<s>w3 w4", "<s> w3 w4"):
         assert ids_of(tokenizer, text, " w5") == ((1, 3, 4), 5)
-    with pytest.raises(PromptError, match="would begin with"):
+    with refused(PromptError, "dataset.source", says="would begin with"):
         ids_of(tokenizer, "<s><s>w3 w4", " w5")
 
 
@@ -250,7 +252,7 @@ def test_what_is_put_behind_a_text_is_taken_off(name: str, caplog: pytest.LogCap
 
 
 def test_a_prompt_of_what_is_put_behind_it_alone_is_empty() -> None:
-    with pytest.raises(PromptError, match="prompt 'x' has no tokens"):
+    with refused(PromptError, "dataset.source", says="prompt 'x' has no tokens"):
         ids_of(words_of_tiny_models("$A </s>"), " ", " w3")
 
 
@@ -280,7 +282,7 @@ def test_a_masked_prompt_that_spells_what_is_added_has_it_once(name: str) -> Non
             assert masked(form) == bare
         assert masked(f"{first} {text} {last}") in (bare, masked(f" {text} "))
     for wrong in ("{0}{0}the [MASK]", "the [MASK]{1}{1}", "{0}the [MASK]{1} {1}", " {0} {0}the [MASK]"):
-        with pytest.raises(PromptError, match=r"prompt 'x' would (begin|end) with"):
+        with refused(PromptError, "dataset.source", says="prompt 'x' would (begin|end) with"):
             masked(wrong.format(first, last))
 
 
@@ -320,6 +322,6 @@ def test_a_tokenizer_beside_weights_adds_what_its_configuration_says(tmp_path: P
 
 
 def test_a_merged_target_is_still_refused_without_what_is_put_behind() -> None:
-    with pytest.raises(TargetError, match=r"target 'ital' merges with the text beside it") as caught:
+    with refused(TargetError, "dataset.source", says="target 'ital' merges with the text beside it") as caught:
         ids_of(byte_level("<s> $A </s>"), "The cap", "ital")
     assert END not in str(caught.value)

@@ -9,6 +9,7 @@ import pytest
 from neg_service.errors import PromptError, TargetError
 from neg_service.prompts.encoding import Encoding, Ids
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, encode
+from tests.refusals import refused
 from tests.tiny_models import tiny_tokenizer
 
 PROMPTS = [Prompt(str(i), " ".join(f"w{j}" for j in range(i + 1)), (f" w{i + 1}", " w9"), 0) for i in range(5)]
@@ -86,7 +87,7 @@ def test_what_is_left_out_is_counted_in_one_pass() -> None:
     assert (skips.n_not_one_token, skips.n_targets, skips.n_too_long, skips.first_too_long) == (2, 3, 1, "long")
     for one in found:
         assert one == next(encode(tokenizer, [one.prompt], context_length))
-    with pytest.raises(TargetError, match="prompt 'fewer': target ' w5 w6' is 2 tokens"):
+    with refused(TargetError, "dataset.source", says="prompt 'fewer': target ' w5 w6' is 2 tokens"):
         list(encode(tokenizer, prompts, context_length))
-    with pytest.raises(PromptError, match="prompt 'long' has 4 tokens"):
+    with refused(PromptError, "model.source", says="prompt 'long' has 4 tokens"):
         list(encode(tokenizer, prompts, context_length, skips=Skips(not_one_token=True)))

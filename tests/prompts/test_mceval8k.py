@@ -20,6 +20,7 @@ from neg_service.prompts.prompt import MASK, Prompt, encode
 from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.tasks import GENRES, LANGUAGES, TASKS, task_of
 from neg_service.prompts.templates import templates_of
+from tests.refusals import ANY, refused
 from tests.skills import published_row, write_all, write_split
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "mceval8k"
@@ -188,57 +189,65 @@ def test_what_is_published_in_two_ways(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "row", "message"),
+    ("task", "row", "says"),
     [
-        ("agnews", {"text": "x"}, r"agnews/valid\.json: row 1 has no field 'label'; it has 'text'"),
-        ("agnews", {"text": "x", "label": float("nan")}, r"row 1: label must be from 0 to 3, not nan"),
-        ("agnews", {"text": "x", "label": 4}, r"row 1: label must be from 0 to 3, not 4"),
-        ("agnews", {"text": 5, "label": 0}, r"row 1: text must be a text, not 5"),
+        ("agnews", {"text": "x"}, r"agnews/valid\.json: row 1: has no field 'label'; it has 'text'"),
+        ("agnews", {"text": "x", "label": float("nan")}, "row 1: label must be from 0 to 3, not nan"),
+        ("agnews", {"text": "x", "label": 4}, "row 1: label must be from 0 to 3, not 4"),
+        ("agnews", {"text": 5, "label": 0}, "row 1: text must be a text, not 5"),
         ("amazon-reviews", {"text": "x", "label": 0.0}, r"row 1: label must be from 1 to 5, not 0\.0"),
-        ("ner", {"text": "x", "target_chunk": ["a"], "options": ["a"], "label": 0}, r"options must be a list of 4"),
-        ("stereoset", {"stereotype": 0, "anti-stereotype": 0, "non-stereotype": 1}, r"row 1: its three kinds"),
-        ("lti", {"text": "x", "lang": "it"}, r"row 1: lang must be one of en, de, es, fr, zh, not 'it'"),
-        ("clang8", {"sentence1": None, "sentence2": "one", "acceptable": 0}, r"row 1: sentence1 is empty"),
-        ("agnews", 3, r"row 1 must be an object with fields, not 3"),
+        ("ner", {"text": "x", "target_chunk": ["a"], "options": ["a"], "label": 0}, "options must be a list of 4"),
+        ("stereoset", {"stereotype": 0, "anti-stereotype": 0, "non-stereotype": 1}, "row 1: its three kinds"),
+        ("lti", {"text": "x", "lang": "it"}, "row 1: lang must be one of en, de, es, fr, zh, not 'it'"),
+        ("clang8", {"sentence1": None, "sentence2": "one", "acceptable": 0}, "row 1: sentence1 is empty"),
+        ("agnews", 3, "row 1 must be an object with fields, not 3"),
     ],
 )  # fmt: skip
-def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, message: str) -> None:
+def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, says: str) -> None:
     write_split(tmp_path, task, "valid", [published_row(task, 0), row])
-    with pytest.raises(PromptError, match=message):
+    with refused(PromptError, "dataset.source", says=says):
         load_tasks(dataset(tmp_path, task, shots=0))
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "refusal"),
     [
-        ({"task": "agnew"}, r"dataset\.task=agnew is unknown; did you mean agnews"),
-        ({"task": ["ner", "ner"]}, r"dataset\.task=\['ner', 'ner'\]: give at least one task, and each once"),
-        ({"wording": "leters"}, r"dataset\.wording=leters is unknown; did you mean letters.* known of agnews are"),
-        ({"split": "validation"}, r"dataset\.split=validation is unknown; did you mean valid"),
-        ({"shots": 99}, r"dataset\.shots=99: agnews has 15 rows for label ' World' in its train split; use at most 15"),
-        ({"shots": -1}, r"dataset\.shots=-1: must be at least 0"),
-        ({"limit": 0}, r"dataset\.limit=0: must be at least 1"),
-        ({"balanced": "yes"}, r"dataset\.balanced=yes is unknown; known are down, up"),
-        ({"languages": ["it"]}, r"dataset\.languages=it is unknown; known are en, de"),
-        ({"languages": ["de"]}, r"no row of agnews, valid, is left to be asked"),
-        ({"languages": ["de"], "balanced": "down"}, r"no row of agnews, valid, is left to be asked"),
-        ({"split": None}, r"dataset\.split=None: give at least one split"),
-        ({"language": "it"}, r"dataset\.language=it is unknown; known of agnews, wording default are en"),
-        ({"source": "/nowhere/at-all/x"}, r"dataset\.source=/nowhere/at-all/x: "),
+        ({"task": "agnew"}, ("dataset.task", "agnew", "did you mean agnews")),
+        ({"task": ["ner", "ner"]}, ("dataset.task", "['ner', 'ner']", "give at least one task, and each once")),
+        ({"wording": "leters"}, ("dataset.wording", "leters", "did you mean letters.* known of agnews are")),
+        ({"split": "validation"}, ("dataset.split", "validation", "did you mean valid")),
+        (
+            {"shots": 99},
+            ("dataset.shots", "99", "agnews has 15 rows for label ' World' in its train split; use at most 15"),
+        ),
+        ({"shots": -1}, ("dataset.shots", "-1", "at least 0")),
+        ({"limit": 0}, ("dataset.limit", "0", "at least 1")),
+        ({"balanced": "yes"}, ("dataset.balanced", "yes", "down, up")),
+        ({"languages": ["it"]}, ("dataset.languages", "it", "en, de")),
+        ({"languages": ["de"]}, ("dataset.source", ANY, "no row of agnews, valid, is left to be asked")),
+        (
+            {"languages": ["de"], "balanced": "down"},
+            ("dataset.source", ANY, "no row of agnews, valid, is left to be asked"),
+        ),
+        ({"split": None}, ("dataset.split", "None", "give at least one split")),
+        ({"language": "it"}, ("dataset.language", "it", "known of agnews, wording default are en")),
+        ({"source": "/nowhere/at-all/x"}, ("dataset.source", "/nowhere/at-all/x")),
     ],
 )
-def test_bad_settings_are_refused(place: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_bad_settings_are_refused(place: Path, settings: dict[str, Any], refusal: tuple[Any, ...]) -> None:
+    with refused(ConfigurationError, *refusal):
         load_tasks(replace(dataset(place), **settings))
 
 
 def test_a_missing_split_is_named_with_those_that_there_are(tmp_path: Path) -> None:
     write_split(tmp_path, "imdb", "valid", [published_row("imdb", n) for n in range(4)])
-    with pytest.raises(
-        PromptError, match=r"imdb has no split train \(classification/imdb/train\.json\); there is valid"
+    with refused(
+        PromptError,
+        "dataset.source",
+        says=r"imdb has no split train \(classification/imdb/train\.json\); there is valid",
     ):
         load_tasks(dataset(tmp_path, "imdb", split="train"))
-    with pytest.raises(PromptError, match="there is none of its splits"):
+    with refused(PromptError, "dataset.source", says="there is none of its splits"):
         load_tasks(dataset(tmp_path, "ner"))
 
 
@@ -259,7 +268,7 @@ def test_a_users_own_wordings(place: Path, tmp_path: Path) -> None:
         (f"[mine.en]\ninstruction = ''\nquestion = 'x'\n{labels}", "uses no field"),
     ):
         file.write_text(text)
-        with pytest.raises(PromptError, match=message):
+        with refused(PromptError, "dataset.wordings", says=f"{re.escape(str(file))}.*{message}"):
             load_tasks(dataset(place, wordings=str(file), wording="mine"))
 
 
@@ -283,7 +292,7 @@ def test_prompts_beyond_the_context_are_named_or_left_out_and_counted(place: Pat
         "70",
         "5",
     ]
-    with pytest.raises(ConfigurationError, match=r"dataset\.too_long=ignore: must be error or skip"):
+    with refused(ConfigurationError, "dataset.too_long", "ignore", allowed="error or skip"):
         prepare(replace(config, dataset=DatasetConfig(str(words), too_long="ignore")))
 
 
@@ -326,5 +335,5 @@ def test_a_label_is_an_index_and_a_truth_value_where_there_are_two(
         (prompt,) = load_tasks(dataset(tmp_path, task, shots=0))
         assert prompt.answer == int(label)
         return
-    with pytest.raises(PromptError, match="row 0: label must be from"):
+    with refused(PromptError, "dataset.source", says="row 0: label must be from"):
         load_tasks(dataset(tmp_path, task, shots=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from neg_service.errors import PromptError
 from neg_service.prompts import facts
 from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
 from tests.encodings import one_token_targets, within_context
+from tests.refusals import ANY, refused
 from tests.tiny_models import MASK, tiny_tokenizer
 
 
@@ -45,34 +47,43 @@ def test_targets_of_several_tokens_can_be_left_out_with_prompts_whose_answers_th
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    ("prompts", "refusal"),
     [
-        ([], "there are 0 prompts"),
-        ([Prompt("x", "a", ("b",)), Prompt("x", "c", ("d",))], "prompt id 'x' appears twice"),
-        ([Prompt("x", "", ("b",))], "prompt 'x' is empty"),
-        ([Prompt("x", "a", ())], "prompt 'x' has no targets"),
-        ([Prompt("x", "a\ud800", ("b",))], "prompt 'x' holds a lone surrogate"),
-        ([Prompt("x", "a", ("b",), 1)], "prompt 'x' has answer 1, but its 1 targets"),
+        ([], ("dataset.source", ANY, "there are 0 prompts")),
+        ([Prompt("x", "a", ("b",)), Prompt("x", "c", ("d",))], ("dataset.source", ANY, "prompt id 'x' appears twice")),
+        ([Prompt("x", "", ("b",))], ("dataset.source", ANY, "prompt 'x' is empty")),
+        ([Prompt("x", "a", ())], ("dataset.source", ANY, "prompt 'x' has no targets")),
+        ([Prompt("x", "a\ud800", ("b",))], ("dataset.source", ANY, "prompt 'x' holds a lone surrogate")),
+        ([Prompt("x", "a", ("b",), 1)], ("dataset.source", ANY, "prompt 'x' has answer 1, but its 1 targets")),
     ],
 )
-def test_prompts_that_are_wrong_without_a_tokenizer(prompts: list[Prompt], message: str) -> None:
-    with pytest.raises(PromptError, match=message):
+def test_prompts_that_are_wrong_without_a_tokenizer(prompts: list[Prompt], refusal: tuple[Any, ...]) -> None:
+    with refused(PromptError, *refusal):
         check_prompts(prompts)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
+    ("prompt", "refusal"),
     [
-        (Prompt("x", "w1", (" w2 w3",)), r"target ' w2 w3' is 2 tokens \['w2', 'w3'\], it must be exactly 1"),
-        (Prompt("x", "w1", ("",)), r"target '' is 0 tokens"),
-        (Prompt("x", "w1", (" w2", "  w2")), r"targets ' w2' and '  w2' are the same token \['w2'\]"),
-        (Prompt("x", "w1", ("2",)), r"target '2' merges with the text beside it \['w1'\] into \['w12'\]"),
-        (Prompt("x", "w1 " * 9, ("w2",)), r"has 9 tokens, the model's context holds 8"),
-        (Prompt("x", " ", ("w2",)), r"has no tokens"),
+        (
+            Prompt("x", "w1", (" w2 w3",)),
+            ("dataset.source", ANY, r"target ' w2 w3' is 2 tokens \['w2', 'w3'\], it must be exactly 1"),
+        ),
+        (Prompt("x", "w1", ("",)), ("dataset.source", ANY, "target '' is 0 tokens")),
+        (
+            Prompt("x", "w1", (" w2", "  w2")),
+            ("dataset.source", ANY, r"targets ' w2' and '  w2' are the same token \['w2'\]"),
+        ),
+        (
+            Prompt("x", "w1", ("2",)),
+            ("dataset.source", ANY, r"target '2' merges with the text beside it \['w1'\] into \['w12'\]"),
+        ),
+        (Prompt("x", "w1 " * 9, ("w2",)), ("model.source", ANY, "has 9 tokens, the model's context holds 8")),
+        (Prompt("x", " ", ("w2",)), ("dataset.source", ANY, "has no tokens")),
     ],
 )
-def test_prompts_that_the_tokenizer_shows_to_be_wrong(prompt: Prompt, message: str) -> None:
-    with pytest.raises(PromptError, match=message) as caught:
+def test_prompts_that_the_tokenizer_shows_to_be_wrong(prompt: Prompt, refusal: tuple[Any, ...]) -> None:
+    with refused(PromptError, *refusal) as caught:
         list(encode(tiny_tokenizer(), [Prompt("good", "w1", (" w2",)), prompt], context_length=8))
     assert "prompt 'x'" in str(caught.value)
 
@@ -96,7 +107,9 @@ def test_the_digest_is_of_the_content() -> None:
 def test_a_target_that_the_model_has_no_token_for_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.unk_token = "w0"
-    with pytest.raises(PromptError, match=r"'p': the model has no token for target ' nothing', only \['w0'\]"):
+    with refused(
+        PromptError, "dataset.source", says=r"'p': the model has no token for target ' nothing', only \['w0'\]"
+    ):
         list(encode(tokenizer, [Prompt("p", "w5", (" w7", " nothing"))], None))
 
 
@@ -122,17 +135,15 @@ def test_ids_of_another_models_tokenizer_are_refused_by_all_who_encode(
     text: str, target: str, model: Ids, message: str
 ) -> None:
     prompts = [Prompt("good", "w1 w2", (" w3",)), Prompt("x", text, (" w4", target))]
-    for refused in (
+    for refusal in (
         lambda: list(encode(tiny_tokenizer(), prompts, None, model=model)),
         lambda: list(one_token_targets(tiny_tokenizer(), prompts, model=model)),
     ):
-        with pytest.raises(PromptError) as caught:
-            refused()
-        assert str(caught.value).startswith(f"prompt 'x': {message}")
-        assert str(caught.value).endswith("the tokenizer beside the weights is another model's (model.source)")
+        with refused(PromptError, "model.source", says=f"^prompt 'x': {message}"):
+            refusal()
     # A masked model predicts what stands in the place of the mask, and need not read it.
     with_mask = [Prompt("x", "w1 w96", ("w60",))]
-    with pytest.raises(PromptError, match="prompt 'x': target 'w60' is the token 'w60' with the id 60"):
+    with refused(PromptError, "model.source", says="prompt 'x': target 'w60' is the token 'w60' with the id 60"):
         list(encode(tiny_tokenizer(), with_mask, None, MASK, model=Ids(97, 60)))
     assert list(encode(tiny_tokenizer(), with_mask, None, MASK, model=Ids(97, 61)))
 
@@ -143,5 +154,5 @@ def test_ids_up_to_the_last_of_a_model_are_encoded() -> None:
         (found,) = encode(tiny_tokenizer(), prompts, None, model=model)
         assert (found.ids, found.target_ids) == ((1, 49), (59,))
     # Too long is too long, whatever is in it; what is left in must be known.
-    with pytest.raises(PromptError, match=r"its token 'w49' has the id 49"):
+    with refused(PromptError, "model.source", says="its token 'w49' has the id 49"):
         within_context(tiny_tokenizer(), prompts, 8, model=Ids(49, 60))

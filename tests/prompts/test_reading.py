@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from neg_service.errors import PromptError, TargetError
 from neg_service.prompts.prompt import Prompt, encode
 from tests.encodings import one_token_targets, within_context
+from tests.refusals import refused
 from tests.tiny_tokenizers import ids_of, without_unknown, word_piece
 
 pytestmark = pytest.mark.usefixtures("nothing_told")
@@ -21,15 +22,15 @@ def test_a_tokenizer_without_an_unknown_token_reads_what_it_knows() -> None:
     tokenizer = without_unknown()
     assert ids_of(tokenizer, "the capital", " paris") == ((0, 1), 2)
     good = Prompt("good", "the capital", (" paris", " rome"), 0)
-    with pytest.raises(
-        PromptError, match=r"prompt 'bad': the model's tokenizer cannot read it: .*\(dataset.source, mod"
+    with refused(
+        PromptError, setting=None, says=r"prompt 'bad': the model's tokenizer cannot read it: .*\(dataset.source, mod"
     ):
         list(encode(tokenizer, [good, Prompt("bad", "the town", (" paris",))], None))
-    with pytest.raises(PromptError, match=r"prompt 'bad': .* cannot read it"):
+    with refused(PromptError, setting=None, says="prompt 'bad': .* cannot read it"):
         within_context(tokenizer, [good, Prompt("bad", "the town", (" paris",))], 9)
     mixed = replace(good, id="mixed", targets=(" paris", " berlin", " rome"))
-    with pytest.raises(
-        TargetError, match=r"prompt 'mixed': .* cannot read target ' berlin': .*UNK.*not_one_token=skip"
+    with refused(
+        TargetError, setting=None, says="prompt 'mixed': .* cannot read target ' berlin': .*UNK.*not_one_token=skip"
     ):
         list(encode(tokenizer, [good, mixed], None))
     assert list(one_token_targets(tokenizer, [good, mixed])) == [(good, 0), (replace(good, id="mixed"), 1)]
@@ -43,7 +44,7 @@ def drops_what_it_does_not_know() -> hf.PreTrainedTokenizerFast:
 def test_characters_without_a_token_are_not_left_out_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = drops_what_it_does_not_know()
     for target in ("Xa", "aX", "é0"):
-        with pytest.raises(TargetError, match=f"no token for 1 of the characters of target '{target}'"):
+        with refused(TargetError, says=f"no token for 1 of the characters of target '{target}'"):
             ids_of(tokenizer, "b", target)
         prompt = Prompt("x", "b", ("a", target, "c"), 0)
         assert [gone for _, gone in one_token_targets(tokenizer, [prompt])] == [1]

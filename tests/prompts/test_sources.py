@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from dataclasses import replace
@@ -21,6 +22,7 @@ from neg_service.inputs import without_credentials
 from neg_service.models.loading import load_tokenizer
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
 from neg_service.prompts.sources import load_dataset, load_prompts
+from tests.refusals import refused
 
 ROWS = [
     {"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w4", "id": "first"},
@@ -96,23 +98,34 @@ def pa_csv(rows: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("asked", "setting", "message"),
     [
-        ({"columns": {"question": "text"}}, "dataset.columns={'question': 'text'}: must say what a file calls some of"),
-        ({"columns": ["text"]}, "dataset.columns=['text']: must say"),
-        ({"columns": {"prompt": "text", "answer": "text"}}, "prompt and answer would both be the column 'text'"),
-        ({"columns": {"prompt": "answer"}}, "prompt and answer would both be the column 'answer'; give each its own"),
-        ({"columns": {"answer": "targets"}}, "targets and answer would both be the column 'targets'"),
-        ({"columns": {"prompt": "id"}}, "prompt and id would both be the column 'id'"),
-        ({"columns": {"prompt": "words", "answer": "word"}}, "line 1 has no 'words'"),
-        ({"columns": COLUMNS, "choices": 1}, "dataset.choices=1: must be at least 2"),
+        ({"columns": {"question": "text"}}, "dataset.columns", "what a file calls some of"),
+        ({"columns": ["text"]}, "dataset.columns", "['text']"),
+        (
+            {"columns": {"prompt": "text", "answer": "text"}},
+            "dataset.columns",
+            "prompt and answer would both be the column 'text'",
+        ),
+        (
+            {"columns": {"prompt": "answer"}},
+            "dataset.columns",
+            "prompt and answer would both be the column 'answer'; give each its own",
+        ),
+        (
+            {"columns": {"answer": "targets"}},
+            "dataset.columns",
+            "targets and answer would both be the column 'targets'",
+        ),
+        ({"columns": {"prompt": "id"}}, "dataset.columns", "prompt and id would both be the column 'id'"),
+        ({"columns": {"prompt": "words", "answer": "word"}}, "dataset.source", "line 1: has no 'words'"),
+        ({"columns": COLUMNS, "choices": 1}, "dataset.choices", "at least 2"),
     ],
 )
-def test_wrong_columns_are_refused(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+def test_wrong_columns_are_refused(tmp_path: Path, asked: dict[str, Any], setting: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ANSWERS))
-    with pytest.raises(PromptError) as caught:
+    with refused(PromptError, setting, says=re.escape(message)):
         load_prompts(str(tmp_path / "a.jsonl"), None, DatasetConfig(**asked))
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("column", ["id", "answer", "group", "targets"])
@@ -122,7 +135,9 @@ def test_a_column_that_is_named_and_is_not_there_is_refused(tmp_path: Path, name
     (tmp_path / "a.csv").write_text('prompt,targets,answer\na,"[""b""]",b\n')
     (tmp_path / "a.jsonl").write_text(json.dumps(row | {"targets": ["b"]}))
     pq.write_table(pa.Table.from_pylist([row | {"targets": ["b"]}]), tmp_path / "a.parquet")
-    with pytest.raises(PromptError, match=rf"no column 'nope', .*{column}: nope.*its columns are prompt, targets, an"):
+    with refused(
+        PromptError, "dataset.source", says=rf"no column 'nope', .*{column}: nope.*its columns are prompt, targets, an"
+    ):
         load_prompts(str(tmp_path / name), None, DatasetConfig(columns={column: "nope"}))
     assert load_prompts(
         str(tmp_path / name), None, DatasetConfig(columns={column: "answer"} if column == "id" else None)
@@ -141,7 +156,7 @@ def test_ids_that_are_numbers_stay_as_they_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", [None, "agnews"])
 @pytest.mark.parametrize("source", ["", " "])
 def test_an_empty_source_is_refused(source: str, task: str | None) -> None:
-    with pytest.raises(PromptError, match=r"^dataset\.source= ?: has no value"):
+    with refused(PromptError, "dataset.source", says="has no value"):
         load_dataset(DatasetConfig(source=source, task=task))
 
 
@@ -174,13 +189,13 @@ def test_myriadlama_is_read_by_the_general_loader(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"prompt": "a", "targets": ["b"]}\n{"prompt": \n', "line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "a", "targets": ["b"]}\n[1]\n', "line 2 is not a JSON object"),
-        ("a.jsonl", '{"prompt": "a"}\n', "line 1 has no 'targets'"),
-        ("a.jsonl", '{"targets": ["a"]}\n', "line 1 has no 'prompt'"),
+        ("a.jsonl", '{"prompt": "a"}\n', "line 1: has no 'targets'"),
+        ("a.jsonl", '{"targets": ["a"]}\n', "line 1: has no 'prompt'"),
         ("a.jsonl", '{"prompt": 5, "targets": ["a"]}\n', "line 1: prompt must be a text, not 5"),
         ("a.jsonl", '{"prompt": "a", "targets": "b"}\n', "line 1: targets must be a list of texts, not 'b'"),
         ("a.jsonl", '{"prompt": "a", "targets": ["b"], "answer": "c"}\n', "line 1: answer 'c' is not one of"),
-        ("a.csv", "prompt,id\na,b\n", "its header has no 'targets'"),
-        ("a.csv", "prompt,answer\na,\n", "line 2 has no 'targets'"),
+        ("a.csv", "prompt,id\na,b\n", "its header: has no 'targets'"),
+        ("a.csv", "prompt,answer\na,\n", "line 2: has no 'targets'"),
         (
             "a.jsonl",
             '{"prompt": "a", "answer": 5}\n',
@@ -211,16 +226,14 @@ def test_myriadlama_is_read_by_the_general_loader(tmp_path: Path) -> None:
 )
 def test_a_broken_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(PromptError) as caught:
+    with refused(PromptError, "dataset.source", says=re.escape(str(tmp_path / name))) as caught:
         load_prompts(str(tmp_path / name))
     assert message in str(caught.value)
-    assert str(tmp_path / name) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_lone_surrogate_is_refused_by_its_prompt_also_where_targets_are_drawn(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a\\ud800", "answer": "b"}\n{"prompt": "c", "answer": "d\\udfff"}\n')
-    with pytest.raises(PromptError, match="prompt '000000' holds a lone surrogate"):
+    with refused(PromptError, "dataset.source", says="prompt '000000' holds a lone surrogate"):
         check_prompts(load_prompts(str(tmp_path / "a.jsonl")))
 
 
@@ -231,20 +244,20 @@ def test_ids_and_groups_may_be_what_something_else_is_too(tmp_path: Path) -> Non
 
 
 def test_a_file_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(PromptError, match=r"dataset\.source=/nowhere/a\.jsonl: cannot be read: no such file"):
+    with refused(PromptError, "dataset.source", "/nowhere/a.jsonl", says="cannot be read: no such file"):
         load_prompts("/nowhere/a.jsonl")
     # Bound and not listening.
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        with pytest.raises(PromptError, match=r"/a\.jsonl: cannot be read: nothing answers there"):
+        with refused(PromptError, "dataset.source", says=r"/a\.jsonl: cannot be read: nothing answers there"):
             load_prompts(f"http://127.0.0.1:{bound.getsockname()[1]}/a.jsonl")
 
 
 def test_an_address_is_printed_without_what_it_hides() -> None:
     assert without_credentials("https://me:secret@host/a.csv?token=secret") == "https://host/a.csv"
     assert without_credentials("/data/a.csv") == "/data/a.csv"
-    with pytest.raises(PromptError, match=r"cannot be read: .*AWS_ENDPOINT_URL"):
+    with refused(PromptError, "dataset.source", says="cannot be read: .*AWS_ENDPOINT_URL"):
         load_prompts("s3://bucket/a.jsonl")
-    with pytest.raises(PromptError) as caught:
+    with refused(PromptError, "dataset.source") as caught:
         load_prompts("memory://me:secret@host/a.jsonl")
     assert "secret" not in str(caught.value)

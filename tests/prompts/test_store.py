@@ -15,6 +15,7 @@ from neg_service.errors import PromptError
 from neg_service.prompts.prompt import Prompt, check_prompts, digest
 from neg_service.prompts.sources import load_dataset, load_prompts
 from neg_service.prompts.store import PromptFile
+from tests.refusals import refused
 
 # More than a block, with texts that no encoding may change: of many bytes a letter, and a lone surrogate.
 PROMPTS = [Prompt(f"p{i}", f"{i} é 字 \ud800\n", (" a", f" b{i}"), None if i % 2 else 1) for i in range(2503)]
@@ -80,7 +81,7 @@ def test_a_data_set_takes_offsets_and_not_its_texts(letters: int, tmp_path: Path
 def test_a_repeated_id_is_named_and_so_is_the_first_of_several(tmp_path: Path) -> None:
     prompts = [Prompt(name, "x", (" a",)) for name in ("1", "2", "3", "3", "2")]
     for own in (prompts, PromptFile(prompts)):
-        with pytest.raises(PromptError, match="prompt id '3' appears twice"):
+        with refused(PromptError, "dataset.source", says="prompt id '3' appears twice"):
             check_prompts(own)
 
 
@@ -103,5 +104,5 @@ def test_targets_are_found_among_the_answers_of_all_rows_also_of_those_before(
 def test_a_broken_line_beyond_the_limit_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p", "targets": [" a"]}\n{"prompt": 1}\n{"prompt": \n')
-    with pytest.raises(PromptError, match="line 3 is not JSON"):
+    with refused(PromptError, "dataset.source", says="line 3 is not JSON"):
         load_dataset(DatasetConfig(source=str(path)), 1)

@@ -20,6 +20,7 @@ from neg_service.studies.linearity.options import LinearityOptions
 from neg_service.studies.linearity.pipeline import run_linearity
 from neg_service.studies.scans import StudyScans
 from tests.here import scan_here
+from tests.refusals import refused
 from tests.s3 import acting_as
 
 
@@ -70,5 +71,5 @@ def test_a_study_and_its_report_lie_on_s3_and_can_be_moved(
     assert report(moved, f"s3://{BUCKET}/reports/2") == first
     # With a run gone it is said which.
     filesystem.rm(f"{BUCKET}/second/{runs['sweep'].rsplit('/', 1)[-1]}", recursive=True)
-    with pytest.raises(DestinationError, match=r"its run s3://.*sweep.* \(sweep\) is neither there nor beside"):
+    with refused(DestinationError, says=r"its run s3://.*sweep.* \(sweep\) is neither there nor beside"):
         write_report([moved], str(tmp_path), server.endpoint_url)

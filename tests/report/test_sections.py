@@ -26,6 +26,7 @@ from neg_service.report.sections.loading import Loaded, load
 from neg_service.storage.reader import Run
 from neg_service.studies.kinds import STUDY_VIEWS
 from tests.here import scan_here
+from tests.refusals import ANY, refused
 
 ROWS = [
     {"prompt": f"w{i} <b>w{i + 1}</b>", "targets": [" w7", " w8", " w11"], "answer": " w8", "id": f"p{i}"}
@@ -229,7 +230,7 @@ def test_several_runs_stand_on_one_page_and_copies_are_found(place: Path, tiny_d
     assert {picture.name for picture in (tmp_path / "out" / "figures").iterdir()} == {
         "strength-0.png", "strength-0-dark.png", "strength-1.png", "strength-1-dark.png",
     }  # fmt: skip
-    with pytest.raises(DestinationError, match="is a file, not a folder"):
+    with refused(DestinationError, "out", says="is a file, not a folder"):
         write_report([first.uri], str(path), None)
 
 
@@ -261,19 +262,19 @@ def test_runs_of_a_study_are_found_beside_it_wherever_both_are(
         assert study.runs["neurgrad"].fingerprint == run.fingerprint
         assert study.name == "x-study"
     shutil.rmtree(tmp_path / run.name)
-    with pytest.raises(DestinationError, match=r"runs=x-study: its run /gone/\S+ \(neurgrad\) is neither there nor"):
+    with refused(DestinationError, "runs", "x-study", says=r"its run /gone/\S+ \(neurgrad\) is neither there nor"):
         load(["x-study"], None, STUDY_VIEWS)
 
 
 def test_a_run_that_a_study_names_at_an_impossible_place_is_told_of_the_setting_that_was_given(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps({"runs": {"sweep": "gs://bucket/run"}}))
-    with pytest.raises(DestinationError, match=r"^runs=gs://bucket/run: scheme 'gs' is unknown"):
+    with refused(DestinationError, "runs", says="scheme 'gs' is unknown"):
         load([str(tmp_path)], None, STUDY_VIEWS)
 
 
 def test_a_study_that_nobody_shows_is_no_study(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{}")
-    with pytest.raises(DestinationError, match="there is no run, no study and no probe"):
+    with refused(DestinationError, "runs", says="there is no run, no study and no probe"):
         load([str(tmp_path)], None, [view for view in STUDY_VIEWS if view.kind != "study"])
 
 
@@ -290,15 +291,15 @@ def test_of_a_list_of_runs_the_first_says_with_what_it_was_computed(
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("said", "refusal"),
     [
-        (b"{", "study.json: is not JSON"),
-        (b"[" * 100_000, "study.json: is JSON with lists or objects nested too deep"),
-        (b"[]", r"study.json: must be a JSON object, not \[\]"),
-        (b"{}", "found.parquet: is damaged: .*CRC checksum"),
+        (b"{", ("runs", ANY, "study.json: is not JSON")),
+        (b"[" * 100_000, ("runs", ANY, "study.json: is JSON with lists or objects nested too deep")),
+        (b"[]", ("runs", ANY, r"study.json: must be a JSON object, not \[\]")),
+        (b"{}", ("runs", ANY, "found.parquet: is damaged: .*CRC checksum")),
     ],
 )
-def test_studies_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, message: str) -> None:
+def test_studies_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, refusal: tuple[Any, ...]) -> None:
     table = tmp_path / "found.parquet"
     pq.write_table(pa.table({"a": range(100)}), table, write_page_checksum=True, use_dictionary=False)
     content = bytearray(table.read_bytes())
@@ -306,9 +307,8 @@ def test_studies_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, mess
     content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     table.write_bytes(content)
     (tmp_path / "study.json").write_bytes(said)
-    with pytest.raises(DestinationError, match=message) as caught:
+    with refused(DestinationError, *refusal):
         load([str(tmp_path)], None, STUDY_VIEWS)
-    assert "\n" not in str(caught.value)
 
 
 def test_damage_is_one_line(place: Path, tiny_directory: Path, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_damage_is_one_line(place: Path, tiny_directory: Path, tmp_path: Path) -
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 255
     part.write_bytes(content)
-    with pytest.raises(StorageError, match="its parts cannot be read"):
+    with refused(StorageError, setting=None, says="its parts cannot be read"):
         write_report([str(copy)], str(tmp_path / "out"), None)
 
 

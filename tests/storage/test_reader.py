@@ -19,6 +19,7 @@ from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run
 from neg_service.storage.run import write_or_match
+from tests.refusals import refused
 from tests.storage.conftest import NEURONS, begin, identity, put
 
 
@@ -108,7 +109,7 @@ def test_a_neuron_of_integrated_gradients_is_one_value_a_target(tmp_path: Path) 
     ("layer", "neuron", "what"), [(2, 0, "layer 2"), (0, NEURONS, "neuron 4"), (-1, 0, "layer -1")]
 )
 def test_a_neuron_that_the_model_has_not_is_refused(layer: int, neuron: int, what: str, run: Run) -> None:
-    with pytest.raises(ConfigurationError, match=f"has no {what}; "):
+    with refused(ConfigurationError, says=f"has no {what}; "):
         run.neuron(layer, neuron)
 
 
@@ -125,9 +126,9 @@ def test_what_is_shown_can_be_sorted_and_joined(run: Run) -> None:
 
 
 def test_a_column_that_is_not_there_is_refused(run: Run) -> None:
-    with pytest.raises(ConfigurationError, match=r"filter=\(nothing == 1\): No match for FieldRef"):
+    with refused(ConfigurationError, "filter", "(nothing == 1)", says="No match for FieldRef"):
         run.table("activations", filter=pc.field("nothing") == 1)
-    with pytest.raises(ConfigurationError, match="there is no column 'neg'; there are prompt_id, layer"):
+    with refused(ConfigurationError, setting=None, says="there is no column 'neg'; there are prompt_id, layer"):
         run.table("activations", columns=["neg"])
 
 
@@ -155,13 +156,15 @@ def test_runs_that_do_not_fit_side_by_side_are_refused(run: Run, tmp_path: Path)
     write_or_match(LocalStore(tmp_path / "larger"), {**identity(), "model": "9"}, larger, {})
     runs = neg_service.open_runs([run.uri, str(tmp_path / "larger")])
     assert runs.table("prompts").count_rows() == 4
-    with pytest.raises(ConfigurationError, match=r"column neurgrad is fixed_size_list.*\[4\] in one and .*\[9\]"):
+    with refused(
+        ConfigurationError, setting=None, says=r"column neurgrad is fixed_size_list.*\[4\] in one and .*\[9\]"
+    ):
         runs.table("neurgrad")
-    with pytest.raises(ConfigurationError, match="give at least one run, and each once"):
+    with refused(ConfigurationError, "runs", "['one', 'one']", says="give at least one run, and each once"):
         neg_service.open_runs([run.uri, run.uri])
-    with pytest.raises(ConfigurationError, match="give at least one run"):
+    with refused(ConfigurationError, "runs", "[]", says="give at least one run"):
         neg_service.open_runs([])
     for open_any in (neg_service.open_run, neg_service.open_runs):
         for nothing in (None, 5):
-            with pytest.raises(DestinationError, match=f"run={nothing}: must be a path or a URI, as text"):
+            with refused(DestinationError, "run", nothing, allowed="a path or a URI, as text"):
                 open_any(nothing)  # type: ignore[arg-type]

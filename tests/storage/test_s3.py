@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import botocore.auth
 import pyarrow as pa
@@ -30,6 +31,7 @@ from neg_service.storage.run import write_or_match
 from neg_service.storage.s3 import S3Store
 from neg_service.storage.stores import open_store
 from tests.faults.proxy import Proxy, Seen
+from tests.refusals import ANY, refused
 from tests.s3 import acting_as
 from tests.skills import published_row, write_split
 
@@ -115,7 +117,7 @@ def test_who_may_only_read_writes_nothing(server: Server) -> None:
     with acting_as(server.reader):
         store = open_store(f"s3://{BUCKET}/objects", server.endpoint_url)
         assert store.list("none") == []
-        with pytest.raises(DestinationError, match="Access Denied"):
+        with refused(DestinationError, "storage.uri", says="Access Denied"):
             store.put("t/c", b"no")
 
 
@@ -171,7 +173,7 @@ def test_an_endpoint_that_answers_with_a_page_is_no_s3_server(status: int) -> No
     handler = type("Page", (_Page,), {"status": status})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
-        with pytest.raises(DestinationError, match=r"not as an S3 server does; check storage\.endpoint_url"):
+        with refused(DestinationError, "storage.uri", says=r"not as an S3 server does; check storage\.endpoint_url"):
             S3Store("s3://runs/x", f"http://127.0.0.1:{web.server_address[1]}").check()
         web.shutdown()
 
@@ -181,26 +183,35 @@ def test_an_endpoint_that_never_replies_is_told_and_not_waited_for(monkeypatch: 
     monkeypatch.setattr(waiting, "HASTY_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         began = time.monotonic()
-        with pytest.raises(StorageError, match=r"storage\.endpoint_url=http://127\.0\.0\.1:\d+.*[Tt]ime"):
+        with refused(StorageError, "storage.uri", says=r"storage\.endpoint_url=http://127\.0\.0\.1:\d+.*[Tt]ime"):
             S3Store("s3://runs/x", f"http://127.0.0.1:{mute.getsockname()[1]}").check()
         assert time.monotonic() - began < 120
 
 
 @pytest.mark.usefixtures("as_writer")
 @pytest.mark.parametrize(
-    ("uri", "endpoint_url", "message"),
+    ("uri", "endpoint_url", "refusal"),
     [
-        ("s3://nobody-made-this/x", None, "storage.uri=s3://nobody-made-this/x.*bucket does not exist"),
-        ("s3://runs/x", "http://127.0.0.1:1", "127.0.0.1:1.: no server answers there: Connection refused"),
-        ("s3://runs/x", "http://no-such-host.invalid:80", "no server answers there: .*[Nn]ame"),
-        ("s3://runs/x", "127.0.0.1:8333", "is no URL of a server; give http://HOST:PORT"),
+        (
+            "s3://nobody-made-this/x",
+            None,
+            ("storage.uri", ANY, "storage.uri=s3://nobody-made-this/x.*bucket does not exist"),
+        ),
+        (
+            "s3://runs/x",
+            "http://127.0.0.1:1",
+            ("storage.uri", ANY, "127.0.0.1:1.: no server answers there: Connection refused"),
+        ),
+        ("s3://runs/x", "http://no-such-host.invalid:80", ("storage.uri", ANY, "no server answers there: .*[Nn]ame")),
+        ("s3://runs/x", "127.0.0.1:8333", ("storage.uri", ANY, "is no URL of a server; give http://HOST:PORT")),
     ],
 )
-def test_a_place_that_is_none_is_told_at_once(uri: str, endpoint_url: str | None, message: str, server: Server) -> None:
+def test_a_place_that_is_none_is_told_at_once(
+    uri: str, endpoint_url: str | None, refusal: tuple[Any, ...], server: Server
+) -> None:
     began = time.monotonic()
-    with pytest.raises(DestinationError, match=message) as error:
+    with refused(DestinationError, *refusal):
         S3Store(uri, endpoint_url or server.endpoint_url).check()
-    assert "\n" not in str(error.value)
     assert time.monotonic() - began < 60
 
 
@@ -215,7 +226,7 @@ def test_tasks_are_read_from_a_bucket(server: Server, tmp_path: Path, monkeypatc
     store.put(TASKS["agnews"].path("valid"), (tmp_path / TASKS["agnews"].path("valid")).read_bytes())
     asked = DatasetConfig(source=f"s3://{BUCKET}/data", task="agnews")
     assert load_tasks(asked) == load_tasks(dataclasses.replace(asked, source=str(tmp_path)))
-    with pytest.raises(PromptError, match=r"s3://runs/data: agnews has no split test .*; there is valid"):
+    with refused(PromptError, "dataset.source", says="agnews has no split test .*; there is valid"):
         load_tasks(dataclasses.replace(asked, split="test"))
 
 
@@ -235,7 +246,7 @@ def test_a_list_is_a_folder_of_any_name_in_a_bucket(server: Server, monkeypatch:
 
 
 def test_a_uri_without_a_bucket_is_refused() -> None:
-    with pytest.raises(DestinationError, match=r"storage\.uri=s3:///x: names no bucket"):
+    with refused(DestinationError, "storage.uri", says="names no bucket"):
         open_store("s3:///x")
 
 
@@ -246,23 +257,23 @@ def test_a_clock_that_is_off_is_named(hours: int, server: Server, monkeypatch: p
     later = datetime.timedelta(hours=hours)
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *a, **k: now(*a, **k) + later)
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(DestinationError, match="too large: set this machine's clock"):
+    with refused(DestinationError, "storage.uri", says="too large: set this machine's clock"):
         S3Store(f"s3://{BUCKET}/x", server.endpoint_url).check()
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("keys", "refusal"),
     [
-        (Keys("a" * 20, "b" * 40), "access key ID you provided does not exist"),
-        (None, "Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        (Keys("a" * 20, "b" * 40), ("storage.uri", ANY, "access key ID you provided does not exist")),
+        (None, ("storage.uri", ANY, "Unable to locate credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")),
     ],
     ids=["wrong key", "no key"],
 )
 def test_a_key_that_is_none_is_told_in_one_line(
-    keys: Keys | None, message: str, server: Server, monkeypatch: pytest.MonkeyPatch
+    keys: Keys | None, refusal: tuple[Any, ...], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with acting_as(keys), pytest.raises(DestinationError, match=message) as error:
+    with acting_as(keys), refused(DestinationError, *refusal) as error:
         S3Store(f"s3://{BUCKET}/x", server.endpoint_url).check()
     assert "b" * 40 not in str(error.value)
 
@@ -279,5 +290,5 @@ def test_a_wrong_secret_is_told_without_it(server: Server) -> None:
 def test_a_prefix_that_holds_something_else_is_refused(server: Server) -> None:
     store = open_store(f"s3://{BUCKET}/taken", server.endpoint_url)
     store.put("holiday/photo.jpg", b"...")
-    with pytest.raises(DestinationError, match=r"holds holiday/photo\.jpg but no run\.json"):
+    with refused(DestinationError, setting=None, says=r"holds holiday/photo\.jpg but no run\.json"):
         write_or_match(store, {"plan": {}}, {}, {})

@@ -21,6 +21,7 @@ from neg_service.storage.run import RUN_COPY, RUN_FILE, RunDirectory, note, put_
 from neg_service.storage.status import status_of
 from neg_service.storage.stores import open_store
 from neg_service.storage.verify import clear_wrong, restore_run_file, verify
+from tests.refusals import refused
 from tests.storage.conftest import N_SHARDS, TABLES, begin, put, tables_of
 
 
@@ -100,7 +101,7 @@ def test_run_json_edited_anywhere_is_named_refused_and_restored(key: str, run: R
     edited = json.loads(before)
     edited[key] = "another" if key == "fingerprint" else {**edited[key], "more": 1}
     run.store.put(RUN_FILE, json.dumps(edited).encode())
-    with pytest.raises(DestinationError, match=r"run\.json was changed after it was written"):
+    with refused(DestinationError, setting=None, says=r"run\.json was changed after it was written"):
         neg_service.open_run(run.store.uri)
     verdict = verify(run.store)
     assert [str(finding) for finding in verdict.findings] == ["run.json: damaged: it was changed after it was written"]
@@ -114,7 +115,9 @@ def test_run_json_or_its_copy_lost_is_named_and_restored(key: str, run: RunDirec
     before = run.store.get(key)
     run.store.delete(key)
     if key == RUN_FILE:
-        with pytest.raises(DestinationError, match=r"no run\.json, but run\.copy\.json is; python -m jobs\.verify"):
+        with refused(
+            DestinationError, setting=None, says=r"no run\.json, but run\.copy\.json is; python -m jobs\.verify"
+        ):
             neg_service.open_run(run.store.uri)
     assert found(run) == [f"{key}: missing"]
     restore_run_file(run.store, verify(run.store))
@@ -133,9 +136,9 @@ def test_both_lost_and_the_same_command_takes_the_parts_for_its_own(run: RunDire
     run.store.put(part_key("activations", 0), data[:100])
     run.store.delete(RUN_FILE)
     run.store.delete(RUN_COPY)
-    with pytest.raises(DestinationError, match=r"there is no run\.json"):
+    with refused(DestinationError, setting=None, says=r"there is no run\.json"):
         verify(run.store)
-    with pytest.raises(DestinationError, match=r"holds activations/shard-000000\.parquet but no run\.json"):
+    with refused(DestinationError, setting=None, says=r"holds activations/shard-000000\.parquet but no run\.json"):
         begin(tmp_path / "run", "bfloat16")
     begin(tmp_path / "run")
     assert [finding.key for finding in verify(run.store).findings] == [part_key("activations", 0)]
@@ -144,7 +147,7 @@ def test_both_lost_and_the_same_command_takes_the_parts_for_its_own(run: RunDire
 def test_both_edited_leave_nothing_to_go_by(run: RunDirectory) -> None:
     for key in (RUN_FILE, RUN_COPY):
         run.store.put(key, (run.store.get(key) or b"").replace(b"float32", b"float16"))
-    with pytest.raises(DestinationError, match=r"neither run\.json nor run\.copy\.json is as it was written"):
+    with refused(DestinationError, setting=None, says=r"neither run\.json nor run\.copy\.json is as it was written"):
         verify(run.store)
 
 
@@ -198,7 +201,7 @@ def test_run_json_of_another_run_is_foreign_and_no_part_is_touched(tmp_path: Pat
     # In a directory of another name nothing tells which of the two it is.
     put(renamed := begin(tmp_path / "renamed"), 0)
     renamed.store.put(RUN_FILE, other.store.get(RUN_FILE) or b"")
-    with pytest.raises(DestinationError, match="delete the one that does not belong"):
+    with refused(DestinationError, setting=None, says="delete the one that does not belong"):
         verify(renamed.store)
 
 
@@ -216,7 +219,7 @@ def test_a_place_that_cannot_be_written_any_more_is_found_out_before_going_on(
         raise DestinationError("read-only")
 
     monkeypatch.setattr(run.store, "put", refuse)
-    with pytest.raises(DestinationError, match="read-only"):
+    with refused(DestinationError, setting=None, says="read-only"):
         rewrite_copy(run.store)
 
 
@@ -275,7 +278,7 @@ def test_a_store_is_tried_again_for_as_long_as_it_was_told(tmp_path: Path, caplo
     assert caplog.text.count("Input/output error; trying again for") == 2
     failures = 10**6
     began = time.monotonic()
-    with pytest.raises(StorageError, match="Input/output error"):
+    with refused(StorageError, "storage.uri", says="Input/output error"):
         PatientStore(store, 1).put("a", b"2")
     assert 1 <= time.monotonic() - began < 60
     assert isinstance(open_store(str(tmp_path), None, 5), PatientStore)

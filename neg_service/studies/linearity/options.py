@@ -63,7 +63,7 @@ def check_options(options: LinearityOptions) -> None:
 
 def _check_numbers(options: LinearityOptions) -> None:
     if options.seed < 0:
-        raise ConfigurationError("must not be negative", setting="study.seed", value=options.seed)
+        raise ConfigurationError(setting="study.seed", value=options.seed, allowed="0 or more")
     if not math.isfinite(options.set_shift) or options.set_shift == 0:
         raise ConfigurationError(
             setting="study.set_shift", value=options.set_shift, allowed="a finite number, not zero"

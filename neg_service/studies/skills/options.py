@@ -83,7 +83,7 @@ def check_options(options: SkillOptions) -> None:
             setting="probe.sizes", value=sizes, allowed="numbers of neurons, each once, at least 1"
         )
     if options.seed < 0:
-        raise ConfigurationError("must not be negative", setting="probe.seed", value=options.seed)
+        raise ConfigurationError(setting="probe.seed", value=options.seed, allowed="0 or more")
     if "activation" in options.probes and options.shard_size < _LEAST_SHARD:
         raise ConfigurationError(
             f"the probe activation compares with the mean over a shard and needs at least {_LEAST_SHARD} prompts "

@@ -18,6 +18,7 @@ from neg_service.prompts.prompt import Prompt, encode
 from tests import oracle
 from tests.families import model_of
 from tests.oracle import relative
+from tests.refusals import refused
 from tests.shards import INFO, PROMPTS, measured_shard
 
 LAYERS = [0, 2]
@@ -68,11 +69,11 @@ def test_a_random_draw_is_of_its_prompt_and_target_and_layer_whatever_else_is_me
 
 
 def test_names_are_known_and_bad_options_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"measure.name=gradiant is unknown; known are .*activation.*gradient"):
+    with refused(ConfigurationError, "measure.name", "gradiant", says="activation, gradient"):
         find_measure("gradiant")
-    with pytest.raises(ConfigurationError, match=r"measure.name=baselines is unknown"):
+    with refused(ConfigurationError, "measure.name", "baselines"):
         find_measure("baselines")
-    with pytest.raises(ConfigurationError, match=r"measure.keep=top_k is unknown; known are all, answer"):
+    with refused(ConfigurationError, "measure.keep", "top_k", allowed="one of all, answer"):
         scanned("gradient", keep="top_k")
     assert "seed" not in measure_of({"name": "activation"}).fingerprint_inputs()
     assert measure_of({"name": "random", "seed": 2}).fingerprint_inputs()["seed"] == 2

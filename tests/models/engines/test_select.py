@@ -19,6 +19,7 @@ from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.select import candidates
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from tests.families import model_of
+from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -57,9 +58,9 @@ def test_a_model_that_no_engine_fits_is_refused(monkeypatch: pytest.MonkeyPatch)
     _with_a_wrong_cache(monkeypatch)
     model = tiny_model("Llama 2")
     for _ in range(2):
-        with pytest.raises(ModelError, match=r"branches: row logits are .* off the plain forward pass.*; rows: "):
+        with refused(ModelError, "model", says="branches: row logits are .* off the plain forward pass.*; rows: "):
             neg_service.neurgrad(model, ["w1 w2"], [[" w3"]])
-    with pytest.raises(ModelError, match="branches: row logits are"):
+    with refused(ModelError, "model.source", says="branches: row logits are"):
         _ = model.engine
 
 
@@ -75,7 +76,7 @@ def test_attention_that_depends_on_the_length_of_a_prompt_is_refused(name: str, 
     auto = hf.AutoModelForCausalLM if name == "Doge" else hf.AutoModelForMaskedLM
     with torch.device("meta"):
         model = auto.from_config(config)
-    with pytest.raises(ModelError, match=rf"sparse attention \(.*{setting}"):
+    with refused(ModelError, says=rf"sparse attention \(.*{setting}"):
         LanguageModel(model, tiny_tokenizer())
 
 

@@ -21,6 +21,7 @@ from neg_service.studies.linearity.triples import triples_of
 from neg_service.studies.scans import StudyScans
 from neg_service.studies.tables import StudyTables
 from tests.here import scan_here
+from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 N_LAYERS, N_NEURONS = 3, 40
@@ -168,7 +169,7 @@ def test_every_scan_is_checked_before_the_first(tmp_path: Path, tiny_directory: 
         raise AssertionError("scanned")
 
     options = replace(SMALL, keep="all", neurons=N_NEURONS + 1)
-    with pytest.raises(ConfigurationError, match=rf"study.neurons={N_NEURONS + 1}"):
+    with refused(ConfigurationError, "study.neurons", N_NEURONS + 1):
         run_linearity(options, StudyScans(config, scan, prepare))
 
 
@@ -190,12 +191,14 @@ def test_what_cannot_be_studied_is_refused_by_the_key_to_change(
 ) -> None:
     wrong = with_answers(predictions)[4:5]
     one_target = [{"prompt": "w1 w2", "targets": [" w7"], "answer": " w7"}]
-    for prompts, options, neurons, message in (
-        (wrong, SMALL, NeuronsConfig(), r"study.answered=right: the model answers none of 1 prompts rightly"),
-        (one_target, SMALL, NeuronsConfig(), r"study.answered=right: prompts have one target each"),
-        (rows(), SMALL, NeuronsConfig(), r"study.keep=answer: prompt 'p20' has no answer; use study.keep=all"),
-        (rows(), replace(SMALL, keep="all", basis="x"), NeuronsConfig(), r"study.basis=x"),
-        (wrong, SMALL, NeuronsConfig(choose="sample", count=3), r"neurons.choose=sample: a study draws its neurons"),
+    sample, every = NeuronsConfig(choose="sample", count=3), NeuronsConfig()
+    for prompts, options, neurons, refusal in (
+        (wrong, SMALL, every, ("study.answered", "right", "the model answers none of 1 prompts rightly")),
+        (one_target, SMALL, every, ("study.answered", "right", "prompts have one target each")),
+        # What it hands on to scans is told by its own settings.
+        (rows(), SMALL, every, ("study.keep", "answer", "prompt 'p20' has no answer; use study.keep=all")),
+        (rows(), replace(SMALL, keep="all", basis="x"), every, ("study.basis", "x")),
+        (wrong, SMALL, sample, ("neurons.choose", "sample", "a study draws its neurons")),
     ):
-        with pytest.raises(ConfigurationError, match=message):
+        with refused(ConfigurationError, *refusal):
             study(configured(tiny_directory, tmp_path, prompts), options, neurons)

@@ -9,6 +9,7 @@ import pytest
 
 from neg_service.errors import ConfigurationError
 from neg_service.studies.skills.options import Context, SkillOptions, check_options, contexts_of
+from tests.refusals import refused
 
 GOOD = SkillOptions(sizes=[1, 3, 8], shard_size=24, train_sizes=[24], block=3, blocks=2)
 
@@ -19,23 +20,23 @@ def test_good_options_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "refusal"),
     [
-        ({"sizes": [0]}, r"probe\.sizes=\[0\]"),
-        ({"probes": ["forests"]}, r"probe\.probes=forests is unknown; did you mean forest"),
-        ({"studies": ["all"]}, r"probe\.studies=all is unknown"),
-        ({"block": 0}, r"probe\.block=0: must be at least 1"),
-        ({"block": 9}, r"probe\.block=9: must be at most 8, the largest of probe\.sizes"),
-        ({"seed": -1}, r"probe\.seed=-1: must not be negative"),
-        ({"probes": []}, r"probe\.probes=\[\]: give at least one"),
-        ({"shard_size": 8}, r"probe\.shard_size=8: the probe activation"),
-        ({"train_sizes": [25]}, r"probe\.train_sizes=\[25\]: .* multiple of probe\.shard_size=24"),
-        ({"sizes": [3, 8], "efficiency_neurons": 2}, r"probe\.efficiency_neurons=2: must be at least 3"),
-        ({"contexts": [{"shot": 0}]}, r"probe\.contexts\[0\]=\{'shot': 0\}: must have some of wording, shots"),
+        ({"sizes": [0]}, ("probe.sizes", "[0]")),
+        ({"probes": ["forests"]}, ("probe.probes", "forests", "did you mean forest")),
+        ({"studies": ["all"]}, ("probe.studies", "all")),
+        ({"block": 0}, ("probe.block", "0", "at least 1")),
+        ({"block": 9}, ("probe.block", "9", r"at most 8, the largest of probe\.sizes")),
+        ({"seed": -1}, ("probe.seed", "-1", "0 or more")),
+        ({"probes": []}, ("probe.probes", "[]", "give at least one")),
+        ({"shard_size": 8}, ("probe.shard_size", "8", "the probe activation")),
+        ({"train_sizes": [25]}, ("probe.train_sizes", "[25]", r"multiple of probe\.shard_size=24")),
+        ({"sizes": [3, 8], "efficiency_neurons": 2}, ("probe.efficiency_neurons", "2", "at least 3")),
+        ({"contexts": [{"shot": 0}]}, ("probe.contexts[0]", "{'shot': 0}", "must have some of wording, shots")),
     ],
 )
-def test_bad_options_are_refused_before_anything_is_scanned(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
+def test_bad_options_are_refused_before_anything_is_scanned(changed: dict[str, Any], refusal: tuple[Any, ...]) -> None:
+    with refused(ConfigurationError, *refusal):
         check_options(replace(GOOD, **changed))
 
 

@@ -18,6 +18,7 @@ from neg_service.studies.skills.options import SkillOptions
 from neg_service.studies.skills.pipeline import run_skills
 from neg_service.studies.skills.scores import read_scores
 from tests.here import scan_here
+from tests.refusals import refused
 from tests.skills import PLANTED, PLANTED_WORDINGS, planted_model, planted_rows, scans_here, write_split
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -172,14 +173,14 @@ def test_two_tasks_keep_their_labels_and_neurons_apart(place: Path, tmp_path: Pa
 
 
 def test_more_neurons_than_there_are_is_refused(place: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"probe\.sizes=\[1, 500\]: the chosen layers have 120 neurons"):
+    with refused(ConfigurationError, "probe.sizes", "[1, 500]", says="the chosen layers have 120 neurons"):
         found_in(place, replace(OPTIONS, sizes=[1, 500]))
 
 
 def test_what_cannot_be_asked_in_some_context_is_refused_before_anything_is_scanned(place: Path) -> None:
     options = replace(OPTIONS, studies=["robustness"], contexts=[{"shots": 30}])
     scans = scans_here(place / "model", planted_dataset(place, place / "data", "imdb"), place / "results")
-    with pytest.raises(PromptError, match=r"dataset\.shots=30: imdb has 25 rows for label"):
+    with refused(PromptError, "dataset.shots", "30", says="imdb has 25 rows for label"):
         run_skills(options, scans)
     assert scans.runs == []
 
