@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from jobs.entry import flag_of, start
-from neg_service.config import JobConfig, ModelConfig, typed
+from neg_service.config import BASES, JobConfig, ModelConfig, typed
 from neg_service.report.console import aligned, bytes_text
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ def check(config: DictConfig) -> int:
 def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> dict[str, Any]:
     """What there is to know of a checked model; deviations are relative, memory in bytes."""
     from neg_service.models.engines.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
-    from neg_service.models.feed_forward import BASES
 
     chosen, own = model.ensure_checked(), model.feed_forward
     checked = chosen.check

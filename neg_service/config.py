@@ -11,17 +11,19 @@ narrows them, and `holds` says the type of those that are text, which the comman
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, nearest
 
 T = TypeVar("T")
 _AUTO = ("auto",)
+# Which activation is the neuron; see `models/feed_forward.py`.
+BASES = ("paper", "hidden", "gate")
 
 
 def holds(kind: Any) -> dict[str, Any]:
@@ -35,6 +37,11 @@ def types_of(cls: type[Any]) -> dict[str, Any]:
     return {own.name: own.metadata.get("holds", hints[own.name]) for own in fields(cls)}
 
 
+def basis_setting() -> Any:
+    """The field of all that measures neurons."""
+    return setting("paper", "which activation is the neuron", allowed=BASES)
+
+
 def setting(
     default: Any,
     says: str,
@@ -44,13 +51,16 @@ def setting(
     is_whole: bool = False,
     kind: Any = None,
 ) -> Any:
-    """A field with what `conf/README.md` says of it, and what it may be.
+    """A field with what `conf/README.md` says of it, and what it may be; of a list, what each of its members may be.
 
     allowed: the texts that it may be; with `least`, in the place of a number. least: the smallest number that it may
     be. is_whole, kind: of what is Any to OmegaConf: whether its numbers are whole; what its values are of.
     """
     metadata = {"says": says, "allowed": allowed, "least": least, "is_whole": is_whole}
-    return field(default=default, metadata=metadata | ({} if kind is None else holds(kind)))
+    metadata |= {} if kind is None else holds(kind)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -255,25 +265,41 @@ def check(config: ScanConfig) -> None:
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
-    groups = {name: fields(getattr(config, name)) for name in ("cluster", "storage", "job")}
-    groups["dataset"] = tuple(own for own in fields(config.dataset) if own.name in ("too_long", "not_one_token"))
-    for name, its_fields in groups.items():
-        for own in its_fields:
-            key, value = f"{name}.{own.name}", getattr(getattr(config, name), own.name)
-            if key == "cluster.replicas":
-                key, value = key + ".max" * isinstance(value, Mapping), most_replicas(config.cluster)
-            is_empty = value is None and own.default is None
-            if not is_empty and (must := _must_be(own.metadata, value)):
-                raise ConfigurationError(setting=key, value=value, allowed=must)
+    dataset = [own.name for own in fields(config.dataset) if own.name in ("too_long", "not_one_token")]
+    check_fields("dataset", config.dataset, dataset)
+    for name in ("cluster", "storage", "job"):
+        check_fields(name, getattr(config, name))
+    most = most_replicas(config.cluster)
+    if must := _must_be(ClusterConfig.__dataclass_fields__["replicas"].metadata, most):
+        key = "cluster.replicas" + ".max" * isinstance(config.cluster.replicas, Mapping)
+        raise ConfigurationError(setting=key, value=most, allowed=must)
+
+
+def check_fields(group: str, settings: Any, only: Collection[str] | None = None) -> None:
+    """Refuse values that the fields of a dataclass do not allow, of all of them or some.
+
+    Raises:
+        ConfigurationError: naming the key in `group`, its value, and what it may be.
+    """
+    for own in fields(settings):
+        if own.name == "replicas" or (only is not None and own.name not in only):
+            continue
+        value = getattr(settings, own.name)
+        if value is None and own.default is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if must := _must_be(own.metadata, one):
+                near = nearest(one, own.metadata["allowed"]) if isinstance(one, str) else ""
+                raise ConfigurationError(near.rstrip(" "), setting=f"{group}.{own.name}", value=one, allowed=must)
 
 
 def _must_be(said: Mapping[str, Any], value: Any) -> str:
-    """What a value that is something else must be."""
+    """What a value that is something else must be, to be read after "must be"."""
     allowed, least, is_whole = said.get("allowed", ()), said.get("least"), said.get("is_whole", False)
     if value in allowed or (least is None and not allowed):
         return ""
     if least is None:
-        return " or ".join(allowed)
+        return f"one of {', '.join(allowed)}" if len(allowed) > 2 else " or ".join(allowed)
     is_number = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
     if is_number and value >= least:
         return ""

@@ -70,6 +70,9 @@ class NegServiceError(Exception):
         shown = self.setting if self.value is NOT_GIVEN else f"{self.setting}={self.value}"
         return f"{shown}: {words}" if words else shown
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __reduce__(self) -> Any:
         # It crosses processes with its fields; a value that might not is shown there as it would have been here.
         is_plain = self.value is None or isinstance(self.value, bool | int | float | str | _Absent)

@@ -1,14 +1,13 @@
 """The reference of settings in `conf/README.md`, from what the settings themselves say.
 
-`python -m tests.settings_reference` writes it. Names, types, defaults and allowed values are those of the dataclasses;
-what a setting means stands beside its field in `neg_service/config.py`, and for the options of measures and studies in
-the comments of their files in `conf/`.
+`python -m tests.settings_reference` writes it. Names, types, defaults, meanings and allowed values are those of the
+fields of dataclasses: in `neg_service/config.py`, and for the options of measures and studies in the files of these.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
@@ -23,7 +22,6 @@ from neg_service.measures import find_measure
 
 README = Path(CONF) / "README.md"
 _BEGIN, _END = "<!-- settings -->\n", "\n<!-- /settings -->"
-_KEY = re.compile(r"\s*(\w+):[^#]*?(?:\s# (.*))?")
 # What OmegaConf takes as it is, and the code then checks.
 _ANY = {"cluster.replicas": "auto or a number", "neurons.layers": "text or a list", "measure.shifts": "list or null"}
 
@@ -34,11 +32,10 @@ def reference() -> str:
     for path in sorted(Path(CONF).glob("measure/*.yaml")):
         text = path.read_text()
         parts += [f"### measure={path.stem}", text.splitlines()[0].removeprefix("# ")]
-        parts.append(_table("measure", find_measure(path.stem).Options, _comments(text)))
+        parts.append(_table("measure", find_measure(path.stem).Options, _keys(text)))
     parts += [text for name in ("cluster", "storage", "job") for text in _group(name)]
     for name, settings in (("study", StudyConfig), ("probe", ProbeConfig)):
-        its_comments = _comments((Path(CONF) / f"{name}.yaml").read_text())
-        parts += [f"### {name} (`python -m jobs.{name}`)", _table(name, types_of(settings)[name], its_comments)]
+        parts += [f"### {name} (`python -m jobs.{name}`)", _table(name, types_of(settings)[name])]
     return "\n\n".join(parts)
 
 
@@ -52,17 +49,17 @@ def _group(name: str) -> Iterator[str]:
     settings = types_of(ScanConfig)[name]
     yield f"### {name}"
     yield " ".join((settings.__doc__ or "").partition("\n\n")[0].split())
-    yield _table(name, settings, {})
+    yield _table(name, settings)
 
 
-def _table(group: str, settings: type, comments: Mapping[str, str]) -> str:
+def _table(group: str, settings: type, only: Collection[str] | None = None) -> str:
     kinds = types_of(settings)
     rows = ["| setting | type | default | what |", "|---|---|---|---|"]
     for own in fields(settings):
         # A measure's file leaves out what is of other measures of its class; its name is the file's.
-        if (group, own.name) != ("measure", "name") and ("says" in own.metadata or own.name in comments):
+        if "says" in own.metadata and (only is None or own.name in only):
             key = f"{group}.{own.name}"
-            cells = (f"`{key}`", _type(key, own, kinds[own.name]), _default(own), _meaning(own, comments))
+            cells = (f"`{key}`", _type(key, own, kinds[own.name]), _default(own), _meaning(own))
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
@@ -93,8 +90,8 @@ def _default(own: Field[Any]) -> str:
     return f"`{words.get(default, default) if is_word else default}`"
 
 
-def _meaning(own: Field[Any], comments: Mapping[str, str]) -> str:
-    said = [str(own.metadata["says"]) if "says" in own.metadata else comments[own.name]]
+def _meaning(own: Field[Any]) -> str:
+    said = [str(own.metadata["says"])]
     allowed, least = own.metadata.get("allowed", ()), own.metadata.get("least")
     if allowed and least is None:
         said.append(f"one of {', '.join(f'`{one}`' for one in allowed)}")
@@ -103,19 +100,9 @@ def _meaning(own: Field[Any], comments: Mapping[str, str]) -> str:
     return "; ".join(said)
 
 
-def _comments(text: str) -> dict[str, str]:
-    """What stands beside each key of a YAML file, or in lines of their own above it."""
-    found: dict[str, str] = {}
-    above: list[str] = []
-    for line in text.splitlines():
-        if line.lstrip().startswith("# "):
-            above.append(line.strip().removeprefix("# "))
-        elif key := _KEY.fullmatch(line):
-            # What stands above the first key is said of the file.
-            own = [*(above if found else []), *([key[2]] if key[2] else [])]
-            found.setdefault(key[1], " ".join(own))
-            above = []
-    return found
+def _keys(text: str) -> set[str]:
+    """The settings that a YAML file gives a value."""
+    return set(re.findall(r"^(\w+):", text, re.MULTILINE))
 
 
 def main() -> None:

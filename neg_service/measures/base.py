@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 
 import pyarrow as pa
 
-from neg_service.config import NeuronsConfig, checked_layers, typed
+from neg_service.config import NeuronsConfig, check_fields, checked_layers, typed
 from neg_service.errors import ConfigurationError
 from neg_service.measures.choice import check_whole_layers, described
 from neg_service.schema import Table
@@ -136,6 +136,7 @@ class Measure(ABC, Generic[OptionsT]):
         Raises:
             ConfigurationError: naming the key, its value, and what it may be.
         """
+        check_fields("measure", self.options)
         # Models import torch; who validates has inspected one.
         from neg_service.models.feed_forward import check_basis
 

@@ -12,13 +12,11 @@ KEEP = ("all", "answer")
 
 
 def check_keep(keep: str, known: Sequence[str], prompts: Sequence[Prompt]) -> None:
-    """Refuse an unknown `measure.keep`, and `answer` where a prompt has none.
+    """Refuse to keep the values of the `answer` where a prompt has none.
 
     Raises:
         ConfigurationError: naming what it may be.
     """
-    if keep not in known:
-        raise ConfigurationError(setting="measure.keep", value=keep, allowed=f"one of {', '.join(known)}")
     if keep == "answer":
         unanswered = next((prompt.id for prompt in prompts if prompt.answer is None), None)
         if unanswered is not None:

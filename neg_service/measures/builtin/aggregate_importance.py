@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig, basis_setting, checked_layers
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.tables import fixed_size, table_of
 from neg_service.schema import Table
@@ -31,7 +31,7 @@ class AggregateImportanceOptions:
     """See `conf/measure/strength.yaml`."""
 
     name: str = "strength"
-    basis: str = "paper"
+    basis: str = basis_setting()
 
 
 class AggregateImportance(Measure[AggregateImportanceOptions]):

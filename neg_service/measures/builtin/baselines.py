@@ -25,7 +25,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig, basis_setting, checked_layers, setting
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.tables import prompt_row, target_layer_rows
 from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
@@ -44,9 +44,9 @@ class BaselineOptions:
     """`keep`: the values of all targets, or those of the right answer only. `seed`: of `random` alone."""
 
     name: str = "gradient"
-    basis: str = "paper"
-    keep: str = "all"
-    seed: int = 0
+    basis: str = basis_setting()
+    keep: str = setting("all", "values of all targets, or of the right answer only", allowed=KEEP)
+    seed: int = setting(0, "of the draw", least=0)
 
 
 def random_draw(seed: int, prompt_id: str, target: str, layer: int, n_neurons: int) -> Floats:
@@ -64,7 +64,7 @@ class BaselineEstimate(Measure[BaselineOptions]):
     NAMES = ("gradient", "gradient_x_activation", "activation", "random")
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
-        """Refuse an unknown `keep`, too."""
+        """Refuse to keep answers that there are not, too."""
         super().validate(info, neurons, prompts)
         check_keep(self.options.keep, KEEP, prompts)
 

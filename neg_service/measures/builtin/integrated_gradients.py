@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig, basis_setting, checked_layers, setting
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.tables import prompt_row, target_layer_rows
 from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
@@ -27,9 +27,9 @@ class IntegratedGradientsOptions:
     """`keep`: the values of all targets, or those of the right answer only. `steps`: m, the points of the sum."""
 
     name: str = _NAME
-    basis: str = "paper"
-    keep: str = "all"
-    steps: int = 20
+    basis: str = basis_setting()
+    keep: str = setting("all", "values of all targets, or of the right answer only", allowed=KEEP)
+    steps: int = setting(20, "points between zero and the activations that are summed over", least=1)
 
 
 class IntegratedGradients(Measure[IntegratedGradientsOptions]):
@@ -39,12 +39,9 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
     NAMES = (_NAME,)
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
-        """Refuse an unknown `keep`, and no steps, too."""
-        from neg_service.measures.integrated_gradients import check_steps
-
+        """Refuse to keep answers that there are not, too."""
         super().validate(info, neurons, prompts)
         check_keep(self.options.keep, KEEP, prompts)
-        check_steps(self.options.steps)
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `integrated_gradients`."""

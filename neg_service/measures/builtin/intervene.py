@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, holds
+from neg_service.config import NeuronsConfig, basis_setting, setting
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
@@ -28,8 +28,13 @@ class InterveneOptions:
     """See `conf/measure/intervene.yaml`."""
 
     name: str = "intervene"
-    basis: str = "paper"
-    edits: Any = field(default=None, metadata=holds(str | list[Edit] | None))
+    basis: str = basis_setting()
+    edits: Any = setting(
+        None,
+        "A .json or .jsonl file of edits, or the list itself. Each has `neurons`, one of shift, scale, set, enhance, "
+        "suppress, and optionally a name: [{name: off, neurons: [[29, 864], [20, 1011]], scale: 0}]",
+        kind=str | list[Edit] | None,
+    )
 
 
 class Intervene(Measure[InterveneOptions]):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig, basis_setting, checked_layers, setting
 from neg_service.errors import ConfigurationError
 from neg_service.measures import targets
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
@@ -36,9 +36,13 @@ class NeurGradOptions:
     """`keep`: all values, those of the right answer only, or the `top_k` strongest neurons of each target."""
 
     name: str = "neurgrad"
-    basis: str = "paper"
-    keep: str = "all"
-    top_k: int = 100
+    basis: str = basis_setting()
+    keep: str = setting(
+        "all",
+        "all values, those of the right answer only, or the `top_k` strongest neurons of each target",
+        allowed=KEEP,
+    )
+    top_k: int = setting(100, "neurons of each (prompt, target), for keep: top_k", least=1)
 
 
 class NeurGrad(Measure[NeurGradOptions]):
@@ -48,15 +52,15 @@ class NeurGrad(Measure[NeurGradOptions]):
     NAMES = ("neurgrad",)
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
-        """Refuse an unknown `keep`, and more neurons than there are, too."""
+        """Refuse to keep answers that there are not, or more neurons than there are, too."""
         super().validate(info, neurons, prompts)
         check_keep(self.options.keep, KEEP, prompts)
         in_all = len(checked_layers(neurons, info.n_layers)) * info.n_neurons
-        if self._is_top_k and not 1 <= self.options.top_k <= in_all:
+        if self._is_top_k and self.options.top_k > in_all:
             raise ConfigurationError(
                 setting="measure.top_k",
                 value=self.options.top_k,
-                allowed=f"from 1 to {in_all}, the neurons of the chosen layers",
+                allowed=f"at most {in_all}, the neurons of the chosen layers",
             )
 
     def fingerprint_inputs(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig, basis_setting, checked_layers
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.tables import prompt_row
@@ -76,7 +76,7 @@ class NeuronPredictionsOptions:
     """
 
     name: str = "votes"
-    basis: str = "paper"
+    basis: str = basis_setting()
     chosen: dict[str, str] = field(default_factory=dict)
 
 

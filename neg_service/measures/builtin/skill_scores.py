@@ -30,7 +30,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig, basis_setting, checked_layers
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.tables import fixed_size, prompt_row, table_of
 from neg_service.measures.targets import check_answers
@@ -86,7 +86,7 @@ class SkillScoresOptions:
     """See `conf/measure/scores.yaml`."""
 
     name: str = "scores"
-    basis: str = "paper"
+    basis: str = basis_setting()
 
 
 class SkillScores(Measure[SkillScoresOptions]):

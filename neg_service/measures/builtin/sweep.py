@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig
+from neg_service.config import NeuronsConfig, basis_setting, setting
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
-from neg_service.measures.shifts import Grid, Sweep, check_shift, chosen_grid
+from neg_service.measures.shifts import GRIDS, SHIFTS, Grid, Sweep, chosen_grid
 from neg_service.schema import Table
 
 if TYPE_CHECKING:
@@ -27,13 +27,17 @@ class SweepOptions:
     """See `conf/measure/sweep.yaml`."""
 
     name: str = "sweep"
-    basis: str = "paper"
-    shift: str = "magnitude"
-    grid: str = "full"
-    max_shift: float = 2.0
-    step: float = 0.1
-    shifts: Any = None
-    keep_curves: bool = False
+    basis: str = basis_setting()
+    shift: str = setting("magnitude", "a -> a + shift*sign(a); or signed: a -> a + shift", allowed=SHIFTS)
+    grid: str = setting(
+        "full",
+        "every step up to max_shift; or coarse: 4 shifts, from which the full grid's curve is interpolated",
+        allowed=GRIDS,
+    )
+    max_shift: float = setting(2.0, "the largest shift, in units of activation")
+    step: float = setting(0.1, "between shifts")
+    shifts: Any = setting(None, "a list of shifts of your own, in the place of max_shift and step")
+    keep_curves: bool = setting(False, "store the change of probability at each shift, 4 bytes a shift and row")
     batch_bytes: Any = "auto"
 
 
@@ -49,7 +53,6 @@ class NeuronSweep(Measure[SweepOptions]):
         from neg_service.measures.interventions import check_batch_bytes
 
         super().validate(info, neurons, prompts)
-        check_shift(self.options.shift)
         self.grid()
         check_choice(neurons, info.n_layers, info.n_neurons)
         size = self.options.batch_bytes

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from neg_service.errors import ConfigurationError, nearest
+from neg_service.config import basis_setting, check_fields, setting
+from neg_service.errors import ConfigurationError
 from neg_service.measures.shifts import GRIDS
 from neg_service.measures.targets import KEEP
 
 ESTIMATORS = ("neurgrad", "gradient", "integrated_gradients", "gradient_x_activation", "activation", "random")
-_ANSWERED = ("right", "all")
 
 
 @dataclass
 class LinearityOptions:
-    """See `conf/study.yaml`."""
+    """What `python -m jobs.study` is told under `study`."""
 
-    prompts: int | None = 100
-    answered: str = "right"
-    neurons: int | None = 70
-    seed: int = 0
-    basis: str = "paper"
-    grid: str = "full"
-    keep: str = "answer"
-    steps: int = 20
-    estimators: list[str] = field(default_factory=lambda: list(ESTIMATORS))
-    ranges: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 10.0])
-    range_prompts: int = 20
-    sets: list[int] = field(default_factory=lambda: [2, 8, 32])
-    set_shift: float = 0.5
-    draws: int = 1000
+    prompts: int | None = setting(100, "drawn from those that count; null: all of them", least=1)
+    answered: str = setting(
+        "right", "only prompts that the model answers rightly, as in the paper; or all", allowed=("right", "all")
+    )
+    neurons: int | None = setting(
+        70, "of each layer, drawn with the seed, the same for all prompts; null: all of them", least=1
+    )
+    seed: int = setting(0, "of the prompts, neurons and sets that are drawn", least=0)
+    basis: str = basis_setting()
+    grid: str = setting("full", "40 shifts a curve; or coarse: 4, interpolated", allowed=GRIDS)
+    keep: str = setting(
+        "answer", "estimates of right answers; or all: of all targets, for prompts without answers", allowed=KEEP
+    )
+    steps: int = setting(20, "points of integrated gradients", least=1)
+    estimators: list[str] = setting(list(ESTIMATORS), "which ones", allowed=ESTIMATORS)
+    ranges: list[float] = setting([0.5, 1.0, 2.0, 4.0, 10.0], "largest shifts over which linearity is judged")
+    range_prompts: int = setting(20, "on so many of the prompts, spread over them", least=1)
+    sets: list[int] = setting([2, 8, 32], "numbers of neurons that are shifted together", least=1)
+    set_shift: float = setting(0.5, "by how much")
+    draws: int = setting(1000, "of the bootstrap; a fifth of them in each layer", least=1)
 
 
 def check_options(options: LinearityOptions) -> None:
@@ -40,45 +46,19 @@ def check_options(options: LinearityOptions) -> None:
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
+    check_fields("study", options)
     for key, given in (("estimators", options.estimators), ("sets", options.sets)):
         if len(set(given)) < len(given):
             raise ConfigurationError("one is named twice", setting=f"study.{key}", value=given)
     if not options.estimators:
         raise ConfigurationError(
-            f"name at least one of {', '.join(ESTIMATORS)}", setting="study.estimators", value="[]"
+            setting="study.estimators", value="[]", allowed=f"at least one of {', '.join(ESTIMATORS)}"
         )
-    for name in options.estimators:
-        if name not in ESTIMATORS:
-            raise ConfigurationError(
-                f"{name} is unknown; {nearest(name, ESTIMATORS)}known are {', '.join(ESTIMATORS)}",
-                setting="study.estimators",
-            )
-    if options.answered not in _ANSWERED:
-        raise ConfigurationError(setting="study.answered", value=options.answered, allowed=f"{' or '.join(_ANSWERED)}")
-    for key, choice, known in (("keep", options.keep, KEEP), ("grid", options.grid, GRIDS)):
-        if choice not in known:
-            raise ConfigurationError(setting=f"study.{key}", value=choice, allowed=f"one of {', '.join(known)}")
-    _check_numbers(options)
-
-
-def _check_numbers(options: LinearityOptions) -> None:
-    if options.seed < 0:
-        raise ConfigurationError(setting="study.seed", value=options.seed, allowed="0 or more")
     if not math.isfinite(options.set_shift) or options.set_shift == 0:
         raise ConfigurationError(
             setting="study.set_shift", value=options.set_shift, allowed="a finite number, not zero"
         )
     _check_ranges(options.ranges)
-    for key, value in (
-        ("steps", options.steps),
-        ("range_prompts", options.range_prompts),
-        ("draws", options.draws),
-        ("prompts", options.prompts),
-        ("neurons", options.neurons),
-        *(("sets", value) for value in options.sets),
-    ):
-        if value is not None and value < 1:
-            raise ConfigurationError(setting=f"study.{key}", value=value, allowed="at least 1")
 
 
 def _check_ranges(ranges: Sequence[float]) -> None:

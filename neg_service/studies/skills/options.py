@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from neg_service.config import DatasetConfig, holds
-from neg_service.errors import ConfigurationError, nearest
+from neg_service.config import DatasetConfig, basis_setting, check_fields, setting
+from neg_service.errors import ConfigurationError
 
 PROBES = ("polarity", "magnitude", "forest", "probability", "activation", "random", "majority")
 STUDIES = ("efficiency", "flexibility", "robustness", "interdependency")
@@ -36,25 +36,39 @@ class Context:
 
 @dataclass
 class SkillOptions:
-    """See `conf/probe.yaml`."""
+    """What `python -m jobs.probe` is told under `probe`."""
 
-    store_gradients: bool = True
-    basis: str = "paper"
-    probes: list[str] = field(default_factory=lambda: list(PROBES))
-    sizes: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 256, 1024])
-    train: int | None = None
-    valid: int | None = None
-    test: int | None = None
-    shard_size: int = 50
-    seed: int = 0
-    studies: list[str] = field(default_factory=lambda: ["efficiency", "flexibility"])
-    train_sizes: list[int] | None = None
-    efficiency_neurons: int = 256
-    block: int = 64
-    blocks: int = 8
-    contexts: list[dict[str, Any]] | None = field(default=None, metadata=holds(list[Context] | None))
-    suppressed: int = 64
-    suppress_by: float = 1.0
+    store_gradients: bool = setting(True, "false: add up scores in one pass and store no gradients, for large models")
+    basis: str = basis_setting()
+    probes: list[str] = setting(list(PROBES), "which ones", allowed=PROBES)
+    sizes: list[int] = setting(
+        [1, 4, 16, 64, 256, 1024], "numbers of neurons; which is best is chosen on valid", least=1
+    )
+    train: int | None = setting(None, "rows of each task that are taken of train; null: all, or dataset.limit", least=1)
+    valid: int | None = setting(None, "the same of valid", least=1)
+    test: int | None = setting(None, "the same of test", least=1)
+    shard_size: int = setting(50, "train prompts whose scores are added up at once", least=1)
+    seed: int = setting(0, "of the random neurons and the forest", least=0)
+    studies: list[str] = setting(
+        ["efficiency", "flexibility"],
+        "which ones; also robustness, interdependency, which take scans of their own",
+        allowed=STUDIES,
+    )
+    train_sizes: list[int] | None = setting(
+        None, "efficiency: after how many train prompts; null: shard_size, doubling", least=1
+    )
+    efficiency_neurons: int = setting(256, "efficiency: at most so many neurons", least=1)
+    block: int = setting(64, "flexibility and robustness: neurons of a block", least=1)
+    blocks: int = setting(8, "flexibility: blocks, down the ranking", least=1)
+    contexts: list[dict[str, Any]] | None = setting(
+        None,
+        "robustness: [{wording: brief}, {shots: 0}]; null: all wordings, no shots, other demonstrations",
+        kind=list[Context] | None,
+    )
+    suppressed: int = setting(64, "interdependency: neurons of each task", least=1)
+    suppress_by: float = setting(
+        1.0, "interdependency: how far they are moved against the right label, in units of activation"
+    )
 
 
 def check_options(options: SkillOptions) -> None:
@@ -63,27 +77,13 @@ def check_options(options: SkillOptions) -> None:
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
-    for key, given, known in (("probes", options.probes, PROBES), ("studies", options.studies, STUDIES)):
-        if unknown := [one for one in given if one not in known]:
-            raise ConfigurationError(
-                f"is unknown; {nearest(unknown[0], known)}known are {', '.join(known)}",
-                setting=f"probe.{key}",
-                value=unknown[0],
-            )
+    check_fields("probe", options)
+    for key, given in (("probes", options.probes), ("studies", options.studies)):
         if len(set(given)) < len(given) or (key == "probes" and not given):
             raise ConfigurationError("give at least one, and each once", setting=f"probe.{key}", value=given)
-    whole = ("train", "valid", "test", "shard_size", "efficiency_neurons", "block", "blocks", "suppressed")
-    for key in whole:
-        value = getattr(options, key)
-        if value is not None and value < 1:
-            raise ConfigurationError(setting=f"probe.{key}", value=value, allowed="at least 1")
     sizes = options.sizes
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise ConfigurationError(
-            setting="probe.sizes", value=sizes, allowed="numbers of neurons, each once, at least 1"
-        )
-    if options.seed < 0:
-        raise ConfigurationError(setting="probe.seed", value=options.seed, allowed="0 or more")
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise ConfigurationError("give at least one, and each once", setting="probe.sizes", value=sizes)
     if "activation" in options.probes and options.shard_size < _LEAST_SHARD:
         raise ConfigurationError(
             f"the probe activation compares with the mean over a shard and needs at least {_LEAST_SHARD} prompts "
@@ -105,7 +105,7 @@ def _check_studies(options: SkillOptions) -> None:
                 allowed=f"at least {least}, the smallest of probe.sizes",
             )
         for size in options.train_sizes or ():
-            if size < 1 or size % options.shard_size:
+            if size % options.shard_size:
                 raise ConfigurationError(
                     "scores add up shard by shard, so each must be a multiple of "
                     f"probe.shard_size={options.shard_size}",
