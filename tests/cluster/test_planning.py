@@ -190,7 +190,7 @@ def test_the_fingerprint_holds_science_and_no_operations(tiny_directory: Path, d
     [
         ({"neurons": {"layers": [3]}}, ("neurons.layers", [3], "layer 3 does not exist")),
         ({"measure": {"keep": "best"}}, ("measure.keep", "best", "one of all, answer, top_k")),
-        ({"measure": {"keep": "top_k", "top_k": 121}}, ("measure.top_k", 121, "from 1 to 120")),
+        ({"measure": {"keep": "top_k", "top_k": 121}}, ("measure.top_k", 121, "at most 120")),
         ({"measure": {"tok_k": 5}}, ("measure.tok_k", ANY, "Key 'tok_k' not in 'NeurGradOptions'")),
         ({"model": {"dtype": "int4"}}, ("model.dtype", "int4")),
     ],

@@ -22,7 +22,7 @@ def test_good_options_are_taken() -> None:
 @pytest.mark.parametrize(
     ("changed", "refusal"),
     [
-        ({"sizes": [0]}, ("probe.sizes", "[0]")),
+        ({"sizes": [0]}, ("probe.sizes", "0", "at least 1")),
         ({"probes": ["forests"]}, ("probe.probes", "forests", "did you mean forest")),
         ({"studies": ["all"]}, ("probe.studies", "all")),
         ({"block": 0}, ("probe.block", "0", "at least 1")),
