@@ -23,14 +23,14 @@ from neg_service.measures.choice import (
     with_list_read,
 )
 
-LAYERS, NEURONS = 3, 40
+SIZES = [40, 40, 40]
 
 
 def choose(**given: Any) -> list[list[int]]:
     config = with_list_read(NeuronsConfig(**given))
-    check_choice(config, LAYERS, NEURONS)
-    found = chosen_neurons(config, LAYERS, NEURONS)
-    assert len(found) == count_of(config, LAYERS, NEURONS)
+    check_choice(config, SIZES)
+    found = chosen_neurons(config, SIZES)
+    assert len(found) == count_of(config, SIZES)
     return found.tolist()
 
 
@@ -94,10 +94,10 @@ def test_only_what_decides_the_neurons_is_part_of_the_identity() -> None:
 
 
 def test_the_choice_is_told_in_words() -> None:
-    assert described(NeuronsConfig(choose="sample", count=2, seed=4), 3, 40) == (
+    assert described(NeuronsConfig(choose="sample", count=2, seed=4), SIZES) == (
         "6 in 3 layers: 2 of each layer, seed 4"
     )
-    assert described(NeuronsConfig(choose="top", count=9, over="dataset"), 3, 40) == (
+    assert described(NeuronsConfig(choose="top", count=9, over="dataset"), SIZES) == (
         "9 in 3 layers: the strongest over the data set"
     )
 

@@ -11,7 +11,7 @@ from neg_service.measures.edits import checked_edits, edit_name
 @pytest.mark.parametrize("neuron", [[0, 10**400 - 1], [-(10**400), 0]])
 def test_a_neuron_of_any_number_is_refused_in_a_short_line(neuron: list[int]) -> None:
     with pytest.raises(ConfigurationError, match="does not exist; the model has layers 0 to 1") as caught:
-        checked_edits([{"neurons": [neuron], "shift": 1.0}], 2, 8)
+        checked_edits([{"neurons": [neuron], "shift": 1.0}], [8, 8])
     assert len(str(caught.value)) < 200
 
 
