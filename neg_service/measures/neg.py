@@ -57,7 +57,7 @@ def neg(
     model: LanguageModel,
     prompt: str,
     target: str,
-    neurons: Sequence[tuple[int, ...]] | Literal["all"] = "all",
+    neurons: Sequence[Sequence[int | None]] | Literal["all"] = "all",
     shifts: Sequence[float] | None = None,
     basis: str = "paper",
     shift: str = "magnitude",

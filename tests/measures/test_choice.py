@@ -19,9 +19,11 @@ from neg_service.measures.choice import (
     count_of,
     described,
     identity_of_choice,
+    resolved,
     strongest_neurons,
     with_list_read,
 )
+from neg_service.neurons import NeuronSet
 
 SIZES = [40, 40, 40]
 
@@ -82,6 +84,43 @@ def test_the_strongest_and_ties_go_to_the_lower_neuron() -> None:
     strength[0, 3] = strength[1, 0] = 2.0
     strength[1, 4] = 5.0
     assert strongest_neurons([1, 4], strength, 2).tolist() == [[1, 3], [4, 4]]
+
+
+def test_choices_of_layers_that_differ_in_size() -> None:
+    sizes = [2, 5, 3]
+
+    def of(**given: Any) -> list[list[int]]:
+        config = NeuronsConfig(**given)
+        check_choice(config, sizes)
+        found = chosen_neurons(config, sizes)
+        assert len(found) == count_of(config, sizes)
+        found.require_existing(sizes)
+        return found.tolist()
+
+    assert of() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [1, 3], [1, 4], [2, 0], [2, 1], [2, 2]]
+    assert of(layers=[0, 2]) == [[0, 0], [0, 1], [2, 0], [2, 1], [2, 2]]
+    assert [layer for layer, _ in of(choose="sample", count=2)] == [0, 0, 1, 1, 2, 2]
+    assert of(choose="sample", count=10, per="model") == of()
+    assert of(choose="list", list=[[1, 4], [0, 1]]) == [[0, 1], [1, 4]]
+    strengths = [np.array([1.0, 9.0]), np.array([0.0, 0.0, 0.0, 0.0, 9.0]), np.array([2.0, 1.0, 0.0])]
+    assert strongest_neurons([0, 1, 2], strengths, 3).tolist() == [[0, 1], [1, 4], [2, 0]]
+    with pytest.raises(
+        ConfigurationError, match=r"neurons\.count=3: the choice must be from 1 to 2, the neurons of a l"
+    ):
+        check_choice(NeuronsConfig(choose="sample", count=3), sizes)
+    with pytest.raises(ConfigurationError, match=r"\(0, 2\) does not exist; .* layer 0 neurons 0 to 1"):
+        check_choice(NeuronsConfig(choose="list", list=[[0, 2]]), sizes)
+
+
+def test_what_is_resolved_is_drawn_once() -> None:
+    sample = NeuronsConfig(choose="sample", count=7, seed=1)
+    found = resolved(sample, SIZES)
+    assert isinstance(found.list, NeuronSet)
+    assert found.list == chosen_neurons(sample, SIZES)
+    assert chosen_neurons(found, SIZES) is found.list
+    assert identity_of_choice(found, 3) == identity_of_choice(sample, 3)
+    for follows in (NeuronsConfig(), NeuronsConfig(choose="top", count=3)):
+        assert resolved(follows, SIZES) is follows
 
 
 def test_only_what_decides_the_neurons_is_part_of_the_identity() -> None:
