@@ -131,7 +131,7 @@ class NeuronsConfig:
     list: Any = setting(
         None,
         "`[[29,864],...]`, or a `.csv`, `.jsonl` or `.parquet` file, or the folder of a table of results, with the "
-        "columns `layer` and `neuron`",
+        "columns `layer`, `neuron` and, where a model has experts, `expert`; programs also give a `NeuronSet`",
         kind=str | list[list[int]] | None,
     )
 
