@@ -97,7 +97,7 @@ def describe_summary(prepared: Prepared, summary: Summary) -> str:
 
 def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
     plan, info = prepared.plan, prepared.info
-    n_neurons = count_of(prepared.config.neurons, info.n_layers, info.n_neurons)
+    n_neurons = count_of(prepared.config.neurons, info.neurons_by_layer)
     main = results.tables[-1]
     rows = [
         ("prompts", f"{plan.n_prompts} ({plan.n_targets} targets)"),

@@ -69,12 +69,13 @@ def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
     how = typed(ScanConfig, {"cluster": given["cluster"], "storage": given["storage"], **told})
     shards = verdict.shards_to_repair
     # Planned before anything is touched: a model or data set that is not there any more is told here.
-    prepared = prepare_again(verdict.run, how) if shards else None
+    prepared = prepare_again(verdict.run, how) if shards or verdict.is_without_neurons else None
     for done in clear_wrong(store, verdict):
         print(done)
     if prepared is None:
         return
-    print(f"computing again: shards {ranges(shards)}", flush=True)
+    if shards:
+        print(f"computing again: shards {ranges(shards)}", flush=True)
     summary = run(prepared)
     for shard, error in sorted(summary.failed.items()):
         print(f"set aside: shard {shard}: {error}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neg_service.measures.neurgrad import NeurGradResult, neurgrad
     from neg_service.models.language_model import LanguageModel
     from neg_service.models.loading import load_model
+    from neg_service.neurons import NeuronSet
     from neg_service.storage.reader import Run, Runs, open_run, open_runs
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _HOME = {
     "LanguageModel": "neg_service.models.language_model",
     "NegResult": "neg_service.measures.neg",
     "NeurGradResult": "neg_service.measures.neurgrad",
+    "NeuronSet": "neg_service.neurons",
     "Run": "neg_service.storage.reader",
     "Runs": "neg_service.storage.reader",
     "integrated_gradients": "neg_service.measures.integrated_gradients",
@@ -44,6 +46,7 @@ __all__ = [
     "LanguageModel",
     "NegResult",
     "NeurGradResult",
+    "NeuronSet",
     "Run",
     "Runs",
     "integrated_gradients",

@@ -134,14 +134,14 @@ class NeuronsConfig:
     choose: str = setting("all", "which neurons of these layers", allowed=("all", "sample", "top", "list"))
     count: int = setting(0, "how many, for `sample` and `top`")
     per: str = setting("layer", "`sample`: so many of each layer, or of the whole model", allowed=("layer", "model"))
-    seed: int = setting(0, "of the sample")
+    seed: int = setting(0, "of the sample", least=0)
     over: str = setting(
         "prompt", "`top`: rank for each prompt, or once over the data set", allowed=("prompt", "dataset")
     )
     list: Any = setting(
         None,
         "`[[29,864],...]`, or a `.csv`, `.jsonl` or `.parquet` file, or the folder of a table of results, with the "
-        "columns `layer` and `neuron`",
+        "columns `layer`, `neuron` and, where a model has experts, `expert`; programs also give a `NeuronSet`",
         kind=str | list[list[int]] | None,
     )
 

@@ -3,11 +3,16 @@
 All values are float32: NEGs go below 1e-7, where float16 is already zero. Each row names its basis, because two
 results of different bases must never be mixed. Axes: P prompts, K targets of a prompt, L layers, N neurons of a
 layer.
+
+A neuron is (layer, expert, neuron): rows that name a `layer` have an `expert`, null where there is none, which is
+everywhere today; tables that were written before it have no such column. Tables with a list for each layer are told how
+many neurons each layer has: the lists are of fixed size where all have the same number.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,10 +50,10 @@ class Table:
         names = self.schema.names
         if self.values not in names or "layer" not in names:
             raise ConfigurationError(f"table {self.title!r}: has no column {self.values!r}, or no column 'layer'")
-        if not (self.is_by_neuron or pa.types.is_fixed_size_list(self.schema.field(self.values).type)):
+        if not (self.is_by_neuron or is_list(self.schema.field(self.values).type)):
             raise ConfigurationError(
-                f"table {self.title!r}: column {self.values!r} must be a list of fixed size, a number for each neuron "
-                f"of a layer; or there must be a column 'neuron'"
+                f"table {self.title!r}: column {self.values!r} must be a list, a number for each neuron of a "
+                f"layer; or there must be a column 'neuron'"
             )
 
     @property
@@ -77,6 +82,11 @@ class Table:
             title, unit, values = _WRITTEN_BEFORE.get(name, (name, "", None))
             said = {"title": title, "unit": unit, "values": values if {values, "layer"} <= set(schema.names) else None}
         return cls(schema, **{key: said[key] for key in ("title", "unit", "values", "note") if key in said})
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column's values are lists, of one size or of several."""
+    return bool(pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind))
 
 
 # Units of values of neurons.
@@ -130,22 +140,34 @@ _KEY = [
     pa.field("target", pa.string(), nullable=False),
     pa.field("is_answer", pa.bool_()),
 ]
+_LAYER = [
+    pa.field("layer", pa.int16(), nullable=False),
+    # Null where the layer has no experts.
+    pa.field("expert", pa.int16()),
+]
 
 
-def neurgrad(n_neurons: int) -> pa.Schema:
+def _of_each_neuron(name: str, kind: pa.DataType, n_neurons: int | Sequence[int]) -> pa.Field:
+    """A column with a number for each neuron of a row's layer; `n_neurons`: of each layer, or one number for all."""
+    sizes = {n_neurons} if isinstance(n_neurons, int) else set(n_neurons)
+    lists = pa.list_(kind, sizes.pop()) if len(sizes) == 1 else pa.list_(kind)
+    return pa.field(name, lists, nullable=False)
+
+
+def neurgrad(n_neurons: int | Sequence[int]) -> pa.Schema:
     """One row for each prompt, target and layer. `neurgrad` [N]: probability per unit of |activation|."""
     return pa.schema(
         [
             *_KEY,
-            pa.field("layer", pa.int16(), nullable=False),
+            *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
             pa.field("probability", pa.float32(), nullable=False),
-            pa.field("neurgrad", pa.list_(pa.float32(), n_neurons), nullable=False),
+            _of_each_neuron("neurgrad", pa.float32(), n_neurons),
         ]
     )
 
 
-def integrated_gradients(n_neurons: int) -> pa.Schema:
+def integrated_gradients(n_neurons: int | Sequence[int]) -> pa.Schema:
     """One row for each prompt, target and layer. `integrated_gradients` [N]: what a neuron brings of the probability.
 
     Over a layer's neurons it adds up, but for the steps of its sum, to the target's probability less that with the
@@ -154,15 +176,15 @@ def integrated_gradients(n_neurons: int) -> pa.Schema:
     return pa.schema(
         [
             *_KEY,
-            pa.field("layer", pa.int16(), nullable=False),
+            *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
             pa.field("probability", pa.float32(), nullable=False),
-            pa.field("integrated_gradients", pa.list_(pa.float32(), n_neurons), nullable=False),
+            _of_each_neuron("integrated_gradients", pa.float32(), n_neurons),
         ]
     )
 
 
-def baseline(name: str, n_neurons: int) -> pa.Schema:
+def baseline(name: str, n_neurons: int | Sequence[int]) -> pa.Schema:
     """One row for each prompt, target and layer. `<name>` [N]: a baseline's value of each neuron.
 
     In probability per activation unit (`gradient`), probability (`gradient_x_activation`), or without a unit
@@ -171,22 +193,22 @@ def baseline(name: str, n_neurons: int) -> pa.Schema:
     return pa.schema(
         [
             *_KEY,
-            pa.field("layer", pa.int16(), nullable=False),
+            *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
             pa.field("probability", pa.float32(), nullable=False),
-            pa.field(name, pa.list_(pa.float32(), n_neurons), nullable=False),
+            _of_each_neuron(name, pa.float32(), n_neurons),
         ]
     )
 
 
-def activations(n_neurons: int) -> pa.Schema:
+def activations(n_neurons: int | Sequence[int]) -> pa.Schema:
     """One row for each prompt and layer. `activation` [N]: dimensionless, at the readout position."""
     return pa.schema(
         [
             pa.field("prompt_id", pa.string(), nullable=False),
-            pa.field("layer", pa.int16(), nullable=False),
+            *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
-            pa.field("activation", pa.list_(pa.float32(), n_neurons), nullable=False),
+            _of_each_neuron("activation", pa.float32(), n_neurons),
         ]
     )
 
@@ -196,7 +218,7 @@ TOP_NEURONS = pa.schema(
     [
         *_KEY,
         pa.field("rank", pa.int32(), nullable=False),
-        pa.field("layer", pa.int16(), nullable=False),
+        *_LAYER,
         pa.field("neuron", pa.int32(), nullable=False),
         pa.field("basis", pa.string(), nullable=False),
         pa.field("probability", pa.float32(), nullable=False),
@@ -213,7 +235,7 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
     """
     fields = [
         *_KEY,
-        pa.field("layer", pa.int16(), nullable=False),
+        *_LAYER,
         pa.field("neuron", pa.int32(), nullable=False),
         pa.field("basis", pa.string(), nullable=False),
         # Whether the magnitude or the neuron itself was shifted.
@@ -247,17 +269,17 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
     return pa.schema(fields)
 
 
-def strength(n_neurons: int) -> pa.Schema:
+def strength(n_neurons: int | Sequence[int]) -> pa.Schema:
     """One row for each layer and shard. `strength` [N]: a neuron's largest |NeurGrad|, summed over the shard's prompts.
 
     The largest is over the prompt's targets, in probability per unit of |activation|.
     """
     return pa.schema(
         [
-            pa.field("layer", pa.int16(), nullable=False),
+            *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
             pa.field("n_prompts", pa.int32(), nullable=False),
-            pa.field("strength", pa.list_(pa.float64(), n_neurons), nullable=False),
+            _of_each_neuron("strength", pa.float64(), n_neurons),
         ]
     )
 
@@ -281,7 +303,7 @@ INTERVENE = pa.schema(
 )
 
 
-def scores(n_neurons: int) -> pa.Schema:
+def scores(n_neurons: int | Sequence[int]) -> pa.Schema:
     """One row for each task, score, layer and shard. `values` [N]: the score's sum over the task's prompts.
 
     score: `polarity`, `magnitude`, `fires/0`… (whole numbers) or `activation`; see `measures/builtin/skill_scores.py`.
@@ -290,17 +312,17 @@ def scores(n_neurons: int) -> pa.Schema:
         [
             pa.field("task", pa.string(), nullable=False),
             pa.field("n_prompts", pa.int32(), nullable=False),
-            pa.field("layer", pa.int16(), nullable=False),
+            *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
             pa.field("score", pa.string(), nullable=False),
             # Whole numbers are exact up to 2²⁴.
-            pa.field("values", pa.list_(pa.float32(), n_neurons), nullable=False),
+            _of_each_neuron("values", pa.float32(), n_neurons),
         ]
     )
 
 
-# One row for each prompt: what the neurons chosen for its task say about its K labels. The neurons are in run.json,
-# under config.measure.chosen; lists are in their order.
+# One row for each prompt: what the neurons chosen for its task say about its K labels. The neurons are in
+# neurons.parquet of the run, by task; lists are in their order.
 VOTES = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),

@@ -30,12 +30,12 @@ def prompts_in(place: Path) -> list[Prompt]:
 
 
 def list_in(place: Path) -> Any:
-    return with_list_read(NeuronsConfig(choose="list", list=str(place))).list
+    return with_list_read(NeuronsConfig(choose="list", list=str(place))).list.tolist()
 
 
 def edits_in(place: Path) -> Any:
     edits = read_edits(str(place))
-    checked_edits(edits, 3, 40)
+    checked_edits(edits, [40] * 3)
     return edits
 
 

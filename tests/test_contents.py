@@ -179,7 +179,7 @@ def test_long_cells_are_read_by_several_threads_at_once() -> None:
 
 def test_what_a_message_quotes_is_short() -> None:
     with refused(ConfigurationError, "measure.edits[0].shift") as caught:
-        checked_edits([{"neurons": [[0, 1]], "shift": "a" * 10_000}], 3, 40)
+        checked_edits([{"neurons": [[0, 1]], "shift": "a" * 10_000}], [40] * 3)
     assert len(str(caught.value)) < 1000
 
 

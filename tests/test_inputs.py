@@ -305,7 +305,7 @@ def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path: Path) -> Non
 def test_hidden_files_are_no_parts_of_a_table(tmp_path: Path) -> None:
     pq.write_table(pa.table({"layer": [1], "neuron": [2]}), tmp_path / "a.parquet")
     (tmp_path / "._a.parquet").write_bytes(b"of another system")
-    assert with_list_read(NeuronsConfig(choose="list", list=str(tmp_path))).list == [[1, 2]]
+    assert with_list_read(NeuronsConfig(choose="list", list=str(tmp_path))).list.tolist() == [[1, 2]]
 
 
 ODD = ("results[1]", "a*b", "what?", "{x}", "[!a]", "a b", "ä")
@@ -325,9 +325,9 @@ def test_a_folder_of_any_name_is_a_list_of_its_own_parts_alone(tmp_path: Path, n
     (place / "note.txt").write_text("no part")
     (place / "folder.parquet").mkdir()
     for uri in (str(place), f"{place}/"):
-        assert with_list_read(NeuronsConfig(choose="list", list=uri)).list == [[2, 0], [2, 1]]
+        assert with_list_read(NeuronsConfig(choose="list", list=uri)).list.tolist() == [[2, 0], [2, 1]]
     (place / "n.csv").write_text("layer,neuron\n1,2\n")
-    assert with_list_read(NeuronsConfig(choose="list", list=str(place / "n.csv"))).list == [[1, 2]]
+    assert with_list_read(NeuronsConfig(choose="list", list=str(place / "n.csv"))).list.tolist() == [[1, 2]]
     (place / "a.jsonl").write_bytes(ROWS)
     assert len(load_prompts(str(place / "a.jsonl"))) == 300
 
@@ -348,7 +348,7 @@ def test_a_damaged_part_among_results_is_named_wherever_a_bit_flips(tmp_path: Pa
     # What somebody made of a part has its words in the footer, and a sum that is not its own.
     part.write_bytes(content)
     pq.write_table(pq.read_table(part).slice(0, 1), tmp_path / "mine.parquet")
-    assert with_list_read(NeuronsConfig(choose="list", list=str(tmp_path / "mine.parquet"))).list == [[1, 4]]
+    assert with_list_read(NeuronsConfig(choose="list", list=str(tmp_path / "mine.parquet"))).list.tolist() == [[1, 4]]
 
 
 def test_parts_are_fetched_one_after_the_other(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def table_of(megabytes: int, seed: int) -> pa.Table:
         [
             pa.array([f"p{i // _LAYERS}" for i in range(rows)]),
             pa.array([i % _LAYERS for i in range(rows)], pa.int16()),
+            pa.nulls(rows, pa.int16()),
             pa.array(["paper"] * rows),
             pa.FixedSizeListArray.from_arrays(pa.array(values), _NEURONS),
         ],

@@ -28,6 +28,7 @@ from neg_service.measures.neg import BATCH_BYTES, sweep_prompt
 from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
+from neg_service.neurons import NeuronSet
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 
@@ -122,7 +123,7 @@ def _ways_of(
     middle, target = layers[1], prompt.target_ids[0]
 
     def engine(layer: int) -> range:
-        neurons = np.stack([np.full(settings.neurons, layer), np.arange(settings.neurons)], 1)
+        neurons = NeuronSet.of_layers({layer: np.arange(settings.neurons)})
         budget = rows_that_fit(interventions.rows, BATCH_BYTES)
         sweep_prompt(interventions, neurons, sweep, budget, keep_curves=False)
         return range(settings.neurons * len(shifts))
@@ -156,7 +157,7 @@ def _timed(way: Callable[[], Sized]) -> float:
 def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:
     """The coarse grid's error against the full one, over all layers and facts of different certainty."""
     sample = NeuronsConfig(choose="sample", count=settings.coarse_neurons)
-    neurons = chosen_neurons(sample, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    neurons = chosen_neurons(sample, model.feed_forward.neurons_by_layer)
     prompts = load()[:: len(load()) // 4][:4]
     neg_error, r_error = [], []
     for prompt in encode(model.tokenizer, prompts, model.context_length, model=model):

@@ -23,11 +23,12 @@ from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.measures import measure_of
 from neg_service.measures.base import Measure
-from neg_service.measures.choice import with_list_read
+from neg_service.measures.choice import resolved, with_list_read
 from neg_service.models.folder import LocalModel
 from neg_service.models.inspection import ModelInfo, inspect_model, mask_token_of
 from neg_service.models.loading import checked_dtype, load_tokenizer
 from neg_service.models.source import DEFAULT, fetch
+from neg_service.neurons import NeuronSet
 from neg_service.places import absolute, below, local_path, parent_of, without_credentials
 from neg_service.prompts.encoding import Encode, Encoding, Ids
 from neg_service.prompts.mceval8k import as_masked
@@ -66,6 +67,12 @@ class Prepared:
     def fingerprint(self) -> str:
         """Of what decides the numbers."""
         return fingerprint_of(self.identity)
+
+    @property
+    def neurons(self) -> NeuronSet | None:
+        """The neurons of a list, which the run keeps; others follow from the configuration, or from each prompt."""
+        chosen = self.config.neurons
+        return chosen.list if chosen.choose == "list" else None
 
     @property
     def memory(self) -> int:
@@ -178,6 +185,7 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
     prompts, info = loaded.prompts, loaded.info
     measure = measure_of(config.measure)
     measure.validate(info, config.neurons, prompts)
+    config = replace(config, neurons=resolved(config.neurons, info.neurons_by_layer))
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     plan = make_plan(prompts, measure.cost(info, config.neurons, n_targets), config.job.shard_size)
     identity = identity_of(config, info, measure.fingerprint_inputs(), prompts, plan)
@@ -237,6 +245,8 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
         raise DestinationError(f"{run.uri}: does not say what was asked for; run its scan again")
     asked, fresh = typed(ScanConfig, run.request), ScanConfig()
     asked.model.device = config.model.device
+    if asked.neurons.choose == "list":
+        asked.neurons.list = _neurons_of(run, asked.neurons.list)
     if config.model.source != fresh.model.source:
         asked.model.source = config.model.source
     if config.dataset.source != fresh.dataset.source:
@@ -247,14 +257,26 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
     return prepare(replace(asked, cluster=config.cluster, storage=replace(config.storage, uri=parent), job=job))
 
 
+def _neurons_of(run: Run, source: Any) -> Any:
+    """The neurons of a run with a list; where they are lost, where they came from: others have another digest."""
+    try:
+        return run.listed_neurons()
+    except DestinationError:
+        if not isinstance(source, str):
+            raise
+        return source
+
+
 def _request(config: ScanConfig) -> dict[str, Any]:
-    """What was asked for, without how it is run; credentials in a URL are not kept."""
+    """What was asked for, without how it is run; credentials in a URL are not kept, neurons in a file of their own."""
+    listed = config.neurons.list
+    source = (listed.source or None) if isinstance(listed, NeuronSet) else listed
     job = {"name": config.job.name, "limit": config.job.limit, "shard_size": config.job.shard_size}
     return {
         "model": {key: value for key, value in asdict(config.model).items() if key != "device"},
         "dataset": to_be_stored(config.dataset),
         "measure": dict(config.measure),
-        "neurons": asdict(config.neurons),
+        "neurons": asdict(replace(config.neurons, list=source)),
         "job": job,
     }
 

@@ -31,4 +31,4 @@ def strongest(ranking_uri: str, config: ScanConfig) -> NeuronsConfig:
     """The neurons that a finished ranking finds for a scan, as a list."""
     strength = open_run(ranking_uri, config.storage.endpoint_url).table("strength").to_table()
     found = strongest_neurons(*total(strength), config.neurons.count)
-    return NeuronsConfig(config.neurons.layers, choose="list", list=found.tolist())
+    return NeuronsConfig(config.neurons.layers, choose="list", list=replace(found, source=ranking_uri))

@@ -37,8 +37,18 @@ from neg_service.measures.base import Measure
 from neg_service.measures.choice import count_of
 from neg_service.places import name_of
 from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.storage.neurons import NEURONS_FILE
 from neg_service.storage.objects import ObjectStore
-from neg_service.storage.run import RUN_COPY, RUN_FILE, RunDirectory, calibration_of, rewrite_copy, write_or_match
+from neg_service.storage.run import (
+    RUN_COPY,
+    RUN_FILE,
+    RunDirectory,
+    calibration_of,
+    is_without_neurons,
+    rewrite_copy,
+    stored_columns,
+    write_or_match,
+)
 from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
@@ -99,10 +109,10 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     add_to_logs(run=run_name_of(place.store.uri))
     log.info("results: %s", place.store.uri)
     executed: _Executed | None = None
+    if prepared.ranking is not None and (len(place.done) < n_shards or is_without_neurons(place.at_once)):
+        prepared = _with_strongest_listed(prepared, prepared.ranking)
+        add_to_logs(run=run_name_of(place.store.uri))
     if len(place.done) < n_shards:
-        if prepared.ranking is not None:
-            prepared = _with_strongest_listed(prepared, prepared.ranking)
-            add_to_logs(run=run_name_of(place.store.uri))
         if place.is_new:
             # Where it is not, an earlier start has found all of them right.
             prepared.encoding.encode_all()
@@ -147,7 +157,7 @@ def _open(prepared: Prepared) -> _Place:
 
 def _begin(prepared: Prepared, store: ObjectStore) -> None:
     """Write run.json, or see that it is that of this very run."""
-    write_or_match(store, prepared.identity, prepared.tables, _about(prepared), prepared.request)
+    write_or_match(store, prepared.identity, prepared.tables, _about(prepared), prepared.request, prepared.neurons)
 
 
 @contextmanager
@@ -180,6 +190,8 @@ def _execute(prepared: Prepared, place: _Place) -> _Executed:
         if is_new and not any(place.store.list(table) for table in prepared.tables):
             place.store.delete(RUN_FILE)
             place.store.delete(RUN_COPY)
+            if prepared.neurons is not None:
+                place.store.delete(NEURONS_FILE)
         raise
     # Another driver of the same run may have been refused meanwhile, and have taken its run.json with it.
     _begin(prepared, place.store)
@@ -238,7 +250,7 @@ def _observer(
     config, plan, info = prepared.config, prepared.plan, prepared.info
     n_before, is_logged = sum(len(plan.places_of(shard)) for shard in place.done), config.job.log == "json"
     progress = Progress(plan.n_prompts, n_before, config.job.progress_seconds, is_logged=is_logged)
-    n_neurons = count_of(config.neurons, info.n_layers, info.n_neurons)
+    n_neurons = count_of(config.neurons, info.neurons_by_layer)
     metrics = RunMetrics(run_name_of(place.store.uri), n_todo, n_neurons, plan.n_rows / plan.n_prompts)
     return RunObserver(place.directory, notes, progress, metrics, calibration)
 
@@ -247,7 +259,13 @@ def _actors(prepared: Prepared, place: _Place, size: ReplicaSize, most: int | st
     config, storage = prepared.config, prepared.config.storage
     config = replace(config, model=_on_own_devices(config.model, size))
     spec = WorkerSpec(config, prepared.info.identity, int(size.cpus), _samples(prepared.encoding))
-    destination = Destination(place.store.uri, storage.endpoint_url, prepared.fingerprint, storage.patience_seconds)
+    destination = Destination(
+        place.store.uri,
+        storage.endpoint_url,
+        prepared.fingerprint,
+        storage.patience_seconds,
+        stored_columns(place.store),
+    )
     logs = LogStyle(config.job.log, run_name_of(place.store.uri))
     return RayActors(partial(scan_worker, spec), destination, size, most, logs)
 
@@ -313,7 +331,7 @@ def _with_strongest_listed(prepared: Prepared, ranking: Prepared) -> Prepared:
             f"{error}; the same command tries them again"
         )
     listed = strongest(ranking.uri, prepared.config)
-    about = {**prepared.about, "ranked_by": ranking.uri, "neurons": listed.list}
+    about = {**prepared.about, "ranked_by": ranking.uri}
     return replace(prepared, config=replace(prepared.config, neurons=listed), about=about)
 
 
@@ -326,6 +344,7 @@ def _about(prepared: Prepared) -> dict[str, Any]:
             "architecture": prepared.info.architecture,
             "layers": prepared.info.n_layers,
             "neurons_a_layer": prepared.info.n_neurons,
+            "experts_a_layer": 0,
             "parameters": prepared.info.n_parameters,
         },
         "dataset": prepared.request["dataset"],

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Sizes(Protocol):
-    """How many layers a model has, and how many neurons a layer: what schemas may depend on."""
+    """How many layers a model has, and how many neurons each: what schemas may depend on."""
 
     @property
     def n_layers(self) -> int:
@@ -40,7 +40,12 @@ class Sizes(Protocol):
 
     @property
     def n_neurons(self) -> int:
-        """Of a layer."""
+        """Of a layer, where all have the same number."""
+        ...
+
+    @property
+    def neurons_by_layer(self) -> tuple[int, ...]:
+        """How many neurons each layer has."""
         ...
 
 
@@ -64,7 +69,8 @@ class Cost:
 class ShardInput:
     """What a shard is measured from.
 
-    neurons: which ones. budget: how much a batch may hold. calibration: what the run found out before its first shard.
+    neurons: which ones, with those of a list or a sample as a `NeuronSet` in `neurons.list`: they were resolved when
+    the run was planned. budget: how much a batch may hold. calibration: what the run found out before its first shard.
     """
 
     model: LanguageModel
@@ -88,6 +94,8 @@ class Measure(ABC, Generic[OptionsT]):
     NAMES: ClassVar[tuple[str, ...]] = ()
     # Whether `neurons.choose` may be something else than `all`.
     MEASURES_SINGLE_NEURONS: ClassVar[bool] = False
+    # Whether a list may have other neurons for each task.
+    TAKES_NEURONS_BY_TASK: ClassVar[bool] = False
 
     def __init__(self, options: OptionsT) -> None:
         """With options as they are; `of` checks their names and types."""
@@ -145,6 +153,8 @@ class Measure(ABC, Generic[OptionsT]):
             check_basis(basis, info.is_gated, info.architecture)
         if not self.MEASURES_SINGLE_NEURONS:
             check_whole_layers(neurons, self.name)
+        if not self.TAKES_NEURONS_BY_TASK and neurons.choose == "list" and getattr(neurons.list, "tasks", None):
+            raise ConfigurationError(f"measure={self.name} takes the same for all tasks", setting="neurons.list")
         checked_layers(neurons, info.n_layers)
 
     def fingerprint_inputs(self) -> dict[str, Any]:
@@ -153,7 +163,7 @@ class Measure(ABC, Generic[OptionsT]):
 
     def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
         """Which neurons are measured, for a person."""
-        return described(neurons, info.n_layers, info.n_neurons)
+        return described(neurons, info.neurons_by_layer)
 
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig

@@ -5,18 +5,21 @@
 | `all`            | every one |
 | `sample`         | `count` of each layer, or of the model, drawn with `seed`; the same for every prompt |
 | `top`            | the `count` strongest of each prompt, or over the whole data set |
-| `list`           | those given as (layer, index) pairs, inline or in a file with the columns `layer` and `neuron` |
+| `list`           | those given: pairs (layer, neuron), a file with the columns `layer` and `neuron`, a `NeuronSet` |
 
 A neuron's strength on a prompt is its largest |NeurGrad| over the prompt's targets, because all targets share the same
 interventions; over a data set it is the sum of that. Among equals the lower layer and index comes first.
 
 A sample per layer does not depend on which other layers are chosen.
+
+What is asked for is resolved once, when a run is planned (`resolved`): from there on `neurons.list` is a `NeuronSet`,
+which replicas get as the object that it is. All neurons of layers follow from the layers alone, and the strongest of
+each prompt are known when it is measured; of these there is none. Layers may have unequal numbers of neurons:
+`neurons_by_layer` has a number for each.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,38 +27,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.errors import ConfigurationError, shortened
-
-CHOOSE = ("all", "sample", "top", "list")
-Neurons = NDArray[np.int64]
+from neg_service.config import NeuronsConfig, check_fields, checked_layers
+from neg_service.errors import ConfigurationError
+from neg_service.neurons import Neurons, NeuronSet, require_existing, rows_of
 
 
-def check_choice(config: NeuronsConfig, n_layers: int, n_neurons: int) -> None:
+def check_choice(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> None:
     """Refuse a choice that the model cannot give.
 
     Raises:
         ConfigurationError: unknown words, an empty choice, more neurons than there are, one that does not exist.
     """
-    layers = checked_layers(config, n_layers)
-    for key, value, known in (
-        ("choose", config.choose, CHOOSE),
-        ("per", config.per, ("layer", "model")),
-        ("over", config.over, ("prompt", "dataset")),
-    ):
-        if value not in known:
-            raise ConfigurationError(setting=f"neurons.{key}", value=value, allowed=f"one of {', '.join(known)}")
-    if config.seed < 0:
-        raise ConfigurationError(setting="neurons.seed", value=config.seed, allowed="0 or more")
+    layers = checked_layers(config, len(neurons_by_layer))
+    check_fields("neurons", config, ("choose", "per", "over", "seed"))
     if config.choose in ("sample", "top"):
         is_of_layer = config.choose == "sample" and config.per == "layer"
-        most, of = (n_neurons, "a layer") if is_of_layer else (n_neurons * len(layers), "the chosen layers")
+        counts = [neurons_by_layer[layer] for layer in layers]
+        most, of = (min(counts), "a layer") if is_of_layer else (sum(counts), "the chosen layers")
         if not 1 <= config.count <= most:
             raise ConfigurationError(
                 f"the choice must be from 1 to {most}, the neurons of {of}", setting="neurons.count", value=config.count
             )
     if config.choose == "list":
-        _listed(config, n_layers, n_neurons)
+        _listed(config, neurons_by_layer)
 
 
 def check_whole_layers(config: NeuronsConfig, measure: str) -> None:
@@ -66,39 +60,55 @@ def check_whole_layers(config: NeuronsConfig, measure: str) -> None:
         )
 
 
-def chosen_neurons(config: NeuronsConfig, n_layers: int, n_neurons: int) -> Neurons:
-    """The choice as [n, 2], ordered by layer and index; not for `top`, which depends on the prompts."""
-    layers = checked_layers(config, n_layers)
+def resolved(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronsConfig:
+    """The choice with its neurons as a `NeuronSet` in `list`, where they do not follow from layers or prompts.
+
+    Raises:
+        ConfigurationError: see `check_choice`.
+    """
+    check_choice(config, neurons_by_layer)
+    if config.choose not in ("sample", "list"):
+        return config
+    return replace(config, list=chosen_neurons(config, neurons_by_layer))
+
+
+def chosen_neurons(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet:
+    """The neurons of the choice; not for `top`, which depends on the prompts."""
+    layers = checked_layers(config, len(neurons_by_layer))
     if config.choose == "list":
-        return _listed(config, n_layers, n_neurons)
+        return _listed(config, neurons_by_layer)
+    if config.choose == "sample" and isinstance(config.list, NeuronSet):
+        return config.list
     if config.choose == "sample" and config.per == "model":
-        flat = np.random.default_rng(config.seed).choice(len(layers) * n_neurons, config.count, replace=False)
-        return _pairs(layers, np.sort(flat), n_neurons)
-    own = np.arange(n_neurons)
-    rows = []
-    for layer in layers:
-        if config.choose == "sample":
-            own = np.sort(np.random.default_rng([config.seed, layer]).choice(n_neurons, config.count, replace=False))
-        rows.append(np.stack([np.full(len(own), layer), own], 1))
-    return np.concatenate(rows)
+        in_all = sum(neurons_by_layer[layer] for layer in layers)
+        flat = np.random.default_rng(config.seed).choice(in_all, config.count, replace=False)
+        return _of_flat(layers, flat, neurons_by_layer)
+    if config.choose == "sample":
+        draws = {layer: np.random.default_rng([config.seed, layer]) for layer in layers}
+        return NeuronSet.of_layers(
+            {layer: draw.choice(neurons_by_layer[layer], config.count, replace=False) for layer, draw in draws.items()}
+        )
+    return NeuronSet.all_of(layers, neurons_by_layer)
 
 
-def strongest_neurons(layers: Sequence[int], strength_ln: NDArray[Any], count: int) -> Neurons:
-    """The `count` strongest neurons as [n, 2], ordered by layer and index; `strength_ln` is of the layers given."""
-    order = np.argsort(-strength_ln.ravel(), kind="stable")[:count]
-    return _pairs(layers, np.sort(order), strength_ln.shape[1])
+def strongest_neurons(
+    layers: Sequence[int], strength_ln: Sequence[NDArray[Any]] | NDArray[Any], count: int
+) -> NeuronSet:
+    """The `count` strongest neurons; `strength_ln`: [L, N] or L times [N], their strengths in the layers given."""
+    order = np.argsort(-np.concatenate(list(strength_ln)), kind="stable")[:count]
+    return _of_flat(layers, order, dict(zip(layers, map(len, strength_ln), strict=True)))
 
 
-def count_of(config: NeuronsConfig, n_layers: int, n_neurons: int) -> int:
+def count_of(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> int:
     """How many neurons the choice has, of each prompt."""
-    return config.count if config.choose == "top" else len(chosen_neurons(config, n_layers, n_neurons))
+    if config.choose == "all":
+        return sum(neurons_by_layer[layer] for layer in checked_layers(config, len(neurons_by_layer)))
+    return config.count if config.choose == "top" else len(chosen_neurons(config, neurons_by_layer))
 
 
 def layers_of(config: NeuronsConfig, n_layers: int) -> list[int]:
     """The layers in which chosen neurons can be."""
-    if config.choose == "list":
-        return sorted({int(layer) for layer, _ in config.list})
-    return checked_layers(config, n_layers)
+    return set_of(config).layers if config.choose == "list" else checked_layers(config, n_layers)
 
 
 def identity_of_choice(config: NeuronsConfig, n_layers: int) -> dict[str, Any]:
@@ -109,13 +119,12 @@ def identity_of_choice(config: NeuronsConfig, n_layers: int) -> dict[str, Any]:
     elif config.choose == "top":
         identity |= {"choose": "top", "count": config.count, "over": config.over}
     elif config.choose == "list":
-        pairs = sorted([int(layer), int(index)] for layer, index in config.list)
-        sha = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-        identity |= {"choose": "list", "count": len(pairs), "sha256": sha}
+        listed = set_of(config)
+        identity |= {"choose": "list", "count": len(listed), "sha256": listed.sha256}
     return identity
 
 
-def described(config: NeuronsConfig, n_layers: int, n_neurons: int) -> str:
+def described(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> str:
     """For a person: for example `900 in 30 layers: 30 of each layer, seed 0`."""
     how = {
         "all": "",
@@ -123,77 +132,71 @@ def described(config: NeuronsConfig, n_layers: int, n_neurons: int) -> str:
         "top": f": the strongest {'of each prompt' if config.over == 'prompt' else 'over the data set'}",
         "list": ": as listed",
     }
-    layers = layers_of(config, n_layers)
+    layers = layers_of(config, len(neurons_by_layer))
     of_layers = f"{len(layers)} layer{'s' * (len(layers) > 1)}"
-    return f"{count_of(config, n_layers, n_neurons)} in {of_layers}{how[config.choose]}"
+    return f"{count_of(config, neurons_by_layer)} in {of_layers}{how[config.choose]}"
 
 
 def with_list_read(config: NeuronsConfig) -> NeuronsConfig:
-    """The same choice, with the pairs of a list's file in the place of its name.
+    """The same choice, with the neurons of a list's file in the place of its name.
 
     Raises:
-        ConfigurationError: see `pairs_in`.
+        ConfigurationError: see `neurons_in`.
     """
     if config.choose != "list" or not isinstance(config.list, str):
         return config
     # What reads any address takes long to import, and most choices read none.
-    from neg_service.measures.lists import pairs_in
+    from neg_service.measures.lists import neurons_in
 
-    return replace(config, list=pairs_in(config.list))
+    return replace(config, list=neurons_in(config.list))
 
 
-def checked_neurons(neurons: Sequence[Sequence[int]], n_layers: int, n_neurons: int) -> Neurons:
-    """(layer, index) pairs as an array [n, 2].
+def set_of(config: NeuronsConfig) -> NeuronSet:
+    """The neurons of a list, whatever model they are of.
 
     Raises:
-        ConfigurationError: none, or one that does not exist.
+        ConfigurationError: there is no list, or a neuron is in it twice.
     """
-    try:
-        chosen = np.asarray(neurons)
-    except (ValueError, RecursionError):
-        chosen = np.empty(1)
-    if chosen.size == 0:
-        raise ConfigurationError("the choice is empty; at least one neuron is needed", setting="neurons")
-    # Beyond 64 bits numbers are objects, of which none exists; true and false would become 1 and 0.
-    is_whole = np.issubdtype(chosen.dtype, np.integer) or all(type(value) is int for value in chosen.flat)
-    if chosen.ndim != 2 or chosen.shape[1] != 2 or not is_whole or _has_truth_value(neurons):
-        raise ConfigurationError(
-            setting="neurons", allowed=f"a list of (layer, index) pairs of whole numbers, not {shortened(neurons)}"
-        )
-    exists = ((chosen >= 0) & (chosen < [n_layers, n_neurons])).all(1)
-    if not exists.all():
-        layer, index = map(int, chosen[exists.argmin()])
-        raise ConfigurationError(
-            f"{shortened((layer, index))} does not exist; the model has layers 0 to {n_layers - 1} and neurons 0 "
-            f"to {n_neurons - 1}",
-            setting="neurons",
-        )
-    return chosen.astype(np.int64)
-
-
-def _has_truth_value(neurons: Any) -> bool:
-    return not isinstance(neurons, np.ndarray) and any(
-        isinstance(value, bool | np.bool_) for pair in neurons if isinstance(pair, list | tuple) for value in pair
-    )
-
-
-def _listed(config: NeuronsConfig, n_layers: int, n_neurons: int) -> Neurons:
+    if isinstance(config.list, NeuronSet):
+        return config.list
     if not isinstance(config.list, list):
         raise ConfigurationError(
             setting="neurons.list", value=config.list, allowed="a list of [layer, index] pairs, or a file"
         )
-    chosen = checked_neurons(config.list, n_layers, n_neurons)
-    values, counts = np.unique(chosen, axis=0, return_counts=True)
-    if counts.max() > 1:
-        raise ConfigurationError(f"{tuple(values[counts.argmax()].tolist())} is given twice", setting="neurons.list")
-    outside = set(values[:, 0].tolist()) - set(checked_layers(config, n_layers))
+    return NeuronSet.from_pairs(config.list)
+
+
+def checked_neurons(neurons: Any, neurons_by_layer: Sequence[int]) -> Neurons:
+    """Pairs or triples as rows (layer, expert, neuron) [n, 3], in their order.
+
+    Raises:
+        ConfigurationError: none, or one that does not exist.
+    """
+    rows_n3 = neurons.rows if isinstance(neurons, NeuronSet) else rows_of(neurons)
+    require_existing(rows_n3, neurons_by_layer)
+    return rows_n3
+
+
+def _listed(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet:
+    if isinstance(config.list, list):
+        # Before they are a set: what exists nowhere is told first.
+        checked_neurons(config.list, neurons_by_layer)
+    listed = set_of(config)
+    if not len(listed):
+        raise ConfigurationError("the choice is empty; at least one neuron is needed", setting="neurons")
+    listed.require_existing(neurons_by_layer)
+    outside = set(listed.layers) - set(checked_layers(config, len(neurons_by_layer)))
     if outside:
         raise ConfigurationError(
             f"has neurons of layer {min(outside)}, which neurons.layers={config.layers} leaves out",
             setting="neurons.list",
         )
-    return values
+    return listed
 
 
-def _pairs(layers: Sequence[int], flat: NDArray[np.int64], n_neurons: int) -> Neurons:
-    return np.stack([np.asarray(layers)[flat // n_neurons], flat % n_neurons], 1)
+def _of_flat(layers: Sequence[int], flat: NDArray[np.int64], neurons_by_layer: Any) -> NeuronSet:
+    """Neurons by their numbers through all the layers given; `neurons_by_layer` is asked for these alone."""
+    starts = np.cumsum([0, *(neurons_by_layer[layer] for layer in layers)])
+    numbers = np.sort(flat)
+    cuts = np.searchsorted(numbers, starts)
+    return NeuronSet.of_layers({layer: numbers[cuts[i] : cuts[i + 1]] - starts[i] for i, layer in enumerate(layers)})

@@ -28,7 +28,8 @@ import numpy as np
 
 from neg_service.contents import is_deeper, json_lines, json_of, repeated
 from neg_service.errors import ConfigurationError, shortened
-from neg_service.measures.choice import Neurons, checked_neurons
+from neg_service.measures.choice import checked_neurons
+from neg_service.neurons import NeuronSet
 from neg_service.places import without_credentials
 
 OPERATIONS = ("shift", "scale", "set", "enhance", "suppress")
@@ -39,9 +40,12 @@ _LEVELS = 6
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit; see the module's header. Exactly one operation is given, with a number for all neurons or one each."""
+    """One edit; see the module's header. Exactly one operation is given, with a number for all neurons or one each.
 
-    neurons: Sequence[Sequence[int]]
+    neurons: (layer, neuron) pairs, or (layer, expert, neuron).
+    """
+
+    neurons: Sequence[Sequence[int | None]]
     shift: float | Sequence[float] | None = None
     scale: float | Sequence[float] | None = None
     set: float | Sequence[float] | None = None
@@ -54,10 +58,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class CheckedEdit:
-    """An edit on a known model: n neurons, the operation, a value each, and a polarity each if one was given."""
+    """An edit on a known model: n neurons, the operation, a value each, and a polarity each if one was given.
+
+    All are in the order of the set, whatever the order in which they were given.
+    """
 
     name: str
-    neurons: Neurons
+    neurons: NeuronSet
     operation: str
     values: np.ndarray[Any, np.dtype[np.float64]]
     polarity: np.ndarray[Any, np.dtype[np.float64]] | None
@@ -69,7 +76,7 @@ class CheckedEdit:
         return self.operation in ("enhance", "suppress") and self.polarity is None
 
 
-def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], n_layers: int, n_neurons: int) -> list[CheckedEdit]:
+def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], neurons_by_layer: Sequence[int]) -> list[CheckedEdit]:
     """Edits that the model can do; mappings have the fields of `Edit`.
 
     Raises:
@@ -78,7 +85,7 @@ def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], n_layers: int, n_ne
     """
     if isinstance(edits, str | Mapping) or not isinstance(edits, Sequence) or not edits:
         raise ConfigurationError(setting="measure.edits", value=shortened(edits), allowed="a list of at least one edit")
-    found = [_checked(edit, index, n_layers, n_neurons) for index, edit in enumerate(edits)]
+    found = [_checked(edit, index, neurons_by_layer) for index, edit in enumerate(edits)]
     if (name := repeated(edit.name for edit in found)) is not None:
         raise ConfigurationError(f"two edits are named {name!r}; names must differ", setting="measure.edits")
     return found
@@ -117,7 +124,7 @@ def read_edits(source: Any) -> Any:
     return edits
 
 
-def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neurons: int) -> CheckedEdit:
+def _checked(edit: Edit | Mapping[str, Any], index: int, neurons_by_layer: Sequence[int]) -> CheckedEdit:
     given = asdict(edit) if isinstance(edit, Edit) else edit
     where = f"measure.edits[{index}]"
     if not isinstance(given, Mapping):
@@ -131,18 +138,20 @@ def _checked(edit: Edit | Mapping[str, Any], index: int, n_layers: int, n_neuron
     if len(operations) != 1:
         raise ConfigurationError(f"has {len(operations)} operations, needs one of {', '.join(OPERATIONS)}", given=where)
     try:
-        neurons = checked_neurons(given.get("neurons", []), n_layers, n_neurons)
+        rows_n3 = checked_neurons(given.get("neurons", []), neurons_by_layer)
     except ConfigurationError as error:
         raise error.renamed({"neurons": f"{where}.neurons"}) from None
-    if len(np.unique(neurons, axis=0)) < len(neurons):
+    neurons, place_n = NeuronSet.distinct(rows_n3)
+    if len(neurons) < len(rows_n3):
         raise ConfigurationError("a neuron is given twice", given=where)
+    in_order = np.argsort(place_n)
     operation = operations[0]
-    values = _numbers(f"{where}.{operation}", given[operation], len(neurons))
+    values = _numbers(f"{where}.{operation}", given[operation], len(neurons))[in_order]
     polarity = given.get("polarity")
     if polarity is not None:
         if operation not in ("enhance", "suppress"):
             raise ConfigurationError(f"polarity goes with enhance or suppress, not with {operation}", given=where)
-        polarity = _numbers(f"{where}.polarity", polarity, len(neurons))
+        polarity = _numbers(f"{where}.polarity", polarity, len(neurons))[in_order]
         if not (np.abs(polarity) == 1).all():
             raise ConfigurationError("polarity must be +1 or -1 for each neuron", given=where)
     if given.get("signed") and operation != "shift":

@@ -94,7 +94,7 @@ def intervene(
         for i, (text, own, answer) in enumerate(zip(prompts, targets, given, strict=True))
     ]
     check_prompts(asked)
-    checked = checked_edits(edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    checked = checked_edits(edits, model.feed_forward.neurons_by_layer)
     encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
     model.ensure_checked()
     if batch_tokens is not None and batch_tokens < 1:
@@ -220,7 +220,7 @@ def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doub
             if edit.operation in ("enhance", "suppress"):
                 way = edit.polarity if edit.polarity is not None else signs[b][e]
                 constant = constant * way * (1 if edit.operation == "enhance" else -1)
-            layer, neuron = edit.neurons.T
+            layer, neuron = edit.neurons.layer, edit.neurons.neuron
             row = np.full(len(factor), b * n_rows + 1 + place)
             columns = np.stack([row, row - 1 - place, neuron, factor, constant, np.full(len(factor), by_sign)])
             for own in np.unique(layer).tolist():
@@ -241,11 +241,11 @@ def _signs_of_neg(
     signs: list[dict[int, Doubles]] = [{} for _ in prompts]
     if not needing:
         return signs
-    layers = sorted({int(layer) for edit in needing.values() for layer in edit.neurons[:, 0]})
+    layers = sorted({layer for edit in needing.values() for layer in edit.neurons.layers})
     wanted = [(prompt.prompt.answer or 0,) for prompt in prompts]
     for index, found in gradients(model, prompts, wanted, basis, layers, budget):
         neurgrad_ln = found.neurgrad_kln[0]
         for e, edit in needing.items():
-            own = neurgrad_ln[np.searchsorted(layers, edit.neurons[:, 0]), edit.neurons[:, 1]]
+            own = neurgrad_ln[np.searchsorted(layers, edit.neurons.layer), edit.neurons.neuron]
             signs[index][e] = np.where(own < 0, -1.0, 1.0)
     return signs

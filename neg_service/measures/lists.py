@@ -1,5 +1,7 @@
 """Lists of neurons in files: the columns `layer` and `neuron` of CSV, JSONL or Parquet, or of a table of results.
 
+A column `expert` is read where there is one; empty or null means that the neuron is of no expert.
+
 A table of results names a neuron once for each prompt and target; what comes out has it once. A cell that is no whole
 number is refused with its line or row: left out, it would be a neuron fewer without a word.
 """
@@ -7,35 +9,36 @@ number is refused with its line or row: left out, it would be a neuron fewer wit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from neg_service.contents import csv_of, json_lines, parquet_batches, parquet_of
 from neg_service.errors import ConfigurationError, one_line, shortened
 from neg_service.inputs import parts_of_input, suffix_of
-from neg_service.places import without_credentials
+from neg_service.neurons import NO_EXPERT, Neurons, NeuronSet
+from neg_service.places import absolute, without_credentials
 from neg_service.storage.parts import damage_of
 
+# The expert between them is none where there is no such column.
 _COLUMNS = ("layer", "neuron")
+_EXPERT = "expert"
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)
 _DIGITS = 18
 
-_Pairs = NDArray[np.int64]
 
-
-def pairs_in(source: str) -> list[list[int]]:
-    """The (layer, index) pairs in a file, or in a folder that is a table of results; each once, in order.
+def neurons_in(source: str) -> NeuronSet:
+    """The neurons in a file, or in a folder that is a table of results; each once.
 
     Raises:
         ConfigurationError: a file that cannot be read or is damaged, that has not both columns, or no rows, or a cell
             that is no whole number.
     """
     where = f"neurons.list={without_credentials(source)}"
-    found: set[tuple[int, ...]] = set()
+    found: list[Neurons] = []
     read = None
     for name, content in parts_of_input("neurons.list", source):
         read = _READERS.get(suffix_of(name))
@@ -43,8 +46,7 @@ def pairs_in(source: str) -> list[list[int]]:
             break
         part = name.rpartition("/")[2]
         place = where if where.endswith(part) else f"{where.rstrip('/')}/{part}"
-        for pairs in read(place, part, content):
-            found.update(map(tuple, np.unique(pairs, axis=0).tolist()))
+        found += [np.unique(rows, axis=0) for rows in read(place, part, content) if len(rows)]
     if read is None:
         raise ConfigurationError(
             f"must end in {', '.join(_READERS)}, be a folder of .parquet files, or a list of pairs such as [[29,864]]",
@@ -52,59 +54,71 @@ def pairs_in(source: str) -> list[list[int]]:
         )
     if not found:
         raise ConfigurationError("has no rows; at least one neuron is needed", given=where)
-    return [list(pair) for pair in sorted(found)]
+    neurons, _ = NeuronSet.distinct(np.concatenate(found))
+    return replace(neurons, source=without_credentials(absolute(source)))
 
 
-def _csv_pairs(where: str, name: str, content: bytes) -> Iterator[_Pairs]:
+def _csv_rows(where: str, name: str, content: bytes) -> Iterator[Neurons]:
     header, rows = csv_of(where, content)
-    places = [_index(where, column, header) for column in _COLUMNS]
-    yield _as_pairs(
-        [
-            _whole(f"{where}: line {number}", column, _number(row[place]))
-            for column, place in zip(_COLUMNS, places, strict=True)
-        ]
+    places = {column: _index(where, column, header) for column in _COLUMNS}
+    if _EXPERT in header:
+        places[_EXPERT] = header.index(_EXPERT)
+    yield _as_rows(
+        _row(f"{where}: line {number}", {column: _number(row[place]) for column, place in places.items()})
         for number, row in rows
     )
 
 
-def _jsonl_pairs(where: str, name: str, content: bytes) -> Iterator[_Pairs]:
-    def pair(number: int, row: Any) -> list[int]:
+def _jsonl_rows(where: str, name: str, content: bytes) -> Iterator[Neurons]:
+    def neuron(number: int, row: Any) -> list[int]:
         place = f"{where}: line {number}"
         if not isinstance(row, dict):
             raise ConfigurationError('is not a JSON object such as {"layer": 29, "neuron": 864}', given=place)
         for column in _COLUMNS:
             _index(place, column, list(row))
-        return [_whole(place, column, row[column]) for column in _COLUMNS]
+        return _row(place, row)
 
-    yield _as_pairs(pair(number, row) for number, row in json_lines(where, content))
+    yield _as_rows(neuron(number, row) for number, row in json_lines(where, content))
 
 
-def _parquet_pairs(where: str, name: str, content: bytes) -> Iterator[_Pairs]:
+def _parquet_rows(where: str, name: str, content: bytes) -> Iterator[Neurons]:
     file = parquet_of(where, content)
     schema = file.schema_arrow
-    for column in _COLUMNS:
-        if not pa.types.is_integer(schema.field(_index(where, column, schema.names)).type):
+    columns = [*_COLUMNS, *([_EXPERT] if _EXPERT in schema.names else [])]
+    for column in columns:
+        kind = schema.field(_index(where, column, schema.names)).type
+        if not (pa.types.is_integer(kind) or (column == _EXPERT and pa.types.is_null(kind))):
             raise _no_column(where, column, schema.names)
     if (damage := damage_of(name, content)) is not None:
         raise ConfigurationError(f"is {damage}", given=where)
     first = 0
-    for batch in parquet_batches(where, file, _COLUMNS):
+    for batch in parquet_batches(where, file, columns):
         for column in _COLUMNS:
             if batch[column].null_count:
                 row = first + batch[column].is_valid().to_pylist().index(False)
                 raise ConfigurationError(f"row {row}: {column} must be a whole number, and is empty", given=where)
+        experts = batch[_EXPERT] if _EXPERT in columns else pa.nulls(batch.num_rows)
         try:
-            yield np.stack([batch[column].cast(pa.int64()).to_numpy() for column in _COLUMNS], 1)
+            numbers = [own.cast(pa.int64()) for own in (batch["layer"], experts, batch["neuron"])]
         except pa.ArrowInvalid as error:
             raise ConfigurationError(f"rows from {first} on: {one_line(error)}", given=where) from error
+        yield np.stack([own.fill_null(NO_EXPERT).to_numpy(zero_copy_only=False) for own in numbers], 1)
         first += batch.num_rows
 
 
-_READERS = {".csv": _csv_pairs, ".jsonl": _jsonl_pairs, ".parquet": _parquet_pairs}
+_READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
-def _as_pairs(pairs: Iterator[list[int]]) -> _Pairs:
-    return np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
+def _as_rows(rows: Iterator[list[int]]) -> Neurons:
+    return np.array(list(rows), dtype=np.int64).reshape(-1, 3)
+
+
+def _row(where: str, cells: Mapping[str, Any]) -> list[int]:
+    """(layer, expert, neuron) of the cells of a line."""
+    layer, neuron = (_whole(where, column, cells[column]) for column in _COLUMNS)
+    expert = cells.get(_EXPERT)
+    is_none = expert is None or (isinstance(expert, str) and not expert.strip())
+    return [layer, NO_EXPERT if is_none else _whole(where, _EXPERT, expert), neuron]
 
 
 def _number(cell: str) -> Any:

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
-from neg_service.measures.choice import Neurons, checked_neurons
+from neg_service.measures.choice import checked_neurons
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
 from neg_service.measures.linearity import Linearity, linearity
 from neg_service.measures.shifts import Doubles, Sweep, check_shift, chosen_grid
 from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
+from neg_service.neurons import Ints, NeuronSet
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
 
 # Memory for the rows of a batch on a CPU; larger batches are no faster from a few hundred rows on.
@@ -37,11 +38,12 @@ BATCH_BYTES = 512 * 2**20
 class NegResult:
     """NEG of neurons for one target of one prompt.
 
-    neurons: [n, 2] layer and index. shifts: [S] activation units. delta_p: [n, S] probability.
+    neurons: [n, 2] layer and index, as they were asked for. shifts: [S] activation units.
+    delta_p: [n, S] probability.
     neg, r, r2: [n]. activation: [n] at the readout position. probability: without a shift, 0..1.
     """
 
-    neurons: Neurons
+    neurons: Ints
     shifts: Doubles
     delta_p: Doubles
     neg: Doubles
@@ -56,7 +58,7 @@ def neg(
     model: LanguageModel,
     prompt: str,
     target: str,
-    neurons: Sequence[tuple[int, int]] | Literal["all"] = "all",
+    neurons: Sequence[Sequence[int | None]] | Literal["all"] = "all",
     shifts: Sequence[float] | None = None,
     basis: str = "paper",
     shift: str = "magnitude",
@@ -69,7 +71,8 @@ def neg(
         model: from `load_model`.
         prompt: a text.
         target: what follows it verbatim; one token there.
-        neurons: (layer, index) pairs, or `all`, which takes as many milliseconds as neurons times shifts, and more.
+        neurons: (layer, index) pairs or (layer, expert, index) triples, or `all`, which takes as many milliseconds as
+            neurons times shifts, and more.
         shifts: the grid; +-0.1, +-0.2, ... +-2.0 if not given.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         shift: `magnitude` or `signed`.
@@ -88,7 +91,7 @@ def neg(
     check_prompts(asked)
     check_shift(shift)
     sweep = Sweep(chosen_grid(grid, shifts), basis, shift)
-    chosen = _asked_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+    chosen, place_n = _asked_neurons(neurons, model.feed_forward.neurons_by_layer)
     (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model)
     model.ensure_checked()
     check_batch_bytes(batch_bytes, model.row_values)
@@ -97,20 +100,20 @@ def neg(
     found = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True)
     assert found.delta_p_nsk is not None
     return NegResult(
-        neurons=chosen,
+        neurons=np.stack([chosen.layer, chosen.neuron], 1)[place_n],
         shifts=sweep.grid.shifts,
-        delta_p=found.delta_p_nsk[..., 0].cpu().numpy(),
-        neg=found.linearity_nk.neg[:, 0].cpu().numpy(),
-        r=found.linearity_nk.r[:, 0].cpu().numpy(),
-        r2=found.linearity_nk.r2[:, 0].cpu().numpy(),
-        activation=found.activation_n.cpu().numpy(),
+        delta_p=found.delta_p_nsk[..., 0].cpu().numpy()[place_n],
+        neg=found.linearity_nk.neg[:, 0].cpu().numpy()[place_n],
+        r=found.linearity_nk.r[:, 0].cpu().numpy()[place_n],
+        r2=found.linearity_nk.r2[:, 0].cpu().numpy()[place_n],
+        activation=found.activation_n.cpu().numpy()[place_n],
         probability=float(interventions.probability_k[0]),
     )
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep of one prompt found, float64 on the model's device, in the order of the neurons asked for.
+    """What a sweep of one prompt found, float64 on the model's device, in the order of the set.
 
     delta_p_nsk: the curves, None where they were not to be kept.
     """
@@ -122,13 +125,13 @@ class SweepResult:
 
 def sweep_prompt(
     interventions: Interventions,
-    neurons: Neurons,
+    neurons: NeuronSet,
     sweep: Sweep,
     budget: RowBudget,
     keep_curves: bool,
     on_done: Callable[[int], None] = lambda n: None,
 ) -> SweepResult:
-    """Sweep neurons [n, 2] for all targets, layer by layer; curves never leave the device.
+    """Sweep neurons for all targets, layer by layer; curves never leave the device.
 
     `on_done` is told how many neurons each layer brought.
 
@@ -137,12 +140,11 @@ def sweep_prompt(
         NonFiniteError: NaN or infinity after an intervention.
     """
     device, probability_k = interventions.device, interventions.probability_k.double()
-    order = np.argsort(neurons[:, 0], kind="stable")
     evaluated: list[Linearity] = []
     kept: list[Tensor] = []
     activations: list[Tensor] = []
-    for layer in np.unique(neurons[:, 0]).tolist():
-        own_n = torch.from_numpy(neurons[neurons[:, 0] == layer, 1]).to(device)
+    for layer in neurons.layers:
+        own_n = torch.from_numpy(neurons.of_layer(layer)).to(device)
         log_p_nsk = curves(interventions, layer, own_n, sweep, budget).to(device)
         delta_p_nsk = probability_k * log_p_nsk.double().expm1()
         evaluated.append(linearity(sweep.grid, delta_p_nsk.mT))
@@ -150,16 +152,15 @@ def sweep_prompt(
         if keep_curves:
             kept.append(delta_p_nsk)
         on_done(len(own_n))
-    back = torch.from_numpy(np.argsort(order)).to(device)
     return SweepResult(
         linearity_nk=Linearity(
-            neg=torch.cat([own.neg for own in evaluated])[back],
-            r=torch.cat([own.r for own in evaluated])[back],
-            r2=torch.cat([own.r2 for own in evaluated])[back],
-            max_abs_delta_p=torch.cat([own.max_abs_delta_p for own in evaluated])[back],
+            neg=torch.cat([own.neg for own in evaluated]),
+            r=torch.cat([own.r for own in evaluated]),
+            r2=torch.cat([own.r2 for own in evaluated]),
+            max_abs_delta_p=torch.cat([own.max_abs_delta_p for own in evaluated]),
         ),
-        activation_n=torch.cat(activations)[back],
-        delta_p_nsk=torch.cat(kept)[back] if keep_curves else None,
+        activation_n=torch.cat(activations),
+        delta_p_nsk=torch.cat(kept) if keep_curves else None,
     )
 
 
@@ -175,9 +176,11 @@ def curves(interventions: Interventions, layer: int, neurons_n: Tensor, sweep: S
     return delta_ik.view(len(neurons_n), len(shifts_s), -1)
 
 
-def _asked_neurons(neurons: Sequence[tuple[int, int]] | str, n_layers: int, n_neurons: int) -> Neurons:
+def _asked_neurons(neurons: Any, neurons_by_layer: Sequence[int]) -> tuple[NeuronSet, Ints]:
+    """The neurons, and the place among them of each that was asked for."""
     if not isinstance(neurons, str):
-        return checked_neurons(neurons, n_layers, n_neurons)
+        return NeuronSet.distinct(checked_neurons(neurons, neurons_by_layer))
     if neurons != "all":
         raise ConfigurationError(setting="neurons", value=repr(neurons), allowed="'all' or a list of (layer, index)")
-    return np.stack(np.divmod(np.arange(n_layers * n_neurons), n_neurons), 1)
+    found = NeuronSet.all_of(range(len(neurons_by_layer)), neurons_by_layer)
+    return found, np.arange(len(found))

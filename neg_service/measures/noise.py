@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from neg_service.errors import NonFiniteError, OutOfMemory
-from neg_service.measures.choice import Neurons
 from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.measures.linearity import linearity
 from neg_service.measures.neg import curves
 from neg_service.measures.shifts import Grid, Sweep
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import in_precision
+from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
 
 _LAYERS, _NEURONS_A_LAYER = 4, 4
@@ -62,9 +62,9 @@ def resolution(grid: Grid, sigma: float) -> float:
 
 
 def measure_noise(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: Neurons, sweep: Sweep, batch_bytes: int
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronSet, sweep: Sweep, batch_bytes: int
 ) -> Noise:
-    """Sweep a few of `neurons` [n, 2] on `prompts` twice: as asked, and in the reference's precision.
+    """Sweep a few of `neurons` on `prompts` twice: as asked, and in the reference's precision.
 
     A prompt that gives NaN or infinity, or that does not fit into memory in either precision, is left out: it costs its
     own shard, not the run.
@@ -110,7 +110,7 @@ def measure_noise(
 
 
 def _delta_log_p(
-    model: LanguageModel, prompt: EncodedPrompt, neurons: Neurons, sweep: Sweep, dtype: torch.dtype, batch_bytes: int
+    model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, sweep: Sweep, dtype: torch.dtype, batch_bytes: int
 ) -> tuple[Tensor, Tensor]:
     """Δ log p [n, S, K] and p [K], in float64 on the CPU, with the model computing in `dtype`."""
     layers = model.feed_forward.layers
@@ -118,22 +118,22 @@ def _delta_log_p(
         interventions = Interventions(model, prompt, sweep.basis)
         budget = rows_that_fit(interventions.rows, batch_bytes)
         found = []
-        for layer in np.unique(neurons[:, 0]).tolist():
-            own_n = torch.from_numpy(neurons[neurons[:, 0] == layer, 1])
+        for layer in neurons.layers:
+            own_n = torch.from_numpy(neurons.of_layer(layer))
             found.append(curves(interventions, layer, own_n, sweep, budget).cpu().double())
         return torch.cat(found), interventions.probability_k.double().cpu()
 
 
-def _few(neurons: Neurons) -> Neurons:
+def _few(neurons: NeuronSet) -> NeuronSet:
     """A few of the neurons in layers that are spread evenly, drawn with a fixed seed, ordered by layer and index."""
-    layers = np.unique(neurons[:, 0])
-    spread = layers[np.unique(np.linspace(0, len(layers) - 1, _LAYERS).round().astype(int))]
+    layers = neurons.layers
+    spread = np.unique(np.linspace(0, len(layers) - 1, _LAYERS).round().astype(int))
     draw = np.random.default_rng(0)
     few = []
-    for layer in spread:
-        own = neurons[neurons[:, 0] == layer]
+    for place in spread:
+        own = np.flatnonzero(neurons.layer == layers[place])
         few.append(own[np.sort(draw.choice(len(own), min(_NEURONS_A_LAYER, len(own)), replace=False))])
-    return np.concatenate(few)
+    return neurons.take(np.concatenate(few))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from neg_service import schema
 from neg_service.measures.base import ShardInput
-from neg_service.measures.choice import Neurons, chosen_neurons, layers_of, strongest_neurons
+from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions, rows_that_fit
 from neg_service.measures.neg import BATCH_BYTES, SweepResult, sweep_prompt
@@ -30,6 +30,7 @@ from neg_service.measures.noise import resolution
 from neg_service.measures.shifts import Sweep
 from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
 from neg_service.models.language_model import LanguageModel
+from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,8 @@ def sweep_rows(
     sigma: standard deviation of the error of Δ log p, see `noise.py`. batch_bytes: memory for a batch's rows, or auto.
     """
     model, neurons = shard.model, shard.neurons
-    n_layers, n_neurons = model.feed_forward.n_layers, model.feed_forward.n_neurons
-    layers = layers_of(neurons, n_layers)
-    chosen = None if neurons.choose == "top" else chosen_neurons(neurons, n_layers, n_neurons)
+    layers = layers_of(neurons, model.feed_forward.n_layers)
+    chosen = None if neurons.choose == "top" else chosen_neurons(neurons, model.feed_forward.neurons_by_layer)
     size = bytes_of_batch(batch_bytes, model)
     for group in model.groups([prompt.ids for prompt in shard.prompts]):
         for index in group.members:
@@ -68,7 +68,7 @@ def sweep_rows(
                 shard.budget.lower(rows.rows / fitting)
             else:
                 shard.budget.has_fitted()
-            neurgrad_kn = neurgrad_kln[:, np.searchsorted(layers, own[:, 0]), own[:, 1]]
+            neurgrad_kn = neurgrad_kln[:, np.searchsorted(layers, own.layer), own.neuron]
             probability_k = interventions.probability_k.float().cpu().numpy()
             table = _table(prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma, model.dtype)
             yield index, {"prompts": prompt_row(prompt, probability_k), "sweep": table}
@@ -83,7 +83,7 @@ def bytes_of_batch(batch_bytes: int | str, model: LanguageModel) -> int:
 
 def _table(
     prompt: EncodedPrompt,
-    neurons: Neurons,
+    neurons: NeuronSet,
     found: SweepResult,
     sweep: Sweep,
     neurgrad_kn: Tensor,
@@ -105,8 +105,8 @@ def _table(
         schema.sweep(None if found.delta_p_nsk is None else len(sweep.grid.shifts)),
         k * n,
         **key_columns(prompt, np.repeat(np.arange(k), n)),
-        layer=np.tile(neurons[:, 0], k),
-        neuron=np.tile(neurons[:, 1], k),
+        layer=np.tile(neurons.layer, k),
+        neuron=np.tile(neurons.neuron, k),
         basis=sweep.basis,
         shift=sweep.shift,
         dtype=str(dtype).removeprefix("torch."),

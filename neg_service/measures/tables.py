@@ -68,10 +68,10 @@ def target_layer_rows(
 
 
 def table_of(table_schema: pa.Schema, n_rows: int, **columns: Any) -> pa.Table:
-    """A table from arrays, or from single values that every row repeats."""
+    """A table from arrays, or from single values that every row repeats; `expert` is null where it is not given."""
     arrays = []
     for field in table_schema:
-        values = columns[field.name]
+        values = columns.get("expert") if field.name == "expert" else columns[field.name]
         if values is None or isinstance(values, str):
             arrays.append(pa.repeat(pa.scalar(values, field.type), n_rows))
         else:

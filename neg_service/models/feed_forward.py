@@ -99,6 +99,11 @@ class FeedForward:
     def n_layers(self) -> int:
         return len(self.mlps)
 
+    @property
+    def neurons_by_layer(self) -> tuple[int, ...]:
+        """How many neurons each layer has; all have the same number, or the model is refused."""
+        return (self.n_neurons,) * self.n_layers
+
     def hook_points(self, basis: str) -> list[HookPoint]:
         """Where each layer's neurons of a basis are.
 

@@ -37,6 +37,11 @@ class ModelInfo:
     n_input_ids: int | None = None
     n_output_ids: int | None = None
 
+    @property
+    def neurons_by_layer(self) -> tuple[int, ...]:
+        """How many neurons each layer has; all have the same number, or the model is refused."""
+        return (self.n_neurons,) * self.n_layers
+
 
 def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_files: bool = False) -> ModelInfo:
     """Describe a model from its configuration alone: built without memory for weights.

@@ -21,8 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError, StorageError, one_line
+from neg_service.neurons import NeuronSet
 from neg_service.places import name_of
 from neg_service.schema import Table
+from neg_service.storage.neurons import read_neurons
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.run import RunDirectory, Snapshot, read_run_file, schema_from_json
 from neg_service.storage.stores import open_store
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pads
 
 RUN_COLUMN = "run"
+_OF_NEURON = ("layer", "expert", "neuron")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Run:
     request: dict[str, Any]
     directory: RunDirectory = field(repr=False)
     schemas: dict[str, pa.Schema] = field(repr=False)
+    # What run.json says of neurons that are kept in a file of their own.
+    said_of_neurons: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -114,7 +119,19 @@ class Run:
 
         return Selection.of([part for _, part in self.parts(name, at=at)], self.schemas[name], columns, filter)
 
-    def neuron(self, layer: int, index: int) -> pa.Table:
+    def listed_neurons(self) -> NeuronSet | None:
+        """The neurons of a list, or that were ranked over the data set, by task where they differ; None of other runs.
+
+        Raises:
+            DestinationError: they are lost or damaged.
+        """
+        if self.said_of_neurons is not None:
+            return read_neurons(self.directory.store, self.said_of_neurons)
+        # As runs were written before neurons had a file.
+        pairs = self.request.get("neurons", {}).get("list") or self.about.get("neurons")
+        return NeuronSet.from_pairs(pairs) if isinstance(pairs, list) else None
+
+    def neuron(self, layer: int, index: int, expert: int | None = None) -> pa.Table:
         """All that is known of one neuron: a row for each prompt and target, or prompt where targets play no part.
 
         From the table that the run is about; where its rows are of a layer, with the neuron's own value in the place of
@@ -122,18 +139,18 @@ class Run:
         Reads one layer of each part, as a stream.
 
         Raises:
-            ConfigurationError: the run has no such layer or neuron.
+            ConfigurationError: the run has no such layer, expert or neuron.
         """
         if not self.values_of_neurons:
             raise ConfigurationError(f"{self.uri} has no table of neurons; it has {', '.join(self.tables)}")
-        self._require_neuron(layer, index)
         main, *others = self.values_of_neurons
+        self._require_neuron(layer, index, expert, main)
         at = self.snapshot()
-        table = self._of_neuron(main, layer, index, at)
+        table = self._of_neuron(main, layer, index, expert, at)
         keys = {name: self._keys_beside(name, main) for name in others}
         for name, own in keys.items():
             if own:
-                value = self._of_neuron(name, layer, index, at).select([*own, self.described[name].values])
+                value = self._of_neuron(name, layer, index, expert, at).select([*own, self.described[name].values])
                 table = table.join(value, own, join_type="left outer")
         if not any(keys.values()):
             return table
@@ -143,25 +160,32 @@ class Run:
     def _keys_beside(self, name: str, main: str) -> list[str]:
         """The columns by which a table's values stand beside those of another; none if they cannot."""
         own, of = self.described[name], self.schemas[main].names
-        keys = [key for key in own.schema.names if key not in (own.values, "layer", "neuron", "basis")]
+        keys = [key for key in own.schema.names if key not in (own.values, *_OF_NEURON, "basis")]
         is_beside = keys and own.values not in of and set(keys) <= set(of)
         return keys if is_beside else []
 
-    def _of_neuron(self, name: str, layer: int, index: int, at: Snapshot) -> pa.Table:
+    def _of_neuron(self, name: str, layer: int, index: int, expert: int | None, at: Snapshot) -> pa.Table:
         of_layer = pc.field("layer") == layer
+        # Tables that were written before there were experts have no such column.
+        if "expert" in self.schemas[name].names:
+            of_layer &= pc.field("expert").is_null() if expert is None else pc.field("expert") == expert
         if self.described[name].is_by_neuron:
             return self.table(name, filter=of_layer & (pc.field("neuron") == index), at=at).to_table()
         chosen: dict[str, pc.Expression] = {}
         for column in self.schemas[name]:
-            is_list = pa.types.is_fixed_size_list(column.type)
-            chosen[column.name] = pc.list_element(pc.field(column.name), index) if is_list else pc.field(column.name)
+            own, is_value = pc.field(column.name), column.name == self.described[name].values
+            is_by_neuron = is_value or pa.types.is_fixed_size_list(column.type)
+            chosen[column.name] = pc.list_element(own, index) if is_by_neuron else own
         return self.table(name, at=at).to_table(columns=chosen, filter=of_layer)
 
-    def _require_neuron(self, layer: int, index: int) -> None:
+    def _require_neuron(self, layer: int, index: int, expert: int | None, table: str) -> None:
         measured = self.config.get("neurons", {}).get("layers")
         if measured is not None and layer not in measured:
             raise ConfigurationError(f"{self.uri} has no layer {layer}; it has {', '.join(map(str, measured))}")
-        count = self.about.get("model", {}).get("neurons_a_layer")
+        model = self.about.get("model", {})
+        if expert is not None and ("expert" not in self.schemas[table].names or model.get("experts_a_layer") == 0):
+            raise ConfigurationError(f"{self.uri} has no neuron {(layer, expert, index)}; layer {layer} has no experts")
+        count = model.get("neurons_a_layer")
         if index < 0 or (count is not None and index >= count):
             raise ConfigurationError(f"{self.uri} has no neuron {index}; a layer has {count}, from 0")
 
@@ -208,12 +232,16 @@ class Runs:
         """
         from neg_service.storage.selection import Selection
 
-        first = self.runs[0]
+        # Runs of earlier versions have no experts, and null in their place beside one that has the column.
+        with_experts = (run for run in self.runs if name in run.tables and "expert" in run.schemas[name].names)
+        first = next(with_experts, self.runs[0])
         fragments: list[pads.Fragment] = []
         for run in self.runs:
             fragments += [part for _, part in run.parts(name, pc.field(RUN_COLUMN) == run.name)]
             own, schema = run.schemas[name], first.schemas[name]
             for column in schema:
+                if column.name == "expert" and column.name not in own.names:
+                    continue
                 if column.name not in own.names or own.field(column.name).type != column.type:
                     found = own.field(column.name).type if column.name in own.names else "missing"
                     raise ConfigurationError(
@@ -223,12 +251,12 @@ class Runs:
         schema = first.schemas[name].insert(0, pa.field(RUN_COLUMN, pa.string(), nullable=False))
         return Selection.of(fragments, schema, columns, filter)
 
-    def neuron(self, layer: int, index: int) -> pa.Table:
+    def neuron(self, layer: int, index: int, expert: int | None = None) -> pa.Table:
         """The tables of `Run.neuron` one below the other, with the column `run`."""
         tables = [
             table.add_column(0, RUN_COLUMN, pa.array([run.name] * table.num_rows, pa.string()))
             for run in self.runs
-            for table in [run.neuron(layer, index)]
+            for table in [run.neuron(layer, index, expert)]
         ]
         return pa.concat_tables(tables, promote_options="default")
 
@@ -273,6 +301,7 @@ def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:
         request=parsed.get("request", {}),
         directory=RunDirectory(store, parsed["fingerprint"], tuple(schemas)),
         schemas=schemas,
+        said_of_neurons=parsed.get("neurons"),
     )
 
 

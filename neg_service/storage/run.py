@@ -3,6 +3,7 @@
     <storage.uri>/<name>-<fingerprint>/
       run.json                      what was asked, the plan, the tables' schemas, versions; with a checksum
       run.copy.json                 the same again, from which run.json is restored
+      neurons.parquet               the neurons of a list, or that were ranked over the data set; see `neurons.py`
       <table>/shard-000042.parquet  one part a shard and table; its existence is the commit
       set_aside/shard-000042.json   why a shard was given up; gone when the shard is done after all
 
@@ -22,7 +23,9 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.errors import DestinationError, one_line
+from neg_service.neurons import NeuronSet
 from neg_service.schema import Table
+from neg_service.storage.neurons import NEURONS_FILE, described, neurons_problem, put_neurons, require_same_neurons
 from neg_service.storage.objects import Entry, ObjectStore
 from neg_service.storage.parts import footer_of, shard_of
 
@@ -98,20 +101,22 @@ def write_or_match(
     tables: dict[str, pa.Schema],
     about: dict[str, Any],
     request: dict[str, Any] | None = None,
+    neurons: NeuronSet | None = None,
 ) -> RunDirectory:
     """Begin a run, or find that it was begun with the same identity.
 
     `about` is kept beside the identity for people: versions, sizes, when it began. `request` is what has to be asked
-    for to compute any of its shards again.
+    for to compute any of its shards again. `neurons` are those of a list, kept in a file of their own; a run that was
+    begun before there was one has them in its request.
 
     Raises:
-        DestinationError: the place holds a run with another identity (field by field) or something else.
+        DestinationError: the place holds a run with another identity (field by field) or neurons, or something else.
     """
     fingerprint = fingerprint_of(identity)
     found = store.get(RUN_FILE)
     copy = store.get(RUN_COPY) if found is None else None
     if found is None and copy is None:
-        _require_nothing_foreign(store, fingerprint, tables)
+        _require_nothing_foreign(store, fingerprint, tables, neurons)
         content = {
             "fingerprint": fingerprint,
             "identity": identity,
@@ -119,12 +124,18 @@ def write_or_match(
             "about": about,
             "request": request or {},
         }
+        if neurons is not None:
+            content["neurons"] = described(neurons)
+            # First: a run that has a run.json is whole.
+            put_neurons(store, neurons)
         put_run_file(store, content)
     else:
         stored = parse_run_file(store, found or copy or b"")
         require_same(store, stored, identity)
         if not is_as_written(stored):
             raise DestinationError(_edited(store))
+        if neurons is not None and "neurons" in stored:
+            require_same_neurons(store, stored["neurons"], neurons)
         if copy is not None:
             put_run_file(store, stored)
     return RunDirectory(store, fingerprint, tuple(tables))
@@ -261,9 +272,16 @@ def _sum_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
-def _require_nothing_foreign(store: ObjectStore, fingerprint: str, tables: dict[str, pa.Schema]) -> None:
-    """A place without run.json is empty, or has parts of this very run, whose run.json was lost."""
+def _require_nothing_foreign(
+    store: ObjectStore, fingerprint: str, tables: dict[str, pa.Schema], neurons: NeuronSet | None
+) -> None:
+    """A place without run.json is empty, or has parts or neurons of this very run, whose run.json was lost or is to be.
+
+    An earlier start may have been killed after it had put the neurons.
+    """
     others = [entry.key for entry in store.list("") if not entry.key.startswith(f"{SET_ASIDE}/")]
+    if neurons is not None and others == [NEURONS_FILE] and neurons_problem(store, described(neurons)) is None:
+        return
     for key in others:
         if key.partition("/")[0] in tables and shard_of(key) is not None:
             try:
@@ -274,6 +292,20 @@ def _require_nothing_foreign(store: ObjectStore, fingerprint: str, tables: dict[
                 continue
     if others:
         raise DestinationError(f"{store.uri}: holds {others[0]} but no {RUN_FILE}; it is not a run directory")
+
+
+def is_without_neurons(store: ObjectStore) -> bool:
+    """Whether the neurons that run.json speaks of are lost or damaged."""
+    content = store.get(RUN_FILE)
+    said = parse_run_file(store, content).get("neurons") if content is not None else None
+    return said is not None and neurons_problem(store, said) is not None
+
+
+def stored_columns(store: ObjectStore) -> dict[str, tuple[str, ...]]:
+    """The columns of each table as run.json says them: of a run that an earlier version began, those that it knew."""
+    content = store.get(RUN_FILE)
+    tables = parse_run_file(store, content)["tables"] if content is not None else {}
+    return {name: tuple(schema_from_json(own).names) for name, own in tables.items()}
 
 
 def schema_from_json(described: dict[str, Any]) -> pa.Schema:

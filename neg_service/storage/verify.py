@@ -1,4 +1,4 @@
-"""Checking a run: every part against the plan and its own checksums, run.json against its own, and nothing besides.
+"""Checking a run: every part against the plan and its own checksums, run.json and neurons, and nothing besides.
 
 Reads every byte of the run once, a few parts at a time. What is found is data; repairing is somebody else's business,
 except for what needs no model: run.json and its copy, and objects that do not belong.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neg_service.errors import DestinationError
+from neg_service.storage.neurons import NEURONS_FILE, neurons_problem
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.parts import part_key, problem_of, shard_of
 from neg_service.storage.reader import Run, run_from
@@ -55,6 +56,11 @@ class Verdict:
         return not self.findings and not self.not_done
 
     @property
+    def is_without_neurons(self) -> bool:
+        """Whether the neurons of its list are lost or damaged."""
+        return any(finding.key == NEURONS_FILE for finding in self.findings)
+
+    @property
     def shards_to_repair(self) -> set[int]:
         """The shards that have to be computed again, or at all."""
         return {finding.shard for finding in self.findings if finding.shard is not None} | set(self.not_done)
@@ -67,6 +73,8 @@ def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done
         DestinationError: there is no run, or neither run.json nor its copy can be trusted.
     """
     run, findings = _checked_run(store)
+    if run.said_of_neurons is not None and (problem := neurons_problem(store, run.said_of_neurons)) is not None:
+        findings.append(Finding(NEURONS_FILE, problem))
     verdict = Verdict(run, findings)
     to_read: list[tuple[str, int]] = []
     shards_there: dict[int, int] = {}
@@ -111,10 +119,11 @@ def clear_wrong(store: ObjectStore, verdict: Verdict) -> list[str]:
     """Take what is wrong out of the tables' folders, so that its shards are not done and no reader finds it.
 
     What is damaged is deleted. What is whole and belongs elsewhere is moved to a folder `foreign`. What was done.
+    run.json, its copy and the neurons stay: they are written anew.
     """
     done = []
     for finding in verdict.findings:
-        if finding.key in (RUN_FILE, RUN_COPY) or finding.problem == "missing":
+        if finding.key in (RUN_FILE, RUN_COPY, NEURONS_FILE) or finding.problem == "missing":
             continue
         content = store.get(finding.key)
         if content is not None and finding.problem.startswith("foreign"):

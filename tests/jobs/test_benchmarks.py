@@ -18,6 +18,7 @@ from neg_service.measures.neg import sweep_prompt
 from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
 from neg_service.models.batches import RowBudget
 from neg_service.models.language_model import LanguageModel
+from neg_service.neurons import NeuronSet
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import encode
 from tests import families_speed, oracle
@@ -55,7 +56,7 @@ def test_the_other_ways_to_gradients_compute_the_same() -> None:
 def test_the_coarse_grid_is_as_exact_as_is_said(smollm2: LanguageModel) -> None:
     prompts = load()[::160]
     draw = np.random.default_rng(1)
-    neurons = np.array([(layer, n) for layer in range(0, 30, 5) for n in draw.choice(1536, 8, replace=False)])
+    neurons = NeuronSet.of_layers({layer: draw.choice(1536, 8, replace=False) for layer in range(0, 30, 5)})
     neg_error, r_error = [], []
     for prompt in encode(smollm2.tokenizer, prompts, None):
         interventions = Interventions(smollm2, prompt, "paper")

@@ -209,11 +209,13 @@ def test_tables_that_are_not_those_that_were_said_are_refused(measure: type[Pull
 
 
 def test_a_table_whose_values_nobody_could_find_is_refused() -> None:
-    fields = {"layer": pa.int16(), "values": pa.list_(pa.float32())}
+    fields = {"layer": pa.int16(), "values": pa.float32()}
     with refused(ConfigurationError, setting=None, says="has no column 'pull', or no column 'layer'"):
         Table(pa.schema(list(fields.items())), "pull", values="pull")
-    with refused(ConfigurationError, setting=None, says="column 'values' must be a list of fixed size"):
+    with refused(ConfigurationError, setting=None, says="column 'values' must be a list, a number for each neuron"):
         Table(pa.schema(list(fields.items())), "pull", values="values")
+    # Of layers that differ in size the lists do, too.
+    assert not Table(pa.schema([("layer", pa.int16()), ("v", pa.list_(pa.float32()))]), "v", values="v").is_by_neuron
 
 
 UNFINISHED = """
@@ -291,7 +293,7 @@ def test_options_and_tables_are_known_without_torch() -> None:
         "from neg_service.measures import measure_of, types_of_options\n"
         "from types import SimpleNamespace\n"
         "assert 'top_k' in types_of_options()\n"
-        "sizes = SimpleNamespace(n_layers=3, n_neurons=40)\n"
+        "sizes = SimpleNamespace(n_layers=3, neurons_by_layer=(40, 40, 40))\n"
         "names = ('neurgrad', 'sweep', 'scores', 'intervene')\n"
         "assert all(measure_of({'name': name}).schemas(sizes) for name in names)\n"
         "heavy = {'torch', 'transformers', 'ray', 'aiohttp'} & set(sys.modules)\n"

@@ -19,19 +19,21 @@ from neg_service.measures.choice import (
     count_of,
     described,
     identity_of_choice,
+    resolved,
     strongest_neurons,
     with_list_read,
 )
+from neg_service.neurons import NeuronSet
 from tests.refusals import ANY, refused
 
-LAYERS, NEURONS = 3, 40
+SIZES = [40, 40, 40]
 
 
 def choose(**given: Any) -> list[list[int]]:
     config = with_list_read(NeuronsConfig(**given))
-    check_choice(config, LAYERS, NEURONS)
-    found = chosen_neurons(config, LAYERS, NEURONS)
-    assert len(found) == count_of(config, LAYERS, NEURONS)
+    check_choice(config, SIZES)
+    found = chosen_neurons(config, SIZES)
+    assert len(found) == count_of(config, SIZES)
     return found.tolist()
 
 
@@ -85,6 +87,43 @@ def test_the_strongest_and_ties_go_to_the_lower_neuron() -> None:
     assert strongest_neurons([1, 4], strength, 2).tolist() == [[1, 3], [4, 4]]
 
 
+def test_choices_of_layers_that_differ_in_size() -> None:
+    sizes = [2, 5, 3]
+
+    def of(**given: Any) -> list[list[int]]:
+        config = NeuronsConfig(**given)
+        check_choice(config, sizes)
+        found = chosen_neurons(config, sizes)
+        assert len(found) == count_of(config, sizes)
+        found.require_existing(sizes)
+        return found.tolist()
+
+    assert of() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [1, 3], [1, 4], [2, 0], [2, 1], [2, 2]]
+    assert of(layers=[0, 2]) == [[0, 0], [0, 1], [2, 0], [2, 1], [2, 2]]
+    assert [layer for layer, _ in of(choose="sample", count=2)] == [0, 0, 1, 1, 2, 2]
+    assert of(choose="sample", count=10, per="model") == of()
+    assert of(choose="list", list=[[1, 4], [0, 1]]) == [[0, 1], [1, 4]]
+    strengths = [np.array([1.0, 9.0]), np.array([0.0, 0.0, 0.0, 0.0, 9.0]), np.array([2.0, 1.0, 0.0])]
+    assert strongest_neurons([0, 1, 2], strengths, 3).tolist() == [[0, 1], [1, 4], [2, 0]]
+    with pytest.raises(
+        ConfigurationError, match=r"neurons\.count=3: the choice must be from 1 to 2, the neurons of a l"
+    ):
+        check_choice(NeuronsConfig(choose="sample", count=3), sizes)
+    with pytest.raises(ConfigurationError, match=r"\(0, 2\) does not exist; .* layer 0 neurons 0 to 1"):
+        check_choice(NeuronsConfig(choose="list", list=[[0, 2]]), sizes)
+
+
+def test_what_is_resolved_is_drawn_once() -> None:
+    sample = NeuronsConfig(choose="sample", count=7, seed=1)
+    found = resolved(sample, SIZES)
+    assert isinstance(found.list, NeuronSet)
+    assert found.list == chosen_neurons(sample, SIZES)
+    assert chosen_neurons(found, SIZES) is found.list
+    assert identity_of_choice(found, 3) == identity_of_choice(sample, 3)
+    for follows in (NeuronsConfig(), NeuronsConfig(choose="top", count=3)):
+        assert resolved(follows, SIZES) is follows
+
+
 def test_only_what_decides_the_neurons_is_part_of_the_identity() -> None:
     assert identity_of_choice(NeuronsConfig(seed=5, count=3, over="dataset"), 2) == {"layers": [0, 1]}
     one = identity_of_choice(NeuronsConfig(choose="list", list=[[1, 2], [0, 3]]), 2)
@@ -95,10 +134,10 @@ def test_only_what_decides_the_neurons_is_part_of_the_identity() -> None:
 
 
 def test_the_choice_is_told_in_words() -> None:
-    assert described(NeuronsConfig(choose="sample", count=2, seed=4), 3, 40) == (
+    assert described(NeuronsConfig(choose="sample", count=2, seed=4), SIZES) == (
         "6 in 3 layers: 2 of each layer, seed 4"
     )
-    assert described(NeuronsConfig(choose="top", count=9, over="dataset"), 3, 40) == (
+    assert described(NeuronsConfig(choose="top", count=9, over="dataset"), SIZES) == (
         "9 in 3 layers: the strongest over the data set"
     )
 

@@ -14,8 +14,27 @@ def test_a_neuron_of_any_number_is_refused_in_a_short_line(neuron: list[int]) ->
     with refused(
         ConfigurationError, "measure.edits[0].neurons", says="does not exist; the model has layers 0 to 1"
     ) as caught:
-        checked_edits([{"neurons": [neuron], "shift": 1.0}], 2, 8)
+        checked_edits([{"neurons": [neuron], "shift": 1.0}], [8, 8])
     assert len(str(caught.value)) < 200
+
+
+def test_values_and_polarity_stay_with_their_neurons_whatever_the_order() -> None:
+    given = {"neurons": [[1, 2], [0, 5], [1, 0]], "enhance": [1.0, 2.0, 3.0], "polarity": [1, -1, -1]}
+    (edit,) = checked_edits([given], [8, 8])
+    assert edit.neurons.tolist() == [[0, 5], [1, 0], [1, 2]]
+    assert edit.values.tolist() == [2.0, 3.0, 1.0]
+    assert edit.polarity is not None
+    assert edit.polarity.tolist() == [-1.0, -1.0, 1.0]
+
+
+def test_an_edit_takes_neurons_of_no_expert_and_refuses_those_of_one() -> None:
+    (edit,) = checked_edits([{"neurons": [[1, None, 2]], "scale": 0}], [8, 8])
+    assert edit.neurons.tolist() == [[1, 2]]
+    with refused(ConfigurationError, "measure.edits[0].neurons", says=r"\(1, 3, 2\) .* layer 1 has no experts"):
+        checked_edits([{"neurons": [[1, 3, 2]], "scale": 0}], [8, 8])
+    # Layers differ in size.
+    with pytest.raises(ConfigurationError, match=r"\(1, 4\) does not exist; .* layer 1 neurons 0 to 3"):
+        checked_edits([{"neurons": [[0, 4], [1, 4]], "scale": 0}], [8, 4])
 
 
 @pytest.mark.parametrize(("name", "called"), [(0, "0"), (0.0, "0.0"), ("x", "x"), ("", "edit-3"), (None, "edit-3")])

@@ -231,13 +231,13 @@ def test_edits_are_read_from_a_file_into_the_options(tmp_path: Path) -> None:
 )
 def test_bad_edits_are_refused(edits: Any, refusal: tuple[Any, ...]) -> None:
     with refused(ConfigurationError, *refusal):
-        checked_edits(edits, 3, 40)
+        checked_edits(edits, [40] * 3)
 
 
 def test_numbers_of_every_kind_that_numpy_has_are_numbers() -> None:
     neurons = np.array([[0, 1], [2, 3]])
     for shift in (1, 1.0, np.float32(1), np.array([1, 1]), (1.0, 1), [np.int64(1), 1.0]):
-        (edit,) = checked_edits([{"neurons": neurons, "shift": shift, "signed": None, "name": 7}], 3, 40)
+        (edit,) = checked_edits([{"neurons": neurons, "shift": shift, "signed": None, "name": 7}], [40] * 3)
         assert edit.values.tolist() == [1.0, 1.0]
         assert edit.name == "7"
 

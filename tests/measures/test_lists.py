@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neg_service.errors import ConfigurationError
+from neg_service.measures.lists import neurons_in
 from tests.readers import list_in
 from tests.refusals import ANY, refused
 
@@ -74,3 +75,43 @@ def test_a_list_in_parquet_says_whole_numbers_in_every_cell(
     pq.write_table(pa.table({"layer": [0, 0], "neuron": neurons}), tmp_path / "n.parquet")
     with refused(ConfigurationError, *refusal):
         list_in(tmp_path / "n.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("n.csv", "layer,expert,neuron\n1,3,0\n1,,7\n0, ,2\n1,3,0\n"),
+        ("n.jsonl", '{"layer": 1, "expert": 3, "neuron": 0}\n{"layer": 1, "neuron": 7}\n'
+         '{"layer": 0, "expert": null, "neuron": 2}\n'),
+    ],
+)  # fmt: skip
+def test_experts_are_read_where_there_are_some(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert list_in(tmp_path / name) == [[0, None, 2], [1, None, 7], [1, 3, 0]]
+
+
+def test_experts_are_read_from_parquet(tmp_path: Path) -> None:
+    for expert, expected in (
+        (pa.array([3, None]), [[0, None, 2], [1, 3, 0]]),
+        (pa.array([None, None]), [[0, 2], [1, 0]]),
+        (pa.array([None, None], pa.int16()), [[0, 2], [1, 0]]),
+    ):
+        pq.write_table(pa.table({"layer": [1, 0], "expert": expert, "neuron": [0, 2]}), tmp_path / "n.parquet")
+        assert list_in(tmp_path / "n.parquet") == expected
+    pq.write_table(pa.table({"layer": [1], "expert": ["x"], "neuron": [0]}), tmp_path / "n.parquet")
+    with pytest.raises(ConfigurationError, match="needs whole numbers in a column 'expert'"):
+        list_in(tmp_path / "n.parquet")
+
+
+def test_an_expert_that_is_no_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "n.csv").write_text("layer,neuron,expert\n0,1,\n0,1,x\n")
+    with pytest.raises(
+        ConfigurationError, match="line 3: expert must be a whole number, of at most 18 digits, not 'x'"
+    ):
+        list_in(tmp_path / "n.csv")
+
+
+def test_where_a_list_is_from_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "n.csv").write_text("layer,neuron\n0,1\n")
+    monkeypatch.chdir(tmp_path)
+    assert neurons_in("n.csv").source == str(tmp_path / "n.csv")

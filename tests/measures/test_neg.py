@@ -88,6 +88,22 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> No
         np.testing.assert_allclose(small.delta_p[i], whole.delta_p[layer * 40 + neuron], rtol=1e-6, atol=1e-15)
 
 
+def test_neurons_are_told_in_the_order_in_which_they_were_asked_for_also_twice() -> None:
+    model = tiny_model("Llama 2", torch.float64)
+    asked = [(2, 7), (0, 3), (2, 1), (0, 3)]
+    found = neg_service.neg(model, TEXT, TARGET, asked, [-1.0, 1.0])
+    assert found.neurons.tolist() == [list(pair) for pair in asked]
+    for i, neuron in enumerate(asked):
+        alone = neg_service.neg(model, TEXT, TARGET, [neuron], [-1.0, 1.0])
+        np.testing.assert_allclose(found.neg[i], alone.neg[0], rtol=1e-9)
+        np.testing.assert_allclose(found.activation[i], alone.activation[0], rtol=1e-12)
+    # Of no expert, as all neurons are here.
+    triples = neg_service.neg(model, TEXT, TARGET, [(layer, None, n) for layer, n in asked], [-1.0, 1.0])
+    assert triples.neg.tolist() == found.neg.tolist()
+    with pytest.raises(ConfigurationError, match=r"neurons: \(2, 0, 7\) does not exist; layer 2 has no experts"):
+        neg_service.neg(model, TEXT, TARGET, [(2, 0, 7)])
+
+
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.parametrize(

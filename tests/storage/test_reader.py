@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -15,10 +16,12 @@ import pytest
 import neg_service
 from neg_service import schema
 from neg_service.errors import ConfigurationError, DestinationError
+from neg_service.schema import Table
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run
 from neg_service.storage.run import write_or_match
+from tests.older import made_older
 from tests.refusals import refused
 from tests.storage.conftest import NEURONS, begin, identity, put
 
@@ -168,3 +171,70 @@ def test_runs_that_do_not_fit_side_by_side_are_refused(run: Run, tmp_path: Path)
         for nothing in (None, 5):
             with refused(DestinationError, "run", nothing, allowed="a path or a URI, as text"):
                 open_any(nothing)  # type: ignore[arg-type]
+
+
+def with_experts(place: Path, **about: object) -> Run:
+    """A run of a table with a neuron of no expert, and its namesakes in two experts."""
+    kept = schema.activations([3, 2])
+    rows = [
+        {"prompt_id": p, "layer": layer, "expert": expert, "basis": "paper", "activation": values}
+        for p in "ab"
+        for layer, expert, values in ((0, None, [0.0, 0.1, 0.2]), (1, 0, [1.0, 1.1]), (1, 5, [5.0, 5.1]))
+    ]
+    store = LocalStore(place)
+    run = write_or_match(store, {"plan": {"shards": 1}}, {"activations": kept}, about)
+    data = encode_part("activations", pa.Table.from_pylist(rows, kept), run.fingerprint, 0)
+    store.put(part_key("activations", 0), data)
+    return neg_service.open_run(str(place))
+
+
+def test_a_neuron_of_an_expert_and_lists_of_layers_that_differ_in_size(tmp_path: Path) -> None:
+    run = with_experts(tmp_path / "mixture")
+    assert run.schemas["activations"].field("activation").type == pa.list_(pa.float32())
+    assert run.neuron(1, 1, expert=5)["activation"].to_pylist() == [np.float32(5.1)] * 2
+    assert run.neuron(1, 1, 0)["activation"].to_pylist() == [np.float32(1.1)] * 2
+    assert run.neuron(0, 2)["activation"].to_pylist() == [np.float32(0.2)] * 2
+    assert run.neuron(1, 1).num_rows == 0
+    assert run.neuron(1, 1, 7).num_rows == 0
+    both = neg_service.open_runs([run.uri])
+    assert both.neuron(1, 0, 5)["activation"].to_pylist() == [5.0, 5.0]
+
+
+def test_rows_of_single_neurons_of_an_expert(tmp_path: Path) -> None:
+    key = {"prompt_id": "p", "target_index": 0, "target": "a", "basis": "paper", "probability": 0.5, "activation": 1.0}
+    rows = [
+        {**key, "rank": rank, "layer": 2, "expert": expert, "neuron": 4, "neurgrad": rank / 10}
+        for rank, expert in enumerate((None, 1, 3))
+    ]
+    store = LocalStore(tmp_path)
+    run = write_or_match(store, {"plan": {"shards": 1}}, {"top_neurons": schema.TOP_NEURONS}, {})
+    table = Table(schema.TOP_NEURONS, "NeurGrad", values="neurgrad").described()
+    data = encode_part("top_neurons", pa.Table.from_pylist(rows, table), run.fingerprint, 0)
+    store.put(part_key("top_neurons", 0), data)
+    opened = neg_service.open_run(str(tmp_path))
+    for expert, rank in ((None, 0), (1, 1), (3, 2)):
+        assert opened.neuron(2, 4, expert)["rank"].to_pylist() == [rank]
+
+
+def test_an_expert_of_a_model_without_experts_is_refused(run: Run, tmp_path: Path) -> None:
+    dense = with_experts(tmp_path / "dense", model={"neurons_a_layer": 3, "experts_a_layer": 0})
+    with pytest.raises(ConfigurationError, match=r"has no neuron \(1, 5, 2\); layer 1 has no experts"):
+        dense.neuron(1, 2, expert=5)
+    # As it was written before there were experts.
+    older = tmp_path / "older"
+    made_older(Path(shutil.copytree(run.uri, older)))
+    assert "expert" not in neg_service.open_run(older).table("neurgrad").schema.names
+    with pytest.raises(ConfigurationError, match=r"has no neuron \(1, 0, 2\); layer 1 has no experts"):
+        neg_service.open_run(older).neuron(1, 2, expert=0)
+
+
+def test_a_run_of_before_is_read_alone_and_beside_another(run: Run, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    made_older(Path(shutil.copytree(run.uri, older)))
+    opened = neg_service.open_run(older)
+    assert opened.neuron(1, 3).equals(run.neuron(1, 3).drop_columns(["expert"]))
+    for uris in ([run.uri, older], [older, run.uri]):
+        table = neg_service.open_runs(uris).table("activations").to_table()
+        assert table["expert"].null_count == table.num_rows == 16
+        assert set(table["run"].to_pylist()) == {"one", "older"}
+        assert neg_service.open_runs(uris).neuron(0, 1).num_rows == 16

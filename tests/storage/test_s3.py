@@ -240,9 +240,9 @@ def test_a_list_is_a_folder_of_any_name_in_a_bucket(server: Server, monkeypatch:
         store = open_store(f"s3://{BUCKET}/lists/{folder}", server.endpoint_url)
         store.put(part_key("sweep", shard), encode_part("sweep", table, "f", shard))
     asked = NeuronsConfig(choose="list", list=f"s3://{BUCKET}/lists/{name}/sweep")
-    assert with_list_read(asked).list == [[2, 0], [2, 1]]
+    assert with_list_read(asked).list.tolist() == [[2, 0], [2, 1]]
     one = dataclasses.replace(asked, list=f"{asked.list}/shard-000001.parquet")
-    assert with_list_read(one).list == [[2, 1]]
+    assert with_list_read(one).list.tolist() == [[2, 1]]
 
 
 def test_a_uri_without_a_bucket_is_refused() -> None:

@@ -79,7 +79,7 @@ def test_inputs_are_read_under_the_key_that_was_typed(name: str, server: Server)
     assert load_prompts(f"{folder}/{name}.jsonl")[0].text == "w1"
     assert read_if_there("dataset.source", f"{folder}/{name}.jsonl") is not None
     assert [content for _, content in parts_of_input("neurons.list", f"{folder}/{name}.jsonl")] == [row]
-    assert with_list_read(NeuronsConfig(choose="list", list=f"{folder}/list/a.csv")).list == [[1, 2]]
+    assert with_list_read(NeuronsConfig(choose="list", list=f"{folder}/list/a.csv")).list.tolist() == [[1, 2]]
 
 
 def test_an_object_is_replaced_only_where_it_is_the_one_that_was_read(server: Server) -> None:

@@ -119,7 +119,12 @@ def test_what_cannot_be_written_is_one_clear_line_before_a_model_is_loaded(
 def test_one_neuron_costs_the_bytes_of_one_layer(server: Server) -> None:
     # 30 prompts, ten layers of 5,000 neurons: 600 kB a layer.
     values = np.random.default_rng(0).standard_normal(30 * 10 * 5000).astype(np.float32)
-    rows = {"prompt_id": [f"p{i // 10}" for i in range(300)], "layer": [*range(10)] * 30, "basis": ["paper"] * 300}
+    rows = {
+        "prompt_id": [f"p{i // 10}" for i in range(300)],
+        "layer": [*range(10)] * 30,
+        "expert": [None] * 300,
+        "basis": ["paper"] * 300,
+    }
     lists = pa.FixedSizeListArray.from_arrays(pa.array(values), 5000)
     table = pa.Table.from_arrays([*map(pa.array, rows.values()), lists], names=[*rows, "activation"])
     table = table.cast(schema.activations(5000))

@@ -34,6 +34,7 @@ def activations(shard: int, rows: int = 3) -> pa.Table:
         [
             pa.array([f"p{shard}"] * rows),
             pa.array(range(rows), pa.int16()),
+            pa.nulls(rows, pa.int16()),
             pa.array(["paper"] * rows),
             pa.FixedSizeListArray.from_arrays(pa.array(values), 4),
         ],
@@ -90,7 +91,7 @@ def test_a_run_that_has_nothing_yet_gives_empty_tables_with_their_columns(tmp_pa
     begin(tmp_path)
     table = neg_service.open_run(str(tmp_path / "run")).table("activations").to_table()
     assert table.num_rows == 0
-    assert table.schema.names == ["prompt_id", "layer", "basis", "activation"]
+    assert table.schema.names == ["prompt_id", "layer", "expert", "basis", "activation"]
 
 
 def test_a_put_that_dies_halfway_is_not_seen(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_flipped_byte_is_noticed_by_the_reader(tmp_path: Path) -> None:
     put(run, 0)
     part = tmp_path / "run" / "activations" / "shard-000000.parquet"
     content = bytearray(part.read_bytes())
-    column = pq.ParquetFile(part).metadata.row_group(0).column(3)
+    column = pq.ParquetFile(part).metadata.row_group(0).column(4)
     content[column.data_page_offset + column.total_compressed_size - 2] ^= 1
     part.write_bytes(content)
     with pytest.raises(OSError, match=r"[Cc][Rr][Cc]"):

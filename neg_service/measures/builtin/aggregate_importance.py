@@ -43,7 +43,11 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`strength`."""
         note = "The mean over prompts of the largest |NeurGrad| over a prompt's targets."
-        return {"strength": Table(schema.strength(sizes.n_neurons), "strength", schema.PER_MAGNITUDE, "strength", note)}
+        return {
+            "strength": Table(
+                schema.strength(sizes.neurons_by_layer), "strength", schema.PER_MAGNITUDE, "strength", note
+            )
+        }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A shard's sums are spread over its prompts, of which there are mostly many."""

@@ -78,7 +78,7 @@ class BaselineEstimate(Measure[BaselineOptions]):
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts`, and the values under the measure's name."""
         title, unit = schema.ESTIMATES[self.name]
-        values = Table(schema.baseline(self.name, sizes.n_neurons), title, unit, self.name)
+        values = Table(schema.baseline(self.name, sizes.neurons_by_layer), title, unit, self.name)
         return {"prompts": Table(schema.PROMPTS), self.name: values}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:

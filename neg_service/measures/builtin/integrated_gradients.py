@@ -45,7 +45,7 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `integrated_gradients`."""
-        values = Table(schema.integrated_gradients(sizes.n_neurons), *schema.ESTIMATES[_NAME], _NAME)
+        values = Table(schema.integrated_gradients(sizes.neurons_by_layer), *schema.ESTIMATES[_NAME], _NAME)
         return {"prompts": Table(schema.PROMPTS), _NAME: values}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:

@@ -54,7 +54,7 @@ class Intervene(Measure[InterveneOptions]):
                 "measure.edits names the neurons; leave it at all", setting="neurons.layers", value=neurons.layers
             )
         super().validate(info, neurons, prompts)
-        checked_edits(self.options.edits, info.n_layers, info.n_neurons)
+        checked_edits(self.options.edits, info.neurons_by_layer)
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """All options, with the edits in full."""
@@ -80,7 +80,7 @@ class Intervene(Measure[InterveneOptions]):
         from neg_service.measures.intervene import effects
 
         model, basis = shard.model, self.options.basis
-        edits = checked_edits(self.options.edits, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+        edits = checked_edits(self.options.edits, model.feed_forward.neurons_by_layer)
         dtype = str(model.dtype).removeprefix("torch.")
         for index, found in effects(model, shard.prompts, edits, basis, shard.budget):
             prompt = shard.prompts[index]

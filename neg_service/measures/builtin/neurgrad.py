@@ -76,11 +76,11 @@ class NeurGrad(Measure[NeurGradOptions]):
         if self._is_top_k:
             return {"prompts": Table(schema.PROMPTS), "top_neurons": Table(schema.TOP_NEURONS, title, unit, "neurgrad")}
         note = "A neuron that fires by one unit stronger changes the probability by about so much."
-        activations = schema.activations(sizes.n_neurons)
+        activations = schema.activations(sizes.neurons_by_layer)
         return {
             "prompts": Table(schema.PROMPTS),
             "activations": Table(activations, *schema.ESTIMATES["activation"], "activation"),
-            "neurgrad": Table(schema.neurgrad(sizes.n_neurons), title, unit, "neurgrad", note),
+            "neurgrad": Table(schema.neurgrad(sizes.neurons_by_layer), title, unit, "neurgrad", note),
         }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:

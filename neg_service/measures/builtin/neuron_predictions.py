@@ -10,7 +10,8 @@ Axes: P prompts, K labels, S chosen neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, basis_setting, checked_layers
+from neg_service.config import NeuronsConfig, basis_setting
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.choice import check_whole_layers, set_of
 from neg_service.measures.tables import prompt_row
 from neg_service.measures.targets import check_answers
+from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tasks import task_of
 from neg_service.schema import Table
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo
 
 Floats = NDArray[np.float32]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,9 @@ def predictions_row(prompt_id: str, predictions: PromptPredictions) -> dict[str,
 
 @dataclass
 class NeuronPredictionsOptions:
-    """chosen: for each task the numbers of its neurons, layer·N + index, ascending, in a text with spaces between.
+    """chosen: deprecated, for each task the numbers of its neurons, layer·N + index, in a text with spaces between.
 
-    Texts, because lists of thousands of numbers are slow in a configuration.
+    Neurons are an object beside the configuration now; runs that an earlier version began go on with their texts.
     """
 
     name: str = "votes"
@@ -80,14 +85,25 @@ class NeuronPredictionsOptions:
     chosen: dict[str, str] = field(default_factory=dict)
 
 
-def as_text(neurons: NDArray[np.int64]) -> str:
-    """Numbers of neurons as `NeuronPredictionsOptions.chosen` has them."""
-    return " ".join(map(str, neurons.tolist()))
+def from_texts(chosen: Mapping[str, str], n_neurons: int) -> NeuronSet:
+    """The neurons of each task from `NeuronPredictionsOptions.chosen`, of a model with `n_neurons` a layer.
+
+    Raises:
+        ConfigurationError: numbers that are not ascending, or below 0.
+    """
+    sets = {}
+    for task, text in chosen.items():
+        numbers = np.array(text.split(), np.int64)
+        if np.any(np.diff(numbers, prepend=-1) <= 0):
+            raise ConfigurationError(f"numbers of {task!r} must be ascending and from 0", setting="measure.chosen")
+        sets[task] = from_numbers(numbers, n_neurons)
+    return NeuronSet.by_task(sets)
 
 
-def from_text(text: str) -> NDArray[np.int64]:
-    """The numbers in such a text."""
-    return np.array(text.split(), np.int64)
+def from_numbers(numbers: NDArray[np.int64], n_neurons: int) -> NeuronSet:
+    """Neurons from their numbers through all layers of `n_neurons` each, layer·N + index."""
+    layer_n, neuron_n = np.divmod(np.sort(numbers), n_neurons)
+    return NeuronSet.of_layers({layer: neuron_n[layer_n == layer] for layer in np.unique(layer_n).tolist()})
 
 
 class NeuronPredictions(Measure[NeuronPredictionsOptions]):
@@ -95,18 +111,47 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
 
     Options = NeuronPredictionsOptions
     NAMES = ("votes",)
+    MEASURES_SINGLE_NEURONS = True
+    TAKES_NEURONS_BY_TASK = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts of a task without neurons, and neurons that do not exist, too."""
         super().validate(info, neurons, prompts)
         check_answers(self.name, prompts)
-        in_all = info.n_layers * info.n_neurons
-        for task in {task_of(prompt.id) for prompt in prompts}:
-            own = from_text(self.options.chosen.get(task, ""))
-            if not len(own):
-                raise ConfigurationError(f"measure.chosen has no neurons for the task {task!r}")
-            if own[0] < 0 or own[-1] >= in_all or np.any(np.diff(own) <= 0):
-                raise ConfigurationError(f"measure.chosen of {task!r} must be ascending and from 0 to {in_all - 1}")
+        chosen = self._chosen(neurons, info.n_neurons)
+        setting = "measure.chosen" if self.options.chosen else "neurons.list"
+        for task in dict.fromkeys(task_of(prompt.id) for prompt in prompts):
+            if not len(chosen.of_task(task)):
+                raise ConfigurationError(f"there are no neurons for the task {task!r}", setting=setting)
+        chosen.require_existing(info.neurons_by_layer, setting)
+        if self.options.chosen:
+            log.warning("measure.chosen is deprecated: give neurons.list a NeuronSet by task in its place")
+
+    def fingerprint_inputs(self) -> dict[str, Any]:
+        """The options; neurons are part of a run's identity as those of every list."""
+        given = self.configuration()
+        if not given["chosen"]:
+            del given["chosen"]
+        return given
+
+    def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
+        """Those of the tasks."""
+        chosen = self._chosen(neurons, info.n_neurons)
+        return f"{len(chosen)} of {len(chosen.tasks)} tasks" if chosen.tasks else f"{len(chosen)} of each task"
+
+    def _chosen(self, neurons: NeuronsConfig, n_neurons: int) -> NeuronSet:
+        """The neurons by task, or those of all tasks.
+
+        Raises:
+            ConfigurationError: none are listed.
+        """
+        if self.options.chosen:
+            check_whole_layers(neurons, self.name)
+            return from_texts(self.options.chosen, n_neurons)
+        if neurons.choose != "list":
+            reason = f"measure={self.name} takes a list, of other neurons for each task or of the same for all"
+            raise ConfigurationError(reason, setting="neurons.choose", value=neurons.choose)
+        return set_of(neurons)
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `votes`."""
@@ -114,7 +159,8 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A byte for each label, two for the extremes, four for the activation."""
-        most = max((own.count(" ") + 1 for own in self.options.chosen.values()), default=1)
+        chosen = self._chosen(neurons, info.n_neurons)
+        most = max((len(chosen.of_task(task)) for task in chosen.tasks), default=len(chosen))
         return Cost({"prompts": 1024, "votes": int(most * (6 + n_targets))}, n_targets)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
@@ -123,12 +169,10 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
 
         model, prompts = shard.model, shard.prompts
         n = model.feed_forward.n_neurons
-        chosen = {task: from_text(own) for task, own in self.options.chosen.items()}
-        needed = {task_of(prompt.prompt.id) for prompt in prompts}
-        layers = sorted({int(layer) for task in needed for layer in np.unique(chosen[task] // n)})
-        checked_layers(NeuronsConfig(layers), model.feed_forward.n_layers)
-        place = {layer: i for i, layer in enumerate(layers)}
-        columns = {task: np.array([place[int(f // n)] * n + f % n for f in chosen[task]]) for task in needed}
+        chosen = self._chosen(shard.neurons, n)
+        own_sets = {task: chosen.of_task(task) for task in {task_of(prompt.prompt.id) for prompt in prompts}}
+        layers = sorted({layer for own in own_sets.values() for layer in own.layers})
+        columns = {task: np.searchsorted(layers, own.layer) * n + own.neuron for task, own in own_sets.items()}
         wanted = [range(len(prompt.target_ids)) for prompt in prompts]
         for index, found in gradients(model, prompts, wanted, self.options.basis, layers, shard.budget):
             prompt_id = prompts[index].prompt.id

@@ -102,7 +102,7 @@ class SkillScores(Measure[SkillScoresOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `scores`."""
-        scores = Table(schema.scores(sizes.n_neurons), "score", schema.NO_UNIT, "values")
+        scores = Table(schema.scores(sizes.neurons_by_layer), "score", schema.NO_UNIT, "values")
         return {"prompts": Table(schema.PROMPTS), "scores": scores}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:

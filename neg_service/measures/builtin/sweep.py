@@ -54,7 +54,7 @@ class NeuronSweep(Measure[SweepOptions]):
 
         super().validate(info, neurons, prompts)
         self.grid()
-        check_choice(neurons, info.n_layers, info.n_neurons)
+        check_choice(neurons, info.neurons_by_layer)
         size = self.options.batch_bytes
         if size != "auto":
             if not isinstance(size, int) or isinstance(size, bool):
@@ -81,7 +81,7 @@ class NeuronSweep(Measure[SweepOptions]):
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A row of numbers for each target and neuron, an intervention for each neuron and shift."""
         n_shifts = len(self.grid().shifts)
-        n = count_of(neurons, info.n_layers, info.n_neurons)
+        n = count_of(neurons, info.neurons_by_layer)
         # Eight numbers, and the key and marks of a row, which compress to little.
         row = 120 + (4 * n_shifts if self.options.keep_curves else 0)
         return Cost({"prompts": 256, "sweep": int(row * n * n_targets)}, n * n_shifts, "interventions")
@@ -95,7 +95,7 @@ class NeuronSweep(Measure[SweepOptions]):
 
         if neurons.choose == "top":
             neurons = NeuronsConfig(neurons.layers)
-        chosen = chosen_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
+        chosen = chosen_neurons(neurons, model.feed_forward.neurons_by_layer)
         size = bytes_of_batch(self.options.batch_bytes, model)
         return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, size))}
 

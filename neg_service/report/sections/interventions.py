@@ -133,5 +133,5 @@ def _what(edit: Mapping[str, Any]) -> str:
     operation = next(name for name in OPERATIONS if edit.get(name) is not None)
     value = edit[operation]
     amount = f"{value:g}" if isinstance(value, int | float) else "each its own"
-    neurons = ", ".join(f"{layer}:{neuron}" for layer, neuron in edit["neurons"][:3])
+    neurons = ", ".join(":".join(str(own) for own in neuron if own is not None) for neuron in edit["neurons"][:3])
     return f"{operation} {amount} of {neurons}{', …' if len(edit['neurons']) > 3 else ''}"

@@ -40,7 +40,7 @@ def _sections(run: Run, number: int) -> list[Section]:
         keys = set(run.schemas[name].names) - {run.described[name].values}
         if {"prompt_id", "target"} <= keys:
             return [_by_neuron(run, name, number) if "neuron" in keys else _by_layer(run, name, number)]
-        if keys <= {"layer", "basis", "n_prompts"}:
+        if keys <= {"layer", "expert", "basis", "n_prompts"}:
             return [_over_data_set(run, name, number)]
     return []
 

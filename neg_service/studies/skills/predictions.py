@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from neg_service.errors import ConfigurationError
-from neg_service.measures.builtin.neuron_predictions import PromptPredictions, from_text, predictions_of
+from neg_service.measures.builtin.neuron_predictions import PromptPredictions, from_texts, predictions_of
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
 from neg_service.studies.skills.parts import (
@@ -92,7 +92,13 @@ def read_predictions(run: Run, task: str, neurons: Ints) -> NeuronPredictions:
 
 
 def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPredictions]]:
-    stored = from_text(run.config["measure"]["chosen"][task])
+    n_neurons = int(run.about["model"]["neurons_a_layer"])
+    # A run of an earlier version has texts.
+    texts = run.config["measure"].get("chosen")
+    chosen = from_texts(texts, n_neurons) if texts else run.listed_neurons()
+    assert chosen is not None
+    own_set = chosen.of_task(task)
+    stored = own_set.layer * n_neurons + own_set.neuron
     places = np.searchsorted(stored, neurons)
     if not np.array_equal(stored[np.minimum(places, len(stored) - 1)], neurons):
         raise ConfigurationError(f"{run.uri} has votes of other neurons than those asked for")

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from neg_service.measures.builtin.neuron_predictions import as_text
+from neg_service.config import NeuronsConfig
+from neg_service.measures.builtin.neuron_predictions import from_numbers
+from neg_service.neurons import NeuronSet
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
 from neg_service.studies.scans import StudyScans
@@ -41,12 +43,15 @@ class SkillScans:
 
     def __init__(self, options: SkillOptions, scans: StudyScans) -> None:
         self._options, self._scans = options, scans
+        # Known from train on, which names neurons by their numbers through all layers.
+        self._neurons_a_layer = 0
 
     def train(self, tasks: Sequence[str], context: Context) -> Train:
         """Scores of all tasks, also over the first prompts where efficiency asks for them, and what they come from."""
         run = self._scan(self._measure_of_scores(), tasks, "train", context)
         scores = read_scores(run, self._train_sizes())
-        return Train(scores, _answers_of(run), int(run.about["model"]["neurons_a_layer"]))
+        self._neurons_a_layer = int(run.about["model"]["neurons_a_layer"])
+        return Train(scores, _answers_of(run), self._neurons_a_layer)
 
     def scores(self, task: str, context: Context) -> SkillScores:
         """Scores of a task, as another context gives them."""
@@ -59,21 +64,30 @@ class SkillScans:
 
         chosen: by task, the neurons whose predictions are asked for, ascending.
         """
-        measure: dict[str, Any] = {"name": "neurgrad"}
+        measure, neurons = {"name": "neurgrad"}, None
         if not self._options.store_gradients:
-            measure = {"name": "votes", "chosen": {task: as_text(own) for task, own in chosen.items()}}
-        runs = {split: self._scan(measure, list(chosen), split, context) for split in splits}
+            by_task = {task: from_numbers(own, self._neurons_a_layer) for task, own in chosen.items()}
+            measure, neurons = {"name": "votes"}, NeuronsConfig(choose="list", list=NeuronSet.by_task(by_task))
+        runs = {split: self._scan(measure, list(chosen), split, context, neurons) for split in splits}
         return lambda task, split: read_predictions(runs[split], task, chosen[task])
 
     def edited(self, edits: Sequence[Mapping[str, Any]], tasks: Sequence[str], context: Context) -> Run:
         """Joint interventions on the tests of tasks."""
         return self._scan({"name": "intervene", "edits": list(edits)}, tasks, "test", context)
 
-    def _scan(self, measure: Mapping[str, Any], tasks: Sequence[str], split: str, context: Context) -> Run:
+    def _scan(
+        self,
+        measure: Mapping[str, Any],
+        tasks: Sequence[str],
+        split: str,
+        context: Context,
+        neurons: NeuronsConfig | None = None,
+    ) -> Run:
         options, shared = self._options, self._scans.settings
         limit = getattr(options, split)
         settings = self._scans.settings_of(
             {"basis": options.basis, **measure},
+            neurons,
             dataset={
                 "task": list(tasks),
                 "split": split,

@@ -73,7 +73,7 @@ def test_names_are_known_and_bad_options_refused() -> None:
         find_measure("gradiant")
     with refused(ConfigurationError, "measure.name", "baselines"):
         find_measure("baselines")
-    with refused(ConfigurationError, "measure.keep", "top_k", allowed="one of all, answer"):
+    with refused(ConfigurationError, "measure.keep", "top_k", allowed="all or answer"):
         scanned("gradient", keep="top_k")
     assert "seed" not in measure_of({"name": "activation"}).fingerprint_inputs()
     assert measure_of({"name": "random", "seed": 2}).fingerprint_inputs()["seed"] == 2

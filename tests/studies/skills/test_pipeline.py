@@ -11,11 +11,14 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from neg_service.config import DatasetConfig
+from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError, PromptError
+from neg_service.measures.builtin.neuron_predictions import from_numbers
+from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import MASK
 from neg_service.studies.skills.options import SkillOptions
 from neg_service.studies.skills.pipeline import run_skills
+from neg_service.studies.skills.predictions import read_predictions
 from neg_service.studies.skills.scores import read_scores
 from tests.here import scan_here
 from tests.refusals import refused
@@ -98,6 +101,30 @@ def test_both_ways_choose_the_same_neurons_and_answer_alike(stored: Study, place
     assert {Path(uri).name.split("-")[3] for uri in summed.runs} == {"scores", "votes"}
     # Sums and votes, no gradients: a shard has as many numbers as neurons, and a prompt a few bytes of each chosen one.
     assert not any((Path(uri) / "neurgrad").exists() for uri in summed.runs)
+
+
+def test_votes_of_before_whose_neurons_were_text_are_read(place: Path) -> None:
+    # (0, 3), (0, 17) and (2, 5) of layers of 40 neurons.
+    chosen = np.array([3, 17, 85])
+    config = ScanConfig(
+        ModelConfig(str(place / "model")),
+        planted_dataset(place, place / "data", "imdb", split="test"),
+        {"name": "votes", "chosen": {"imdb": "3 17 85"}},
+        storage=StorageConfig(str(place / "results")),
+    )
+    old = scan_here(config)
+    as_object = NeuronsConfig(choose="list", list=NeuronSet.by_task({"imdb": from_numbers(chosen, 40)}))
+    new = scan_here(replace(config, measure={"name": "votes"}, neurons=as_object))
+    assert old.config["measure"]["chosen"] == {"imdb": "3 17 85"}
+    assert "chosen" not in new.config["measure"]
+    assert new.listed_neurons() == as_object.list
+    for neurons in (chosen, chosen[[0, 2]]):
+        one, other = (read_predictions(run, "imdb", neurons) for run in (old, new))
+        for name in ("sign_pks", "largest_ps", "smallest_ps", "activation_ps", "probability_pk"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert one.n_labels == 2
+    with pytest.raises(ConfigurationError, match="has votes of other neurons than those asked for"):
+        read_predictions(new, "imdb", np.array([3, 4]))
 
 
 def test_the_test_split_is_seen_by_no_choice(stored: Study, place: Path) -> None:

@@ -1,0 +1,150 @@
+"""Sets of neurons: pairs and triples, layers of unequal size, their order, their digests, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from neg_service.errors import ConfigurationError
+from neg_service.neurons import NeuronSet, require_existing, rows_of
+
+UNEQUAL = [2, 0, 3]
+
+
+def test_pairs_are_a_set_in_the_order_of_layer_and_neuron() -> None:
+    found = NeuronSet.from_pairs([[2, 1], [0, 39], [2, 0]])
+    assert found.tolist() == [[0, 39], [2, 0], [2, 1]]
+    assert found.layers == [0, 2]
+    assert found.of_layer(2).tolist() == [0, 1]
+    assert found.expert.tolist() == [-1, -1, -1]
+    assert not found.has_experts
+    assert {column.dtype for column in (found.layer, found.expert, found.neuron)} == {np.dtype(np.int64)}
+    assert len(found) == 3
+
+
+def test_triples_stand_after_the_neurons_of_no_expert() -> None:
+    found = NeuronSet.from_pairs([[1, 3, 0], [1, None, 7], [1, 0, 9], [0, 5, 1]])
+    assert found.tolist() == [[0, 5, 1], [1, None, 7], [1, 0, 9], [1, 3, 0]]
+    assert found.names() == [(0, 5, 1), (1, 7), (1, 0, 9), (1, 3, 0)]
+    # The same number in another expert is another neuron.
+    assert len(NeuronSet.from_pairs([[0, 1, 2], [0, 3, 2], [0, None, 2]])) == 3
+
+
+def test_all_neurons_of_layers_of_unequal_size() -> None:
+    assert NeuronSet.all_of(range(3), UNEQUAL).tolist() == [[0, 0], [0, 1], [2, 0], [2, 1], [2, 2]]
+    assert NeuronSet.all_of([2], UNEQUAL).tolist() == [[2, 0], [2, 1], [2, 2]]
+    assert len(NeuronSet.all_of([1], UNEQUAL)) == 0
+
+
+def test_the_digest_of_pairs_is_that_of_their_json_and_does_not_know_their_order() -> None:
+    # As runs have named their lists before neurons had experts.
+    pairs = [[0, 3], [1, 2]]
+    digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    assert NeuronSet.from_pairs(pairs).sha256 == NeuronSet.from_pairs(pairs[::-1]).sha256 == digest
+    assert NeuronSet.from_pairs([[0, None, 3], [1, None, 2]]).sha256 == digest
+    others = [[[0, 3]], [[0, 3], [1, 3]], [[0, 0, 3], [1, 0, 2]]]
+    assert len({digest, *(NeuronSet.from_pairs(other).sha256 for other in others)}) == 4
+
+
+def test_sets_of_the_same_neurons_are_equal_wherever_they_are_from() -> None:
+    one, other = NeuronSet.from_pairs([[1, 2], [0, 3]]), NeuronSet.from_pairs([[0, 3], [1, 2]], source="a.csv")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != NeuronSet.from_pairs([[0, 3]])
+    assert one != [[0, 3], [1, 2]]
+    assert repr(one) == "NeuronSet(2 in 2 layers)"
+
+
+def test_a_set_knows_which_of_the_given_rows_is_where() -> None:
+    found, place = NeuronSet.distinct(rows_of([[2, 1], [0, 5], [2, 1]]))
+    assert found.tolist() == [[0, 5], [2, 1]]
+    assert place.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "neurons",
+    [
+        NeuronSet.from_pairs([[2, 1], [0, 39]]),
+        NeuronSet.from_pairs([[2, 1, 4], [0, None, 39]]),
+        NeuronSet.by_task({"b": NeuronSet.from_pairs([[0, 1]]), "a": NeuronSet.from_pairs([[1, 2, 3], [0, 0, 1]])}),
+    ],
+)
+def test_a_set_comes_back_from_parquet_arrow_and_pickle(neurons: NeuronSet) -> None:
+    for back in (
+        NeuronSet.from_parquet(neurons.to_parquet()),
+        NeuronSet.from_arrow(neurons.to_arrow()),
+        pickle.loads(pickle.dumps(neurons)),
+    ):
+        assert back == neurons
+        assert back.tolist() == neurons.tolist()
+    assert neurons.to_arrow()["expert"].null_count == int((neurons.expert == -1).sum())
+
+
+def test_a_table_in_any_order_gives_the_same_set() -> None:
+    shuffled = pa.table({"neuron": [1, 39], "layer": pa.array([2, 0], pa.int16())})
+    assert NeuronSet.from_arrow(shuffled).tolist() == [[0, 39], [2, 1]]
+
+
+def test_sets_by_task_are_one_set_and_each_of_them() -> None:
+    sets = {"b": NeuronSet.from_pairs([[0, 1], [2, 3]]), "a": NeuronSet.from_pairs([[2, 3]])}
+    found = NeuronSet.by_task(sets)
+    assert found.tolist() == [["a", 2, 3], ["b", 0, 1], ["b", 2, 3]]
+    assert found.tasks == ["a", "b"]
+    assert found.of_task("b") == sets["b"].__class__.by_task({"b": sets["b"]})
+    assert found.of_task("b").of_layer(2).tolist() == [3]
+    assert len(found.of_task("c")) == 0
+    # Without tasks it is that of each.
+    assert sets["a"].of_task("anything") is sets["a"]
+    assert found.sha256 != NeuronSet.by_task({"a": sets["b"], "b": sets["a"]}).sha256
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "neurons: the choice is empty"),
+        ([[0, 1], [2]], r"neurons: must be a list of \(layer, index\) pairs"),
+        ([[0, 1, 2, 3]], "must be a list of"),
+        ([[0, 1], [0, 1, 2]], "must be a list of"),
+        ([[0, None]], "must be a list of"),
+        ([[None, 0, 1]], "must be a list of"),
+        ([[0, True, 1]], "must be a list of"),
+        ([[0, 1.0, 2]], "must be a list of"),
+        ("0,1", "must be a list of"),
+        ([[0, 1], [3, 4], [0, 1]], r"neurons.list: \(0, 1\) is given twice"),
+        ([[0, 2, 1], [0, 2, 1]], r"\(0, 2, 1\) is given twice"),
+        ([[0, 2**70]], r"\(0, 1180591620717411303424\) does not exist"),
+    ],
+)
+def test_what_is_no_set_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        NeuronSet.from_pairs(given)
+
+
+@pytest.mark.parametrize(
+    ("neuron", "sizes", "message"),
+    [
+        ([3, 0], [4, 4, 4], r"\(3, 0\) does not exist; the model has layers 0 to 2 and neurons 0 to 3"),
+        ([0, 4], [4, 4, 4], r"\(0, 4\) does not exist; the model has layers 0 to 2 and neurons 0 to 3"),
+        ([0, 2], UNEQUAL, r"\(0, 2\) does not exist; the model has layers 0 to 2 and layer 0 neurons 0 to 1"),
+        ([1, 0], UNEQUAL, r"\(1, 0\) does not exist"),
+        ([7, 0], UNEQUAL, r"\(7, 0\) does not exist; the model has layers 0 to 2$"),
+        ([-1, 0], [4], r"\(-1, 0\) does not exist"),
+        ([2, 1, 0], UNEQUAL, r"neurons: \(2, 1, 0\) does not exist; layer 2 has no experts"),
+        ([0, 2**70], [4], r"\(0, 1180591620717411303424\) does not exist"),
+    ],
+)
+def test_a_neuron_that_the_model_has_not_is_named(neuron: list[int], sizes: list[int], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        require_existing(rows_of([neuron]), sizes)
+
+
+def test_neurons_of_unequal_layers_exist() -> None:
+    NeuronSet.all_of(range(3), UNEQUAL).require_existing(UNEQUAL)
+    with pytest.raises(ConfigurationError, match=r"neurons.list: \(2, 2\) does not exist"):
+        NeuronSet.from_pairs([[2, 2]]).require_existing([3, 3, 2], "neurons.list")
