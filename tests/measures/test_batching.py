@@ -17,7 +17,7 @@ from neg_service.errors import DoesNotFit
 from neg_service.measures.batching import in_batches, in_parts
 from neg_service.measures.gradients import gradients
 from neg_service.measures.integrated_gradients import integrals
-from neg_service.models.batches import Budget, RowBudget
+from neg_service.models.batches import Budget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.families import random_ids
 from tests.tiny_models import tiny_model
@@ -48,9 +48,9 @@ def test_what_is_kept_of_a_prompt_keeps_nothing_of_its_batch(family: str, basis:
     model = tiny_model(family)
     prompts, wanted = prompts_of(model.is_masked), [(0, 1)] * N_PROMPTS
     if measure == "gradients":
-        found = dict(gradients(model, prompts, wanted, basis, [0, 1, 2], Budget(4096)))
+        found = dict(gradients(model, prompts, wanted, basis, [0, 1, 2], Budget(2**28)))
     else:
-        found = dict(integrals(model, prompts, wanted, basis, [0, 1, 2], 2, Budget(4096)))
+        found = dict(integrals(model, prompts, wanted, basis, [0, 1, 2], 2, Budget(2**28)))
     for result in found.values():
         for name, array in vars(result).items():
             if isinstance(array, np.ndarray):
@@ -76,7 +76,7 @@ def failing(most: int, alive: list[weakref.ref[Any]], error: Exception) -> Calla
 
 @pytest.mark.parametrize("error", _ERRORS, ids=str)
 def test_a_batch_that_failed_is_gone_before_the_next_is_tried(error: Exception) -> None:
-    model, alive, budget = tiny_model("Llama 2"), [], Budget(4096)
+    model, alive, budget = tiny_model("Llama 2"), [], Budget(2**28)
     model.ensure_checked()
     run = failing(2, alive, error)
     prompts = prompts_of()
@@ -84,7 +84,7 @@ def test_a_batch_that_failed_is_gone_before_the_next_is_tried(error: Exception) 
     assert [size for _, size in found] == [2] * N_PROMPTS
     assert budget.tokens == 1024
     alive.clear()
-    assert sum(in_parts(8, lambda part: run(part.stop - part.start), RowBudget(9))) == 8
+    assert sum(in_parts(8, lambda part: run(part.stop - part.start), Budget(2**28))) == 8
     alive.clear()
     none = failing(0, alive, error)
     with pytest.raises(DoesNotFit) as caught:
@@ -138,7 +138,7 @@ def test_under_a_real_limit_batches_shrink_and_recover_with_every_allocator() ->
                 sizes.append(len(part))
                 return [len(held) if not isinstance(held, pa.Buffer) else held.size] * len(part)
 
-            budget = Budget(4096)
+            budget = Budget(2**28)
             now = psutil.Process().memory_info().vms
             resource.setrlimit(resource.RLIMIT_AS, (now + 200 * MIB, resource.RLIM_INFINITY))
             found = list(in_batches(model, prompts, [1] * 8, run, budget))

@@ -14,7 +14,7 @@ import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError, PromptError
 from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.models.batches import RowBudget
+from neg_service.models.batches import Budget
 from neg_service.models.precision import in_precision
 from tests import oracle
 from tests.encodings import encoded
@@ -129,7 +129,7 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
     neg_service.neg(model, TEXT, TARGET, NEURONS, [1.0])
     interventions = Interventions(model, encoded(IDS, (TARGET_ID,)), "paper")
     with pytest.raises(IndexError):
-        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), RowBudget(8))
+        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), Budget(2**28))
     assert list(model.feed_forward.layers) == layers
     assert all(a is b for a, b in zip(model.feed_forward.layers, layers, strict=True))
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules()) == 0

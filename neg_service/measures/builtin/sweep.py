@@ -34,7 +34,7 @@ class SweepOptions:
     step: float = 0.1
     shifts: Any = None
     keep_curves: bool = False
-    batch_bytes: Any = "auto"
+    batch_bytes: Any = None
 
 
 class NeuronSweep(Measure[SweepOptions]):
@@ -45,18 +45,15 @@ class NeuronSweep(Measure[SweepOptions]):
     MEASURES_SINGLE_NEURONS = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
-        """Refuse an unknown shift, a bad grid or choice of neurons, and no memory for two rows, too."""
-        from neg_service.measures.interventions import check_batch_bytes
-
+        """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
         check_shift(self.options.shift)
         self.grid()
         check_choice(neurons, info.n_layers, info.n_neurons)
-        size = self.options.batch_bytes
-        if size != "auto":
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise ConfigurationError(f"measure.batch_bytes={size}: must be auto or a whole number of bytes")
-            check_batch_bytes(size, info.row_values)
+
+    def least_batch_bytes(self, info: ModelInfo) -> int:
+        """Two rows of a short prompt: an intervention runs beside one without a shift."""
+        return 2 * 4 * info.row_values
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """The options that decide the numbers; a grid is named by its shifts, however they were given."""
@@ -85,21 +82,21 @@ class NeuronSweep(Measure[SweepOptions]):
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
     ) -> dict[str, Any]:
         """The sweep's noise against a higher precision; see `noise.py`."""
+        from neg_service.measures.batching import budget_of
         from neg_service.measures.noise import measure_noise
-        from neg_service.measures.sweep import bytes_of_batch
 
         if neurons.choose == "top":
             neurons = NeuronsConfig(neurons.layers)
         chosen = chosen_neurons(neurons, model.feed_forward.n_layers, model.feed_forward.n_neurons)
-        size = bytes_of_batch(self.options.batch_bytes, model)
-        return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, size))}
+        budget = self.budget or budget_of(model)
+        return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, budget))}
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then neuron."""
         from neg_service.measures.sweep import sweep_rows
 
         sigma = float(shard.calibration["noise"]["sigma"])
-        return sweep_rows(shard, self._sweep, sigma, self.options.keep_curves, self.options.batch_bytes)
+        return sweep_rows(shard, self._sweep, sigma, self.options.keep_curves)
 
     @property
     def _sweep(self) -> Sweep:
