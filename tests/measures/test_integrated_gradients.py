@@ -45,11 +45,11 @@ def random_prompts(is_masked: bool, header: int = 4) -> list[EncodedPrompt]:
 
 
 def measured(
-    model: LanguageModel, prompts: list[EncodedPrompt], basis: str, m: int, tokens: int = 4096
+    model: LanguageModel, prompts: list[EncodedPrompt], basis: str, m: int, n_bytes: float = 2**28
 ) -> list[PromptIntegrals]:
     layers = list(range(model.feed_forward.n_layers))
     wanted = [range(len(prompt.target_ids)) for prompt in prompts]
-    found = dict(integrals(model, prompts, wanted, basis, layers, m, Budget(tokens)))
+    found = dict(integrals(model, prompts, wanted, basis, layers, m, Budget(n_bytes)))
     assert sorted(found) == list(range(len(prompts)))
     return [found[i] for i in range(len(prompts))]
 

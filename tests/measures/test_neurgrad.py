@@ -37,10 +37,10 @@ def random_prompts(lengths: Sequence[int], n_targets: Sequence[int], header: int
     ]
 
 
-def measured(model: LanguageModel, prompts: list[EncodedPrompt], basis: str, tokens: int = 4096) -> list:
+def measured(model: LanguageModel, prompts: list[EncodedPrompt], basis: str, n_bytes: float = 2**28) -> list:
     layers = range(model.feed_forward.n_layers)
     wanted = [range(len(prompt.target_ids)) for prompt in prompts]
-    found = dict(gradients(model, prompts, wanted, basis, list(layers), Budget(tokens)))
+    found = dict(gradients(model, prompts, wanted, basis, list(layers), Budget(n_bytes)))
     assert sorted(found) == list(range(len(prompts)))
     return [found[i] for i in range(len(prompts))]
 
@@ -177,7 +177,8 @@ def test_memory_that_ends_halves_the_batches_and_changes_nothing(monkeypatch: py
     found = dict(gradients(model, prompts, [(0, 1)] * 8, "paper", [0, 1, 2], budget))
     assert seen[0] == 8
     assert max(seen[-2:]) <= 2
-    assert budget.tokens < 10_000
+    # Two prompts of two rows each do not fit, one does; the batch of eight was halved three times.
+    assert budget.bytes == model.engine.cost(5, 0, 2, 2)
     for i, one in enumerate(expected):
         assert relative(found[i].gradient_kln, one.gradient_kln) < 1e-5
 
