@@ -25,7 +25,13 @@ README = Path(CONF) / "README.md"
 _BEGIN, _END = "<!-- settings -->\n", "\n<!-- /settings -->"
 _KEY = re.compile(r"\s*(\w+):[^#]*?(?:\s# (.*))?")
 # What OmegaConf takes as it is, and the code then checks.
-_ANY = {"cluster.replicas": "auto or a number", "neurons.layers": "text or a list", "measure.shifts": "list or null"}
+_ANY = {
+    "cluster.replicas": "auto or a number",
+    "neurons.layers": "text or a list",
+    "measure.shifts": "list or null",
+    "cluster.batch_tokens": "whole number, auto or null",
+    "measure.batch_bytes": "whole number, auto or null",
+}
 
 
 def reference() -> str:
