@@ -177,8 +177,8 @@ def test_memory_that_ends_halves_the_batches_and_changes_nothing(monkeypatch: py
     found = dict(gradients(model, prompts, [(0, 1)] * 8, "paper", [0, 1, 2], budget))
     assert seen[0] == 8
     assert max(seen[-2:]) <= 2
-    # Two prompts of two rows each do not fit, one does; the batch of eight was halved three times.
-    assert budget.bytes == model.engine.cost(5, 0, 2, 2)
+    # Two prompts of two rows each fit: the batch of eight was halved twice.
+    assert budget.bytes == 2 * model.engine.cost(5, 0, 2, 2)
     for i, one in enumerate(expected):
         assert relative(found[i].gradient_kln, one.gradient_kln) < 1e-5
 
