@@ -103,7 +103,7 @@ def neurgrad_deviation(
         for i, (ids, own) in enumerate(zip(prompts, targets, strict=True))
     ]
     layers = list(range(model.feed_forward.n_layers))
-    found = dict(gradients(model, encoded, [range(len(own)) for own in targets], basis, layers, Budget(4096)))
+    found = dict(gradients(model, encoded, [range(len(own)) for own in targets], basis, layers, Budget(2**28)))
     worst = 0.0
     for i, (ids, own) in enumerate(zip(prompts, targets, strict=True)):
         place = readout(ids, model.is_masked)

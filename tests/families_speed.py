@@ -23,7 +23,7 @@ from torch import Tensor
 from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
-from neg_service.models.batches import Budget, RowBudget
+from neg_service.models.batches import Budget
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
@@ -92,13 +92,13 @@ def _family(name: str, settings: Settings) -> dict[str, Any]:
 
     def engine_gradients() -> None:
         model.forget_prefixes()
-        for _ in gradients(model, prompts, wanted, "paper", layers, Budget(4096)):
+        for _ in gradients(model, prompts, wanted, "paper", layers, Budget(2**28)):
             pass
 
     def engine_interventions() -> None:
         one = Interventions(model, prompts[0], "paper")
         neurons = torch.full((settings.interventions,), NEURON)
-        one.delta_log_p(middle, neurons, shifts, RowBudget(settings.interventions + 1))
+        one.delta_log_p(middle, neurons, shifts, Budget(2**28))
 
     pairs: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "gradients": (lambda: _textbook_gradients(model, prompts), engine_gradients),

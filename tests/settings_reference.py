@@ -23,7 +23,13 @@ from neg_service.measures import find_measure
 README = Path(CONF) / "README.md"
 _BEGIN, _END = "<!-- settings -->\n", "\n<!-- /settings -->"
 # What OmegaConf takes as it is, and the code then checks.
-_ANY = {"cluster.replicas": "auto or a number", "neurons.layers": "text or a list", "measure.shifts": "list or null"}
+_ANY = {
+    "cluster.replicas": "auto or a number",
+    "neurons.layers": "text or a list",
+    "measure.shifts": "list or null",
+    "cluster.batch_tokens": "whole number, auto or null",
+    "measure.batch_bytes": "whole number, auto or null",
+}
 
 
 def reference() -> str:

@@ -34,7 +34,7 @@ def measured_shard(
     """The tables of these prompts as one shard, which are those that the measure says."""
     encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
     shard = ShardInput(
-        model, encoded, neurons or NeuronsConfig(), budget=budget or Budget(4096), calibration=calibration or {}
+        model, encoded, neurons or NeuronsConfig(), budget=budget or Budget(2**28), calibration=calibration or {}
     )
     found = measure.tables_of(shard)
     declared = measure.tables(model.feed_forward)

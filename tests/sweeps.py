@@ -9,6 +9,7 @@ import pyarrow as pa
 from neg_service.config import NeuronsConfig
 from neg_service.measures import measure_of
 from neg_service.measures.base import Measure
+from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import Prompt
 from tests.shards import INFO, measured_shard
@@ -22,12 +23,17 @@ SHIFTS = [-2.0, -0.5, 0.5, 2.0]
 
 
 def swept(
-    model: LanguageModel, neurons: NeuronsConfig, prompts: list[Prompt] = PROMPTS, sigma: float = 0.0, **given: Any
+    model: LanguageModel,
+    neurons: NeuronsConfig,
+    prompts: list[Prompt] = PROMPTS,
+    sigma: float = 0.0,
+    budget: Budget | None = None,
+    **given: Any,
 ) -> dict[str, pa.Table]:
     """The tables of these prompts, as if the noise had been found to be `sigma`."""
     measure = sweep_of(**{"shifts": SHIFTS, **given})
     measure.validate(INFO, neurons, prompts)
-    return measured_shard(measure, model, prompts, neurons, {"noise": {"sigma": sigma}})
+    return measured_shard(measure, model, prompts, neurons, {"noise": {"sigma": sigma}}, budget)
 
 
 def sweep_of(**given: Any) -> Measure[Any]:

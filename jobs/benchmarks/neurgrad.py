@@ -17,9 +17,8 @@ from typing import Any
 from jobs.benchmarks import ways
 from jobs.benchmarks.figures import bar, figure, ratio, taking_turns
 from neg_service import load_model
-from neg_service.measures.batching import default_batch_tokens
+from neg_service.measures.batching import budget_of
 from neg_service.measures.gradients import gradients
-from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -133,7 +132,7 @@ def _engine(model: LanguageModel, data: Data) -> None:
     ]
     wanted = [range(len(own)) for own in targets]
     layers = range(model.feed_forward.n_layers)
-    for _ in gradients(model, encoded, wanted, "paper", layers, Budget(default_batch_tokens(model))):
+    for _ in gradients(model, encoded, wanted, "paper", layers, budget_of(model)):
         pass
 
 

@@ -22,10 +22,9 @@ from jobs.benchmarks import ways
 from jobs.benchmarks.figures import bar, figure, ratio, taking_turns
 from neg_service import load_model, schema
 from neg_service.config import DatasetConfig
-from neg_service.measures.batching import default_batch_tokens
+from neg_service.measures.batching import budget_of
 from neg_service.measures.gradients import gradients
 from neg_service.measures.tables import fixed_size, table_of
-from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
 from neg_service.prompts.mceval8k import load_tasks
@@ -103,7 +102,7 @@ def _prepare(
 def _all_gradients(model: LanguageModel, prompts: list[EncodedPrompt]) -> None:
     wanted = [range(len(own.target_ids)) for own in prompts]
     layers = range(model.feed_forward.n_layers)
-    for _ in gradients(model, prompts, wanted, "paper", layers, Budget(default_batch_tokens(model))):
+    for _ in gradients(model, prompts, wanted, "paper", layers, budget_of(model)):
         pass
 
 

@@ -22,9 +22,10 @@ from jobs.benchmarks import ways
 from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service import load_model, neg
 from neg_service.config import NeuronsConfig
+from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import chosen_neurons
-from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.measures.neg import BATCH_BYTES, sweep_prompt
+from neg_service.measures.interventions import Interventions
+from neg_service.measures.neg import sweep_prompt
 from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
@@ -124,7 +125,7 @@ def _ways_of(
 
     def engine(layer: int) -> range:
         neurons = NeuronSet.of_layers({layer: np.arange(settings.neurons)})
-        budget = rows_that_fit(interventions.rows, BATCH_BYTES)
+        budget = budget_of(model)
         sweep_prompt(interventions, neurons, sweep, budget, keep_curves=False)
         return range(settings.neurons * len(shifts))
 
@@ -163,9 +164,7 @@ def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:
     for prompt in encode(model.tokenizer, prompts, model.context_length, model=model):
         interventions = Interventions(model, prompt, "paper")
         full, coarse = (
-            sweep_prompt(
-                interventions, neurons, Sweep(grid), rows_that_fit(interventions.rows, BATCH_BYTES), False
-            ).linearity_nk
+            sweep_prompt(interventions, neurons, Sweep(grid), budget_of(model), False).linearity_nk
             for grid in (full_grid(), coarse_grid())
         )
         neg_error.append(((coarse.neg - full.neg) / full.neg).abs().flatten())

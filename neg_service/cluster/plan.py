@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neg_service.cluster.messages import Shard
-from neg_service.config import ScanConfig
+from neg_service.config import BatchSize, ScanConfig
+from neg_service.memory import OLD_TOKENS, busy_bytes
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, digest
 from neg_service.prompts.sources import dataset_name
 from neg_service.schema import SCHEMA_VERSION
@@ -117,8 +118,8 @@ def fit_for_a_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
-def replica_bytes(info: ModelInfo, dtype: str, plan: Plan) -> int:
-    """About what a replica needs: weights, the runtime, a batch's graph, and two shards' results.
+def replica_bytes(info: ModelInfo, dtype: str, plan: Plan, batch: BatchSize) -> int:
+    """About what a replica on CPUs needs: weights, the runtime, a batch, and two shards' results.
 
     Beside the weights a fifth of them for loading, or what measuring noise holds in float64, whichever is larger: a
     layer, and pieces of the embeddings and the head (`models/precision.py`).
@@ -126,4 +127,12 @@ def replica_bytes(info: ModelInfo, dtype: str, plan: Plan) -> int:
     weights = info.n_parameters * _DTYPE_BYTES[dtype]
     in_float64 = info.n_parameters // info.n_layers * _DTYPE_BYTES["float64"] + 2 * 2**28
     shard = plan.total_bytes // max(1, plan.n_shards)
-    return weights + max(weights // 5, in_float64) + _RUNTIME_BYTES + 2**29 + 4 * shard
+    return weights + max(weights // 5, in_float64) + _RUNTIME_BYTES + batch_bytes(info, dtype, batch) + 4 * shard
+
+
+def batch_bytes(info: ModelInfo, dtype: str, batch: BatchSize) -> int:
+    """What the replica's budget will be, unless it finds less free (`models/room.py`)."""
+    row = info.gradient_row_values * max(4, _DTYPE_BYTES[dtype])
+    if batch.value is None:
+        return busy_bytes(row)
+    return batch.value * row // OLD_TOKENS if batch.unit == "tokens" else batch.value

@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from neg_service.cluster.plan import Plan, identity_of, make_plan, replica_bytes, run_name
+from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
-from neg_service.config import DatasetConfig, ScanConfig, check, typed
+from neg_service.config import DatasetConfig, ScanConfig, batch_size, check, check_batch_bytes, typed
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.measures import measure_of
 from neg_service.measures.base import Measure
@@ -77,7 +77,7 @@ class Prepared:
     @property
     def memory(self) -> int:
         """About what a replica needs, in bytes."""
-        return replica_bytes(self.info, self.config.model.dtype, self.plan)
+        return replica_bytes(self.info, self.config.model.dtype, self.plan, batch_size(self.config))
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def prepare(config: ScanConfig) -> Prepared:
     config, place = _resolve(config)
     loaded = _load(config)
     prepared = _plan(config, loaded, place)
+    _tell_old_name(config, loaded.info)
     if config.job.resume is not None:
         wanted = open_run(config.job.resume, config.storage.endpoint_url, key="job.resume")
         stored = {"fingerprint": wanted.fingerprint, "identity": wanted.config}
@@ -186,6 +187,9 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
     measure = measure_of(config.measure)
     measure.validate(info, config.neurons, prompts)
     config = replace(config, neurons=resolved(config.neurons, info.neurons_by_layer))
+    asked = batch_size(config)
+    if asked.value is not None and asked.unit == "bytes":
+        check_batch_bytes(asked.key, asked.value, measure.least_batch_bytes(info))
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     plan = make_plan(prompts, measure.cost(info, config.neurons, n_targets), config.job.shard_size)
     identity = identity_of(config, info, measure.fingerprint_inputs(), prompts, plan)
@@ -204,6 +208,16 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
         uri=below(place, f"{name}-{fingerprint_of(identity)}"),
         request=_request(config),
     )
+
+
+def _tell_old_name(config: ScanConfig, info: ModelInfo) -> None:
+    """Say once how an old name of a setting is called by now, and what it is."""
+    asked = batch_size(config)
+    if asked.is_by_old_name:
+        log.warning(
+            "%s=%s is called cluster.batch_bytes by now: use about cluster.batch_bytes=%d",
+            asked.key, asked.value, batch_bytes(info, config.model.dtype, asked),
+        )  # fmt: skip
 
 
 def tokenizer_of(local: LocalModel, info: ModelInfo, config: ScanConfig) -> tuple[Any, int | None]:
@@ -275,7 +289,8 @@ def _request(config: ScanConfig) -> dict[str, Any]:
     return {
         "model": {key: value for key, value in asdict(config.model).items() if key != "device"},
         "dataset": to_be_stored(config.dataset),
-        "measure": dict(config.measure),
+        # An old name that says nothing is not to be kept.
+        "measure": {key: value for key, value in config.measure.items() if (key, value) != ("batch_bytes", None)},
         "neurons": asdict(replace(config.neurons, list=source)),
         "job": job,
     }

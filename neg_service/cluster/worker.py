@@ -16,14 +16,16 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.cluster.messages import Shard, WorkerInfo, WorkerSpec
+from neg_service.config import batch_size
 from neg_service.errors import ModelError
 from neg_service.measures import measure_of
 from neg_service.measures.base import ShardInput
-from neg_service.measures.batching import default_batch_tokens
+from neg_service.measures.batching import bytes_of_tokens
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import loaded, set_threads
 from neg_service.models.placement import processor_name
+from neg_service.models.room import auto_batch_bytes
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,16 @@ class ScanWorker:
         log.info(
             "self-check passed, engine %s, row logits %.0e off the plain pass", chosen.engine.name, chosen.check.logits
         )
-        batch_tokens = self._config.cluster.batch_tokens
-        self._budget = Budget(default_batch_tokens(self._model) if batch_tokens == "auto" else int(batch_tokens))
+        self._measure.budget = self._budget = Budget(self._batch_bytes())
+        log.info("a batch takes up to %.0f MiB of memory", self._budget.bytes / 2**20)
         devices = ", ".join(f"{device} ({processor_name(device)})" for device in self._model.devices)
         return WorkerInfo(f"{devices}, {self._threads} threads", chosen.engine.name)
+
+    def _batch_bytes(self) -> int:
+        asked, gpus = batch_size(self._config), self._config.cluster.gpus_per_replica
+        if asked.value is None:
+            return auto_batch_bytes(self._model, 1 if gpus == "auto" else gpus or 1)
+        return bytes_of_tokens(self._model, asked.value) if asked.unit == "tokens" else asked.value
 
     def calibrate(self) -> dict[str, Any]:
         """Calibrate the measure on the samples."""
@@ -70,9 +78,7 @@ class ScanWorker:
     ) -> dict[str, pa.Table]:
         """Measure a shard."""
         # A shard that failed for memory runs in small batches without making all later ones small.
-        budget = self._budget
-        if batch_scale != 1:
-            budget = Budget(max(1, int(budget.tokens * batch_scale)), budget.scale * batch_scale)
+        budget = self._budget if batch_scale == 1 else self._budget.scaled(batch_scale)
         shard_input = ShardInput(
             self._model, shard.prompts, neurons=self._config.neurons, budget=budget, calibration=calibration
         )

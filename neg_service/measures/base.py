@@ -70,7 +70,7 @@ class ShardInput:
     """What a shard is measured from.
 
     neurons: which ones, with those of a list or a sample as a `NeuronSet` in `neurons.list`: they were resolved when
-    the run was planned. budget: how much a batch may hold. calibration: what the run found out before its first shard.
+    the run was planned. budget: the memory of a batch. calibration: what the run found out before its first shard.
     """
 
     model: LanguageModel
@@ -96,6 +96,8 @@ class Measure(ABC, Generic[OptionsT]):
     MEASURES_SINGLE_NEURONS: ClassVar[bool] = False
     # Whether a list may have other neurons for each task.
     TAKES_NEURONS_BY_TASK: ClassVar[bool] = False
+    # Memory that a batch may take, where a replica says it; for what has no shard, such as calibrating.
+    budget: Budget | None = None
 
     def __init__(self, options: OptionsT) -> None:
         """With options as they are; `of` checks their names and types."""
@@ -123,6 +125,10 @@ class Measure(ABC, Generic[OptionsT]):
 
         Where several hold values of neurons, the last of them is what the run is about.
         """
+
+    def least_batch_bytes(self, info: ModelInfo) -> int:
+        """With how little memory for a batch this is refused before anything starts; without a limit 0."""
+        return 0
 
     @abstractmethod
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:

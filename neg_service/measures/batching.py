@@ -1,14 +1,21 @@
-"""Running prompts together: in groups with a shared beginning, in batches that fit, halved when memory ends."""
+"""Running prompts and rows in batches that fit: as many as a budget of bytes holds, fewer when memory ends.
+
+One loop, `in_parts`, halves and recovers. Prompts go through it in groups with a shared beginning (`in_batches`), the
+rows of one prompt beside a baseline row of their own (`interventions.py`, `integrated_gradients.py`).
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
-from neg_service.errors import DoesNotFit
-from neg_service.memory import is_out_of_memory
-from neg_service.models.batches import Budget, RowBudget, fill_batches, return_cached_memory, without_frames
+from neg_service.errors import ConfigurationError, DoesNotFit
+from neg_service.memory import OLD_TOKENS, is_out_of_memory
+from neg_service.models.batches import Budget, end_of_part, return_cached_memory, without_frames
 from neg_service.models.language_model import LanguageModel
+from neg_service.models.room import auto_batch_bytes
 from neg_service.prompts.prompt import EncodedPrompt
 
 T = TypeVar("T")
@@ -19,9 +26,66 @@ PREFIX_SLACK = 16
 PLANNED_TOGETHER = 256
 
 
-def default_batch_tokens(model: LanguageModel) -> int:
-    """A batch that keeps the processor busy: more does not make it faster, and costs memory."""
-    return 2048 if model.device.type == "cpu" else 16384
+def budget_of(model: LanguageModel, batch_bytes: int | None = None, batch_tokens: int | None = None) -> Budget:
+    """The budget of a call of the library; without a number, what keeps the device busy and fits it.
+
+    `batch_tokens` is the old name, of the old unit: a token with a graph counted as 16.
+
+    Raises:
+        ConfigurationError: a number below 1, or both.
+    """
+    for name, value in (("batch_bytes", batch_bytes), ("batch_tokens", batch_tokens)):
+        if value is not None and value < 1:
+            raise ConfigurationError(setting=name, value=value, allowed="at least 1")
+    if batch_tokens is None:
+        return Budget(auto_batch_bytes(model) if batch_bytes is None else batch_bytes)
+    if batch_bytes is not None:
+        raise ConfigurationError(
+            "is the old name of batch_bytes, which is given, too: leave it out", setting="batch_tokens",
+            value=batch_tokens,
+        )  # fmt: skip
+    translated = bytes_of_tokens(model, batch_tokens)
+    warnings.warn(
+        f"batch_tokens={batch_tokens} is called batch_bytes by now, and is in bytes: batch_bytes={translated}",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return Budget(translated)
+
+
+def bytes_of_tokens(model: LanguageModel, tokens: int) -> int:
+    """What `batch_tokens`, the old setting, is in bytes."""
+    row = model.engine.row_sizes(1)
+    return max(1, tokens * (row.graph + row.slopes) // OLD_TOKENS)
+
+
+def in_parts(
+    costs: Sequence[int], run: Callable[[range], T], budget: Budget, beside: int = 0
+) -> Iterator[tuple[range, T]]:
+    """Run items in their order, as many together as fit, in parts of about the same size; yields (part, result).
+
+    costs: what each item takes, in bytes. beside: what each part takes besides. When memory ends in a part, the budget
+    is lowered to half of it, for all that follows. An item that does not fit even alone raises what the allocator says.
+    """
+    sums = [0, *accumulate(costs)]
+    start = 0
+    while start < len(costs):
+        part = range(start, end_of_part(sums, start, max(0, budget.bytes - beside)))
+        try:
+            result = run(part)
+        except (MemoryError, RuntimeError) as error:
+            if len(part) == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            budget.has_fitted()
+            start = part.stop
+            yield part, result
+            # Not to be held while the next part runs.
+            del result
+            continue
+        # Out of the handler, where the failed part's tensors are no longer held by the traceback.
+        budget.lower_to(beside + sums[start + len(part) // 2] - sums[start])
+        return_cached_memory()
 
 
 def in_batches(
@@ -30,90 +94,43 @@ def in_batches(
     counts: Sequence[int],
     run: Callable[[Sequence[int], tuple[int, ...]], list[T]],
     budget: Budget,
+    differentiated: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Run prompts in whatever order is cheapest; yields (index, result), each index once.
 
-    `counts[i]` rows are run of prompt i; `run(indices, shared)` runs some prompts that all begin with the tokens
-    `shared`, and gives their results in order.
+    `counts[i]` rows are run of prompt i, `differentiated[i]` targets are differentiated, if any; `run(indices, shared)`
+    runs some prompts that all begin with the tokens `shared`, and gives their results in order. A batch holds prompts
+    of similar length, because the attention product (and it alone) is padded to the longest.
 
     Raises:
         DoesNotFit: a prompt does not fit even alone.
     """
     engine = model.engine
+    targets = differentiated or [0] * len(prompts)
     for start in range(0, len(prompts), PLANNED_TOGETHER):
         block = range(len(prompts))[start : start + PLANNED_TOGETHER]
         for group in engine.groups([prompts[i].ids for i in block]):
-            members = [block[i] for i in group.members]
-            first = prompts[members[0]].ids
+            members = sorted((block[i] for i in group.members), key=lambda i: (len(prompts[i].ids), i))
             kept = engine.prefixes.longest([prompts[i].ids for i in members])
-            shared = kept if kept and kept >= group.shared - PREFIX_SLACK else group.shared
-            costs = [engine.cost(len(prompts[i].ids), shared) for i in members]
-            once = [tokens for tokens, _ in costs]
-            rows = [counts[i] * tokens for i, (_, tokens) in zip(members, costs, strict=True)]
-            for batch in fill_batches(once, rows, budget):
-                yield from _halving(model, prompts, counts, run, first[:shared], [members[i] for i in batch], budget)
+            n_shared = kept if kept and kept >= group.shared - PREFIX_SLACK else group.shared
+            shared = prompts[members[0]].ids[:n_shared]
+            costs = [engine.cost(len(prompts[i].ids), n_shared, counts[i], targets[i]) for i in members]
 
+            def run_part(part: range, members: list[int] = members, shared: tuple[int, ...] = shared) -> list[T]:
+                own = [members[i] for i in part]
+                try:
+                    return run(own, shared)
+                except (MemoryError, RuntimeError) as error:
+                    if len(own) > 1 or not is_out_of_memory(error):
+                        raise
+                    raise DoesNotFit(
+                        f"{named(prompts[own[0]], model)}: its {counts[own[0]]} rows do not fit into the memory of "
+                        f"{model.device} even alone: use a larger device, or fewer targets or edits"
+                    ) from without_frames(error)
 
-def _halving(
-    model: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
-    counts: Sequence[int],
-    run: Callable[[Sequence[int], tuple[int, ...]], list[T]],
-    shared: tuple[int, ...],
-    indices: list[int],
-    budget: Budget,
-) -> Iterator[tuple[int, T]]:
-    """Run a batch; when memory ends, halve the budget for all that follows and run the batch in two halves."""
-    waiting, whole = [indices], budget.tokens
-    while waiting:
-        part = waiting.pop()
-        try:
-            results = run(part, shared)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(part) == 1:
-                prompt = prompts[part[0]]
-                raise DoesNotFit(
-                    f"{named(prompt, model)}: its {counts[part[0]]} rows do not fit into the memory of {model.device} "
-                    f"even alone: use a larger device, or fewer targets or edits"
-                ) from without_frames(error)
-            # By the part of the batch that is tried next: when both halves fail, that is one halving, not two.
-            budget.lower_to(whole * -(-len(part) // 2) / len(indices))
-            waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
-            results = None
-        if results is None:
-            # Out of the handler, where the failed batch's tensors are no longer held by the traceback.
-            return_cached_memory()
-            continue
-        budget.has_fitted()
-        yield from zip(part, results, strict=True)
-
-
-def in_parts(n_rows: int, run: Callable[[slice], T], budget: RowBudget) -> list[T]:
-    """Run rows of one prompt beside its baseline, in parts of even size; when memory ends, in parts half as large.
-
-    Gives what `run` gave of each part, in order; how many rows may run together from now on is left in the budget. A
-    row that does not fit even alone raises what the allocator says.
-    """
-    done: list[T] = []
-    start = 0
-    while start < n_rows:
-        left = n_rows - start
-        n_parts = -(-left // (budget.rows - 1))
-        end = start + -(-left // n_parts)
-        try:
-            done.append(run(slice(start, end)))
-            start = end
-            budget.has_fitted()
-            continue
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or end - start == 1:
-                raise
-        # Out of the handler, where the failed part's tensors are no longer held by the traceback.
-        budget.lower(1 + (end - start) // 2)
-        return_cached_memory()
-    return done
+            for part, results in in_parts(costs, run_part, budget):
+                yield from zip([members[i] for i in part], results, strict=True)
+                del results
 
 
 def named(prompt: EncodedPrompt, model: LanguageModel) -> str:

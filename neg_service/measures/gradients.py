@@ -77,8 +77,9 @@ def gradients(
     def run(indices: Sequence[int], shared: tuple[int, ...]) -> list[PromptGradients]:
         return _run_batch(model, [prompts[i] for i in indices], [wanted[i] for i in indices], points, shared)
 
-    counts = [1 if model.engine.targets_share_rows else len(own) for own in wanted]
-    return in_batches(model, prompts, counts, run, budget)
+    n_targets = [len(own) for own in wanted]
+    counts = [1] * len(prompts) if model.engine.targets_share_rows else n_targets
+    return in_batches(model, prompts, counts, run, budget, n_targets)
 
 
 def _run_batch(

@@ -30,12 +30,11 @@ from torch import Tensor
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, NonFiniteError, told_by_parameters
-from neg_service.measures.batching import default_batch_tokens, in_parts, named
+from neg_service.measures.batching import budget_of, in_parts, named
 from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import encoded_texts
-from neg_service.models.batches import ROW_COST, Budget, RowBudget
-from neg_service.models.engines.base import Rows
+from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
 from neg_service.prompts.prompt import EncodedPrompt
@@ -71,6 +70,7 @@ def integrated_gradients(
     basis: str = "paper",
     layers: Sequence[int] | None = None,
     m: int = 20,
+    batch_bytes: int | None = None,
     batch_tokens: int | None = None,
 ) -> IntegratedGradientsResult:
     """Integrated gradients of every feed-forward neuron for every target of every prompt, at its readout position.
@@ -84,7 +84,8 @@ def integrated_gradients(
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
         m: how many points between zero (not one of them) and the activations (the last) are summed over.
-        batch_tokens: how much a batch may hold; halved by itself when memory ends. Never changes the results.
+        batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
+            itself when memory ends, and recovers; never changes the results. batch_tokens: its old name and unit.
 
     Returns:
         Arrays on the CPU, in the order of `prompts`.
@@ -100,7 +101,7 @@ def integrated_gradients(
     encoded = encoded_texts(model, prompts, targets)
     chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
     model.ensure_checked()
-    budget = Budget(batch_tokens or default_batch_tokens(model))
+    budget = budget_of(model, batch_bytes, batch_tokens)
     wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]
 
     p, k, n = len(encoded), max(map(len, wanted)), model.feed_forward.n_neurons
@@ -174,23 +175,15 @@ def integrals(
 def _integral(interventions: Interventions, layer: int, tokens: Sequence[int], m: int, budget: Budget) -> Tensor:
     """Integrated gradients [K, N] of one layer, in float32 or better; what did not fit shrinks the budget."""
 
-    def run(part: slice) -> Tensor:
-        return _summed_slopes(interventions, layer, tokens, range(1, m + 1)[part], m)
+    def run(part: range) -> Tensor:
+        return _summed_slopes(interventions, layer, tokens, range(1, m + 1)[part.start : part.stop], m)
 
-    fitting = _points_that_fit(interventions.rows, len(tokens), budget)
-    rows = RowBudget(1 + fitting)
+    # A point's row keeps a graph through the layers; the ways back of several targets are run together.
+    sizes = interventions.rows.sizes
+    point = sizes.graph + min(len(tokens), _TARGETS_TOGETHER) * sizes.slope
     with interventions.naming_memory(f"one scaled point of layer {layer} does"):
-        parts = in_parts(m, run, rows)
-    if rows.rows <= fitting:
-        budget.lower((rows.rows - 1) / fitting)
-    else:
-        budget.has_fitted()
+        parts = [found for _, found in in_parts([point] * m, run, budget)]
     return at_least_float32(interventions.activation_ln[layer]) * torch.stack(parts).sum(0) / m
-
-
-def _points_that_fit(rows: Rows, n_targets: int, budget: Budget) -> int:
-    # A point's row keeps a graph through the layers; each target's way back carries one row of a layer at a time.
-    return max(1, budget.tokens // (ROW_COST * (rows.tokens + min(n_targets, _TARGETS_TOGETHER))))
 
 
 def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[int], steps: range, m: int) -> Tensor:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.errors import ConfigurationError, told_by_parameters
-from neg_service.measures.batching import default_batch_tokens, in_batches, named
+from neg_service.measures.batching import budget_of, in_batches, named
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
@@ -64,6 +64,7 @@ def intervene(
     *,
     basis: str = "paper",
     answers: Sequence[int | None] | None = None,
+    batch_bytes: int | None = None,
     batch_tokens: int | None = None,
 ) -> InterveneResult:
     """Change sets of neurons at each prompt's readout position, and read the targets before and after.
@@ -75,7 +76,8 @@ def intervene(
         edits: E edits, `Edit` or mappings such as `{"neurons": [(29, 864)], "shift": 0.5}`; see `edits.py`.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         answers: for each prompt the index of the target that `enhance` favours; the first target where not given.
-        batch_tokens: how much a batch may hold; halved by itself when memory ends. Never changes the results.
+        batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
+            itself when memory ends, and recovers; never changes the results. batch_tokens: its old name and unit.
 
     Raises:
         PromptError: an unusable prompt or target.
@@ -97,11 +99,10 @@ def intervene(
     checked = checked_edits(edits, model.feed_forward.neurons_by_layer)
     encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
     model.ensure_checked()
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ConfigurationError(setting="batch_tokens", value=batch_tokens, allowed="at least 1")
+    budget = budget_of(model, batch_bytes, batch_tokens)
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
     before, delta = np.full((p, k), np.nan), np.full((p, e, k), np.nan)
-    for index, found in effects(model, encoded, checked, basis, Budget(batch_tokens or default_batch_tokens(model))):
+    for index, found in effects(model, encoded, checked, basis, budget):
         own = len(found.probability_k)
         before[index, :own], delta[index, :, :own] = found.probability_k, found.delta_p_ek
     after = before[:, None] + delta

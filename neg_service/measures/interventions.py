@@ -17,21 +17,18 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from neg_service.errors import ConfigurationError, DoesNotFit, NonFiniteError
+from neg_service.errors import DoesNotFit, NonFiniteError
 from neg_service.measures.batching import in_parts, named
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
 from neg_service.memory import is_out_of_memory
-from neg_service.models.batches import RowBudget, without_frames
+from neg_service.models.batches import Budget, without_frames
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows
 from neg_service.models.feed_forward import hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
 from neg_service.prompts.prompt import EncodedPrompt
-
-# So many targets' graphs are held at once.
-_TARGETS_TOGETHER = 32
 
 
 class Interventions:
@@ -74,24 +71,27 @@ class Interventions:
         self.probability_k = self._baseline.p_v[self._target_ids].to(self.device)
         self.activation_ln = [point.neurons(flat(captured[i])[place])[0] for i, point in enumerate(self.points)]
 
-    def neurgrad(self, layers: Sequence[int]) -> Tensor:
+    def neurgrad(self, layers: Sequence[int], budget: Budget) -> Tensor:
         """NeurGrad [K, L, N] of the layers' neurons, over the same prefix; probability per unit of |activation|.
 
         Raises:
             NonFiniteError: NaN or infinity in a gradient.
-            DoesNotFit: a few targets' graphs do not fit.
+            DoesNotFit: one target's gradients do not fit.
         """
         points = {layer: self.points[layer] for layer in layers}
-        parts = []
-        for start in range(0, len(self._target_ids), _TARGETS_TOGETHER):
-            own = self._target_ids[start : start + _TARGETS_TOGETHER]
-            with self.naming_memory("the gradients of its targets do"):
-                found = target_gradients(self.rows, [own], points)
+
+        def run(part: range) -> Tensor:
+            found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
             signed = [
                 signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
                 for slope_kn, activation_kn in zip(found.gradient_lrn, found.activation_lrn, strict=True)
             ]
-            parts.append(torch.stack(signed, 1))
+            return torch.stack(signed, 1)
+
+        sizes, shares = self.rows.sizes, self.rows.targets_share_rows
+        own, beside = (sizes.slopes, sizes.graph) if shares else (sizes.graph + sizes.slopes, 0)
+        with self.naming_memory("the gradients of one of its targets do"):
+            parts = [found for _, found in in_parts([own] * len(self._target_ids), run, budget, beside)]
         neurgrad_kln = torch.cat(parts) * self.probability_k[:, None, None]
         if not neurgrad_kln.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
@@ -113,7 +113,7 @@ class Interventions:
                 f"{self._who}: {what} not fit into the memory of {self.device}: use a larger device or a shorter prompt"
             ) from without_frames(error)
 
-    def delta_log_p(self, layer: int, neurons_i: Tensor, shifts_i: Tensor, budget: RowBudget) -> Tensor:
+    def delta_log_p(self, layer: int, neurons_i: Tensor, shifts_i: Tensor, budget: Budget) -> Tensor:
         """Δ log p of every target [I, K] when neuron `neurons_i[i]` of a layer is moved by `shifts_i[i]`.
 
         `shifts_i` are added to the activation as they are; signs are the caller's business. Batches are filled evenly.
@@ -123,11 +123,14 @@ class Interventions:
             NonFiniteError: NaN or infinity after an intervention.
         """
 
-        def run(part: slice) -> Tensor:
-            return self._run(layer, neurons_i[part], shifts_i[part])
+        def run(part: range) -> Tensor:
+            own = slice(part.start, part.stop)
+            return self._run(layer, neurons_i[own], shifts_i[own])
 
+        size = self.rows.sizes.run
         with self.naming_memory("one intervention does"):
-            return torch.cat(in_parts(len(shifts_i), run, budget))
+            # Beside the baseline row.
+            return torch.cat([found for _, found in in_parts([size] * len(shifts_i), run, budget, size)])
 
     def run_from(self, layer: int, n_rows: int, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Logits [R, V] of rows that begin at a layer, with what `change` makes of the tensor that holds its neurons.
@@ -171,22 +174,3 @@ class Interventions:
         with self._readout.differences([n_rows]) as head_rv:
             self.run_from(layer, n_rows, shift)
         return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
-
-
-def rows_that_fit(rows: Rows, batch_bytes: float) -> RowBudget:
-    """How many rows of a batch fit into a memory budget; never fewer than the two without which nothing is measured."""
-    return RowBudget(max(2, int(batch_bytes) // rows.row_bytes))
-
-
-def check_batch_bytes(batch_bytes: int, row_values: int) -> None:
-    """Refuse a budget that holds no two rows even of a short prompt, the baseline and one intervention.
-
-    Raises:
-        ConfigurationError: with the least that is needed.
-    """
-    if batch_bytes < 2 * 4 * row_values:
-        raise ConfigurationError(
-            f"holds {batch_bytes // (4 * row_values)} rows of {4 * row_values} bytes, at least 2 are needed",
-            setting="measure.batch_bytes",
-            value=batch_bytes,
-        )

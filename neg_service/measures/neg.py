@@ -19,19 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neg_service.config import check_batch_bytes
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
+from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import checked_neurons
 from neg_service.measures.gradients import signed_by
-from neg_service.measures.interventions import Interventions, check_batch_bytes, rows_that_fit
+from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import Linearity, linearity
 from neg_service.measures.shifts import Doubles, Sweep, check_shift, chosen_grid
-from neg_service.models.batches import RowBudget
+from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, NeuronSet
 from neg_service.prompts.prompt import Prompt, check_prompts, encode
-
-# Memory for the rows of a batch on a CPU; larger batches are no faster from a few hundred rows on.
-BATCH_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def neg(
     shifts: Sequence[float] | None = None,
     basis: str = "paper",
     shift: str = "magnitude",
-    batch_bytes: int = BATCH_BYTES,
+    batch_bytes: int | None = None,
     grid: str = "full",
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
@@ -76,7 +75,8 @@ def neg(
         shifts: the grid; +-0.1, +-0.2, ... +-2.0 if not given.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         shift: `magnitude` or `signed`.
-        batch_bytes: memory for a batch's rows; never changes the results.
+        batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
+            itself when memory ends, and recovers; never changes the results.
         grid: `full`, or `coarse`: 4 shifts, from which NEG, r and R² of the full grid are interpolated.
 
     Raises:
@@ -94,9 +94,10 @@ def neg(
     chosen, place_n = _asked_neurons(neurons, model.feed_forward.neurons_by_layer)
     (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model)
     model.ensure_checked()
-    check_batch_bytes(batch_bytes, model.row_values)
+    if batch_bytes is not None:
+        check_batch_bytes("batch_bytes", batch_bytes, 2 * 4 * model.row_values)
+    budget = budget_of(model, batch_bytes)
     interventions = Interventions(model, encoded, basis)
-    budget = rows_that_fit(interventions.rows, batch_bytes)
     found = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True)
     assert found.delta_p_nsk is not None
     return NegResult(
@@ -127,7 +128,7 @@ def sweep_prompt(
     interventions: Interventions,
     neurons: NeuronSet,
     sweep: Sweep,
-    budget: RowBudget,
+    budget: Budget,
     keep_curves: bool,
     on_done: Callable[[int], None] = lambda n: None,
 ) -> SweepResult:
@@ -164,7 +165,7 @@ def sweep_prompt(
     )
 
 
-def curves(interventions: Interventions, layer: int, neurons_n: Tensor, sweep: Sweep, budget: RowBudget) -> Tensor:
+def curves(interventions: Interventions, layer: int, neurons_n: Tensor, sweep: Sweep, budget: Budget) -> Tensor:
     """Δ log p [n, S, K] of neurons of one layer; batches are filled across neurons."""
     activations = interventions.activation_ln[layer]
     activation_n = activations[neurons_n.to(activations.device)]

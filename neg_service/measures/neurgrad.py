@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, told_by_parameters
-from neg_service.measures.batching import default_batch_tokens
+from neg_service.measures.batching import budget_of
 from neg_service.measures.gradients import Floats, gradients
-from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
 
@@ -55,6 +54,7 @@ def neurgrad(
     *,
     basis: str = "paper",
     layers: Sequence[int] | None = None,
+    batch_bytes: int | None = None,
     batch_tokens: int | None = None,
 ) -> NeurGradResult:
     """NeurGrad of every feed-forward neuron for every target of every prompt, at the prompt's last token.
@@ -67,7 +67,8 @@ def neurgrad(
         targets: for each prompt, texts that follow it verbatim; each must be one token there.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
-        batch_tokens: how much a batch may hold; halved by itself when memory ends. Never changes the results.
+        batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
+            itself when memory ends, and recovers; never changes the results. batch_tokens: its old name and unit.
 
     Returns:
         Arrays on the CPU, in the order of `prompts`.
@@ -81,7 +82,7 @@ def neurgrad(
     encoded = encoded_texts(model, prompts, targets)
     chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
     model.ensure_checked()
-    budget = Budget(batch_tokens or default_batch_tokens(model))
+    budget = budget_of(model, batch_bytes, batch_tokens)
     wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]
 
     p, k, n = len(encoded), max(map(len, wanted)), model.feed_forward.n_neurons

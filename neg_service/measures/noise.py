@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from neg_service.errors import NonFiniteError, OutOfMemory
-from neg_service.measures.interventions import Interventions, rows_that_fit
+from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import linearity
 from neg_service.measures.neg import curves
 from neg_service.measures.shifts import Grid, Sweep
+from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import in_precision
 from neg_service.neurons import NeuronSet
@@ -62,7 +63,7 @@ def resolution(grid: Grid, sigma: float) -> float:
 
 
 def measure_noise(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronSet, sweep: Sweep, batch_bytes: int
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronSet, sweep: Sweep, budget: Budget
 ) -> Noise:
     """Sweep a few of `neurons` on `prompts` twice: as asked, and in the reference's precision.
 
@@ -81,8 +82,8 @@ def measure_noise(
     true_negs: list[Tensor] = []
     for place, prompt in enumerate(prompts):
         try:
-            own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype, batch_bytes)
-            true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference, batch_bytes)
+            own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype, budget)
+            true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference, budget)
         except (NonFiniteError, OutOfMemory):
             if errors or place + 1 < len(prompts):
                 continue
@@ -110,13 +111,12 @@ def measure_noise(
 
 
 def _delta_log_p(
-    model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, sweep: Sweep, dtype: torch.dtype, batch_bytes: int
+    model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, sweep: Sweep, dtype: torch.dtype, budget: Budget
 ) -> tuple[Tensor, Tensor]:
     """Δ log p [n, S, K] and p [K], in float64 on the CPU, with the model computing in `dtype`."""
     layers = model.feed_forward.layers
     with nullcontext() if dtype == model.dtype else in_precision(model.model, layers, dtype):
         interventions = Interventions(model, prompt, sweep.basis)
-        budget = rows_that_fit(interventions.rows, batch_bytes)
         found = []
         for layer in neurons.layers:
             own_n = torch.from_numpy(neurons.of_layer(layer))

@@ -24,61 +24,43 @@ from neg_service import schema
 from neg_service.measures.base import ShardInput
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
 from neg_service.measures.gradients import signed_by
-from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.measures.neg import BATCH_BYTES, SweepResult, sweep_prompt
+from neg_service.measures.interventions import Interventions
+from neg_service.measures.neg import SweepResult, sweep_prompt
 from neg_service.measures.noise import resolution
 from neg_service.measures.shifts import Sweep
 from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
-from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
 
 log = logging.getLogger(__name__)
 
-# A GPU is busy only with far more rows than a CPU.
-_GPU_BATCH_BYTES = 8 * BATCH_BYTES
 _SPEAK_SECONDS = 30.0
 
 
 def sweep_rows(
-    shard: ShardInput, sweep: Sweep, sigma: float, keep_curves: bool, batch_bytes: int | str
+    shard: ShardInput, sweep: Sweep, sigma: float, keep_curves: bool
 ) -> Iterator[tuple[int, dict[str, pa.Table]]]:
     """The tables `prompts` and `sweep` of each prompt, by its index.
 
-    sigma: standard deviation of the error of Δ log p, see `noise.py`. batch_bytes: memory for a batch's rows, or auto.
+    sigma: standard deviation of the error of Δ log p, see `noise.py`.
     """
     model, neurons = shard.model, shard.neurons
     layers = layers_of(neurons, model.feed_forward.n_layers)
     chosen = None if neurons.choose == "top" else chosen_neurons(neurons, model.feed_forward.neurons_by_layer)
-    size = bytes_of_batch(batch_bytes, model)
     for group in model.groups([prompt.ids for prompt in shard.prompts]):
         for index in group.members:
             prompt = shard.prompts[index]
             interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
-            neurgrad_kln = interventions.neurgrad(layers)
+            neurgrad_kln = interventions.neurgrad(layers, shard.budget)
             own = chosen
             if own is None:
                 own = strongest_neurons(layers, neurgrad_kln.abs().amax(0).cpu().numpy(), neurons.count)
-            rows = rows_that_fit(interventions.rows, size * shard.budget.scale)
-            fitting = rows.rows
             progress = _Progress(prompt.prompt.id, len(own))
-            found = sweep_prompt(interventions, own, sweep, rows, keep_curves, progress.add)
-            # What did not fit just now will not fit for the next prompt.
-            if rows.rows < fitting:
-                shard.budget.lower(rows.rows / fitting)
-            else:
-                shard.budget.has_fitted()
+            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, progress.add)
             neurgrad_kn = neurgrad_kln[:, np.searchsorted(layers, own.layer), own.neuron]
             probability_k = interventions.probability_k.float().cpu().numpy()
             table = _table(prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma, model.dtype)
             yield index, {"prompts": prompt_row(prompt, probability_k), "sweep": table}
-
-
-def bytes_of_batch(batch_bytes: int | str, model: LanguageModel) -> int:
-    """Memory for a batch's rows; auto depends on the device."""
-    if batch_bytes != "auto":
-        return int(batch_bytes)
-    return BATCH_BYTES if model.device.type == "cpu" else _GPU_BATCH_BYTES
 
 
 def _table(

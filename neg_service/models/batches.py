@@ -1,24 +1,22 @@
-"""Which prompts run together: shared prefixes found, batches filled, and a budget that halves when memory ends.
+"""Which prompts run together: shared prefixes found, parts filled, and a budget of bytes that halves when memory ends.
 
-Pure planning on token ids; nothing here touches a model. Batches never change what is measured, only its cost:
-prompts with long common beginnings share a prefix, and a batch holds prompts of similar length, because the
-attention product (and it alone) is padded to the longest.
+Pure planning on token ids and bytes; nothing here touches a model. Batches never change what is measured, only its
+cost: prompts with long common beginnings share a prefix. What a prompt or a row takes says its engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
-# A row keeps a graph through every layer, a prefix token only keys and values: about this many times the memory.
-ROW_COST = 16
 # A pass reads all weights whatever it carries: about so many tokens' time. A group costs one, a shared prefix another.
 PASS_COST = 64
-# After so many batches that fitted a lowered limit doubles. A sweep has thousands of small ones.
-PATIENCE, ROWS_PATIENCE, MOST_PATIENCE = 8, 64, 4096
+# After so many batches that fitted a lowered limit doubles.
+PATIENCE, MOST_PATIENCE = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -56,60 +54,45 @@ class Limit:
 
 
 class Budget:
-    """How much a batch may hold, in prefix tokens; a token of a row counts as `ROW_COST` of them.
+    """How many bytes of memory a batch may take: at most those given, fewer for a while after a batch did not fit.
 
-    `scale` is what is left of any other budget after batches did not fit.
+    One of a replica, or of a call of the library, serves whatever runs there: what did not fit as gradients is not
+    tried as interventions either.
     """
 
-    def __init__(self, tokens: int, scale: float = 1.0) -> None:
-        self._limit = Limit(tokens, tokens, PATIENCE)
-        self._scale = scale
+    def __init__(self, most: float) -> None:
+        self._limit = Limit(most, most, PATIENCE)
 
     @property
-    def tokens(self) -> int:
-        """At least one."""
+    def bytes(self) -> int:
+        """What a batch may take now, at least one byte; one that needs more even for a single row is run all the same.
+
+        So that nothing is refused that would have fitted: what a row takes is an estimate, on the safe side.
+        """
         return max(1, int(self._limit.now))
 
-    @property
-    def scale(self) -> float:
-        """Of the given one, as much as is left of the tokens."""
-        return self._scale * self._limit.now / self._limit.most
-
-    def halve(self) -> None:
-        """After a batch that did not fit."""
-        self.lower(0.5)
-
-    def lower(self, factor: float) -> None:
-        """The same, where it is known by how much."""
-        self.lower_to(self._limit.now * factor)
-
-    def lower_to(self, tokens: float) -> None:
-        """The same, where it is known to what; what is lower already stays."""
-        self._limit = self._limit.lowered(tokens)
+    def lower_to(self, n_bytes: float) -> None:
+        """After a batch that did not fit; what is lower already stays."""
+        self._limit = self._limit.lowered(n_bytes)
 
     def has_fitted(self) -> None:
         """After a batch that fitted: what was lowered recovers in time."""
         self._limit = self._limit.after_fitting()
 
+    def scaled(self, scale: float) -> Budget:
+        """One of its own with a part of what there is now."""
+        return Budget(max(1, self._limit.now * scale))
 
-class RowBudget:
-    """How many rows of one prompt a batch may hold, the unshifted one included: at least 2."""
 
-    def __init__(self, rows: int) -> None:
-        self._limit = Limit(rows, rows, ROWS_PATIENCE)
+def end_of_part(sums: Sequence[int], start: int, room: int) -> int:
+    """Up to which item, of `sums[i]` bytes before item i, a part from `start` on goes: within the room, or one item.
 
-    @property
-    def rows(self) -> int:
-        """At least 2."""
-        return max(2, int(self._limit.now))
-
-    def lower(self, rows: int) -> None:
-        """After a batch that did not fit."""
-        self._limit = self._limit.lowered(rows)
-
-    def has_fitted(self) -> None:
-        """After a batch that fitted: what was lowered recovers in time."""
-        self._limit = self._limit.after_fitting()
+    As few parts as can be, of about the same size.
+    """
+    left = sums[-1] - sums[start]
+    even = -(-left // max(1, -(-left // max(1, room))))
+    fitting = bisect_right(sums, sums[start] + room) - 1
+    return max(start + 1, min(fitting, bisect_left(sums, sums[start] + even), len(sums) - 1))
 
 
 @dataclass(frozen=True)
@@ -149,24 +132,6 @@ def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[Group]:
         groups.append(Group(tuple(order[start:end]), shared))
         end = start
     return groups[::-1]
-
-
-def fill_batches(lengths: Sequence[int], row_tokens: Sequence[int], budget: Budget) -> Iterator[tuple[int, ...]]:
-    """Yield batches of indices, by length, each within the budget or a single prompt.
-
-    The budget is read anew for each batch, so that halving it takes effect at once.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    start = 0
-    while start < len(order):
-        spent, end = 0, start
-        while end < len(order):
-            spent += lengths[order[end]] + ROW_COST * row_tokens[order[end]]
-            if spent > budget.tokens and end > start:
-                break
-            end += 1
-        yield tuple(order[start:end])
-        start = end
 
 
 def return_cached_memory() -> None:

@@ -30,6 +30,34 @@ def row_values(config: Any, n_neurons: int) -> int:
     return 3 * int(config.get_text_config().vocab_size) + token_values(config, n_neurons)
 
 
+def kept_values(config: Any, n_layers: int, n_neurons: int, is_gated: bool) -> tuple[int, int]:
+    """How many values, at most, a token of a row leaves in the graph of all layers: of hidden states, and of neurons.
+
+    Counted with `torch.autograd.graph.saved_tensors_hooks` for all families of the tests (torch 2.13, transformers
+    5.23). Gated ones keep 3 to 7 times the hidden size and 3 to 5 times the neurons, plain ones up to 3 times these;
+    Gemma 2 keeps the most. What attention keeps for each token that is looked at comes on top.
+    """
+    hidden = 7 * int(config.get_text_config().hidden_size)
+    return n_layers * hidden, n_layers * (5 if is_gated else 3) * n_neurons
+
+
+def slope_values(config: Any, n_layers: int, n_neurons: int) -> int:
+    """About how many values a target's way back takes: through the head and a layer, and what comes out of all layers.
+
+    The head's logits, their softmax and the slopes of both; of each layer gradients and activations, with copies.
+    """
+    return 4 * int(config.get_text_config().vocab_size) + 5 * n_layers * n_neurons + token_values(config, n_neurons)
+
+
+def frozen_values(config: Any, n_layers: int, n_neurons: int) -> int:
+    """About how many values a token of a prefix takes while it runs: keys and values of all layers, and one layer's."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    groups = int(getattr(text, "num_key_value_heads", None) or heads)
+    size = int(getattr(text, "head_dim", None) or int(text.hidden_size) // heads)
+    return 2 * n_layers * groups * size + token_values(config, n_neurons)
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens of a prompt: positions that there are, and for which rotary angles are the same in every pass."""
     config = model.config.get_text_config()

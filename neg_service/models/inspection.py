@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
 from neg_service.models.configuration import auto_class_of, is_masked_architecture, read_config, without_weights
-from neg_service.models.dimensions import context_length, row_values, vocabulary
+from neg_service.models.dimensions import context_length, kept_values, row_values, slope_values, vocabulary
 from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
 from neg_service.models.engines.select import candidates
 from neg_service.models.feed_forward import find_feed_forward
@@ -36,6 +36,8 @@ class ModelInfo:
     # Rows of the embedding and of the vocabulary head, which may be more than the tokenizer has tokens.
     n_input_ids: int | None = None
     n_output_ids: int | None = None
+    # Values that a row of one token with a graph takes, with the slopes of one target.
+    gradient_row_values: int = 0
 
     @property
     def neurons_by_layer(self) -> tuple[int, ...]:
@@ -61,6 +63,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
     if check_files and local.has_weights:
         rehearse(local, auto_class, model, trust_remote_code)
     n_input_ids, n_output_ids = vocabulary(model)
+    sizes = (model.config, found.n_layers, found.n_neurons)
     return ModelInfo(
         name=local.name,
         identity=local.identity,
@@ -72,6 +75,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         is_gated=found.layout.is_gated,
         is_masked=is_masked_architecture(type(model).__name__),
         row_values=row_values(model.config, found.n_neurons),
+        gradient_row_values=sum(kept_values(*sizes, found.layout.is_gated)) + slope_values(*sizes),
         n_input_ids=n_input_ids,
         n_output_ids=n_output_ids,
     )

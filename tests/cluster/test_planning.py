@@ -14,10 +14,20 @@ from transformers import LlamaForCausalLM
 
 from jobs.entry import CONF
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
-from neg_service.cluster.prepare import Prepared, prepare
+from neg_service.cluster.prepare import Prepared, prepare, prepare_again
 from neg_service.cluster.ranking import ranking_of
 from neg_service.cluster.scan import run
-from neg_service.config import ClusterConfig, NeuronsConfig, ScanConfig, check, checked_layers, most_replicas, typed
+from neg_service.config import (
+    ClusterConfig,
+    NeuronsConfig,
+    ScanConfig,
+    StorageConfig,
+    batch_size,
+    check,
+    checked_layers,
+    most_replicas,
+    typed,
+)
 from neg_service.errors import (
     ConfigurationError,
     PromptError,
@@ -26,6 +36,9 @@ from neg_service.measures import find_measure
 from neg_service.measures.base import Cost
 from neg_service.models.loading import checked_dtype
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.storage.reader import open_run
+from neg_service.storage.run import write_or_match
+from neg_service.storage.stores import open_store
 from tests.refusals import ANY, refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -108,6 +121,8 @@ def test_unknown_keys_and_wrong_types_are_refused_by_their_full_key(
         ("cluster", "replicas", 0),
         ("cluster", "replicas", "many"),
         ("cluster", "batch_tokens", 1.5),
+        ("cluster", "batch_bytes", 0),
+        ("cluster", "batch_bytes", "half"),
         ("cluster", "cpus_per_replica", 0.5),
         ("cluster", "gpus_per_replica", -1),
         ("cluster", "attempts", 0),
@@ -120,6 +135,50 @@ def test_unknown_keys_and_wrong_types_are_refused_by_their_full_key(
 def test_numbers_out_of_range_are_refused(section: str, key: str, value: Any) -> None:
     with refused(ConfigurationError, f"{section}.{key}", value):
         check(typed(ScanConfig, {section: {key: value}}))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "measure", "expected"),
+    [
+        ({}, {}, (None, "cluster.batch_bytes", "bytes")),
+        ({"batch_bytes": 9}, {}, (9, "cluster.batch_bytes", "bytes")),
+        ({"batch_tokens": 9}, {}, (9, "cluster.batch_tokens", "tokens")),
+        ({}, {"batch_bytes": 9}, (9, "measure.batch_bytes", "bytes")),
+        # Old names that say nothing, as older runs and files of settings have them.
+        ({"batch_tokens": "auto"}, {"batch_bytes": "auto"}, (None, "cluster.batch_bytes", "bytes")),
+        ({"batch_bytes": 9, "batch_tokens": None}, {"batch_bytes": None}, (9, "cluster.batch_bytes", "bytes")),
+        # An option of somebody else's measure.
+        ({}, {"name": "my.measure", "batch_bytes": 9}, (None, "cluster.batch_bytes", "bytes")),
+    ],
+)
+def test_what_a_batch_may_take_is_said_by_one_name(
+    cluster: dict[str, Any], measure: dict[str, Any], expected: tuple[int | None, str, str]
+) -> None:
+    config = ScanConfig(measure={"name": "sweep", **measure}, cluster=ClusterConfig(**cluster))
+    check(config)
+    found = batch_size(config)
+    assert (found.value, found.key, found.unit) == expected
+    assert found.is_by_old_name == (found.key != "cluster.batch_bytes")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "option", "message"),
+    [
+        (
+            {"batch_bytes": 8, "batch_tokens": 9},
+            None,
+            r"cluster\.batch_tokens=9: .*batch_bytes=8 is given, too",
+        ),
+        ({"batch_bytes": 8}, 9, r"measure\.batch_bytes=9: .*cluster\.batch_bytes=8 is given, too"),
+        ({"batch_tokens": 8}, 9, r"cluster\.batch_tokens=8: .*measure\.batch_bytes=9 is given, too"),
+        ({}, "lots", r"measure\.batch_bytes=lots: must be auto or a whole number, at least 1"),
+        ({}, True, r"measure\.batch_bytes=True: must be auto or a whole number"),
+    ],
+)
+def test_two_names_of_a_batch_are_refused(cluster: dict[str, Any], option: Any, message: str) -> None:
+    config = ScanConfig(measure={"name": "sweep", "batch_bytes": option}, cluster=ClusterConfig(**cluster))
+    with pytest.raises(ConfigurationError, match=message):
+        batch_size(config)
 
 
 def test_layers_are_checked_and_sorted() -> None:
@@ -166,7 +225,8 @@ def dataset(tmp_path: Path) -> str:
 def test_the_fingerprint_holds_science_and_no_operations(tiny_directory: Path, dataset: str) -> None:
     base = _prepared(tiny_directory, dataset=dataset).fingerprint
     same = [
-        {"cluster": {"replicas": 7, "batch_tokens": 5, "cpus_per_replica": 1}},
+        {"cluster": {"replicas": 7, "batch_bytes": 5, "cpus_per_replica": 1}},
+        {"cluster": {"batch_tokens": 5}},
         {"storage": {"uri": "/elsewhere"}},
         {"job": {"progress_seconds": 1.0, "dry_run": True, "name": "other"}},
         {"model": {"device": "cpu"}},
@@ -229,6 +289,50 @@ def test_another_models_tokenizer_is_refused_before_ray_starts(
         run(prepare(typed(ScanConfig, asked)))
     assert not ray.is_initialized()
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
+
+
+def test_old_names_of_a_batch_are_told_and_planned_for(
+    tiny_directory: Path, dataset: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = _prepared(tiny_directory, dataset=dataset)
+    assert "by now" not in caplog.text
+    in_bytes = 2**16 * 4 * plain.info.gradient_row_values
+    tokens = _prepared(tiny_directory, dataset=dataset, cluster={"batch_tokens": 2**20})
+    said = "cluster.batch_tokens=1048576 is called cluster.batch_bytes by now: use about"
+    told = [record.message for record in caplog.records if "by now" in record.message]
+    assert told == [f"{said} cluster.batch_bytes={in_bytes}"]
+    # A batch is a part of what a replica needs.
+    assert tokens.memory - plain.memory == in_bytes - 2**29
+    assert _prepared(tiny_directory, dataset=dataset, cluster={"batch_bytes": 7}).memory == plain.memory - 2**29 + 7
+    sweep = _prepared(tiny_directory, dataset=dataset, measure={"name": "sweep"})
+    caplog.clear()
+    old = _prepared(tiny_directory, dataset=dataset, measure={"name": "sweep", "batch_bytes": 10**6})
+    assert "measure.batch_bytes=1000000 is called cluster.batch_bytes by now" in caplog.text
+    assert old.fingerprint == sweep.fingerprint
+    assert old.memory == sweep.memory - 2**29 + 10**6
+
+
+@pytest.mark.parametrize("key", ["cluster", "measure"])
+def test_a_batch_without_room_for_two_rows_of_a_sweep_is_refused(tiny_directory: Path, dataset: str, key: str) -> None:
+    measure, cluster = {"name": "sweep"}, {}
+    {"cluster": cluster, "measure": measure}[key]["batch_bytes"] = 99  # type: ignore[index]
+    with pytest.raises(ConfigurationError, match=rf"^{key}\.batch_bytes=99: must be at least 6552; holds 0 rows"):
+        _prepared(tiny_directory, dataset=dataset, measure=measure, cluster=cluster)
+    # Gradients run one prompt after the other then.
+    assert _prepared(tiny_directory, dataset=dataset, cluster={"batch_bytes": 1})
+
+
+@pytest.mark.parametrize("option", ["auto", None, 10**6])
+def test_a_run_that_was_stored_with_the_old_names_goes_on(
+    tiny_directory: Path, dataset: str, tmp_path: Path, option: Any
+) -> None:
+    storage = {"uri": str(tmp_path / "results")}
+    made = _prepared(tiny_directory, dataset=dataset, measure={"name": "sweep"}, storage=storage)
+    assert "batch_bytes" not in made.request["measure"]
+    request = {**made.request, "measure": {**made.request["measure"], "batch_bytes": option}}
+    write_or_match(open_store(made.uri), made.identity, made.tables, {}, request)
+    again = prepare_again(open_run(made.uri), ScanConfig(storage=StorageConfig(**storage)))
+    assert (again.uri, again.fingerprint) == (made.uri, made.fingerprint)
 
 
 def test_settings_that_change_no_number_change_no_fingerprint(tiny_directory: Path, dataset: str) -> None:

@@ -71,7 +71,7 @@ def otherwise(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     place = tmp_path_factory.mktemp("otherwise")
     done = job(
         "scan", *arguments, f"storage.uri={place}", "job.shard_size=5", "cluster.replicas=2",
-        "cluster.cpus_per_replica=1", "cluster.batch_tokens=30", "job.log=json", "job.progress_seconds=0",
+        "cluster.cpus_per_replica=1", "cluster.batch_bytes=300000", "job.log=json", "job.progress_seconds=0",
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     (run,) = place.iterdir()

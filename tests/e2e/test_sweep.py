@@ -137,7 +137,8 @@ def test_joint_interventions_from_a_file(arguments: list[str], tmp_path: Path, t
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["measure.batch_bytes=1000"], "measure.batch_bytes=1000: holds 0 rows of"),
+        (["measure.batch_bytes=1000"], "measure.batch_bytes=1000: must be at least 6552; holds 0 rows of 3276 bytes"),
+        (["cluster.batch_bytes=1000"], "cluster.batch_bytes=1000: must be at least 6552; holds 0 rows of 3276 bytes"),
         (["neurons=top", "neurons.count=121"], "neurons.count=121: the choice must be from 1 to 120"),
         (["neurons=list", "neurons.list=[[0,1],[7,1]]"], "(7, 1) does not exist"),
         (["neurons=list", "neurons.list=[]"], "the choice is empty"),

@@ -16,7 +16,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neg import sweep_prompt
 from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
-from neg_service.models.batches import RowBudget
+from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.facts import load
@@ -61,7 +61,7 @@ def test_the_coarse_grid_is_as_exact_as_is_said(smollm2: LanguageModel) -> None:
     for prompt in encode(smollm2.tokenizer, prompts, None):
         interventions = Interventions(smollm2, prompt, "paper")
         full, coarse = (
-            sweep_prompt(interventions, neurons, Sweep(grid), RowBudget(641), keep_curves=False).linearity_nk
+            sweep_prompt(interventions, neurons, Sweep(grid), Budget(2**28), keep_curves=False).linearity_nk
             for grid in (full_grid(), coarse_grid())
         )
         neg_error.append(((coarse.neg - full.neg) / full.neg).abs().flatten())

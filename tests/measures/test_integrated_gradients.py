@@ -46,11 +46,11 @@ def random_prompts(is_masked: bool, header: int = 4) -> list[EncodedPrompt]:
 
 
 def measured(
-    model: LanguageModel, prompts: list[EncodedPrompt], basis: str, m: int, tokens: int = 4096
+    model: LanguageModel, prompts: list[EncodedPrompt], basis: str, m: int, n_bytes: float = 2**28
 ) -> list[PromptIntegrals]:
     layers = list(range(model.feed_forward.n_layers))
     wanted = [range(len(prompt.target_ids)) for prompt in prompts]
-    found = dict(integrals(model, prompts, wanted, basis, layers, m, Budget(tokens)))
+    found = dict(integrals(model, prompts, wanted, basis, layers, m, Budget(n_bytes)))
     assert sorted(found) == list(range(len(prompts)))
     return [found[i] for i in range(len(prompts))]
 
@@ -119,13 +119,15 @@ def test_the_batch_size_does_not_change_results(family: str, monkeypatch: pytest
 
     monkeypatch.setattr(Interventions, "run_from", counted)
     prompts = random_prompts(model.is_masked)
-    whole = measured(model, prompts, "paper", 7, 10_000)
+    whole = measured(model, prompts, "paper", 7)
     assert set(sizes) == {7}
-    for tokens in (1, 200):
+    row = model.engine.row_sizes(13)
+    # Nothing at all, and three points with the ways back of three targets.
+    for n_bytes in (1, 3 * (row.graph + 3 * row.slope)):
         sizes.clear()
-        for one, other in zip(whole, measured(model, prompts, "paper", 7, tokens), strict=True):
+        for one, other in zip(whole, measured(model, prompts, "paper", 7, n_bytes), strict=True):
             assert relative(other.integral_kln, one.integral_kln) < 1e-5
-        assert (set(sizes) == {1}) if tokens == 1 else (min(sizes) < 7)
+        assert (set(sizes) == {1}) if n_bytes == 1 else (1 < min(sizes) < 7)
 
 
 def test_more_targets_than_are_differentiated_at_once() -> None:
@@ -148,7 +150,7 @@ def test_memory_that_ends_shrinks_the_batches_and_changes_nothing(monkeypatch: p
         return real(self, layer, n_rows, change)
 
     monkeypatch.setattr(Interventions, "run_from", small_memory)
-    for one, other in zip(whole, measured(model, prompts, "paper", 20, 16 * 4 * 20), strict=True):
+    for one, other in zip(whole, measured(model, prompts, "paper", 20), strict=True):
         assert relative(other.integral_kln, one.integral_kln) < 1e-5
     # Halved once at the first layer, and remembered; two batches of ten do not fit, four of five do.
     assert sizes[:6] == [20, 10, 5, 5, 5, 5]
@@ -232,7 +234,7 @@ def test_what_is_not_finite_on_the_way_is_refused_with_its_prompt_and_layer() ->
     with refused(
         NonFiniteError, setting=None, says="prompt 'bad' .* neurons of layer 2 between zero and what they are"
     ):
-        list(integrals(model, [encoded((1, 2), (3,), "bad")], [[0]], "paper", [2], 4, Budget(4096)))
+        list(integrals(model, [encoded((1, 2), (3,), "bad")], [[0]], "paper", [2], 4, Budget(2**28)))
     with torch.no_grad():
         model.model.model.embed_tokens.weight[13] = float("nan")
     with refused(NonFiniteError, setting=None, says="prompt 'worse'"):
@@ -259,7 +261,7 @@ def test_equals_the_oracle_on_the_default_model(
     # " London", " Rome", and " Paris", of which the model is nearly sure, so that what float32 loses in its log p is
     # more of what is left: how much depends on the processor, and is the same for the textbook way in float32.
     targets = (4528, 7268, 7042)
-    ((_, found),) = integrals(smollm2, [encoded(ids, targets)], [range(3)], basis, [layer], m, Budget(2048))
+    ((_, found),) = integrals(smollm2, [encoded(ids, targets)], [range(3)], basis, [layer], m, Budget(2**28))
     expected_kn, textbook_kn = (
         oracle.integrated_gradients(model, ids, targets, basis, layer, m) for model in (smollm2_float64, smollm2.model)
     )

@@ -63,7 +63,7 @@ def test_equals_a_full_forward_pass_with_every_neuron_changed_by_hand(family: st
 def test_batches_do_not_change_results() -> None:
     model = tiny_model("Llama 2", torch.float64)
     whole = neg_service.intervene(model, TEXTS, TARGETS, EDITS)
-    alone = neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_tokens=1)
+    alone = neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_bytes=1)
     np.testing.assert_allclose(alone.delta_p, whole.delta_p, rtol=1e-6)
     for e, edit in enumerate(EDITS):
         one = neg_service.intervene(model, TEXTS, TARGETS, [Edit(**edit)])
@@ -258,8 +258,8 @@ def test_bad_requests_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for texts, targets in wrong:
         with refused(ConfigurationError, setting=None, says="targets a list of texts for each"):
             neg_service.intervene(model, texts, targets, EDITS)
-    with refused(ConfigurationError, "batch_tokens", "0", allowed="at least 1"):
-        neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_tokens=0)
+    with refused(ConfigurationError, "batch_bytes", "0", allowed="at least 1"):
+        neg_service.intervene(model, TEXTS, TARGETS, EDITS, batch_bytes=0)
     monkeypatch.setattr(intervene, "_run_batch", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with refused(OutOfMemory, setting=None, says="its 10 rows do not fit"):
         neg_service.intervene(model, TEXTS, TARGETS, EDITS)

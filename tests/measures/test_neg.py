@@ -13,8 +13,8 @@ from torch import nn
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError, PromptError
-from neg_service.measures.interventions import Interventions, rows_that_fit
-from neg_service.models.batches import RowBudget
+from neg_service.measures.interventions import Interventions
+from neg_service.models.batches import Budget
 from neg_service.models.precision import in_precision
 from tests import oracle
 from tests.encodings import encoded
@@ -77,13 +77,18 @@ def test_a_silent_neuron_grows() -> None:
         assert result.delta_p[i, 0] == pytest.approx(after - result.probability, rel=1e-6)
 
 
-def test_neither_the_batch_nor_the_company_nor_the_order_changes_results() -> None:
+def test_neither_the_batch_nor_the_company_nor_the_order_changes_results(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Llama 2", torch.float64)
     whole = neg_service.neg(model, TEXT, TARGET)
     assert whole.neurons.tolist() == [[layer, n] for layer in range(3) for n in range(40)]
     assert whole.delta_p.shape == (120, 40)
-    small = neg_service.neg(model, TEXT, TARGET, NEURONS, batch_bytes=int(3.9 * 8 * model.row_values))
-    assert rows_that_fit(model.rows([IDS]), 3.9 * 8 * model.row_values).rows == 3
+    sizes: list[int] = []
+    real = Interventions._run
+    monkeypatch.setattr(Interventions, "_run", lambda self, *given: sizes.append(len(given[2])) or real(self, *given))
+    row = model.rows([IDS]).sizes.run
+    small = neg_service.neg(model, TEXT, TARGET, NEURONS, batch_bytes=int(3.9 * row))
+    # Three rows fit, of which one is not shifted.
+    assert max(sizes) == 2
     for i, (layer, neuron) in enumerate(NEURONS):
         np.testing.assert_allclose(small.delta_p[i], whole.delta_p[layer * 40 + neuron], rtol=1e-6, atol=1e-15)
 
@@ -148,7 +153,7 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
     neg_service.neg(model, TEXT, TARGET, NEURONS, [1.0])
     interventions = Interventions(model, encoded(IDS, (TARGET_ID,)), "paper")
     with pytest.raises(IndexError):
-        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), RowBudget(8))
+        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), Budget(2**28))
     assert list(model.feed_forward.layers) == layers
     assert all(a is b for a, b in zip(model.feed_forward.layers, layers, strict=True))
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules()) == 0
@@ -169,7 +174,7 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
         ({"shifts": [0.0, 1.0]}, ("shifts", ANY, "0 is no shift")),
         ({"shifts": ["a"]}, ("shifts", "['a']", "numbers")),
         ({"shift": "sideways"}, ("shift", "sideways", "one of magnitude, signed")),
-        ({"batch_bytes": 100}, ("batch_bytes", "100", "holds 0 rows")),
+        ({"batch_bytes": 100}, ("batch_bytes", "100", "at least 6552; holds 0 rows of 3276 bytes")),
     ],
 )
 def test_bad_requests_are_refused(changes: dict[str, Any], refusal: tuple[Any, ...]) -> None:

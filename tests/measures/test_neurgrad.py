@@ -38,10 +38,10 @@ def random_prompts(lengths: Sequence[int], n_targets: Sequence[int], header: int
     ]
 
 
-def measured(model: LanguageModel, prompts: list[EncodedPrompt], basis: str, tokens: int = 4096) -> list:
+def measured(model: LanguageModel, prompts: list[EncodedPrompt], basis: str, n_bytes: float = 2**28) -> list:
     layers = range(model.feed_forward.n_layers)
     wanted = [range(len(prompt.target_ids)) for prompt in prompts]
-    found = dict(gradients(model, prompts, wanted, basis, list(layers), Budget(tokens)))
+    found = dict(gradients(model, prompts, wanted, basis, list(layers), Budget(n_bytes)))
     assert sorted(found) == list(range(len(prompts)))
     return [found[i] for i in range(len(prompts))]
 
@@ -103,7 +103,7 @@ def test_only_the_wanted_targets_are_differentiated_and_only_the_chosen_layers()
     model = tiny_model("Llama 2")
     prompts = random_prompts([5, 8], [3, 4])
     full = measured(model, prompts, "paper")
-    found = dict(gradients(model, prompts, [(2,), (0, 3)], "paper", [1], Budget(4096)))
+    found = dict(gradients(model, prompts, [(2,), (0, 3)], "paper", [1], Budget(2**28)))
     assert found[0].gradient_kln.shape == (1, 1, 40)
     np.testing.assert_allclose(found[0].gradient_kln[0, 0], full[0].gradient_kln[2, 1], rtol=1e-4, atol=1e-10)
     np.testing.assert_allclose(found[1].gradient_kln[:, 0], full[1].gradient_kln[[0, 3], 1], rtol=1e-4, atol=1e-10)
@@ -174,11 +174,12 @@ def test_memory_that_ends_halves_the_batches_and_changes_nothing(monkeypatch: py
         return real(plain, prefix, rows)
 
     monkeypatch.setattr(engine, "run_last_tokens", limited)
-    budget = Budget(10_000)
+    budget = Budget(2**28)
     found = dict(gradients(model, prompts, [(0, 1)] * 8, "paper", [0, 1, 2], budget))
     assert seen[0] == 8
     assert max(seen[-2:]) <= 2
-    assert budget.tokens < 10_000
+    # Two prompts of two rows each fit: the batch of eight was halved twice.
+    assert budget.bytes == 2 * model.engine.cost(5, 0, 2, 2)
     for i, one in enumerate(expected):
         assert relative(found[i].gradient_kln, one.gradient_kln) < 1e-5
 

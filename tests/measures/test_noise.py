@@ -15,6 +15,7 @@ from neg_service.errors import NonFiniteError, OutOfMemory
 from neg_service.measures import interventions
 from neg_service.measures.noise import measure_noise, resolution
 from neg_service.measures.shifts import Sweep, full_grid
+from neg_service.models.batches import Budget
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import Prompt, encode
 from tests.refusals import refused
@@ -59,7 +60,7 @@ def test_sigma_is_the_spread_of_the_error_against_float64() -> None:
     exact = tiny_model("Llama 2", torch.float64)
     pairs = [(layer, n) for layer in range(3) for n in range(4)]
     (encoded,) = encode(model.tokenizer, [Prompt("a", PROMPTS[0].text, (" w7",))], None)
-    noise = measure_noise(model, [encoded], NeuronSet.from_pairs(pairs), Sweep(full_grid()), 10**7)
+    noise = measure_noise(model, [encoded], NeuronSet.from_pairs(pairs), Sweep(full_grid()), Budget(10**7))
     error = []
     for own in (model, exact):
         result = neg_service.neg(own, PROMPTS[0].text, " w7", pairs)
@@ -76,9 +77,9 @@ def test_prompts_with_bad_logits_are_named_and_skipped_by_the_noise_check() -> N
         model.model.model.embed_tokens.weight[51] = float("inf")
     encoded = list(encode(model.tokenizer, PROMPTS, None))
     neurons = NeuronSet.from_pairs([[0, 1], [2, 3]])
-    assert measure_noise(model, encoded, neurons, Sweep(full_grid()), 10**7).n_prompts == 2
+    assert measure_noise(model, encoded, neurons, Sweep(full_grid()), Budget(10**7)).n_prompts == 2
     with refused(NonFiniteError, setting=None, says="prompt 'c'"):
-        measure_noise(model, encoded[2:], neurons, Sweep(full_grid()), 10**7)
+        measure_noise(model, encoded[2:], neurons, Sweep(full_grid()), Budget(10**7))
     with refused(NonFiniteError, setting=None, says="prompt 'c'"):
         swept(model, NeuronsConfig(choose="sample", count=1))
 
@@ -100,7 +101,7 @@ def test_prompts_that_do_not_fit_are_left_out_by_the_noise_check_in_either_preci
     encoded = list(encode(model.tokenizer, PROMPTS, None))
     neurons = NeuronSet.from_pairs([[0, 1], [2, 3]])
     full.append(encoded[0].prompt.id)
-    assert measure_noise(model, encoded, neurons, Sweep(full_grid()), 10**7).n_prompts == len(encoded) - 1
+    assert measure_noise(model, encoded, neurons, Sweep(full_grid()), Budget(10**7)).n_prompts == len(encoded) - 1
     full.extend(own.prompt.id for own in encoded)
     with pytest.raises(OutOfMemory):
-        measure_noise(model, encoded, neurons, Sweep(full_grid()), 10**7)
+        measure_noise(model, encoded, neurons, Sweep(full_grid()), Budget(10**7))

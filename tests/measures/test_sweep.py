@@ -16,6 +16,7 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures import measure_of
 from neg_service.measures.builtin.aggregate_importance import total
+from neg_service.models.batches import Budget
 from neg_service.prompts.prompt import Prompt
 from tests.refusals import ANY, refused
 from tests.shards import INFO, measured_shard
@@ -92,7 +93,7 @@ def test_neither_batches_nor_shards_nor_other_neurons_change_the_rows() -> None:
     neurons = NeuronsConfig(choose="list", list=[[0, 1], [1, 5], [1, 6], [2, 39]])
     whole = swept(model, neurons)["sweep"]
     each = [swept(model, neurons, [prompt])["sweep"] for prompt in PROMPTS]
-    small = swept(model, neurons, batch_bytes=20_000)["sweep"]
+    small = swept(model, neurons, budget=Budget(20_000))["sweep"]
     everything = swept(model, NeuronsConfig())["sweep"]
     listed = [tuple(pair) for pair in neurons.list]
     keep = [pair in listed for pair in zip(*(everything[c].to_pylist() for c in ("layer", "neuron")), strict=True)]
@@ -108,6 +109,7 @@ def test_the_identity_names_the_grid_by_its_shifts() -> None:
     by_range = sweep_of(max_shift=0.2, step=0.1).fingerprint_inputs()
     assert by_range["shifts"] == [-0.2, -0.1, 0.1, 0.2]
     assert by_range == sweep_of(shifts=[-0.2, -0.1, 0.1, 0.2]).fingerprint_inputs()
+    # An old name, of what never was part of an identity.
     assert by_range == sweep_of(max_shift=0.2, batch_bytes=10**9).fingerprint_inputs()
     assert by_range != sweep_of(max_shift=0.2, shift="signed").fingerprint_inputs()
     assert sweep_of(grid="coarse").fingerprint_inputs()["max_shift"] == 2.0
@@ -122,12 +124,6 @@ def test_the_identity_names_the_grid_by_its_shifts() -> None:
         ({"shifts": [0.0]}, {}, ("measure.shifts", ANY, "0 is no shift")),
         ({"shifts": "1,2"}, {}, ("measure.shifts", "1,2", "a list")),
         ({"step": 3.0}, {}, ("measure.step", "3.0")),
-        ({"batch_bytes": "lots"}, {}, ("measure.batch_bytes", "lots", "auto or")),
-        (
-            {"batch_bytes": 7999},
-            {},
-            ("measure.batch_bytes", "7999", "holds 1 rows of 4000 bytes, at least 2 are needed"),
-        ),
         ({}, {"choose": "sample", "count": 1, "seed": -1}, ("neurons.seed", "-1", "0 or more")),
         ({}, {"choose": "top", "count": 121}, ("neurons.count", "121")),
     ],

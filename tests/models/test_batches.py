@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, pairwise
+
+import pytest
 
 from neg_service.models.batches import (
     MOST_PATIENCE,
     PASS_COST,
-    ROW_COST,
     Budget,
     Group,
     Limit,
-    RowBudget,
-    fill_batches,
+    end_of_part,
     group_by_prefix,
 )
 
@@ -72,24 +72,46 @@ def test_no_prompts_make_no_groups() -> None:
     assert group_by_prefix([]) == []
 
 
-def test_batches_keep_the_budget_and_leave_nobody_out() -> None:
-    lengths, branches = [5, 50, 7, 30, 1], [2, 1, 4, 4, 1]
-    batches = list(fill_batches(lengths, branches, Budget(100)))
-    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
-    for batch in batches:
-        spent = sum(lengths[i] + ROW_COST * branches[i] for i in batch)
-        assert spent <= 100 or len(batch) == 1
+def parts(costs: list[int], room: int) -> list[list[int]]:
+    """What items of these costs are cut into."""
+    sums, start, found = [0, *accumulate(costs)], 0, []
+    while start < len(costs):
+        end = end_of_part(sums, start, room)
+        found.append(costs[start:end])
+        start = end
+    return found
 
 
-def test_halving_the_budget_shrinks_the_batches_that_follow() -> None:
-    budget = Budget(10 * (1 + ROW_COST))
-    sizes = []
-    for batch in fill_batches([1] * 20, [1] * 20, budget):
-        sizes.append(len(batch))
-        budget.halve()
-    assert sizes[:3] == [10, 5, 2]
-    assert sum(sizes) == 20
-    assert budget.tokens >= 1
+@pytest.mark.parametrize(
+    ("costs", "room", "expected"),
+    [
+        # As many as fit, in parts of the same size: three of ten bytes would hold 4, 4 and 2 rows.
+        ([1] * 10, 4, [[1] * 4, [1] * 3, [1] * 3]),
+        ([1] * 10, 10, [[1] * 10]),
+        ([1] * 10, 99, [[1] * 10]),
+        # Half of 11 bytes, and no more than 6.
+        ([2, 2, 2, 5], 6, [[2, 2, 2], [5]]),
+        # What does not fit runs alone.
+        ([3, 9, 3], 8, [[3], [9], [3]]),
+        ([7, 7], 0, [[7], [7]]),
+        ([], 5, []),
+    ],
+)
+def test_parts_fill_the_room_evenly(costs: list[int], room: int, expected: list[list[int]]) -> None:
+    assert parts(costs, room) == expected
+
+
+def test_parts_leave_nobody_out_and_are_nearly_as_few_as_can_be() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        costs, room = sorted(draw.randrange(1, 20) for _ in range(draw.randrange(1, 40))), draw.randrange(1, 90)
+        found = parts(costs, room)
+        assert [cost for part in found for cost in part] == costs
+        assert all(sum(part) <= room or len(part) == 1 for part in found)
+        greedy, left = 1, room
+        for cost in costs:
+            greedy, left = (greedy, left - cost) if cost <= left else (greedy + 1, room - cost)
+        assert len(found) <= greedy + 1
 
 
 def test_a_lowered_limit_doubles_after_batches_that_fitted_and_stops_at_what_was_given() -> None:
@@ -131,18 +153,18 @@ def test_a_failure_long_after_all_was_well_begins_anew() -> None:
         assert limit == Limit(64, 64, 2)
 
 
-def test_budgets_recover_up_to_what_was_given_and_keep_their_least() -> None:
-    budget, rows = Budget(1000, 0.5), RowBudget(64)
-    budget.halve()
-    budget.lower(0.25)
-    rows.lower(9)
-    assert (budget.tokens, budget.scale, rows.rows) == (125, 0.0625, 9)
+def test_a_budget_recovers_up_to_what_was_given_and_keeps_a_byte() -> None:
+    budget = Budget(1000)
+    budget.lower_to(125)
+    # What is lower already stays.
+    budget.lower_to(500)
+    assert budget.bytes == 125
+    part = budget.scaled(0.5)
+    part.lower_to(1)
+    assert (part.bytes, budget.scaled(0.5).bytes, budget.bytes) == (1, 62, 125)
     for _ in range(1000):
         budget.has_fitted()
-        rows.has_fitted()
-    assert (budget.tokens, budget.scale, rows.rows) == (1000, 0.5, 64)
+    assert budget.bytes == 1000
     for _ in range(50):
-        budget.halve()
-        rows.lower(1)
-    assert (budget.tokens, rows.rows) == (1, 2)
-    assert budget.scale > 0
+        budget.lower_to(budget.bytes / 2)
+    assert (budget.bytes, budget.scaled(1e-9).bytes) == (1, 1)

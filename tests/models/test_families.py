@@ -13,7 +13,7 @@ from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError
 from neg_service.measures.integrated_gradients import integrated_gradients
 from neg_service.measures.interventions import Interventions
-from neg_service.models.batches import RowBudget
+from neg_service.models.batches import Budget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
 from tests import families, oracle
 from tests.families import bases_of, model_of
@@ -141,7 +141,7 @@ def test_an_error_leaves_a_model_as_it_was(family: str) -> None:
     handle = layers[-1].register_forward_pre_hook(fail)
     for broken in (
         measure,
-        lambda: interventions.delta_log_p(1, torch.tensor([5]), torch.tensor([1.0]), RowBudget(8)),
+        lambda: interventions.delta_log_p(1, torch.tensor([5]), torch.tensor([1.0]), Budget(2**28)),
         lambda: neg_service.intervene(model, [text], targets, edits),
     ):
         with pytest.raises(KeyError, match="in the last layer"):

@@ -38,7 +38,8 @@ class SweepOptions:
     step: float = setting(0.1, "between shifts")
     shifts: Any = setting(None, "a list of shifts of your own, in the place of max_shift and step")
     keep_curves: bool = setting(False, "store the change of probability at each shift, 4 bytes a shift and row")
-    batch_bytes: Any = "auto"
+    # The old name of cluster.batch_bytes.
+    batch_bytes: Any = None
 
 
 class NeuronSweep(Measure[SweepOptions]):
@@ -49,19 +50,14 @@ class NeuronSweep(Measure[SweepOptions]):
     MEASURES_SINGLE_NEURONS = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
-        """Refuse an unknown shift, a bad grid or choice of neurons, and no memory for two rows, too."""
-        from neg_service.measures.interventions import check_batch_bytes
-
+        """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
         self.grid()
         check_choice(neurons, info.neurons_by_layer)
-        size = self.options.batch_bytes
-        if size != "auto":
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise ConfigurationError(
-                    setting="measure.batch_bytes", value=size, allowed="auto or a whole number of bytes"
-                )
-            check_batch_bytes(size, info.row_values)
+
+    def least_batch_bytes(self, info: ModelInfo) -> int:
+        """Two rows of a short prompt: an intervention runs beside one without a shift."""
+        return 2 * 4 * info.row_values
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """The options that decide the numbers; a grid is named by its shifts, however they were given."""
@@ -90,21 +86,21 @@ class NeuronSweep(Measure[SweepOptions]):
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
     ) -> dict[str, Any]:
         """The sweep's noise against a higher precision; see `noise.py`."""
+        from neg_service.measures.batching import budget_of
         from neg_service.measures.noise import measure_noise
-        from neg_service.measures.sweep import bytes_of_batch
 
         if neurons.choose == "top":
             neurons = NeuronsConfig(neurons.layers)
         chosen = chosen_neurons(neurons, model.feed_forward.neurons_by_layer)
-        size = bytes_of_batch(self.options.batch_bytes, model)
-        return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, size))}
+        budget = self.budget or budget_of(model)
+        return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, budget))}
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then neuron."""
         from neg_service.measures.sweep import sweep_rows
 
         sigma = float(shard.calibration["noise"]["sigma"])
-        return sweep_rows(shard, self._sweep, sigma, self.options.keep_curves, self.options.batch_bytes)
+        return sweep_rows(shard, self._sweep, sigma, self.options.keep_curves)
 
     @property
     def _sweep(self) -> Sweep:

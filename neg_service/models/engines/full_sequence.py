@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
-from neg_service.models.engines.base import MASK_TOKEN, Engine, Ids, LoadedModel, Row, SplitPrompt
+from neg_service.models.engines.base import MASK_TOKEN, Engine, Ids, LoadedModel, Row, RowSizes, SplitPrompt
 from neg_service.models.engines.needs import lacks_dense_attention, lacks_keys_and_values
 from neg_service.models.head import exact_head_gradient
 
@@ -52,9 +52,9 @@ class FullSequenceEngine(Engine):
                 )
         return FullSequenceRows(self.model, [prompt.row for prompt in prompts])
 
-    def cost(self, n_tokens: int, shared: int) -> tuple[int, int]:
+    def row_sizes(self, n_tokens: int) -> RowSizes:
         """See `Engine`."""
-        return 0, n_tokens
+        return self.model.row_sizes(n_tokens, n_tokens)
 
 
 class FullSequenceRows:
@@ -64,18 +64,13 @@ class FullSequenceRows:
 
     def __init__(self, model: LoadedModel, rows: Sequence[Row]) -> None:
         longest = max(len(row.ids) for row in rows)
-        self.tokens = longest
+        self.tokens, self.sizes = longest, model.row_sizes(longest, longest)
         self._model = model
         ids = [[*row.ids, *[0] * (longest - len(row.ids))] for row in rows]
         self._ids_bt = torch.tensor(ids, device=model.device)
         length_b1 = torch.tensor([[len(row.ids)] for row in rows], device=model.device)
         self._visible_bt = (torch.arange(longest, device=model.device) < length_b1).long()
         self._read_b = torch.tensor([row.shifted for row in rows])
-
-    @property
-    def row_bytes(self) -> int:
-        """See `Rows`."""
-        return self._model.row_bytes(self.tokens, self.tokens)
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`; the vocabulary head sees the tokens that are read and no others."""

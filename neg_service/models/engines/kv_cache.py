@@ -26,6 +26,7 @@ from neg_service.models.engines.base import (
     Engine,
     Ids,
     LoadedModel,
+    RowSizes,
     SplitPrompt,
     last_token_behind_the_rest,
     require_single_tokens,
@@ -59,9 +60,9 @@ class KeyValueCacheEngine(Engine):
         (prompt,) = prompts
         return KeyValueCacheRows(self.model, prompt, self.shared_prefix(shared))
 
-    def cost(self, n_tokens: int, shared: int) -> tuple[int, int]:
-        """See `Engine`; prompts run one by one, so that this orders and bounds nothing but their number of rows."""
-        return n_tokens - shared, 1
+    def row_sizes(self, n_tokens: int) -> RowSizes:
+        """See `Engine`."""
+        return _row_sizes(self.model, n_tokens)
 
     def run_shared(self, ids: tuple[int, ...]) -> SharedPrefix:
         """See `Engine`."""
@@ -75,15 +76,9 @@ class KeyValueCacheRows:
     targets_share_rows = False
 
     def __init__(self, model: LoadedModel, prompt: SplitPrompt, shared: SharedPrefix) -> None:
-        self._model, self._last, self._attended = model, prompt.row.ids[0], len(prompt.ids)
+        self._model, self._last, self.sizes = model, prompt.row.ids[0], _row_sizes(model, len(prompt.ids))
         cache = _run(model.module, prompt.prefix[len(shared.ids) :], shared)
         self._frozen = None if cache is None else Cache(layers=[_FrozenLayer(layer) for layer in cache.layers])
-
-    @property
-    def row_bytes(self) -> int:
-        """See `Rows`; keys and values are copied, and some architectures repeat them for each query head."""
-        copied = 4 * self._attended * int(self._model.module.config.get_text_config().hidden_size)
-        return self._model.row_bytes(1, self._attended, copied)
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`."""
@@ -103,6 +98,11 @@ class KeyValueCacheRows:
     def expand_rows(self, x: Tensor, n_rows: int) -> Tensor:
         """See `Rows`; some architectures run their layers' parts on two axes."""
         return x.expand(n_rows, *x.shape[1:])
+
+
+def _row_sizes(model: LoadedModel, n_tokens: int) -> RowSizes:
+    """Keys and values are copied, and some architectures repeat them for each query head."""
+    return model.row_sizes(1, n_tokens, 4 * n_tokens * int(model.module.config.get_text_config().hidden_size))
 
 
 @torch.no_grad()

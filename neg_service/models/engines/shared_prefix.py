@@ -19,6 +19,7 @@ from neg_service.models.engines.base import (
     Ids,
     LoadedModel,
     MismatchError,
+    RowSizes,
     SplitPrompt,
     last_token_behind_the_rest,
     require_single_tokens,
@@ -65,9 +66,9 @@ class SharedPrefixEngine(Engine):
             )
         return SharedPrefixRows(self.model, prefix)
 
-    def cost(self, n_tokens: int, shared: int) -> tuple[int, int]:
-        """See `Engine`; the last token is counted with those that run once, where its keys and values end."""
-        return n_tokens - shared, 1
+    def row_sizes(self, n_tokens: int) -> RowSizes:
+        """See `Engine`."""
+        return self.model.row_sizes(1, n_tokens)
 
     def run_shared(self, ids: tuple[int, ...]) -> SharedPrefix:
         """See `Engine`."""
@@ -83,11 +84,7 @@ class SharedPrefixRows:
     def __init__(self, model: LoadedModel, prefix: FrozenPrefix) -> None:
         self._model = model
         self._prefix = prefix
-
-    @property
-    def row_bytes(self) -> int:
-        """See `Rows`."""
-        return self._model.row_bytes(1, 1 + len(self._prefix.shared.ids) + max(self._prefix.own_lengths))
+        self.sizes = model.row_sizes(1, 1 + len(prefix.shared.ids) + max(prefix.own_lengths))
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`."""

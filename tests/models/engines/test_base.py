@@ -98,15 +98,20 @@ def test_rows_that_an_engine_cannot_run_are_refused(family: str) -> None:
 )
 def test_what_a_row_costs(family: str, expected: int) -> None:
     model = model_of(family)
-    assert model.rows([(1, 2, 96, 4, 5)]).row_bytes == expected
+    assert model.rows([(1, 2, 96, 4, 5)]).sizes.run == expected
+    assert model.engine.row_sizes(5) == model.rows([(1, 2, 96, 4, 5)]).sizes
 
 
 @pytest.mark.parametrize(
-    ("family", "cost", "groups"), [("Llama 2", (7, 1), 1), ("GPT-J", (7, 1), 2), ("BERT", (0, 9), 1)]
+    ("family", "frozen", "groups"),
+    [("Llama 2", 4 * 7 * (48 + 528 + 18 * 9), 1), ("GPT-J", 4 * 7 * (144 + 528 + 12 * 9), 2), ("BERT", 0, 1)],
 )
-def test_how_prompts_are_grouped_and_what_they_cost(family: str, cost: tuple[int, int], groups: int) -> None:
+def test_how_prompts_are_grouped_and_what_they_cost(family: str, frozen: int, groups: int) -> None:
     engine = model_of(family).engine
-    assert engine.cost(9, 2) == cost
+    row = engine.row_sizes(9)
+    # Keys and values of seven tokens, and a layer's values; four rows, or three with a graph and five targets' slopes.
+    assert engine.cost(9, 2, 4) == frozen + 4 * row.run
+    assert engine.cost(9, 2, 3, 5) == frozen + 3 * row.graph + 5 * row.slopes
     found = engine.groups([(1, 2, 3), (4, 96)])
     assert sorted(i for group in found for i in group.members) == [0, 1]
     assert len(found) == groups
