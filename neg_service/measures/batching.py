@@ -48,7 +48,8 @@ def budget_of(model: LanguageModel, batch_bytes: int | None = None, batch_tokens
     warnings.warn(
         f"batch_tokens={batch_tokens} is called batch_bytes by now, and is in bytes: batch_bytes={translated}",
         FutureWarning,
-        stacklevel=3,
+        # The caller of a function of the library, which `told_by_parameters` wraps.
+        stacklevel=4,
     )
     return Budget(translated)
 

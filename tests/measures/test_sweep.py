@@ -119,7 +119,7 @@ def test_the_identity_names_the_grid_by_its_shifts() -> None:
     ("options", "neurons", "refusal"),
     [
         ({"shift": "up"}, {}, ("measure.shift", "up")),
-        ({"grid": "fine"}, {}, ("measure.grid", "fine", "one of full, coarse")),
+        ({"grid": "fine"}, {}, ("measure.grid", "fine", "full or coarse")),
         ({"grid": "coarse", "shifts": [1.0]}, {}, ("measure.grid", "coarse", "places its own shifts")),
         ({"shifts": [0.0]}, {}, ("measure.shifts", ANY, "0 is no shift")),
         ({"shifts": "1,2"}, {}, ("measure.shifts", "1,2", "a list")),
