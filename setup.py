@@ -10,7 +10,7 @@ setup(
     package_dir={"jobs.conf": "conf"},
     include_package_data=False,  # what is not named below stays out
     package_data={
-        "neg_service": ["py.typed", "prompts/wordings/*.toml", "report/templates/*.j2"],
+        "neg_service": ["py.typed", "prompts/templates_of_tasks/*.toml", "report/templates/*.j2"],
         "jobs.conf": ["**/*.yaml"],
     },
 )

@@ -44,7 +44,7 @@ def check(config: DictConfig) -> int:
 
 def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> dict[str, Any]:
     """What there is to know of a checked model; deviations are relative, memory in bytes."""
-    from neg_service.models.engines.self_check import LOGIT_TOLERANCE, POKE_TOLERANCE, READOUT_FACTOR
+    from neg_service.models.engines.self_check import FINITE_DIFFERENCE_TOLERANCE, LOGIT_TOLERANCE, READOUT_FACTOR
 
     chosen, own = model.ensure_checked(), model.feed_forward
     checked = chosen.check
@@ -61,14 +61,14 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "dtype": str(model.dtype).removeprefix("torch."),
         "devices": [str(device) for device in model.devices],
         "engine": chosen.engine.name,
-        "not_fitting": chosen.rejected,
-        "resumes": checked.starts_at_layers,
-        "widens_at_neurons": checked.supports_late_expansion,
+        "rejected": chosen.rejected,
+        "starts_at_layers": checked.starts_at_layers,
+        "supports_late_expansion": checked.supports_late_expansion,
         "deviations": {"row_logits": checked.logits, "neurons": checked.neurons}
-        | {"at_readout": checked.at_readout, "poke": checked.poke},
+        | {"at_readout": checked.at_readout, "finite_difference": checked.finite_difference},
         "allowed": {"row_logits": LOGIT_TOLERANCE[model.dtype], "neurons": LOGIT_TOLERANCE[model.dtype]}
         | {"at_readout": READOUT_FACTOR * LOGIT_TOLERANCE[model.dtype]}
-        | ({} if checked.poke is None else {"poke": POKE_TOLERANCE}),
+        | ({} if checked.finite_difference is None else {"finite_difference": FINITE_DIFFERENCE_TOLERANCE}),
         "weights_bytes": sum(weight.nbytes for weight in model.model.parameters()),
         "peak_bytes": _peak_bytes(model),
         "load_seconds": load_seconds,
@@ -80,13 +80,14 @@ def describe(found: dict[str, Any]) -> str:
     """For a person."""
     layers, neurons = found["layers"], found["neurons_a_layer"]
     deviations, allowed = found["deviations"], found["allowed"]
-    poke = f"not tried in {found['dtype']}: it drowns in rounding"
-    if deviations["poke"] is not None:
-        poke = f"{deviations['poke']:.1e} off what the gradient says, at most {allowed['poke']:g}"
-    engine = [found["engine"], *(f"not {name}: {reason}" for name, reason in found["not_fitting"].items())]
-    if not found["resumes"]:
+    finite_difference = f"not tried in {found['dtype']}: it drowns in rounding"
+    if deviations["finite_difference"] is not None:
+        off, most = deviations["finite_difference"], allowed["finite_difference"]
+        finite_difference = f"{off:.1e} off what the gradient says, at most {most:g}"
+    engine = [found["engine"], *(f"not {name}: {reason}" for name, reason in found["rejected"].items())]
+    if not found["starts_at_layers"]:
         engine.append("an intervention runs all layers, not only those from its own on")
-    if not found["widens_at_neurons"]:
+    if not found["supports_late_expansion"]:
         engine.append("an intervention runs its whole layer for each row")
     peak = ", ".join(f"{bytes_text(size)} on {device}" for device, size in found["peak_bytes"].items())
     rows = [
@@ -105,7 +106,7 @@ def describe(found: dict[str, Any]) -> str:
             f"{deviations['at_readout']:.1e} off the plain neurons, at most {allowed['at_readout']:g}",
         ),
         ("captured neurons", f"{deviations['neurons']:.1e} off their MLP, at most {allowed['neurons']:g}"),
-        ("small shift", poke),
+        ("small shift", finite_difference),
         ("memory", f"{bytes_text(found['weights_bytes'])} of weights; {peak} at the most so far"),
         ("seconds", f"{found['load_seconds']:.1f} to load, {found['check_seconds']:.1f} to check"),
     ]

@@ -113,11 +113,11 @@ def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
         ]
     rows.append(("results", summary.uri))
     if summary.failed:
-        rows.append(("set aside", "\n".join(f"shard {i}: {error}" for i, error in sorted(summary.failed.items()))))
+        rows.append(("failed", "\n".join(f"shard {i}: {error}" for i, error in sorted(summary.failed.items()))))
     if summary.shards_before == summary.n_shards:
         heading = "this run was finished already; nothing was done"
     elif summary.failed:
-        heading = f"incomplete: {len(summary.failed)} shards were set aside; the same command tries them again"
+        heading = f"incomplete: {len(summary.failed)} shards failed; the same command tries them again"
     else:
         heading = "done"
     endpoint_url = prepared.config.storage.endpoint_url

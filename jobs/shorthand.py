@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neg_service.errors import ConfigurationError
+from neg_service.former_names import current_override
 
 _KEY, _SOURCE = "dataset=", "mceval8k"
 
@@ -19,7 +20,7 @@ def written_out(overrides: Sequence[str]) -> list[str]:
     """
     tasks: list[str] = []
     others: list[str] = []
-    for override in overrides:
+    for override in map(current_override, overrides):
         names = override.removeprefix(_KEY).split(",") if override.startswith(_KEY) else []
         own = [name.removeprefix(f"{_SOURCE}/") for name in names if name.startswith(f"{_SOURCE}/")]
         if own and len(own) < len(names):

@@ -41,7 +41,7 @@ def describe(status: Status) -> str:
         ("state", _state(status)),
         ("shards", f"{len(status.done)} of {status.n_shards} done ({share:.0f} %), of {status.shard_size} prompts"),
         ("missing", ranges(status.missing)),
-        ("set aside", "\n".join(f"shard {i}: {one['error']}" for i, one in sorted(status.failed.items())) or "none"),
+        ("failed", "\n".join(f"shard {i}: {one['error']}" for i, one in sorted(status.failed.items())) or "none"),
     ]
     if status.rate is not None and status.is_running:
         rate = f"{status.rate * status.shard_size:.3g} prompts/s, {status.rate:.3g} shards/s in the last minutes"
@@ -59,7 +59,7 @@ def describe(status: Status) -> str:
 
 def _state(status: Status) -> str:
     if not status.missing:
-        return "incomplete: the rest was set aside" if status.failed else "complete"
+        return "incomplete: the rest failed" if status.failed else "complete"
     if status.silent_seconds is None:
         return "begun; no shard is done yet"
     newest = f"the newest part came {clock(status.silent_seconds)} ago"

@@ -70,7 +70,7 @@ def finished(settings: ScanConfig) -> Run:
     """Run or continue a scan, and open it; Ray is left to the next one.
 
     Raises:
-        IncompleteError: shards were set aside.
+        IncompleteError: shards failed.
     """
     # Slow to load: see `entry.py`.
     from neg_service.cluster.prepare import prepare
@@ -80,7 +80,7 @@ def finished(settings: ScanConfig) -> Run:
     if summary.failed:
         shard, error = next(iter(summary.failed.items()))
         raise IncompleteError(
-            f"{len(summary.failed)} shards of {summary.uri} were set aside, shard {shard} with: {error}; the "
+            f"{len(summary.failed)} shards of {summary.uri} failed, shard {shard} with: {error}; the "
             f"same command tries them again"
         )
     return open_run(summary.uri, settings.storage.endpoint_url)
@@ -104,6 +104,6 @@ def put_results(
     name = fit_for_a_name(settings.job.name or f"{local.name}-{kind}")
     place = open_store(storage.uri, storage.endpoint_url).uri
     uri = below(place, f"{name}-{study_fingerprint(about)}")
-    store = open_store(uri, storage.endpoint_url, storage.patience_seconds)
+    store = open_store(uri, storage.endpoint_url, storage.retry_timeout_seconds)
     put_study(store, kind, about, tables, files)
     return store.uri

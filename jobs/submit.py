@@ -40,7 +40,7 @@ JOBS = {"scan": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "verify"
 # Settings of `job` that decide what is done, and not how it is shown.
 _DECIDING = ("name", "limit", "shard_size", "resume")
 # What a configuration may name on this machine that the cluster has to have, too.
-_FILES = ("dataset.source", "dataset.wordings", "measure.edits", "neurons.list")
+_FILES = ("dataset.source", "dataset.templates", "measure.edits", "neurons.list")
 
 
 def main(arguments: list[str]) -> int:
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jobs.submit",
         description="Send a job to a Ray cluster, follow its log, and exit as it does. The same command again finds "
         "the job that waits or runs, and continues one that failed or was stopped.",
-        epilog="The code, conf and local files that are named (dataset.source, dataset.wordings, measure.edits, "
+        epilog="The code, conf and local files that are named (dataset.source, dataset.templates, measure.edits, "
         "neurons.list) travel with the job; a model's directory must be on every node. Secrets belong into the "
         "environment of the cluster's nodes: how a job is called can be seen by everybody who sees the cluster. "
         "A token that the cluster wants is taken from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN. Example: python -m "

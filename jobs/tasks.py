@@ -54,7 +54,7 @@ def _listed() -> str:
                 templates = templates_of(task)
                 languages = ", ".join(templates["default"])
                 rows.append((genre, task.name, f"{task.n_labels}", languages, ", ".join(templates)))
-    return columns(("genre", "task", "labels", "languages", "wordings"), rows, text=(0, 1, 3, 4))
+    return columns(("genre", "task", "labels", "languages", "templates"), rows, text=(0, 1, 3, 4))
 
 
 def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, model_source: str | None) -> str:
@@ -74,7 +74,7 @@ def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, mo
         tokens = f"--- {len(encoded.ids)} tokens; the labels are the tokens {names}\n"
     labels = " or ".join(map(repr, prompt.targets))
     return (
-        f"--- {name}, wording {dataset.wording}: {count} prompts of {dataset.split}; this is {prompt.id}\n"
+        f"--- {name}, template {dataset.template}: {count} prompts of {dataset.split}; this is {prompt.id}\n"
         f"{prompt.text}\n"
         f"--- labels {labels}; right is {prompt.targets[prompt.answer or 0]!r}\n"
         f"{tokens}"

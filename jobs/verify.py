@@ -47,7 +47,7 @@ def verify(config: DictConfig) -> int:
     """Check a run; with `repair`, mend it and check it once more."""
     uri, endpoint_url, repair = value_of(config, "run"), config.storage.endpoint_url, flag_of(config, "repair")
     open_store(uri, endpoint_url, key="run").check()
-    store = open_store(uri, endpoint_url, config.storage.patience_seconds, key="run")
+    store = open_store(uri, endpoint_url, config.storage.retry_timeout_seconds, key="run")
     verdict = _check(store)
     print(describe(verdict))
     if repair and not verdict.is_clean:
@@ -78,7 +78,7 @@ def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
         print(f"computing again: shards {ranges(shards)}", flush=True)
     summary = run(prepared)
     for shard, error in sorted(summary.failed.items()):
-        print(f"set aside: shard {shard}: {error}")
+        print(f"failed: shard {shard}: {error}")
 
 
 def _check(store: ObjectStore) -> Verdict:

@@ -120,8 +120,10 @@ class DatasetConfig:
     seed: int = setting(0, "of the answers that are drawn as targets, and of the order of a task's rows")
     shots: int = setting(1, "demonstrations for each label of a task")
     demonstration_seed: int = setting(0, "which demonstrations")
-    wording: str = setting("default", "the name of a wording of the task")
-    wordings: str | None = setting(None, "a `.toml` file of your own wordings, or a folder with a `TASK.toml` for each")
+    template: str = setting("default", "the name of a prompt template of the task")
+    templates: str | None = setting(
+        None, "a `.toml` file of your own templates, or a folder with a `TASK.toml` for each"
+    )
     language: str = setting("auto", "of the words around a task's rows; `auto`: each row's own")
     languages: Any = setting(None, "rows of these languages only", kind=str | list[str] | None)
 
@@ -179,7 +181,7 @@ class ClusterConfig:
     batch_tokens: Any = setting(
         None, "the old name of `cluster.batch_bytes`, in tokens", allowed=_AUTO, least=1, is_whole=True
     )
-    attempts: int = setting(3, "how often a shard may fail before it is set aside", least=1)
+    attempts: int = setting(3, "how often a shard may fail before it is quarantined", least=1)
     wait_seconds: float = setting(
         0.0, "how long to wait for a node on which a replica fits, which an autoscaler is asked for", least=0
     )
@@ -202,7 +204,7 @@ class StorageConfig:
 
     uri: str = setting("results", "a directory, or `s3://bucket/prefix` with credentials from the environment")
     endpoint_url: str | None = setting(None, "of an S3 server that is not Amazon's")
-    patience_seconds: float = setting(
+    retry_timeout_seconds: float = setting(
         600.0, "how long a store that fails in a way that may pass is tried again, each time", least=0
     )
 

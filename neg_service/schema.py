@@ -20,9 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError
+from neg_service.former_names import former_columns
 
 # 3: what a tokenizer adds stands once; the resolution of one-sided grids has the baseline row's error.
-SCHEMA_VERSION = 3
+# 4: neurons are (layer, expert, neuron); tables, columns and engines have the field's names (`former_names.py`).
+SCHEMA_VERSION = 4
 
 # What tables say of themselves, in the metadata of their schema: run.json and each part carry it.
 _TABLE_KEY = b"neg_service.table"
@@ -109,8 +111,8 @@ _WRITTEN_BEFORE: dict[str, tuple[str, str, str | None]] = {
     "activations": ("activation", NO_UNIT, "activation"),
     "top_neurons": ("NeurGrad", PER_MAGNITUDE, "neurgrad"),
     "sweep": ("NEG", PER_MAGNITUDE, "neg"),
-    "strength": ("strength", PER_MAGNITUDE, "strength"),
-    "scores": ("score", NO_UNIT, "values"),
+    "aggregate_importance": ("aggregate importance", PER_MAGNITUDE, "aggregate_importance"),
+    "skill_scores": ("score", NO_UNIT, "values"),
 }
 
 PROMPTS = pa.schema(
@@ -152,6 +154,19 @@ def _of_each_neuron(name: str, kind: pa.DataType, n_neurons: int | Sequence[int]
     sizes = {n_neurons} if isinstance(n_neurons, int) else set(n_neurons)
     lists = pa.list_(kind, sizes.pop()) if len(sizes) == 1 else pa.list_(kind)
     return pa.field(name, lists, nullable=False)
+
+
+def under_present_names(table: str, schema: pa.Schema) -> pa.Schema:
+    """A stored schema with the present names of its columns."""
+    names = {before: now for now, before in former_columns(table, schema.names).items()}
+    if not names:
+        return schema
+    metadata = dict(schema.metadata or {})
+    if _TABLE_KEY in metadata:
+        said = json.loads(metadata[_TABLE_KEY])
+        said["values"] = names.get(said.get("values"), said.get("values"))
+        metadata[_TABLE_KEY] = json.dumps(said, ensure_ascii=False).encode()
+    return pa.schema([own.with_name(names.get(own.name, own.name)) for own in schema], metadata)
 
 
 def neurgrad(n_neurons: int | Sequence[int]) -> pa.Schema:
@@ -252,7 +267,7 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
         pa.field("r", pa.float32(), nullable=False),
         pa.field("r2", pa.float32(), nullable=False),
         # The largest |Δp| over the shifts; of the coarse grid, over the curve that it interpolates.
-        pa.field("largest_delta_p", pa.float32(), nullable=False),
+        pa.field("max_abs_delta_p", pa.float32(), nullable=False),
         # The estimates: NeurGrad, in probability per unit of |activation|, which predicts `neg` of magnitudes; and the
         # plain gradient, per unit of the activation, which predicts it where `shift` is signed.
         pa.field("neurgrad", pa.float32(), nullable=False),
@@ -269,17 +284,18 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
     return pa.schema(fields)
 
 
-def strength(n_neurons: int | Sequence[int]) -> pa.Schema:
-    """One row for each layer and shard. `strength` [N]: a neuron's largest |NeurGrad|, summed over the shard's prompts.
+def aggregate_importance(n_neurons: int | Sequence[int]) -> pa.Schema:
+    """One row for each layer and shard. `aggregate_importance` [N]: sums over the shard's prompts.
 
-    The largest is over the prompt's targets, in probability per unit of |activation|.
+    What is added up is a neuron's largest |NeurGrad| over the prompt's targets, in probability per unit of
+    |activation|.
     """
     return pa.schema(
         [
             *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
             pa.field("n_prompts", pa.int32(), nullable=False),
-            _of_each_neuron("strength", pa.float64(), n_neurons),
+            _of_each_neuron("aggregate_importance", pa.float64(), n_neurons),
         ]
     )
 
@@ -303,7 +319,7 @@ INTERVENE = pa.schema(
 )
 
 
-def scores(n_neurons: int | Sequence[int]) -> pa.Schema:
+def skill_scores(n_neurons: int | Sequence[int]) -> pa.Schema:
     """One row for each task, score, layer and shard. `values` [N]: the score's sum over the task's prompts.
 
     score: `polarity`, `magnitude`, `fires/0`… (whole numbers) or `activation`; see `measures/builtin/skill_scores.py`.
@@ -323,7 +339,7 @@ def scores(n_neurons: int | Sequence[int]) -> pa.Schema:
 
 # One row for each prompt: what the neurons chosen for its task say about its K labels. The neurons are in
 # neurons.parquet of the run, by task; lists are in their order.
-VOTES = pa.schema(
+NEURON_PREDICTIONS = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         # [K·S], label by label: the sign of NeurGrad, -1, 0 or 1.

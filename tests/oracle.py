@@ -129,16 +129,16 @@ def probability_with_shift(
     """The target's probability when one neuron is moved by `shift` at a position: a full forward pass."""
     module, side = neuron_module(layers_of(model)[layer], basis)
 
-    def poke(x: Tensor) -> Tensor:
+    def finite_difference(x: Tensor) -> Tensor:
         x = x.clone()
         offset = x.shape[-1] // 2 if side.startswith("second") else 0
         x.view(-1, x.shape[-1])[position, offset + neuron] += shift
         return x
 
     if side == "input":
-        handle = module.register_forward_pre_hook(lambda _m, inputs: (poke(inputs[0]), *inputs[1:]))
+        handle = module.register_forward_pre_hook(lambda _m, inputs: (finite_difference(inputs[0]), *inputs[1:]))
     else:
-        handle = module.register_forward_hook(lambda _m, _i, output: poke(output))
+        handle = module.register_forward_hook(lambda _m, _i, output: finite_difference(output))
     try:
         with torch.no_grad():
             logits = _logits(model, ids)[position]
@@ -200,11 +200,11 @@ def changes_with_shifts(
     neurons = torch.tensor([neuron for neuron, _ in shifted])
     shifts = torch.tensor([shift for _, shift in shifted])
 
-    def poke(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    def finite_difference(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         output[torch.arange(1, len(shifted) + 1), -1, neurons] += shifts
         return output
 
-    handle = module.register_forward_hook(poke)
+    handle = module.register_forward_hook(finite_difference)
     try:
         with torch.no_grad():
             rows = torch.tensor([list(ids)] * (len(shifted) + 1))

@@ -214,7 +214,7 @@ def test_a_server_that_refuses_or_breaks_off_is_told_with_its_reason(refusing: s
         return
     with refused(PromptError, "dataset.source", says="cannot be read: "):
         load_tasks(DatasetConfig(source=f"{refusing}/{path}", task="agnews"))
-    with refused(PromptError, "dataset.wordings", says="cannot be read: "):
+    with refused(PromptError, "dataset.templates", says="cannot be read: "):
         templates_of(TASKS["agnews"], f"{refusing}/{path}")
 
 

@@ -14,8 +14,8 @@ BY_LAYER: dict[str, Callable[..., pa.Schema]] = {
     "neurgrad": schema.neurgrad,
     "integrated_gradients": schema.integrated_gradients,
     "activation": schema.activations,
-    "strength": schema.strength,
-    "values": schema.scores,
+    "aggregate_importance": schema.aggregate_importance,
+    "values": schema.skill_scores,
     "gradient": lambda sizes: schema.baseline("gradient", sizes),
 }
 

@@ -31,15 +31,15 @@ class Action(Enum):
 
     RETRY = "retry"
     # Again with half the batch.
-    RETRY_SMALLER = "split"
+    RETRY_SMALLER = "retry smaller"
     # Again on a new replica: this one is gone or cannot be trusted.
-    REPLACE = "replace the replica"
+    REPLACE = "replace"
     # Again elsewhere, and not counted: its node is gone.
-    REQUEUE = "move"
+    REQUEUE = "requeue"
     # Not again: keep the error, go on with the rest.
-    QUARANTINE = "set aside"
+    QUARANTINE = "quarantine"
     # Nothing will get better: end the run with this error.
-    ABORT = "stop"
+    ABORT = "abort"
 
 
 def decide(error: BaseException, failures: int, most: int, requeues: int = 0) -> Action:

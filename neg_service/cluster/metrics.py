@@ -96,7 +96,7 @@ class RunMetrics:
         self._heard.set(time.time())
         self._left.set(seconds_left)
         waiting = self._n_shards - counts.done - counts.running - counts.failed
-        states = {"done": counts.done, "running": counts.running, "set_aside": counts.failed, "waiting": waiting}
+        states = {"done": counts.done, "running": counts.running, "failed": counts.failed, "waiting": waiting}
         for state, n in states.items():
             self._shards.set(n, {"state": state})
         for state, n in (("ready", counts.ready_replicas), ("starting", counts.starting_replicas)):

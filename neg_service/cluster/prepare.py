@@ -35,6 +35,7 @@ from neg_service.prompts.mceval8k import as_masked
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, check_prompts, encode
 from neg_service.prompts.sources import BUILT_IN, load_dataset
 from neg_service.prompts.store import PromptFile
+from neg_service.schema import SCHEMA_VERSION
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
 from neg_service.storage.stores import open_store
@@ -257,6 +258,11 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
     """
     if not run.request:
         raise DestinationError(f"{run.uri}: does not say what was asked for; run its scan again")
+    if run.is_of_former_names:
+        raise DestinationError(
+            f"{run.uri}: was stored by an earlier version (schema {run.config.get('schema_version')}; this one writes "
+            f"{SCHEMA_VERSION}), which alone computes its parts again; this one reads them: run its scan again"
+        )
     asked, fresh = typed(ScanConfig, run.request), ScanConfig()
     asked.model.device = config.model.device
     if asked.neurons.choose == "list":
@@ -298,8 +304,8 @@ def _request(config: ScanConfig) -> dict[str, Any]:
 
 def to_be_stored(dataset: DatasetConfig) -> dict[str, Any]:
     """The settings of a data set without what only reading it needed."""
-    wordings = None if dataset.wordings is None else without_credentials(dataset.wordings)
-    return asdict(replace(dataset, source=without_credentials(dataset.source), wordings=wordings))
+    templates = None if dataset.templates is None else without_credentials(dataset.templates)
+    return asdict(replace(dataset, source=without_credentials(dataset.source), templates=templates))
 
 
 def _tell_skipped(skips: Skips, n_prompts: int, info: ModelInfo) -> dict[str, Any]:
@@ -339,8 +345,8 @@ def _tell_skipped(skips: Skips, n_prompts: int, info: ModelInfo) -> dict[str, An
 
 
 def _with_absolute_paths(dataset: DatasetConfig) -> DatasetConfig:
-    wordings = None if dataset.wordings is None else absolute(dataset.wordings)
-    return replace(dataset, source=_full(dataset.source), wordings=wordings)
+    templates = None if dataset.templates is None else absolute(dataset.templates)
+    return replace(dataset, source=_full(dataset.source), templates=templates)
 
 
 def _full(source: str) -> str:

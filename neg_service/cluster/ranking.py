@@ -17,11 +17,11 @@ def needs_ranking(neurons: NeuronsConfig) -> bool:
 
 def ranking_of(config: ScanConfig) -> ScanConfig:
     """The scan that finds the strongest neurons over the data set for another one, in its basis if it has one."""
-    name = None if config.job.name is None else f"{config.job.name}-strength"
+    name = None if config.job.name is None else f"{config.job.name}-aggregate_importance"
     basis = {key: value for key, value in config.measure.items() if key == "basis"}
     return replace(
         config,
-        measure={"name": "strength", **basis},
+        measure={"name": "aggregate_importance", **basis},
         neurons=NeuronsConfig(config.neurons.layers),
         job=replace(config.job, name=name, shard_size="auto", resume=None),
     )
@@ -29,6 +29,6 @@ def ranking_of(config: ScanConfig) -> ScanConfig:
 
 def strongest(ranking_uri: str, config: ScanConfig) -> NeuronsConfig:
     """The neurons that a finished ranking finds for a scan, as a list."""
-    strength = open_run(ranking_uri, config.storage.endpoint_url).table("strength").to_table()
+    strength = open_run(ranking_uri, config.storage.endpoint_url).table("aggregate_importance").to_table()
     found = strongest_neurons(*total(strength), config.neurons.count)
     return NeuronsConfig(config.neurons.layers, choose="list", list=replace(found, source=ranking_uri))

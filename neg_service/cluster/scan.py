@@ -150,7 +150,7 @@ def _open(prepared: Prepared) -> _Place:
     at_once = open_store(prepared.uri, storage.endpoint_url)
     at_once.check()
     done = RunDirectory(at_once, prepared.fingerprint, tables).done() & set(range(prepared.plan.n_shards))
-    store = open_store(prepared.uri, storage.endpoint_url, storage.patience_seconds)
+    store = open_store(prepared.uri, storage.endpoint_url, storage.retry_timeout_seconds)
     is_new = at_once.get(RUN_FILE) is None
     return _Place(at_once, RunDirectory(store, prepared.fingerprint, tables), frozenset(done), is_new)
 
@@ -263,7 +263,7 @@ def _actors(prepared: Prepared, place: _Place, size: ReplicaSize, most: int | st
         place.store.uri,
         storage.endpoint_url,
         prepared.fingerprint,
-        storage.patience_seconds,
+        storage.retry_timeout_seconds,
         stored_columns(place.store),
     )
     logs = LogStyle(config.job.log, run_name_of(place.store.uri))
@@ -327,7 +327,7 @@ def _with_strongest_listed(prepared: Prepared, ranking: Prepared) -> Prepared:
     if summary.failed:
         shard, error = next(iter(summary.failed.items()))
         raise NegServiceError(
-            f"{len(summary.failed)} shards of the ranking {ranking.uri} were set aside, shard {shard} with: "
+            f"{len(summary.failed)} shards of the ranking {ranking.uri} failed, shard {shard} with: "
             f"{error}; the same command tries them again"
         )
     listed = strongest(ranking.uri, prepared.config)

@@ -15,6 +15,7 @@ from typing import Any
 
 from neg_service.config import types_of
 from neg_service.errors import ConfigurationError
+from neg_service.former_names import MEASURES
 from neg_service.measures import builtin
 from neg_service.measures.base import Measure
 
@@ -38,6 +39,8 @@ def find_measure(name: str) -> type[Measure[Any]]:
         ConfigurationError: an unknown name, with those that are known; a module that has not exactly one measure.
     """
     known = {own: found for found in _builtin() for own in found.NAMES}
+    if name in MEASURES:
+        raise ConfigurationError(f"is called {MEASURES[name]} by now", setting="measure.name", value=name)
     if name in known:
         return known[name]
     path, _, wanted = name.partition(":")

@@ -97,7 +97,7 @@ def _table(
         neg=_column(neg_kn),
         r=_column(found.linearity_nk.r.T),
         r2=_column(found.linearity_nk.r2.T),
-        largest_delta_p=_column(found.linearity_nk.max_abs_delta_p.T),
+        max_abs_delta_p=_column(found.linearity_nk.max_abs_delta_p.T),
         neurgrad=_column(neurgrad_kn),
         gradient=_column(gradient_kn),
         resolution=_column(resolution_kn),

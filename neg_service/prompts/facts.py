@@ -1,8 +1,8 @@
 """The default data set: facts written for this project, small enough to read and large enough to measure on.
 
-Eleven relations, each with two wordings. Each prompt has one right target and three wrong ones, which are right answers
-to other subjects of the same relation, so that a target's prior alone does not give the answer away. All targets
-are single tokens for the default model when they follow a space, which a test checks. Nothing is drawn at
+Eleven relations, each with two templates. Each prompt has one right target and three wrong ones, which are right
+answers to other subjects of the same relation, so that a target's prior alone does not give the answer away. All
+targets are single tokens for the default model when they follow a space, which a test checks. Nothing is drawn at
 random: the same prompts come out everywhere.
 """
 
@@ -17,10 +17,10 @@ WRONG_TARGETS = 3
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation between subjects and answers, and the wordings that ask for it."""
+    """A relation between subjects and answers, and the templates that ask for it."""
 
     name: str
-    wordings: tuple[str, str]
+    templates: tuple[str, str]
     answers: dict[str, str]
 
 
@@ -148,13 +148,13 @@ def load() -> list[Prompt]:
     """All prompts of the data set, relation by relation, in an order that never changes."""
     return [
         Prompt(
-            id=f"{relation.name.replace(' ', '-')}/{wording}/{subject.replace(' ', '-')}",
-            text=relation.wordings[wording].format(subject),
+            id=f"{relation.name.replace(' ', '-')}/{template}/{subject.replace(' ', '-')}",
+            text=relation.templates[template].format(subject),
             targets=targets,
             answer=answer,
         )
         for relation in RELATIONS
-        for wording in range(len(relation.wordings))
+        for template in range(len(relation.templates))
         for position, subject in enumerate(relation.answers)
         for targets, answer in [_targets(relation, position)]
     ]

@@ -44,7 +44,7 @@ def load_tasks(config: DatasetConfig) -> list[Prompt]:
     """The prompts of the tasks and splits that `config` names, task after task; ids are `task/split/row`.
 
     Raises:
-        ConfigurationError: an unknown task, wording or split, with the nearest names; a file or field that is missing
+        ConfigurationError: an unknown task, template or split, with the nearest names; a file or field that is missing
             or wrong, with its row; more demonstrations asked for than there are rows.
     """
     return [
@@ -92,8 +92,8 @@ class _Loader:
             if value is not None and value < least:
                 raise PromptError(setting=f"dataset.{key}", value=value, allowed=f"at least {least}")
         self._task, self._config = task, config
-        self._templates = templates_of(task, config.wordings)
-        _require_known("dataset.wording", config.wording, self._templates, f" of {task.name}")
+        self._templates = templates_of(task, config.templates)
+        _require_known("dataset.template", config.template, self._templates, f" of {task.name}")
         self._examples = {split: own for split in SPLITS if (own := self._published(split)) is not None}
         self._order = {split: self._shuffled(split) for split in self._examples}
         self._own = self._without_overlap()
@@ -137,7 +137,7 @@ class _Loader:
     def _drawn(self, split: str, shown_rows: set[tuple[str, int]]) -> list[tuple[tuple[str, int], int]]:
         """Rows in the order in which they are used, each with how often it was used before."""
         config, wanted = self._config, _as_list(self._config.languages)
-        # The same order whatever the wording and the demonstrations, so that studies compare the same rows.
+        # The same order whatever the template and the demonstrations, so that studies compare the same rows.
         free = [
             (source, i)
             for source, i in self._own[split]
@@ -215,8 +215,8 @@ class _Loader:
     def _template(self, group: str) -> PromptTemplate:
         """The words around the rows of a group, in their language or in the one that was asked for."""
         language = group if self._config.language == "auto" else self._config.language
-        own = self._templates[self._config.wording]
-        _require_known("dataset.language", language, own, f" of {self._task.name}, wording {self._config.wording}")
+        own = self._templates[self._config.template]
+        _require_known("dataset.language", language, own, f" of {self._task.name}, template {self._config.template}")
         return own[language]
 
     def _published(self, split: str) -> list[Example] | None:

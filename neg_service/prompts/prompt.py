@@ -385,7 +385,7 @@ def _target_id(
     if len(own) != 1:
         raise TargetError(
             f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, it must be "
-            "exactly 1 (dataset.source; of a task, dataset.wording; dataset.not_one_token=skip leaves it out)",
+            "exactly 1 (dataset.source; of a task, dataset.template; dataset.not_one_token=skip leaves it out)",
             change="dataset.source",
         )
     if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):

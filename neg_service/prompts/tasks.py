@@ -1,7 +1,7 @@
 """The 22 tasks of MCEval8K: where each is published, and what a row of it means.
 
 The right label of a row is an index, a truth value, a number of stars, a language or one of three fields. Each task
-has a function that makes an `Example` of a row: fields that a wording may use, and the index of the right label.
+has a function that makes an `Example` of a row: fields that a template may use, and the index of the right label.
 
 Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053); the data set
 iszhaoxin/MCEval8K on the Hugging Face hub.
@@ -76,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """What a row says: the fields that a wording may use, the index of the right label, and the language."""
+    """What a row says: the fields that a template may use, the index of the right label, and the language."""
 
     fields: dict[str, str]
     answer: int
@@ -172,7 +172,7 @@ def _stereoset(row: Row) -> Example:
         raise PromptError(
             f"its three kinds of sentence must be 0, 1 and 2 in some order, not {places}", given=row.where
         )
-    # What is published as `stereotype` mostly goes against one ("Football players are usually weak"); wordings ask so.
+    # What is published as `stereotype` mostly goes against one ("Football players are usually weak"); templates ask so.
     return Example({"context": row.text("context"), **_lettered(row.texts("sentences", 3))}, places[0])
 
 

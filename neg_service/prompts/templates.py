@@ -1,7 +1,7 @@
-"""Prompt templates of tasks: files `wordings/<task>.toml`, or one of a user's own.
+"""Prompt templates of tasks: files `templates_of_tasks/<task>.toml`, or one of a user's own.
 
 A file has a table [NAME.LANGUAGE] for each template and language, with an instruction, a question with fields in
-braces, and the labels, which follow the question verbatim. Settings and files call a template a wording.
+braces, and the labels, which follow the question verbatim.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def templates_of(task: Task, place: str | None = None) -> dict[str, dict[str, Pr
     if place is None:
         return _own_templates(task)
     if suffix_of(place) == ".toml":
-        content: bytes | None = read_input("dataset.wordings", place, PromptError)
+        content: bytes | None = read_input("dataset.templates", place, PromptError)
     else:
         place = below(place, f"{task.name}.toml")
-        content = read_if_there("dataset.wordings", place, PromptError)
+        content = read_if_there("dataset.templates", place, PromptError)
     if content is None:
         return _own_templates(task)
     return _own_templates(task) | _templates(task, without_credentials(place), content)
@@ -53,24 +53,24 @@ def templates_of(task: Task, place: str | None = None) -> dict[str, dict[str, Pr
 
 @cache
 def _own_templates(task: Task) -> dict[str, dict[str, PromptTemplate]]:
-    file = resources.files(__package__) / "wordings" / f"{task.name}.toml"
+    file = resources.files(__package__) / "templates_of_tasks" / f"{task.name}.toml"
     return _templates(task, file.name, file.read_bytes())
 
 
 def _templates(task: Task, where: str, content: bytes) -> dict[str, dict[str, PromptTemplate]]:
-    text = text_of(f"dataset.wordings={where}", content, PromptError)
+    text = text_of(f"dataset.templates={where}", content, PromptError)
     try:
         read = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"is not TOML: {one_line(error)}", setting="dataset.wordings", value=where) from error
+        raise PromptError(f"is not TOML: {one_line(error)}", setting="dataset.templates", value=where) from error
     templates: dict[str, dict[str, PromptTemplate]] = {}
     for name, by_language in read.items():
         if not isinstance(by_language, dict):
             raise PromptError(
-                f"{name} must be a table for each language, [{name}.en]", setting="dataset.wordings", value=where
+                f"{name} must be a table for each language, [{name}.en]", setting="dataset.templates", value=where
             )
         for language, own in by_language.items():
-            place = f"dataset.wordings={where}: [{name}.{language}]"
+            place = f"dataset.templates={where}: [{name}.{language}]"
             if not isinstance(own, dict) or set(own) != {"instruction", "question", "labels"}:
                 raise PromptError("must have instruction, question and labels, and nothing else", given=place)
             labels = own["labels"]

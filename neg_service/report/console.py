@@ -38,7 +38,7 @@ def accuracy(run: Run) -> Accuracy:
 
 # The columns of rows of single neurons from which `agreement` is made, and those that stand beside it in a report.
 _COMPARED = ("r", "neg", "neurgrad", "gradient", "is_resolved", "signs_agree")
-_BESIDE = ("layer", "neuron", "activation", "r2", "largest_delta_p")
+_BESIDE = ("layer", "neuron", "activation", "r2", "max_abs_delta_p")
 # What fits into memory at once; larger tables are for a reader that streams.
 _SUMMARISED_ROWS = 5_000_000
 

@@ -5,7 +5,7 @@ shows nothing until it is completed); on a local disk the bytes are written besi
 Putting the same key twice replaces it. There is nothing else to know, and no lock.
 
 Every operation can be repeated, and is: a request for some seconds by the S3 client (`s3.py`), an operation for as long
-as a `PatientStore` is told to (`patience.py`), unless it gets on (`waiting.py`). `stores.py` opens the store that a URI
+as a `RetryingStore` is told to (`retries.py`), unless it gets on (`waiting.py`). `stores.py` opens the store that a URI
 names.
 """
 

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError, StorageError, one_line
+from neg_service.former_names import COLUMNS, MEASURES, current_about, current_config
 from neg_service.neurons import NeuronSet
 from neg_service.places import name_of
-from neg_service.schema import Table
+from neg_service.schema import SCHEMA_VERSION, Table, under_present_names
 from neg_service.storage.neurons import read_neurons
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.run import RunDirectory, Snapshot, read_run_file, schema_from_json
@@ -55,6 +56,10 @@ class Run:
     schemas: dict[str, pa.Schema] = field(repr=False)
     # What run.json says of neurons that are kept in a file of their own.
     said_of_neurons: dict[str, Any] | None = field(default=None, repr=False)
+    # The same schemas by the names of the tables' folders, with the columns as they are stored.
+    stored_schemas: dict[str, pa.Schema] = field(default_factory=dict, repr=False)
+    # Whether tables and columns are stored under the names that they had before schema 4.
+    is_of_former_names: bool = field(default=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -64,7 +69,7 @@ class Run:
     @property
     def tables(self) -> list[str]:
         """The names of the tables."""
-        return list(self.directory.tables)
+        return list(self.schemas)
 
     @cached_property
     def described(self) -> dict[str, Table]:
@@ -117,7 +122,8 @@ class Run:
         """
         from neg_service.storage.selection import Selection
 
-        return Selection.of([part for _, part in self.parts(name, at=at)], self.schemas[name], columns, filter)
+        parts = [part for _, part in self.parts(name, at=at)]
+        return Selection.of(parts, self.schemas[name], columns, filter, self.stored_columns(name))
 
     def listed_neurons(self) -> NeuronSet | None:
         """The neurons of a list, or that were ranked over the data set, by task where they differ; None of other runs.
@@ -164,6 +170,11 @@ class Run:
         is_beside = keys and own.values not in of and set(keys) <= set(of)
         return keys if is_beside else []
 
+    def stored_columns(self, name: str) -> dict[str, str]:
+        """Columns that are stored under a former name: present names, with the stored ones."""
+        former = COLUMNS.get(name, {}) if self.is_of_former_names else {}
+        return {now: before for before, now in former.items() if now in self.schemas[name].names}
+
     def _of_neuron(self, name: str, layer: int, index: int, expert: int | None, at: Snapshot) -> pa.Table:
         of_layer = pc.field("layer") == layer
         # Tables that were written before there were experts have no such column.
@@ -172,8 +183,10 @@ class Run:
         if self.described[name].is_by_neuron:
             return self.table(name, filter=of_layer & (pc.field("neuron") == index), at=at).to_table()
         chosen: dict[str, pc.Expression] = {}
+        stored = self.stored_columns(name)
         for column in self.schemas[name]:
-            own, is_value = pc.field(column.name), column.name == self.described[name].values
+            own = pc.field(stored.get(column.name, column.name))
+            is_value = column.name == self.described[name].values
             is_by_neuron = is_value or pa.types.is_fixed_size_list(column.type)
             chosen[column.name] = pc.list_element(own, index) if is_by_neuron else own
         return self.table(name, at=at).to_table(columns=chosen, filter=of_layer)
@@ -205,8 +218,10 @@ class Run:
             raise ConfigurationError(f"{self.uri} has no table {name!r}; it has {', '.join(self.tables)}")
         filesystem, root = self.directory.store.arrow()
         at = at or self.snapshot()
+        # In the order of the schemas, under the names that their folders have.
+        stored = dict(zip(self.schemas, self.directory.tables, strict=True))[name]
         for shard in sorted(self.done(at)):
-            part = at.parts[name][shard]
+            part = at.parts[stored][shard]
             yield shard, CHECKED.make_fragment(f"{root}/{part.key}", filesystem, expression, file_size=part.size)
 
 
@@ -237,6 +252,11 @@ class Runs:
         first = next(with_experts, self.runs[0])
         fragments: list[pads.Fragment] = []
         for run in self.runs:
+            if former := run.stored_columns(name):
+                raise ConfigurationError(
+                    f"table {name!r} cannot be shown side by side: {run.name} was stored with the column "
+                    f"{', '.join(former.values())}, which is called {', '.join(former)} by now; read them one by one"
+                )
             fragments += [part for _, part in run.parts(name, pc.field(RUN_COLUMN) == run.name)]
             own, schema = run.schemas[name], first.schemas[name]
             for column in schema:
@@ -292,15 +312,22 @@ def reading(run: Run) -> Iterator[None]:
 
 def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:
     """The run at a store, whose run.json was read and parsed already."""
-    schemas = {name: schema_from_json(described) for name, described in parsed["tables"].items()}
+    stored = {name: schema_from_json(described) for name, described in parsed["tables"].items()}
+    is_of_former_names = int(parsed["identity"].get("schema_version", SCHEMA_VERSION)) < 4
+    schemas = stored
+    if is_of_former_names:
+        present = {name: MEASURES.get(name, name) for name in stored}
+        schemas = {present[name]: under_present_names(present[name], own) for name, own in stored.items()}
     return Run(
         uri=store.uri,
         fingerprint=parsed["fingerprint"],
-        config=parsed["identity"],
-        about=parsed.get("about", {}),
+        config=current_config(parsed["identity"]),
+        about=current_about(parsed.get("about", {})),
         request=parsed.get("request", {}),
-        directory=RunDirectory(store, parsed["fingerprint"], tuple(schemas)),
+        directory=RunDirectory(store, parsed["fingerprint"], tuple(stored)),
         schemas=schemas,
+        stored_schemas=stored,
+        is_of_former_names=is_of_former_names,
         said_of_neurons=parsed.get("neurons"),
     )
 

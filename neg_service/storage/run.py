@@ -5,7 +5,7 @@
       run.copy.json                 the same again, from which run.json is restored
       neurons.parquet               the neurons of a list, or that were ranked over the data set; see `neurons.py`
       <table>/shard-000042.parquet  one part a shard and table; its existence is the commit
-      set_aside/shard-000042.json   why a shard was given up; gone when the shard is done after all
+      failed/shard-000042.json   why a shard was given up; gone when the shard is done after all
 
 The fingerprint is a hash of what decides the numbers (`identity`), never of how it is run. So the same command
 continues the same run, and another configuration gets another place. A shard is done when its parts of all tables are
@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from neg_service.errors import DestinationError, one_line
+from neg_service.former_names import FAILED_FOLDER
 from neg_service.neurons import NeuronSet
 from neg_service.schema import Table
 from neg_service.storage.neurons import NEURONS_FILE, described, neurons_problem, put_neurons, require_same_neurons
@@ -31,7 +32,7 @@ from neg_service.storage.parts import footer_of, shard_of
 
 RUN_FILE = "run.json"
 RUN_COPY = "run.copy.json"
-SET_ASIDE = "set_aside"
+FAILED = "failed"
 _NOTE_ATTEMPTS = 20
 
 
@@ -77,7 +78,7 @@ class RunDirectory:
     def failed(self) -> dict[int, dict[str, Any]]:
         """The shards that were given up, with what was said of each."""
         found: dict[int, dict[str, Any]] = {}
-        for entry in self.store.list(SET_ASIDE):
+        for entry in (*self.store.list(FAILED_FOLDER), *self.store.list(FAILED)):
             content = self.store.get(entry.key)
             if content is not None:
                 found |= _record(self.store, entry.key, content)
@@ -89,7 +90,7 @@ class RunDirectory:
         self.store.put(_failure_key(shard), json.dumps(record, indent=1).encode())
 
     def clear_resolved(self) -> None:
-        """Forget why shards were set aside that are done after all, by whomever."""
+        """Forget why shards failed that are done after all, by whomever."""
         failed = self.failed()
         for shard in set(failed) & self.done() if failed else ():
             self.store.delete(_failure_key(shard))
@@ -279,7 +280,7 @@ def _require_nothing_foreign(
 
     An earlier start may have been killed after it had put the neurons.
     """
-    others = [entry.key for entry in store.list("") if not entry.key.startswith(f"{SET_ASIDE}/")]
+    others = [entry.key for entry in store.list("") if not entry.key.startswith((f"{FAILED}/", f"{FAILED_FOLDER}/"))]
     if neurons is not None and others == [NEURONS_FILE] and neurons_problem(store, described(neurons)) is None:
         return
     for key in others:
@@ -342,4 +343,4 @@ def _record(store: ObjectStore, key: str, content: bytes) -> dict[int, dict[str,
 
 
 def _failure_key(shard: int) -> str:
-    return f"{SET_ASIDE}/shard-{shard:06d}.json"
+    return f"{FAILED}/shard-{shard:06d}.json"

@@ -36,7 +36,7 @@ from neg_service.storage.ranges import RangeFiles
 from neg_service.storage.requests import Requests, reason_of, traffic_with, within
 
 # Every request is safe to repeat: a put replaces itself. After throttling, server errors, resets and timeouts botocore
-# waits longer and longer, with jitter; a server that is gone for longer than that is a PatientStore's business. When
+# waits longer and longer, with jitter; a server that is gone for longer than that is a RetryingStore's business. When
 # nothing moves, `Requests` ends it all much sooner than the time-out of a read.
 _CONNECT_SECONDS = 10
 _REQUESTS = {

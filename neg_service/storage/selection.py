@@ -5,7 +5,8 @@ Apart from `reader.py`, because pyarrow's datasets take long to load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,8 @@ class Selection(pads.FileSystemDataset):  # type: ignore[misc]
     """
 
     shown: list[str] | None = None
+    # Columns that the parts call otherwise: present names, with the stored ones.
+    stored: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def of(
@@ -34,13 +37,15 @@ class Selection(pads.FileSystemDataset):  # type: ignore[misc]
         schema: pa.Schema,
         columns: Sequence[str] | None,
         filter: pc.Expression | None,
+        stored: Mapping[str, str] = MappingProxyType({}),
     ) -> pads.Dataset:
-        """All rows of the fragments that pass the filter."""
+        """All rows of the fragments that pass the filter; `stored`: columns that the fragments call otherwise."""
         for column in columns or ():
             if column not in schema.names:
                 raise ConfigurationError(f"there is no column {column!r}; there are {', '.join(schema.names)}")
-        dataset = cls(fragments, schema, CHECKED)
-        dataset.shown = list(columns) if columns is not None else None
+        as_stored = pa.schema([own.with_name(stored.get(own.name, own.name)) for own in schema], schema.metadata)
+        dataset = cls(fragments, as_stored, CHECKED)
+        dataset.shown, dataset.stored = list(columns) if columns is not None else None, dict(stored)
         if filter is None:
             return dataset
         filtered = dataset.filter(filter)
@@ -49,18 +54,25 @@ class Selection(pads.FileSystemDataset):  # type: ignore[misc]
             filtered.scanner()
             return filtered
         except pa.ArrowInvalid as error:
+            if any(name in str(filter) for name in stored):
+                raise ConfigurationError(
+                    f"this run was stored with other names of columns, by which it is filtered: {dict(stored)}",
+                    setting="filter",
+                    value=filter,
+                ) from error
             raise ConfigurationError(one_line(error), setting="filter", value=filter) from error
 
     @property
     def schema(self) -> pa.Schema:
         """Of the columns that are shown."""
-        own = super().schema
+        own, present = super().schema, {before: now for now, before in self.stored.items()}
+        own = pa.schema([column.with_name(present.get(column.name, column.name)) for column in own], own.metadata)
         return own if self.shown is None else pa.schema([own.field(name) for name in self.shown], own.metadata)
 
     def filter(self, expression: pc.Expression) -> pads.Dataset:
         """As pyarrow's; the choice of columns stays."""
         filtered = super().filter(expression)
-        filtered.shown = self.shown
+        filtered.shown, filtered.stored = self.shown, self.stored
         return filtered
 
     def sort_by(self, sorting: Any, **options: Any) -> pads.Dataset:
@@ -73,4 +85,7 @@ class Selection(pads.FileSystemDataset):  # type: ignore[misc]
 
     def scanner(self, columns: Any = None, **options: Any) -> pads.Scanner:
         """As pyarrow's; no columns are those that are shown."""
-        return super().scanner(columns=self.shown if columns is None else columns, **options)
+        asked = self.shown if columns is None else columns
+        if self.stored and not isinstance(asked, dict):
+            asked = {name: pc.field(self.stored.get(name, name)) for name in asked or self.schema.names}
+        return super().scanner(columns=asked, **options)

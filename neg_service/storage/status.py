@@ -59,8 +59,8 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
     at = run.snapshot()
     done = run.done(at)
     tables, finished, unreadable = [], [], ""
-    for name in run.tables:
-        parts = [part for shard, part in at.parts[name].items() if shard in done]
+    for name, folder in zip(run.tables, run.directory.tables, strict=True):
+        parts = [part for shard, part in at.parts[folder].items() if shard in done]
         rows = None
         try:
             with reading(run):

@@ -7,17 +7,17 @@ import os
 from neg_service.errors import DestinationError
 from neg_service.places import local_path, require_place, split_scheme, without_credentials
 from neg_service.storage.objects import LocalStore, ObjectStore
-from neg_service.storage.patience import PatientStore
+from neg_service.storage.retries import RetryingStore
 
 
 def open_store(
     uri: str | os.PathLike[str],
     endpoint_url: str | None = None,
-    patience_seconds: float = 0,
+    retry_timeout_seconds: float = 0,
     *,
     key: str = "storage.uri",
 ) -> ObjectStore:
-    """The object store at a URI: a local path, file://, or s3://bucket/prefix; see PatientStore for the patience.
+    """The object store at a URI: a local path, file://, or s3://bucket/prefix; see RetryingStore for the patience.
 
     `key` is the setting that names it, for messages.
 
@@ -41,4 +41,4 @@ def open_store(
     else:
         shown = without_credentials(text)
         raise DestinationError(f"scheme {scheme!r} is unknown; use a path, file:// or s3://", setting=key, value=shown)
-    return PatientStore(store, patience_seconds) if patience_seconds else store
+    return RetryingStore(store, retry_timeout_seconds) if retry_timeout_seconds else store

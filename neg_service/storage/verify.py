@@ -79,7 +79,7 @@ def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done
     to_read: list[tuple[str, int]] = []
     shards_there: dict[int, int] = {}
     # The last table first: a shard that is finished while we look has all its earlier parts by then.
-    for name in reversed(run.tables):
+    for name in reversed(run.directory.tables):
         for entry in store.list(name):
             shard = shard_of(entry.key)
             if shard is None or shard >= run.n_shards:
@@ -92,8 +92,8 @@ def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done
     for shard in range(run.n_shards):
         if shard not in shards_there:
             verdict.not_done.append(shard)
-        elif shards_there[shard] < len(run.tables):
-            missing = (part_key(name, shard) for name in run.tables if (name, shard) not in there)
+        elif shards_there[shard] < len(run.directory.tables):
+            missing = (part_key(name, shard) for name in run.directory.tables if (name, shard) not in there)
             verdict.findings += [Finding(key, "missing", shard) for key in missing]
     for size, finding in _check_parts(run, to_read):
         verdict.n_parts += 1
@@ -194,5 +194,5 @@ def _check_part(run: Run, name: str, shard: int) -> tuple[int, Finding | None]:
     data = run.directory.store.get(key)
     if data is None:
         return 0, Finding(key, "missing", shard)
-    problem = problem_of(data, name, shard, run.fingerprint, run.schemas[name])
+    problem = problem_of(data, name, shard, run.fingerprint, run.stored_schemas[name])
     return len(data), Finding(key, problem, shard) if problem else None

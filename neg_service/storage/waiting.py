@@ -3,7 +3,7 @@
 Packets that vanish tell nobody, and a transfer that is slow is no outage. So what counts is whether anything moves: an
 operation may take as long as it likes while it gets on, and is given up when it got nowhere for too long. A store says
 what it sees (`s3.py`: the bytes that the other side has acknowledged), whoever calls it says how long is too long
-(`patience.py`), and the two meet here. A local disk that hangs says nothing, and is waited for.
+(`retries.py`), and the two meet here. A local disk that hangs says nothing, and is waited for.
 
 A request that is refused (a server that is too busy, a connection that is reset) got nowhere, whatever moved for it:
 from the first that is, until one succeeds, time counts as if nothing had moved; a transfer under way is left alone.
@@ -20,7 +20,7 @@ from contextvars import ContextVar
 log = logging.getLogger(__name__)
 
 # For whoever has no patience: a server that is merely slow to answer has done so by then.
-HASTY_SECONDS = 30.0
+SECONDS_WITHOUT_RETRIES = 30.0
 # An attempt is given up after half of what is left, so that another one on connections of its own may follow. Below the
 # second of these a server that is away cannot be told from a slow one, and no attempt is worth less than the third.
 _LONGEST_STALL_SECONDS, _SHORTEST_STALL_SECONDS, _LEAST_STALL_SECONDS = 60.0, 10.0, 1.0
@@ -145,7 +145,7 @@ def waiting_now() -> Waiting | None:
 @contextmanager
 def waiting(asked: Waiting | None = None) -> Iterator[Waiting]:
     """What is waited for inside counts as `asked`, or as what is around it, or, with neither, as hasty."""
-    now = asked or _NOW.get() or Waiting(HASTY_SECONDS)
+    now = asked or _NOW.get() or Waiting(SECONDS_WITHOUT_RETRIES)
     token = _NOW.set(now)
     try:
         yield now

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from jobs.leave import main as leave
+from jobs.drain import main as leave
 from neg_service.cluster import submission
 from neg_service.cluster.connection import connect, require_place_for_sockets
 from neg_service.cluster.submission import connect_to_job_server

@@ -138,14 +138,14 @@ def test_a_calibration_that_never_works_ends_the_run(tmp_path: Path) -> None:
     assert parts(tmp_path) == []
 
 
-def test_what_fails_always_is_set_aside_with_its_error_and_the_rest_is_done(tmp_path: Path) -> None:
+def test_what_fails_always_is_quarantined_with_its_error_and_the_rest_is_done(tmp_path: Path) -> None:
     outcome, _ = run(FaultyWorker(fails=frozenset({3})), tmp_path)
     assert outcome.done == N_SHARDS - 1
     assert outcome.failed == {3: "OSError: shard 3 fails"}
     assert parts(tmp_path) == [index for index in range(N_SHARDS) if index != 3]
 
 
-def test_a_non_finite_value_is_set_aside_at_once(tmp_path: Path) -> None:
+def test_a_non_finite_value_is_quarantined_at_once(tmp_path: Path) -> None:
     outcome, _ = run(FaultyWorker(not_finite=frozenset({2})), tmp_path)
     assert outcome.failed == {2: "prompt of shard 2: NaN"}
     assert outcome.done == N_SHARDS - 1

@@ -88,8 +88,8 @@ def test_metrics_count_what_was_done(reporting_ray: str, tiny_directory: Path, t
     assert found["rows_total"] == 2 * PROMPTS
     assert found["stored_bytes_total"] == summary.bytes_now
     assert found["shard_seconds_count"] == PROMPTS / SHARD
-    assert {state: found[f"shards/{state}"] for state in ("done", "running", "set_aside", "waiting")} == {
-        "done": PROMPTS / SHARD, "running": 0, "set_aside": 0, "waiting": 0,
+    assert {state: found[f"shards/{state}"] for state in ("done", "running", "failed", "waiting")} == {
+        "done": PROMPTS / SHARD, "running": 0, "failed": 0, "waiting": 0,
     }  # fmt: skip
     assert (found["replicas/ready"], found["replicas/starting"]) == (0, 0)
     # The driver was at work until it ended, and says when.

@@ -353,7 +353,7 @@ def test_a_gate_is_refused_where_there_is_none_before_anything_starts(tmp_path: 
 def test_neurons_are_ranked_in_the_basis_of_the_measure_if_it_has_one(measure: dict[str, Any]) -> None:
     config = ScanConfig(measure=measure, neurons=NeuronsConfig([1, 2], choose="top", count=5, over="dataset"))
     ranking = ranking_of(config)
-    assert ranking.measure == {**measure, "name": "strength"}
+    assert ranking.measure == {**measure, "name": "aggregate_importance"}
     assert ranking.neurons == NeuronsConfig([1, 2])
     assert ranking.dataset == config.dataset
 

@@ -61,7 +61,7 @@ def begun(prepared: Prepared) -> Path:
 def repaired(run: Path) -> int:
     """What `jobs.verify repair=true` ends with."""
     given = {"run": str(run), "repair": True, "model": {"device": "auto"}, "dataset": {}, "cluster": {}}
-    return verify_command(OmegaConf.create({**given, "storage": {"endpoint_url": None, "patience_seconds": 1.0}}))
+    return verify_command(OmegaConf.create({**given, "storage": {"endpoint_url": None, "retry_timeout_seconds": 1.0}}))
 
 
 def test_twenty_thousand_neurons_of_a_file_lie_beside_a_small_run_json(config: ScanConfig, tmp_path: Path) -> None:

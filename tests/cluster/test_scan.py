@@ -94,7 +94,7 @@ def test_the_scan_that_ranks_neurons_is_planned_and_shown(asked: dict[str, Any])
     top = {"choose": "top", "count": 3, "over": "dataset"}
     prepared = prepare(typed(ScanConfig, {**asked, "measure": {"name": "sweep"}, "neurons": top}))
     assert prepared.ranking is not None
-    assert prepared.ranking.config.measure["name"] == "strength"
+    assert prepared.ranking.config.measure["name"] == "aggregate_importance"
     assert prepared.ranking.uri != prepared.uri
     # A gradient for each target, and the same prompts, which are encoded once for both.
     assert prepared.ranking.plan.n_rows == 18

@@ -32,23 +32,23 @@ from tests.refusals import NOT_GIVEN, refused
 
 def test_code_configuration_and_named_files_travel_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "my words (1).jsonl").write_text("{}")
-    (tmp_path / "wordings").mkdir()
-    (tmp_path / "wordings" / "a.toml").write_text("")
-    files = {"dataset.source": tmp_path / "my words (1).jsonl", "dataset.wordings": tmp_path / "wordings"}
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "a.toml").write_text("")
+    files = {"dataset.source": tmp_path / "my words (1).jsonl", "dataset.templates": tmp_path / "templates"}
     request = Request("scan", "neg-x", ["dataset.source=my words.jsonl", "job.limit=3"], files)
     target = tmp_path / "sent"
     target.mkdir()
     pack(request, Path(CONF).parent, Path("conf"), target)
     assert sorted(path.name for path in target.iterdir()) == ["conf", "inputs", "jobs", "neg_service"]
     assert not list(target.rglob("__pycache__"))
-    assert (target / "neg_service" / "prompts" / "wordings" / "agnews.toml").exists()
+    assert (target / "neg_service" / "prompts" / "templates" / "agnews.toml").exists()
     assert sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) < 2 * 2**20
     command = shlex.split(request.entrypoint)
     assert command[:3] == ["python", "-m", "jobs.scan"]
     # What is named last holds: the place where the file will lie.
     assert command[-2:] == [
         "dataset.source=inputs/dataset.source/my-words-1-.jsonl",
-        "dataset.wordings=inputs/dataset.wordings/wordings",
+        "dataset.templates=inputs/dataset.templates/templates",
     ]
     assert all((target / part.partition("=")[2]).exists() for part in command[-2:])
 
@@ -110,7 +110,7 @@ def compose_there(overrides: list[str]) -> DictConfig:
         return compose("scan", overrides=overrides)
 
 
-@pytest.mark.parametrize("command", ["submit", "leave"])
+@pytest.mark.parametrize("command", ["submit", "drain"])
 def test_options_that_there_are_not_are_told_in_one_line(command: str) -> None:
     main = importlib.import_module(f"jobs.{command}").main
     for arguments in (["--nonsense"], ["--address"], ["--seconds=x", "--job=x"]):

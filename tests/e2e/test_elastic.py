@@ -27,7 +27,7 @@ def test_replicas_follow_the_nodes_and_nothing_is_lost_or_counted_against_a_shar
         driver.wait_for(r"replica 1 is ready")
         # What a pod runs before it ends: it returns when its replica has finished what it had.
         leave = Running(
-            "leave", "--address", cluster.address, "--node-id", second["id"], "--seconds", "60", env=cluster.environment
+            "drain", "--address", cluster.address, "--node-id", second["id"], "--seconds", "60", env=cluster.environment
         )
         driver.wait_for(r"replica 1 gets no more shards: its node is being drained")
         assert leave.finish() == 0, leave.output

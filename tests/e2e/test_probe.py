@@ -21,17 +21,17 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A model, a task and wordings on disk."""
+    """A model, a task and templates on disk."""
     place = tmp_path_factory.mktemp("probe")
     planted_model(place / "model")
-    (place / "wordings.toml").write_text(PLANTED_WORDINGS)
+    (place / "templates.toml").write_text(PLANTED_WORDINGS)
     for i, (split, count) in enumerate((("train", 50), ("valid", 26), ("test", 26))):
         write_split(place / "data", "imdb", split, planted_rows(count, 100 * i))
     return [
         "dataset=mceval8k",
         "dataset.task=imdb",
         f"dataset.source={place / 'data'}",
-        f"dataset.wordings={place / 'wordings.toml'}",
+        f"dataset.templates={place / 'templates.toml'}",
         f"model.source={place / 'model'}",
         f"storage.uri={place / 'results'}",
         "cluster.cpus_per_replica=1",
@@ -77,7 +77,7 @@ def test_a_probe_and_again(settings: list[str], capsys: pytest.CaptureFixture[st
         ("dataset.task=imbd", "dataset.task=imbd: is unknown; did you mean imdb?"),
         ("dataset.shots=30", "dataset.shots=30: imdb has 25 rows for label ' w7' in its train split; use at most 25"),
         ("probe.probes=[forests]", "probe.probes=forests: is unknown; did you mean forest?"),
-        ("dataset.wordings=null", "targets ' negative' and ' positive' are the same token"),
+        ("dataset.templates=null", "targets ' negative' and ' positive' are the same token"),
     ],
 )
 def test_what_cannot_be_probed_is_told_in_one_line(
@@ -96,7 +96,7 @@ def test_what_cannot_be_probed_is_told_in_one_line(
 def test_tasks_are_listed_and_an_example_is_printed(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert tasks(composed("tasks", ["task=imdb", *settings[2:5]], TasksConfig)) == 0
     shown = capsys.readouterr().out
-    assert "--- imdb, wording default: 26 prompts of valid; this is imdb/valid/" in shown
+    assert "--- imdb, template default: 26 prompts of valid; this is imdb/valid/" in shown
     assert "the labels are the tokens 'w7', 'w8'" in shown
     listed = job("tasks")
     assert listed.stdout.count("\n") == 23

@@ -221,7 +221,7 @@ def test_logs_are_json_on_request(otherwise: tuple[str, Path]) -> None:
     assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
 
 
-def test_on_a_cluster_that_is_there_a_poisoned_prompt_sets_its_shard_aside_and_the_rest_is_done(
+def test_on_a_cluster_that_is_there_a_poisoned_prompt_quarantines_its_shard_and_the_rest_is_done(
     joined: Cluster,
     dataset: Path,
     tmp_path: Path,
@@ -297,7 +297,7 @@ def test_what_a_scan_cannot_do_is_one_line_and_writes_nothing(
         (["dataset.source=nothing"], "dataset.source=nothing: neither a built-in data set"),
         (["measure.basis=bias"], "measure.basis=bias: must be one of paper, hidden, gate"),
         (["cluster.stall_seconds=0"], "cluster.stall_seconds=0: must be auto or a number, at least 1"),
-        (["storage.patience_seconds=-1"], "storage.patience_seconds=-1.0: must be 0 or more"),
+        (["storage.retry_timeout_seconds=-1"], "storage.retry_timeout_seconds=-1.0: must be 0 or more"),
         (["cluster.unreachable_seconds=-1"], "cluster.unreachable_seconds=-1.0: must be 0 or more"),
         (["job.resume=nowhere"], "nowhere: there is no run.json"),
     ],

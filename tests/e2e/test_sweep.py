@@ -65,12 +65,12 @@ def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(
         tables.append(table_of(tmp_path / name, "sweep"))
         (run,) = (tmp_path / name).iterdir()
         about = json.loads((run / "run.json").read_text())["about"]
-        assert about["engine"] == "branches"
+        assert about["engine"] == "shared_prefix"
         noise = about["calibration"]["noise"]
         assert noise["reference"] == "float64"
         assert 0 < noise["sigma"] < 1e-5
     assert tables[0].select(KEYS) == tables[1].select(KEYS)
-    for column in ("neg", "r", "r2", "largest_delta_p", "neurgrad", "activation"):
+    for column in ("neg", "r", "r2", "max_abs_delta_p", "neurgrad", "activation"):
         np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-3, atol=1e-8, err_msg=column)
     np.testing.assert_allclose(tables[0]["resolution"], tables[1]["resolution"], rtol=1e-3)
     # A value at its very limit may fall on either side; here there is none.
@@ -106,7 +106,7 @@ def test_the_strongest_over_the_data_set_are_ranked_first(
     asked = [*arguments, *top, f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
     assert scanned(*asked) == 0
     assert "ranking neurons over the data set first" in caplog.text
-    _, strength_ln = total(table_of(tmp_path, "strength"))
+    _, strength_ln = total(table_of(tmp_path, "aggregate_importance"))
     best = np.argsort(-strength_ln, axis=None)[:4]
     swept = table_of(tmp_path, "sweep")
     found = set(zip(swept["layer"].to_pylist(), swept["neuron"].to_pylist(), strict=True))

@@ -222,7 +222,7 @@ def test_a_replica_that_runs_out_of_memory_does_its_shard_in_smaller_batches(
     invariant(disturbed)
 
 
-def test_a_server_that_stays_away_ends_the_run_and_nothing_is_set_aside(
+def test_a_server_that_stays_away_ends_the_run_and_nothing_is_quarantined(
     arguments: list[str],
     orders: Orders,
     invariant: Invariant,
@@ -238,7 +238,7 @@ def test_a_server_that_stays_away_ends_the_run_and_nothing_is_set_aside(
         own_server.stop(signal.SIGKILL)
 
     with meanwhile(stop), refused(StorageError, says=own_server.endpoint_url):
-        disturbed.scan("storage.patience_seconds=1", "cluster.attempts=2", "cluster.stall_seconds=2")
+        disturbed.scan("storage.retry_timeout_seconds=1", "cluster.attempts=2", "cluster.stall_seconds=2")
     # It waited for storage for longer than it may be silent, and was let be until it gave up by itself.
     assert "finished nothing" not in caplog.text
     assert "replace the replica: storage.uri=" in caplog.text

@@ -118,7 +118,7 @@ def test_every_entry_point_is_what_the_program_accepts() -> None:
     ]
     for command in before_the_end:
         leave = shlex.split(command.partition(";")[0])
-        assert leave[:3] == ["python", "-m", "jobs.leave"]
+        assert leave[:3] == ["python", "-m", "jobs.drain"]
         assert int(leave[leave.index("--seconds") + 1]) < 120, "the pods' grace period"
     commands = re.findall(r"python -m jobs\.(\w+)", (INFRA / "README.md").read_text())
     assert commands
@@ -166,7 +166,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are() -> None:
     used = {name for expression in asked for name in re.findall(r"ray_neg_\w+", expression)}
     assert used <= own, used - own
     states = {state for one in asked for text in re.findall(r'state=~?"([\w|]+)"', one) for state in text.split("|")}
-    assert states <= {"done", "running", "waiting", "set_aside", "ready", "starting"}
+    assert states <= {"done", "running", "waiting", "failed", "ready", "starting"}
     for panel in panels:
         if panel["type"] != "row":
             assert panel["description"]

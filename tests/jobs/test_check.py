@@ -48,9 +48,9 @@ def test_the_table_says_what_a_scan_would_do(tmp_path: Path, capsys: pytest.Capt
 def test_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(saved("ModernBERT", tmp_path), "json=true", "model.dtype=bfloat16") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["engine"], found["read_at"], found["dtype"]) == ("sequences", "mask token", "bfloat16")
+    assert (found["engine"], found["read_at"], found["dtype"]) == ("full_sequence", "mask token", "bfloat16")
     assert found["bases"]["paper"] == "output of model.layers.0.mlp.Wi, from 40 on"
-    assert found["deviations"]["poke"] is None
+    assert found["deviations"]["finite_difference"] is None
     assert found["weights_bytes"] == sum(weight.nbytes for weight in tiny_model("ModernBERT").model.parameters()) / 2
 
 

@@ -105,8 +105,8 @@ def test_texts_in_lists_and_mappings_stay_as_they_were_typed() -> None:
     assert (config.dataset.languages, config.dataset.task, config.model.device) == (["no", "1e1"], "1e3", "0")
     assert config.neurons.layers == [0, 15]
     assert config.measure.edits == [{"name": "1e5", "neurons": [[0, 864]], "scale": 0, "signed": True}]
-    probe = composed("probe", ["probe.contexts=[{wording: 1e3},{shots: 0}]"], ProbeConfig)
-    assert probe.probe.contexts == [{"wording": "1e3"}, {"shots": 0}]
+    probe = composed("probe", ["probe.contexts=[{template: 1e3},{shots: 0}]"], ProbeConfig)
+    assert probe.probe.contexts == [{"template": "1e3"}, {"shots": 0}]
     assert composed("report", ["runs=[2026_11_25,1e3]"], ReportConfig).runs == ["2026_11_25", "1e3"]
     assert composed("report", ["runs=2026_11_25"], ReportConfig).runs == "2026_11_25"
     assert composed("tasks", ["task=1e3"], TasksConfig).task == "1e3"
@@ -118,7 +118,7 @@ def test_what_the_grammar_can_read_keeps_its_meaning() -> None:
         ("job.name=null", None), ("model.revision=null", None), ("job.limit=12", 12), ("cluster.replicas=2", 2),
         ("job.shard_size=auto", "auto"), ("job.dry_run=true", True), ("dataset.answer_prefix=", ""),
         ("dataset.answer_prefix=''", ""), ("job.name=${storage.uri}", "${storage.uri}"), ("job.name=str(1e5)", "1e5"),
-        ("storage.patience_seconds=1e2", 100.0), ("dataset.source='a\\\\'", "a\\"), ("job.limit=null", None),
+        ("storage.retry_timeout_seconds=1e2", 100.0), ("dataset.source='a\\\\'", "a\\"), ("job.limit=null", None),
     ]:  # fmt: skip
         assert read(*as_typed([given], ScanConfig, is_sweep=False)) == value, given
     others = ["model=llama-2-7b", "~job.name", "hydra.run.dir=.", "measure=sweep"]

@@ -61,7 +61,7 @@ def run_uri(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> s
 
 
 def test_help_loads_nothing_slow() -> None:
-    assert {"scan", "status", "verify", "report", "submit", "leave"} <= set(COMMANDS)
+    assert {"scan", "status", "verify", "report", "submit", "drain"} <= set(COMMANDS)
     found = ran(*([name, "--help"] for name in COMMANDS))
     assert [name for name, *_ in found] == COMMANDS
     for name, code, printed, modules in found:

@@ -33,9 +33,9 @@ NAME = "integrated_gradients"
 # Each engine; a layer that cannot grow rows at its neurons (OPT, BLOOM); one that brings grown rows to another axis
 # (GPT-2); a fused gate (Phi-3); a soft cap (Gemma 2); layers that cannot be begun at (DeBERTa 2).
 ENGINES = {
-    "branches": ["Llama 2", "GPT-2", "OPT", "Phi-3 and 4", "Gemma 2"],
+    "shared_prefix": ["Llama 2", "GPT-2", "OPT", "Phi-3 and 4", "Gemma 2"],
     "rows": ["GPT-J", "BLOOM"],
-    "sequences": ["BERT", "ModernBERT", "DeBERTa 2 and 3"],
+    "full_sequence": ["BERT", "ModernBERT", "DeBERTa 2 and 3"],
 }
 TARGETS = [[7, 8, 11], [1], [2, 3]]
 

@@ -111,7 +111,7 @@ def test_the_masked_facts_are_scanned_like_any_data_set(tmp_path: Path) -> None:
         prepared = prepare(typed(ScanConfig, {**asked, "measure": measure}))
         assert prepared.info.is_masked
         worker = ScanWorker(WorkerSpec(prepared.config, prepared.info.identity, 2, prepared.encoding[:1]))
-        assert worker.start().engine == "sequences"
+        assert worker.start().engine == "full_sequence"
         found = worker.compute(Shard(0, tuple(prepared.encoding[::100])), 1.0, worker.calibrate())
         assert {name: table.schema for name, table in found.items()} == prepared.tables
         (first, *_) = found["prompts"].to_pylist()

@@ -49,7 +49,7 @@ def test_rows_are_what_the_library_gives_for_each_target_alone(family: str, shif
                 ("r2", alone.r2),
                 ("activation", alone.activation),
                 ("delta_p", alone.delta_p),
-                ("largest_delta_p", np.abs(alone.delta_p).max(1)),
+                ("max_abs_delta_p", np.abs(alone.delta_p).max(1)),
                 ("probability", np.full(12, alone.probability)),
                 ("gradient", np.where(alone.activation < 0, -1, 1) * neurgrad_n),
                 ("neurgrad", neurgrad_n),
@@ -75,9 +75,10 @@ def test_each_prompts_strongest_neurons_are_swept() -> None:
 
 def test_strength_over_a_data_set_is_the_sum_of_each_prompts_largest() -> None:
     model = tiny_model("Llama 2")
-    strength = measure_of({"name": "strength"})
+    strength = measure_of({"name": "aggregate_importance"})
     tables = [
-        measured_shard(strength, model, part, NeuronsConfig([1, 2]))["strength"] for part in (PROMPTS[:2], PROMPTS[2:])
+        measured_shard(strength, model, part, NeuronsConfig([1, 2]))["aggregate_importance"]
+        for part in (PROMPTS[:2], PROMPTS[2:])
     ]
     layers, found = total(pa.concat_tables(tables))
     expected = sum(
@@ -101,7 +102,7 @@ def test_neither_batches_nor_shards_nor_other_neurons_change_the_rows() -> None:
         assert other.select(["prompt_id", "target", "layer", "neuron"]) == whole.select(
             ["prompt_id", "target", "layer", "neuron"]
         )
-        for column in ("neg", "r", "r2", "largest_delta_p", "neurgrad"):
+        for column in ("neg", "r", "r2", "max_abs_delta_p", "neurgrad"):
             np.testing.assert_allclose(other[column], whole[column], rtol=1e-5, atol=1e-12, err_msg=column)
 
 
@@ -136,7 +137,7 @@ def test_bad_requests_are_refused_before_anything_starts(
 
 
 def test_measures_of_whole_layers_refuse_single_neurons() -> None:
-    for name in ("neurgrad", "strength"):
+    for name in ("neurgrad", "aggregate_importance"):
         with refused(
             ConfigurationError,
             "neurons.choose",

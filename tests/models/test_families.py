@@ -30,8 +30,8 @@ def test_the_self_check_passes_and_chooses_the_engine(family: str) -> None:
     assert type(chosen.engine) is FAMILIES[family].engine
     assert checked.logits < 1e-5
     assert checked.neurons < 1e-5
-    assert checked.poke is not None
-    assert checked.poke < 0.02
+    assert checked.finite_difference is not None
+    assert checked.finite_difference < 0.02
 
 
 # By family and column of the README's table: the deviations in each basis.

@@ -18,7 +18,7 @@ def test_the_facts_are_as_many_and_as_varied_as_promised() -> None:
     assert len(prompts) >= 240
     assert len(relations) >= 8
     for relation in facts.RELATIONS:
-        assert len(set(relation.wordings)) == 2
+        assert len(set(relation.templates)) == 2
     for prompt in prompts:
         assert len(set(prompt.targets)) == 4
         assert prompt.answer is not None

@@ -1,4 +1,4 @@
-"""Tasks as prompts: every task and wording, which rows are used for what, and that every refusal names its row."""
+"""Tasks as prompts: every task and template, which rows are used for what, and that every refusal names its row."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_there_are_22_tasks_in_six_genres() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_renders_in_every_wording_and_language(place: Path, task: str) -> None:
-    for wording, by_language in templates_of(TASKS[task]).items():
+    for template, by_language in templates_of(TASKS[task]).items():
         for language in by_language:
-            prompts = load_tasks(dataset(place, task, wording=wording, language=language))
+            prompts = load_tasks(dataset(place, task, template=template, language=language))
             own = by_language[language]
             n = TASKS[task].n_labels
             for prompt in prompts:
@@ -141,7 +141,7 @@ def test_rows_of_train_are_the_same_whatever_stands_around_them(place: Path) -> 
     def ids(**settings: Any) -> set[str]:
         return {prompt.id for prompt in load_tasks(dataset(place, split="train", limit=30, **settings))}
 
-    for changed in ({"shots": 0}, {"demonstration_seed": 1}, {"wording": "brief"}):
+    for changed in ({"shots": 0}, {"demonstration_seed": 1}, {"template": "brief"}):
         # All but the rows that became demonstrations, and as many in their place.
         assert len(ids() & ids(**changed)) >= 30 - 8
 
@@ -214,7 +214,7 @@ def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, says: str) -
     [
         ({"task": "agnew"}, ("dataset.task", "agnew", "did you mean agnews")),
         ({"task": ["ner", "ner"]}, ("dataset.task", "['ner', 'ner']", "give at least one task, and each once")),
-        ({"wording": "leters"}, ("dataset.wording", "leters", "did you mean letters.* known of agnews are")),
+        ({"template": "leters"}, ("dataset.template", "leters", "did you mean letters.* known of agnews are")),
         ({"split": "validation"}, ("dataset.split", "validation", "did you mean valid")),
         (
             {"shots": 99},
@@ -230,7 +230,7 @@ def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, says: str) -
             ("dataset.source", ANY, "no row of agnews, valid, is left to be asked"),
         ),
         ({"split": None}, ("dataset.split", "None", "give at least one split")),
-        ({"language": "it"}, ("dataset.language", "it", "known of agnews, wording default are en")),
+        ({"language": "it"}, ("dataset.language", "it", "known of agnews, template default are en")),
         ({"source": "/nowhere/at-all/x"}, ("dataset.source", "/nowhere/at-all/x")),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_users_own_wordings(place: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     labels = "labels = [' a', ' b', ' c', ' d']"
     file.write_text(f"[mine.en]\ninstruction = 'Choose.'\nquestion = 'News: {{text}} ->'\n{labels}")
-    prompts = load_tasks(dataset(place, wordings=str(file), wording="mine", shots=0))
+    prompts = load_tasks(dataset(place, templates=str(file), template="mine", shots=0))
     assert prompts[0].text.startswith("Choose.\n\nNews: text ")
     for text, message in (
         ("[mine", "is not TOML"),
@@ -268,8 +268,8 @@ def test_a_users_own_wordings(place: Path, tmp_path: Path) -> None:
         (f"[mine.en]\ninstruction = ''\nquestion = 'x'\n{labels}", "uses no field"),
     ):
         file.write_text(text)
-        with refused(PromptError, "dataset.wordings", says=f"{re.escape(str(file))}.*{message}"):
-            load_tasks(dataset(place, wordings=str(file), wording="mine"))
+        with refused(PromptError, "dataset.templates", says=f"{re.escape(str(file))}.*{message}"):
+            load_tasks(dataset(place, templates=str(file), template="mine"))
 
 
 def test_prompts_beyond_the_context_are_named_or_left_out_and_counted(place: Path, tiny_directory: Path) -> None:
@@ -305,8 +305,8 @@ def test_masked_models_are_asked_for_the_word_at_a_mask() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published rows are not at hand")
 @pytest.mark.parametrize("task", TASKS)
 def test_published_rows_become_prompts_with_one_token_a_label(smollm2: LanguageModel, task: str) -> None:
-    for wording in templates_of(TASKS[task]):
-        prompts = load_tasks(DatasetConfig(source=str(SHARED), task=task, wording=wording, limit=20))
+    for template in templates_of(TASKS[task]):
+        prompts = load_tasks(DatasetConfig(source=str(SHARED), task=task, template=template, limit=20))
         for encoded in encode(smollm2.tokenizer, prompts, smollm2.context_length):
             assert len(set(encoded.target_ids)) == TASKS[task].n_labels
 

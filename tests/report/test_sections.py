@@ -107,7 +107,12 @@ def test_a_neuron_of_a_baselines_run_can_be_loaded(place: Path, tiny_directory: 
 
 @pytest.mark.parametrize(
     "measure",
-    [{"name": "neurgrad"}, {"name": "neurgrad", "keep": "top_k", "top_k": 8}, {"name": "random"}, {"name": "strength"}],
+    [
+        {"name": "neurgrad"},
+        {"name": "neurgrad", "keep": "top_k", "top_k": 8},
+        {"name": "random"},
+        {"name": "aggregate_importance"},
+    ],
     ids=["values", "strongest", "baseline", "sums"],
 )
 def test_a_run_whose_tables_say_nothing_of_themselves_is_read_and_shown_as_any_other(
@@ -173,7 +178,7 @@ def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory:
     ]
     assert [picture.name for picture in section.pictures] == ["strongest-layers-0"]
 
-    run = run_of(place, tiny_directory, {"name": "strength"})
+    run = run_of(place, tiny_directory, {"name": "aggregate_importance"})
     first = grid_of(only_section(run), "strongest")[0]
     values = run_of(place, tiny_directory, {"name": "neurgrad"}).table("neurgrad").to_table()
     frame = values.to_pandas()
@@ -185,7 +190,7 @@ def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory:
         0,
     )
     assert (int(first["layer"]), int(first["neuron"])) == np.unravel_index(strength_ln.argmax(), strength_ln.shape)
-    assert float(first["strength"]) == pytest.approx(strength_ln.max(), rel=1e-3)
+    assert float(first["aggregate_importance"]) == pytest.approx(strength_ln.max(), rel=1e-3)
 
     edits = [{"name": "off", "neurons": [[0, 3], [2, 5]], "scale": 0.0}, {"neurons": [[1, 1]], "shift": 2.0}]
     run = run_of(place, tiny_directory, {"name": "intervene", "edits": edits})

@@ -173,7 +173,7 @@ def test_a_silent_server_is_waited_for_as_long_as_it_was_told() -> None:
     for form, (seconds, said) in failures.items():
         assert PATIENCE * 0.9 <= seconds < AT_ONCE, form
         assert f"127.0.0.1:{ports[form]}" in said, form
-        assert "(storage.patience_seconds=2)" in said, form
+        assert "(storage.retry_timeout_seconds=2)" in said, form
         assert "\n" not in said, form
 
 
@@ -189,7 +189,7 @@ def test_every_operation_ends_when_a_server_is_silent() -> None:
 
 @pytest.mark.usefixtures("as_somebody")
 def test_who_is_hasty_is_told_soon_also_when_a_server_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "HASTY_SECONDS", PATIENCE)
+    monkeypatch.setattr(waiting, "SECONDS_WITHOUT_RETRIES", PATIENCE)
     monkeypatch.setattr(s3, "_CONNECT_SECONDS", PATIENCE)
     with ExitStack() as open_:
         acts: dict[str, Callable[[], object]] = {}
@@ -222,7 +222,7 @@ def test_what_a_server_says_that_refuses_everything_is_told(caplog: pytest.LogCa
     for name, (seconds, said) in failures.items():
         assert seconds < AT_ONCE, name
         assert expected[name] in said, name
-        assert "(storage.patience_seconds=12)" in said, name
+        assert "(storage.retry_timeout_seconds=12)" in said, name
         assert "\n" not in said, name
     assert "waiting for up to" in caplog.text
     assert "never retrieved" not in caplog.text
@@ -247,7 +247,7 @@ def test_an_outage_is_told_within_ten_seconds_and_costs_waiting_alone(
 ) -> None:
     caplog.set_level(logging.INFO, "neg_service")
     with Link(server.endpoint_url) as link:
-        store = open_store(f"s3://{BUCKET}/healed", link.url, patience_seconds=20)
+        store = open_store(f"s3://{BUCKET}/healed", link.url, retry_timeout_seconds=20)
         store.put("t/a", b"before")
         link.is_cut = True
         # What was swallowed meanwhile never comes: only another attempt helps.
@@ -271,7 +271,7 @@ def test_reading_rows_ends_when_the_server_falls_silent(server: Server, monkeypa
         with filesystem.open_input_file(f"{root}/t/a") as file:
             assert file.size() == 10_000
             link.is_cut = True
-            monkeypatch.setattr(waiting, "HASTY_SECONDS", PATIENCE)
+            monkeypatch.setattr(waiting, "SECONDS_WITHOUT_RETRIES", PATIENCE)
             seconds, said = timed_failure(lambda: file.read_at(100, 0))
     assert seconds < AT_ONCE
     assert "no answer for" in said

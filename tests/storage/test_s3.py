@@ -26,7 +26,7 @@ from neg_service.prompts.mceval8k import load_tasks
 from neg_service.prompts.tasks import TASKS
 from neg_service.storage import waiting
 from neg_service.storage.parts import encode_part, part_key
-from neg_service.storage.patience import PatientStore
+from neg_service.storage.retries import RetryingStore
 from neg_service.storage.run import write_or_match
 from neg_service.storage.s3 import S3Store
 from neg_service.storage.stores import open_store
@@ -106,7 +106,7 @@ def test_the_reply_to_a_completed_upload_is_lost(server: Server) -> None:
 
     data = os.urandom(101 * 2**20)
     with Proxy(server.endpoint_url, decide) as proxy:
-        open_store(f"s3://{BUCKET}/lost", proxy.url, patience_seconds=60).put("t/large", data)
+        open_store(f"s3://{BUCKET}/lost", proxy.url, retry_timeout_seconds=60).put("t/large", data)
     assert lost
     store = open_store(f"s3://{BUCKET}/lost", server.endpoint_url)
     assert store.get("t/large") == data
@@ -132,7 +132,7 @@ def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(
         store = open_store(f"s3://{BUCKET}/p", own.endpoint_url)
         store.put("t/a", b"kept")
         own.stop(9)
-        monkeypatch.setattr(waiting, "HASTY_SECONDS", 1.0)
+        monkeypatch.setattr(waiting, "SECONDS_WITHOUT_RETRIES", 1.0)
         with pytest.raises(StorageError):
             store.get("t/a")
         again = server_on(tmp_path / "s3")
@@ -142,7 +142,7 @@ def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(
         ended.callback(again.stop)
         ended.callback(starting.join)
         starting.start()
-        assert PatientStore(store, 60).get("t/a") == b"kept"
+        assert RetryingStore(store, 60).get("t/a") == b"kept"
 
 
 class _Page(http.server.BaseHTTPRequestHandler):
@@ -180,7 +180,7 @@ def test_an_endpoint_that_answers_with_a_page_is_no_s3_server(status: int) -> No
 
 @pytest.mark.usefixtures("as_writer")
 def test_an_endpoint_that_never_replies_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "HASTY_SECONDS", 2.0)
+    monkeypatch.setattr(waiting, "SECONDS_WITHOUT_RETRIES", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         began = time.monotonic()
         with refused(StorageError, "storage.uri", says=r"storage\.endpoint_url=http://127\.0\.0\.1:\d+.*[Tt]ime"):

@@ -15,7 +15,7 @@ from neg_service.measures.choice import with_list_read
 from neg_service.prompts.sources import load_prompts
 from neg_service.report.sections.loading import load
 from neg_service.storage.parts import encode_part, part_key
-from neg_service.storage.patience import PatientStore
+from neg_service.storage.retries import RetryingStore
 from neg_service.storage.run import note, read_run_file, write_or_match
 from neg_service.storage.s3 import S3Store
 from neg_service.storage.status import status_of
@@ -83,7 +83,7 @@ def test_inputs_are_read_under_the_key_that_was_typed(name: str, server: Server)
 
 
 def test_an_object_is_replaced_only_where_it_is_the_one_that_was_read(server: Server) -> None:
-    store = PatientStore(S3Store(f"s3://{BUCKET}/replaced#1", server.endpoint_url), 5)
+    store = RetryingStore(S3Store(f"s3://{BUCKET}/replaced#1", server.endpoint_url), 5)
     assert not store.replace("t/a", b"one", b"two")
     assert store.get("t/a") is None
     store.put("t/a", b"one")

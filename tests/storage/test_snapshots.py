@@ -112,7 +112,7 @@ def test_each_table_is_listed_once_whatever_is_asked(tmp_path: Path) -> None:
     once([0], [shard for shard, _ in run.parts("activations")])
     once(4, run.table("activations").count_rows())
     once(4, run.neuron(0, 0).num_rows)
-    once([2, 4, 8], [table.n_rows for table in status_of(run).tables], ("set_aside",))
+    once([2, 4, 8], [table.n_rows for table in status_of(run).tables], ("failed",))
     at = run.snapshot()
     store.listed.clear()
     assert run.done(at) == {0}

@@ -163,7 +163,7 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         begin(tmp_path)
 
 
-def test_shards_set_aside_are_kept_with_their_errors_and_taken_back(tmp_path: Path) -> None:
+def test_failed_shards_are_kept_with_their_errors_and_taken_back(tmp_path: Path) -> None:
     run = begin(tmp_path)
     run.record_failure(4, "prompt 'x': NaN", 3)
     assert run.failed() == {4: {"shard": 4, "error": "prompt 'x': NaN", "attempts": 3}}
@@ -225,7 +225,7 @@ print(neg_service.open_run(sys.argv[1]).table("activations").count_rows())
 
 
 def test_a_server_that_does_not_answer_is_a_storage_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "HASTY_SECONDS", 2.0)
+    monkeypatch.setattr(waiting, "SECONDS_WITHOUT_RETRIES", 2.0)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     with socket.socket() as taken:

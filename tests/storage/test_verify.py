@@ -16,7 +16,7 @@ from jobs.status import describe
 from neg_service.errors import DestinationError, StorageError
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key, problem_of
-from neg_service.storage.patience import PatientStore
+from neg_service.storage.retries import RetryingStore
 from neg_service.storage.run import RUN_COPY, RUN_FILE, RunDirectory, note, put_run_file, rewrite_copy
 from neg_service.storage.status import status_of
 from neg_service.storage.stores import open_store
@@ -237,9 +237,9 @@ def test_the_status_of_a_run_that_is_running_stopped_or_done(tmp_path: Path) -> 
             os.utime(tmp_path / "run" / part_key(name, shard), (now - ago, now - ago))
     aside = status_of(neg_service.open_run(run.store.uri), now=now)
     assert (aside.done, aside.missing, aside.is_running) == ({0, 1}, set(), False)
-    assert "incomplete: the rest was set aside" in describe(aside)
+    assert "incomplete: the rest failed" in describe(aside)
     assert "shard 2: prompt 'p4': NaN" in describe(aside)
-    run.store.delete("set_aside/shard-000002.json")
+    run.store.delete("failed/shard-000002.json")
     running = status_of(neg_service.open_run(run.store.uri), now=now)
     assert running.is_running is True
     assert running.rate == pytest.approx(0.1, rel=1e-3)
@@ -273,15 +273,15 @@ def test_a_store_is_tried_again_for_as_long_as_it_was_told(tmp_path: Path, caplo
             put(key, data)
 
     store.put = flaky  # type: ignore[method-assign]
-    PatientStore(store, 30).put("a", b"1")
+    RetryingStore(store, 30).put("a", b"1")
     assert store.get("a") == b"1"
     assert caplog.text.count("Input/output error; trying again for") == 2
     failures = 10**6
     began = time.monotonic()
     with refused(StorageError, "storage.uri", says="Input/output error"):
-        PatientStore(store, 1).put("a", b"2")
+        RetryingStore(store, 1).put("a", b"2")
     assert 1 <= time.monotonic() - began < 60
-    assert isinstance(open_store(str(tmp_path), None, 5), PatientStore)
+    assert isinstance(open_store(str(tmp_path), None, 5), RetryingStore)
 
 
 def test_what_killed_writers_left_on_a_disk_is_swept_up_when_it_is_old(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The measure `strength`: how important each neuron is over a data set, as sums that need no stored gradients.
+"""The measure `aggregate_importance`: how important each neuron is over a data set, as sums without gradients.
 
 A neuron's importance on a prompt is its largest |NeurGrad| over the prompt's targets. A shard adds that up over its
 prompts, so a data set of any size leaves a few numbers for each neuron and shard; `total` adds up the shards. This is
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class AggregateImportanceOptions:
-    """See `conf/measure/strength.yaml`."""
+    """See `conf/measure/aggregate_importance.yaml`."""
 
-    name: str = "strength"
+    name: str = "aggregate_importance"
     basis: str = basis_setting()
 
 
@@ -38,21 +38,25 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
     """Sums of each prompt's largest |NeurGrad|."""
 
     Options = AggregateImportanceOptions
-    NAMES = ("strength",)
+    NAMES = ("aggregate_importance",)
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
-        """`strength`."""
+        """`aggregate_importance`."""
         note = "The mean over prompts of the largest |NeurGrad| over a prompt's targets."
         return {
-            "strength": Table(
-                schema.strength(sizes.neurons_by_layer), "strength", schema.PER_MAGNITUDE, "strength", note
+            "aggregate_importance": Table(
+                schema.aggregate_importance(sizes.neurons_by_layer),
+                "aggregate importance",
+                schema.PER_MAGNITUDE,
+                "aggregate_importance",
+                note,
             )
         }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A shard's sums are spread over its prompts, of which there are mostly many."""
         layers = len(checked_layers(neurons, info.n_layers))
-        return Cost({"strength": layers * info.n_neurons // 8}, n_targets)
+        return Cost({"aggregate_importance": layers * info.n_neurons // 8}, n_targets)
 
     def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
         """One shard's sums, in float64, where the order of the prompts hardly changes them."""
@@ -65,20 +69,20 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
             # The sign that makes a gradient a NeurGrad does not change its magnitude.
             importance_ln += np.abs(found.gradient_kln).max(0)
         table = table_of(
-            schema.strength(model.feed_forward.n_neurons),
+            schema.aggregate_importance(model.feed_forward.n_neurons),
             len(layers),
             layer=np.array(layers),
             basis=basis,
             n_prompts=np.full(len(layers), len(shard.prompts)),
-            strength=fixed_size(importance_ln),
+            aggregate_importance=fixed_size(importance_ln),
         )
-        return {"strength": table}
+        return {"aggregate_importance": table}
 
 
 def total(table: pa.Table) -> tuple[list[int], NDArray[np.float64]]:
     """Layers and importance [L, N] from the rows of all shards."""
     layer_r = table["layer"].to_numpy()
-    importance_rn = table["strength"].combine_chunks().flatten().to_numpy().reshape(len(layer_r), -1)
+    importance_rn = table["aggregate_importance"].combine_chunks().flatten().to_numpy().reshape(len(layer_r), -1)
     layers = np.unique(layer_r)
     importance_ln = np.zeros((len(layers), importance_rn.shape[1]))
     np.add.at(importance_ln, np.searchsorted(layers, layer_r), importance_rn)

@@ -1,4 +1,4 @@
-"""The measure `votes`: of chosen neurons, what each says about a prompt's labels; bytes in the place of gradients.
+"""The measure `neuron_predictions`: what chosen neurons say about a prompt's labels, in bytes and not gradients.
 
 Of each prompt and neuron: the sign of its NeurGrad for each label, and the label of the largest and of the smallest
 NeurGrad, the lower one of equals. Every probe of skill neurons can be computed from these, see `probing/probes.py`. The
@@ -63,7 +63,7 @@ def predictions_of(neurgrad_ks: Floats, activation_s: Floats) -> PromptPredictio
 
 
 def predictions_row(prompt_id: str, predictions: PromptPredictions) -> dict[str, Any]:
-    """A row of the table `votes`."""
+    """A row of the table `neuron_predictions`."""
     return {
         "prompt_id": prompt_id,
         "sign": predictions.sign_ks.ravel(),
@@ -80,7 +80,7 @@ class NeuronPredictionsOptions:
     Neurons are an object beside the configuration now; runs that an earlier version began go on with their texts.
     """
 
-    name: str = "votes"
+    name: str = "neuron_predictions"
     basis: str = basis_setting()
     chosen: dict[str, str] = field(default_factory=dict)
 
@@ -110,7 +110,7 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
     """What chosen neurons say about a prompt's labels."""
 
     Options = NeuronPredictionsOptions
-    NAMES = ("votes",)
+    NAMES = ("neuron_predictions",)
     MEASURES_SINGLE_NEURONS = True
     TAKES_NEURONS_BY_TASK = True
 
@@ -154,14 +154,17 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
         return set_of(neurons)
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
-        """`prompts` and `votes`."""
-        return {"prompts": Table(schema.PROMPTS), "votes": Table(schema.VOTES, "predictions of neurons")}
+        """`prompts` and `neuron_predictions`."""
+        return {
+            "prompts": Table(schema.PROMPTS),
+            "neuron_predictions": Table(schema.NEURON_PREDICTIONS, "predictions of neurons"),
+        }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A byte for each label, two for the extremes, four for the activation."""
         chosen = self._chosen(neurons, info.n_neurons)
         most = max((len(chosen.of_task(task)) for task in chosen.tasks), default=len(chosen))
-        return Cost({"prompts": 1024, "votes": int(most * (6 + n_targets))}, n_targets)
+        return Cost({"prompts": 1024, "neuron_predictions": int(most * (6 + n_targets))}, n_targets)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """One row for each prompt; layers without a chosen neuron are not differentiated."""
@@ -179,5 +182,5 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
             own = columns[task_of(prompt_id)]
             neurgrad_ks = found.neurgrad_kln.reshape(len(found.targets), -1)[:, own]
             row = predictions_row(prompt_id, predictions_of(neurgrad_ks, found.activation_ln.ravel()[own]))
-            table = pa.Table.from_pylist([row], schema.VOTES)
-            yield index, {"prompts": prompt_row(prompts[index], found.probability_k), "votes": table}
+            table = pa.Table.from_pylist([row], schema.NEURON_PREDICTIONS)
+            yield index, {"prompts": prompt_row(prompts[index], found.probability_k), "neuron_predictions": table}

@@ -1,4 +1,4 @@
-"""The measure `scores`: how well each neuron tells right labels from wrong ones, as sums that need no stored gradients.
+"""The measure `skill_scores`: how well each neuron tells right labels from wrong ones, as sums alone.
 
 Over the prompts i of a task with right labels y_i, with g[i, k, n] the NeurGrad of neuron n for label k:
 
@@ -83,9 +83,9 @@ def activation_scores(activation_pn: Floats, answer_p: NDArray[np.int64], n_labe
 
 @dataclass
 class SkillScoresOptions:
-    """See `conf/measure/scores.yaml`."""
+    """See `conf/measure/skill_scores.yaml`."""
 
-    name: str = "scores"
+    name: str = "skill_scores"
     basis: str = basis_setting()
 
 
@@ -93,7 +93,7 @@ class SkillScores(Measure[SkillScoresOptions]):
     """Sums that say how well each neuron tells labels apart."""
 
     Options = SkillScoresOptions
-    NAMES = ("scores",)
+    NAMES = ("skill_scores",)
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts without answers, too."""
@@ -101,14 +101,14 @@ class SkillScores(Measure[SkillScoresOptions]):
         check_answers(self.name, prompts)
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
-        """`prompts` and `scores`."""
-        scores = Table(schema.scores(sizes.neurons_by_layer), "score", schema.NO_UNIT, "values")
-        return {"prompts": Table(schema.PROMPTS), "scores": scores}
+        """`prompts` and `skill_scores`."""
+        scores = Table(schema.skill_scores(sizes.neurons_by_layer), "score", schema.NO_UNIT, "values")
+        return {"prompts": Table(schema.PROMPTS), "skill_scores": scores}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A shard's sums are spread over its prompts, of which there are mostly many."""
         layers = len(checked_layers(neurons, info.n_layers))
-        return Cost({"prompts": 1024, "scores": layers * info.n_neurons}, n_targets)
+        return Cost({"prompts": 1024, "skill_scores": layers * info.n_neurons}, n_targets)
 
     def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
         """One shard's sums, a set for each of its tasks."""
@@ -134,13 +134,16 @@ class SkillScores(Measure[SkillScoresOptions]):
             activation_pm = np.stack([activations[i].ravel() for i in members])
             own |= activation_scores(activation_pm, answer_p, len(prompts[members[0]].target_ids))
             parts += self._tables_of(task, len(members), own, layers)
-        return {"prompts": pa.concat_tables(rows[i] for i in range(len(prompts))), "scores": pa.concat_tables(parts)}
+        return {
+            "prompts": pa.concat_tables(rows[i] for i in range(len(prompts))),
+            "skill_scores": pa.concat_tables(parts),
+        }
 
     def _tables_of(self, task: str, n_prompts: int, scores: Scores, layers: Sequence[int]) -> list[pa.Table]:
         values_of = {name: values.reshape(len(layers), -1) for name, values in scores.items()}
         return [
             table_of(
-                schema.scores(values_ln.shape[1]),
+                schema.skill_scores(values_ln.shape[1]),
                 len(layers),
                 task=task,
                 n_prompts=np.full(len(layers), n_prompts),

@@ -1,10 +1,10 @@
 """Engines: how the rows of a prompt are run. `base.py` says what an engine is, `select.py` chooses one for a model.
 
-| engine          | a row is                                           | for                          | recorded as |
-|-----------------|----------------------------------------------------|------------------------------|-------------|
-| `shared_prefix` | the last token over a prefix that all rows share   | causal models, fast          | `branches`  |
-| `kv_cache`      | the last token over a cache that each row repeats  | causal models, the rest      | `rows`      |
-| `full_sequence` | the whole prompt                                   | masked models                | `sequences` |
+| engine          | a row is                                           | for                          |
+|-----------------|----------------------------------------------------|------------------------------|
+| `shared_prefix` | the last token over a prefix that all rows share   | causal models, fast          |
+| `kv_cache`      | the last token over a cache that each row repeats  | causal models, the rest      |
+| `full_sequence` | the whole prompt                                   | masked models                |
 
 A new engine is a file with a subclass of `Engine`, and its place in `select.ENGINES`, among faster and slower ones.
 """

@@ -24,7 +24,7 @@ from neg_service.models.head import exact_head_gradient
 class FullSequenceEngine(Engine):
     """Rows of whole prompts, padded to the longest; a prompt's targets are read from one row."""
 
-    name = "sequences"
+    name = "full_sequence"
     reads_at = (MASK_TOKEN,)
     shares_prefixes = False
     runs_prompts_together = True

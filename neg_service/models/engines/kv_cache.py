@@ -39,7 +39,7 @@ from neg_service.models.head import exact_head_gradient
 class KeyValueCacheEngine(Engine):
     """Rows of one prompt's last token, each over its own copy of the keys and values."""
 
-    name = "rows"
+    name = "kv_cache"
     reads_at = (LAST_TOKEN,)
     shares_prefixes = True
     runs_prompts_together = False

@@ -24,7 +24,7 @@ from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
 # gradient. Measured deviations: about 1e-6 in float32, in float64 too where norms round to float32 regardless, and 1e-2
 # in bfloat16; an engine that is wrong is off by 0.1 and more.
 LOGIT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-POKE_TOLERANCE = 0.05
+FINITE_DIFFERENCE_TOLERANCE = 0.05
 # Rounding adds up from layer to layer; another token's neurons would be off by 1.
 READOUT_FACTOR = 5
 # A prime number: nothing that cuts prompts into blocks comes out even.
@@ -36,10 +36,10 @@ _LOG_P_STEPS, _ACTIVATION_STEPS = [1e-2, 1e-3, 1e-4], [1e-1, 1e-2]
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """The largest deviations that the self-check saw, all relative; `poke` is None where precision is too low.
+    """The largest deviations that the self-check saw, all relative.
 
     at_readout: of the neurons that rows show at the readout position.
-    poke: of a finite difference from what the gradient says.
+    finite_difference: of a finite difference from what the gradient says; None where precision is too low for one.
     supports_late_expansion: a layer's one row may become many at its neurons; see `_supports_late_expansion`.
     starts_at_layers: a pass may begin at any layer; see `_starts_at_layers`.
     """
@@ -47,7 +47,7 @@ class SelfCheck:
     logits: float
     neurons: float
     at_readout: float
-    poke: float | None
+    finite_difference: float | None
     supports_late_expansion: bool
     starts_at_layers: bool
 
@@ -101,17 +101,17 @@ def check_engine(engine: Engine) -> SelfCheck:
                 f"{what} are {deviation:.1e} off the plain forward pass, at most {allowed:.0e} is allowed in "
                 f"{_dtype(model)}"
             )
-    poke = _check_finite_difference(engine, ids) if model.dtype in (torch.float32, torch.float64) else None
-    if poke is not None and not poke <= POKE_TOLERANCE:
+    finite_difference = _check_finite_difference(engine, ids) if model.dtype in (torch.float32, torch.float64) else None
+    if finite_difference is not None and not finite_difference <= FINITE_DIFFERENCE_TOLERANCE:
         raise MismatchError(
-            f"a small shift of a neuron moves the output {poke:.1e} (relative) away from what its gradient says, at "
-            f"most {POKE_TOLERANCE} is allowed"
+            f"a small shift of a neuron moves the output {finite_difference:.1e} (relative) away from what its "
+            f"gradient says, at most {FINITE_DIFFERENCE_TOLERANCE} is allowed"
         )
     return SelfCheck(
         logits=logits,
         neurons=neurons,
         at_readout=at_readout,
-        poke=poke,
+        finite_difference=finite_difference,
         supports_late_expansion=_supports_late_expansion(engine, ids),
         starts_at_layers=_starts_at_layers(engine, ids),
     )
@@ -251,7 +251,7 @@ def _check_finite_difference(engine: Engine, ids: tuple[int, ...]) -> float:
         for step in [change / slope for change in _LOG_P_STEPS] + _ACTIVATION_STEPS:
             up, down = (_log_p_with(model, points[layer], neuron, shift, ids, target) for shift in (step, -step))
             best = min(best, abs((up - down) / (2 * slope * step) - 1))
-            if best <= _CLEARLY * POKE_TOLERANCE:
+            if best <= _CLEARLY * FINITE_DIFFERENCE_TOLERANCE:
                 break
         worst = max(worst, best)
     return worst

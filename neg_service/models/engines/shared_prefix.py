@@ -39,7 +39,7 @@ from neg_service.models.head import exact_head_gradient
 class SharedPrefixEngine(Engine):
     """Rows of the last token over frozen keys and values, which no row copies; prompts run together."""
 
-    name = "branches"
+    name = "shared_prefix"
     reads_at = (LAST_TOKEN,)
     shares_prefixes = True
     runs_prompts_together = True

@@ -24,7 +24,7 @@ _MOST_EDITS = 200
 
 def sweep_section(run: Run, table: str, number: int) -> Section:
     """Of interventions on single neurons."""
-    shown = ["layer", "neuron", "neg", "r", "largest_delta_p", "activation"]
+    shown = ["layer", "neuron", "neg", "r", "max_abs_delta_p", "activation"]
     only_right, of = rows_of(run)
     has_curves = "delta_p" in run.schemas[table].names
     columns = ["prompt_id", "target", *shown, "r2", "neurgrad", "gradient", *["delta_p"] * has_curves]
@@ -49,10 +49,10 @@ def sweep_section(run: Run, table: str, number: int) -> Section:
         f"NEG is the measured slope ({unit}) for {of}; r says how straight the curve is; beside it the largest change "
         f"of the probability over the shifts.",
         {
-            "layer": str, "neuron": str, "neg": "{:+.3e}".format, "r": four, "largest_delta_p": "{:.2e}".format,
+            "layer": str, "neuron": str, "neg": "{:+.3e}".format, "r": four, "max_abs_delta_p": "{:.2e}".format,
             "activation": "{:+.3f}".format,
         },
-        {"neg": "NEG", "largest_delta_p": "largest change of p"}, f"swept-{number}",
+        {"neg": "NEG", "max_abs_delta_p": "largest change of p"}, f"swept-{number}",
     )  # fmt: skip
     points = sample.rows()
     pictures = [

@@ -4,7 +4,7 @@
 |-------------------|--------------------------------------------------------------------------------------------|
 | `efficiency`      | how accuracy depends on the number of train prompts                                         |
 | `flexibility`     | how well the next neurons of the ranking do, in blocks without the ones before              |
-| `robustness`      | how neurons found with one wording, number of shots or demonstrations do with another        |
+| `robustness`      | how neurons found with one template, number of shots or demonstrations do with another        |
 | `interdependency` | what suppressing a task's skill neurons does to the model's answers on this and other tasks |
 
 The setting `probe.studies` names them. Neurons are chosen on the train split, their number on valid, and accuracy is
@@ -147,7 +147,7 @@ def flexibility(data: TaskData, options: SkillOptions) -> Rows:
 def robustness(
     task: str, scores: SkillScores, contexts: Sequence[Context], options: SkillOptions, scans: SkillScans
 ) -> Rows:
-    """Accuracy in each context with the neurons of each; `scores` are of the first of them."""
+    """Accuracy in each context with the neurons of each; `skill_scores` are of the first of them."""
     m = min(options.block, max(options.sizes))
     scores_of = {contexts[0]: scores} | {context: scans.scores(task, context) for context in contexts[1:]}
     rankings = {(context, name): own.ranked(name).first(m) for context, own in scores_of.items() for name in SCORES}

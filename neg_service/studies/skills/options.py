@@ -19,19 +19,19 @@ _LEAST_SHARD = 20
 class Context:
     """How a task is put to the model; `demonstration_seed` chooses the demonstrations."""
 
-    wording: str = "default"
+    template: str = "default"
     shots: int = 1
     demonstration_seed: int = 0
 
     @classmethod
     def of(cls, dataset: DatasetConfig) -> Context:
         """How the settings of a data set put a task."""
-        return cls(dataset.wording, dataset.shots, dataset.demonstration_seed)
+        return cls(dataset.template, dataset.shots, dataset.demonstration_seed)
 
     @property
     def name(self) -> str:
         """For tables and plots."""
-        return f"{self.wording}, {self.shots} shot{'s' * (self.shots != 1)}, demonstrations {self.demonstration_seed}"
+        return f"{self.template}, {self.shots} shot{'s' * (self.shots != 1)}, demonstrations {self.demonstration_seed}"
 
 
 @dataclass
@@ -62,7 +62,7 @@ class SkillOptions:
     blocks: int = setting(8, "flexibility: blocks, down the ranking", least=1)
     contexts: list[dict[str, Any]] | None = setting(
         None,
-        "robustness: [{wording: brief}, {shots: 0}]; null: all wordings, no shots, other demonstrations",
+        "robustness: [{template: brief}, {shots: 0}]; null: all templates, no shots, other demonstrations",
         kind=list[Context] | None,
     )
     suppressed: int = setting(64, "interdependency: neurons of each task", least=1)
@@ -124,11 +124,11 @@ def _check_studies(options: SkillOptions) -> None:
             )
 
 
-def contexts_of(options: SkillOptions, base: Context, wordings: Iterable[str]) -> list[Context]:
-    """What robustness compares, `base` first: as asked, or all wordings, no shots, and other demonstrations."""
+def contexts_of(options: SkillOptions, base: Context, templates: Iterable[str]) -> list[Context]:
+    """What robustness compares, `base` first: as asked, or all templates, no shots, and other demonstrations."""
     if options.contexts is not None:
         asked = [replace(base, **own) for own in options.contexts]
     else:
-        asked = [replace(base, wording=wording) for wording in wordings]
+        asked = [replace(base, template=template) for template in templates]
         asked += [replace(base, shots=0), replace(base, demonstration_seed=base.demonstration_seed + 1)]
     return list(dict.fromkeys([base, *asked]))

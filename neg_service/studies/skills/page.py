@@ -26,7 +26,7 @@ _ANALYSES = {
     ),
     "efficiency": ("Efficiency", "Accuracy on test, 0 to 1, over how many train prompts the ranking was made of."),
     "flexibility": ("Flexibility", "Accuracy on test, 0 to 1, of blocks of neurons further down the ranking."),
-    "robustness": ("Robustness", "Accuracy on test, 0 to 1, of neurons found with one wording and used with another."),
+    "robustness": ("Robustness", "Accuracy on test, 0 to 1, of neurons found with one template and used with another."),
     "interdependency": (
         "Interdependency",
         "The model's own accuracy on test, 0 to 1, on one task (rows) while skill neurons of another (columns) are "

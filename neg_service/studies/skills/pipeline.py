@@ -79,7 +79,7 @@ def _contexts(options: SkillOptions, context: Context, task: str, dataset: Datas
     """How a task is put to the model, first as the settings say."""
     if "robustness" not in options.studies:
         return [context]
-    return contexts_of(options, context, templates_of(TASKS[task], dataset.wordings))
+    return contexts_of(options, context, templates_of(TASKS[task], dataset.templates))
 
 
 def _require_prompts(dataset: DatasetConfig, contexts: Mapping[str, Sequence[Context]]) -> None:

@@ -1,6 +1,6 @@
 """What chosen neurons say about prompts, each alone: which label has the largest and the smallest NeurGrad, and signs.
 
-They come from a run of `measure=votes`, or from the stored gradients of a run of `measure=neurgrad`.
+They come from a run of `measure=neuron_predictions`, or from the stored gradients of a run of `measure=neurgrad`.
 
 Axes: P prompts, K labels, S neurons that predictions are known of, N neurons of a layer.
 """
@@ -65,7 +65,7 @@ class NeuronPredictions:
 
 
 def read_predictions(run: Run, task: str, neurons: Ints) -> NeuronPredictions:
-    """The predictions of `neurons` on a task's prompts, from a run of `measure=votes`, or of `measure=neurgrad`.
+    """The predictions of `neurons` on a task's prompts, from a run of `neuron_predictions` or of `neurgrad`.
 
     Raises:
         ConfigurationError: the run does not know them.
@@ -74,7 +74,9 @@ def read_predictions(run: Run, task: str, neurons: Ints) -> NeuronPredictions:
     with reading(run):
         asked = run.table("prompts", ["prompt_id", "answer", "probabilities"]).to_table()
         mine = asked.filter(pa.array([task_of(own) == task for own in asked["prompt_id"].to_pylist()]))
-        rows = dict(_summed(run, task, neurons) if "votes" in run.tables else _computed(run, task, neurons))
+        rows = dict(
+            _summed(run, task, neurons) if "neuron_predictions" in run.tables else _computed(run, task, neurons)
+        )
     ids = mine["prompt_id"].to_pylist()
     if missing := next((own for own in ids if own not in rows), None):
         raise ConfigurationError(f"{run.uri} has no votes of {missing!r}; run it again, parts are missing")
@@ -104,7 +106,7 @@ def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPre
         raise ConfigurationError(f"{run.uri} has votes of other neurons than those asked for")
     # Parts are in the order of tasks, so that most are told from their statistics to hold none of this one's rows.
     begin = pc.field("prompt_id")
-    for batch in run.table("votes", filter=(begin >= f"{task}/") & (begin < f"{task}0")).to_batches():
+    for batch in run.table("neuron_predictions", filter=(begin >= f"{task}/") & (begin < f"{task}0")).to_batches():
         for i in range(batch.num_rows):
             sign, largest, smallest, activation = (batch.column(c)[i].values.to_numpy() for c in range(1, 5))
             own = sign.reshape(-1, len(stored))[:, places]

@@ -26,7 +26,7 @@ from neg_service.studies.skills.scores import SkillScores, read_scores
 # Scores doubling from a shard on, where efficiency is not told after how many prompts.
 _DOUBLINGS = 8
 # Their shards have one size, so that scores that were added up and those from stored gradients end at the same prompts.
-_BY_SHARD = ("neurgrad", "scores")
+_BY_SHARD = ("neurgrad", "skill_scores")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class SkillScans:
         measure, neurons = {"name": "neurgrad"}, None
         if not self._options.store_gradients:
             by_task = {task: from_numbers(own, self._neurons_a_layer) for task, own in chosen.items()}
-            measure, neurons = {"name": "votes"}, NeuronsConfig(choose="list", list=NeuronSet.by_task(by_task))
+            measure, neurons = (
+                {"name": "neuron_predictions"},
+                NeuronsConfig(choose="list", list=NeuronSet.by_task(by_task)),
+            )
         runs = {split: self._scan(measure, list(chosen), split, context, neurons) for split in splits}
         return lambda task, split: read_predictions(runs[split], task, chosen[task])
 
@@ -99,7 +102,7 @@ class SkillScans:
         return self._scans.run(f"{measure['name']} of {', '.join(tasks)}, {split} ({context.name})", settings)
 
     def _measure_of_scores(self) -> dict[str, Any]:
-        return {"name": "neurgrad" if self._options.store_gradients else "scores"}
+        return {"name": "neurgrad" if self._options.store_gradients else "skill_scores"}
 
     def _train_sizes(self) -> list[int]:
         """After how many train prompts scores are looked at: as asked, or doubling from a shard on."""

@@ -1,6 +1,6 @@
 """Which neurons tell the labels of a task apart: skill scores added up over the shards of a run, and rankings by them.
 
-Scores come from a run of `measure=scores`, whose shards added them up when they were computed, or from a run of
+Scores come from a run of `measure=skill_scores`, whose shards added them up when they were computed, or from a run of
 `measure=neurgrad`, whose parts are read once, as a stream, on all cores. Both give the same sums shard by shard
 (`measures/scores.py`), and so the same neurons. No memory grows with the number of prompts.
 
@@ -131,8 +131,8 @@ def read_scores(run: Run, snapshots: Sequence[int] = ()) -> dict[str, SkillScore
 
 
 def _shards(run: Run) -> Iterator[ShardScores]:
-    if "scores" in run.tables:
-        for _, part in run.parts("scores"):
+    if "skill_scores" in run.tables:
+        for _, part in run.parts("skill_scores"):
             yield from _summed(part.to_table())
     elif "neurgrad" in run.tables and run.config["measure"]["keep"] == "all":
         parts = parts_of_shards(run, "neurgrad", "activations")
@@ -140,12 +140,12 @@ def _shards(run: Run) -> Iterator[ShardScores]:
             yield from own
     else:
         raise ConfigurationError(
-            f"{run.uri} has no scores: use a run of measure=scores, or of measure=neurgrad with measure.keep=all"
+            f"{run.uri} has no scores: use a run of measure=skill_scores, or of measure=neurgrad with measure.keep=all"
         )
 
 
 def _summed(table: pa.Table) -> list[ShardScores]:
-    """A part of the table `scores`."""
+    """A part of the table `skill_scores`."""
     tasks, names = np.array(table["task"].to_pylist()), np.array(table["score"].to_pylist())
     layer_r, n_prompts_r = table["layer"].to_numpy(), table["n_prompts"].to_numpy()
     values_rn = matrix(table["values"])

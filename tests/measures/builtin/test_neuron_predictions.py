@@ -28,9 +28,9 @@ TEXTS = {"imdb": "3 80 119", "paws": "47"}
 
 
 def voted(neurons: NeuronsConfig, **options: Any) -> list[dict[str, Any]]:
-    measure = measure_of({"name": "votes", **options})
+    measure = measure_of({"name": "neuron_predictions", **options})
     measure.validate(INFO, neurons, PROMPTS)
-    rows = measured_shard(measure, model_of("Llama 2"), PROMPTS, neurons)["votes"].to_pylist()
+    rows = measured_shard(measure, model_of("Llama 2"), PROMPTS, neurons)["neuron_predictions"].to_pylist()
     return sorted(rows, key=lambda row: row["prompt_id"])
 
 
@@ -62,10 +62,13 @@ def test_the_text_of_before_is_still_taken_and_named_as_old(caplog: pytest.LogCa
     assert from_texts(TEXTS, 40) == NeuronSet.by_task(SETS)
     assert from_numbers(np.array([119, 3]), 40).tolist() == [[0, 3], [2, 39]]
     # A run that was begun with it is found again, and one with an object says nothing of texts.
-    assert measure_of({"name": "votes", "chosen": TEXTS}).fingerprint_inputs() == {
-        "name": "votes", "basis": "paper", "chosen": TEXTS,
+    assert measure_of({"name": "neuron_predictions", "chosen": TEXTS}).fingerprint_inputs() == {
+        "name": "neuron_predictions", "basis": "paper", "chosen": TEXTS,
     }  # fmt: skip
-    assert measure_of({"name": "votes"}).fingerprint_inputs() == {"name": "votes", "basis": "paper"}
+    assert measure_of({"name": "neuron_predictions"}).fingerprint_inputs() == {
+        "name": "neuron_predictions",
+        "basis": "paper",
+    }
 
 
 def test_neurons_that_are_the_same_for_all_tasks() -> None:
@@ -75,8 +78,8 @@ def test_neurons_that_are_the_same_for_all_tasks() -> None:
 
 
 def test_what_it_costs_follows_the_task_with_most_neurons() -> None:
-    measure = measure_of({"name": "votes"})
-    assert measure.cost(INFO, listed(NeuronSet.by_task(SETS)), 2.0).bytes["votes"] == 3 * (6 + 2)
+    measure = measure_of({"name": "neuron_predictions"})
+    assert measure.cost(INFO, listed(NeuronSet.by_task(SETS)), 2.0).bytes["neuron_predictions"] == 3 * (6 + 2)
     assert measure.describe_neurons(INFO, listed(NeuronSet.by_task(SETS))) == "4 of 2 tasks"
     assert measure.describe_neurons(INFO, listed(SETS["paws"])) == "1 of each task"
 
@@ -84,8 +87,12 @@ def test_what_it_costs_follows_the_task_with_most_neurons() -> None:
 @pytest.mark.parametrize(
     ("neurons", "options", "message"),
     [
-        (NeuronsConfig(), {}, r"neurons\.choose=all: measure=votes takes a list"),
-        (NeuronsConfig(choose="sample", count=3), {}, r"neurons\.choose=sample: measure=votes takes a list"),
+        (NeuronsConfig(), {}, r"neurons\.choose=all: measure=neuron_predictions takes a list"),
+        (
+            NeuronsConfig(choose="sample", count=3),
+            {},
+            r"neurons\.choose=sample: measure=neuron_predictions takes a list",
+        ),
         (listed(NeuronSet.by_task({"imdb": SETS["imdb"]})), {}, r"neurons\.list: there are no neurons for .* 'paws'"),
         (listed([[3, 0]]), {}, r"neurons\.list: \(3, 0\) does not exist"),
         (listed([[2, 1, 0]]), {}, r"neurons\.list: \(2, 1, 0\) does not exist; layer 2 has no experts"),

@@ -22,14 +22,14 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 
 def test_the_self_check_in_bfloat16_has_no_poke() -> None:
     checked = tiny_model("Llama 2", torch.bfloat16).ensure_checked().check
-    assert checked.poke is None
+    assert checked.finite_difference is None
 
 
 def test_windows_that_a_short_prompt_never_meets_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     # As of a checkpoint whose window is longer than any prompt of the self-check.
     model = tiny_model("Mistral")
     model.model.config.sliding_window = 4096
-    assert model.engine.name == "branches"
+    assert model.engine.name == "shared_prefix"
     assert model.model.config.sliding_window == 4096
     real = prefix_attention._View
     monkeypatch.setattr(prefix_attention, "_View", lambda scaling, window, softcap: real(scaling, None, softcap))
@@ -64,7 +64,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
 
 def _not_fitting(family: str) -> str:
     """What the self-check says against the fast engine of a tiny model."""
-    return tiny_model(family).ensure_checked().rejected.get("branches", "")
+    return tiny_model(family).ensure_checked().rejected.get("shared_prefix", "")
 
 
 def test_the_self_check_sees_neurons_of_another_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_good_options_are_taken() -> None:
         ({"shard_size": 8}, ("probe.shard_size", "8", "the probe activation")),
         ({"train_sizes": [25]}, ("probe.train_sizes", "[25]", r"multiple of probe\.shard_size=24")),
         ({"sizes": [3, 8], "efficiency_neurons": 2}, ("probe.efficiency_neurons", "2", "at least 3")),
-        ({"contexts": [{"shot": 0}]}, ("probe.contexts[0]", "{'shot': 0}", "must have some of wording, shots")),
+        ({"contexts": [{"shot": 0}]}, ("probe.contexts[0]", "{'shot': 0}", "must have some of template, shots")),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_scanned(changed: dict[str, Any], refusal: tuple[Any, ...]) -> None:

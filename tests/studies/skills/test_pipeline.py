@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The planted model and its task."""
     place = tmp_path_factory.mktemp("planted")
     planted_model(place / "model")
-    (place / "wordings.toml").write_text(PLANTED_WORDINGS)
+    (place / "templates.toml").write_text(PLANTED_WORDINGS)
     for i, (split, count) in enumerate((("train", 50), ("valid", 26), ("test", 26))):
         write_split(place / "data", "imdb", split, planted_rows(count, 100 * i))
     return place
@@ -56,7 +56,7 @@ def found_in(place: Path, options: SkillOptions = OPTIONS, data: str = "data") -
 
 
 def planted_dataset(place: Path, source: Path, *tasks: str, **changed: Any) -> DatasetConfig:
-    return DatasetConfig(source=str(source), task=list(tasks), wordings=str(place / "wordings.toml"), **changed)
+    return DatasetConfig(source=str(source), task=list(tasks), templates=str(place / "templates.toml"), **changed)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_both_ways_choose_the_same_neurons_and_answer_alike(stored: Study, place
     summed = found_in(place, replace(OPTIONS, store_gradients=False))
     for table in ("neurons", "accuracy", "efficiency", "flexibility"):
         assert summed.rows[table] == stored.rows[table], table
-    assert {Path(uri).name.split("-")[3] for uri in summed.runs} == {"scores", "votes"}
+    assert {Path(uri).name.split("-")[3] for uri in summed.runs} == {"skill_scores", "neuron_predictions"}
     # Sums and votes, no gradients: a shard has as many numbers as neurons, and a prompt a few bytes of each chosen one.
     assert not any((Path(uri) / "neurgrad").exists() for uri in summed.runs)
 
@@ -109,12 +109,12 @@ def test_votes_of_before_whose_neurons_were_text_are_read(place: Path) -> None:
     config = ScanConfig(
         ModelConfig(str(place / "model")),
         planted_dataset(place, place / "data", "imdb", split="test"),
-        {"name": "votes", "chosen": {"imdb": "3 17 85"}},
+        {"name": "neuron_predictions", "chosen": {"imdb": "3 17 85"}},
         storage=StorageConfig(str(place / "results")),
     )
     old = scan_here(config)
     as_object = NeuronsConfig(choose="list", list=NeuronSet.by_task({"imdb": from_numbers(chosen, 40)}))
-    new = scan_here(replace(config, measure={"name": "votes"}, neurons=as_object))
+    new = scan_here(replace(config, measure={"name": "neuron_predictions"}, neurons=as_object))
     assert old.config["measure"]["chosen"] == {"imdb": "3 17 85"}
     assert "chosen" not in new.config["measure"]
     assert new.listed_neurons() == as_object.list
@@ -143,7 +143,7 @@ def test_the_test_split_is_seen_by_no_choice(stored: Study, place: Path) -> None
 
 def test_robustness_and_interdependency(place: Path) -> None:
     options = replace(OPTIONS, studies=["robustness", "interdependency"], suppressed=3, suppress_by=200.0)
-    found = found_in(place, replace(options, contexts=[{"wording": "other"}, {"wording": "blind"}]))
+    found = found_in(place, replace(options, contexts=[{"template": "other"}, {"template": "blind"}]))
     rows = rows_of(found, "robustness", probe="polarity")
     assert Counter(row["found_with"] for row in rows) == Counter({row["used_with"]: 3 for row in rows})
     by_context = {(row["found_with"].split(",")[0], row["used_with"].split(",")[0]): row for row in rows}
@@ -163,10 +163,10 @@ def test_robustness_and_interdependency(place: Path) -> None:
 def test_efficiency_ranks_on_the_first_train_prompts_alone(place: Path) -> None:
     dataset = planted_dataset(place, place / "data", "imdb", split="train")
     scans = scans_here(place / "model", dataset, place / "results")
-    run = scan_here(scans.settings_of({"name": "scores"}, shard_size=24))
+    run = scan_here(scans.settings_of({"name": "skill_scores"}, shard_size=24))
     scores = read_scores(run, [24])["imdb"]
     assert sorted(scores.at) == [24, 48]
-    first = next(part for shard, part in run.parts("scores") if shard == 0).to_table()
+    first = next(part for shard, part in run.parts("skill_scores") if shard == 0).to_table()
     own = first.filter(pc.field("score") == "magnitude")
     np.testing.assert_array_equal(scores.at[24]["magnitude"], np.concatenate(own["values"].to_numpy()))
     assert not np.array_equal(scores.at[24]["magnitude"], scores.at[48]["magnitude"])

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _PAUSE = wait_random_exponential(multiplier=1, min=0.5, max=30)
 
 
-class PatientStore:
+class RetryingStore:
     """Another store, each of whose operations is repeated for a while when it fails in a way that may pass.
 
     A server that is restarted, or a network that is down for minutes, then costs waiting and nothing else.
@@ -37,37 +37,37 @@ class PatientStore:
 
     def put(self, key: str, data: bytes) -> None:
         """See ObjectStore."""
-        self._patiently(lambda: self._store.put(key, data))
+        self._retried(lambda: self._store.put(key, data))
 
     def get(self, key: str) -> bytes | None:
         """See ObjectStore."""
-        return self._patiently(lambda: self._store.get(key))
+        return self._retried(lambda: self._store.get(key))
 
     def replace(self, key: str, old: bytes, new: bytes) -> bool:
         """See ObjectStore; after a reply that was lost it may say False of what it wrote itself."""
-        return self._patiently(lambda: self._store.replace(key, old, new))
+        return self._retried(lambda: self._store.replace(key, old, new))
 
     def list(self, prefix: str) -> list[Entry]:
         """See ObjectStore."""
-        return self._patiently(lambda: self._store.list(prefix))
+        return self._retried(lambda: self._store.list(prefix))
 
     def delete(self, key: str) -> None:
         """See ObjectStore."""
-        self._patiently(lambda: self._store.delete(key))
+        self._retried(lambda: self._store.delete(key))
 
     def check(self) -> None:
         """See ObjectStore."""
-        self._patiently(self._store.check)
+        self._retried(self._store.check)
 
     def clear_unfinished(self, older_than_seconds: float = UNFINISHED_SECONDS) -> int:
         """See ObjectStore."""
-        return self._patiently(lambda: self._store.clear_unfinished(older_than_seconds))
+        return self._retried(lambda: self._store.clear_unfinished(older_than_seconds))
 
     def arrow(self) -> tuple[pafs.FileSystem, str]:
         """See ObjectStore."""
         return self._store.arrow()
 
-    def _patiently(self, operation: Callable[[], T]) -> T:
+    def _retried(self, operation: Callable[[], T]) -> T:
         wait = Waiting(self._seconds, is_repeated=True)
 
         def attempt() -> T:
@@ -90,7 +90,7 @@ class PatientStore:
             result = attempts(attempt)
         except StorageError as error:
             took = f"given up after {time.monotonic() - wait.began:.0f} s"
-            error.reason = f"{error.reason}; {took} (storage.patience_seconds={self._seconds:g})"
+            error.reason = f"{error.reason}; {took} (storage.retry_timeout_seconds={self._seconds:g})"
             raise
         if wait.has_spoken:
             log.info("%s answers again, after %.0f s", self.uri, time.monotonic() - wait.began)
