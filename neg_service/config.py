@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -291,11 +292,12 @@ def check_fields(group: str, settings: Any, only: Collection[str] | None = None)
     Raises:
         ConfigurationError: naming the key in `group`, its value, and what it may be.
     """
+    kinds = types_of(type(settings))
     for own in fields(settings):
         if own.name == "replicas" or (only is not None and own.name not in only):
             continue
         value = getattr(settings, own.name)
-        if value is None and own.default is None:
+        if value is None and (own.default is None or NoneType in get_args(kinds[own.name])):
             continue
         for one in value if isinstance(value, list) else [value]:
             if must := _must_be(own.metadata, one):

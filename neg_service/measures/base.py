@@ -56,7 +56,7 @@ OptionsT = TypeVar("OptionsT")
 class Cost:
     """What a prompt is expected to cost.
 
-    bytes: of each table, before compression. rows: how many rows run through layers: branches, interventions.
+    bytes: of each table, before compression. rows: how many rows run through layers: targets, or interventions.
     rows_are: what a person calls them.
     """
 

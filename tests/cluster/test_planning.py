@@ -200,7 +200,7 @@ def test_measures_are_found_by_name_or_path_and_unknown_ones_name_the_known() ->
     assert find_measure("neurgrad") is find_measure("neg_service.measures.builtin.neurgrad")
     for unknown in ("nothing", "gradients", "no.such.module"):
         with refused(
-            ConfigurationError, "measure.name", unknown, "one of activation, gradient, .*, intervene, neurgrad"
+            ConfigurationError, "measure.name", unknown, "one of activation, .*, intervene, neurgrad"
         ):
             find_measure(unknown)
 

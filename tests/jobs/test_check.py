@@ -37,7 +37,7 @@ def test_the_table_says_what_a_scan_would_do(tmp_path: Path, capsys: pytest.Capt
         r"neurons +40 a layer, 120 in all\n",
         r"basis +paper: input of transformer\.h\.0\.mlp\.fc_out\n +hidden: input of transformer\.h\.0\.mlp\.fc_out\n",
         r"read at +last token\n",
-        r"engine +rows\n +not branches: 3 of the 3 layers do not go through transformers' attention interface\n",
+        r"engine +kv_cache\n +not shared_prefix: 3 of the 3 layers do not go through transformers' attention inter",
         r"row logits +\d\.\de-\d\d off the plain forward pass, at most 0\.0001\n",
         r"small shift +\d\.\de-\d\d off what the gradient says, at most 0\.05\n",
         r"memory +\d+\.\d kB of weights; \d.* on cpu at the most so far\n",

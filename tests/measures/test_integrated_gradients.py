@@ -34,7 +34,7 @@ NAME = "integrated_gradients"
 # (GPT-2); a fused gate (Phi-3); a soft cap (Gemma 2); layers that cannot be begun at (DeBERTa 2).
 ENGINES = {
     "shared_prefix": ["Llama 2", "GPT-2", "OPT", "Phi-3 and 4", "Gemma 2"],
-    "rows": ["GPT-J", "BLOOM"],
+    "kv_cache": ["GPT-J", "BLOOM"],
     "full_sequence": ["BERT", "ModernBERT", "DeBERTa 2 and 3"],
 }
 TARGETS = [[7, 8, 11], [1], [2, 3]]

@@ -190,7 +190,7 @@ def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory:
         0,
     )
     assert (int(first["layer"]), int(first["neuron"])) == np.unravel_index(strength_ln.argmax(), strength_ln.shape)
-    assert float(first["aggregate_importance"]) == pytest.approx(strength_ln.max(), rel=1e-3)
+    assert float(first["aggregate importance"]) == pytest.approx(strength_ln.max(), rel=1e-3)
 
     edits = [{"name": "off", "neurons": [[0, 3], [2, 5]], "scale": 0.0}, {"neurons": [[1, 1]], "shift": 2.0}]
     run = run_of(place, tiny_directory, {"name": "intervene", "edits": edits})

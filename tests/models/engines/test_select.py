@@ -49,7 +49,7 @@ def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, ca
     model = tiny_model("Llama 2")
     found = neg_service.neurgrad(model, ["w1 w2 w5 w9"], [[" w3"]])
     assert type(model.engine) is KeyValueCacheEngine
-    assert "runs as rows, which is slower than branches: row logits are" in caplog.text
+    assert "runs as kv_cache, which is slower than shared_prefix: row logits are" in caplog.text
     np.testing.assert_allclose(found.neurgrad, right.neurgrad, rtol=1e-3, atol=1e-6 * np.abs(right.neurgrad).max())
 
 
@@ -58,9 +58,11 @@ def test_a_model_that_no_engine_fits_is_refused(monkeypatch: pytest.MonkeyPatch)
     _with_a_wrong_cache(monkeypatch)
     model = tiny_model("Llama 2")
     for _ in range(2):
-        with refused(ModelError, "model", says="branches: row logits are .* off the plain forward pass.*; rows: "):
+        with refused(
+            ModelError, "model", says="shared_prefix: row logits are .* off the plain forward pass.*; kv_cache: "
+        ):
             neg_service.neurgrad(model, ["w1 w2"], [[" w3"]])
-    with refused(ModelError, "model.source", says="branches: row logits are"):
+    with refused(ModelError, "model.source", says="shared_prefix: row logits are"):
         _ = model.engine
 
 

@@ -35,7 +35,7 @@ def test_windows_that_a_short_prompt_never_meets_are_checked(monkeypatch: pytest
     monkeypatch.setattr(prefix_attention, "_View", lambda scaling, window, softcap: real(scaling, None, softcap))
     blind = tiny_model("Mistral")
     blind.model.config.sliding_window = 4096
-    assert blind.engine.name == "rows"
+    assert blind.engine.name == "kv_cache"
 
 
 def test_the_self_check_finds_neurons_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
