@@ -199,9 +199,7 @@ def test_layers_are_checked_and_sorted() -> None:
 def test_measures_are_found_by_name_or_path_and_unknown_ones_name_the_known() -> None:
     assert find_measure("neurgrad") is find_measure("neg_service.measures.builtin.neurgrad")
     for unknown in ("nothing", "gradients", "no.such.module"):
-        with refused(
-            ConfigurationError, "measure.name", unknown, "one of activation, .*, intervene, neurgrad"
-        ):
+        with refused(ConfigurationError, "measure.name", unknown, "one of activation, .*, intervene, neurgrad"):
             find_measure(unknown)
 
 
