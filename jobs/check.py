@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from jobs.entry import flag_of, start
-from neg_service.config import BASES, JobConfig, ModelConfig, typed
+from neg_service.config import JobConfig, ModelConfig, typed
 from neg_service.report.console import aligned, bytes_text
+from neg_service.settings import BASES
 
 if TYPE_CHECKING:
     from neg_service.models.feed_forward import HookPoint

@@ -7,7 +7,8 @@ from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from neg_service.config import ScanConfig, types_of
+from neg_service.config import ScanConfig
+from neg_service.settings import types_of
 
 
 def type_at(settings: Any, key: str) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from jobs.entry import start, value_of
-from neg_service.config import JobConfig, StorageConfig, holds
+from neg_service.config import JobConfig, StorageConfig
 from neg_service.errors import ConfigurationError
 from neg_service.places import below
+from neg_service.settings import holds
 from neg_service.storage.stores import open_store
 
 

@@ -8,12 +8,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from jobs.entry import start
-from neg_service.config import DatasetConfig, JobConfig, holds, typed
+from neg_service.config import DatasetConfig, JobConfig, typed
 from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tasks import GENRES, TASKS
 from neg_service.prompts.templates import templates_of
+from neg_service.prompts.tokens import encode
 from neg_service.report.console import columns
+from neg_service.settings import holds
 
 
 @dataclass

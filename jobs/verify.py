@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, flag_of, start, value_of
 from neg_service.cluster.progress import clock
-from neg_service.config import ClusterConfig, JobConfig, ScanConfig, StorageConfig, holds, plain, typed
+from neg_service.config import ClusterConfig, JobConfig, ScanConfig, StorageConfig, plain, typed
 from neg_service.report.console import aligned, bytes_text, ranges
+from neg_service.settings import holds
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.stores import open_store
 from neg_service.storage.verify import Verdict, clear_wrong, restore_run_file

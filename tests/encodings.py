@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, Vocabulary, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, Vocabulary
 from neg_service.prompts.reading import Tokenizer
+from neg_service.prompts.tokens import Skips, encode
 
 
 def one_token_targets(

@@ -19,11 +19,11 @@ from torch import nn
 
 import neg_service
 from neg_service import LanguageModel
-from neg_service.config import BASES
 from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.settings import BASES
 from tests import oracle
 from tests.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 

@@ -17,8 +17,9 @@ from jobs.conf_folder import CONF
 from jobs.kinds import members
 from jobs.probe import ProbeConfig
 from jobs.study import StudyConfig
-from neg_service.config import ScanConfig, types_of
+from neg_service.config import ScanConfig
 from neg_service.measures import find_measure
+from neg_service.settings import types_of
 
 README = Path(CONF) / "README.md"
 _BEGIN, _END = "<!-- settings -->\n", "\n<!-- /settings -->"

@@ -12,7 +12,8 @@ from neg_service.measures.base import Measure, ShardInput
 from neg_service.models.batches import Budget
 from neg_service.models.inspection import ModelInfo
 from neg_service.models.language_model import LanguageModel
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 
 # What shards are measured of, and the model that they are planned for.
 PROMPTS = [

@@ -13,7 +13,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace, Wh
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests.tiny_models import VOCABULARY
 
 Made = Callable[[], hf.PreTrainedTokenizerFast]

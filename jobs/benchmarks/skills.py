@@ -28,7 +28,8 @@ from neg_service.measures.tables import fixed_size, table_of
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
 from neg_service.prompts.mceval8k import load_tasks
-from neg_service.prompts.prompt import EncodedPrompt, encode
+from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.prompts.tokens import encode
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, write_or_match

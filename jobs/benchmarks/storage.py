@@ -40,7 +40,7 @@ from neg_service.measures.base import Cost
 from neg_service.models.loading import load_tokenizer
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import encode
+from neg_service.prompts.tokens import encode
 from neg_service.schema import activations
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import open_run

@@ -31,7 +31,8 @@ from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.facts import load
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tokens import encode
 
 FLOOR_ROWS = (256, 512, 1024)
 EXPERT_ROWS = 160

@@ -32,9 +32,10 @@ from neg_service.neurons import NeuronSet
 from neg_service.places import absolute, below, local_path, parent_of, without_credentials
 from neg_service.prompts.encoding import Encode, Encoding, Ids
 from neg_service.prompts.mceval8k import as_masked
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, check_prompts, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts
 from neg_service.prompts.sources import BUILT_IN, load_dataset
 from neg_service.prompts.store import PromptFile
+from neg_service.prompts.tokens import Skips, encode
 from neg_service.schema import SCHEMA_VERSION
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from neg_service.config import types_of
 from neg_service.errors import ConfigurationError
 from neg_service.former_names import MEASURES
 from neg_service.measures import builtin
 from neg_service.measures.base import Measure
+from neg_service.settings import types_of
 
 # What a module had to have before measures were classes.
 _OF_MODULES = ("Options", "read", "check", "identity", "tables", "cost_a_prompt", "calibrate", "measure")

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 
 import pyarrow as pa
 
-from neg_service.config import NeuronsConfig, check_fields, checked_layers, typed
+from neg_service.config import NeuronsConfig, checked_layers, typed
 from neg_service.errors import ConfigurationError
 from neg_service.measures.choice import check_whole_layers, described
 from neg_service.schema import Table
+from neg_service.settings import check_fields
 
 if TYPE_CHECKING:
     from neg_service.models.batches import Budget

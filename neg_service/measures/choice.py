@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neg_service.config import NeuronsConfig, check_fields, checked_layers
+from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
 from neg_service.neurons import Neurons, NeuronSet, require_existing, rows_of
+from neg_service.settings import check_fields
 
 
 def check_choice(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> None:

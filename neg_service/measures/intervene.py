@@ -27,7 +27,8 @@ from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import HookPoint, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
+from neg_service.prompts.tokens import encode
 
 Doubles = NDArray[np.float64]
 

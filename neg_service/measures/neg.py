@@ -30,7 +30,8 @@ from neg_service.measures.shifts import Doubles, Sweep, check_shift, chosen_grid
 from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, NeuronSet
-from neg_service.prompts.prompt import Prompt, check_prompts, encode
+from neg_service.prompts.prompt import Prompt, check_prompts
+from neg_service.prompts.tokens import encode
 
 
 @dataclass(frozen=True)

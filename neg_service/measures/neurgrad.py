@@ -25,7 +25,8 @@ from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.measures.batching import budget_of
 from neg_service.measures.gradients import Floats, gradients
 from neg_service.models.language_model import LanguageModel
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
+from neg_service.prompts.tokens import encode
 
 
 @dataclass(frozen=True)

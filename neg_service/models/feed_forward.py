@@ -23,8 +23,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from neg_service.config import BASES
 from neg_service.errors import ConfigurationError, ModelError
+from neg_service.settings import BASES
 
 
 @dataclass(frozen=True)

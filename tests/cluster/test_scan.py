@@ -16,7 +16,7 @@ from neg_service.cluster.driver import Outcome
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.config import ScanConfig, typed
-from neg_service.prompts.prompt import encode
+from neg_service.prompts.tokens import encode
 
 
 class Stop(Exception):

@@ -20,7 +20,7 @@ from neg_service.models.batches import Budget
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.facts import load
-from neg_service.prompts.prompt import encode
+from neg_service.prompts.tokens import encode
 from tests import families_speed, oracle
 from tests.refusals import refused
 from tests.tiny_models import tiny_model

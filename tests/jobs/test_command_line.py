@@ -26,8 +26,9 @@ from jobs.status import StatusConfig
 from jobs.study import StudyConfig
 from jobs.tasks import TasksConfig
 from jobs.verify import VerifyConfig
-from neg_service.config import ScanConfig, types_of
+from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError
+from neg_service.settings import types_of
 from tests.refusals import refused
 
 SETTINGS: dict[str, type] = {

@@ -23,7 +23,8 @@ from neg_service.models.inspection import inspect_model
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.source import fetch
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests.refusals import ANY, refused
 from tests.tiny_models import MASK, tiny_model, tiny_tokenizer
 

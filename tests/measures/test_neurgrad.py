@@ -17,7 +17,8 @@ from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
 from neg_service.models.engines import shared_prefix as engine
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import EncodedPrompt, encode
+from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.prompts.tokens import encode
 from tests import oracle
 from tests.encodings import encoded
 from tests.oracle import relative

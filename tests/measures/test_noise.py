@@ -17,7 +17,8 @@ from neg_service.measures.noise import measure_noise, resolution
 from neg_service.measures.shifts import Sweep, full_grid
 from neg_service.models.batches import Budget
 from neg_service.neurons import NeuronSet
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests.refusals import refused
 from tests.sweeps import PROMPTS, SHIFTS, sweep_of, swept
 from tests.tiny_models import tiny_model

@@ -14,7 +14,8 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.integrated_gradients import integrated_gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tokens import encode
 from tests import families, oracle
 from tests.families import bases_of, model_of
 from tests.refusals import refused

@@ -20,7 +20,8 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, OutOfMemory
 from neg_service.measures import measure_of
 from neg_service.models.placement import checked_devices, device_map, require_room
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests.devices import DEVICES, pretended
 from tests.refusals import refused
 from tests.shards import measured_shard

@@ -30,7 +30,8 @@ from neg_service.models.engines.kv_cache import _FrozenLayer
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.feed_forward import FeedForward, HookPoint
 from neg_service.models.start_at_layer import start_at_layer
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests.families import LENGTHS, bases_of, model_of, neurgrad_deviation, sweep_deviation
 from tests.refusals import refused
 from tests.tiny_models import FAMILIES, tiny_model, tiny_tokenizer

@@ -19,7 +19,8 @@ from neg_service.models.loading import load_tokenizer
 from neg_service.models.source import LocalModel
 from neg_service.prompts import added
 from neg_service.prompts.added import added_by
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests import families, oracle
 from tests.encodings import one_token_targets, within_context
 from tests.refusals import refused

@@ -8,7 +8,8 @@ import pytest
 
 from neg_service.errors import PromptError, TargetError
 from neg_service.prompts.encoding import Encoding, Ids
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, Skips, encode
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tokens import Skips, encode
 from tests.refusals import refused
 from tests.tiny_models import tiny_tokenizer
 

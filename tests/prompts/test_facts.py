@@ -8,7 +8,8 @@ import pytest
 
 from neg_service import LanguageModel
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import check_prompts, encode
+from neg_service.prompts.prompt import check_prompts
+from neg_service.prompts.tokens import encode
 
 
 def test_the_facts_are_as_many_and_as_varied_as_promised() -> None:

@@ -16,10 +16,11 @@ from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError, PromptError
 from neg_service.prompts.mceval8k import as_masked, load_tasks
-from neg_service.prompts.prompt import MASK, Prompt, encode
+from neg_service.prompts.prompt import MASK, Prompt
 from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.tasks import GENRES, LANGUAGES, TASKS, task_of
 from neg_service.prompts.templates import templates_of
+from neg_service.prompts.tokens import encode
 from tests.refusals import ANY, refused
 from tests.skills import published_row, write_all, write_split
 

@@ -9,7 +9,8 @@ import pytest
 
 from neg_service.errors import PromptError
 from neg_service.prompts import facts
-from neg_service.prompts.prompt import Prompt, check_prompts, digest, encode
+from neg_service.prompts.prompt import Prompt, check_prompts, digest
+from neg_service.prompts.tokens import encode
 from tests.encodings import one_token_targets, within_context
 from tests.refusals import ANY, refused
 from tests.tiny_models import MASK, tiny_tokenizer

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from neg_service.errors import PromptError, TargetError
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests.encodings import one_token_targets, within_context
 from tests.refusals import refused
 from tests.tiny_tokenizers import ids_of, without_unknown, word_piece

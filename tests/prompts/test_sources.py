@@ -20,8 +20,9 @@ from neg_service.config import DatasetConfig, ScanConfig, plain, typed
 from neg_service.errors import PromptError
 from neg_service.inputs import without_credentials
 from neg_service.models.loading import load_tokenizer
-from neg_service.prompts.prompt import Prompt, check_prompts, encode
+from neg_service.prompts.prompt import Prompt, check_prompts
 from neg_service.prompts.sources import load_dataset, load_prompts
+from neg_service.prompts.tokens import encode
 from tests.refusals import refused
 
 ROWS = [

@@ -17,10 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, basis_setting, checked_layers
+from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.tables import fixed_size, table_of
 from neg_service.schema import Table
+from neg_service.settings import basis_setting
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo

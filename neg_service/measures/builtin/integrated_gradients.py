@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, basis_setting, checked_layers, setting
+from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.tables import prompt_row, target_layer_rows
 from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import Prompt
 from neg_service.schema import Table
+from neg_service.settings import basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo

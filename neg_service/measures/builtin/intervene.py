@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, basis_setting, setting
+from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
 from neg_service.measures.tables import key_columns, prompt_row, table_of
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.schema import Table
+from neg_service.settings import basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.measures.intervene import Effects

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, basis_setting, checked_layers, setting
+from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
 from neg_service.measures import targets
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
@@ -23,6 +23,7 @@ from neg_service.measures.tables import fixed_size, key_columns, prompt_row, tab
 from neg_service.measures.targets import check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.schema import Table
+from neg_service.settings import basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.measures.gradients import PromptGradients

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, basis_setting
+from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.choice import check_whole_layers, set_of
@@ -30,6 +30,7 @@ from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tasks import task_of
 from neg_service.schema import Table
+from neg_service.settings import basis_setting
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from neg_service import schema
-from neg_service.config import NeuronsConfig, basis_setting, setting
+from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
 from neg_service.measures.shifts import GRIDS, SHIFTS, Grid, Sweep, chosen_grid
 from neg_service.schema import Table
+from neg_service.settings import basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neg_service.config import basis_setting, check_fields, setting
 from neg_service.errors import ConfigurationError
 from neg_service.measures.shifts import GRIDS
 from neg_service.measures.targets import KEEP
+from neg_service.settings import basis_setting, check_fields, setting
 
 ESTIMATORS = ("neurgrad", "gradient", "integrated_gradients", "gradient_x_activation", "activation", "random")
 

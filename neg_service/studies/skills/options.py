@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from neg_service.config import DatasetConfig, basis_setting, check_fields, setting
+from neg_service.config import DatasetConfig
 from neg_service.errors import ConfigurationError
+from neg_service.settings import basis_setting, check_fields, setting
 
 PROBES = ("polarity", "magnitude", "forest", "probability", "activation", "random", "majority")
 STUDIES = ("efficiency", "flexibility", "robustness", "interdependency")

@@ -14,7 +14,8 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures import find_measure, measure_of
 from neg_service.measures.builtin import baselines
-from neg_service.prompts.prompt import Prompt, encode
+from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests import oracle
 from tests.families import model_of
 from tests.oracle import relative
