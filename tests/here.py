@@ -10,9 +10,9 @@ from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.replica import scan_worker
 from neg_service.cluster.scan import Summary
 from neg_service.config import ScanConfig
-from neg_service.storage.parts import encode_part, in_columns, part_key
+from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run, open_run
-from neg_service.storage.run import note, stored_columns, write_or_match
+from neg_service.storage.run import note, write_or_match
 from neg_service.storage.stores import open_store
 
 
@@ -35,7 +35,6 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
         "dataset": prepared.request["dataset"],
     }
     directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request, prepared.neurons)
-    columns = stored_columns(store)
     before, began, written, n_prompts = directory.done(), time.monotonic(), 0, 0
     todo = list(shards_of(prepared.encoding, prepared.plan, before))[:shards]
     if todo:
@@ -48,7 +47,7 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
         computing = time.monotonic()
         for shard in todo:
             for name, table in worker.compute(shard, 1.0, calibration).items():
-                part = encode_part(name, in_columns(table, columns[name]), directory.fingerprint, shard.index)
+                part = encode_part(name, table, directory.fingerprint, shard.index)
                 store.put(part_key(name, shard.index), part)
                 written += len(part)
             n_prompts += len(shard.prompts)

@@ -6,7 +6,7 @@ This module imports nothing else of the cluster, and neither Ray nor torch, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from neg_service.config import ScanConfig
@@ -74,16 +74,12 @@ class ReplicaInfo:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where parts go, and for how many seconds an operation of a store that does not answer is repeated.
-
-    columns: of each table, as its run has them; empty means as they are measured.
-    """
+    """Where parts go, and for how many seconds an operation of a store that does not answer is repeated."""
 
     uri: str
     endpoint_url: str | None
     fingerprint: str
     retry_timeout: float = 0
-    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from neg_service.cluster.messages import Destination, LogStyle, ReplicaInfo, Sha
 from neg_service.cluster.metrics import report_waiting
 from neg_service.cluster.ray_errors import in_portable_errors
 from neg_service.errors import ConfigurationError, ReplicaLost
-from neg_service.storage.parts import encode_part, in_columns, part_key
+from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.stores import open_store
 
 log = logging.getLogger(__name__)
@@ -155,8 +155,6 @@ class Replica:
                 assert self._destination is not None
                 # Taken out, so that a table that is stored takes no memory any more.
                 table = tables.pop(name)
-                if name in self._destination.columns:
-                    table = in_columns(table, self._destination.columns[name])
                 data = encode_part(name, table, self._destination.fingerprint, shard.index)
                 del table
                 self._store.put(part_key(name, shard.index), data)

@@ -46,7 +46,6 @@ from neg_service.storage.run import (
     calibration_of,
     is_without_neurons,
     rewrite_copy,
-    stored_columns,
     write_or_match,
 )
 from neg_service.storage.stores import open_store
@@ -260,11 +259,7 @@ def _actors(prepared: Prepared, place: _Place, size: ReplicaSize, most: int | st
     config = replace(config, model=_on_own_devices(config.model, size))
     spec = WorkerSpec(config, prepared.info.identity, int(size.cpus), _samples(prepared.encoding))
     destination = Destination(
-        place.store.uri,
-        storage.endpoint_url,
-        prepared.fingerprint,
-        storage.retry_timeout_seconds,
-        stored_columns(place.store),
+        place.store.uri, storage.endpoint_url, prepared.fingerprint, storage.retry_timeout_seconds
     )
     logs = LogStyle(config.job.log, run_name_of(place.store.uri))
     return RayActors(partial(scan_worker, spec), destination, size, most, logs)

@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,12 +64,6 @@ def encode_part(name: str, table: pa.Table, fingerprint: str, shard: int) -> byt
         at = bytes(data[_footer_start(data) :]).rindex(_NO_SUM) + _footer_start(data)
         data[at : at + len(_NO_SUM)] = hashlib.sha256(data).hexdigest().encode()
     return sink.getvalue()
-
-
-def in_columns(table: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """A table without the empty columns that its run does not have, which was begun by a version that knew fewer."""
-    kept = [name for name in table.column_names if name in columns or table[name].null_count < table.num_rows]
-    return table.select(kept) if len(kept) < len(table.column_names) else table
 
 
 def footer_of(data: bytes) -> dict[str, Any]:

@@ -302,13 +302,6 @@ def is_without_neurons(store: ObjectStore) -> bool:
     return said is not None and neurons_problem(store, said) is not None
 
 
-def stored_columns(store: ObjectStore) -> dict[str, tuple[str, ...]]:
-    """The columns of each table as run.json says them: of a run that an earlier version began, those that it knew."""
-    content = store.get(RUN_FILE)
-    tables = parse_run_file(store, content)["tables"] if content is not None else {}
-    return {name: tuple(schema_from_json(own).names) for name, own in tables.items()}
-
-
 def schema_from_json(described: dict[str, Any]) -> pa.Schema:
     """The Arrow schema that run.json keeps of a table."""
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(described["arrow_schema"])))

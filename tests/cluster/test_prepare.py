@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 from transformers import LlamaForCausalLM
@@ -30,7 +29,6 @@ from neg_service.storage.stores import open_store
 from neg_service.storage.verify import verify
 from neg_service.studies.scans import StudyScans
 from tests.here import run_here, scan_here
-from tests.older import made_older
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 FEW = [[0, 5], [2, 1], [2, 39]]
@@ -139,28 +137,6 @@ def test_neurons_by_task_and_experts_are_refused_by_a_sweep(config: ScanConfig) 
         prepare(listed(config, by_task))
     with pytest.raises(ConfigurationError, match=r"\(2, 0, 1\) does not exist; layer 2 has no experts"):
         prepare(listed(config, [[2, 0, 1]]))
-
-
-def test_a_run_of_before_goes_on_as_it_was_begun(config: ScanConfig, tmp_path: Path) -> None:
-    config = listed(config, FEW)
-    whole = scan_here(config)
-    expected = whole.table("sweep").to_table().drop_columns(["expert"])
-    place = Path(whole.uri)
-    before = made_older(place)
-    assert before["request"]["neurons"]["list"] == FEW
-    for table in ("prompts", "sweep"):
-        (place / table / "shard-000001.parquet").unlink()
-    assert neg_service.open_run(place).done() == {0}
-    resumed = scan_here(config)
-    assert (resumed.uri, resumed.done()) == (whole.uri, {0, 1})
-    # Its parts have the columns that the run has said.
-    assert resumed.table("sweep").to_table().equals(expected)
-    assert "expert" not in pq.read_schema(place / "sweep" / "shard-000001.parquet").names
-    assert verify(resumed.directory.store).is_clean
-    assert not (place / NEURONS_FILE).exists()
-    again = prepare_again(neg_service.open_run(place), ScanConfig())
-    assert again.fingerprint == whole.fingerprint
-    assert again.neurons == resumed.listed_neurons() == NeuronSet.from_pairs(FEW)
 
 
 def test_lost_neurons_come_from_their_source_or_are_told(

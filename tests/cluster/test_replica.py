@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from neg_service.cluster.gcs import end_with_the_driver
@@ -83,32 +82,6 @@ def test_what_is_asked_again_is_not_done_again(replica: Replica, worker: Countin
     assert worker.computed == [3, 4, 3]
     assert replica.start() == replica.start()
     assert worker.starts == 1
-
-
-class Newer(Counting):
-    """Gives a column that runs of before do not have."""
-
-    def compute(self, shard: Shard, batch_scale: float, *calibration: Mapping[str, Any]) -> dict[str, pa.Table]:
-        return {"rows": pa.table({"shard": [shard.index], "expert": pa.nulls(1, pa.int16()), "task": ["a"]})}
-
-
-@pytest.mark.parametrize(
-    ("columns", "stored"),
-    [
-        ({}, ["shard", "expert", "task"]),
-        ({"rows": ("shard", "task")}, ["shard", "task"]),
-        # Only what says nothing is left out.
-        ({"rows": ("shard",)}, ["shard", "task"]),
-        ({"rows": ("shard", "expert", "task")}, ["shard", "expert", "task"]),
-    ],
-)
-def test_a_run_of_before_gets_parts_with_the_columns_that_it_has(
-    tmp_path: Path, columns: dict[str, tuple[str, ...]], stored: list[str]
-) -> None:
-    replica = Replica(Newer, Destination(str(tmp_path), None, "f" * 12, columns=columns))
-    replica.start()
-    replica.run(Shard(0, ()))
-    assert pq.read_schema(tmp_path / "rows" / "shard-000000.parquet").names == stored
 
 
 def test_a_connection_that_breaks_often_within_a_shard_leaves_threads_for_questions(
