@@ -106,7 +106,7 @@ def test_a_masked_prompt_may_be_its_mask_token_alone(family: str, basis: str) ->
     # A sweep's own NeurGrad, which its table shows beside NEG.
     interventions = Interventions(model, _encoded(model, "w96"), basis)
     (alone,) = neg_service.neurgrad(model, ["w96"], [["w7"]], basis=basis).neurgrad
-    swept = interventions.neurgrad(range(model.feed_forward.n_layers)).numpy()
+    swept = interventions.neurgrad(range(model.feed_forward.n_layers), Budget(2**28)).numpy()
     np.testing.assert_allclose(swept, alone, rtol=0, atol=1e-5 * abs(alone).max())
 
 
