@@ -1,4 +1,4 @@
-"""Memory: how much of it a batch takes, and whether an error says that it ended, whoever raised that.
+"""Memory: how much of it a batch takes, and whether an error says that it ended, from any library.
 
 A batch takes what keeps a processor busy; more would not make it faster. What a row takes says its engine, by an
 estimate that no measurement was above (`models/engines/base.py`): errors are rare, and smaller batches follow.

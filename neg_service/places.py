@@ -240,7 +240,7 @@ def refuse_credentials(key: str, value: str, error: type[ConfigurationError] = C
     # Addresses may stand anywhere in it, and behind one another.
     addresses = [value, *(re.split(r"[\s'\"]", value[found.start() :])[0] for found in _SCHEME.finditer(value))]
     if found := next((address for address in addresses if holds_credentials(address)), None):
-        # What may be something else, for whoever knows that it is.
+        # What may be something else, for a caller that knows it.
         is_url = any(split_scheme(link)[0] in _URLS for link in found.split("::"))
         also = "; an @ in the path of a URL is written %40" if is_url else "; no bucket has a colon in its name"
         raise error(

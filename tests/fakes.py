@@ -22,7 +22,7 @@ def save_tiny_model(directory: Path, change: Callable[[torch.nn.Module], None] =
 
 
 def save_family(family: str, directory: Path) -> Path:
-    """A family's tiny model as transformers saves it, made once; whoever asks has files of its own."""
+    """A family's tiny model as transformers saves it, made once; each test has files of its own."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in _files_of(family).items():
         (directory / name).write_bytes(content)

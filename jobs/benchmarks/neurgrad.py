@@ -1,7 +1,7 @@
 """The engine's time and memory against the floor, the textbook way, an expert's way, and a plain forward pass.
 
 Each way has a process of its own, and they take turns. The slow ways run a part of the prompts; lengths are spread
-evenly over every eight prompts, so that seconds a prompt compare.
+evenly over every eight prompts, so that seconds per prompt compare.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 one.append(len(own_prompts) / _scan(shards, own, 1))
                 two.append(len(own_prompts) / _scan(shards, own, 1, replicas=2))
                 sys.stderr.write(f"{what} {repeat + 1}: one {one[-1]:.3g}, two {two[-1]:.3g} prompts/s\n")
-            what = f"a thread a replica, {what}"
+            what = f"one thread per replica, {what}"
             result["prompts_a_second"][what] = {"one": figure(one, "prompts/s"), "two": figure(two, "prompts/s")}
             result["ratios"][f"two replicas over one, {what}"] = gain = ratio(two, one)
             result["bars"].append(bar(f"two replicas over one, {what}", gain["median"], 1.6, at_most=False))

@@ -140,7 +140,7 @@ def run(settings: Settings) -> dict[str, Any]:
             bar("share of a scan in which computing waits for storage", waiting["share"]["median"], 0.05, at_most=True),
             bar("memory while putting, in parts", memory["parts in memory while one is put"], 2, at_most=True),
             bar("seconds to list a finished run of all shards", many["resume_seconds"], 10, at_most=True),
-            bar("last tenth over first tenth, seconds a shard", many["last_over_first"], 1.2, at_most=True),
+            bar("last tenth over first tenth, seconds per shard", many["last_over_first"], 1.2, at_most=True),
         ],
     }
 
@@ -267,7 +267,7 @@ def _waiting(settings: Settings, server: Server) -> dict[str, Any]:
 
 
 def _many_shards(settings: Settings, server: Server) -> dict[str, Any]:
-    """Shards of a row each: seconds a shard from first to last, and what it takes to see that all are done."""
+    """Shards of one row each: seconds per shard from first to last, and what it takes to see that all are done."""
     uri = f"s3://{BUCKET}/many"
     store = open_store(uri, server.endpoint_url)
     identity = {"plan": {"shards": settings.shards, "shard_size": 1}, "prompts": {"count": settings.shards}}

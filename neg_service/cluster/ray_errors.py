@@ -1,4 +1,4 @@
-"""What an error of Ray's means for whoever asked: nothing here is read out of an English text.
+"""What an error of Ray's means for its caller: nothing here is read out of an English text.
 
 Inside a replica every exception becomes one that surely travels (`portable`): one of this package's own classes, or
 `Unexpected`, which is text. What Ray itself raises is told apart by its class; whether a dead replica's process or its

@@ -181,7 +181,7 @@ def _numbers(where: str, value: Any, n: int) -> np.ndarray[Any, np.dtype[np.floa
     is_odd = isinstance(value, list | tuple) and any(isinstance(one, bool | np.bool_) for one in value)
     if is_odd or given.dtype.kind not in "iuf" or given.shape not in ((), (n,)):
         raise ConfigurationError(
-            setting=where, value=shortened(value), allowed=f"a number, or {n} numbers, one a neuron"
+            setting=where, value=shortened(value), allowed=f"a number, or {n} numbers, one for each neuron"
         )
     numbers = np.broadcast_to(given.astype(np.float64), (n,))
     bad = next((number for number in numbers if not math.isfinite(number)), None)

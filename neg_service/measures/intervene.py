@@ -90,7 +90,8 @@ def intervene(
     given = answers if answers is not None else [None] * len(prompts)
     if not len(prompts) == len(targets) == len(given):
         raise ConfigurationError(
-            f"{len(prompts)} prompts, targets for {len(targets)} and answers for {len(given)}; one a prompt is needed"
+            f"{len(prompts)} prompts, targets for {len(targets)} and answers for {len(given)}; one for each prompt is "
+            "needed"
         )
     asked = [
         Prompt(str(i), text, tuple(own), answer)

@@ -112,7 +112,9 @@ def encoded_texts(
     """
     check_texts(prompts, targets)
     if len(prompts) != len(targets):
-        raise ConfigurationError(f"{len(prompts)} prompts, but targets for {len(targets)}; one list a prompt is needed")
+        raise ConfigurationError(
+            f"{len(prompts)} prompts, but targets for {len(targets)}; one list for each prompt is needed"
+        )
     asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
     check_prompts(asked)
     return list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))

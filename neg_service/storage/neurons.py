@@ -1,7 +1,7 @@
 """The neurons of a run that were listed, or ranked over its data set: `neurons.parquet` beside `run.json`.
 
 run.json says how many there are and their digest, so that thousands of neurons are not text there. The file is put
-before run.json, and put again by whoever goes on with the run where it is lost or damaged.
+before run.json, and put again by the next start of the run where it is lost or damaged.
 """
 
 from __future__ import annotations

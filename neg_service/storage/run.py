@@ -4,7 +4,7 @@
       run.json                      what was asked, the plan, the tables' schemas, versions; with a checksum
       run.copy.json                 the same again, from which run.json is restored
       neurons.parquet               the neurons of a list, or that were ranked over the data set; see `neurons.py`
-      <table>/shard-000042.parquet  one part a shard and table; its existence is the commit
+      <table>/shard-000042.parquet  one part for each shard and table; its existence is the commit
       failed/shard-000042.json   why a shard was given up; gone when the shard is done after all
 
 The fingerprint is a hash of what decides the numbers (`identity`), never of how it is run. So the same command

@@ -34,7 +34,7 @@ def open_store(
         # Already without ~, unless it was a Path; a name may begin so.
         store = LocalStore(path.absolute() if isinstance(uri, str) else path, key=key)
     elif (scheme := split_scheme(text)[0]) == "s3":
-        # s3fs takes a second to load, which whoever has results on a disk need not wait for.
+        # s3fs takes a second to load, for which readers of a disk need not wait.
         from neg_service.storage.s3 import S3Store
 
         store = S3Store(text, endpoint_url, key=key)

@@ -184,7 +184,7 @@ def _read(store: ObjectStore, key: str) -> tuple[dict[str, Any] | None, str | No
 def _check_parts(run: Run, parts: list[tuple[str, int]]) -> Iterator[tuple[int, Finding | None]]:
     """The size of each part, and what is wrong with it."""
     with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as pool:
-        # Not all at once, so that no more than a few parts wait for whoever asks.
+        # Not all at once, so that no more than a few parts wait for the caller.
         for start in range(0, len(parts), _READERS):
             yield from pool.map(lambda part: _check_part(run, *part), parts[start : start + _READERS])
 

@@ -2,7 +2,7 @@
 
 Packets that vanish tell nobody, and a transfer that is slow is no outage. So what counts is whether anything moves: an
 operation may take as long as it likes while it gets on, and is given up when it got nowhere for too long. A store says
-what it sees (`s3.py`: the bytes that the other side has acknowledged), whoever calls it says how long is too long
+what it sees (`s3.py`: the bytes that the other side has acknowledged), the caller says how long is too long
 (`retries.py`), and the two meet here. A local disk that hangs says nothing, and is waited for.
 
 A request that is refused (a server that is too busy, a connection that is reset) got nowhere, whatever moved for it:
@@ -19,7 +19,7 @@ from contextvars import ContextVar
 
 log = logging.getLogger(__name__)
 
-# For whoever has no patience: a server that is merely slow to answer has done so by then.
+# Without retries: a server that is merely slow to answer has done so by then.
 SECONDS_WITHOUT_RETRIES = 30.0
 # An attempt is given up after half of what is left, so that another one on connections of its own may follow. Below the
 # second of these a server that is away cannot be told from a slow one, and no attempt is worth less than the third.
@@ -89,7 +89,7 @@ class Waiting:
         self._asked += 1
 
     def refuse(self, said: str) -> None:
-        """A request came back undone, which the client may repeat; `said`: by whoever refused it."""
+        """A request came back undone, which the client may repeat; `said`: what the server said."""
         self._refused = said
         self._asked = max(0, self._asked - 1)
         if self._refused_from is None:

@@ -1,4 +1,4 @@
-"""The kinds of studies that there are, for whoever shows what is stored."""
+"""The kinds of studies that there are, to show what is stored."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def cluster() -> Iterator[OwnCluster]:
 
 
 def arguments(model: Path, place: Path, n_prompts: int, name: str) -> list[str]:
-    """A scan of so many prompts, one a shard."""
+    """A scan of so many prompts, one in each shard."""
     words = place / f"{name}.jsonl"
     words.write_text(
         "\n".join(

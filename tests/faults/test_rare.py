@@ -239,7 +239,7 @@ def test_a_server_that_stays_away_ends_the_run_and_nothing_is_quarantined(
 
     with meanwhile(stop), refused(StorageError, says=own_server.endpoint_url):
         disturbed.scan("storage.retry_timeout_seconds=1", "cluster.attempts=2", "cluster.stall_seconds=2")
-    # It waited for storage for longer than it may be silent, and was let be until it gave up by itself.
+    # It waited for storage for longer than it may be silent, and was left alone until it gave up by itself.
     assert "finished nothing" not in caplog.text
     assert "replace the replica: storage.uri=" in caplog.text
     own_server.start()

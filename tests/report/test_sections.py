@@ -240,7 +240,7 @@ def test_several_runs_stand_on_one_page_and_copies_are_found(place: Path, tiny_d
 
 
 def test_wrong_targets_at_the_end_of_a_shard_harm_nothing(place: Path, tiny_directory: Path) -> None:
-    """171 prompts of three targets are 513 rows a layer, of which the last one alone is a batch."""
+    """171 prompts of three targets are 513 rows of each layer, of which the last one alone is a batch."""
     rows = [{"prompt": f"w{i % 50}", "targets": [" w7", " w8", " w11"], "answer": " w7"} for i in range(171)]
     (place / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = ScanConfig(
