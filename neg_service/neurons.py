@@ -251,7 +251,7 @@ def rows_of(neurons: Any) -> Neurons:
 
 
 def require_existing(rows_n3: Neurons, neurons_by_layer: Sequence[int], setting: str = "neurons") -> None:
-    """Refuse rows (layer, expert, neuron) that do not exist in a model with so many neurons in each layer, and no experts.
+    """Refuse rows (layer, expert, neuron) beyond a model of so many neurons in each layer, and without experts.
 
     Raises:
         ConfigurationError: naming the first of them, and what there is.
