@@ -37,7 +37,9 @@ _WORDS = re.compile(
     r"|(can(no|')t|could not) allocate memory|not enough memory: you tried to allocate|unable to allocate"
     r"|failed to allocate \S*\d+\S* (\w*bytes|[KMGT]i?B)"
     r"|enforce fail at alloc_cpu"
-    r"|std::bad_alloc|bad allocation",
+    r"|std::bad_alloc|bad allocation"
+    # What PyTorch says in its place, where memory ended and NVML does not tell how much there is (MIG, containers).
+    r"|NVML_SUCCESS == .*CUDACachingAllocator",
     re.IGNORECASE,
 )
 _ENOUGH = 4000
