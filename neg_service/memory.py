@@ -97,8 +97,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _words_of(error: BaseException) -> str:
     try:
         text = str(error)
-    # Its own `__str__` may fail in any way.
-    except Exception:  # noqa: BLE001
+    # Its own `__str__` may fail in any way, and end processes with that.
+    except BaseException:  # noqa: BLE001
         return ""
     # An exception may hold a whole tensor as text; what allocators say stands at one of its ends.
     return text if len(text) <= 2 * _ENOUGH else f"{text[:_ENOUGH]} {text[-_ENOUGH:]}"
