@@ -37,7 +37,9 @@ _WORDS = re.compile(
     r"|(can(no|')t|could not) allocate memory|not enough memory: you tried to allocate|unable to allocate"
     r"|failed to allocate \S*\d+\S* (\w*bytes|[KMGT]i?B)"
     r"|enforce fail at alloc_cpu"
-    r"|std::bad_alloc|bad allocation",
+    r"|std::bad_alloc|bad allocation"
+    # What PyTorch says in its place, where memory ended and NVML does not tell how much there is (MIG, containers).
+    r"|NVML_SUCCESS == .*CUDACachingAllocator",
     re.IGNORECASE,
 )
 _ENOUGH = 4000
@@ -95,8 +97,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _words_of(error: BaseException) -> str:
     try:
         text = str(error)
-    # Its own `__str__` may fail in any way.
-    except Exception:  # noqa: BLE001
+    # Its own `__str__` may fail in any way, and end processes with that.
+    except BaseException:  # noqa: BLE001
         return ""
     # An exception may hold a whole tensor as text; what allocators say stands at one of its ends.
     return text if len(text) <= 2 * _ENOUGH else f"{text[:_ENOUGH]} {text[-_ENOUGH:]}"

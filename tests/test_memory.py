@@ -36,6 +36,7 @@ _TEXTS = [
     "hipErrorMemoryAllocation: out of resources",
     "could not allocate memory for a workspace",
     "Failed to allocate 1048576 bytes",
+    'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":1131, please report a bug',
 ]
 
 
@@ -70,6 +71,7 @@ def test_types_are_known_whatever_they_say(error: Exception) -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
         RuntimeError("expected memory format contiguous"),
+        RuntimeError('expandable_segment_ INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":9'),
         RuntimeError("shared memory object is not available"),
         OSError(errno.ENOSPC, "No space left on device"),
         ValueError("prompt 'memory' is empty"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from neg_service.config import NeuronsConfig, ScanConfig
 from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.measures.choice import strongest_neurons
-from neg_service.storage.reader import open_run
+from neg_service.storage.reader import open_run, reading
 
 
 def needs_ranking(neurons: NeuronsConfig) -> bool:
@@ -28,7 +28,13 @@ def ranking_of(config: ScanConfig) -> ScanConfig:
 
 
 def strongest(ranking_uri: str, config: ScanConfig) -> NeuronsConfig:
-    """The neurons that a finished ranking finds for a scan, as a list."""
-    strength = open_run(ranking_uri, config.storage.endpoint_url).table("aggregate_importance").to_table()
-    found = strongest_neurons(*total(strength), config.neurons.count)
+    """The neurons that a finished ranking finds for a scan, as a list; its parts are read one after the other.
+
+    Raises:
+        StorageError: a part cannot be read.
+    """
+    run = open_run(ranking_uri, config.storage.endpoint_url)
+    with reading(run):
+        layers, strength_ln = total(part.to_table() for _, part in run.parts("aggregate_importance"))
+    found = strongest_neurons(layers, strength_ln, config.neurons.count)
     return NeuronsConfig(config.neurons.layers, choose="list", list=replace(found, source=ranking_uri))

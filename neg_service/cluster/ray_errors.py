@@ -146,7 +146,7 @@ def portable(error: BaseException) -> Exception:
         return own(says)
     if is_out_of_memory(error):
         return OutOfMemory(f"{type(error).__name__} {says}".strip())
-    return Unexpected(f"{type(error).__name__}: {says}", _where(error))
+    return Unexpected(f"{type(error).__name__}: {says}".removesuffix(": "), _where(error))
 
 
 def in_portable_errors(method: _F) -> _F:
@@ -167,15 +167,19 @@ def _says(error: BaseException) -> str:
     """In one line, and not without end."""
     try:
         text = str(error)
-    # Its own `__str__` may fail in any way.
-    except Exception as failed:  # noqa: BLE001
+    # Its own `__str__` may fail in any way, and end processes with that.
+    except BaseException as failed:  # noqa: BLE001
         text = f"(it cannot say what it is: {type(failed).__name__})"
     return _shortened(" ".join(text[: 2 * _MOST_LETTERS].split()), _MOST_LETTERS)
 
 
 def _where(error: BaseException) -> str:
-    told = traceback.TracebackException.from_exception(error, limit=-20)
-    return _shortened("".join(told.format()), _MOST_OF_TRACEBACK)
+    try:
+        told = "".join(traceback.TracebackException.from_exception(error, limit=-20).format())
+    # Python itself shows notes and the fields of a SyntaxError, which may be anything.
+    except BaseException:  # noqa: BLE001
+        told = "".join(traceback.format_tb(error.__traceback__, limit=-20))
+    return _shortened(told, _MOST_OF_TRACEBACK)
 
 
 def _shortened(text: str, most: int) -> str:

@@ -138,10 +138,15 @@ class Replica:
         return ReplicaInfo(os.getpid(), socket.gethostname(), worker)
 
     def _calibrate(self) -> dict[str, Any]:
-        found = self._computing.submit(self._worker.calibrate).result()
+        found: object = self._computing.submit(self._worker.calibrate).result()
+        # Of nothing the driver would think that it was not calibrated yet, and would ask for ever.
+        if not isinstance(found, dict):
+            raise ConfigurationError(
+                f"the measure's calibrate gave {found!r:.100} in the place of a dictionary; {{}} where there is nothing"
+            )
         try:
-            # All replicas get what run.json gives back, also the one that found it out.
-            kept: dict[str, Any] = json.loads(json.dumps(found))
+            # All replicas get what run.json gives back, also the one that found it out; NaN is no JSON.
+            kept: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"the measure's calibrate gave what run.json cannot keep: {error}") from error
         return kept

@@ -17,6 +17,7 @@ Axes: n neurons, S shifts, K targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Noise:
     """Of a sweep in `dtype` against `reference`, over `n_neurons` neurons on `n_prompts` prompts, all targets.
 
     sigma: standard deviation of the error of Δ log p. neg_error: median relative error of NEG. resolved: share of NEGs
-    above the resolution; signs_agree: share of these whose sign is the reference's, None where there are none.
+    above the resolution; signs_agree: share of these whose sign is the reference's. None where there are none.
     """
 
     dtype: str
@@ -52,7 +53,7 @@ class Noise:
     n_neurons: int
     n_prompts: int
     sigma: float
-    neg_error: float
+    neg_error: float | None
     resolved: float
     signs_agree: float | None
 
@@ -96,6 +97,7 @@ def measure_noise(
         true_negs.append(true_nk.flatten())
     own, true = torch.cat(own_negs), torch.cat(true_negs)
     sigma = float(torch.cat(errors).square().mean().sqrt())
+    neg_error = float(torch.cat(relative).nanmedian())
     is_resolved = own.abs() > resolution(sweep.grid, sigma)
     agree = (own.sign() == true.sign())[is_resolved]
     return Noise(
@@ -104,7 +106,7 @@ def measure_noise(
         n_neurons=len(few),
         n_prompts=len(errors),
         sigma=sigma,
-        neg_error=float(torch.cat(relative).nanmedian()),
+        neg_error=neg_error if math.isfinite(neg_error) else None,
         resolved=float(is_resolved.double().mean()),
         signs_agree=float(agree.double().mean()) if len(agree) else None,
     )

@@ -23,6 +23,8 @@ GRIDS = ("full", "coarse")
 SHIFTS = ("magnitude", "signed")
 # Where the coarse grid runs a curve, in units of the largest shift.
 COARSE_NODES = (-0.9, -0.5, 0.5, 0.9)
+# Beyond these, the square of a shift is no number any more, or so many shifts are no sweep.
+_SMALLEST, _LARGEST, _MOST = 1e-100, 1e100, 100_000
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,21 @@ def full_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
     """Shifts from -max_shift to max_shift without zero; the default has the paper's 40.
 
     Raises:
-        ConfigurationError: a step or a range that is not positive and finite, or a step larger than the range.
+        ConfigurationError: a step or a range that is not from 1e-100 to 1e100, a step larger than the range or so small
+            that more than 100,000 make up the range.
     """
-    if not (math.isfinite(max_shift) and math.isfinite(step) and 0 < step <= max_shift):
+    if not _SMALLEST <= step <= max_shift <= _LARGEST:
         raise ConfigurationError(
             setting="measure.step",
             value=step,
-            allowed=f"more than 0 and at most measure.max_shift={max_shift}, and both finite",
+            allowed=f"from {_SMALLEST:g} to measure.max_shift={max_shift}, which may be {_LARGEST:g}",
+        )
+    if max_shift / step > _MOST:
+        raise ConfigurationError(
+            f"there would be {2 * max_shift / step:.3g} shifts",
+            setting="measure.step",
+            value=step,
+            allowed=f"at least {max_shift / _MOST:g}, of measure.max_shift={max_shift}",
         )
     # To twelve digits, so that three steps of 0.1 are written 0.3.
     up = np.array([float(f"{step * k:.12g}") for k in range(1, math.floor(max_shift / step + 1e-9) + 1)])
@@ -125,7 +135,8 @@ def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
     """A grid of given shifts.
 
     Raises:
-        ConfigurationError: none, what is no number, one that is zero or not finite, or one given twice.
+        ConfigurationError: none, what is no number, one that is zero, not finite, below 1e-100 or above 1e100, or one
+            given twice.
     """
     try:
         grid = np.asarray(shifts, dtype=np.float64)
@@ -137,6 +148,11 @@ def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
         if not math.isfinite(value) or value == 0:
             raise ConfigurationError(
                 f"{value:g} is no shift; shifts must be finite and not 0", setting="measure.shifts"
+            )
+        if not _SMALLEST <= abs(value) <= _LARGEST:
+            raise ConfigurationError(
+                f"{value:g} is no shift; shifts must be between {_SMALLEST:g} and {_LARGEST:g}, up or down",
+                setting="measure.shifts",
             )
     values, counts = np.unique(grid, return_counts=True)
     if counts.max() > 1:

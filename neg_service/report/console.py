@@ -175,6 +175,8 @@ def _shifts(measure: Mapping[str, Any]) -> str:
 def _error_of(noise: Mapping[str, Any]) -> str:
     if noise["dtype"] == noise["reference"]:
         return f"{noise['dtype']}, which has no finer reference"
+    if noise["neg_error"] is None:
+        return f"NEG of no neuron of the calibration can be compared with {noise['reference']} in {noise['dtype']}"
     return f"NEG is off {noise['reference']} by {noise['neg_error']:.0e} (median, relative) in {noise['dtype']}"
 
 

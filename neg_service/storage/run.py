@@ -17,6 +17,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +35,9 @@ from neg_service.storage.parts import footer_of, shard_of
 RUN_FILE = "run.json"
 RUN_COPY = "run.copy.json"
 FAILED = "failed"
+# So often a run.json that nobody changed may not be replaced before the server is taken for one without conditions.
 _NOTE_ATTEMPTS = 20
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
@@ -166,10 +170,12 @@ def note(store: ObjectStore, found: dict[str, Any]) -> None:
     """Keep beside a run's identity what its first replica found out; what is there already stays.
 
     Several drivers of one run may do so at the same moment: run.json is written only where nobody has changed it since
-    it was read, and read again otherwise, so that nobody's word is lost.
+    it was read, and read again otherwise, after a moment that differs between them, so that nobody's word is lost.
     """
-    for attempt in range(_NOTE_ATTEMPTS):
+    before, attempt, unchanged = None, 0, 0
+    while unchanged < _NOTE_ATTEMPTS:
         content = store.get(RUN_FILE)
+        unchanged = unchanged + 1 if content == before else 0
         if content is None:
             return
         parsed = parse_run_file(store, content)
@@ -184,7 +190,9 @@ def note(store: ObjectStore, found: dict[str, Any]) -> None:
         store.put(RUN_COPY, data)
         if store.replace(RUN_FILE, content, data):
             return
-    # So many others do not write; it is a server on which no condition holds.
+        before, attempt = content, attempt + 1
+        time.sleep(random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(attempt, 10))))
+    # Nobody writes, and yet it cannot be replaced: it is a server on which no condition holds.
     store.put(RUN_FILE, data)
 
 

@@ -20,8 +20,9 @@ from jobs.verify import verify as verify_command
 from neg_service.cluster import scan
 from neg_service.cluster.messages import WorkerSpec
 from neg_service.cluster.prepare import Prepared, prepare, prepare_again
+from neg_service.cluster.ranking import strongest
 from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
-from neg_service.errors import ConfigurationError, DestinationError
+from neg_service.errors import ConfigurationError, DestinationError, StorageError
 from neg_service.neurons import NeuronSet
 from neg_service.storage.neurons import NEURONS_FILE
 from neg_service.storage.run import RUN_FILE
@@ -29,6 +30,7 @@ from neg_service.storage.stores import open_store
 from neg_service.storage.verify import verify
 from neg_service.studies.scans import StudyScans
 from tests.here import run_here, scan_here
+from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 FEW = [[0, 5], [2, 1], [2, 39]]
@@ -184,6 +186,12 @@ def test_the_strongest_over_the_data_set_are_kept_and_ranked_again_when_they_are
     ranked = scan._with_strongest_listed(prepared, prepared.ranking)
     assert ranked.neurons is not None
     assert len(ranked.neurons) == 7
+    part = next(Path(prepared.ranking.uri).glob("strength/*.parquet"))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with refused(StorageError, says="its parts cannot be read"):
+        strongest(prepared.ranking.uri, config)
+    part.write_bytes(whole)
     run_here(ranked)
     place = Path(ranked.uri)
     parsed = json.loads((place / RUN_FILE).read_bytes())

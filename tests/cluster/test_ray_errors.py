@@ -65,6 +65,28 @@ class CannotSay(Exception):
         raise ValueError("not now")
 
 
+class EndsWhoeverShowsIt(Exception):
+    """Raises what ends a process when it is shown."""
+
+    def __str__(self) -> str:
+        raise SystemExit(1)
+
+
+class HasOddNotes(Exception):
+    """Fails when its notes are shown."""
+
+    @property
+    def __notes__(self) -> list[str]:
+        raise ValueError("not now")
+
+
+def odd_syntax_error() -> Exception:
+    """One that Python cannot show, as generated code may give."""
+    error = SyntaxError("odd", ("file", 1, 2, "text"))
+    error.offset = "second"  # type: ignore[assignment]
+    return error
+
+
 class OfSomebodyElse(NonFiniteError):
     """Derived from one of ours, in a module that the driver may lack."""
 
@@ -151,6 +173,9 @@ def test_what_an_error_means_and_what_is_done(
         (NeedsMore(1, 2), Unexpected, "NeedsMore: 1 and 2"),
         (HoldsALock(), Unexpected, "HoldsALock: ('locked', <unlocked"),
         (CannotSay(), Unexpected, "CannotSay: (it cannot say what it is: ValueError)"),
+        (EndsWhoeverShowsIt(), Unexpected, "EndsWhoeverShowsIt: (it cannot say what it is: SystemExit)"),
+        (HasOddNotes("noted"), Unexpected, "HasOddNotes: noted"),
+        (odd_syntax_error(), Unexpected, "SyntaxError: odd"),
         (local(), Unexpected, "Local: from nowhere"),
         (ValueError("two\nlines"), Unexpected, "ValueError: two lines"),
         (ValueError("x" * 10**7), Unexpected, "ValueError: xxx"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -143,10 +144,19 @@ def test_the_calibration_goes_with_each_shard_and_is_what_json_gives_back(replic
     assert worker.told == [found]
 
 
-@pytest.mark.parametrize("found", [{"sigma": object()}, {"sigma": b"1"}, {(1, 2): 3}])
+@pytest.mark.parametrize("found", [{"sigma": object()}, {"sigma": b"1"}, {(1, 2): 3}, {"sigma": math.nan}])
 def test_a_calibration_that_run_json_cannot_keep_is_refused(replica: Replica, worker: Counting, found: Any) -> None:
     worker.calibration = found
     with refused(ConfigurationError, says="cannot keep"):
+        replica.calibrate()
+
+
+@pytest.mark.parametrize("found", [None, [1, 2], "noise"])
+def test_a_calibration_that_is_no_dictionary_is_refused_and_not_asked_for_again(
+    replica: Replica, worker: Counting, found: Any
+) -> None:
+    worker.calibration = found
+    with refused(ConfigurationError, says="in the place of a dictionary"):
         replica.calibrate()
 
 

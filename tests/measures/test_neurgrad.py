@@ -185,9 +185,17 @@ def test_memory_that_ends_halves_the_batches_and_changes_nothing(monkeypatch: py
         assert relative(found[i].gradient_kln, one.gradient_kln) < 1e-5
 
 
-def test_one_prompt_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_one_prompt_that_does_not_fit_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(plain, prefix, rows):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        raise error
 
     model = tiny_model("Llama 2")
     model.ensure_checked()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -106,3 +108,14 @@ def test_prompts_that_do_not_fit_are_left_out_by_the_noise_check_in_either_preci
     full.extend(own.prompt.id for own in encoded)
     with pytest.raises(OutOfMemory):
         measure_noise(model, encoded, neurons, Sweep(full_grid()), Budget(10**7))
+
+
+def test_where_no_neg_can_be_compared_the_noise_says_so_and_is_json() -> None:
+    model = tiny_model("Llama 2")
+    with torch.no_grad():
+        # Targets so unlikely that their probability is 0 in float32.
+        model.model.lm_head.weight *= 3000
+    encoded = list(encode(model.tokenizer, PROMPTS, None))
+    noise = measure_noise(model, encoded, NeuronSet.from_pairs([[0, 1], [2, 3]]), Sweep(full_grid()), Budget(10**7))
+    assert noise.neg_error is noise.signs_agree is None
+    json.dumps(asdict(noise), allow_nan=False)

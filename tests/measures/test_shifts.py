@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,12 @@ def test_a_tiny_grid_is_a_grid_and_one_that_rounds_away_is_refused() -> None:
     assert full_grid(3e-13, 1e-13).shifts.tolist() == [-3e-13, -2e-13, -1e-13, 1e-13, 2e-13, 3e-13]
 
 
-@pytest.mark.parametrize(("max_shift", "step"), [(2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1)])
+@pytest.mark.parametrize(
+    ("max_shift", "step"),
+    [(2.0, 0.0), (2.0, -0.1), (1.0, 2.0), (float("inf"), 0.1), (1e-200, 1e-201), (1e200, 1e199), (2.0, 1e-9)],
+)
 def test_bad_grids_are_refused(max_shift: float, step: float) -> None:
-    with refused(ConfigurationError, "measure.step", step, says=f"measure.max_shift={max_shift}"):
+    with refused(ConfigurationError, "measure.step", step, says=re.escape(f"measure.max_shift={max_shift}")):
         full_grid(max_shift, step)
 
 
@@ -37,6 +41,8 @@ def test_bad_grids_are_refused(max_shift: float, step: float) -> None:
     ("shifts", "refusal"),
     [
         ([], ("measure.shifts", ANY, "at least one shift")),
+        ([1.0, 1e-200], ("measure.shifts", ANY, "1e-200 is no shift; .* between 1e-100 and 1e\\+100")),
+        ([-1e200], ("measure.shifts", ANY, "-1e\\+200 is no shift")),
         ([1.0, "much"], ("measure.shifts", "[1.0, 'much']", "numbers")),
         ([[1.0], [1.0, 2.0]], ("measure.shifts", "[[1.0], [1.0, 2.0]]", "numbers")),
         ([[1.0]], ("measure.shifts", ANY, "at least one shift")),

@@ -72,6 +72,31 @@ def test_notes_of_many_drivers_are_all_kept(tmp_path: Path) -> None:
     assert {f"driver {i}": i for i in range(12)}.items() <= content["about"].items()
 
 
+class Contended(LocalStore):
+    """Others say their words whenever run.json is to be replaced, so many times; or nobody does, and it never can."""
+
+    def __init__(self, root: Path, others: int) -> None:
+        super().__init__(root)
+        self.left = others
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        if self.left:
+            self.left -= 1
+            note(LocalStore(self.root), {f"other {self.left}": 1})
+            return super().replace(key, old, new)
+        return False
+
+
+def test_a_note_waits_for_as_many_others_as_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neg_service.storage.run._LONGEST_PAUSE", 0.001)
+    store = begin(tmp_path / "run").store
+    # When all others have spoken no condition holds, as on a server that has none.
+    note(Contended(tmp_path / "run", 40), {"engine": "ours"})
+    about = read_run_file(store)["about"]
+    assert {"engine": "ours", **{f"other {i}": 1 for i in range(40)}}.items() <= about.items()
+    assert store.get(RUN_COPY) == store.get(RUN_FILE)
+
+
 def test_an_object_is_replaced_only_where_it_is_the_one_that_was_read(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     assert not store.replace("t/a", b"one", b"two")

@@ -9,6 +9,7 @@ Axes: K targets, L layers, N neurons of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,11 +81,14 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
         return {"aggregate_importance": table}
 
 
-def total(table: pa.Table) -> tuple[list[int], NDArray[np.float64]]:
-    """Layers and importance [L, N] from the rows of all shards."""
-    layer_r = table["layer"].to_numpy()
-    importance_rn = table["aggregate_importance"].combine_chunks().flatten().to_numpy().reshape(len(layer_r), -1)
-    layers = np.unique(layer_r)
-    importance_ln = np.zeros((len(layers), importance_rn.shape[1]))
-    np.add.at(importance_ln, np.searchsorted(layers, layer_r), importance_rn)
-    return layers.tolist(), importance_ln
+def total(tables: Iterable[pa.Table]) -> tuple[list[int], list[NDArray[np.float64]]]:
+    """Layers, and the importance [N] of the neurons of each, from the rows of all shards, a part held at a time."""
+    importance: dict[int, NDArray[np.float64]] = {}
+    for table in tables:
+        layer_r = table["layer"].to_pylist()
+        importance_rn = table["aggregate_importance"].combine_chunks().flatten().to_numpy().reshape(len(layer_r), -1)
+        for layer, importance_n in zip(layer_r, importance_rn, strict=True):
+            importance[layer] = importance_n + importance.get(layer, 0.0)
+        # Not to be held while the next one is read.
+        del table, importance_rn
+    return sorted(importance), [importance[layer] for layer in sorted(importance)]

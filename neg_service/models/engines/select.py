@@ -59,7 +59,7 @@ def select_engine(model: LoadedModel) -> Selection:
             return Selection(engine, check_engine(engine), rejected)
         except MismatchError as error:
             rejected[kind.name] = str(error)
-        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+        except (MemoryError, TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise ModelError(
                     f"self-check of {name_of(model)}: the graph of {CHECK_TOKENS} tokens does not fit into the "
