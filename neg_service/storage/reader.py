@@ -21,13 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError, StorageError, one_line
-from neg_service.former_names import COLUMNS, MEASURES, current_about, current_config
+from neg_service.former_names import COLUMNS, FAILED_FOLDER, MEASURES, current_about, current_config
 from neg_service.neurons import NeuronSet
 from neg_service.places import name_of
 from neg_service.schema import SCHEMA_VERSION, Table, under_present_names
 from neg_service.storage.neurons import read_neurons
 from neg_service.storage.objects import ObjectStore
-from neg_service.storage.run import RunDirectory, Snapshot, read_run_file, schema_from_json
+from neg_service.storage.run import FAILED, RunDirectory, Snapshot, read_run_file, schema_from_json
 from neg_service.storage.stores import open_store
 
 # pyarrow's datasets load pandas where there is one, which takes a second: not before a row is read.
@@ -324,7 +324,9 @@ def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:
         config=current_config(parsed["identity"]),
         about=current_about(parsed.get("about", {})),
         request=parsed.get("request", {}),
-        directory=RunDirectory(store, parsed["fingerprint"], tuple(stored)),
+        directory=RunDirectory(
+            store, parsed["fingerprint"], tuple(stored), FAILED_FOLDER if is_of_former_names else FAILED
+        ),
         schemas=schemas,
         stored_schemas=stored,
         is_of_former_names=is_of_former_names,

@@ -65,6 +65,8 @@ class RunDirectory:
     store: ObjectStore
     fingerprint: str
     tables: tuple[str, ...]
+    # Where it is kept why shards failed.
+    failed_folder: str = FAILED
 
     def snapshot(self) -> Snapshot:
         """The parts that are there now, by one listing a table."""
@@ -82,7 +84,7 @@ class RunDirectory:
     def failed(self) -> dict[int, dict[str, Any]]:
         """The shards that were given up, with what was said of each."""
         found: dict[int, dict[str, Any]] = {}
-        for entry in (*self.store.list(FAILED_FOLDER), *self.store.list(FAILED)):
+        for entry in self.store.list(self.failed_folder):
             content = self.store.get(entry.key)
             if content is not None:
                 found |= _record(self.store, entry.key, content)
@@ -91,13 +93,16 @@ class RunDirectory:
     def record_failure(self, shard: int, error: str, attempts: int) -> None:
         """Keep why a shard was given up."""
         record = {"shard": shard, "error": error, "attempts": attempts}
-        self.store.put(_failure_key(shard), json.dumps(record, indent=1).encode())
+        self.store.put(self._failure_key(shard), json.dumps(record, indent=1).encode())
 
     def clear_resolved(self) -> None:
         """Forget why shards failed that are done after all, by whomever."""
         failed = self.failed()
         for shard in set(failed) & self.done() if failed else ():
-            self.store.delete(_failure_key(shard))
+            self.store.delete(self._failure_key(shard))
+
+    def _failure_key(self, shard: int) -> str:
+        return f"{self.failed_folder}/shard-{shard:06d}.json"
 
 
 def write_or_match(
@@ -341,7 +346,3 @@ def _record(store: ObjectStore, key: str, content: bytes) -> dict[int, dict[str,
         return {int(record["shard"]): record}
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise DestinationError(f"{store.uri}/{key} is damaged: {one_line(error)}; delete it") from error
-
-
-def _failure_key(shard: int) -> str:
-    return f"{FAILED}/shard-{shard:06d}.json"

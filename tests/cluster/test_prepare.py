@@ -186,7 +186,7 @@ def test_the_strongest_over_the_data_set_are_kept_and_ranked_again_when_they_are
     ranked = scan._with_strongest_listed(prepared, prepared.ranking)
     assert ranked.neurons is not None
     assert len(ranked.neurons) == 7
-    part = next(Path(prepared.ranking.uri).glob("strength/*.parquet"))
+    part = next(Path(prepared.ranking.uri).glob("aggregate_importance/*.parquet"))
     whole = part.read_bytes()
     part.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
     with refused(StorageError, says="its parts cannot be read"):

@@ -153,7 +153,7 @@ def test_measures_of_whole_layers_refuse_single_neurons() -> None:
             ConfigurationError,
             "neurons.choose",
             "sample",
-            says="is for measure=sweep; measure=[a-z]+ takes neurons=all",
+            says="is for measure=sweep; measure=[a-z_]+ takes neurons=all",
         ):
             measure_of({"name": name}).validate(INFO, NeuronsConfig(choose="sample", count=3), PROMPTS)
 

@@ -70,7 +70,7 @@ def test_a_random_draw_is_of_its_prompt_and_target_and_layer_whatever_else_is_me
 
 
 def test_names_are_known_and_bad_options_refused() -> None:
-    with refused(ConfigurationError, "measure.name", "gradiant", says="activation, gradient"):
+    with refused(ConfigurationError, "measure.name", "gradiant", says="gradient, gradient_x_activation"):
         find_measure("gradiant")
     with refused(ConfigurationError, "measure.name", "baselines"):
         find_measure("baselines")
