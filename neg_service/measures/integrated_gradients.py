@@ -35,6 +35,7 @@ from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import encoded_texts
 from neg_service.models.batches import Budget
+from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
 from neg_service.prompts.prompt import EncodedPrompt
@@ -204,7 +205,7 @@ def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[in
         return x_tf.index_add(0, position_j, shifts[0])
 
     with torch.enable_grad():
-        log_p_jv = at_least_float32(interventions.run_from(layer, len(steps), scale)).log_softmax(-1)
+        log_p_jv = log_softmax(at_least_float32(interventions.run_from(layer, len(steps), scale)))
         log_p_jk = log_p_jv[:, list(tokens)]
         slopes = []
         for summed_k in torch.split(log_p_jk.sum(0), _TARGETS_TOGETHER):

@@ -126,7 +126,8 @@ class Readout:
         return Baseline(
             who=who,
             logits_v=logits_v,
-            p_v=logits_v.softmax(-1),
+            # In float32 the sum over the vocabulary would lose its many small terms; see `models/head.py`.
+            p_v=logits_v.double().softmax(-1).to(logits_v.dtype),
             reference=int(logits_v.argmax()),
             factor=factor,
             head_v=head_v,

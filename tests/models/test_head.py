@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from neg_service import LanguageModel
 from neg_service.measures.gradients import gradients
+from neg_service.measures.readout import Readout
 from neg_service.models.batches import Budget
-from neg_service.models.head import exact_head_gradient, product_in_parts
+from neg_service.models.head import exact_head_gradient, log_softmax, product_in_parts
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
 from tests.families import model_of, readout
@@ -70,6 +71,37 @@ def test_a_large_vocabulary_costs_gradients_no_digits(family: str) -> None:
     position = readout(ids, model.is_masked)
     _, expected, _ = oracle.gradients(reference, ids, targets, "paper", position)
     assert relative(found.gradient_kln, expected) < 1e-5
+
+
+@pytest.mark.parametrize("spread", [2.5, 3.5])
+def test_the_softmax_over_a_large_vocabulary_loses_no_small_terms(spread: float) -> None:
+    torch.manual_seed(0)
+    logits = spread * torch.randn(3, 262_144)
+    # One sure token beside very many unlikely ones, which together still count.
+    logits[:, 5] = logits.amax(-1) + 3
+    logits.requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    ours, expected = log_softmax(logits), exact.log_softmax(-1)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=2e-6)
+    assert (ours.detach().double().exp().sum(-1) - 1).abs().max() < 1e-6
+    # torch's own is off by 1e-5 to 1e-4 here.
+    slope = torch.zeros(2, *logits.shape)
+    slope[0, :, 5], slope[1, 1, 7], slope[1, 2, 9] = 1, -2, 1
+    for own in slope:
+        (found,) = torch.autograd.grad(ours, logits, own, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected, exact, own.double(), retain_graph=True)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+    (batched,) = torch.autograd.grad(ours, logits, slope, is_grads_batched=True)
+    assert torch.equal(batched[1], found)
+
+
+def test_the_probabilities_that_differences_refer_to_sum_up_to_one() -> None:
+    torch.manual_seed(0)
+    logits = 3.5 * torch.randn(VOCABULARY)
+    logits[5] = logits.max() + 3
+    p_v = Readout(large_vocabulary("Llama 2")).baseline(logits, logits, "a prompt").p_v
+    assert p_v.dtype == torch.float32
+    assert float(p_v.double().sum()) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

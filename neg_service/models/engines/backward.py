@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neg_service.models.engines.base import Rows
 from neg_service.models.feed_forward import HookPoint, hooks
+from neg_service.models.head import log_softmax
 from neg_service.models.precision import at_least_float32
 from neg_service.models.start_at_layer import flat
 
@@ -56,7 +57,7 @@ def target_gradients(
         return x.reshape(-1, x.shape[-1]).index_add(0, place, leaves[layer]).view_as(x)
 
     with torch.enable_grad(), hooks(points, capture):
-        log_p = at_least_float32(rows.run(counts)).log_softmax(-1)
+        log_p = log_softmax(at_least_float32(rows.run(counts)))
         if rows.targets_share_rows:
             prompt_r = torch.tensor([b for b, own in enumerate(target_ids) for _ in own])
             target_r = torch.tensor([k for own in target_ids for k in range(len(own))])
