@@ -107,8 +107,8 @@ def test_sets_by_task_are_one_set_and_each_of_them() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "neurons: the choice is empty"),
-        ([[0, 1], [2]], r"neurons: must be a list of \(layer, index\) pairs"),
+        ([], "neurons.list: the choice is empty"),
+        ([[0, 1], [2]], r"neurons.list=\[\[0, 1\], \[2\]\]: must be a list of \(layer, index\) pairs"),
         ([[0, 1, 2, 3]], "must be a list of"),
         ([[0, 1], [0, 1, 2]], "must be a list of"),
         ([[0, None]], "must be a list of"),

@@ -60,7 +60,9 @@ class NeuronPredictions:
         places = np.searchsorted(self.neurons, neurons, sorter=order)
         columns: Ints = order[np.minimum(places, len(order) - 1)]
         if not np.array_equal(self.neurons[columns], neurons):
-            raise ConfigurationError(f"predictions are known of {len(self.neurons)} neurons, not of all that were asked for")
+            raise ConfigurationError(
+                f"predictions are known of {len(self.neurons)} neurons, not of all that were asked for"
+            )
         return columns
 
 
