@@ -186,6 +186,8 @@ class NeuronSet:
     def from_arrow(cls, table: pa.Table, source: str = "") -> NeuronSet:
         """The set of a table with the columns `layer`, `neuron` and, if there are some, `expert` and `task`.
 
+        Rows that name the same neuron, as of several prompts, are one neuron of the set.
+
         Raises:
             KeyError, pyarrow.ArrowInvalid: columns are missing, or hold something else.
         """
@@ -197,7 +199,12 @@ class NeuronSet:
         if "task" in table.column_names and table["task"].null_count < len(layer):
             task = np.array(table["task"].to_pylist())
         order = np.lexsort((neuron, expert, layer) if task is None else (neuron, expert, layer, task))
-        return cls(layer, expert, neuron, task, source)._at(order)
+        found = cls(layer, expert, neuron, task, source)._at(order)
+        is_new = np.ones(len(found), bool)
+        is_new[1:] = (np.diff(found.rows, axis=0) != 0).any(1)
+        if found.task is not None:
+            is_new[1:] |= found.task[1:] != found.task[:-1]
+        return found._at(is_new)
 
     def to_parquet(self) -> bytes:
         """The bytes of a Parquet file of `to_arrow`; each page carries a checksum."""
