@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jobs.entry import composed
 from neg_service.cluster.prepare import prepare_again
 from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError, DestinationError
-from neg_service.former_names import current_override
+from neg_service.former_names import ENGINES, current_override
 from neg_service.measures import find_measure
 from neg_service.report.console import describe_tables
 from neg_service.storage.reader import Run
@@ -76,6 +77,13 @@ def test_a_command_takes_former_settings_of_a_yaml_file(
     assert (config.measure.name, config.dataset.template) == ("aggregate_importance", "brief")
     assert dict(config.storage) == {"uri": "results", "endpoint_url": None, "retry_timeout_seconds": 5}
     assert caplog.text.count("by now") == 3
+
+
+def test_help_says_the_present_names_of_measures_and_engines() -> None:
+    scan, check = ((Path(CONF) / f"{name}.yaml").read_text() for name in ("scan", "check"))
+    measures = [file.stem for file in (Path(CONF) / "measure").iterdir()]
+    assert [name for name in measures if not re.search(rf"\b{name}\b", scan)] == []
+    assert [name for name in ENGINES.values() if not re.search(rf"\b{name}\b", check)] == []
 
 
 def test_a_former_measure_is_told_to_who_writes_it_in_a_program() -> None:
