@@ -70,7 +70,9 @@ def resolved(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronsC
     check_choice(config, neurons_by_layer)
     if config.choose not in ("sample", "list"):
         return config
-    return replace(config, list=chosen_neurons(config, neurons_by_layer))
+    # What stands there beside a sample is no list of it, until it is drawn.
+    asked = replace(config, list=None) if config.choose == "sample" else config
+    return replace(config, list=chosen_neurons(asked, neurons_by_layer))
 
 
 def chosen_neurons(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet:

@@ -198,3 +198,13 @@ def test_a_file_without_the_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "n.csv").write_text("layer,index\n0,1\n")
     with refused(ConfigurationError, "neurons.list", says="needs whole numbers in a column 'neuron'"):
         choose(choose="list", list=str(tmp_path / "n.csv"))
+
+
+def test_a_sample_is_drawn_whatever_list_stands_beside_it() -> None:
+    # Its fingerprint says count and seed, and nothing of a list.
+    sample = NeuronsConfig(choose="sample", count=2)
+    other = NeuronsConfig(choose="sample", count=2, list=NeuronSet.from_pairs([[0, 1]]))
+    drawn = resolved(sample, [40, 40]).list
+    assert len(drawn) == 4
+    assert resolved(other, [40, 40]).list == drawn
+    assert resolved(resolved(sample, [40, 40]), [40, 40]).list == drawn
