@@ -29,7 +29,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -39,6 +39,8 @@ from jobs.conf_folder import CONF as CONF
 from jobs.guard import EXIT_ERROR, EXIT_INTERRUPTED, flush_or_silence, prepare_streams, speak, tell, tell_unforeseen
 from neg_service.cluster.logs import log_to_stderr, tell_interrupted
 from neg_service.errors import NOT_GIVEN, ConfigurationError, NegServiceError
+from neg_service.former_names import SETTINGS, current_measure
+from neg_service.former_names import tell as tell_former_name
 from neg_service.places import refuse_credentials, texts_of
 
 EXIT_INCOMPLETE, EXIT_STOPPED = 3, 143
@@ -72,6 +74,7 @@ def start(config_name: str, job: Callable[[DictConfig], int], settings: type) ->
             _speak(OmegaConf.select(config, "job.log"), OmegaConf.select(config, "job.traceback"))
             for key, text in (*texts_of(OmegaConf.to_container(config)), *texts_of(resolved)):
                 refuse_credentials(key, text)
+            _use_present_names(config)
             require_text(config, settings)
             end.code = job(config)
         # As they were typed: what they refer to is not known there.
@@ -150,8 +153,22 @@ def composed(config_name: str, overrides: list[str], settings: type) -> DictConf
     with _hydra_told(config_name), initialize_config_dir(CONF, version_base="1.3"):
         config = compose(config_name, overrides=as_typed(overrides, settings, is_sweep=False))
     _resolved(config)
+    _use_present_names(config)
     require_text(config, settings)
     return config
+
+
+def _use_present_names(config: DictConfig) -> None:
+    """Put what a YAML file gives under a former name under the present one."""
+    with open_dict(config):
+        for before, now in SETTINGS.items():
+            group, _, key = before.partition(".")
+            own = config.get(group)
+            if isinstance(own, DictConfig) and key in own:
+                tell_former_name(before, now)
+                OmegaConf.update(config, now, own.pop(key))
+        if isinstance(name := OmegaConf.select(config, "measure.name"), str):
+            config.measure.name = current_measure(name)
 
 
 def _resolved(config: DictConfig) -> Any:

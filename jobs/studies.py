@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class IncompleteError(NegServiceError):
-    """A scan left shards aside, so that what is made of it would be of other prompts than asked for."""
+    """Shards of a scan failed, so that what is made of it would be of other prompts than asked for."""
 
 
 @dataclass(frozen=True)

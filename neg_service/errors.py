@@ -66,7 +66,8 @@ class NegServiceError(Exception):
         if self.setting is None:
             return words
         if self._is_named_last:
-            return words if self.setting in words else f"{words} ({self.setting})"
+            is_in_words = re.search(rf"(?<![\w.]){re.escape(self.setting)}(?!\w)", words)
+            return words if is_in_words else f"{words} ({self.setting})".lstrip()
         shown = self.setting if self.value is NOT_GIVEN else f"{self.setting}={self.value}"
         return f"{shown}: {words}" if words else shown
 

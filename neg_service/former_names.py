@@ -1,12 +1,14 @@
 """What settings, measures, tables, columns and engines were called before, and are called now.
 
-Whoever gives a former name is told the present one and gets what was meant. Runs that were stored under former names
-(schema 3 and before) are read under the present ones. Nothing is written under a former name.
+A command that is given a former name, as it is typed or in a YAML file, tells the present one and does what was meant;
+a program that gives the former name of a measure is refused with the present one. Runs that were stored under former
+names (schema 3 and before) are read under the present ones. Nothing is written under a former name.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,19 +28,19 @@ COLUMNS = {
 ENGINES = {"branches": "shared_prefix", "rows": "kv_cache", "sequences": "full_sequence"}
 # Where a run kept why shards failed.
 FAILED_FOLDER = "set_aside"
-# Of the robustness of skill neurons: what a context says of its prompts.
-_CONTEXT = {"wording": "template"}
+# A measure's name alone, in quotes, or among several that are swept over, and not as a part of a path.
+_MEASURE = re.compile(rf"(?<![\w./:-])(?:{'|'.join(MEASURES)})(?![\w./:-])")
 
 
 def current_override(override: str) -> str:
-    """A setting as it is typed, `KEY=VALUE`, under its present name; of measures also the value."""
+    """A setting as it is typed, `KEY=VALUE`, under its present name; of measures also the values."""
     sign = override[: len(override) - len(override.lstrip("+"))]
     key, equals, value = override[len(sign) :].partition("=")
     if key in SETTINGS and equals:
         tell(key, SETTINGS[key])
         return f"{sign}{SETTINGS[key]}={value}"
-    if key in ("measure", "measure.name") and value in MEASURES:
-        return f"{sign}{key}={current_measure(value)}"
+    if key in ("measure", "measure.name"):
+        return f"{sign}{key}={_MEASURE.sub(lambda found: current_measure(found[0]), value)}" if equals else override
     if key == "probe.contexts" and "wording:" in value:
         tell("probe.contexts: wording", "template")
         return override.replace("wording:", "template:")

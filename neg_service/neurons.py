@@ -64,7 +64,7 @@ class NeuronSet:
         Raises:
             ConfigurationError: none, one given twice, or what is no such list.
         """
-        rows_n3 = rows_of(neurons)
+        rows_n3 = rows_of(neurons, setting)
         if rows_n3.dtype == object:
             raise ConfigurationError(f"{_beyond(rows_n3)} does not exist: no number is so large", setting=setting)
         found, place_n = cls.distinct(rows_n3)
@@ -186,6 +186,8 @@ class NeuronSet:
     def from_arrow(cls, table: pa.Table, source: str = "") -> NeuronSet:
         """The set of a table with the columns `layer`, `neuron` and, if there are some, `expert` and `task`.
 
+        Rows that name the same neuron, as of several prompts, are one neuron of the set.
+
         Raises:
             KeyError, pyarrow.ArrowInvalid: columns are missing, or hold something else.
         """
@@ -197,7 +199,12 @@ class NeuronSet:
         if "task" in table.column_names and table["task"].null_count < len(layer):
             task = np.array(table["task"].to_pylist())
         order = np.lexsort((neuron, expert, layer) if task is None else (neuron, expert, layer, task))
-        return cls(layer, expert, neuron, task, source)._at(order)
+        found = cls(layer, expert, neuron, task, source)._at(order)
+        is_new = np.ones(len(found), bool)
+        is_new[1:] = (np.diff(found.rows, axis=0) != 0).any(1)
+        if found.task is not None:
+            is_new[1:] |= found.task[1:] != found.task[:-1]
+        return found._at(is_new)
 
     def to_parquet(self) -> bytes:
         """The bytes of a Parquet file of `to_arrow`; each page carries a checksum."""
@@ -225,7 +232,7 @@ def name_of(row: Any) -> tuple[int, ...]:
     return (layer, neuron) if expert == NO_EXPERT else (layer, expert, neuron)
 
 
-def rows_of(neurons: Any) -> Neurons:
+def rows_of(neurons: Any, setting: str = "neurons") -> Neurons:
     """Rows (layer, expert, neuron) of pairs or triples; of objects where one is beyond 64 bits, and exists nowhere.
 
     Raises:
@@ -236,15 +243,16 @@ def rows_of(neurons: Any) -> Neurons:
     except (ValueError, RecursionError):
         given = np.empty(1)
     if given.size == 0:
-        raise ConfigurationError("the choice is empty; at least one neuron is needed", setting="neurons")
+        raise ConfigurationError("the choice is empty; at least one neuron is needed", setting=setting)
     if given.dtype == object and given.ndim == 2 and given.shape[1] == 3:
         given = given.copy()
         given[[value is None for value in given[:, 1]], 1] = NO_EXPERT
     # Beyond 64 bits numbers are objects; true and false would become 1 and 0.
     is_whole = np.issubdtype(given.dtype, np.integer) or all(type(value) is int for value in given.flat)
     if given.ndim != 2 or given.shape[1] not in (2, 3) or not is_whole or _has_truth_value(neurons):
-        reason = f"must be a list of (layer, index) pairs of whole numbers, not {shortened(neurons)}"
-        raise ConfigurationError(reason, setting="neurons")
+        raise ConfigurationError(
+            setting=setting, value=shortened(neurons), allowed="a list of (layer, index) pairs of whole numbers"
+        )
     is_beyond = given.dtype in (np.uint64, object) and any(abs(value) >= 2**63 for value in given.ravel().tolist())
     given = given.astype(object if is_beyond else np.int64)
     return given if given.shape[1] == 3 else np.insert(given, 1, NO_EXPERT, 1)

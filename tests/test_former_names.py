@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pyarrow.compute as pc
 import pytest
 
 import neg_service
+from jobs.conf_folder import CONF
 from jobs.entry import composed
 from neg_service.cluster.prepare import prepare_again
 from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError, DestinationError
-from neg_service.former_names import current_override
+from neg_service.former_names import ENGINES, current_override
 from neg_service.measures import find_measure
 from neg_service.report.console import describe_tables
 from neg_service.storage.reader import Run
@@ -38,6 +40,9 @@ MEASURES: dict[str, tuple[dict[str, Any], NeuronsConfig]] = {
         ("dataset.wordings='a=b.toml'", "dataset.templates='a=b.toml'"),
         ("measure=strength", "measure=aggregate_importance"),
         ("measure.name=scores", "measure.name=skill_scores"),
+        ("measure=strength,neurgrad,votes", "measure=aggregate_importance,neurgrad,neuron_predictions"),
+        ("++measure.name='scores'", "++measure.name='skill_scores'"),
+        ('measure=choice(strength, "sweep")', 'measure=choice(aggregate_importance, "sweep")'),
         ("probe.contexts=[{wording: brief}]", "probe.contexts=[{template: brief}]"),
     ],
 )
@@ -53,6 +58,32 @@ def test_a_command_takes_former_settings() -> None:
     config = composed("scan", ["storage.patience_seconds=7", "measure=strength", "storage.uri=/tmp/x"], ScanConfig)
     assert config.storage.retry_timeout_seconds == 7
     assert config.measure.name == "aggregate_importance"
+
+
+def test_a_measure_of_ones_own_keeps_its_name() -> None:
+    for own in ("my.votes", "votes.mine", "scores:Mine", "high_scores"):
+        assert current_override(f"measure.name={own}") == f"measure.name={own}"
+
+
+def test_a_command_takes_former_settings_of_a_yaml_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    (conf / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nmeasure: {name: strength}\nstorage: {patience_seconds: 5}\ndataset: {wording: brief}\n"
+    )
+    monkeypatch.setattr("jobs.entry.CONF", str(conf))
+    config = composed("scan", ["dataset=mceval8k/ner", "experiment=mine"], ScanConfig)
+    assert (config.measure.name, config.dataset.template) == ("aggregate_importance", "brief")
+    assert dict(config.storage) == {"uri": "results", "endpoint_url": None, "retry_timeout_seconds": 5}
+    assert caplog.text.count("by now") == 3
+
+
+def test_help_says_the_present_names_of_measures_and_engines() -> None:
+    scan, check = ((Path(CONF) / f"{name}.yaml").read_text() for name in ("scan", "check"))
+    measures = [file.stem for file in (Path(CONF) / "measure").iterdir()]
+    assert [name for name in measures if not re.search(rf"\b{name}\b", scan)] == []
+    assert [name for name in ENGINES.values() if not re.search(rf"\b{name}\b", check)] == []
 
 
 def test_a_former_measure_is_told_to_who_writes_it_in_a_program() -> None:

@@ -91,6 +91,16 @@ def test_a_table_in_any_order_gives_the_same_set() -> None:
     assert NeuronSet.from_arrow(shuffled).tolist() == [[0, 39], [2, 1]]
 
 
+def test_rows_of_a_table_that_name_one_neuron_are_one_of_the_set() -> None:
+    # As in a table of results: one row for each prompt.
+    rows = {"layer": [2, 0, 2], "neuron": [1, 39, 1]}
+    assert NeuronSet.from_arrow(pa.table(rows)).tolist() == [[0, 39], [2, 1]]
+    experts = pa.table(rows | {"expert": pa.array([None, None, 4], pa.int32())})
+    assert NeuronSet.from_arrow(experts).names() == [(0, 39), (2, 1), (2, 4, 1)]
+    by_task = NeuronSet.from_arrow(pa.table(rows | {"task": ["a", "a", "b"]}))
+    assert by_task.tolist() == [["a", 0, 39], ["a", 2, 1], ["b", 2, 1]]
+
+
 def test_sets_by_task_are_one_set_and_each_of_them() -> None:
     sets = {"b": NeuronSet.from_pairs([[0, 1], [2, 3]]), "a": NeuronSet.from_pairs([[2, 3]])}
     found = NeuronSet.by_task(sets)
@@ -107,8 +117,8 @@ def test_sets_by_task_are_one_set_and_each_of_them() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "neurons: the choice is empty"),
-        ([[0, 1], [2]], r"neurons: must be a list of \(layer, index\) pairs"),
+        ([], "neurons.list: the choice is empty"),
+        ([[0, 1], [2]], r"neurons.list=\[\[0, 1\], \[2\]\]: must be a list of \(layer, index\) pairs"),
         ([[0, 1, 2, 3]], "must be a list of"),
         ([[0, 1], [0, 1, 2]], "must be a list of"),
         ([[0, None]], "must be a list of"),

@@ -70,7 +70,9 @@ def resolved(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronsC
     check_choice(config, neurons_by_layer)
     if config.choose not in ("sample", "list"):
         return config
-    return replace(config, list=chosen_neurons(config, neurons_by_layer))
+    # What stands there beside a sample is no list of it, until it is drawn.
+    asked = replace(config, list=None) if config.choose == "sample" else config
+    return replace(config, list=chosen_neurons(asked, neurons_by_layer))
 
 
 def chosen_neurons(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet:
@@ -167,25 +169,25 @@ def set_of(config: NeuronsConfig) -> NeuronSet:
     return NeuronSet.from_pairs(config.list)
 
 
-def checked_neurons(neurons: Any, neurons_by_layer: Sequence[int]) -> Neurons:
+def checked_neurons(neurons: Any, neurons_by_layer: Sequence[int], setting: str = "neurons") -> Neurons:
     """Pairs or triples as rows (layer, expert, neuron) [n, 3], in their order.
 
     Raises:
         ConfigurationError: none, or one that does not exist.
     """
-    rows_n3 = neurons.rows if isinstance(neurons, NeuronSet) else rows_of(neurons)
-    require_existing(rows_n3, neurons_by_layer)
+    rows_n3 = neurons.rows if isinstance(neurons, NeuronSet) else rows_of(neurons, setting)
+    require_existing(rows_n3, neurons_by_layer, setting)
     return rows_n3
 
 
 def _listed(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet:
     if isinstance(config.list, list):
         # Before they are a set: what exists nowhere is told first.
-        checked_neurons(config.list, neurons_by_layer)
+        checked_neurons(config.list, neurons_by_layer, "neurons.list")
     listed = set_of(config)
     if not len(listed):
-        raise ConfigurationError("the choice is empty; at least one neuron is needed", setting="neurons")
-    listed.require_existing(neurons_by_layer)
+        raise ConfigurationError("the choice is empty; at least one neuron is needed", setting="neurons.list")
+    listed.require_existing(neurons_by_layer, "neurons.list")
     outside = set(listed.layers) - set(checked_layers(config, len(neurons_by_layer)))
     if outside:
         raise ConfigurationError(

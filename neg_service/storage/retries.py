@@ -1,4 +1,4 @@
-"""Patience with a store that fails in a way that may pass: waiting in the place of computing again."""
+"""Retries of a store that fails in a way that may pass: waiting in the place of computing again."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
       run.copy.json                 the same again, from which run.json is restored
       neurons.parquet               the neurons of a list, or that were ranked over the data set; see `neurons.py`
       <table>/shard-000042.parquet  one part for each shard and table; its existence is the commit
-      failed/shard-000042.json   why a shard was given up; gone when the shard is done after all
+      failed/shard-000042.json      why a shard was given up; gone when the shard is done after all
 
 The fingerprint is a hash of what decides the numbers (`identity`), never of how it is run. So the same command
 continues the same run, and another configuration gets another place. A shard is done when its parts of all tables are
@@ -116,8 +116,7 @@ def write_or_match(
     """Begin a run, or find that it was begun with the same identity.
 
     `about` is kept beside the identity for people: versions, sizes, when it began. `request` is what has to be asked
-    for to compute any of its shards again. `neurons` are those of a list, kept in a file of their own; a run that was
-    begun before there was one has them in its request.
+    for to compute any of its shards again. `neurons` are those of a list, kept in a file of their own.
 
     Raises:
         DestinationError: the place holds a run with another identity (field by field) or neurons, or something else.
@@ -144,7 +143,7 @@ def write_or_match(
         require_same(store, stored, identity)
         if not is_as_written(stored):
             raise DestinationError(_edited(store))
-        if neurons is not None and "neurons" in stored:
+        if neurons is not None:
             require_same_neurons(store, stored["neurons"], neurons)
         if copy is not None:
             put_run_file(store, stored)

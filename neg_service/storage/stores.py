@@ -17,7 +17,7 @@ def open_store(
     *,
     key: str = "storage.uri",
 ) -> ObjectStore:
-    """The object store at a URI: a local path, file://, or s3://bucket/prefix; see RetryingStore for the patience.
+    """The object store at a URI: a local path, file://, or s3://bucket/prefix; see RetryingStore for the timeout.
 
     `key` is the setting that names it, for messages.
 

@@ -144,7 +144,7 @@ def waiting_now() -> Waiting | None:
 
 @contextmanager
 def waiting(asked: Waiting | None = None) -> Iterator[Waiting]:
-    """What is waited for inside counts as `asked`, or as what is around it, or, with neither, as hasty."""
+    """What is waited for inside counts as `asked`, or as what is around it, or, with neither, as without retries."""
     now = asked or _NOW.get() or Waiting(SECONDS_WITHOUT_RETRIES)
     token = _NOW.set(now)
     try:

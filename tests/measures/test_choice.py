@@ -159,10 +159,10 @@ def test_the_choice_is_told_in_words() -> None:
         ),
         ({"choose": "top", "count": 121}, ("neurons.count", "121", "the choice must be from 1 to 120")),
         ({"choose": "top", "count": 50, "layers": [1]}, ("neurons.count", "50", "from 1 to 40")),
-        ({"choose": "list", "list": []}, ("neurons", ANY, "the choice is empty")),
+        ({"choose": "list", "list": []}, ("neurons.list", ANY, "the choice is empty")),
         (
             {"choose": "list", "list": [[3, 0]]},
-            ("neurons", ANY, r"\(3, 0\) does not exist; the model has layers 0 to 2"),
+            ("neurons.list", ANY, r"\(3, 0\) does not exist; the model has layers 0 to 2"),
         ),
         ({"choose": "list", "list": [[0, 1], [0, 1]]}, ("neurons.list", ANY, r"\(0, 1\) is given twice")),
         (
@@ -170,15 +170,18 @@ def test_the_choice_is_told_in_words() -> None:
             ("neurons.list", ANY, "has neurons of layer 0, which neurons.layers"),
         ),
         ({"choose": "list", "list": 7}, ("neurons.list", "7", "a list of")),
-        ({"choose": "list", "list": [[0, 1.5]]}, ("neurons", ANY, "must be a list of")),
-        ({"choose": "list", "list": [[0, 1], [2]]}, ("neurons", ANY, "must be a list of")),
-        ({"choose": "list", "list": [[0, True]]}, ("neurons", ANY, r"pairs of whole numbers, not \[\[0, True\]\]")),
-        ({"choose": "list", "list": [[False, True]]}, ("neurons", ANY, "must be a list of")),
-        ({"choose": "list", "list": [[0, "1"]]}, ("neurons", ANY, "must be a list of")),
-        ({"choose": "list", "list": [[0, None]]}, ("neurons", ANY, "must be a list of")),
-        ({"choose": "list", "list": [[0, float("nan")]]}, ("neurons", ANY, "must be a list of")),
-        ({"choose": "list", "list": [[0, 2**70]]}, ("neurons", ANY, r"\(0, 1180591620717411303424\) does not exist")),
-        ({"choose": "list", "list": [[-1, 0]]}, ("neurons", ANY, r"\(-1, 0\) does not exist")),
+        ({"choose": "list", "list": [[0, 1.5]]}, ("neurons.list", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, 1], [2]]}, ("neurons.list", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, True]]}, ("neurons.list", "[[0, True]]", "pairs of whole numbers")),
+        ({"choose": "list", "list": [[False, True]]}, ("neurons.list", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, "1"]]}, ("neurons.list", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, None]]}, ("neurons.list", ANY, "must be a list of")),
+        ({"choose": "list", "list": [[0, float("nan")]]}, ("neurons.list", ANY, "must be a list of")),
+        (
+            {"choose": "list", "list": [[0, 2**70]]},
+            ("neurons.list", ANY, r"\(0, 1180591620717411303424\) does not exist"),
+        ),
+        ({"choose": "list", "list": [[-1, 0]]}, ("neurons.list", ANY, r"\(-1, 0\) does not exist")),
         (
             {"choose": "list", "list": "README.md"},
             ("neurons.list", "README.md", "must end in .csv, .jsonl, .parquet, be a folder"),
@@ -195,3 +198,13 @@ def test_a_file_without_the_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "n.csv").write_text("layer,index\n0,1\n")
     with refused(ConfigurationError, "neurons.list", says="needs whole numbers in a column 'neuron'"):
         choose(choose="list", list=str(tmp_path / "n.csv"))
+
+
+def test_a_sample_is_drawn_whatever_list_stands_beside_it() -> None:
+    # Its fingerprint says count and seed, and nothing of a list.
+    sample = NeuronsConfig(choose="sample", count=2)
+    other = NeuronsConfig(choose="sample", count=2, list=NeuronSet.from_pairs([[0, 1]]))
+    drawn = resolved(sample, [40, 40]).list
+    assert len(drawn) == 4
+    assert resolved(other, [40, 40]).list == drawn
+    assert resolved(resolved(sample, [40, 40]), [40, 40]).list == drawn

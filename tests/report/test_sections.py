@@ -19,7 +19,7 @@ from jobs.report import write_report
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import DestinationError, StorageError
 from neg_service.report import figures
-from neg_service.report.console import Correlation, agreement, describe_tables
+from neg_service.report.console import agreement, describe_tables
 from neg_service.report.page import Grid, Picture, Section, render
 from neg_service.report.sections import sections_of
 from neg_service.report.sections.loading import Loaded, load
@@ -152,20 +152,6 @@ def test_agreement_is_of_all_rows_however_they_come(place: Path, tiny_directory:
     told = dict(agreement(run))
     assert told["NEG and NeurGrad"].startswith(f"correlation {expected:.4f}")
     assert told["curves"].startswith(f"{table.num_rows}:")
-
-
-def test_a_correlation_of_parts_is_that_of_the_whole() -> None:
-    draw = np.random.default_rng(0)
-    x = draw.normal(size=1000) + 1e6
-    y = x + draw.normal(size=1000)
-    found = Correlation()
-    assert np.isnan(found.value)
-    for part in np.split(np.arange(1000), [0, 1, 300, 301, 999]):
-        found.add(x[part], y[part])
-    assert found.value == pytest.approx(np.corrcoef(x, y)[0, 1], rel=1e-9)
-    constant = Correlation()
-    constant.add(np.ones(3), np.arange(3.0))
-    assert np.isnan(constant.value)
 
 
 def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory: Path) -> None:
@@ -392,9 +378,8 @@ def test_a_probe_is_shown_with_its_studies(tmp_path: Path) -> None:
     about = {"model": {"source": "m", "dtype": "float32"}, "dataset": {"source": "s", "task": tasks}, "runs": []}
     (folder / "probe.json").write_text(json.dumps(about))
     page = Path(write_report([str(folder)], str(tmp_path / "out"), None)).read_text()
-    for name in (
-        "skill-accuracy", "skill-accuracy-by-neurons", "skill-efficiency", "skill-flexibility", "skill-interdependency",
-    ):  # fmt: skip
+    for name in ("accuracy", "accuracy-by-neurons", "efficiency", "flexibility", "interdependency"):
+        name = f"skill-{name}"
         assert f'id="figure-{name}"' in page
         assert (tmp_path / "out" / "figures" / f"{name}-dark.png").exists()
     assert "s: agnews, ner" in page

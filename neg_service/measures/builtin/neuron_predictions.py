@@ -78,7 +78,7 @@ def predictions_row(prompt_id: str, predictions: PromptPredictions) -> dict[str,
 class NeuronPredictionsOptions:
     """chosen: deprecated, for each task the numbers of its neurons, layer·N + index, in a text with spaces between.
 
-    Neurons are an object beside the configuration now; runs that an earlier version began go on with their texts.
+    Neurons are an object beside the configuration now; programs that still give texts are warned.
     """
 
     name: str = "neuron_predictions"

@@ -38,7 +38,7 @@ class SweepOptions:
     max_shift: float = setting(2.0, "the largest shift, in units of activation")
     step: float = setting(0.1, "between shifts")
     shifts: Any = setting(None, "a list of shifts of your own, in the place of max_shift and step")
-    keep_curves: bool = setting(False, "store the change of probability at each shift, 4 bytes a shift and row")
+    keep_curves: bool = setting(False, "store the change of probability at each shift, 4 bytes for each shift and row")
     # The old name of cluster.batch_bytes.
     batch_bytes: Any = None
 

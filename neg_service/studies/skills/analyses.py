@@ -147,7 +147,7 @@ def flexibility(data: TaskData, options: SkillOptions) -> Rows:
 def robustness(
     task: str, scores: SkillScores, contexts: Sequence[Context], options: SkillOptions, scans: SkillScans
 ) -> Rows:
-    """Accuracy in each context with the neurons of each; `skill_scores` are of the first of them."""
+    """Accuracy in each context with the neurons of each; `scores` are of the first of them."""
     m = min(options.block, max(options.sizes))
     scores_of = {contexts[0]: scores} | {context: scans.scores(task, context) for context in contexts[1:]}
     rankings = {(context, name): own.ranked(name).first(m) for context, own in scores_of.items() for name in SCORES}

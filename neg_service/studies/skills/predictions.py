@@ -31,7 +31,7 @@ from neg_service.studies.skills.parts import (
 
 @dataclass(frozen=True)
 class NeuronPredictions:
-    """What S neurons say about P prompts of one task; see `measures/votes.py`.
+    """What S neurons say about P prompts of one task; see `measures/builtin/neuron_predictions.py`.
 
     neurons: [S] numbers through all layers. probability_pk: of the labels, by the model.
     """
@@ -60,7 +60,9 @@ class NeuronPredictions:
         places = np.searchsorted(self.neurons, neurons, sorter=order)
         columns: Ints = order[np.minimum(places, len(order) - 1)]
         if not np.array_equal(self.neurons[columns], neurons):
-            raise ConfigurationError(f"votes are known of {len(self.neurons)} neurons, not of all that were asked for")
+            raise ConfigurationError(
+                f"predictions are known of {len(self.neurons)} neurons, not of all that were asked for"
+            )
         return columns
 
 
@@ -79,7 +81,7 @@ def read_predictions(run: Run, task: str, neurons: Ints) -> NeuronPredictions:
         )
     ids = mine["prompt_id"].to_pylist()
     if missing := next((own for own in ids if own not in rows), None):
-        raise ConfigurationError(f"{run.uri} has no votes of {missing!r}; run it again, parts are missing")
+        raise ConfigurationError(f"{run.uri} has no predictions of {missing!r}; run it again, parts are missing")
     predictions = [rows[own] for own in ids]
     return NeuronPredictions(
         neurons=neurons,
@@ -103,7 +105,7 @@ def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPre
     stored = own_set.layer * n_neurons + own_set.neuron
     places = np.searchsorted(stored, neurons)
     if not np.array_equal(stored[np.minimum(places, len(stored) - 1)], neurons):
-        raise ConfigurationError(f"{run.uri} has votes of other neurons than those asked for")
+        raise ConfigurationError(f"{run.uri} has predictions of other neurons than those asked for")
     # Parts are in the order of tasks, so that most are told from their statistics to hold none of this one's rows.
     begin = pc.field("prompt_id")
     for batch in run.table("neuron_predictions", filter=(begin >= f"{task}/") & (begin < f"{task}0")).to_batches():

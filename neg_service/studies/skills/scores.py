@@ -2,7 +2,7 @@
 
 Scores come from a run of `measure=skill_scores`, whose shards added them up when they were computed, or from a run of
 `measure=neurgrad`, whose parts are read once, as a stream, on all cores. Both give the same sums shard by shard
-(`measures/scores.py`), and so the same neurons. No memory grows with the number of prompts.
+(`measures/builtin/skill_scores.py`), and so the same neurons. No memory grows with the number of prompts.
 
 Neurons are numbered through all layers: layer·N + index. Axes: P prompts, K labels, N neurons of a layer, M of all
 chosen layers.
