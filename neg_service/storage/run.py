@@ -143,7 +143,7 @@ def write_or_match(
         require_same(store, stored, identity)
         if not is_as_written(stored):
             raise DestinationError(_edited(store))
-        if neurons is not None:
+        if neurons is not None and "neurons" in stored:
             require_same_neurons(store, stored["neurons"], neurons)
         if copy is not None:
             put_run_file(store, stored)

@@ -147,7 +147,7 @@ def test_joint_interventions_from_a_file(arguments: list[str], tmp_path: Path, t
         (["measure.shifts=[0.5,0]"], "0 is no shift"),
         (["measure.shifts=[0.5,0.5]"], "0.5 is given 2 times"),
         (["measure.shifts=[inf]"], "inf is no shift"),
-        (["measure.max_shift=0.05"], "measure.step=0.1: must be more than 0 and at most measure.max_shift=0.05"),
+        (["measure.max_shift=0.05"], "measure.step=0.1: must be from 1e-100 to measure.max_shift=0.05"),
         (["measure=intervene", "measure.edits=nowhere.json"], "measure.edits=nowhere.json: cannot be read"),
         (["measure=intervene", "measure.edits=[]"], "must be a list of at least one edit"),
     ],
