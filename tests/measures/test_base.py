@@ -246,7 +246,7 @@ OF_BEFORE = "Options = read = check = identity = tables = cost_a_prompt = calibr
             "own.odd",
             ("measure.name", "own.odd", r"own\.odd defines no subclass"),
         ),
-        ("", "own.none", ("measure.name", "own.none", "one of activation, gradient, gradient_x_activation, integrat")),
+        ("", "own.none", ("measure.name", "own.none", "one of activation, aggregate_importance, gradient")),
     ],
 )
 def test_modules_without_exactly_one_measure_say_what_is_wrong(
@@ -294,7 +294,7 @@ def test_options_and_tables_are_known_without_torch() -> None:
         "from types import SimpleNamespace\n"
         "assert 'top_k' in types_of_options()\n"
         "sizes = SimpleNamespace(n_layers=3, neurons_by_layer=(40, 40, 40))\n"
-        "names = ('neurgrad', 'sweep', 'scores', 'intervene')\n"
+        "names = ('neurgrad', 'sweep', 'skill_scores', 'intervene')\n"
         "assert all(measure_of({'name': name}).schemas(sizes) for name in names)\n"
         "heavy = {'torch', 'transformers', 'ray', 'aiohttp'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

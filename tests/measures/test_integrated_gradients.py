@@ -336,7 +336,7 @@ def test_a_masked_model_is_scanned_like_a_causal_one() -> None:
     [
         ({"steps": 0}, {}, ("measure.steps", "0", "at least 1")),
         ({"steps": -3}, {}, ("measure.steps", "-3", "at least 1")),
-        ({"keep": "top_k"}, {}, ("measure.keep", "top_k", "one of all, answer")),
+        ({"keep": "top_k"}, {}, ("measure.keep", "top_k", "all or answer")),
         ({}, {"layers": [3]}, ("neurons.layers", "[3]", "layer 3 does not exist")),
         (
             {},
