@@ -123,7 +123,7 @@ def test_votes_of_before_whose_neurons_were_text_are_read(place: Path) -> None:
         for name in ("sign_pks", "largest_ps", "smallest_ps", "activation_ps", "probability_pk"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         assert one.n_labels == 2
-    with pytest.raises(ConfigurationError, match="has votes of other neurons than those asked for"):
+    with pytest.raises(ConfigurationError, match="has predictions of other neurons than those asked for"):
         read_predictions(new, "imdb", np.array([3, 4]))
 
 
