@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from jobs.entry import flag_of, start
 from neg_service.config import JobConfig, ModelConfig, typed
+from neg_service.layer_neurons import LayerNeurons, described_layers
 from neg_service.report.console import aligned, bytes_text
 from neg_service.settings import BASES
 
 if TYPE_CHECKING:
-    from neg_service.models.feed_forward import HookPoint
     from neg_service.models.language_model import LanguageModel
 
 
@@ -49,7 +49,7 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
 
     chosen, own = model.ensure_checked(), model.feed_forward
     checked = chosen.check
-    bases = BASES if own.layout.is_gated else BASES[:2]
+    bases = BASES if own.is_gated else BASES[:2]
     return {
         "model": model.name,
         "identity": model.identity,
@@ -57,17 +57,20 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "read_at": "mask token" if model.is_masked else "last token",
         "layers": own.n_layers,
         "neurons_a_layer": own.n_neurons,
-        "bases": {basis: _place(model, own.hook_points(basis)[0]) for basis in bases},
+        "layer_neurons": [asdict(layer) for layer in own.layer_neurons],
+        "bases": {basis: _places(model, basis) for basis in bases},
         "context_tokens": model.context_length,
         "dtype": str(model.dtype).removeprefix("torch."),
         "devices": [str(device) for device in model.devices],
         "engine": chosen.engine.name,
         "rejected": chosen.rejected,
         "starts_at_layers": checked.starts_at_layers,
-        "supports_late_expansion": checked.supports_late_expansion,
+        "supports_late_expansion": len(checked.late_expansion) == len(own.sites("paper")),
         "deviations": {"row_logits": checked.logits, "neurons": checked.neurons}
+        | ({} if checked.experts is None else {"experts": checked.experts})
         | {"at_readout": checked.at_readout, "finite_difference": checked.finite_difference},
         "allowed": {"row_logits": LOGIT_TOLERANCE[model.dtype], "neurons": LOGIT_TOLERANCE[model.dtype]}
+        | ({} if checked.experts is None else {"experts": LOGIT_TOLERANCE[model.dtype]})
         | {"at_readout": READOUT_FACTOR * LOGIT_TOLERANCE[model.dtype]}
         | ({} if checked.finite_difference is None else {"finite_difference": FINITE_DIFFERENCE_TOLERANCE}),
         "weights_bytes": sum(weight.nbytes for weight in model.model.parameters()),
@@ -79,7 +82,7 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
 
 def describe(found: dict[str, Any]) -> str:
     """For a person."""
-    layers, neurons = found["layers"], found["neurons_a_layer"]
+    neurons = [LayerNeurons(**own) for own in found["layer_neurons"]]
     deviations, allowed = found["deviations"], found["allowed"]
     finite_difference = f"not tried in {found['dtype']}: it drowns in rounding"
     if deviations["finite_difference"] is not None:
@@ -89,13 +92,12 @@ def describe(found: dict[str, Any]) -> str:
     if not found["starts_at_layers"]:
         engine.append("an intervention runs all layers, not only those from its own on")
     if not found["supports_late_expansion"]:
-        engine.append("an intervention runs its whole layer for each row")
+        engine.append("an intervention runs its whole layer for each row, in some layers or all")
     peak = ", ".join(f"{bytes_text(size)} on {device}" for device, size in found["peak_bytes"].items())
     rows = [
         ("model", f"{found['model']} ({found['architecture']})"),
         ("identity", found["identity"]),
-        ("layers", f"{layers}"),
-        ("neurons", f"{neurons} a layer, {layers * neurons} in all"),
+        ("neurons", f"{described_layers(neurons)}; {sum(own.total for own in neurons)} in all"),
         ("basis", "\n".join(f"{basis}: {place}" for basis, place in found["bases"].items())),
         ("read at", found["read_at"]),
         ("context", f"{found['context_tokens']} tokens" if found["context_tokens"] else "no limit given"),
@@ -107,6 +109,7 @@ def describe(found: dict[str, Any]) -> str:
             f"{deviations['at_readout']:.1e} off the plain neurons, at most {allowed['at_readout']:g}",
         ),
         ("captured neurons", f"{deviations['neurons']:.1e} off their MLP, at most {allowed['neurons']:g}"),
+        *_experts(deviations, allowed),
         ("small shift", finite_difference),
         ("memory", f"{bytes_text(found['weights_bytes'])} of weights; {peak} at the most so far"),
         ("seconds", f"{found['load_seconds']:.1f} to load, {found['check_seconds']:.1f} to check"),
@@ -114,10 +117,26 @@ def describe(found: dict[str, Any]) -> str:
     return f"{aligned(rows)}\n\nThis model can be measured."
 
 
-def _place(model: LanguageModel, point: HookPoint) -> str:
-    """Where the first layer's neurons are, by the name that the model gives to the module."""
-    name = next(name for name, module in model.model.named_modules() if module is point.module)
-    return f"{point.side} of {name}" + (f", from {point.start} on" if point.start else "")
+def _experts(deviations: dict[str, float], allowed: dict[str, float]) -> list[tuple[str, str]]:
+    if "experts" not in deviations:
+        return []
+    off, most = deviations["experts"], allowed["experts"]
+    return [("experts", f"{off:.1e} off the modeling code's own loop, in float32, at most {most:g}")]
+
+
+def _places(model: LanguageModel, basis: str) -> str:
+    """Where neurons are in the first layer of each kind, by the names that the model gives to modules."""
+    from neg_service.models.feed_forward import HookPoint
+
+    own, found = model.feed_forward, []
+    firsts = {layer: own.layer_neurons.index(layer) for layer in own.layer_neurons}
+    for point in own.sites(basis, sorted(firsts.values())).values():
+        name = next(name for name, module in model.model.named_modules() if module is point.module)
+        if isinstance(point, HookPoint):
+            found.append(f"{point.side} of {name}" + (f", from {point.start} on" if point.start else ""))
+        else:
+            found.append(f"inside {name}")
+    return "; ".join(found)
 
 
 def _peak_bytes(model: LanguageModel) -> dict[str, int]:

@@ -43,7 +43,7 @@ def describe_plan(prepared: Prepared) -> str:
         [
             (
                 "model",
-                f"{info.name}: {info.architecture}, {info.n_layers} layers of {info.n_neurons} neurons",
+                f"{info.name}: {info.architecture}, {info.described_neurons}",
             ),
             ("identity", info.identity),
             (
@@ -97,7 +97,7 @@ def describe_summary(prepared: Prepared, summary: Summary) -> str:
 
 def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
     plan, info = prepared.plan, prepared.info
-    n_neurons = count_of(prepared.config.neurons, info.neurons_by_layer)
+    n_neurons = count_of(prepared.config.neurons, info.layer_neurons)
     main = results.tables[-1]
     rows = [
         ("prompts", f"{plan.n_prompts} ({plan.n_targets} targets)"),

@@ -1,8 +1,9 @@
 """Which neurons: layers, experts and numbers as columns, each neuron once, in the order (layer, expert, neuron).
 
-A neuron is (layer, expert, neuron). No model that is measured today has experts: the expert is none, -1 in memory and
-null in Arrow, and people write (layer, neuron). Layers may have unequal numbers of neurons: what a set has to exist in
-is given by layer. A column `task` says for which task a neuron was chosen, of sets that differ from task to task.
+People write a neuron as (layer, neuron), or (layer, neuron, expert) where the layer has experts; -1 is the MLP that is
+always on beside them. In Arrow the expert of a layer's only MLP is null. Layers may have unequal numbers of neurons:
+what a set has to exist in is given by layer. A column `task` says for which task a neuron was chosen, of sets that
+differ from task to task.
 
 A set is resolved once, when a run is planned; it goes to replicas and into `neurons.parquet` of the run as what it is,
 because thousands of neurons as text in a configuration are slow and unreadable. Apart from the measures, which choose
@@ -27,11 +28,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from neg_service.errors import ConfigurationError, shortened
+from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerNeurons, LayerSize, layers_of_sizes
 
 Ints = NDArray[np.int64]
 # Neurons as rows (layer, expert, neuron) in the order in which somebody gave them, also several times: [n, 3].
 Neurons = NDArray[np.int64]
-NO_EXPERT = -1
 SCHEMA = pa.schema(
     [
         # Null in sets that are the same for all tasks.
@@ -47,8 +48,8 @@ SCHEMA = pa.schema(
 class NeuronSet:
     """Neurons [n], each once, ordered by task, layer, expert and neuron; two sets of the same neurons are equal.
 
-    expert: -1 where there is none. task: a text each, None of a set for all tasks. source: where a person had them
-    from, which is no part of what they are.
+    expert: -2 of a layer's only MLP, -1 of one that is always on beside experts. task: a text each, None of a set for
+    all tasks. source: where a person had them from, which is no part of what they are.
     """
 
     layer: Ints
@@ -59,7 +60,7 @@ class NeuronSet:
 
     @classmethod
     def from_pairs(cls, neurons: Any, *, setting: str = "neurons.list", source: str = "") -> NeuronSet:
-        """The set of (layer, neuron) pairs, or (layer, expert, neuron) triples whose expert may be None.
+        """The set of (layer, neuron) pairs, or (layer, neuron, expert) triples whose expert may be None.
 
         Raises:
             ConfigurationError: none, one given twice, or what is no such list.
@@ -80,17 +81,24 @@ class NeuronSet:
         return cls(*np.ascontiguousarray(found.T)), place_n.reshape(-1)
 
     @classmethod
-    def all_of(cls, layers: Iterable[int], neurons_by_layer: Sequence[int]) -> NeuronSet:
+    def all_of(cls, layers: Iterable[int], neurons_by_layer: Sequence[LayerSize]) -> NeuronSet:
         """All neurons of some layers of a model with so many in each."""
-        return cls.of_layers({layer: np.arange(neurons_by_layer[layer]) for layer in layers})
+        sizes = layers_of_sizes(neurons_by_layer)
+        return cls.of_mlps({(layer, expert): np.arange(size) for layer in layers for expert, size in sizes[layer].mlps})
 
     @classmethod
     def of_layers(cls, neurons: Mapping[int, NDArray[Any]]) -> NeuronSet:
-        """The set of these neurons of each layer."""
-        own = {layer: np.sort(neurons[layer]).astype(np.int64) for layer in sorted(neurons)}
-        layer_n = np.repeat(np.array(list(own), np.int64), [len(numbers) for numbers in own.values()])
+        """The set of these neurons of each layer, none of which has experts."""
+        return cls.of_mlps({(layer, NO_EXPERT): own for layer, own in neurons.items()})
+
+    @classmethod
+    def of_mlps(cls, neurons: Mapping[tuple[int, int], NDArray[Any]]) -> NeuronSet:
+        """The set of these neurons of each (layer, expert)."""
+        own = {key: np.sort(neurons[key]).astype(np.int64) for key in sorted(neurons)}
+        key_g2 = np.array(list(own), np.int64).reshape(-1, 2)
+        layer_n, expert_n = np.repeat(key_g2, [len(numbers) for numbers in own.values()], 0).T
         neuron_n = np.concatenate([np.empty(0, np.int64), *own.values()])
-        return cls(layer_n, np.full(len(layer_n), NO_EXPERT, np.int64), neuron_n)
+        return cls(np.ascontiguousarray(layer_n), np.ascontiguousarray(expert_n), neuron_n)
 
     @classmethod
     def by_task(cls, sets: Mapping[str, NeuronSet]) -> NeuronSet:
@@ -134,20 +142,20 @@ class NeuronSet:
 
     @cached_property
     def sha256(self) -> str:
-        """The digest of the neurons: of [layer, neuron] pairs as JSON, with experts and tasks where there are some."""
+        """The digest of the neurons: of `tolist` as JSON."""
         return hashlib.sha256(json.dumps(self.tolist()).encode()).hexdigest()
 
     def tolist(self) -> list[list[Any]]:
-        """A list for each neuron: layer and neuron, with the expert between where any has one, and the task before."""
+        """A list for each neuron: layer and neuron, with the expert behind where any has one, and the task before."""
         columns: list[list[Any]] = [self.layer.tolist(), self.neuron.tolist()]
         if self.has_experts:
-            columns.insert(1, [None if expert == NO_EXPERT else expert for expert in self.expert.tolist()])
+            columns.append([None if expert == NO_EXPERT else expert for expert in self.expert.tolist()])
         if self.task is not None:
             columns.insert(0, self.task.tolist())
         return [list(row) for row in zip(*columns, strict=True)]
 
     def names(self) -> list[tuple[int, ...]]:
-        """What people call each neuron: (layer, neuron) or (layer, expert, neuron)."""
+        """What people call each neuron: (layer, neuron) or (layer, neuron, expert)."""
         return [name_of(row) for row in self.rows.tolist()]
 
     @property
@@ -168,13 +176,19 @@ class NeuronSet:
         """The neurons at ascending places."""
         return self._at(places)
 
-    def require_existing(self, neurons_by_layer: Sequence[int], setting: str = "neurons") -> None:
-        """Refuse neurons that a model with so many neurons in each layer does not have.
+    def in_model(self, neurons_by_layer: Sequence[LayerSize], setting: str = "neurons") -> NeuronSet:
+        """The same neurons as those of a model with so many neurons in each layer.
 
         Raises:
-            ConfigurationError: naming the first of them.
+            ConfigurationError: naming the first that it does not have.
         """
-        require_existing(self.rows, neurons_by_layer, setting)
+        rows_n3 = require_existing(self.rows, neurons_by_layer, setting)
+        return replace(self, expert=np.ascontiguousarray(rows_n3[:, 1]))
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """The (layer, expert) that neurons are of, ascending."""
+        return [(layer, expert) for layer, expert in np.unique(self.rows[:, :2], axis=0).tolist()]
 
     def to_arrow(self) -> pa.Table:
         """A row for each neuron, see `SCHEMA`."""
@@ -227,13 +241,16 @@ class NeuronSet:
 
 
 def name_of(row: Any) -> tuple[int, ...]:
-    """What people call a neuron, from its row: (layer, neuron), or (layer, expert, neuron)."""
+    """What people call a neuron, from its row: (layer, neuron), or (layer, neuron, expert)."""
     layer, expert, neuron = map(int, row)
-    return (layer, neuron) if expert == NO_EXPERT else (layer, expert, neuron)
+    return (layer, neuron) if expert == NO_EXPERT else (layer, neuron, expert)
 
 
 def rows_of(neurons: Any, setting: str = "neurons") -> Neurons:
-    """Rows (layer, expert, neuron) of pairs or triples; of objects where one is beyond 64 bits, and exists nowhere.
+    """Rows (layer, expert, neuron) of pairs (layer, neuron) or triples (layer, neuron, expert).
+
+    They are of objects where one is beyond 64 bits, and exists nowhere. A triple (layer, None, neuron), which runs of
+    before experts were measured may have, is understood as well.
 
     Raises:
         ConfigurationError: none, or what is no list of pairs or triples of whole numbers.
@@ -244,38 +261,78 @@ def rows_of(neurons: Any, setting: str = "neurons") -> Neurons:
         given = np.empty(1)
     if given.size == 0:
         raise ConfigurationError("the choice is empty; at least one neuron is needed", setting=setting)
-    if given.dtype == object and given.ndim == 2 and given.shape[1] == 3:
-        given = given.copy()
-        given[[value is None for value in given[:, 1]], 1] = NO_EXPERT
+    if given.ndim == 2 and given.shape[1] == 3:
+        given = _with_expert_between(given)
     # Beyond 64 bits numbers are objects; true and false would become 1 and 0.
     is_whole = np.issubdtype(given.dtype, np.integer) or all(type(value) is int for value in given.flat)
     if given.ndim != 2 or given.shape[1] not in (2, 3) or not is_whole or _has_truth_value(neurons):
         raise ConfigurationError(
-            setting=setting, value=shortened(neurons), allowed="a list of (layer, index) pairs of whole numbers"
+            setting=setting,
+            value=shortened(neurons),
+            allowed="a list of (layer, index) pairs or (layer, index, expert) triples of whole numbers",
         )
     is_beyond = given.dtype in (np.uint64, object) and any(abs(value) >= 2**63 for value in given.ravel().tolist())
     given = given.astype(object if is_beyond else np.int64)
     return given if given.shape[1] == 3 else np.insert(given, 1, NO_EXPERT, 1)
 
 
-def require_existing(rows_n3: Neurons, neurons_by_layer: Sequence[int], setting: str = "neurons") -> None:
-    """Refuse rows (layer, expert, neuron) beyond a model of so many neurons in each layer, and without experts.
+def _with_expert_between(given_n3: NDArray[Any]) -> NDArray[Any]:
+    """Triples (layer, neuron, expert) as (layer, expert, neuron); an expert of None is no expert."""
+    found = given_n3[:, [0, 2, 1]]
+    if found.dtype == object:
+        is_old_n = np.array([value is None for value in found[:, 2]])
+        found[is_old_n, 1:] = found[is_old_n, :0:-1]
+        found[[value is None for value in found[:, 1]], 1] = NO_EXPERT
+    return found
+
+
+def require_existing(rows_n3: Neurons, neurons_by_layer: Sequence[LayerSize], setting: str = "neurons") -> Neurons:
+    """Rows (layer, expert, neuron) of a model with so many neurons in each layer.
+
+    The MLP of a layer without experts is always on too, and may be named so.
 
     Raises:
-        ConfigurationError: naming the first of them, and what there is.
+        ConfigurationError: naming the first that does not exist, and what there is.
     """
-    n_layers, (layer_n, expert_n, neuron_n) = len(neurons_by_layer), rows_n3.T
+    sizes = layers_of_sizes(neurons_by_layer)
+    n_layers, (layer_n, expert_n, neuron_n) = len(sizes), rows_n3.T
     is_layer_n = (layer_n >= 0) & (layer_n < n_layers)
-    count_n = np.array(neurons_by_layer)[np.where(is_layer_n, layer_n, 0).astype(np.int64)]
+    own_n = np.where(is_layer_n, layer_n, 0).astype(np.int64)
+    n_mlp, n_experts, n_of_expert = (
+        np.array([getattr(size, name) for size in sizes])[own_n] for name in ("n_mlp", "n_experts", "n_of_expert")
+    )
+    expert_n = np.where((expert_n == ALWAYS_ON) & (n_experts == 0), NO_EXPERT, expert_n)
+    is_mlp_n = expert_n == np.where(n_experts > 0, ALWAYS_ON, NO_EXPERT)
+    count_n = np.where(is_mlp_n, n_mlp, np.where((expert_n >= 0) & (expert_n < n_experts), n_of_expert, 0))
     exists_n = is_layer_n & (neuron_n >= 0) & (neuron_n < count_n)
-    for place in np.flatnonzero(~exists_n | (expert_n != NO_EXPERT))[:1]:
-        name, layer = shortened(name_of(rows_n3[place])), int(layer_n[place])
-        if exists_n[place]:
-            raise ConfigurationError(f"{name} does not exist; layer {layer} has no experts", setting=setting)
-        is_equal, of = len(set(neurons_by_layer)) == 1, int(count_n[place])
-        whose = "neurons" if is_equal else f"layer {layer} neurons"
-        there = f"layers 0 to {n_layers - 1}" + (f" and {whose} 0 to {of - 1}" if is_equal or is_layer_n[place] else "")
-        raise ConfigurationError(f"{name} does not exist; the model has {there}", setting=setting)
+    for place in np.flatnonzero(~exists_n)[:1]:
+        row = (layer_n[place], expert_n[place], neuron_n[place])
+        raise ConfigurationError(_why_not(row, sizes), setting=setting)
+    found = rows_n3.copy()
+    found[:, 1] = expert_n
+    return found
+
+
+def _why_not(row: tuple[Any, Any, Any], sizes: Sequence[LayerNeurons]) -> str:
+    """Why a neuron does not exist, and what there is."""
+    layer, expert = int(row[0]), int(row[1])
+    name = shortened(name_of(row))
+    if not 0 <= layer < len(sizes):
+        is_equal = len(set(sizes)) == 1 and not sizes[0].n_experts
+        neurons = f" and neurons 0 to {sizes[0].n_mlp - 1}" if is_equal else ""
+        return f"{name} does not exist; the model has layers 0 to {len(sizes) - 1}{neurons}"
+    own = sizes[layer]
+    if not own.n_experts and expert != NO_EXPERT:
+        return f"{name} does not exist; layer {layer} has no experts"
+    if own.n_experts:
+        mlp = f", or -1 for its MLP that is always on ({own.n_mlp} neurons)" if own.n_mlp else ""
+        there = f"experts 0 to {own.n_experts - 1} of {own.n_of_expert} neurons{mlp}"
+        if expert == NO_EXPERT:
+            return f"{name} needs an expert, (layer, neuron, expert): layer {layer} has {there}"
+        return f"{name} does not exist; layer {layer} has {there}"
+    is_equal = len(set(sizes)) == 1
+    whose = "neurons" if is_equal else f"layer {layer} neurons"
+    return f"{name} does not exist; the model has layers 0 to {len(sizes) - 1} and {whose} 0 to {own.n_mlp - 1}"
 
 
 def _beyond(rows_n3: Neurons) -> str:

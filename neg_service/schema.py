@@ -4,9 +4,10 @@ All values are float32: NEGs go below 1e-7, where float16 is already zero. Each 
 results of different bases must never be mixed. Axes: P prompts, K targets of a prompt, L layers, N neurons of a
 layer.
 
-A neuron is (layer, expert, neuron): rows that name a `layer` have an `expert`, null where there is none, which is
-everywhere today; tables that were written before it have no such column. Tables with a list for each layer are told how
-many neurons each layer has: the lists are of fixed size where all have the same number.
+A neuron is (layer, expert, neuron): rows that name a `layer` have an `expert`, null of a layer's only MLP and -1 of one
+that is always on beside experts; tables that were written before it have no such column. Tables with a list for each
+MLP and expert are told how many neurons each layer has: the lists are of fixed size where all have the same number.
+Tables of models with experts have what others lack: `routing`, and columns that say whether a neuron was used.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError
 from neg_service.former_names import former_columns
+from neg_service.layer_neurons import LayerSize, layers_of_sizes
+
+# How many neurons each layer has, or one number for all.
+Neurons = int | Sequence[LayerSize]
 
 # 3: what a tokenizer adds stands once; the resolution of one-sided grids has the baseline row's error.
 # 4: neurons are (layer, expert, neuron); tables, columns and engines have the field's names (`former_names.py`).
@@ -130,6 +135,17 @@ PROMPTS = pa.schema(
     ]
 )
 
+# One row for each prompt and layer that has experts: those that its readout token used, ascending, and the router's
+# weights; of Llama 4, whose router scales what experts read, 1.
+ROUTING = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("experts", pa.list_(pa.int16()), nullable=False),
+        pa.field("weights", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
 # The |r| from which on a curve of Δp over shifts counts as linear.
 LINEAR = 0.95
 
@@ -144,14 +160,15 @@ _KEY = [
 ]
 _LAYER = [
     pa.field("layer", pa.int16(), nullable=False),
-    # Null where the layer has no experts.
+    # Null of a layer's only MLP; -1 of the MLP that is always on beside experts.
     pa.field("expert", pa.int16()),
 ]
 
 
-def _of_each_neuron(name: str, kind: pa.DataType, n_neurons: int | Sequence[int]) -> pa.Field:
-    """A column with a number for each neuron of a row's layer; `n_neurons`: of each layer, or one number for all."""
-    sizes = {n_neurons} if isinstance(n_neurons, int) else set(n_neurons)
+def _of_each_neuron(name: str, kind: pa.DataType, n_neurons: Neurons) -> pa.Field:
+    """A column with a number for each neuron of a row's MLP; `n_neurons`: of each layer, or one number for all."""
+    layers = layers_of_sizes([n_neurons] if isinstance(n_neurons, int) else n_neurons)
+    sizes = {size for own in layers for size in (own.n_mlp, own.n_of_expert) if size}
     lists = pa.list_(kind, sizes.pop()) if len(sizes) == 1 else pa.list_(kind)
     return pa.field(name, lists, nullable=False)
 
@@ -169,7 +186,7 @@ def under_present_names(table: str, schema: pa.Schema) -> pa.Schema:
     return pa.schema([own.with_name(names.get(own.name, own.name)) for own in schema], metadata)
 
 
-def neurgrad(n_neurons: int | Sequence[int]) -> pa.Schema:
+def neurgrad(n_neurons: Neurons) -> pa.Schema:
     """One row for each prompt, target and layer. `neurgrad` [N]: probability per unit of |activation|."""
     return pa.schema(
         [
@@ -182,7 +199,7 @@ def neurgrad(n_neurons: int | Sequence[int]) -> pa.Schema:
     )
 
 
-def integrated_gradients(n_neurons: int | Sequence[int]) -> pa.Schema:
+def integrated_gradients(n_neurons: Neurons) -> pa.Schema:
     """One row for each prompt, target and layer. `integrated_gradients` [N]: what a neuron brings of the probability.
 
     Over a layer's neurons it adds up, but for the steps of its sum, to the target's probability less that with the
@@ -199,7 +216,7 @@ def integrated_gradients(n_neurons: int | Sequence[int]) -> pa.Schema:
     )
 
 
-def baseline(name: str, n_neurons: int | Sequence[int]) -> pa.Schema:
+def baseline(name: str, n_neurons: Neurons) -> pa.Schema:
     """One row for each prompt, target and layer. `<name>` [N]: a baseline's value of each neuron.
 
     In probability per activation unit (`gradient`), probability (`gradient_x_activation`), or without a unit
@@ -216,7 +233,7 @@ def baseline(name: str, n_neurons: int | Sequence[int]) -> pa.Schema:
     )
 
 
-def activations(n_neurons: int | Sequence[int]) -> pa.Schema:
+def activations(n_neurons: Neurons) -> pa.Schema:
     """One row for each prompt and layer. `activation` [N]: dimensionless, at the readout position."""
     return pa.schema(
         [
@@ -243,7 +260,12 @@ TOP_NEURONS = pa.schema(
 )
 
 
-def sweep(n_shifts: int | None = None) -> pa.Schema:
+def prompt_tables(has_experts: bool) -> dict[str, Table]:
+    """The tables of a prompt itself: `prompts`, and `routing` of models with experts."""
+    return {"prompts": Table(PROMPTS), **({"routing": Table(ROUTING)} if has_experts else {})}
+
+
+def sweep(n_shifts: int | None = None, has_experts: bool = False) -> pa.Schema:
     """One row for each prompt, target, layer and neuron: NEG by intervention, and what it is to be compared with.
 
     With `n_shifts`, the whole curve too: `delta_p` [S], at the shifts that run.json names.
@@ -279,12 +301,19 @@ def sweep(n_shifts: int | None = None) -> pa.Schema:
         # null where `neg` has no known sign.
         pa.field("signs_agree", pa.bool_()),
     ]
+    if has_experts:
+        fields += [
+            # Whether the readout token used the neuron's expert; otherwise all of its values are 0.
+            pa.field("is_routed", pa.bool_(), nullable=False),
+            # The share of its shifts for which a layer above chose other experts, 0..1.
+            pa.field("routing_changed", pa.float32(), nullable=False),
+        ]
     if n_shifts is not None:
         fields.append(pa.field("delta_p", pa.list_(pa.float32(), n_shifts), nullable=False))
     return pa.schema(fields)
 
 
-def aggregate_importance(n_neurons: int | Sequence[int]) -> pa.Schema:
+def aggregate_importance(n_neurons: Neurons) -> pa.Schema:
     """One row for each layer and shard. `aggregate_importance` [N]: sums over the shard's prompts.
 
     What is added up is a neuron's largest |NeurGrad| over the prompt's targets, in probability per unit of
@@ -301,7 +330,7 @@ def aggregate_importance(n_neurons: int | Sequence[int]) -> pa.Schema:
 
 
 # One row for each prompt, edit and target: the target's probability, 0..1, without and with a joint intervention.
-INTERVENE = pa.schema(
+_INTERVENE = pa.schema(
     [
         *_KEY,
         pa.field("edit", pa.string(), nullable=False),
@@ -319,7 +348,14 @@ INTERVENE = pa.schema(
 )
 
 
-def skill_scores(n_neurons: int | Sequence[int]) -> pa.Schema:
+def intervene(has_experts: bool = False) -> pa.Schema:
+    """One row for each prompt, edit and target."""
+    # How many of an edit's neurons the edited row's token used, and were changed.
+    n_routed = pa.field("n_routed", pa.int32(), nullable=False)
+    return _INTERVENE.append(n_routed) if has_experts else _INTERVENE
+
+
+def skill_scores(n_neurons: Neurons) -> pa.Schema:
     """One row for each task, score, layer and shard. `values` [N]: the score's sum over the task's prompts.
 
     score: `polarity`, `magnitude`, `fires/0`… (whole numbers) or `activation`; see `measures/builtin/skill_scores.py`.
@@ -344,7 +380,8 @@ NEURON_PREDICTIONS = pa.schema(
         pa.field("prompt_id", pa.string(), nullable=False),
         # [K·S], label by label: the sign of NeurGrad, -1, 0 or 1.
         pa.field("sign", pa.list_(pa.int8()), nullable=False),
-        # [S]: the label of the largest and of the smallest NeurGrad, the lower one of equals.
+        # [S]: the label of the largest and of the smallest NeurGrad, the lower one of equals; -1 where the readout
+        # token does not use the neuron's expert.
         pa.field("largest", pa.list_(pa.int8()), nullable=False),
         pa.field("smallest", pa.list_(pa.int8()), nullable=False),
         # [S], dimensionless, at the readout position.

@@ -159,7 +159,7 @@ def _timed(way: Callable[[], Sized]) -> float:
 def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:
     """The coarse grid's error against the full one, over all layers and facts of different certainty."""
     sample = NeuronsConfig(choose="sample", count=settings.coarse_neurons)
-    neurons = chosen_neurons(sample, model.feed_forward.neurons_by_layer)
+    neurons = chosen_neurons(sample, model.feed_forward.layer_neurons)
     prompts = load()[:: len(load()) // 4][:4]
     neg_error, r_error = [], []
     for prompt in encode(model.tokenizer, prompts, model.context_length, model=model):

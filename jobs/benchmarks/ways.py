@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from neg_service.measures.interventions import Interventions
+from neg_service.models.engines.base import LoadedModel
 from neg_service.models.engines.prefix_attention import FrozenPrefix, PrefixPass, packed, running
 from neg_service.models.engines.shared_prefix import run_shared_prefix
 from neg_service.models.feed_forward import find_feed_forward, hooks
@@ -30,7 +31,7 @@ def floor(model: PreTrainedModel, prompts: Ids, header: int, batch: int) -> None
 
     This is the engine's own prefix pass, run to the last token: no way of measuring can cost less.
     """
-    shared = run_shared_prefix(model, prompts[0][:header])
+    shared = run_shared_prefix(LoadedModel(model, find_feed_forward(model)), prompts[0][:header])
     order = sorted(prompts, key=len)
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
@@ -93,7 +94,7 @@ def expert(model: PreTrainedModel, prompts: Ids, targets: Ids) -> list[Tensor]:
 
 
 def _hook_points(model: PreTrainedModel) -> dict[int, Any]:
-    return dict(enumerate(find_feed_forward(model).hook_points("paper")))
+    return {site.layer: point for site, point in find_feed_forward(model).sites("paper").items()}
 
 
 def _capturing(seen: dict[int, Tensor]) -> Any:

@@ -188,7 +188,7 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
     prompts, info = loaded.prompts, loaded.info
     measure = measure_of(config.measure)
     measure.validate(info, config.neurons, prompts)
-    config = replace(config, neurons=resolved(config.neurons, info.neurons_by_layer))
+    config = replace(config, neurons=resolved(config.neurons, info.layer_neurons))
     asked = batch_size(config)
     if asked.value is not None and asked.unit == "bytes":
         check_batch_bytes(asked.key, asked.value, measure.least_batch_bytes(info))

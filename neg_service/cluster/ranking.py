@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from neg_service.config import NeuronsConfig, ScanConfig
 from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.measures.choice import strongest_neurons
+from neg_service.slots import Slots
 from neg_service.storage.reader import open_run, reading
 
 
@@ -35,6 +38,8 @@ def strongest(ranking_uri: str, config: ScanConfig) -> NeuronsConfig:
     """
     run = open_run(ranking_uri, config.storage.endpoint_url)
     with reading(run):
-        layers, strength_ln = total(part.to_table() for _, part in run.parts("aggregate_importance"))
-    found = strongest_neurons(layers, strength_ln, config.neurons.count)
+        importance = total(part.to_table() for _, part in run.parts("aggregate_importance"))
+    keys = np.array(list(importance), np.int64)
+    slots = Slots(keys[:, 0], keys[:, 1], np.array(list(map(len, importance.values()))))
+    found = strongest_neurons(slots, np.concatenate(list(importance.values())), config.neurons.count)
     return NeuronsConfig(config.neurons.layers, choose="list", list=replace(found, source=ranking_uri))

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -249,7 +249,7 @@ def _observer(
     config, plan, info = prepared.config, prepared.plan, prepared.info
     n_before, is_logged = sum(len(plan.places_of(shard)) for shard in place.done), config.job.log == "json"
     progress = Progress(plan.n_prompts, n_before, config.job.progress_seconds, is_logged=is_logged)
-    n_neurons = count_of(config.neurons, info.neurons_by_layer)
+    n_neurons = count_of(config.neurons, info.layer_neurons)
     metrics = RunMetrics(run_name_of(place.store.uri), n_todo, n_neurons, plan.n_rows / plan.n_prompts)
     return RunObserver(place.directory, notes, progress, metrics, calibration)
 
@@ -339,7 +339,9 @@ def _about(prepared: Prepared) -> dict[str, Any]:
             "architecture": prepared.info.architecture,
             "layers": prepared.info.n_layers,
             "neurons_a_layer": prepared.info.n_neurons,
-            "experts_a_layer": 0,
+            "experts_a_layer": max(own.n_experts for own in prepared.info.layer_neurons),
+            # Of each layer: the MLP's neurons, the experts, the neurons of each, and how many of them a token uses.
+            "layer_neurons": [list(astuple(own)) for own in prepared.info.layer_neurons],
             "parameters": prepared.info.n_parameters,
         },
         "dataset": prepared.request["dataset"],

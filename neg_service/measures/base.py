@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from neg_service.config import NeuronsConfig, checked_layers, typed
 from neg_service.errors import ConfigurationError
+from neg_service.layer_neurons import LayerNeurons
 from neg_service.measures.choice import check_whole_layers, described
 from neg_service.schema import Table
 from neg_service.settings import check_fields
@@ -41,12 +42,22 @@ class Sizes(Protocol):
 
     @property
     def n_neurons(self) -> int:
-        """Of a layer, where all have the same number."""
+        """How many act on a token in a layer, the most of all layers."""
         ...
 
     @property
     def neurons_by_layer(self) -> tuple[int, ...]:
-        """How many neurons each layer has."""
+        """How many neurons each layer has, of all its experts."""
+        ...
+
+    @property
+    def layer_neurons(self) -> tuple[LayerNeurons, ...]:
+        """What neurons each layer has: of its MLP, and of each of its experts."""
+        ...
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts."""
         ...
 
 
@@ -170,7 +181,7 @@ class Measure(ABC, Generic[OptionsT]):
 
     def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
         """Which neurons are measured, for a person."""
-        return described(neurons, info.neurons_by_layer)
+        return described(neurons, info.layer_neurons)
 
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
@@ -223,6 +234,18 @@ class Measure(ABC, Generic[OptionsT]):
     def schemas(self, sizes: Sizes) -> dict[str, pa.Schema]:
         """The schemas of the tables, which carry what `tables` says of them."""
         return {name: table.described() for name, table in self.tables(sizes).items()}
+
+
+def n_slots(sizes: Sizes, layers: Sequence[int]) -> int:
+    """How many neurons of these layers act on a prompt."""
+    return sum(sizes.layer_neurons[layer].n_slots for layer in layers)
+
+
+def prompt_bytes(sizes: Sizes, text: int = 256) -> dict[str, int]:
+    """What a prompt's own tables take, of so many bytes of text."""
+    # A number and a weight of each chosen expert, and a key in each layer.
+    routing = sum(16 + 6 * own.n_chosen for own in sizes.layer_neurons if own.n_experts)
+    return {"prompts": text, **({"routing": routing} if sizes.has_experts else {})}
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -3,9 +3,12 @@
 | `neurons.choose` | the neurons, all of them within `neurons.layers` |
 |------------------|---|
 | `all`            | every one |
-| `sample`         | `count` of each layer, or of the model, drawn with `seed`; the same for every prompt |
+| `sample`         | `count` of each layer, or of the model, drawn with `seed`; the same for every prompt. Of layers
+                     with experts `count` of each expert, and of the MLP that is always on: of these only those of
+                     experts that a prompt uses are measured |
 | `top`            | the `count` strongest of each prompt, or over the whole data set |
-| `list`           | those given: pairs (layer, neuron), a file with the columns `layer` and `neuron`, a `NeuronSet` |
+| `list`           | those given: pairs (layer, neuron) or triples (layer, neuron, expert), a file with the columns
+                     `layer`, `neuron` and `expert`, a `NeuronSet` |
 
 A neuron's strength on a prompt is its largest |NeurGrad| over the prompt's targets, because all targets share the same
 interventions; over a data set it is the sum of that. Among equals the lower layer and index comes first.
@@ -15,12 +18,13 @@ A sample per layer does not depend on which other layers are chosen.
 What is asked for is resolved once, when a run is planned (`resolved`): from there on `neurons.list` is a `NeuronSet`,
 which replicas get as the object that it is. All neurons of layers follow from the layers alone, and the strongest of
 each prompt are known when it is measured; of these there is none. Layers may have unequal numbers of neurons:
-`neurons_by_layer` has a number for each.
+`neurons_by_layer` has a number for each, or a `LayerNeurons` for one with experts. All neurons are those that act on a
+prompt: of experts that its readout token uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +33,13 @@ from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
+from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerSize, layers_of_sizes
 from neg_service.neurons import Neurons, NeuronSet, require_existing, rows_of
 from neg_service.settings import check_fields
+from neg_service.slots import Slots
 
 
-def check_choice(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> None:
+def check_choice(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> None:
     """Refuse a choice that the model cannot give.
 
     Raises:
@@ -42,9 +48,15 @@ def check_choice(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> None
     layers = checked_layers(config, len(neurons_by_layer))
     check_fields("neurons", config, ("choose", "per", "over", "seed"))
     if config.choose in ("sample", "top"):
-        is_of_layer = config.choose == "sample" and config.per == "layer"
-        counts = [neurons_by_layer[layer] for layer in layers]
-        most, of = (min(counts), "a layer") if is_of_layer else (sum(counts), "the chosen layers")
+        sizes = layers_of_sizes(neurons_by_layer)
+        of_mlps = [size for layer in layers for _, size in sizes[layer].mlps]
+        has_experts = any(sizes[layer].n_experts for layer in layers)
+        if config.choose == "sample" and config.per == "layer":
+            most, of = min(of_mlps), "an expert or an MLP" if has_experts else "a layer"
+        elif config.choose == "top" and has_experts:
+            most, of = sum(sizes[layer].n_slots for layer in layers), "the chosen layers that act on a prompt"
+        else:
+            most, of = sum(of_mlps), "the chosen layers"
         if not 1 <= config.count <= most:
             raise ConfigurationError(
                 f"the choice must be from 1 to {most}, the neurons of {of}", setting="neurons.count", value=config.count
@@ -61,7 +73,7 @@ def check_whole_layers(config: NeuronsConfig, measure: str) -> None:
         )
 
 
-def resolved(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronsConfig:
+def resolved(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> NeuronsConfig:
     """The choice with its neurons as a `NeuronSet` in `list`, where they do not follow from layers or prompts.
 
     Raises:
@@ -75,38 +87,58 @@ def resolved(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronsC
     return replace(config, list=chosen_neurons(asked, neurons_by_layer))
 
 
-def chosen_neurons(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet:
+def chosen_neurons(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> NeuronSet:
     """The neurons of the choice; not for `top`, which depends on the prompts."""
     layers = checked_layers(config, len(neurons_by_layer))
     if config.choose == "list":
         return _listed(config, neurons_by_layer)
     if config.choose == "sample" and isinstance(config.list, NeuronSet):
         return config.list
+    sizes = layers_of_sizes(neurons_by_layer)
+    mlps = {(layer, expert): size for layer in layers for expert, size in sizes[layer].mlps}
     if config.choose == "sample" and config.per == "model":
-        in_all = sum(neurons_by_layer[layer] for layer in layers)
-        flat = np.random.default_rng(config.seed).choice(in_all, config.count, replace=False)
-        return _of_flat(layers, flat, neurons_by_layer)
+        draw = np.random.default_rng(config.seed)
+        numbers = np.sort(draw.choice(sum(mlps.values()), config.count, replace=False))
+        return NeuronSet(*np.ascontiguousarray(_slots_of(mlps).rows_at(numbers).T))
     if config.choose == "sample":
-        draws = {layer: np.random.default_rng([config.seed, layer]) for layer in layers}
-        return NeuronSet.of_layers(
-            {layer: draw.choice(neurons_by_layer[layer], config.count, replace=False) for layer, draw in draws.items()}
+        return NeuronSet.of_mlps(
+            {
+                key: np.random.default_rng(_seeds(config.seed, *key)).choice(size, config.count, replace=False)
+                for key, size in mlps.items()
+            }
         )
     return NeuronSet.all_of(layers, neurons_by_layer)
 
 
-def strongest_neurons(
-    layers: Sequence[int], strength_ln: Sequence[NDArray[Any]] | NDArray[Any], count: int
-) -> NeuronSet:
-    """The `count` strongest neurons; `strength_ln`: [L, N] or L times [N], their strengths in the layers given."""
-    order = np.argsort(-np.concatenate(list(strength_ln)), kind="stable")[:count]
-    return _of_flat(layers, order, dict(zip(layers, map(len, strength_ln), strict=True)))
+def _seeds(seed: int, layer: int, expert: int) -> list[int]:
+    """Of the draw of an MLP or expert: a neuron is in or out whatever else is drawn from."""
+    return [seed, layer] if expert == NO_EXPERT else [seed, layer, expert - ALWAYS_ON]
 
 
-def count_of(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> int:
-    """How many neurons the choice has, of each prompt."""
+def _slots_of(mlps: Mapping[tuple[int, int], int]) -> Slots:
+    layer, expert = np.array(list(mlps), np.int64).reshape(-1, 2).T
+    return Slots(layer, expert, np.array(list(mlps.values()), np.int64))
+
+
+def strongest_neurons(slots: Slots, strength_m: NDArray[Any], count: int) -> NeuronSet:
+    """The `count` strongest neurons, of those that stand along M and their strengths there."""
+    order = np.argsort(-strength_m, kind="stable")[:count]
+    return NeuronSet.distinct(slots.rows_at(order))[0]
+
+
+def count_of(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> int:
+    """How many neurons of each prompt are measured; of a sample of experts' neurons about so many."""
+    sizes = layers_of_sizes(neurons_by_layer)
+    layers = checked_layers(config, len(sizes))
     if config.choose == "all":
-        return sum(neurons_by_layer[layer] for layer in checked_layers(config, len(neurons_by_layer)))
-    return config.count if config.choose == "top" else len(chosen_neurons(config, neurons_by_layer))
+        return sum(sizes[layer].n_slots for layer in layers)
+    if config.choose == "top":
+        return config.count
+    chosen = chosen_neurons(config, neurons_by_layer)
+    if config.choose == "list":
+        return len(chosen)
+    share = np.array([own.n_chosen / max(1, own.n_experts) for own in sizes])
+    return round(float(np.where(chosen.expert >= 0, share[chosen.layer], 1.0).sum()))
 
 
 def layers_of(config: NeuronsConfig, n_layers: int) -> list[int]:
@@ -127,17 +159,21 @@ def identity_of_choice(config: NeuronsConfig, n_layers: int) -> dict[str, Any]:
     return identity
 
 
-def described(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> str:
+def described(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> str:
     """For a person: for example `900 in 30 layers: 30 of each layer, seed 0`."""
+    sizes = layers_of_sizes(neurons_by_layer)
+    has_experts = any(sizes[layer].n_experts for layer in layers_of(config, len(sizes)))
+    each = "each expert and MLP" if has_experts else "each layer"
     how = {
-        "all": "",
-        "sample": f": {config.count} of {'each layer' if config.per == 'layer' else 'them all'}, seed {config.seed}",
+        "all": " (those of experts that a prompt uses)" if has_experts else "",
+        "sample": f": {config.count} of {each if config.per == 'layer' else 'them all'}, seed {config.seed}",
         "top": f": the strongest {'of each prompt' if config.over == 'prompt' else 'over the data set'}",
         "list": ": as listed",
     }
     layers = layers_of(config, len(neurons_by_layer))
     of_layers = f"{len(layers)} layer{'s' * (len(layers) > 1)}"
-    return f"{count_of(config, neurons_by_layer)} in {of_layers}{how[config.choose]}"
+    about = "about " if has_experts and config.choose == "sample" else ""
+    return f"{about}{count_of(config, neurons_by_layer)} in {of_layers}{how[config.choose]}"
 
 
 def with_list_read(config: NeuronsConfig) -> NeuronsConfig:
@@ -169,25 +205,24 @@ def set_of(config: NeuronsConfig) -> NeuronSet:
     return NeuronSet.from_pairs(config.list)
 
 
-def checked_neurons(neurons: Any, neurons_by_layer: Sequence[int], setting: str = "neurons") -> Neurons:
+def checked_neurons(neurons: Any, neurons_by_layer: Sequence[LayerSize], setting: str = "neurons") -> Neurons:
     """Pairs or triples as rows (layer, expert, neuron) [n, 3], in their order.
 
     Raises:
         ConfigurationError: none, or one that does not exist.
     """
     rows_n3 = neurons.rows if isinstance(neurons, NeuronSet) else rows_of(neurons, setting)
-    require_existing(rows_n3, neurons_by_layer, setting)
-    return rows_n3
+    return require_existing(rows_n3, neurons_by_layer, setting)
 
 
-def _listed(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet:
+def _listed(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> NeuronSet:
     if isinstance(config.list, list):
         # Before they are a set: what exists nowhere is told first.
         checked_neurons(config.list, neurons_by_layer, "neurons.list")
     listed = set_of(config)
     if not len(listed):
         raise ConfigurationError("the choice is empty; at least one neuron is needed", setting="neurons.list")
-    listed.require_existing(neurons_by_layer, "neurons.list")
+    listed = listed.in_model(neurons_by_layer, "neurons.list")
     outside = set(listed.layers) - set(checked_layers(config, len(neurons_by_layer)))
     if outside:
         raise ConfigurationError(
@@ -195,11 +230,3 @@ def _listed(config: NeuronsConfig, neurons_by_layer: Sequence[int]) -> NeuronSet
             setting="neurons.list",
         )
     return listed
-
-
-def _of_flat(layers: Sequence[int], flat: NDArray[np.int64], neurons_by_layer: Any) -> NeuronSet:
-    """Neurons by their numbers through all the layers given; `neurons_by_layer` is asked for these alone."""
-    starts = np.cumsum([0, *(neurons_by_layer[layer] for layer in layers)])
-    numbers = np.sort(flat)
-    cuts = np.searchsorted(numbers, starts)
-    return NeuronSet.of_layers({layer: numbers[cuts[i] : cuts[i + 1]] - starts[i] for i, layer in enumerate(layers)})

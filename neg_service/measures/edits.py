@@ -28,6 +28,7 @@ import numpy as np
 
 from neg_service.contents import is_deeper, json_lines, json_of, repeated
 from neg_service.errors import ConfigurationError, shortened
+from neg_service.layer_neurons import LayerSize
 from neg_service.measures.choice import checked_neurons
 from neg_service.neurons import NeuronSet
 from neg_service.places import without_credentials
@@ -42,7 +43,7 @@ _LEVELS = 6
 class Edit:
     """One edit; see the module's header. Exactly one operation is given, with a number for all neurons or one each.
 
-    neurons: (layer, neuron) pairs, or (layer, expert, neuron).
+    neurons: (layer, neuron) pairs, or (layer, neuron, expert) where a layer has experts.
     """
 
     neurons: Sequence[Sequence[int | None]]
@@ -76,7 +77,9 @@ class CheckedEdit:
         return self.operation in ("enhance", "suppress") and self.polarity is None
 
 
-def checked_edits(edits: Sequence[Edit | Mapping[str, Any]], neurons_by_layer: Sequence[int]) -> list[CheckedEdit]:
+def checked_edits(
+    edits: Sequence[Edit | Mapping[str, Any]], neurons_by_layer: Sequence[LayerSize]
+) -> list[CheckedEdit]:
     """Edits that the model can do; mappings have the fields of `Edit`.
 
     Raises:
@@ -124,7 +127,7 @@ def read_edits(source: Any) -> Any:
     return edits
 
 
-def _checked(edit: Edit | Mapping[str, Any], index: int, neurons_by_layer: Sequence[int]) -> CheckedEdit:
+def _checked(edit: Edit | Mapping[str, Any], index: int, neurons_by_layer: Sequence[LayerSize]) -> CheckedEdit:
     given = asdict(edit) if isinstance(edit, Edit) else edit
     where = f"measure.edits[{index}]"
     if not isinstance(given, Mapping):

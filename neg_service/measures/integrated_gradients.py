@@ -14,14 +14,17 @@ the other: the rows of one fill a batch.
 
 Source: Dai et al., "Knowledge Neurons in Pretrained Transformers", ACL 2022 (arXiv 2104.08696).
 
-Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer, J scaled points of a batch, F features, V
-vocabulary.
+A layer's experts and its MLP are scaled together; which experts were chosen does not depend on that.
+
+Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer, M neurons of several layers, J scaled
+points of a batch, F features, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,12 +36,15 @@ from neg_service.errors import ConfigurationError, NonFiniteError, told_by_param
 from neg_service.measures.batching import budget_of, in_parts, named
 from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.neurgrad import encoded_texts
+from neg_service.measures.neurgrad import encoded_texts, slots_by_layer
+from neg_service.measures.routing import PromptRouting
 from neg_service.models.batches import Budget
+from neg_service.models.feed_forward import Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
 from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.slots import Slots
 
 # So many targets are differentiated at once.
 _TARGETS_TOGETHER = 32
@@ -52,7 +58,7 @@ class IntegratedGradientsResult:
     integrated_gradients: [P, K, L, N] float32, probability.
     activation: [P, L, N] float32, at each prompt's readout position.
     n_targets: [P], how many of the K are real.
-    layers: the layer numbers along L.
+    layers: the layer numbers along L. expert, neuron: what stands along N of models with experts; `NeurGradResult`.
     """
 
     probability: Floats
@@ -60,6 +66,8 @@ class IntegratedGradientsResult:
     activation: Floats
     n_targets: NDArray[np.int64]
     layers: tuple[int, ...]
+    expert: NDArray[np.int64] | None = None
+    neuron: NDArray[np.int64] | None = None
 
 
 @told_by_parameters(model__source="model", dataset__source="prompts", measure__steps="m")
@@ -105,18 +113,21 @@ def integrated_gradients(
     budget = budget_of(model, batch_bytes, batch_tokens)
     wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]
 
-    p, k, n = len(encoded), max(map(len, wanted)), model.feed_forward.n_neurons
+    p, k, slots = len(encoded), max(map(len, wanted)), slots_by_layer(model, p=len(encoded), layers=chosen)
     result = IntegratedGradientsResult(
         probability=np.full((p, k), np.nan, np.float32),
-        integrated_gradients=np.full((p, k, len(chosen), n), np.nan, np.float32),
-        activation=np.empty((p, len(chosen), n), np.float32),
+        integrated_gradients=np.full((p, k, len(chosen), slots.n), np.nan, np.float32),
+        activation=np.full((p, len(chosen), slots.n), np.nan, np.float32),
         n_targets=np.array([len(own) for own in wanted]),
         layers=tuple(chosen),
+        expert=slots.expert,
+        neuron=slots.neuron,
     )
     for index, found in integrals(model, encoded, wanted, basis, chosen, m, budget):
+        place = slots.places(index, found.slots)
         result.probability[index, : len(found.targets)] = found.probability_k
-        result.integrated_gradients[index, : len(found.targets)] = found.integral_kln
-        result.activation[index] = found.activation_ln
+        result.integrated_gradients[index, : len(found.targets), *place] = found.integral_km
+        result.activation[index, *place] = found.activation_m
     return result
 
 
@@ -124,16 +135,19 @@ def integrated_gradients(
 class PromptIntegrals:
     """One prompt's integrated gradients.
 
-    targets: indices of the targets along the first axis of `integral_kln`.
+    targets: indices of the targets along the first axis of `integral_km`.
     probability_k: of *all* targets of the prompt, 0..1.
-    integral_kln: probability.
-    activation_ln: the neurons' activations at the readout position.
+    integral_km: probability.
+    activation_m: the neurons' activations at the readout position.
+    slots: which neurons stand along M. routing: the experts that were chosen, of all layers.
     """
 
     targets: tuple[int, ...]
     probability_k: Floats
-    integral_kln: Floats
-    activation_ln: Floats
+    integral_km: Floats
+    activation_m: Floats
+    slots: Slots
+    routing: PromptRouting
 
 
 def integrals(
@@ -155,26 +169,29 @@ def integrals(
             interventions = Interventions(model, prompt, basis, prompt.ids[: group.shared])
             tokens = [prompt.target_ids[k] for k in own]
             by_layer = [_integral(interventions, layer, tokens, m, budget) for layer in layers]
-            integral_kln: Floats = torch.stack([found.float().cpu() for found in by_layer], 1).numpy()
-            if not np.isfinite(integral_kln).all():
-                bad = layers[int(np.argmin(np.isfinite(integral_kln).all((0, 2))))]
+            is_finite = [bool(found.isfinite().all()) for found in by_layer]
+            if not all(is_finite):
                 raise NonFiniteError(
-                    f"{named(prompt, model)}: NaN or infinity in logits or gradients with the neurons of layer {bad} "
-                    f"between zero and what they are; try another model.dtype"
+                    f"{named(prompt, model)}: NaN or infinity in logits or gradients with the neurons of layer "
+                    f"{layers[is_finite.index(False)]} between zero and what they are; try another model.dtype"
                 )
+            sites = interventions.sites(layers)
+            activations = [interventions.activation[site].float().cpu() for site in sites]
             yield (
                 index,
                 PromptIntegrals(
                     targets=own,
                     probability_k=interventions.probability_k.float().cpu().numpy(),
-                    integral_kln=integral_kln,
-                    activation_ln=torch.stack([interventions.activation_ln[i].float().cpu() for i in layers]).numpy(),
+                    integral_km=torch.cat([found.float().cpu() for found in by_layer], 1).numpy(),
+                    activation_m=torch.cat(activations).numpy(),
+                    slots=interventions.slots(sites),
+                    routing=interventions.routing,
                 ),
             )
 
 
 def _integral(interventions: Interventions, layer: int, tokens: Sequence[int], m: int, budget: Budget) -> Tensor:
-    """Integrated gradients [K, N] of one layer, in float32 or better; what did not fit shrinks the budget."""
+    """Integrated gradients [K, M] of one layer, in float32 or better; what did not fit shrinks the budget."""
 
     def run(part: range) -> Tensor:
         return _summed_slopes(interventions, layer, tokens, range(1, m + 1)[part.start : part.stop], m)
@@ -184,37 +201,43 @@ def _integral(interventions: Interventions, layer: int, tokens: Sequence[int], m
     point = sizes.graph + min(len(tokens), _TARGETS_TOGETHER) * sizes.slope
     with interventions.naming_memory(f"one scaled point of layer {layer} does"):
         parts = [found for _, found in in_parts([point] * m, run, budget)]
-    return at_least_float32(interventions.activation_ln[layer]) * torch.stack(parts).sum(0) / m
+    activation_m = torch.cat([interventions.activation[site] for site in interventions.sites([layer])])
+    return at_least_float32(activation_m) * torch.stack(parts).sum(0) / m
 
 
 def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[int], steps: range, m: int) -> Tensor:
-    """Σ_j ∂p[k] / ∂a [K, N] of the scaled points `steps` of a layer.
+    """Σ_j ∂p[k] / ∂a [K, M] of the scaled points `steps` of a layer.
 
     A point is one row for all targets, and only the way back is run for each, vectorised. On SmolLM2 on one core, with
     20 points, 4 targets and all layers, that takes 7 s; a row for each point and target takes 10 s, and a backward pass
     after another for each target 11 s.
     """
-    point, activation_n = interventions.points[layer], interventions.activation_ln[layer]
-    factor_j1 = torch.tensor(steps, dtype=torch.float64, device=activation_n.device)[:, None] / m
-    shifts: list[Tensor] = []
+    sites = interventions.sites([layer])
+    device = interventions.activation[sites[0]].device
+    factor_j1 = torch.tensor(steps, dtype=torch.float64, device=device)[:, None] / m
+    shifts: dict[Site, Tensor] = {}
 
-    def scale(x_tf: Tensor, position_j: Tensor) -> Tensor:
-        point.neurons(x_tf)[position_j] = (activation_n * factor_j1).to(activation_n.dtype)
+    def scale(site: Site, x_tf: Tensor, position_j: Tensor) -> Tensor:
+        activation_n = interventions.activation[site]
+        interventions.points[site].neurons(x_tf)[position_j] = (activation_n * factor_j1).to(activation_n.dtype)
         # Nothing frozen requires a gradient; a shift by zero of the scaled points does.
-        shifts.append(x_tf.new_zeros(len(steps), x_tf.shape[1], requires_grad=True))
-        return x_tf.index_add(0, position_j, shifts[0])
+        shifts[site] = x_tf.new_zeros(len(steps), x_tf.shape[1], requires_grad=True)
+        return x_tf.index_add(0, position_j, shifts[site])
 
     with torch.enable_grad():
-        log_p_jv = log_softmax(at_least_float32(interventions.run_from(layer, len(steps), scale)))
+        logits_jv = interventions.run_from(layer, len(steps), {site: partial(scale, site) for site in sites})
+        log_p_jv = log_softmax(at_least_float32(logits_jv))
         log_p_jk = log_p_jv[:, list(tokens)]
         slopes = []
         for summed_k in torch.split(log_p_jk.sum(0), _TARGETS_TOGETHER):
             one_each = torch.eye(len(summed_k), dtype=summed_k.dtype, device=summed_k.device)
-            (slope_kjf,) = torch.autograd.grad(
-                summed_k, shifts, grad_outputs=one_each, is_grads_batched=True, retain_graph=True
+            slopes_skjf = torch.autograd.grad(
+                summed_k, list(shifts.values()), grad_outputs=one_each, is_grads_batched=True, retain_graph=True
             )
-            slopes.append(at_least_float32(point.neurons(slope_kjf)))
-    p_kj1 = log_p_jk.detach().exp().T[..., None].to(activation_n.device)
+            by_site = dict(zip(shifts, slopes_skjf, strict=True))
+            own = [interventions.points[site].neurons(by_site[site]) for site in sites]
+            slopes.append(at_least_float32(torch.cat(own, -1)))
+    p_kj1 = log_p_jk.detach().exp().T[..., None].to(device)
     return (p_kj1 * torch.cat(slopes)).sum(1)
 
 

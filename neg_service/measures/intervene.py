@@ -4,6 +4,9 @@ Every edit of a prompt is one row of a batch, next to a row without edits; promp
 as they do for gradients. Changes of probability are differences that were never subtracted (`readout.py`), so the
 effect of a joint shift compares with the sum of its neurons' NEGs down to small shifts. What edits are: `edits.py`.
 
+A neuron of an expert that the token does not use, without the edit or because of what it does in lower layers, is not
+there to be changed: results say how many were.
+
 Axes: P prompts, E edits, K targets of a prompt, R rows of a batch, i single changes: one neuron in one row.
 """
 
@@ -23,8 +26,10 @@ from neg_service.measures.batching import budget_of, in_batches, named
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
+from neg_service.measures.routing import PromptRouting, routing_of_rows
 from neg_service.models.batches import Budget
-from neg_service.models.feed_forward import HookPoint, hooks
+from neg_service.models.experts_function import watching_routing
+from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
@@ -44,7 +49,8 @@ class InterveneResult:
     edits: the names of the E edits. probability_before: [P, K]. probability: [P, E, K], 0..1.
     delta_p: [P, E, K], the difference of the two, far more exact than subtracting them.
     prediction_before: [P], prediction: [P, E]: index of the most probable target, the lower one on a tie.
-    n_targets: [P], how many of the K are real.
+    n_targets: [P], how many of the K are real. n_routed: [P, E], how many of an edit's neurons were there to be
+    changed: all of them, but those of experts that the token does not use.
     """
 
     edits: tuple[str, ...]
@@ -54,6 +60,7 @@ class InterveneResult:
     prediction_before: NDArray[np.int64]
     prediction: NDArray[np.int64]
     n_targets: NDArray[np.int64]
+    n_routed: NDArray[np.int64]
 
 
 @told_by_parameters(model__source="model", dataset__source="prompts")
@@ -98,15 +105,17 @@ def intervene(
         for i, (text, own, answer) in enumerate(zip(prompts, targets, given, strict=True))
     ]
     check_prompts(asked)
-    checked = checked_edits(edits, model.feed_forward.neurons_by_layer)
+    checked = checked_edits(edits, model.feed_forward.layer_neurons)
     encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
     model.ensure_checked()
     budget = budget_of(model, batch_bytes, batch_tokens)
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
     before, delta = np.full((p, k), np.nan), np.full((p, e, k), np.nan)
+    n_routed = np.zeros((p, e), np.int64)
     for index, found in effects(model, encoded, checked, basis, budget):
         own = len(found.probability_k)
         before[index, :own], delta[index, :, :own] = found.probability_k, found.delta_p_ek
+        n_routed[index] = found.n_routed_e
     after = before[:, None] + delta
     return InterveneResult(
         edits=tuple(edit.name for edit in checked),
@@ -116,15 +125,21 @@ def intervene(
         prediction_before=np.nanargmax(before, -1),
         prediction=np.nanargmax(after, -1),
         n_targets=np.array([len(prompt.targets) for prompt in asked]),
+        n_routed=n_routed,
     )
 
 
 @dataclass(frozen=True)
 class Effects:
-    """Of one prompt: probabilities of its targets without edits [K], and what each edit changes [E, K]."""
+    """Of one prompt: probabilities of its targets without edits [K], and what each edit changes [E, K].
+
+    n_routed_e: how many of each edit's neurons were there to be changed. routing: of the prompt without edits.
+    """
 
     probability_k: Doubles
     delta_p_ek: Doubles
+    n_routed_e: NDArray[np.int64]
+    routing: PromptRouting
 
 
 def effects(
@@ -139,7 +154,7 @@ def effects(
         NonFiniteError: NaN or infinity in a prompt's logits, without or with an edit.
     """
     signs = _signs_of_neg(model, prompts, edits, basis, budget)
-    points = model.feed_forward.hook_points(basis)
+    points = model.feed_forward.sites(basis)
     readout = Readout(model)
 
     found: list[list[Effects]] = [[] for _ in prompts]
@@ -153,16 +168,23 @@ def effects(
         for index, effects_of_part in in_batches(model, prompts, [1 + len(part)] * len(prompts), run, budget):
             found[index].append(effects_of_part)
     for index, parts in enumerate(found):
-        delta_p_ek = np.concatenate([own.delta_p_ek for own in parts])
-        yield index, Effects(parts[0].probability_k, delta_p_ek)
+        delta_p_ek, n_routed_e = (np.concatenate([getattr(own, name) for own in parts]) for name in _OF_EDITS)
+        yield index, Effects(parts[0].probability_k, delta_p_ek, n_routed_e, parts[0].routing)
+
+
+_OF_EDITS = ("delta_p_ek", "n_routed_e")
 
 
 @dataclass(frozen=True)
 class _Change:
-    """What a layer's edits do in a batch: a[row, neuron] -> factor·a + constant·(sign of a without edits, or 1)."""
+    """What a site's edits do in a batch: a[row, neuron] -> factor·a + constant·(sign of a without edits, or 1).
+
+    expert_i: of which expert a neuron is, of a site of experts.
+    """
 
     row_i: Tensor
     unedited_row_i: Tensor
+    expert_i: Tensor
     neuron_i: Tensor
     factor_i: Tensor
     constant_i: Tensor
@@ -176,28 +198,47 @@ def _run_batch(
     prompts: Sequence[EncodedPrompt],
     signs: Sequence[Mapping[int, Doubles]],
     edits: Mapping[int, CheckedEdit],
-    points: Sequence[HookPoint],
+    points: Mapping[Site, Point],
     shared: tuple[int, ...],
 ) -> list[Effects]:
     counts = [1 + len(edits)] * len(prompts)
     rows = model.rows([prompt.ids for prompt in prompts], shared)
     positions_r = rows.positions(counts)
     changes = _changes(edits, signs)
+    n_routed_r = torch.zeros(sum(counts), dtype=torch.int64)
 
-    def change(layer: int, x: Tensor) -> Tensor:
-        own, device = changes[layer], x.device
+    def change(site: Site, x: Tensor) -> Tensor:
+        own, device = changes[site], x.device
         changed = x.clone()
-        neurons = points[layer].neurons(flat(changed))
-        place = (positions_r[own.row_i].to(device), own.neuron_i.to(device))
-        unedited = neurons[positions_r[own.unedited_row_i].to(device), place[1]]
-        by_sign = own.by_sign_i.to(device)
-        sign = torch.where((unedited < 0) & by_sign, -1.0, 1.0)
-        moved = own.factor_i.to(device) * neurons[place].double() + own.constant_i.to(device) * sign
-        neurons[place] = moved.to(x.dtype)
+        neurons = points[site].neurons(flat(changed))
+        token_i, unedited_token_i = (positions_r[rows_i].to(device) for rows_i in (own.row_i, own.unedited_row_i))
+        column_i, is_there_i = own.neuron_i.to(device), torch.ones(len(token_i), dtype=torch.bool, device=device)
+        unedited_column_i, was_there_i = column_i, is_there_i
+        experts = model.feed_forward.experts[site.layer]
+        if site.is_experts and experts is not None:
+            chosen_tk = routing[experts.module].expert_tk
+            expert_i1 = own.expert_i.to(device)[:, None]
+            is_own_ik, was_own_ik = (chosen_tk[tokens_i] == expert_i1 for tokens_i in (token_i, unedited_token_i))
+            is_there_i, was_there_i = is_own_ik.any(1), was_own_ik.any(1)
+            unedited_column_i = was_own_ik.int().argmax(1) * experts.n_neurons + column_i
+            column_i = is_own_ik.int().argmax(1) * experts.n_neurons + column_i
+        n_routed_r.index_add_(0, own.row_i, is_there_i.long().cpu())
+        # What was not there was silent, and can only grow.
+        was_negative = (neurons[unedited_token_i, unedited_column_i] < 0) & was_there_i
+        sign = torch.where(was_negative & own.by_sign_i.to(device), -1.0, 1.0)
+        place = (token_i[is_there_i], column_i[is_there_i])
+        moved = own.factor_i.to(device) * neurons[token_i, column_i].double() + own.constant_i.to(device) * sign
+        neurons[place] = moved[is_there_i].to(x.dtype)
         return changed
 
-    with hooks({layer: points[layer] for layer in changes}, change), readout.differences(counts) as head_rv:
+    with (
+        watching_routing() as routing,
+        hooks({site: points[site] for site in changes}, change),
+        readout.differences(counts) as head_rv,
+    ):
         logits_rv = rows.run(counts)
+    first_r = torch.cumsum(torch.tensor([0, *counts[:-1]]), 0)
+    routings = routing_of_rows(model.feed_forward, routing, positions_r[first_r])
     results = []
     for b, prompt in enumerate(prompts):
         first = b * counts[b]
@@ -205,14 +246,16 @@ def _run_batch(
         own_rv = head_rv[0][first + 1 : first + counts[b]]
         log_p_ek = readout.delta_log_p(baseline, own_rv, prompt.target_ids).double()
         p_k = baseline.p_v[list(prompt.target_ids)].double()
-        results.append(Effects(p_k.cpu().numpy(), (p_k * log_p_ek.expm1()).cpu().numpy()))
+        n_routed_e = n_routed_r[first + 1 : first + counts[b]].numpy()
+        delta_p_ek = (p_k * log_p_ek.expm1()).cpu().numpy()
+        results.append(Effects(p_k.cpu().numpy(), delta_p_ek, n_routed_e, routings[b]))
     return results
 
 
-def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[int, _Change]:
-    """The changes of each layer, for `len(signs)` prompts with a row without edits and one for each edit."""
+def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[Site, _Change]:
+    """The changes of each site, for `len(signs)` prompts with a row without edits and one for each edit."""
     n_prompts, n_rows = len(signs), 1 + len(edits)
-    parts: dict[int, list[NDArray[np.float64]]] = {}
+    parts: dict[Site, list[NDArray[np.float64]]] = {}
     for place, (e, edit) in enumerate(edits.items()):
         factor = np.ones(len(edit.values))
         if edit.operation in ("scale", "set"):
@@ -223,17 +266,19 @@ def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doub
             if edit.operation in ("enhance", "suppress"):
                 way = edit.polarity if edit.polarity is not None else signs[b][e]
                 constant = constant * way * (1 if edit.operation == "enhance" else -1)
-            layer, neuron = edit.neurons.layer, edit.neurons.neuron
+            layer, expert, neuron = edit.neurons.layer, edit.neurons.expert, edit.neurons.neuron
             row = np.full(len(factor), b * n_rows + 1 + place)
-            columns = np.stack([row, row - 1 - place, neuron, factor, constant, np.full(len(factor), by_sign)])
-            for own in np.unique(layer).tolist():
-                parts.setdefault(own, []).append(columns[:, layer == own])
-    return {layer: _change(np.concatenate(own, 1)) for layer, own in sorted(parts.items())}
+            by_sign_n = np.full(len(factor), by_sign)
+            columns = np.stack([row, row - 1 - place, expert, neuron, factor, constant, by_sign_n])
+            for site in {Site(*own) for own in zip(layer.tolist(), (expert >= 0).tolist(), strict=True)}:
+                is_own = (layer == site.layer) & ((expert >= 0) == site.is_experts)
+                parts.setdefault(site, []).append(columns[:, is_own])
+    return {site: _change(np.concatenate(own, 1)) for site, own in sorted(parts.items())}
 
 
 def _change(columns: NDArray[np.float64]) -> _Change:
-    row, unedited, neuron, factor, constant, by_sign = (torch.from_numpy(column) for column in columns.copy())
-    return _Change(row.long(), unedited.long(), neuron.long(), factor, constant, by_sign.bool())
+    row, unedited, expert, neuron, factor, constant, by_sign = map(torch.from_numpy, columns.copy())
+    return _Change(row.long(), unedited.long(), expert.long(), neuron.long(), factor, constant, by_sign.bool())
 
 
 def _signs_of_neg(
@@ -247,8 +292,8 @@ def _signs_of_neg(
     layers = sorted({layer for edit in needing.values() for layer in edit.neurons.layers})
     wanted = [(prompt.prompt.answer or 0,) for prompt in prompts]
     for index, found in gradients(model, prompts, wanted, basis, layers, budget):
-        neurgrad_ln = found.neurgrad_kln[0]
+        neurgrad_m = found.neurgrad_km[0]
         for e, edit in needing.items():
-            own = neurgrad_ln[np.searchsorted(layers, edit.neurons.layer), edit.neurons.neuron]
-            signs[index][e] = np.where(own < 0, -1.0, 1.0)
+            place_n = found.slots.places_of(edit.neurons)
+            signs[index][e] = np.where((place_n >= 0) & (neurgrad_m[place_n] < 0), -1.0, 1.0)
     return signs

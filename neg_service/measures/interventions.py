@@ -6,36 +6,45 @@ runs once, because only there do rows begin to differ. Architectures whose layer
 self-check finds out) run the whole layer for each row. Row 0 of every batch is not shifted: another batch shape alone
 moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
 
-Axes: K targets, L layers, I interventions, R rows of a batch, N neurons of a layer, F features.
+Neurons of a layer's experts and of its MLP pass by at two *sites*. An intervention does not change which experts its
+own layer chose; layers above may choose others, and each intervention says whether they did.
+
+Axes: K targets, I interventions, R rows of a batch, M neurons of several sites, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neg_service.errors import DoesNotFit, NonFiniteError
 from neg_service.measures.batching import in_parts, named
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
+from neg_service.measures.routing import routing_of_rows, slots_of
 from neg_service.memory import is_out_of_memory
 from neg_service.models.batches import Budget, without_frames
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows
-from neg_service.models.feed_forward import hooks
+from neg_service.models.experts_function import Routing, watching_routing
+from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
 from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.slots import Slots
+
+Change = Callable[[Tensor, Tensor], Tensor]
 
 
 class Interventions:
     """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
 
     probability_k: of each target without a shift [K], at least float32, on the model's device.
-    activation_ln: of each layer's neurons at the readout position, on the layer's device; points: where they are.
+    activation: of each site's neurons at the readout position, on the layer's device; points: where they are.
+    routing: the experts that the readout token used.
     """
 
     def __init__(self, model: LanguageModel, prompt: EncodedPrompt, basis: str, shared: Sequence[int] = ()) -> None:
@@ -47,55 +56,66 @@ class Interventions:
             ModelError: the model fails its self-check, or does to its logits what no difference passes through.
         """
         self._who = named(prompt, model)
-        self.points = model.feed_forward.hook_points(basis)
+        self._feed_forward = model.feed_forward
+        self.points: dict[Site, Point] = model.feed_forward.sites(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
         self._target_ids = list(prompt.target_ids)
         checked = model.ensure_checked().check
-        self._supports_late_expansion, self._starts_at_layers = (
-            checked.supports_late_expansion,
-            checked.starts_at_layers,
-        )
+        self._late_expansion, self._starts_at_layers = checked.late_expansion, checked.starts_at_layers
         self.device = model.device
         with self.naming_memory("its tokens do"):
             self.rows: Rows = model.rows([prompt.ids], shared)
-        captured: dict[int, Tensor] = {}
+        captured: dict[Site, Tensor] = {}
 
         with torch.no_grad(), self.naming_memory("its tokens do"), ExitStack() as stack:
             self._inputs, self._output_structures = stack.enter_context(keep_inputs(self._layers))
-            stack.enter_context(hooks(dict(enumerate(self.points)), lambda i, x: captured.update({i: x})))
+            stack.enter_context(hooks(self.points, lambda site, x: captured.update({site: x})))
+            routing = stack.enter_context(watching_routing())
             head_rv = stack.enter_context(self._readout.watching())
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
         self._baseline = self._readout.baseline(head_rv[0][0], logits_rv[0], self._who)
         self.probability_k = self._baseline.p_v[self._target_ids].to(self.device)
-        self.activation_ln = [point.neurons(flat(captured[i])[place])[0] for i, point in enumerate(self.points)]
+        self.activation = {site: point.neurons(flat(captured[site])[place])[0] for site, point in self.points.items()}
+        (self.routing,) = routing_of_rows(self._feed_forward, routing, place)
+
+    def sites(self, layers: Sequence[int]) -> list[Site]:
+        """Those of some layers."""
+        wanted = set(layers)
+        return [site for site in self.points if site.layer in wanted]
+
+    def slots(self, sites: Sequence[Site]) -> Slots:
+        """The neurons at some sites that act on the prompt, in the order in which their values stand."""
+        return slots_of(self._feed_forward, self.routing, sites)
 
     def neurgrad(self, layers: Sequence[int], budget: Budget) -> Tensor:
-        """NeurGrad [K, L, N] of the layers' neurons, over the same prefix; probability per unit of |activation|.
+        """NeurGrad [K, M] of the layers' neurons, over the same prefix; probability per unit of |activation|.
+
+        M is that of `slots(sites(layers))`.
 
         Raises:
             NonFiniteError: NaN or infinity in a gradient.
             DoesNotFit: one target's gradients do not fit.
         """
-        points = {layer: self.points[layer] for layer in layers}
+        points = {site: self.points[site] for site in self.sites(layers)}
 
         def run(part: range) -> Tensor:
             found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
             signed = [
                 signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
-                for slope_kn, activation_kn in zip(found.gradient_lrn, found.activation_lrn, strict=True)
+                for slope_kn, activation_kn in zip(found.gradient_srn, found.activation_srn, strict=True)
             ]
-            return torch.stack(signed, 1)
+            return torch.cat(signed, 1)
 
         sizes, shares = self.rows.sizes, self.rows.targets_share_rows
         own, beside = (sizes.slopes, sizes.graph) if shares else (sizes.graph + sizes.slopes, 0)
         with self.naming_memory("the gradients of one of its targets do"):
             parts = [found for _, found in in_parts([own] * len(self._target_ids), run, budget, beside)]
-        neurgrad_kln = torch.cat(parts) * self.probability_k[:, None, None]
-        if not neurgrad_kln.isfinite().all():
+        neurgrad_km = torch.cat(parts) * self.probability_k[:, None]
+        if not neurgrad_km.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
-        return neurgrad_kln
+        return neurgrad_km
 
     @contextmanager
     def naming_memory(self, what: str) -> Iterator[None]:
@@ -113,47 +133,55 @@ class Interventions:
                 f"{self._who}: {what} not fit into the memory of {self.device}: use a larger device or a shorter prompt"
             ) from without_frames(error)
 
-    def delta_log_p(self, layer: int, neurons_i: Tensor, shifts_i: Tensor, budget: Budget) -> Tensor:
-        """Δ log p of every target [I, K] when neuron `neurons_i[i]` of a layer is moved by `shifts_i[i]`.
+    def delta_log_p(
+        self, site: Site, neurons_i: Tensor, shifts_i: Tensor, budget: Budget
+    ) -> tuple[Tensor, Tensor | None]:
+        """Δ log p of every target [I, K] when neuron `neurons_i[i]` of a site is moved by `shifts_i[i]`.
 
-        `shifts_i` are added to the activation as they are; signs are the caller's business. Batches are filled evenly.
+        Beside it, whether a layer above chose other experts [I]; None of a model without experts. Neurons are counted
+        from the site's first. `shifts_i` are added to the activation as they are; signs are the caller's business.
+        Batches are filled evenly.
 
         Raises:
             DoesNotFit: one intervention beside the baseline row does not fit.
             NonFiniteError: NaN or infinity after an intervention.
         """
 
-        def run(part: range) -> Tensor:
+        def run(part: range) -> tuple[Tensor, Tensor | None]:
             own = slice(part.start, part.stop)
-            return self._run(layer, neurons_i[own], shifts_i[own])
+            return self._run(site, neurons_i[own], shifts_i[own])
 
         size = self.rows.sizes.run
         with self.naming_memory("one intervention does"):
             # Beside the baseline row.
-            return torch.cat([found for _, found in in_parts([size] * len(shifts_i), run, budget, size)])
+            parts = [found for _, found in in_parts([size] * len(shifts_i), run, budget, size)]
+        changed = [own for _, own in parts if own is not None]
+        return torch.cat([found for found, _ in parts]), torch.cat(changed) if changed else None
 
-    def run_from(self, layer: int, n_rows: int, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Logits [R, V] of rows that begin at a layer, with what `change` makes of the tensor that holds its neurons.
+    def run_from(self, layer: int, n_rows: int, changes: Mapping[Site, Change]) -> Tensor:
+        """Logits [R, V] of rows that begin at a layer, with what `changes` make of the tensors of some of its sites.
 
-        `change` is given a copy of that tensor for all rows as [tokens, F], which it may write to, and where in it each
+        Each is given a copy of that tensor for all rows as [tokens, F], which it may write to, and where in it each
         row's readout position is [R].
         """
         position_r = self.rows.positions([n_rows])
+        # Several sites grow rows in one layer only where it has one.
+        is_late = len(changes) == 1 and self._late_expansion.issuperset(changes)
 
-        def change_copy(_layer: int, x: Tensor) -> Tensor:
-            copied = (self.rows.expand_rows(x, n_rows) if self._supports_late_expansion else x).clone()
-            return change(flat(copied), position_r.to(x.device)).view_as(copied)
+        def change_copy(site: Site, x: Tensor) -> Tensor:
+            copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
+            return changes[site](flat(copied), position_r.to(x.device)).view_as(copied)
 
         # Where layers hand each other more than their outputs, all of them run for every row.
         first = layer if self._starts_at_layers else 0
         stored = self._inputs[first]
-        if not self._supports_late_expansion:
+        if not is_late:
             stored = self.rows.expand_rows(stored, n_rows)
         with (
             start_at_layer(self._layers, first, stored, self._output_structures),
-            hooks({layer: self.points[layer]}, change_copy),
+            hooks({site: self.points[site] for site in changes}, change_copy),
         ):
-            return self.rows.run([1 if self._supports_late_expansion else n_rows])
+            return self.rows.run([1 if is_late else n_rows])
 
     @torch.no_grad()
     def run_baseline(self, layer: int, n_rows: int) -> None:
@@ -163,14 +191,28 @@ class Interventions:
             self.rows.run([n_rows])
 
     @torch.no_grad()
-    def _run(self, layer: int, neurons_r: Tensor, shifts_r: Tensor) -> Tensor:
+    def _run(self, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> tuple[Tensor, Tensor | None]:
         n_rows = len(shifts_r) + 1
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
             place = (position_r[1:], neurons_r.to(x_tf.device))
-            self.points[layer].neurons(x_tf)[place] += shifts_r.to(x_tf.device, x_tf.dtype)
+            self.points[site].neurons(x_tf)[place] += shifts_r.to(x_tf.device, x_tf.dtype)
             return x_tf
 
-        with self._readout.differences([n_rows]) as head_rv:
-            self.run_from(layer, n_rows, shift)
-        return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
+        with self._readout.differences([n_rows]) as head_rv, watching_routing() as routing:
+            self.run_from(site.layer, n_rows, {site: shift})
+        found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
+        return found, self._routing_changed(site.layer, routing, n_rows)
+
+    def _routing_changed(self, layer: int, routing: Mapping[nn.Module, Routing], n_rows: int) -> Tensor | None:
+        """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1]."""
+        if not self._feed_forward.has_experts:
+            return None
+        position_r = self.rows.positions([n_rows])
+        changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=self.device)
+        for experts in self._feed_forward.experts[layer + 1 :]:
+            if experts is not None:
+                chosen = routing[experts.module].expert_tk
+                chosen_rk = chosen[position_r.to(chosen.device)]
+                changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(self.device)
+        return changed

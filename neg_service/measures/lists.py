@@ -19,7 +19,8 @@ import pyarrow as pa
 from neg_service.contents import csv_of, json_lines, parquet_batches, parquet_of
 from neg_service.errors import ConfigurationError, one_line, shortened
 from neg_service.inputs import parts_of_input, suffix_of
-from neg_service.neurons import NO_EXPERT, Neurons, NeuronSet
+from neg_service.layer_neurons import NO_EXPERT
+from neg_service.neurons import Neurons, NeuronSet
 from neg_service.places import absolute, without_credentials
 from neg_service.storage.parts import damage_of
 

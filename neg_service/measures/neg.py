@@ -6,30 +6,38 @@ The shift moves the neuron's magnitude, a -> a + δ·sgn(a) with sgn(0) = +1: a 
 
 Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053).
 
-Axes: n neurons asked for, S shifts, K targets, L layers, N neurons of a layer.
+Where a layer has experts, its neurons exist for a prompt whose readout token the router gave to their expert; others do
+nothing, so that their NEG is 0. A shift may have layers above choose other experts: `routing_changed` says for which
+share of a neuron's shifts, and a coarse grid, whose interpolation would not see where the curve breaks, is then run in
+full.
+
+Axes: n neurons asked for, S shifts, K targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.config import check_batch_bytes
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
+from neg_service.layer_neurons import ALWAYS_ON, LayerNeurons
 from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import checked_neurons
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import Linearity, linearity
-from neg_service.measures.shifts import Doubles, Sweep, check_shift, chosen_grid
+from neg_service.measures.shifts import Doubles, Grid, Sweep, check_shift, chosen_grid, given_grid
 from neg_service.models.batches import Budget
+from neg_service.models.feed_forward import Site
 from neg_service.models.language_model import LanguageModel
-from neg_service.neurons import Ints, NeuronSet
+from neg_service.neurons import Ints, Neurons, NeuronSet
 from neg_service.prompts.prompt import Prompt, check_prompts
 from neg_service.prompts.tokens import encode
 
@@ -38,9 +46,11 @@ from neg_service.prompts.tokens import encode
 class NegResult:
     """NEG of neurons for one target of one prompt.
 
-    neurons: [n, 2] layer and index, as they were asked for. shifts: [S] activation units.
-    delta_p: [n, S] probability.
+    neurons: [n, 2] layer and index, as they were asked for; of a model with experts [n, 3], with the expert behind, -1
+    of an MLP that every token uses. shifts: [S] activation units. delta_p: [n, S] probability.
     neg, r, r2: [n]. activation: [n] at the readout position. probability: without a shift, 0..1.
+    is_routed: [n], whether the readout token used the neuron's expert. routing_changed: [n], the share of its shifts
+    for which a layer above chose other experts, 0..1.
     """
 
     neurons: Ints
@@ -51,6 +61,8 @@ class NegResult:
     r2: Doubles
     activation: Doubles
     probability: float
+    is_routed: NDArray[np.bool_]
+    routing_changed: Doubles
 
 
 @told_by_parameters(model__source="model", dataset__source="prompt", neurons__list="neurons")
@@ -71,8 +83,9 @@ def neg(
         model: from `load_model`.
         prompt: a text.
         target: what follows it verbatim; one token there.
-        neurons: (layer, index) pairs or (layer, expert, index) triples, or `all`, which takes as many milliseconds as
-            neurons times shifts, and more.
+        neurons: (layer, index) pairs, or (layer, index, expert) triples where a layer has experts, -1 for its MLP that
+            is always on; or `all` that act on the prompt, which takes as many milliseconds as neurons times shifts,
+            and more.
         shifts: the grid; +-0.1, +-0.2, ... +-2.0 if not given.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         shift: `magnitude` or `signed`.
@@ -92,17 +105,22 @@ def neg(
     check_prompts(asked)
     check_shift(shift)
     sweep = Sweep(chosen_grid(grid, shifts), basis, shift)
-    chosen, place_n = _asked_neurons(neurons, model.feed_forward.neurons_by_layer)
+    asked_rows = _asked_rows(neurons, model.feed_forward.layer_neurons)
     (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model)
     model.ensure_checked()
     if batch_bytes is not None:
         check_batch_bytes("batch_bytes", batch_bytes, 2 * 4 * model.row_values)
     budget = budget_of(model, batch_bytes)
     interventions = Interventions(model, encoded, basis)
+    if asked_rows is None:
+        slots = interventions.slots(list(interventions.points))
+        asked_rows = slots.rows_at(np.arange(slots.m))
+    chosen, place_n = NeuronSet.distinct(asked_rows)
     found = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True)
     assert found.delta_p_nsk is not None
+    names_n3 = np.stack([chosen.layer, chosen.neuron, np.maximum(chosen.expert, ALWAYS_ON)], 1)
     return NegResult(
-        neurons=np.stack([chosen.layer, chosen.neuron], 1)[place_n],
+        neurons=(names_n3 if model.feed_forward.has_experts else names_n3[:, :2])[place_n],
         shifts=sweep.grid.shifts,
         delta_p=found.delta_p_nsk[..., 0].cpu().numpy()[place_n],
         neg=found.linearity_nk.neg[:, 0].cpu().numpy()[place_n],
@@ -110,6 +128,8 @@ def neg(
         r2=found.linearity_nk.r2[:, 0].cpu().numpy()[place_n],
         activation=found.activation_n.cpu().numpy()[place_n],
         probability=float(interventions.probability_k[0]),
+        is_routed=found.is_routed_n[place_n],
+        routing_changed=found.routing_changed_n.cpu().numpy()[place_n],
     )
 
 
@@ -117,12 +137,14 @@ def neg(
 class SweepResult:
     """What a sweep of one prompt found, float64 on the model's device, in the order of the set.
 
-    delta_p_nsk: the curves, None where they were not to be kept.
+    delta_p_nsk: the curves, None where they were not to be kept. is_routed_n, routing_changed_n: see `NegResult`.
     """
 
     linearity_nk: Linearity
     activation_n: Tensor
     delta_p_nsk: Tensor | None
+    is_routed_n: NDArray[np.bool_]
+    routing_changed_n: Tensor
 
 
 def sweep_prompt(
@@ -133,56 +155,96 @@ def sweep_prompt(
     keep_curves: bool,
     on_done: Callable[[int], None] = lambda n: None,
 ) -> SweepResult:
-    """Sweep neurons for all targets, layer by layer; curves never leave the device.
+    """Sweep neurons for all targets, site by site; curves never leave the device.
 
-    `on_done` is told how many neurons each layer brought.
+    `on_done` is told how many neurons each site brought.
 
     Raises:
         DoesNotFit: one intervention does not fit.
         NonFiniteError: NaN or infinity after an intervention.
     """
     device, probability_k = interventions.device, interventions.probability_k.double()
-    evaluated: list[Linearity] = []
-    kept: list[Tensor] = []
-    activations: list[Tensor] = []
-    for layer in neurons.layers:
-        own_n = torch.from_numpy(neurons.of_layer(layer)).to(device)
-        log_p_nsk = curves(interventions, layer, own_n, sweep, budget).to(device)
-        delta_p_nsk = probability_k * log_p_nsk.double().expm1()
-        evaluated.append(linearity(sweep.grid, delta_p_nsk.mT))
-        activations.append(interventions.activation_ln[layer].to(device)[own_n].double())
-        if keep_curves:
-            kept.append(delta_p_nsk)
-        on_done(len(own_n))
-    return SweepResult(
-        linearity_nk=Linearity(
-            neg=torch.cat([own.neg for own in evaluated]),
-            r=torch.cat([own.r for own in evaluated]),
-            r2=torch.cat([own.r2 for own in evaluated]),
-            max_abs_delta_p=torch.cat([own.max_abs_delta_p for own in evaluated]),
-        ),
-        activation_n=torch.cat(activations),
-        delta_p_nsk=torch.cat(kept) if keep_curves else None,
-    )
+    sites = interventions.sites(neurons.layers)
+    place_n = interventions.slots(sites).places_of(neurons)
+    n, k, s = len(neurons), len(probability_k), len(sweep.grid.shifts)
+    # Neurons of experts that were not chosen keep their zeros.
+    values = {name: torch.zeros(n, k, dtype=torch.float64, device=device) for name in _VALUES}
+    activation_n, changed_n = (torch.zeros(n, dtype=torch.float64, device=device) for _ in range(2))
+    delta_p_nsk = torch.zeros(n, s, k, dtype=torch.float64, device=device) if keep_curves else None
+    start = 0
+    for site in sites:
+        activation_m = interventions.activation[site]
+        stop = start + len(activation_m)
+        of_set = np.flatnonzero((place_n >= start) & (place_n < stop))
+        if len(of_set):
+            own_n = torch.from_numpy(place_n[of_set] - start).to(device)
+            found = swept(interventions, site, own_n, sweep, budget)
+            of_set_n = torch.from_numpy(of_set).to(device)
+            for name, own_nk in values.items():
+                own_nk[of_set_n] = getattr(found.linearity_nk, name)
+            activation_n[of_set_n] = activation_m.to(device)[own_n].double()
+            changed_n[of_set_n] = found.routing_changed_n
+            if delta_p_nsk is not None:
+                delta_p_nsk[of_set_n] = found.delta_p_nsk
+            on_done(len(of_set))
+        start = stop
+    return SweepResult(Linearity(**values), activation_n, delta_p_nsk, place_n >= 0, changed_n)
 
 
-def curves(interventions: Interventions, layer: int, neurons_n: Tensor, sweep: Sweep, budget: Budget) -> Tensor:
-    """Δ log p [n, S, K] of neurons of one layer; batches are filled across neurons."""
-    activations = interventions.activation_ln[layer]
+_VALUES = tuple(own.name for own in fields(Linearity))
+
+
+@dataclass(frozen=True)
+class SweptSite:
+    """Of neurons of one site: what their curves say, their curves, and for which share of shifts routing changed."""
+
+    linearity_nk: Linearity
+    delta_p_nsk: Tensor
+    routing_changed_n: Tensor
+
+
+def swept(interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget) -> SweptSite:
+    """Sweep neurons of one site; a curve that an interpolation cannot be trusted with is run in full."""
+    device, probability_k = interventions.device, interventions.probability_k.double()
+
+    def run(grid: Grid, own_n: Tensor) -> tuple[Tensor, Tensor]:
+        log_p_nsk, changed_ns = curves(interventions, site, own_n, replace(sweep, grid=grid), budget)
+        if changed_ns is None:
+            changed_ns = torch.zeros(log_p_nsk.shape[:2], dtype=torch.bool)
+        return probability_k * log_p_nsk.to(device).double().expm1(), changed_ns.to(device).double().mean(1)
+
+    delta_p_nsk, changed_n = run(sweep.grid, neurons_n)
+    found = linearity(sweep.grid, delta_p_nsk.mT)
+    again = changed_n.nonzero()[:, 0]
+    if sweep.grid.interpolation is not None and len(again):
+        full = given_grid(sweep.grid.evaluated)
+        curve_nsk, changed_n[again] = run(full, neurons_n[again])
+        in_full = linearity(full, curve_nsk.mT)
+        for name in _VALUES:
+            getattr(found, name)[again] = getattr(in_full, name)
+    return SweptSite(found, delta_p_nsk, changed_n)
+
+
+def curves(
+    interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget
+) -> tuple[Tensor, Tensor | None]:
+    """Δ log p [n, S, K] of neurons of one site, and where routing changed [n, S]; batches are filled across neurons."""
+    activations = interventions.activation[site]
     activation_n = activations[neurons_n.to(activations.device)]
     shifts_s = torch.from_numpy(sweep.grid.shifts).to(activations.device)
     moved_ns = shifts_s.expand(len(neurons_n), -1)
     if sweep.shift == "magnitude":
         moved_ns = signed_by(activation_n[:, None], moved_ns)
-    delta_ik = interventions.delta_log_p(layer, neurons_n.repeat_interleave(len(shifts_s)), moved_ns.flatten(), budget)
-    return delta_ik.view(len(neurons_n), len(shifts_s), -1)
+    numbers_i = neurons_n.repeat_interleave(len(shifts_s))
+    delta_ik, changed_i = interventions.delta_log_p(site, numbers_i, moved_ns.flatten(), budget)
+    n, s = moved_ns.shape
+    return delta_ik.view(n, s, -1), None if changed_i is None else changed_i.view(n, s)
 
 
-def _asked_neurons(neurons: Any, neurons_by_layer: Sequence[int]) -> tuple[NeuronSet, Ints]:
-    """The neurons, and the place among them of each that was asked for."""
+def _asked_rows(neurons: Any, layer_neurons: Sequence[LayerNeurons]) -> Neurons | None:
+    """The neurons that were asked for as rows (layer, expert, neuron); None for all."""
     if not isinstance(neurons, str):
-        return NeuronSet.distinct(checked_neurons(neurons, neurons_by_layer))
+        return checked_neurons(neurons, layer_neurons)
     if neurons != "all":
         raise ConfigurationError(setting="neurons", value=repr(neurons), allowed="'all' or a list of (layer, index)")
-    found = NeuronSet.all_of(range(len(neurons_by_layer)), neurons_by_layer)
-    return found, np.arange(len(found))
+    return None

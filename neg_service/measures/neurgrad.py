@@ -22,11 +22,15 @@ from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError, told_by_parameters
+from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.measures.batching import budget_of
 from neg_service.measures.gradients import Floats, gradients
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
 from neg_service.prompts.tokens import encode
+from neg_service.slots import Slots
+
+_NO_SLOT = -2
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class NeurGradResult:
     activation: [P, L, N] float32, at each prompt's last token.
     n_targets: [P], how many of the K are real.
     layers: the layer numbers along L.
+
+    Of a model with experts N is F, the slots of a token: the neurons of its chosen experts, these in ascending order,
+    then those of the layer's MLP that is always on. What they are say expert: [P, L, F], -1 of an always-on MLP, and
+    neuron: [P, L, F], its number there; both are -2, and values NaN, where a layer has fewer slots. Of models without
+    experts both are None.
     """
 
     probability: Floats
@@ -45,6 +54,8 @@ class NeurGradResult:
     activation: Floats
     n_targets: NDArray[np.int64]
     layers: tuple[int, ...]
+    expert: NDArray[np.int64] | None = None
+    neuron: NDArray[np.int64] | None = None
 
 
 @told_by_parameters(model__source="model", dataset__source="prompts")
@@ -86,19 +97,54 @@ def neurgrad(
     budget = budget_of(model, batch_bytes, batch_tokens)
     wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]
 
-    p, k, n = len(encoded), max(map(len, wanted)), model.feed_forward.n_neurons
+    p, k, slots = len(encoded), max(map(len, wanted)), slots_by_layer(model, p=len(encoded), layers=chosen)
     result = NeurGradResult(
         probability=np.full((p, k), np.nan, np.float32),
-        neurgrad=np.full((p, k, len(chosen), n), np.nan, np.float32),
-        activation=np.empty((p, len(chosen), n), np.float32),
+        neurgrad=np.full((p, k, len(chosen), slots.n), np.nan, np.float32),
+        activation=np.full((p, len(chosen), slots.n), np.nan, np.float32),
         n_targets=np.array([len(own) for own in wanted]),
         layers=tuple(chosen),
+        expert=slots.expert,
+        neuron=slots.neuron,
     )
     for index, found in gradients(model, encoded, wanted, basis, chosen, budget):
+        place = slots.places(index, found.slots)
         result.probability[index, : len(found.targets)] = found.probability_k
-        result.neurgrad[index, : len(found.targets)] = found.neurgrad_kln
-        result.activation[index] = found.activation_ln
+        result.neurgrad[index, : len(found.targets), *place] = found.neurgrad_km
+        result.activation[index, *place] = found.activation_m
     return result
+
+
+@dataclass(frozen=True)
+class SlotsByLayer:
+    """Arrays by prompt, layer and slot; see `NeurGradResult`.
+
+    n: slots of a layer, the most of the layers. expert, neuron: [P, L, n], which are filled prompt by prompt.
+    """
+
+    layers: tuple[int, ...]
+    n: int
+    expert: NDArray[np.int64] | None
+    neuron: NDArray[np.int64] | None
+
+    def places(self, index: int, slots: Slots) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where a prompt's neurons go along the axes of layers and slots, noting which these are."""
+        place = slots.grid(self.layers)
+        if self.expert is not None and self.neuron is not None:
+            _, expert_m, neuron_m = slots.rows_at(np.arange(slots.m)).T
+            # The only MLP of a layer is always on as well.
+            self.expert[index, *place] = np.maximum(expert_m, ALWAYS_ON)
+            self.neuron[index, *place] = neuron_m
+        return place
+
+
+def slots_by_layer(model: LanguageModel, p: int, layers: Sequence[int]) -> SlotsByLayer:
+    """Arrays for `p` prompts and some layers of a model."""
+    n = max(model.feed_forward.layer_neurons[layer].n_slots for layer in layers)
+    if not model.feed_forward.has_experts:
+        return SlotsByLayer(tuple(layers), n, None, None)
+    expert, neuron = (np.full((p, len(layers), n), _NO_SLOT, np.int64) for _ in range(2))
+    return SlotsByLayer(tuple(layers), n, expert, neuron)
 
 
 def encoded_texts(

@@ -76,19 +76,24 @@ def measure_noise(
     """
     own_dtype = model.dtype
     reference = torch.float64 if own_dtype in (torch.float32, torch.float64) else torch.float32
-    few = _few(neurons)
+    n_neurons = 0
     errors: list[Tensor] = []
     relative: list[Tensor] = []
     own_negs: list[Tensor] = []
     true_negs: list[Tensor] = []
     for place, prompt in enumerate(prompts):
         try:
-            own_nsk, _ = _delta_log_p(model, prompt, few, sweep, own_dtype, budget)
-            true_nsk, p_k = _delta_log_p(model, prompt, few, sweep, reference, budget)
+            few = _few_that_act(model, prompt, neurons, sweep.basis)
+            own_nsk, _, own_acts_n = _delta_log_p(model, prompt, few, sweep, own_dtype, budget)
+            true_nsk, p_k, true_acts_n = _delta_log_p(model, prompt, few, sweep, reference, budget)
         except (NonFiniteError, OutOfMemory):
             if errors or place + 1 < len(prompts):
                 continue
             raise
+        # In low precision rounding may have other experts chosen; what exists in one alone compares with nothing.
+        acts_n = own_acts_n & true_acts_n
+        own_nsk, true_nsk = own_nsk[acts_n], true_nsk[acts_n]
+        n_neurons = max(n_neurons, len(own_nsk))
         errors.append((own_nsk - true_nsk).flatten())
         # In units of p, so that prompts and targets compare.
         own_nk, true_nk = (linearity(sweep.grid, (p_k * x.expm1()).mT).neg / p_k for x in (own_nsk, true_nsk))
@@ -103,7 +108,7 @@ def measure_noise(
     return Noise(
         dtype=_name(own_dtype),
         reference=_name(reference),
-        n_neurons=len(few),
+        n_neurons=n_neurons,
         n_prompts=len(errors),
         sigma=sigma,
         neg_error=neg_error if math.isfinite(neg_error) else None,
@@ -114,16 +119,36 @@ def measure_noise(
 
 def _delta_log_p(
     model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, sweep: Sweep, dtype: torch.dtype, budget: Budget
-) -> tuple[Tensor, Tensor]:
-    """Δ log p [n, S, K] and p [K], in float64 on the CPU, with the model computing in `dtype`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Δ log p [n, S, K], p [K] and whether neurons act on the prompt [n], in float64 on the CPU.
+
+    The model computes in `dtype`.
+    """
     layers = model.feed_forward.layers
     with nullcontext() if dtype == model.dtype else in_precision(model.model, layers, dtype):
         interventions = Interventions(model, prompt, sweep.basis)
-        found = []
-        for layer in neurons.layers:
-            own_n = torch.from_numpy(neurons.of_layer(layer))
-            found.append(curves(interventions, layer, own_n, sweep, budget).cpu().double())
-        return torch.cat(found), interventions.probability_k.double().cpu()
+        sites = interventions.sites(neurons.layers)
+        place_n, p_k = interventions.slots(sites).places_of(neurons), interventions.probability_k.double().cpu()
+        found_nsk = torch.zeros(len(neurons), len(sweep.grid.shifts), len(p_k), dtype=torch.float64)
+        start = 0
+        for site in sites:
+            stop = start + len(interventions.activation[site])
+            of_set = np.flatnonzero((place_n >= start) & (place_n < stop))
+            if len(of_set):
+                own_n = torch.from_numpy(place_n[of_set] - start)
+                found_nsk[of_set] = curves(interventions, site, own_n, sweep, budget)[0].cpu().double()
+            start = stop
+        return found_nsk, p_k, torch.from_numpy(place_n >= 0)
+
+
+def _few_that_act(model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, basis: str) -> NeuronSet:
+    """A few of the neurons whose experts the prompt's readout token uses; of all such in their layers if none does."""
+    if not model.feed_forward.has_experts:
+        return _few(neurons)
+    interventions = Interventions(model, prompt, basis)
+    slots = interventions.slots(interventions.sites(neurons.layers))
+    acting = neurons.take(np.flatnonzero(slots.places_of(neurons) >= 0))
+    return _few(acting if len(acting) else NeuronSet.distinct(slots.rows_at(np.arange(slots.m)))[0])
 
 
 def _few(neurons: NeuronSet) -> NeuronSet:

@@ -4,7 +4,7 @@ For each prompt: the prefix runs once, then NeurGrad of all chosen layers over i
 the strongest are asked for), then every (neuron, shift); all targets share these passes. Curves and what is made of
 them stay on the device; a row for each target and neuron leaves it. What is measured: `neg.py` and `linearity.py`.
 
-Axes: n chosen neurons, K targets, S shifts, L layers, N neurons of a layer.
+Axes: n chosen neurons, K targets, S shifts, M neurons that act on a prompt.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service import schema
+from neg_service.config import NeuronsConfig
 from neg_service.measures.base import ShardInput
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
 from neg_service.measures.gradients import signed_by
@@ -28,9 +29,10 @@ from neg_service.measures.interventions import Interventions
 from neg_service.measures.neg import SweepResult, sweep_prompt
 from neg_service.measures.noise import resolution
 from neg_service.measures.shifts import Sweep
-from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of
+from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.slots import Slots
 
 log = logging.getLogger(__name__)
 
@@ -45,25 +47,41 @@ def sweep_rows(
     sigma: standard deviation of the error of Δ log p, see `noise.py`.
     """
     model, neurons = shard.model, shard.neurons
-    layers = layers_of(neurons, model.feed_forward.n_layers)
-    chosen = None if neurons.choose == "top" else chosen_neurons(neurons, model.feed_forward.neurons_by_layer)
+    sizes = model.feed_forward
+    layers = layers_of(neurons, sizes.n_layers)
+    # All that act on a prompt depend on it where there are experts.
+    is_of_prompt = neurons.choose == "top" or (neurons.choose == "all" and sizes.has_experts)
+    chosen = None if is_of_prompt else chosen_neurons(neurons, sizes.layer_neurons)
     for group in model.groups([prompt.ids for prompt in shard.prompts]):
         for index in group.members:
             prompt = shard.prompts[index]
             interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
-            neurgrad_kln = interventions.neurgrad(layers, shard.budget)
-            own = chosen
-            if own is None:
-                own = strongest_neurons(layers, neurgrad_kln.abs().amax(0).cpu().numpy(), neurons.count)
+            neurgrad_km = interventions.neurgrad(layers, shard.budget)
+            slots = interventions.slots(interventions.sites(layers))
+            own = _of_prompt(neurons, slots, neurgrad_km) if chosen is None else chosen
+            place_n = slots.places_of(own)
+            if neurons.choose == "sample":
+                # Of a list each is told, also where a prompt does not use its expert.
+                own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, progress.add)
-            neurgrad_kn = neurgrad_kln[:, np.searchsorted(layers, own.layer), own.neuron]
+            is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
+            neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
-            table = _table(prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma, model.dtype)
-            yield index, {"prompts": prompt_row(prompt, probability_k), "sweep": table}
+            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma)
+            of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
+            yield index, {**of_prompt, "sweep": table}
+
+
+def _of_prompt(neurons: NeuronsConfig, slots: Slots, neurgrad_km: Tensor) -> NeuronSet:
+    """All neurons that act on a prompt, or the strongest of them."""
+    if neurons.choose == "all":
+        return NeuronSet.distinct(slots.rows_at(np.arange(slots.m)))[0]
+    return strongest_neurons(slots, neurgrad_km.abs().amax(0).cpu().numpy(), neurons.count)
 
 
 def _table(
+    shard: ShardInput,
     prompt: EncodedPrompt,
     neurons: NeuronSet,
     found: SweepResult,
@@ -71,9 +89,9 @@ def _table(
     neurgrad_kn: Tensor,
     probability_k: Tensor,
     sigma: float,
-    dtype: torch.dtype,
 ) -> pa.Table:
     """Rows by target, then neuron."""
+    model = shard.model
     n, k = found.linearity_nk.neg.shape
     neg_kn = found.linearity_nk.neg.T
     gradient_kn = signed_by(found.activation_n, neurgrad_kn)
@@ -84,14 +102,14 @@ def _table(
     if found.delta_p_nsk is not None:
         curves["delta_p"] = fixed_size(found.delta_p_nsk.permute(2, 0, 1).float().cpu().numpy())
     return table_of(
-        schema.sweep(None if found.delta_p_nsk is None else len(sweep.grid.shifts)),
+        schema.sweep(None if found.delta_p_nsk is None else len(sweep.grid.shifts), model.feed_forward.has_experts),
         k * n,
         **key_columns(prompt, np.repeat(np.arange(k), n)),
-        layer=np.tile(neurons.layer, k),
+        **mlp_columns(np.tile(neurons.layer, k), np.tile(neurons.expert, k)),
         neuron=np.tile(neurons.neuron, k),
         basis=sweep.basis,
         shift=sweep.shift,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         probability=_column(probability_k[:, None].expand(k, n)),
         activation=_column(found.activation_n.expand(k, n)),
         neg=_column(neg_kn),
@@ -102,6 +120,8 @@ def _table(
         gradient=_column(gradient_kn),
         resolution=_column(resolution_kn),
         is_resolved=is_resolved,
+        is_routed=np.tile(found.is_routed_n, k),
+        routing_changed=_column(found.routing_changed_n.expand(k, n)),
         signs_agree=pa.array(_column(neg_kn.sign() == estimate_kn.sign()), mask=~is_resolved),
         **curves,
     )

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
+from neg_service.layer_neurons import NO_EXPERT
 from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.slots import Slots
+
+if TYPE_CHECKING:
+    from neg_service.measures.routing import PromptRouting
+
+
+def prompt_tables(
+    prompt: EncodedPrompt, probability_k: NDArray[np.float32], routing: PromptRouting, has_experts: bool
+) -> dict[str, pa.Table]:
+    """The tables that `schema.prompt_tables` says: the same for every measure."""
+    found = {"prompts": prompt_row(prompt, probability_k)}
+    return {**found, "routing": routing.table(prompt.prompt.id)} if has_experts else found
 
 
 def prompt_row(prompt: EncodedPrompt, probability_k: NDArray[np.float32]) -> pa.Table:
@@ -46,25 +59,39 @@ def target_layer_rows(
     table_schema: pa.Schema,
     prompt: EncodedPrompt,
     targets: Sequence[int],
-    layers: Sequence[int],
+    slots: Slots,
     basis: str,
     probability_k: NDArray[np.float32],
-    values_kln: NDArray[np.float32],
+    values_km: NDArray[np.float32],
 ) -> pa.Table:
-    """Rows by target, then layer, with a value of each neuron in the schema's last column.
+    """Rows by target, then layer and expert, with a value of each neuron in the schema's last column.
 
     `targets` are indices into the prompt's, along the first axis of the values; `probability_k` is of all its targets.
     """
-    repeats = len(layers)
+    k, repeats = len(targets), len(slots.size)
+    name = table_schema.names[-1]
     return table_of(
         table_schema,
-        len(targets) * repeats,
+        k * repeats,
         **key_columns(prompt, np.repeat(targets, repeats)),
-        layer=np.tile(layers, len(targets)),
+        **mlp_columns(np.tile(slots.layer, k), np.tile(slots.expert, k)),
         basis=basis,
         probability=np.repeat(probability_k[list(targets)], repeats),
-        **{table_schema.names[-1]: fixed_size(values_kln)},
+        **{name: lists(values_km, np.tile(slots.size, k), table_schema.field(name).type)},
     )
+
+
+def mlp_columns(layer_r: NDArray[Any], expert_r: NDArray[Any]) -> dict[str, Any]:
+    """The columns `layer` and `expert`, null of layers' only MLPs."""
+    return {"layer": layer_r, "expert": pa.array(expert_r, pa.int16(), mask=expert_r == NO_EXPERT)}
+
+
+def lists(values: NDArray[Any], size_r: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """Values one behind the other as lists, of `size_r[r]` each; of fixed size where the column is."""
+    flat = pa.array(values.ravel(), kind.value_type)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(size_r)]).astype(np.int32), flat)
 
 
 def table_of(table_schema: pa.Schema, n_rows: int, **columns: Any) -> pa.Table:

@@ -68,8 +68,21 @@ def context_length(model: PreTrainedModel) -> int | None:
     for part in (rope, *rope.values()):
         if isinstance(part, dict) and part.get("rope_type") == "longrope":
             limits.append(part.get("original_max_position_embeddings"))
+    # Up to here the temperature that Llama 4 takes by a token's number in its row is 1; see `steady_temperature`.
+    if getattr(config, "attn_temperature_tuning", None):
+        limits.append(int(config.floor_scale) - 1)
     for module_name, module in model.named_modules():
         # RoBERTa numbers positions from behind the one that stands for padding.
         if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((int(limit) for limit in limits if limit), default=None)
+
+
+def steady_temperature(model: PreTrainedModel) -> None:
+    """Switch off what scales attention by a token's number in its row: packed rows would have others' temperatures.
+
+    Within `context_length` it is 1 for every token.
+    """
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", None) and hasattr(module, "floor_scale"):
+            module.attn_temperature_tuning = False

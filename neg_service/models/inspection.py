@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
+from neg_service.layer_neurons import LayerNeurons, described_layers
 from neg_service.models.configuration import auto_class_of, is_masked_architecture, read_config, without_weights
 from neg_service.models.dimensions import context_length, kept_values, row_values, slope_values, vocabulary
 from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
@@ -26,6 +27,7 @@ class ModelInfo:
     identity: str
     architecture: str
     n_layers: int
+    # How many neurons act on a token in a layer, the most of all layers.
     n_neurons: int
     context_length: int | None
     n_parameters: int
@@ -38,11 +40,28 @@ class ModelInfo:
     n_output_ids: int | None = None
     # Values that a row of one token with a graph takes, with the slopes of one target.
     gradient_row_values: int = 0
+    # What neurons each layer has; left out, as many in each, without experts.
+    layer_neurons: tuple[LayerNeurons, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Where nothing else is said, all layers are equal."""
+        if not self.layer_neurons:
+            object.__setattr__(self, "layer_neurons", (LayerNeurons(self.n_neurons),) * self.n_layers)
 
     @property
     def neurons_by_layer(self) -> tuple[int, ...]:
-        """How many neurons each layer has; all have the same number, or the model is refused."""
-        return (self.n_neurons,) * self.n_layers
+        """How many neurons each layer has, of all its experts."""
+        return tuple(own.total for own in self.layer_neurons)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts."""
+        return any(own.n_experts for own in self.layer_neurons)
+
+    @property
+    def described_neurons(self) -> str:
+        """For a person: for example `30 layers of 1536 neurons`."""
+        return described_layers(self.layer_neurons)
 
 
 def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_files: bool = False) -> ModelInfo:
@@ -72,12 +91,13 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         n_neurons=found.n_neurons,
         context_length=context_length(model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        is_gated=found.layout.is_gated,
+        is_gated=found.is_gated,
         is_masked=is_masked_architecture(type(model).__name__),
         row_values=row_values(model.config, found.n_neurons),
-        gradient_row_values=sum(kept_values(*sizes, found.layout.is_gated)) + slope_values(*sizes),
+        gradient_row_values=sum(kept_values(*sizes, found.is_gated)) + slope_values(*sizes),
         n_input_ids=n_input_ids,
         n_output_ids=n_output_ids,
+        layer_neurons=found.layer_neurons,
     )
 
 

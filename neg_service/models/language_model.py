@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from neg_service.models.batches import Group
 from neg_service.models.configuration import is_masked_architecture
-from neg_service.models.dimensions import context_length, row_values, vocabulary
+from neg_service.models.dimensions import context_length, row_values, steady_temperature, vocabulary
 from neg_service.models.engines.base import Engine, LoadedModel, Rows
 from neg_service.models.engines.select import Selection, select_engine
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
@@ -38,6 +38,7 @@ class LanguageModel:
         """
         require_measurable(model)
         self.model = model.eval().requires_grad_(False)
+        steady_temperature(model)
         self.tokenizer = tokenizer
         self.name = name
         self.identity = identity

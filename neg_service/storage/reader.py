@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service.errors import ConfigurationError, StorageError, one_line
 from neg_service.former_names import COLUMNS, FAILED_FOLDER, MEASURES, current_about, current_config
-from neg_service.neurons import NeuronSet
+from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerNeurons
+from neg_service.neurons import NeuronSet, require_existing
 from neg_service.places import name_of
 from neg_service.schema import SCHEMA_VERSION, Table, under_present_names
 from neg_service.storage.neurons import read_neurons
@@ -179,7 +181,8 @@ class Run:
         of_layer = pc.field("layer") == layer
         # Tables that were written before there were experts have no such column.
         if "expert" in self.schemas[name].names:
-            of_layer &= pc.field("expert").is_null() if expert is None else pc.field("expert") == expert
+            is_only = expert is None or (expert == ALWAYS_ON and not self._has_experts(layer))
+            of_layer &= pc.field("expert").is_null() if is_only else pc.field("expert") == expert
         if self.described[name].is_by_neuron:
             return self.table(name, filter=of_layer & (pc.field("neuron") == index), at=at).to_table()
         chosen: dict[str, pc.Expression] = {}
@@ -191,13 +194,21 @@ class Run:
             chosen[column.name] = pc.list_element(own, index) if is_by_neuron else own
         return self.table(name, at=at).to_table(columns=chosen, filter=of_layer)
 
+    def _has_experts(self, layer: int) -> bool:
+        layers = self.about.get("model", {}).get("layer_neurons")
+        return layers is not None and LayerNeurons(*layers[layer]).n_experts > 0
+
     def _require_neuron(self, layer: int, index: int, expert: int | None, table: str) -> None:
         measured = self.config.get("neurons", {}).get("layers")
         if measured is not None and layer not in measured:
             raise ConfigurationError(f"{self.uri} has no layer {layer}; it has {', '.join(map(str, measured))}")
         model = self.about.get("model", {})
+        if (layers := model.get("layer_neurons")) is not None:
+            row = np.array([[layer, NO_EXPERT if expert is None else expert, index]])
+            require_existing(row, [LayerNeurons(*own) for own in layers], self.uri)
+            return
         if expert is not None and ("expert" not in self.schemas[table].names or model.get("experts_a_layer") == 0):
-            raise ConfigurationError(f"{self.uri} has no neuron {(layer, expert, index)}; layer {layer} has no experts")
+            raise ConfigurationError(f"{self.uri} has no neuron {(layer, index, expert)}; layer {layer} has no experts")
         count = model.get("neurons_a_layer")
         if index < 0 or (count is not None and index >= count):
             raise ConfigurationError(f"{self.uri} has no neuron {index}; a layer has {count}, from 0")

@@ -4,7 +4,9 @@ A neuron's importance on a prompt is its largest |NeurGrad| over the prompt's ta
 prompts, so a data set of any size leaves a few numbers for each neuron and shard; `total` adds up the shards. This is
 what `neurons.choose=top neurons.over=dataset` ranks by.
 
-Axes: K targets, L layers, N neurons of a layer.
+A neuron of an expert that a prompt does not use has none of it there.
+
+Axes: K targets, N neurons of an MLP or expert, M neurons that act on a prompt.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from numpy.typing import NDArray
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
-from neg_service.measures.tables import fixed_size, table_of
+from neg_service.layer_neurons import NO_EXPERT
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots
+from neg_service.measures.sums import Sums
+from neg_service.measures.tables import lists, mlp_columns, table_of
 from neg_service.schema import Table
 from neg_service.settings import basis_setting
 
@@ -47,7 +51,7 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
         note = "The mean over prompts of the largest |NeurGrad| over a prompt's targets."
         return {
             "aggregate_importance": Table(
-                schema.aggregate_importance(sizes.neurons_by_layer),
+                schema.aggregate_importance(sizes.layer_neurons),
                 "aggregate importance",
                 schema.PER_MAGNITUDE,
                 "aggregate_importance",
@@ -57,8 +61,7 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A shard's sums are spread over its prompts, of which there are mostly many."""
-        layers = len(checked_layers(neurons, info.n_layers))
-        return Cost({"aggregate_importance": layers * info.n_neurons // 8}, n_targets)
+        return Cost({"aggregate_importance": n_slots(info, checked_layers(neurons, info.n_layers)) // 8}, n_targets)
 
     def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
         """One shard's sums, in float64, where the order of the prompts hardly changes them."""
@@ -66,29 +69,32 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
 
         model, layers, basis = shard.model, shard.layers, self.options.basis
         wanted = [range(len(prompt.target_ids)) for prompt in shard.prompts]
-        importance_ln = np.zeros((len(layers), model.feed_forward.n_neurons))
+        sums = Sums()
         for _, found in gradients(model, shard.prompts, wanted, basis, layers, shard.budget):
             # The sign that makes a gradient a NeurGrad does not change its magnitude.
-            importance_ln += np.abs(found.gradient_kln).max(0)
+            sums.add(found.slots, np.abs(found.gradient_km).max(0))
+        slots, importance_m = sums.slots(), sums.values()
+        table_schema = schema.aggregate_importance(model.feed_forward.layer_neurons)
+        n = len(slots.size)
         table = table_of(
-            schema.aggregate_importance(model.feed_forward.n_neurons),
-            len(layers),
-            layer=np.array(layers),
+            table_schema,
+            n,
+            **mlp_columns(slots.layer, slots.expert),
             basis=basis,
-            n_prompts=np.full(len(layers), len(shard.prompts)),
-            aggregate_importance=fixed_size(importance_ln),
+            n_prompts=np.full(n, len(shard.prompts)),
+            aggregate_importance=lists(importance_m, slots.size, table_schema.field("aggregate_importance").type),
         )
         return {"aggregate_importance": table}
 
 
-def total(tables: Iterable[pa.Table]) -> tuple[list[int], list[NDArray[np.float64]]]:
-    """Layers, and the importance [N] of the neurons of each, from the rows of all shards, a part held at a time."""
-    importance: dict[int, NDArray[np.float64]] = {}
+def total(tables: Iterable[pa.Table]) -> dict[tuple[int, int], NDArray[np.float64]]:
+    """The importance [N] of the neurons of each (layer, expert), from the rows of all shards, a part held at a time."""
+    importance: dict[tuple[int, int], NDArray[np.float64]] = {}
     for table in tables:
-        layer_r = table["layer"].to_pylist()
-        importance_rn = table["aggregate_importance"].combine_chunks().flatten().to_numpy().reshape(len(layer_r), -1)
-        for layer, importance_n in zip(layer_r, importance_rn, strict=True):
-            importance[layer] = importance_n + importance.get(layer, 0.0)
+        expert_r = table["expert"] if "expert" in table.column_names else pa.nulls(len(table), pa.int16())
+        keys = zip(table["layer"].to_pylist(), expert_r.fill_null(NO_EXPERT).to_pylist(), strict=True)
+        for key, one in zip(keys, table["aggregate_importance"].combine_chunks(), strict=True):
+            importance[key] = one.values.to_numpy() + importance.get(key, 0.0)
         # Not to be held while the next one is read.
-        del table, importance_rn
-    return sorted(importance), [importance[layer] for layer in sorted(importance)]
+        del table
+    return dict(sorted(importance.items()))

@@ -8,9 +8,10 @@ For target k, layer l and neuron n at the readout position:
     random                 a draw from N(0, 1)             no unit
 
 The table has the measure's name and a value of each neuron for every (prompt, target, layer), as that of NeurGrad. A
-random draw follows from the seed, the prompt's id, the target and the layer alone, not from batches or shards.
+random draw follows from the seed, the prompt's id, the target, the layer and the expert alone, not from batches
+or shards.
 
-Axes: K targets of a prompt, L chosen layers, N neurons of a layer.
+Axes: K targets of a prompt, L chosen layers, N neurons of a layer, M neurons that act on a prompt.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from numpy.typing import NDArray
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
-from neg_service.measures.tables import prompt_row, target_layer_rows
+from neg_service.layer_neurons import NO_EXPERT
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.tables import prompt_tables, target_layer_rows
 from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import Prompt
 from neg_service.schema import Table
@@ -50,9 +52,9 @@ class BaselineOptions:
     seed: int = setting(0, "of the draw", least=0)
 
 
-def random_draw(seed: int, prompt_id: str, target: str, layer: int, n_neurons: int) -> Floats:
-    """The `random` baseline of a layer's neurons [N], for a prompt and a target."""
-    key = "\0".join((str(seed), prompt_id, target, str(layer)))
+def random_draw(seed: int, prompt_id: str, target: str, layer: int, n_neurons: int, expert: int = NO_EXPERT) -> Floats:
+    """The `random` baseline of the neurons [N] of a layer's MLP or of one of its experts, for a prompt and a target."""
+    key = "\0".join((str(seed), prompt_id, target, str(layer), *([] if expert == NO_EXPERT else [str(expert)])))
     digest = hashlib.sha256(key.encode()).digest()
     draw = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     return draw.standard_normal(n_neurons, dtype=np.float32)
@@ -79,43 +81,43 @@ class BaselineEstimate(Measure[BaselineOptions]):
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts`, and the values under the measure's name."""
         title, unit = schema.ESTIMATES[self.name]
-        values = Table(schema.baseline(self.name, sizes.neurons_by_layer), title, unit, self.name)
-        return {"prompts": Table(schema.PROMPTS), self.name: values}
+        values = Table(schema.baseline(self.name, sizes.layer_neurons), title, unit, self.name)
+        return {**schema.prompt_tables(sizes.has_experts), self.name: values}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """Four bytes for each value; a row for each target, differentiated even where the activation alone is kept."""
         kept = kept_targets(self.options.keep, n_targets)
-        values = int(4 * len(checked_layers(neurons, info.n_layers)) * info.n_neurons * kept)
-        return Cost({"prompts": 256, self.name: values}, kept)
+        values = int(4 * n_slots(info, checked_layers(neurons, info.n_layers)) * kept)
+        return Cost({**prompt_bytes(info), self.name: values}, kept)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then layer."""
         from neg_service.measures.gradients import gradients
 
         model, layers, basis = shard.model, shard.layers, self.options.basis
-        table_schema = schema.baseline(self.name, model.feed_forward.n_neurons)
+        sizes = model.feed_forward
+        table_schema = schema.baseline(self.name, sizes.layer_neurons)
         wanted = [wanted_targets(prompt.prompt, self.options.keep) for prompt in shard.prompts]
         for index, found in gradients(model, shard.prompts, wanted, basis, layers, shard.budget):
             prompt, p_k = shard.prompts[index], found.probability_k
-            values_kln = _values(self.options, prompt.prompt, found, layers)
-            yield (
-                index,
-                {
-                    "prompts": prompt_row(prompt, p_k),
-                    self.name: target_layer_rows(table_schema, prompt, found.targets, layers, basis, p_k, values_kln),
-                },
-            )
+            values_km = _values(self.options, prompt.prompt, found)
+            of_prompt = prompt_tables(prompt, p_k, found.routing, sizes.has_experts)
+            own = target_layer_rows(table_schema, prompt, found.targets, found.slots, basis, p_k, values_km)
+            yield index, {**of_prompt, self.name: own}
 
 
-def _values(options: BaselineOptions, prompt: Prompt, found: PromptGradients, layers: Sequence[int]) -> Floats:
+def _values(options: BaselineOptions, prompt: Prompt, found: PromptGradients) -> Floats:
     if options.name == "gradient":
-        return found.gradient_kln
+        return found.gradient_km
     if options.name == "gradient_x_activation":
-        return found.gradient_kln * found.activation_ln
+        return found.gradient_km * found.activation_m
     if options.name == "activation":
-        return np.ascontiguousarray(np.broadcast_to(found.activation_ln, found.gradient_kln.shape))
-    n_neurons = found.gradient_kln.shape[-1]
-    texts = [prompt.targets[target] for target in found.targets]
+        return np.ascontiguousarray(np.broadcast_to(found.activation_m, found.gradient_km.shape))
+    slots = found.slots
+    mlps = list(zip(slots.layer.tolist(), slots.expert.tolist(), slots.size.tolist(), strict=True))
     return np.stack(
-        [[random_draw(options.seed, prompt.id, text, layer, n_neurons) for layer in layers] for text in texts]
+        [
+            np.concatenate([random_draw(options.seed, prompt.id, text, layer, n, expert) for layer, expert, n in mlps])
+            for text in (prompt.targets[target] for target in found.targets)
+        ]
     )

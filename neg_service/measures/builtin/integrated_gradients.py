@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
-from neg_service.measures.tables import prompt_row, target_layer_rows
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.tables import prompt_tables, target_layer_rows
 from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import Prompt
 from neg_service.schema import Table
@@ -46,28 +46,29 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `integrated_gradients`."""
-        values = Table(schema.integrated_gradients(sizes.neurons_by_layer), *schema.ESTIMATES[_NAME], _NAME)
-        return {"prompts": Table(schema.PROMPTS), _NAME: values}
+        values = Table(schema.integrated_gradients(sizes.layer_neurons), *schema.ESTIMATES[_NAME], _NAME)
+        return {**schema.prompt_tables(sizes.has_experts), _NAME: values}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """Four bytes for each value, which hardly compress; in each layer a row for each point, and back for each
         target."""
-        layers = len(checked_layers(neurons, info.n_layers))
+        layers = checked_layers(neurons, info.n_layers)
         kept = kept_targets(self.options.keep, n_targets)
-        values = int(4 * layers * info.n_neurons * kept)
-        return Cost({"prompts": 256, _NAME: values}, self.options.steps * layers * kept)
+        values = int(4 * n_slots(info, layers) * kept)
+        return Cost({**prompt_bytes(info), _NAME: values}, self.options.steps * len(layers) * kept)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then layer."""
         from neg_service.measures.integrated_gradients import integrals
 
         options, layers = self.options, shard.layers
-        table_schema = schema.integrated_gradients(shard.model.feed_forward.n_neurons)
+        sizes = shard.model.feed_forward
+        table_schema = schema.integrated_gradients(sizes.layer_neurons)
         wanted = [wanted_targets(prompt.prompt, options.keep) for prompt in shard.prompts]
         found_of = integrals(shard.model, shard.prompts, wanted, options.basis, layers, options.steps, shard.budget)
         for index, found in found_of:
             prompt, p_k = shard.prompts[index], found.probability_k
             values = target_layer_rows(
-                table_schema, prompt, found.targets, layers, options.basis, p_k, found.integral_kln
+                table_schema, prompt, found.targets, found.slots, options.basis, p_k, found.integral_km
             )
-            yield index, {"prompts": prompt_row(prompt, p_k), _NAME: values}
+            yield index, {**prompt_tables(prompt, p_k, found.routing, sizes.has_experts), _NAME: values}

@@ -12,9 +12,9 @@ import pyarrow as pa
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, prompt_bytes
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
-from neg_service.measures.tables import key_columns, prompt_row, table_of
+from neg_service.measures.tables import key_columns, prompt_tables, table_of
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.schema import Table
 from neg_service.settings import basis_setting, setting
@@ -55,7 +55,7 @@ class Intervene(Measure[InterveneOptions]):
                 "measure.edits names the neurons; leave it at all", setting="neurons.layers", value=neurons.layers
             )
         super().validate(info, neurons, prompts)
-        checked_edits(self.options.edits, info.neurons_by_layer)
+        checked_edits(self.options.edits, info.layer_neurons)
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """All options, with the edits in full."""
@@ -68,33 +68,43 @@ class Intervene(Measure[InterveneOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `intervene`."""
-        edited = Table(schema.INTERVENE, "change of the probability", schema.PROBABILITY)
-        return {"prompts": Table(schema.PROMPTS), "intervene": edited}
+        edited = Table(schema.intervene(sizes.has_experts), "change of the probability", schema.PROBABILITY)
+        return {**schema.prompt_tables(sizes.has_experts), "intervene": edited}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A row of numbers for each target and edit."""
         n_edits = len(self.options.edits)
-        return Cost({"prompts": 256, "intervene": int(40 * n_edits * n_targets)}, 1 + n_edits, "interventions")
+        edited = {"intervene": int(40 * n_edits * n_targets)}
+        return Cost({**prompt_bytes(info), **edited}, 1 + n_edits, "interventions")
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by edit, then target."""
         from neg_service.measures.intervene import effects
 
         model, basis = shard.model, self.options.basis
-        edits = checked_edits(self.options.edits, model.feed_forward.neurons_by_layer)
+        sizes = model.feed_forward
+        edits = checked_edits(self.options.edits, sizes.layer_neurons)
         dtype = str(model.dtype).removeprefix("torch.")
         for index, found in effects(model, shard.prompts, edits, basis, shard.budget):
             prompt = shard.prompts[index]
             probability_k = found.probability_k.astype(np.float32)
-            table = _table(prompt, found, edits, basis, dtype)
-            yield index, {"prompts": prompt_row(prompt, probability_k), "intervene": table}
+            of_prompt = prompt_tables(prompt, probability_k, found.routing, sizes.has_experts)
+            table = _table(schema.intervene(sizes.has_experts), prompt, found, edits, basis, dtype)
+            yield index, {**of_prompt, "intervene": table}
 
 
-def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], basis: str, dtype: str) -> pa.Table:
+def _table(
+    table_schema: pa.Schema,
+    prompt: EncodedPrompt,
+    found: Effects,
+    edits: Sequence[CheckedEdit],
+    basis: str,
+    dtype: str,
+) -> pa.Table:
     e, k = found.delta_p_ek.shape
     after_ek = found.probability_k + found.delta_p_ek
     return table_of(
-        schema.INTERVENE,
+        table_schema,
         e * k,
         **key_columns(prompt, np.tile(np.arange(k), e)),
         edit=np.repeat(np.array([edit.name for edit in edits], dtype=object), k),
@@ -105,4 +115,5 @@ def _table(prompt: EncodedPrompt, found: Effects, edits: Sequence[CheckedEdit], 
         delta_p=found.delta_p_ek.ravel(),
         prediction_before=np.full(e * k, found.probability_k.argmax()),
         prediction=np.repeat(after_ek.argmax(1), k),
+        n_routed=np.repeat(found.n_routed_e, k),
     )

@@ -17,9 +17,10 @@ import pyarrow as pa
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
+from neg_service.layer_neurons import LayerNeurons
 from neg_service.measures import targets
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
-from neg_service.measures.tables import fixed_size, key_columns, prompt_row, table_of, target_layer_rows
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.tables import key_columns, lists, mlp_columns, prompt_tables, table_of, target_layer_rows
 from neg_service.measures.targets import check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.schema import Table
@@ -56,12 +57,12 @@ class NeurGrad(Measure[NeurGradOptions]):
         """Refuse to keep answers that there are not, or more neurons than there are, too."""
         super().validate(info, neurons, prompts)
         check_keep(self.options.keep, KEEP, prompts)
-        in_all = len(checked_layers(neurons, info.n_layers)) * info.n_neurons
+        in_all = n_slots(info, checked_layers(neurons, info.n_layers))
         if self._is_top_k and self.options.top_k > in_all:
             raise ConfigurationError(
                 setting="measure.top_k",
                 value=self.options.top_k,
-                allowed=f"at most {in_all}, the neurons of the chosen layers",
+                allowed=f"at most {in_all}, the neurons of the chosen layers that act on a prompt",
             )
 
     def fingerprint_inputs(self) -> dict[str, Any]:
@@ -75,25 +76,25 @@ class NeurGrad(Measure[NeurGradOptions]):
         """`prompts`, then values: `activations` and `neurgrad`, or `top_neurons`."""
         title, unit = schema.ESTIMATES["neurgrad"]
         if self._is_top_k:
-            return {"prompts": Table(schema.PROMPTS), "top_neurons": Table(schema.TOP_NEURONS, title, unit, "neurgrad")}
+            top = Table(schema.TOP_NEURONS, title, unit, "neurgrad")
+            return {**schema.prompt_tables(sizes.has_experts), "top_neurons": top}
         note = "A neuron that fires by one unit stronger changes the probability by about so much."
-        activations = schema.activations(sizes.neurons_by_layer)
+        activations = schema.activations(sizes.layer_neurons)
         return {
-            "prompts": Table(schema.PROMPTS),
+            **schema.prompt_tables(sizes.has_experts),
             "activations": Table(activations, *schema.ESTIMATES["activation"], "activation"),
-            "neurgrad": Table(schema.neurgrad(sizes.neurons_by_layer), title, unit, "neurgrad", note),
+            "neurgrad": Table(schema.neurgrad(sizes.layer_neurons), title, unit, "neurgrad", note),
         }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """Four bytes for each value; float32 of trained models hardly compresses. A row for each target."""
-        layers = len(checked_layers(neurons, info.n_layers))
-        text = 256
+        text = prompt_bytes(info)
         if self._is_top_k:
             # A row is rank, layer, neuron, value, activation and, mostly repeated, the key.
-            return Cost({"prompts": text, "top_neurons": int(20 * self.options.top_k * n_targets)}, n_targets)
+            return Cost({**text, "top_neurons": int(20 * self.options.top_k * n_targets)}, n_targets)
         kept = kept_targets(self.options.keep, n_targets)
-        values = 4 * layers * info.n_neurons
-        return Cost({"prompts": text, "activations": values, "neurgrad": int(values * kept)}, kept)
+        values = 4 * n_slots(info, checked_layers(neurons, info.n_layers))
+        return Cost({**text, "activations": values, "neurgrad": int(values * kept)}, kept)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Reduced at once, so that `top_k` never holds a shard's full gradients."""
@@ -101,11 +102,11 @@ class NeurGrad(Measure[NeurGradOptions]):
 
         layers, basis = shard.layers, self.options.basis
         wanted = [wanted_targets(prompt.prompt, self.options.keep) for prompt in shard.prompts]
-        tables = _strongest if self._is_top_k else _values
+        tables, sizes = _strongest if self._is_top_k else _values, shard.model.feed_forward
         for index, found in gradients(shard.model, shard.prompts, wanted, basis, layers, shard.budget):
             prompt = shard.prompts[index]
-            own = tables(prompt, found, layers, self.options)
-            yield index, {"prompts": prompt_row(prompt, found.probability_k), **own}
+            own = tables(prompt, found, sizes.layer_neurons, self.options)
+            yield index, {**prompt_tables(prompt, found.probability_k, found.routing, sizes.has_experts), **own}
 
     @property
     def _is_top_k(self) -> bool:
@@ -113,43 +114,39 @@ class NeurGrad(Measure[NeurGradOptions]):
 
 
 def _values(
-    prompt: EncodedPrompt, found: PromptGradients, layers: Sequence[int], options: NeurGradOptions
+    prompt: EncodedPrompt, found: PromptGradients, layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
 ) -> dict[str, pa.Table]:
-    neurgrad_kln = found.neurgrad_kln
-    n_neurons = neurgrad_kln.shape[-1]
+    slots, of_activations = found.slots, schema.activations(layer_neurons)
     activations = table_of(
-        schema.activations(n_neurons),
-        len(layers),
+        of_activations,
+        len(slots.size),
         prompt_id=prompt.prompt.id,
-        layer=list(layers),
+        **mlp_columns(slots.layer, slots.expert),
         basis=options.basis,
-        activation=fixed_size(found.activation_ln),
+        activation=lists(found.activation_m, slots.size, of_activations.field("activation").type),
     )
-    neurgrad = target_layer_rows(
-        schema.neurgrad(n_neurons), prompt, found.targets, layers, options.basis, found.probability_k, neurgrad_kln
-    )
+    of_neurgrad, p_k = schema.neurgrad(layer_neurons), found.probability_k
+    neurgrad = target_layer_rows(of_neurgrad, prompt, found.targets, slots, options.basis, p_k, found.neurgrad_km)
     return {"activations": activations, "neurgrad": neurgrad}
 
 
 def _strongest(
-    prompt: EncodedPrompt, found: PromptGradients, layers: Sequence[int], options: NeurGradOptions
+    prompt: EncodedPrompt, found: PromptGradients, _layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
 ) -> dict[str, pa.Table]:
-    neurgrad_kln = found.neurgrad_kln
-    k, _, n = neurgrad_kln.shape
-    flat_km = neurgrad_kln.reshape(k, -1)
+    neurgrad_km, k = found.neurgrad_km, len(found.targets)
     # A stable sort of the negated magnitude: among equals the lower layer and neuron comes first.
-    best_kt = np.argsort(-np.abs(flat_km), axis=1, kind="stable")[:, : options.top_k]
-    best = best_kt.ravel()
+    best_kt = np.argsort(-np.abs(neurgrad_km), axis=1, kind="stable")[:, : options.top_k]
+    layer, expert, neuron = found.slots.rows_at(best_kt.ravel()).T
     table = table_of(
         schema.TOP_NEURONS,
-        best.size,
+        best_kt.size,
         **key_columns(prompt, np.repeat(found.targets, options.top_k)),
         rank=np.tile(np.arange(options.top_k), k),
-        layer=np.asarray(layers)[best // n],
-        neuron=best % n,
+        **mlp_columns(layer, expert),
+        neuron=neuron,
         basis=options.basis,
         probability=np.repeat(found.probability_k[list(found.targets)], options.top_k),
-        neurgrad=np.take_along_axis(flat_km, best_kt, 1).ravel(),
-        activation=found.activation_ln.ravel()[best],
+        neurgrad=np.take_along_axis(neurgrad_km, best_kt, 1).ravel(),
+        activation=found.activation_m[best_kt.ravel()],
     )
     return {"top_neurons": table}

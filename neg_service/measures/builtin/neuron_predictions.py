@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, prompt_bytes
 from neg_service.measures.choice import check_whole_layers, set_of
-from neg_service.measures.tables import prompt_row
+from neg_service.measures.tables import prompt_tables
 from neg_service.measures.targets import check_answers
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import Prompt
@@ -45,6 +45,7 @@ class PromptPredictions:
     """What S neurons say about one prompt.
 
     sign_ks: -1, 0 or 1, of NeurGrad for each label. largest_s, smallest_s: a label each. activation_s: dimensionless.
+    A neuron whose expert the prompt does not use says nothing: 0, -1, -1 and 0.
     """
 
     sign_ks: NDArray[np.int8]
@@ -53,12 +54,15 @@ class PromptPredictions:
     activation_s: Floats
 
 
-def predictions_of(neurgrad_ks: Floats, activation_s: Floats) -> PromptPredictions:
+def predictions_of(
+    neurgrad_ks: Floats, activation_s: Floats, is_routed_s: NDArray[np.bool_] | None = None
+) -> PromptPredictions:
     """The predictions of neurons with these values; `argmax` and `argmin` take the lower label of equals."""
+    is_there_s = np.ones(len(activation_s), bool) if is_routed_s is None else is_routed_s
     return PromptPredictions(
         sign_ks=np.sign(neurgrad_ks).astype(np.int8),
-        largest_s=neurgrad_ks.argmax(0).astype(np.int8),
-        smallest_s=neurgrad_ks.argmin(0).astype(np.int8),
+        largest_s=np.where(is_there_s, neurgrad_ks.argmax(0), -1).astype(np.int8),
+        smallest_s=np.where(is_there_s, neurgrad_ks.argmin(0), -1).astype(np.int8),
         activation_s=np.ascontiguousarray(activation_s),
     )
 
@@ -119,12 +123,12 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
         """Refuse prompts of a task without neurons, and neurons that do not exist, too."""
         super().validate(info, neurons, prompts)
         check_answers(self.name, prompts)
-        chosen = self._chosen(neurons, info.n_neurons)
+        chosen = self._chosen(neurons, info)
         setting = "measure.chosen" if self.options.chosen else "neurons.list"
         for task in dict.fromkeys(task_of(prompt.id) for prompt in prompts):
             if not len(chosen.of_task(task)):
                 raise ConfigurationError(f"there are no neurons for the task {task!r}", setting=setting)
-        chosen.require_existing(info.neurons_by_layer, setting)
+        chosen.in_model(info.layer_neurons, setting)
         if self.options.chosen:
             log.warning("measure.chosen is deprecated: give neurons.list a NeuronSet by task in its place")
 
@@ -137,10 +141,10 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
 
     def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
         """Those of the tasks."""
-        chosen = self._chosen(neurons, info.n_neurons)
+        chosen = self._chosen(neurons, info)
         return f"{len(chosen)} of {len(chosen.tasks)} tasks" if chosen.tasks else f"{len(chosen)} of each task"
 
-    def _chosen(self, neurons: NeuronsConfig, n_neurons: int) -> NeuronSet:
+    def _chosen(self, neurons: NeuronsConfig, sizes: Sizes) -> NeuronSet:
         """The neurons by task, or those of all tasks.
 
         Raises:
@@ -148,40 +152,43 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
         """
         if self.options.chosen:
             check_whole_layers(neurons, self.name)
-            return from_texts(self.options.chosen, n_neurons)
+            return from_texts(self.options.chosen, sizes.n_neurons)
         if neurons.choose != "list":
             reason = f"measure={self.name} takes a list, of other neurons for each task or of the same for all"
             raise ConfigurationError(reason, setting="neurons.choose", value=neurons.choose)
-        return set_of(neurons)
+        return set_of(neurons).in_model(sizes.layer_neurons, "neurons.list")
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `neuron_predictions`."""
         return {
-            "prompts": Table(schema.PROMPTS),
+            **schema.prompt_tables(sizes.has_experts),
             "neuron_predictions": Table(schema.NEURON_PREDICTIONS, "predictions of neurons"),
         }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A byte for each label, two for the extremes, four for the activation."""
-        chosen = self._chosen(neurons, info.n_neurons)
+        chosen = self._chosen(neurons, info)
         most = max((len(chosen.of_task(task)) for task in chosen.tasks), default=len(chosen))
-        return Cost({"prompts": 1024, "neuron_predictions": int(most * (6 + n_targets))}, n_targets)
+        predictions = {"neuron_predictions": int(most * (6 + n_targets))}
+        return Cost({**prompt_bytes(info, 1024), **predictions}, n_targets)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """One row for each prompt; layers without a chosen neuron are not differentiated."""
         from neg_service.measures.gradients import gradients
 
         model, prompts = shard.model, shard.prompts
-        n = model.feed_forward.n_neurons
-        chosen = self._chosen(shard.neurons, n)
+        sizes = model.feed_forward
+        chosen = self._chosen(shard.neurons, sizes)
         own_sets = {task: chosen.of_task(task) for task in {task_of(prompt.prompt.id) for prompt in prompts}}
         layers = sorted({layer for own in own_sets.values() for layer in own.layers})
-        columns = {task: np.searchsorted(layers, own.layer) * n + own.neuron for task, own in own_sets.items()}
         wanted = [range(len(prompt.target_ids)) for prompt in prompts]
         for index, found in gradients(model, prompts, wanted, self.options.basis, layers, shard.budget):
             prompt_id = prompts[index].prompt.id
-            own = columns[task_of(prompt_id)]
-            neurgrad_ks = found.neurgrad_kln.reshape(len(found.targets), -1)[:, own]
-            row = predictions_row(prompt_id, predictions_of(neurgrad_ks, found.activation_ln.ravel()[own]))
+            place_s = found.slots.places_of(own_sets[task_of(prompt_id)])
+            is_routed_s = place_s >= 0
+            neurgrad_ks = np.where(is_routed_s, found.neurgrad_km[:, place_s], np.float32(0))
+            activation_s = np.where(is_routed_s, found.activation_m[place_s], np.float32(0))
+            row = predictions_row(prompt_id, predictions_of(neurgrad_ks, activation_s, is_routed_s))
             table = pa.Table.from_pylist([row], schema.NEURON_PREDICTIONS)
-            yield index, {"prompts": prompt_row(prompts[index], found.probability_k), "neuron_predictions": table}
+            of_prompt = prompt_tables(prompts[index], found.probability_k, found.routing, sizes.has_experts)
+            yield index, {**of_prompt, "neuron_predictions": table}

@@ -7,7 +7,8 @@ Over the prompts i of a task with right labels y_i, with g[i, k, n] the NeurGrad
     fires/b[n]   = Σ_i ±1, +1 where neuron n is active beyond its mean exactly if bit b of y_i is set
     activation[n] = Σ_i a[i, n]
 
-All but the last are whole numbers, and all add up over shards: one pass over any number of prompts leaves a few numbers
+An expert's neuron has no NeurGrad and is silent where a prompt does not use the expert. All but the last are whole
+numbers, and all add up over shards: one pass over any number of prompts leaves a few numbers
 a neuron and shard. `fires` is for the baseline of activations, which tells two sets of labels apart; with more than two
 labels their numbers are written in binary, and each bit splits them in halves. A neuron's mean there is that over the
 shard's prompts, so that one pass does.
@@ -15,7 +16,7 @@ shard's prompts, so that one pass does.
 Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053); activations: Wang et al.,
 "Finding Skill Neurons in Pre-trained Transformer-based Language Models", EMNLP 2022 (arXiv 2211.07349).
 
-Axes: P prompts, K labels, L layers, N neurons of a layer.
+Axes: P prompts, K labels, N neurons, M neurons of all MLPs and experts that a shard's prompts use.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from numpy.typing import NDArray
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
-from neg_service.measures.tables import fixed_size, prompt_row, table_of
+from neg_service.layer_neurons import LayerNeurons
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.sums import Sums
+from neg_service.measures.tables import lists, mlp_columns, prompt_tables, table_of
 from neg_service.measures.targets import check_answers
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tasks import task_of
 from neg_service.schema import Table
 from neg_service.settings import basis_setting
+from neg_service.slots import Slots
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo
@@ -103,60 +107,69 @@ class SkillScores(Measure[SkillScoresOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `skill_scores`."""
-        scores = Table(schema.skill_scores(sizes.neurons_by_layer), "score", schema.NO_UNIT, "values")
-        return {"prompts": Table(schema.PROMPTS), "skill_scores": scores}
+        scores = Table(schema.skill_scores(sizes.layer_neurons), "score", schema.NO_UNIT, "values")
+        return {**schema.prompt_tables(sizes.has_experts), "skill_scores": scores}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A shard's sums are spread over its prompts, of which there are mostly many."""
-        layers = len(checked_layers(neurons, info.n_layers))
-        return Cost({"prompts": 1024, "skill_scores": layers * info.n_neurons}, n_targets)
+        scores = n_slots(info, checked_layers(neurons, info.n_layers))
+        return Cost({**prompt_bytes(info, 1024), "skill_scores": scores}, n_targets)
 
     def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
         """One shard's sums, a set for each of its tasks."""
         from neg_service.measures.gradients import gradients
 
-        prompts, layers = shard.prompts, shard.layers
+        prompts, layers, sizes = shard.prompts, shard.layers, shard.model.feed_forward
         wanted = [range(len(prompt.target_ids)) for prompt in prompts]
-        rows: dict[int, pa.Table] = {}
-        activations: dict[int, Floats] = {}
-        scores: dict[str, Scores] = defaultdict(dict)
+        own_tables: dict[int, dict[str, pa.Table]] = {}
+        activations: dict[int, tuple[Slots, Floats]] = {}
+        sums: dict[str, dict[str, Sums]] = defaultdict(lambda: defaultdict(Sums))
         for index, found in gradients(shard.model, prompts, wanted, self.options.basis, layers, shard.budget):
-            prompt, neurgrad_kln = prompts[index], found.neurgrad_kln
-            rows[index] = prompt_row(prompt, found.probability_k)
-            # A copy, so that nothing else of the batch stays in memory.
-            activations[index] = found.activation_ln.copy()
-            answer_p = np.array([prompt.prompt.answer])
-            own = gradient_scores(neurgrad_kln.reshape(1, len(neurgrad_kln), -1), answer_p)
-            _add(scores[task_of(prompt.prompt.id)], own)
+            prompt, neurgrad_km = prompts[index], found.neurgrad_km
+            own_tables[index] = prompt_tables(prompt, found.probability_k, found.routing, sizes.has_experts)
+            activations[index] = found.slots, found.activation_m
+            own = gradient_scores(neurgrad_km[None], np.array([prompt.prompt.answer]))
+            for name, values_m in own.items():
+                sums[task_of(prompt.prompt.id)][name].add(found.slots, values_m)
         parts = []
-        for task, own in scores.items():
+        for task, own_sums in sums.items():
             members = [i for i, prompt in enumerate(prompts) if task_of(prompt.prompt.id) == task]
             answer_p = np.array([prompts[i].prompt.answer for i in members])
-            activation_pm = np.stack([activations[i].ravel() for i in members])
-            own |= activation_scores(activation_pm, answer_p, len(prompts[members[0]].target_ids))
-            parts += self._tables_of(task, len(members), own, layers)
+            slots = own_sums["polarity"].slots()
+            scores: Scores = {name: own.values() for name, own in own_sums.items()}
+            activation_pm = _spread([activations[i] for i in members], slots)
+            scores |= activation_scores(activation_pm, answer_p, len(prompts[members[0]].target_ids))
+            parts += self._tables_of(task, len(members), scores, slots, sizes.layer_neurons)
         return {
-            "prompts": pa.concat_tables(rows[i] for i in range(len(prompts))),
+            **{name: pa.concat_tables(own_tables[i][name] for i in range(len(prompts))) for name in own_tables[0]},
             "skill_scores": pa.concat_tables(parts),
         }
 
-    def _tables_of(self, task: str, n_prompts: int, scores: Scores, layers: Sequence[int]) -> list[pa.Table]:
-        values_of = {name: values.reshape(len(layers), -1) for name, values in scores.items()}
+    def _tables_of(
+        self, task: str, n_prompts: int, scores: Scores, slots: Slots, layer_neurons: Sequence[LayerNeurons]
+    ) -> list[pa.Table]:
+        table_schema, n = schema.skill_scores(layer_neurons), len(slots.size)
         return [
             table_of(
-                schema.skill_scores(values_ln.shape[1]),
-                len(layers),
+                table_schema,
+                n,
                 task=task,
-                n_prompts=np.full(len(layers), n_prompts),
-                layer=np.array(layers),
+                n_prompts=np.full(n, n_prompts),
+                **mlp_columns(slots.layer, slots.expert),
                 basis=self.options.basis,
                 score=name,
-                values=fixed_size(values_ln),
+                values=lists(values_m, slots.size, table_schema.field("values").type),
             )
-            for name, values_ln in values_of.items()
+            for name, values_m in scores.items()
         ]
 
 
-def _add(to: Scores, more: Scores) -> None:
-    for name, values in more.items():
-        to[name] = to[name] + values if name in to else values
+def _spread(activations: Sequence[tuple[Slots, Floats]], slots: Slots) -> Floats:
+    """Activations [P, M] of the neurons of `slots`, 0 where a prompt does not use their expert."""
+    place = {key: i for i, key in enumerate(zip(slots.layer.tolist(), slots.expert.tolist(), strict=True))}
+    activation_pm = np.zeros((len(activations), slots.m), np.float32)
+    for own_m, (own_slots, own_activation_m) in zip(activation_pm, activations, strict=True):
+        for g, key in enumerate(zip(own_slots.layer.tolist(), own_slots.expert.tolist(), strict=True)):
+            start, size = slots.start[place[key]], own_slots.size[g]
+            own_m[start : start + size] = own_activation_m[own_slots.start[g] : own_slots.start[g + 1]]
+    return activation_pm

@@ -11,7 +11,7 @@ import pyarrow as pa
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, prompt_bytes
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
 from neg_service.measures.shifts import GRIDS, SHIFTS, Grid, Sweep, chosen_grid
 from neg_service.schema import Table
@@ -54,7 +54,7 @@ class NeuronSweep(Measure[SweepOptions]):
         """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
         self.grid()
-        check_choice(neurons, info.neurons_by_layer)
+        check_choice(neurons, info.layer_neurons)
 
     def least_batch_bytes(self, info: ModelInfo) -> int:
         """Two rows of a short prompt: an intervention runs beside one without a shift."""
@@ -73,15 +73,16 @@ class NeuronSweep(Measure[SweepOptions]):
         """`prompts` and `sweep`."""
         n_shifts = len(self.grid().shifts) if self.options.keep_curves else None
         unit = schema.PER_ACTIVATION if self.options.shift == "signed" else schema.PER_MAGNITUDE
-        return {"prompts": Table(schema.PROMPTS), "sweep": Table(schema.sweep(n_shifts), "NEG", unit, "neg")}
+        swept = Table(schema.sweep(n_shifts, sizes.has_experts), "NEG", unit, "neg")
+        return {**schema.prompt_tables(sizes.has_experts), "sweep": swept}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A row of numbers for each target and neuron, an intervention for each neuron and shift."""
         n_shifts = len(self.grid().shifts)
-        n = count_of(neurons, info.neurons_by_layer)
+        n = count_of(neurons, info.layer_neurons)
         # Eight numbers, and the key and marks of a row, which compress to little.
         row = 120 + (4 * n_shifts if self.options.keep_curves else 0)
-        return Cost({"prompts": 256, "sweep": int(row * n * n_targets)}, n * n_shifts, "interventions")
+        return Cost({**prompt_bytes(info), "sweep": int(row * n * n_targets)}, n * n_shifts, "interventions")
 
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
@@ -92,7 +93,7 @@ class NeuronSweep(Measure[SweepOptions]):
 
         if neurons.choose == "top":
             neurons = NeuronsConfig(neurons.layers)
-        chosen = chosen_neurons(neurons, model.feed_forward.neurons_by_layer)
+        chosen = chosen_neurons(neurons, model.feed_forward.layer_neurons)
         budget = self.budget or budget_of(model)
         return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, budget))}
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -30,6 +31,7 @@ from transformers import PreTrainedModel
 from neg_service.errors import ModelError
 from neg_service.models.batches import Group, group_by_prefix
 from neg_service.models.dimensions import frozen_values, kept_values, row_values, slope_values, token_values
+from neg_service.models.experts import own_experts, plain_experts
 from neg_service.models.feed_forward import FeedForward
 
 Ids = Sequence[int]
@@ -136,6 +138,14 @@ class LoadedModel:
         dtype: torch.dtype = self.module.dtype
         return dtype
 
+    def own_experts(self) -> AbstractContextManager[None]:
+        """Let passes show the neurons of experts: without experts nothing changes."""
+        return own_experts(self.feed_forward.experts_modules)
+
+    def plain_experts(self) -> AbstractContextManager[None]:
+        """Let passes run experts by the modeling code's own loop."""
+        return plain_experts(self.feed_forward.experts_modules)
+
     def row_sizes(self, tokens: int, attended: int, copied_values: int = 0) -> RowSizes:
         """What a row of some tokens takes.
 
@@ -146,7 +156,7 @@ class LoadedModel:
         config, n_neurons, n_layers = self.module.config, self.feed_forward.n_neurons, self.feed_forward.n_layers
         attention = self._attention_values(attended)
         run = row_values(config, n_neurons) + (tokens - 1) * token_values(config, n_neurons) + tokens * attention
-        hidden, neurons = kept_values(config, n_layers, n_neurons, self.feed_forward.layout.is_gated)
+        hidden, neurons = kept_values(config, n_layers, n_neurons, self.feed_forward.is_gated)
         kept = tokens * (hidden + n_layers * attention) + n_layers * copied_values
         others = (tokens - 1) * token_values(config, n_neurons)
         return RowSizes(

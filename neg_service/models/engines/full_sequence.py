@@ -86,7 +86,7 @@ class FullSequenceRows:
         handle = module.base_model.register_forward_hook(read)
         try:
             of_row = of_row.to(self._ids_bt.device)
-            with exact_head_gradient(module):
+            with self._model.own_experts(), exact_head_gradient(module):
                 logits: Tensor = module(self._ids_bt[of_row], attention_mask=self._visible_bt[of_row]).logits
         finally:
             handle.remove()

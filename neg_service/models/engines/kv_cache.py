@@ -66,7 +66,7 @@ class KeyValueCacheEngine(Engine):
 
     def run_shared(self, ids: tuple[int, ...]) -> SharedPrefix:
         """See `Engine`."""
-        return run_shared_prefix(self.model.module, ids)
+        return run_shared_prefix(self.model, ids)
 
 
 class KeyValueCacheRows:
@@ -77,7 +77,7 @@ class KeyValueCacheRows:
 
     def __init__(self, model: LoadedModel, prompt: SplitPrompt, shared: SharedPrefix) -> None:
         self._model, self._last, self.sizes = model, prompt.row.ids[0], _row_sizes(model, len(prompt.ids))
-        cache = _run(model.module, prompt.prefix[len(shared.ids) :], shared)
+        cache = _run(model, prompt.prefix[len(shared.ids) :], shared)
         self._frozen = None if cache is None else Cache(layers=[_FrozenLayer(layer) for layer in cache.layers])
 
     def run(self, counts: Sequence[int]) -> Tensor:
@@ -87,7 +87,7 @@ class KeyValueCacheRows:
         options: dict[str, Any] = {"use_cache": False}
         if self._frozen is not None:
             options = {"use_cache": True, "past_key_values": self._frozen}
-        with exact_head_gradient(module):
+        with self._model.own_experts(), exact_head_gradient(module):
             logits: Tensor = module(last_r1, **options).logits
         return logits[:, -1]
 
@@ -106,7 +106,7 @@ def _row_sizes(model: LoadedModel, n_tokens: int) -> RowSizes:
 
 
 @torch.no_grad()
-def run_shared_prefix(model: PreTrainedModel, ids: Ids) -> SharedPrefix:
+def run_shared_prefix(model: LoadedModel, ids: Ids) -> SharedPrefix:
     """Run shared tokens once, for `KeyValueCacheRows`; none leave nothing."""
     cache = _run(model, ids, SharedPrefix())
     if cache is None:
@@ -117,7 +117,7 @@ def run_shared_prefix(model: PreTrainedModel, ids: Ids) -> SharedPrefix:
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, own: Ids, shared: SharedPrefix) -> Any:
+def _run(model: LoadedModel, own: Ids, shared: SharedPrefix) -> Any:
     """The cache of shared tokens and those after them; None if there are none at all."""
     if not own and not shared.ids:
         return None
@@ -126,7 +126,9 @@ def _run(model: PreTrainedModel, own: Ids, shared: SharedPrefix) -> Any:
     for layer in range(len(shared.keys_gcd)):
         cache.update(shared.keys_gcd[layer][None], shared.values_gcd[layer][None], layer)
     if own:
-        model.base_model(torch.tensor([list(own)], device=model.device), past_key_values=cache, use_cache=True)
+        with model.own_experts():
+            ids = torch.tensor([list(own)], device=model.device)
+            model.module.base_model(ids, past_key_values=cache, use_cache=True)
     return cache
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-_ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 _SPARSE = ("keep_window_size", "index_topk", "attention_window")
 
 

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from neg_service.errors import ModelError
 from neg_service.models.precision import at_least_float32
 
-ATTENTION = "neg_service_shared_prefix"
+ATTENTION, CHUNKED = "neg_service_shared_prefix", "chunked_attention"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,10 @@ class _View:
     scaling: float
     window: int | None
     softcap: float | None
+    # Tokens see no others than those of their own chunk of so many.
+    chunk: int | None = None
+    # A score for each head that takes part in the softmax and has no value [H].
+    sinks: Tensor | None = None
 
 
 _PASS: ContextVar[_Pass] = ContextVar("neg_service_pass")
@@ -84,18 +88,27 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **extras: Any,
 ) -> tuple[Tensor, None]:
     beyond = {"attention_mask": attention_mask, **extras}
-    for name in ("attention_mask", "s_aux", "position_bias", "indices", "block_indices"):
+    for name in ("attention_mask", "position_bias", "indices", "block_indices"):
         if beyond.get(name) is not None:
             raise ModelError(f"{type(module).__name__} has {name}, which rows over a shared prefix cannot express")
-    view = _View(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    view = _View(scaling, sliding_window, softcap, _chunk(module), s_aux)
     layer: int = module.layer_idx  # type: ignore[assignment]
     return _PASS.get().attend(layer, (query, key, value), view), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
+
+
+def _chunk(module: Any) -> int | None:
+    """The size of a layer's chunks, which only masks are told."""
+    kinds = getattr(module.config, "layer_types", None) or ()
+    is_chunked = module.layer_idx < len(kinds) and kinds[module.layer_idx] == CHUNKED
+    return int(module.config.attention_chunk_size) if is_chunked else None
 
 
 @contextmanager
@@ -147,7 +160,7 @@ class PrefixPass:
     def __init__(self, prefix: FrozenPrefix) -> None:
         self.prefix = prefix
         self.packing = _Packing(prefix.own_lengths)
-        self._masks: dict[tuple[int | None, torch.device], Tensor] = {}
+        self._masks: dict[tuple[int | None, int | None, torch.device], Tensor] = {}
 
     def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
         q_bhtd, k_bgtd, v_bgtd = (self.packing.pad(x) for x in qkv)
@@ -160,9 +173,9 @@ class PrefixPass:
         return self.packing.unpad(self._product(q_bhtd, k_bgtd, v_bgtd, view))
 
     def _product(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, view: _View) -> Tensor:
-        mask = self._mask(view.window, q_bhtd.device)
+        mask = self._mask(view, q_bhtd.device)
         heads_a_group = q_bhtd.shape[1] // k_bgsd.shape[1]
-        if view.softcap is None:
+        if view.softcap is None and view.sinks is None:
             # With a mask, CUDA's fast kernels want one key/value head a query head.
             if mask is not None and q_bhtd.is_cuda and heads_a_group > 1:
                 k_bgsd, v_bgsd = (x.repeat_interleave(heads_a_group, 1) for x in (k_bgsd, v_bgsd))
@@ -178,27 +191,31 @@ class PrefixPass:
         k_bhsd, v_bhsd = (x.repeat_interleave(heads_a_group, 1) for x in (k_bgsd, v_bgsd))
         scores = at_least_float32(_softcapped(q_bhtd @ k_bhsd.transpose(2, 3) * view.scaling, view.softcap))
         visible = mask if mask is not None else torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        return weights.to(v_bhsd.dtype) @ v_bhsd
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if view.sinks is not None:
+            sinks_bht1 = view.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+            return torch.cat([scores, sinks_bht1], -1).softmax(-1)[..., :-1].to(v_bhsd.dtype) @ v_bhsd
+        return scores.softmax(-1).to(v_bhsd.dtype) @ v_bhsd
 
-    def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
+    def _mask(self, view: _View, device: torch.device) -> Tensor | None:
         """Which of the C + T keys each of the T own tokens sees; None where that is plainly causal.
 
         Padding needs no mask: it lies behind every real token of its prompt.
         """
         c, t = len(self.prefix.shared.ids), self.packing.t
-        if window is not None and window >= c + t:
-            window = None
-        if c == 0 and window is None:
+        window, chunk = (own if own is not None and own < c + t else None for own in (view.window, view.chunk))
+        if c == 0 and window is None and chunk is None:
             return None
-        if (window, device) not in self._masks:
+        if (window, chunk, device) not in self._masks:
             query = torch.arange(c, c + t, device=device)[:, None]
             key = torch.arange(c + t, device=device)[None]
             visible = key <= query
             if window is not None:
                 visible &= query - key < window
-            self._masks[window, device] = visible
-        return self._masks[window, device]
+            if chunk is not None:
+                visible &= query // chunk == key // chunk
+            self._masks[window, chunk, device] = visible
+        return self._masks[window, chunk, device]
 
 
 class RowPass:
@@ -207,7 +224,7 @@ class RowPass:
     def __init__(self, prefix: FrozenPrefix, rows: Sequence[int]) -> None:
         self.prefix = prefix
         self.packing = _Packing(rows)
-        self._hidden: dict[tuple[int | None, torch.device], tuple[Tensor | None, Tensor | None]] = {}
+        self._hidden: dict[tuple[int | None, int | None, torch.device], tuple[Tensor | None, Tensor | None]] = {}
 
     def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
         q_bhjd, k_bgjd, v_bgjd = (self.packing.pad(x) for x in qkv)
@@ -215,7 +232,7 @@ class RowPass:
         g = k_bgjd.shape[1]
         # The query heads that share a key/value head become one axis of rows, X = H/G * J.
         q_bgxd = (q_bhjd * view.scaling).reshape(b, g, h // g * j, d)
-        shared_hidden, own_hidden = self._hidden_keys(view.window, q_bhjd.device)
+        shared_hidden, own_hidden = self._hidden_keys(view, q_bhjd.device)
 
         scores: list[Tensor] = []
         values: list[Tensor] = []
@@ -236,9 +253,13 @@ class RowPass:
             values.append(self.prefix.values_bgtd[layer])
         self_bgxj = q_bgxd.view(b, g, -1, j, d) * k_bgjd[:, :, None]
         scores.append(_softcapped(self_bgxj.sum(-1).reshape(b, g, -1, 1), view.softcap))
+        if view.sinks is not None:
+            sinks_g1 = view.sinks.view(1, g, -1, 1).expand(b, -1, -1, j)
+            scores.append(sinks_g1.reshape(b, g, -1, 1).to(q_bgxd.dtype))
 
         weights = at_least_float32(torch.cat(scores, -1)).softmax(-1).to(q_bgxd.dtype)
-        *prefix_weights, self_weight = torch.split(weights, [score.shape[-1] for score in scores], -1)
+        parts = torch.split(weights, [score.shape[-1] for score in scores], -1)
+        *prefix_weights, self_weight = parts if view.sinks is None else parts[:-1]
         out_bgxd = (self_weight.view(b, g, -1, j, 1) * v_bgjd[:, :, None]).reshape(b, g, -1, v_bgjd.shape[-1])
         for weight_bgxs, value in zip(prefix_weights, values, strict=True):
             if value.ndim == 3:
@@ -248,9 +269,10 @@ class RowPass:
                 out_bgxd = out_bgxd + weight_bgxs @ value
         return self.packing.unpad(out_bgxd.reshape(b, h, j, -1))
 
-    def _hidden_keys(self, window: int | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def _hidden_keys(self, view: _View, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Shared keys [B, C] and own keys [B, T] that a prompt's last token may not see; None: it sees all."""
-        if (window, device) not in self._hidden:
+        window, chunk = view.window, view.chunk
+        if (window, chunk, device) not in self._hidden:
             c, lengths = len(self.prefix.shared.ids), self.prefix.own_lengths
             length_b1 = torch.tensor(lengths, device=device)[:, None]
             t = torch.arange(max(lengths), device=device)[None]
@@ -260,8 +282,14 @@ class RowPass:
                 far = length_b1 - t >= window
                 own = far if own is None else own | far
                 shared = c + length_b1 - torch.arange(c, device=device)[None] >= window
-            self._hidden[window, device] = (shared, own)
-        return self._hidden[window, device]
+            if chunk is not None and c + max(lengths) >= chunk:
+                chunk_b1 = (c + length_b1) // chunk
+                far = (c + t) // chunk != chunk_b1
+                own = far if own is None else own | far
+                far = torch.arange(c, device=device)[None] // chunk != chunk_b1
+                shared = far if shared is None else shared | far
+            self._hidden[window, chunk, device] = (shared, own)
+        return self._hidden[window, chunk, device]
 
 
 def _alone(x: Tensor) -> Tensor:

@@ -1,15 +1,21 @@
 """Proof, before anything is measured, that an engine and a model fit each other.
 
 This is why numbers can be trusted on an architecture that nobody here has seen: rows must reproduce the plain forward
-pass, the captured neurons must reproduce their MLP, and a small finite difference must move the output as the gradient
-says. An engine that does not is not used (`engines/select.py`).
+pass, the captured neurons must reproduce their MLP, each layer's experts what the modeling code's own loop makes of
+them, and a small finite difference must move the output as the gradient says. An engine that does not is not used
+(`engines/select.py`).
+
+Models with experts are checked in float32, whatever their precision: in bfloat16 rounding alone has other experts
+chosen in two passes of the same prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +23,10 @@ from torch import Tensor
 from neg_service.errors import ModelError, one_line
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
-from neg_service.models.feed_forward import HookPoint, hooks
+from neg_service.models.experts import ExpertsPoint
+from neg_service.models.experts_function import summed, watching_routing
+from neg_service.models.feed_forward import Point, Site, hooks
+from neg_service.models.precision import in_precision
 from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
 
 # How far rows' logits may be from plain ones, against the largest plain logit; how far a finite difference from the
@@ -31,6 +40,8 @@ READOUT_FACTOR = 5
 CHECK_TOKENS, _CHECK_WINDOW = 13, 5
 # What share of the tolerance leaves no doubt.
 _CLEARLY = 0.1
+# What a configuration or a layer calls the number of tokens that are seen at most.
+_LIMIT = re.compile("window|attention_chunk")
 _LOG_P_STEPS, _ACTIVATION_STEPS = [1e-2, 1e-3, 1e-4], [1e-1, 1e-2]
 
 
@@ -40,7 +51,8 @@ class SelfCheck:
 
     at_readout: of the neurons that rows show at the readout position.
     finite_difference: of a finite difference from what the gradient says; None where precision is too low for one.
-    supports_late_expansion: a layer's one row may become many at its neurons; see `_supports_late_expansion`.
+    experts: of what own code makes of each layer's experts; None of a model without.
+    late_expansion: the sites at whose neurons a layer's one row may become many; see `_late_expansion`.
     starts_at_layers: a pass may begin at any layer; see `_starts_at_layers`.
     """
 
@@ -48,7 +60,8 @@ class SelfCheck:
     neurons: float
     at_readout: float
     finite_difference: float | None
-    supports_late_expansion: bool
+    experts: float | None
+    late_expansion: frozenset[Site]
     starts_at_layers: bool
 
 
@@ -80,6 +93,17 @@ def check_engine(engine: Engine) -> SelfCheck:
     Raises:
         MismatchError: a deviation beyond its tolerance; what else its passes raise.
     """
+    module, layers = engine.model.module, engine.model.feed_forward.layers
+    is_low = engine.model.dtype not in (torch.float32, torch.float64)
+    is_other = engine.model.feed_forward.has_experts and is_low
+    with in_precision(module, layers, torch.float32) if is_other else nullcontext():
+        found = _check_engine(engine, has_gradients=not is_low)
+    # What runs on has to be of the model's own precision.
+    engine.prefixes.forget()
+    return found
+
+
+def _check_engine(engine: Engine, *, has_gradients: bool) -> SelfCheck:
     model = engine.model
     ids = _check_ids(model)
     tolerance = LOGIT_TOLERANCE[model.dtype]
@@ -89,10 +113,12 @@ def check_engine(engine: Engine) -> SelfCheck:
         if has_windows:
             logits = max(logits, _check_logits(engine, ids))
     neurons = _check_neurons(model, ids)
+    experts = _check_experts(engine, ids) if model.feed_forward.has_experts else None
     at_readout = _check_readout(engine, ids)
     for what, deviation, allowed in (
         ("row logits", logits, tolerance),
         ("captured neurons", neurons, tolerance),
+        ("experts", experts or 0.0, tolerance),
         ("neurons at the readout position", at_readout, READOUT_FACTOR * tolerance),
     ):
         # Written so that NaN fails too.
@@ -101,7 +127,7 @@ def check_engine(engine: Engine) -> SelfCheck:
                 f"{what} are {deviation:.1e} off the plain forward pass, at most {allowed:.0e} is allowed in "
                 f"{_dtype(model)}"
             )
-    finite_difference = _check_finite_difference(engine, ids) if model.dtype in (torch.float32, torch.float64) else None
+    finite_difference = _check_finite_difference(engine, ids) if has_gradients else None
     if finite_difference is not None and not finite_difference <= FINITE_DIFFERENCE_TOLERANCE:
         raise MismatchError(
             f"a small shift of a neuron moves the output {finite_difference:.1e} (relative) away from what its "
@@ -112,7 +138,8 @@ def check_engine(engine: Engine) -> SelfCheck:
         neurons=neurons,
         at_readout=at_readout,
         finite_difference=finite_difference,
-        supports_late_expansion=_supports_late_expansion(engine, ids),
+        experts=experts,
+        late_expansion=frozenset(_late_expansion(engine, ids)),
         starts_at_layers=_starts_at_layers(engine, ids),
     )
 
@@ -137,10 +164,12 @@ def _check_ids(model: LoadedModel) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _plain_logits(model: LoadedModel, ids: Sequence[int]) -> Tensor:
+def _plain_logits(model: LoadedModel, ids: Sequence[int], *, shows_experts: bool = False) -> Tensor:
+    """Logits of the model's own pass; `shows_experts`: with own code for its experts, whose neurons then pass by."""
     # Every position's logits, because not every architecture can be asked for one alone.
     inputs = torch.tensor([list(ids)], device=model.device)
-    logits: Tensor = model.module(inputs, **({} if model.mask_token is not None else {"use_cache": False})).logits
+    with model.own_experts() if shows_experts else model.plain_experts():
+        logits: Tensor = model.module(inputs, **({} if model.mask_token is not None else {"use_cache": False})).logits
     return logits[0, _readout(model, ids)]
 
 
@@ -169,11 +198,11 @@ def _check_prompts(engine: Engine, ids: tuple[int, ...]) -> tuple[list[tuple[int
 
 @contextmanager
 def _short_windows(model: LoadedModel) -> Iterator[bool]:
-    """Sliding windows shorter than the few tokens of a check, which would never meet them; whether there are any."""
+    """Windows and chunks shorter than the few tokens of a check, which would never meet them; whether there are any."""
     before = []
     for part in (model.module.config.get_text_config(), *model.feed_forward.layers.modules()):
         for name, value in part.__dict__.items():
-            if "window" in name and type(value) is int and value > _CHECK_WINDOW:
+            if _LIMIT.search(name) and type(value) is int and value > _CHECK_WINDOW:
                 before.append((part, name, value))
     try:
         for part, name, _ in before:
@@ -186,26 +215,61 @@ def _short_windows(model: LoadedModel) -> Iterator[bool]:
 
 @torch.no_grad()
 def _check_neurons(model: LoadedModel, ids: tuple[int, ...]) -> float:
-    """The input of the down projection against what it should be made of: the activation, times up if gated."""
-    found = model.feed_forward
-    act = [HookPoint(mlp.get_submodule(found.layout.act), "output", 0, found.n_neurons) for mlp in found.mlps]
-    hook_points = {"act": act, "paper": found.hook_points("paper"), "hidden": found.hook_points("hidden")}
-    seen: dict[tuple[str, int], Tensor] = {}
+    """The input of MLPs' down projections against what it should be made of: the activation, times up if gated."""
+    mlps = {Site(layer): mlp for layer, mlp in enumerate(model.feed_forward.mlps) if mlp}
+    points: dict[str, dict[Site, Point]] = {
+        "act": {site: mlp.act for site, mlp in mlps.items()},
+        "paper": {site: mlp.point("paper") for site, mlp in mlps.items()},
+        "hidden": {site: mlp.point("hidden") for site, mlp in mlps.items()},
+    }
+    seen: dict[tuple[str, Site], Tensor] = {}
 
     def keep(name: str) -> AbstractContextManager[None]:
-        return hooks(
-            dict(enumerate(hook_points[name])),
-            lambda layer, x: seen.update({(name, layer): hook_points[name][layer].neurons(x)}),
-        )
+        return hooks(points[name], lambda site, x: seen.update({(name, site): points[name][site].neurons(x)}))
 
     with keep("act"), keep("paper"), keep("hidden"):
         _plain_logits(model, ids)
     worst = 0.0
-    for layer in range(found.n_layers):
-        rebuilt = seen["act", layer]
-        if found.layout.is_gated:
-            rebuilt = rebuilt * seen["paper", layer]
-        worst = max(worst, _deviation(rebuilt, seen["hidden", layer]))
+    for site, mlp in mlps.items():
+        rebuilt = seen["act", site]
+        if mlp.layout.is_gated:
+            rebuilt = rebuilt * seen["paper", site]
+        worst = max(worst, _deviation(rebuilt, seen["hidden", site]))
+    return worst
+
+
+@torch.no_grad()
+def _check_experts(engine: Engine, ids: tuple[int, ...]) -> float:
+    """What own code makes of each layer's experts against the modeling code's loop, on what a plain pass gives them.
+
+    Raises:
+        MismatchError: experts that do not run by own code, or another number of them than is known.
+    """
+    model = engine.model
+    found = [own for own in model.feed_forward.experts if own]
+    calls: dict[Any, tuple[Any, Any, Tensor]] = {}
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        calls[module] = (args, kwargs, summed(module, output))
+
+    handles = [own.module.register_forward_hook(keep, with_kwargs=True) for own in found]
+    try:
+        _plain_logits(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    worst = 0.0
+    with model.own_experts(), watching_routing() as routing:
+        for own in found:
+            if own.module not in calls:
+                raise MismatchError(f"{type(own.module).__name__} does not run in a plain pass")
+            args, kwargs, plain = calls[own.module]
+            worst = max(worst, _deviation(summed(own.module, own.module(*args, **kwargs)), plain))
+            if own.module not in routing:
+                raise MismatchError(f"{type(own.module).__name__} does not go through transformers' experts interface")
+            n_chosen = routing[own.module].expert_tk.shape[1]
+            if n_chosen != own.n_chosen:
+                raise MismatchError(f"a token uses {n_chosen} experts, its configuration says {own.n_chosen}")
     return worst
 
 
@@ -213,20 +277,20 @@ def _check_neurons(model: LoadedModel, ids: tuple[int, ...]) -> float:
 def _check_readout(engine: Engine, ids: tuple[int, ...]) -> float:
     """The neurons that rows show at their readout position against those of the plain pass."""
     model = engine.model
-    points = dict(enumerate(model.feed_forward.hook_points("hidden")))
-    seen: dict[int, Tensor] = {}
+    points = model.feed_forward.sites("hidden")
+    seen: dict[Site, Tensor] = {}
 
-    def keep(layer: int, x: Tensor) -> None:
-        seen[layer] = flat(x.contiguous())
+    def keep(site: Site, x: Tensor) -> None:
+        seen[site] = flat(x.contiguous())
 
     with hooks(points, keep):
-        _plain_logits(model, ids)
-        plain = [seen[layer][_readout(model, ids)] for layer in points]
+        _plain_logits(model, ids, shows_experts=True)
+        plain = {site: seen[site][_readout(model, ids)] for site in points}
         prompts, counts = _check_prompts(engine, ids)
         rows = engine.rows(prompts)
         rows.run(counts)
     place = int(rows.positions(counts)[1])
-    return max(_deviation(seen[layer][place], own) for layer, own in enumerate(plain))
+    return max(_deviation(seen[site][place], own) for site, own in plain.items())
 
 
 def _check_finite_difference(engine: Engine, ids: tuple[int, ...]) -> float:
@@ -237,19 +301,17 @@ def _check_finite_difference(engine: Engine, ids: tuple[int, ...]) -> float:
     step is two passes of the whole model.
     """
     model = engine.model
-    found = model.feed_forward
-    points = found.hook_points("paper")
     # Not the most probable token: where that is certain, nothing moves its log p.
     target = int(_plain_logits(model, ids).topk(2).indices[1])
-    layers = sorted({0, found.n_layers // 2, found.n_layers - 1})
-    gradients = target_gradients(engine.rows([ids]), [[target, 0]], {layer: points[layer] for layer in layers})
+    points = model.feed_forward.sites("paper", _some_layers(model))
+    gradients = target_gradients(engine.rows([ids]), [[target, 0]], points)
     worst = 0.0
-    for layer, gradient_rn in zip(layers, gradients.gradient_lrn, strict=True):
+    for point, gradient_rn in zip(points.values(), gradients.gradient_srn, strict=True):
         slopes = gradient_rn[0]
         neuron = int(slopes.abs().argmax())
         slope, best = float(slopes[neuron]), float("inf")
         for step in [change / slope for change in _LOG_P_STEPS] + _ACTIVATION_STEPS:
-            up, down = (_log_p_with(model, points[layer], neuron, shift, ids, target) for shift in (step, -step))
+            up, down = (_log_p_with(model, point, neuron, shift, ids, target) for shift in (step, -step))
             best = min(best, abs((up - down) / (2 * slope * step) - 1))
             if best <= _CLEARLY * FINITE_DIFFERENCE_TOLERANCE:
                 break
@@ -257,45 +319,55 @@ def _check_finite_difference(engine: Engine, ids: tuple[int, ...]) -> float:
     return worst
 
 
+def _some_layers(model: LoadedModel) -> list[int]:
+    """The first, the middle and the last layer, and the first and the last that have experts."""
+    n_layers, experts = model.feed_forward.n_layers, model.feed_forward.experts
+    with_experts = [layer for layer, own in enumerate(experts) if own]
+    return sorted({0, n_layers // 2, n_layers - 1, *with_experts[:1], *with_experts[-1:]})
+
+
 @torch.no_grad()
-def _log_p_with(
-    model: LoadedModel, point: HookPoint, neuron: int, shift: float, ids: Sequence[int], target: int
-) -> float:
+def _log_p_with(model: LoadedModel, point: Point, neuron: int, shift: float, ids: Sequence[int], target: int) -> float:
     def move(_layer: int, x: Tensor) -> Tensor:
         moved = x.clone()
         point.neurons(flat(moved))[_readout(model, ids), neuron] += shift
         return moved
 
     with hooks({0: point}, move):
-        return float(_plain_logits(model, ids).double().log_softmax(-1)[target])
+        logits = _plain_logits(model, ids, shows_experts=isinstance(point, ExpertsPoint))
+        return float(logits.double().log_softmax(-1)[target])
 
 
 @torch.no_grad()
-def _supports_late_expansion(engine: Engine, ids: Sequence[int]) -> bool:
-    """Whether a layer may run as one row up to its neurons and as several from there, the rest by broadcasting.
+def _late_expansion(engine: Engine, ids: Sequence[int]) -> Iterator[Site]:
+    """The sites at which a layer may run as one row up to its neurons and as several from there, by broadcasting.
 
-    Most do. One that reshapes its output as its input was (OPT) does not; there every row runs the whole layer.
+    Most MLPs can. A layer that reshapes its output as its input was (OPT, most blocks of experts) cannot; there every
+    row runs the whole layer.
     """
     model = engine.model
-    layers, points = model.feed_forward.layers, model.feed_forward.hook_points("paper")
     rows = engine.rows([ids])
-    head, middle = model.module.get_output_embeddings(), len(layers) // 2
+    head = model.module.get_output_embeddings()
     seen: list[Tensor] = []
 
-    def expand(_layer: int, x: Tensor) -> Tensor:
+    def expand(_site: Site, x: Tensor) -> Tensor:
         return rows.expand_rows(x, 2).clone()
 
     handle = head.register_forward_hook(lambda _m, _i, out: seen.append(out.reshape(-1, out.shape[-1])))
     try:
         rows.run([2])
-        with hooks({middle: points[middle]}, expand):
-            rows.run([1])
-    except (RuntimeError, ValueError, IndexError):
-        return False
+        plain = seen.pop()
+        for site, point in model.feed_forward.sites("paper").items():
+            try:
+                with hooks({site: point}, expand):
+                    rows.run([1])
+            except (RuntimeError, ValueError, IndexError):
+                continue
+            expanded = seen.pop()
+            if expanded.shape == plain.shape and _deviation(expanded, plain) <= LOGIT_TOLERANCE[model.dtype]:
+                yield site
     finally:
         handle.remove()
-    plain, expanded = seen
-    return expanded.shape == plain.shape and _deviation(expanded, plain) <= LOGIT_TOLERANCE[model.dtype]
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class SharedPrefixEngine(Engine):
     def prepare(self, prompts: Sequence[SplitPrompt], shared: Ids = ()) -> SharedPrefixRows:
         """See `Engine`."""
         require_single_tokens(self, prompts)
-        prefix = run_prefix(self.model.module, [prompt.ids for prompt in prompts], self.shared_prefix(shared))
+        prefix = run_prefix(self.model, [prompt.ids for prompt in prompts], self.shared_prefix(shared))
         n_layers = len(self.model.feed_forward.layers)
         if any(prefix.own_lengths) and len(prefix.keys_bgtd) != n_layers:
             raise MismatchError(
@@ -72,7 +72,7 @@ class SharedPrefixEngine(Engine):
 
     def run_shared(self, ids: tuple[int, ...]) -> SharedPrefix:
         """See `Engine`."""
-        return run_shared_prefix(self.model.module, ids)
+        return run_shared_prefix(self.model, ids)
 
 
 class SharedPrefixRows:
@@ -88,7 +88,7 @@ class SharedPrefixRows:
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`."""
-        return run_last_tokens(self._model.module, self._prefix, counts)
+        return run_last_tokens(self._model, self._prefix, counts)
 
     def positions(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`; rows travel packed, and nothing else with them."""
@@ -100,7 +100,7 @@ class SharedPrefixRows:
 
 
 @torch.no_grad()
-def run_shared_prefix(model: PreTrainedModel, ids: Ids) -> SharedPrefix:
+def run_shared_prefix(model: LoadedModel, ids: Ids) -> SharedPrefix:
     """Run shared tokens once; their keys and values serve every prompt that begins with them."""
     prefix = run_prefix(model, [(*ids, 0)], SharedPrefix())
     keys, values = prefix.keys_bgtd, prefix.values_bgtd
@@ -108,7 +108,7 @@ def run_shared_prefix(model: PreTrainedModel, ids: Ids) -> SharedPrefix:
 
 
 @torch.no_grad()
-def run_prefix(model: PreTrainedModel, prompts: Sequence[Ids], shared: SharedPrefix) -> FrozenPrefix:
+def run_prefix(model: LoadedModel, prompts: Sequence[Ids], shared: SharedPrefix) -> FrozenPrefix:
     """Run all tokens of `prompts` but the last; each must begin with the shared ones and go on by at least a token.
 
     The vocabulary head is not run: nothing but keys and values is wanted.
@@ -117,19 +117,20 @@ def run_prefix(model: PreTrainedModel, prompts: Sequence[Ids], shared: SharedPre
     own = [ids[c:-1] for ids in prompts]
     prefix = FrozenPrefix(shared, tuple(map(len, own)), tuple(ids[-1] for ids in prompts))
     if any(own):
-        with running(model, PrefixPass(prefix)):
-            model.base_model(**packed(model, own, [range(c, c + len(ids)) for ids in own]))
+        with running(model.module, PrefixPass(prefix)), model.own_experts():
+            model.module.base_model(**packed(model.module, own, [range(c, c + len(ids)) for ids in own]))
     return prefix
 
 
-def run_last_tokens(model: PreTrainedModel, prefix: FrozenPrefix, counts: Sequence[int]) -> Tensor:
+def run_last_tokens(model: LoadedModel, prefix: FrozenPrefix, counts: Sequence[int]) -> Tensor:
     """Run `counts[b]` rows of the last token of each prompt b; logits [R, V], prompt by prompt.
 
     With gradients enabled the graph covers the rows alone: the prefix is frozen.
     """
     ids = [[last] * n for last, n in zip(prefix.last_ids, counts, strict=True)]
     positions = [[len(prefix.shared.ids) + own] * n for own, n in zip(prefix.own_lengths, counts, strict=True)]
-    with running(model, RowPass(prefix, counts)), exact_head_gradient(model):
-        logits: Tensor = model(**packed(model, ids, positions)).logits
+    module = model.module
+    with running(module, RowPass(prefix, counts)), model.own_experts(), exact_head_gradient(module):
+        logits: Tensor = module(**packed(module, ids, positions)).logits
     # Some architectures (GPT-2) bring rows that became more on the way to another axis in the end.
     return logits.flatten(0, -2)

@@ -1,0 +1,84 @@
+"""Which experts a prompt's readout token used, and the neurons that act on the prompt because of that.
+
+Axes: E layers with experts, k chosen experts, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from neg_service import schema
+from neg_service.layer_neurons import ALWAYS_ON
+from neg_service.models.experts_function import Routing
+from neg_service.models.feed_forward import FeedForward, Site
+from neg_service.neurons import Ints
+from neg_service.slots import Slots
+
+
+@dataclass(frozen=True)
+class PromptRouting:
+    """The experts that one prompt's readout token used.
+
+    layer: [E]. expert: [E] arrays [k], ascending. weight: [E] arrays [k], the router's; of Llama 4, whose router scales
+    what experts read, 1.
+    """
+
+    layer: tuple[int, ...] = ()
+    expert: tuple[Ints, ...] = ()
+    weight: tuple[NDArray[np.float32], ...] = ()
+
+    def of_layer(self, layer: int) -> Ints:
+        """The experts of a layer that has some."""
+        return self.expert[self.layer.index(layer)]
+
+    def table(self, prompt_id: str) -> pa.Table:
+        """Rows of the table `routing`."""
+        rows = [
+            {"prompt_id": prompt_id, "layer": layer, "experts": expert, "weights": weight}
+            for layer, expert, weight in zip(self.layer, self.expert, self.weight, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, schema.ROUTING)
+
+
+def routing_of_rows(
+    feed_forward: FeedForward, seen: Mapping[nn.Module, Routing], position_r: Tensor
+) -> list[PromptRouting]:
+    """What the tokens at some positions of a pass used, each."""
+    layers, experts, weights = [], [], []
+    for layer, own in enumerate(feed_forward.experts):
+        if own is not None:
+            routing = seen[own.module]
+            place_r = position_r.to(routing.expert_tk.device)
+            layers.append(layer)
+            experts.append(routing.expert_tk[place_r].cpu().numpy())
+            weights.append(routing.weight_tk[place_r].float().cpu().numpy())
+    return [
+        PromptRouting(tuple(layers), tuple(own[r] for own in experts), tuple(own[r] for own in weights))
+        for r in range(len(position_r))
+    ]
+
+
+def slots_of(feed_forward: FeedForward, routing: PromptRouting, sites: Iterable[Site]) -> Slots:
+    """The MLPs and experts at some sites that act on a prompt, in the order of the sites."""
+    if not feed_forward.has_experts:
+        sizes = feed_forward.neurons_by_layer
+        return Slots.of_layers({site.layer: sizes[site.layer] for site in sites})
+    layer, expert, size = [], [], []
+    for site in sites:
+        own = feed_forward.layer_neurons[site.layer]
+        if site.is_experts:
+            experts = routing.of_layer(site.layer).tolist()
+            layer += [site.layer] * len(experts)
+            expert += experts
+            size += [own.n_of_expert] * len(experts)
+        else:
+            layer.append(site.layer)
+            expert.append(ALWAYS_ON if own.n_experts else own.mlps[0][0])
+            size.append(own.n_mlp)
+    return Slots(np.array(layer, np.int64), np.array(expert, np.int64), np.array(size, np.int64))

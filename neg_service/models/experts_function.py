@@ -1,0 +1,267 @@
+"""The experts function: what the experts of a layer compute, with their neurons passing by one site of each basis.
+
+Registered with transformers' experts interface as `EXPERTS`. The chosen experts of a token stand side by side, in the
+order of their numbers. What an experts class computes between its projections is known by its class (`_GATES`).
+
+Axes: T tokens, k chosen experts of a token, N neurons of an expert, H hidden size, S = T·k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers.integrations import moe
+except ImportError:
+    moe = None
+
+EXPERTS = "neg_service_experts"
+# Given the tensor [T, k·N] of a basis, it may give another one in its place, of more tokens where it was of one.
+Visit = Callable[[Tensor], Tensor | None]
+
+VISITS: WeakKeyDictionary[nn.Module, dict[str, list[Visit]]] = WeakKeyDictionary()
+LLAMA_4 = "Llama4TextExperts"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts a layer chose for each token, in ascending order, and the router's weights: [T, k] both.
+
+    Of Llama 4 the weights are 1: its router scales what the experts read.
+    """
+
+    expert_tk: Tensor
+    weight_tk: Tensor
+
+
+# Who watches: the routing of each experts module in the pass that runs, the last one's.
+_WATCHERS: list[dict[nn.Module, Routing]] = []
+
+
+# How many experts of such a module its router chooses, which it is not told itself.
+LLAMA_4_CHOSEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+@contextmanager
+def watching_routing() -> Iterator[dict[nn.Module, Routing]]:
+    """The routing of each module of experts in the last pass of an engine that ran."""
+    seen: dict[nn.Module, Routing] = {}
+    _WATCHERS.append(seen)
+    try:
+        yield seen
+    finally:
+        # By identity: what others saw may be equal.
+        _WATCHERS[:] = [own for own in _WATCHERS if own is not seen]
+
+
+def summed(module: nn.Module, output: Tensor) -> Tensor:
+    """What a call of a layer's experts adds up to for each token [T, H]; Llama 4 leaves the sum to the caller."""
+    if type(module).__name__ != LLAMA_4:
+        return output
+    return output.view(n_experts_of(module), -1, output.shape[-1]).sum(0)
+
+
+def n_experts_of(module: nn.Module) -> int:
+    """How many experts it has."""
+    return int(module.get_parameter("down_proj").shape[0])
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether its experts have a gate beside their up projection."""
+    return type(module).__name__ == LLAMA_4 or bool(module.has_gate)
+
+
+# --- what an experts class computes between its projections: (activated gate, the factor that the up projection gives)
+
+Gate = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _plain_gate(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return module.act_fn(gate), up
+
+
+def _clamped(limit: str) -> Gate:
+    def apply(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        most = getattr(module, limit)
+        act = getattr(module, "act_fn", nn.functional.silu)
+        return act(gate.clamp(max=most)), up.clamp(-most, most)
+
+    return apply
+
+
+def _swish_plus_one(limit: str, alpha: str) -> Gate:
+    def apply(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        most = getattr(module, limit)
+        gate = gate.clamp(max=most)
+        return gate * torch.sigmoid(gate * getattr(module, alpha)), up.clamp(-most, most) + 1
+
+    return apply
+
+
+_GATES: dict[str, Gate] = {
+    "GptOssExperts": _swish_plus_one("limit", "alpha"),
+    "OpenAIPrivacyFilterExperts": _swish_plus_one("limit", "alpha"),
+    "MiniMaxM3VLExperts": _swish_plus_one("swiglu_limit", "swiglu_alpha"),
+    "DeepseekV4Experts": _clamped("limit"),
+    "Glm5NextTextExperts": _clamped("swiglu_limit"),
+    "HYV4Experts": _clamped("swiglu_limit"),
+}
+
+
+def gate_of(module: nn.Module) -> Gate | None:
+    if (own := _GATES.get(type(module).__name__)) is not None:
+        return own
+    # The interface gives classes without a gate of their own this one.
+    return _plain_gate if getattr(type(module), "_apply_gate", None) is moe._default_apply_gate else None
+
+
+# --- the function
+
+
+class _Slots:
+    """Pairs (token, chosen expert), in the order of the experts: all of one expert stand together."""
+
+    def __init__(self, expert_tk: Tensor) -> None:
+        self.t, self.k = expert_tk.shape
+        expert_s, self._order = expert_tk.flatten().sort(stable=True)
+        self.experts, counts = (own.tolist() for own in torch.unique_consecutive(expert_s, return_counts=True))
+        self._counts = counts
+
+    @property
+    def token_s(self) -> Tensor:
+        """The token of each pair, in that order."""
+        return self._order // self.k
+
+    def of_experts(self, x_tkf: Tensor) -> Tensor:
+        """[T, k, F] as [S, F] in that order."""
+        return x_tkf.reshape(self.t * self.k, -1)[self._order]
+
+    def of_tokens(self, x_sf: Tensor) -> Tensor:
+        """The reverse."""
+        return torch.empty_like(x_sf).index_copy(0, self._order, x_sf).view(self.t, self.k, -1)
+
+    def linear(self, x_sf: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+        """Each pair's product with its expert's matrix."""
+        parts = [
+            nn.functional.linear(
+                part, weight[expert].T if is_transposed else weight[expert], None if bias is None else bias[expert]
+            )
+            for expert, part in zip(self.experts, torch.split(x_sf, self._counts), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+class _Run:
+    """One call of a layer's experts: neurons in the order of the experts, and tokens that may become more."""
+
+    def __init__(self, module: nn.Module, expert_tk: Tensor, weight_tk: Tensor) -> None:
+        self.module: Any = module
+        self.expert_tk, self.weight_tk = expert_tk, weight_tk
+        self.slots = _Slots(expert_tk)
+
+    def at(self, basis: str, x_sn: Tensor, *beside: Tensor) -> list[Tensor]:
+        """What visits make of a basis' neurons; `beside` are grown with them."""
+        visits = VISITS.get(self.module, {}).get(basis)
+        if not visits:
+            return [x_sn, *beside]
+        before, n = self.slots, x_sn.shape[-1]
+        x = before.of_tokens(x_sn).reshape(before.t, -1)
+        for visit in visits:
+            changed = visit(x)
+            x = x if changed is None else changed
+        if len(x) == before.t:
+            return [before.of_experts(x.view(before.t, before.k, n)), *beside]
+        # One token became several rows, which all go on through the same experts.
+        self.expert_tk, self.weight_tk = (own.expand(len(x), -1) for own in (self.expert_tk, self.weight_tk))
+        self.slots = _Slots(self.expert_tk)
+        grown = [before.of_tokens(own).expand(len(x), -1, -1) for own in beside]
+        return [self.slots.of_experts(own) for own in (x.view(len(x), before.k, n), *grown)]
+
+    def neurons(self, x_sh: Tensor) -> Tensor:
+        """The input of the down projection, from each pair's input."""
+        module = self.module
+        is_gated_ = is_gated(module)
+        name = "gate_up_proj" if is_gated_ else "up_proj"
+        bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
+        product = self.slots.linear(x_sh, getattr(module, name), bias, self._is_transposed)
+        if not is_gated_:
+            (hidden,) = self.at("paper", module.act_fn(product))
+        else:
+            is_concatenated = getattr(module, "is_concatenated", True)
+            gate, up = product.chunk(2, -1) if is_concatenated else (product[..., ::2], product[..., 1::2])
+            up, gate = self.at("paper", up, gate)
+            apply = gate_of(module) if hasattr(module, "has_gate") else _plain_gate
+            assert apply is not None
+            act, factor = apply(module, gate, up)
+            act, factor = self.at("gate", act, factor)
+            hidden = act * factor
+        (hidden,) = self.at("hidden", hidden)
+        return hidden
+
+    def output(self, hidden_sn: Tensor) -> Tensor:
+        """What the layer's experts give for each token [T, H], by the router's weights."""
+        module = self.module
+        bias = module.down_proj_bias if getattr(module, "has_bias", False) else None
+        out_sh = self.slots.linear(hidden_sn, module.down_proj, bias, self._is_transposed)
+        if getattr(module, "has_post_expert_norm", False):
+            out_sh = module.post_expert_norm(out_sh)
+        out_sh = out_sh * self.slots.of_experts(self.weight_tk[..., None])
+        return self.slots.of_tokens(out_sh).sum(1)
+
+    @property
+    def _is_transposed(self) -> bool:
+        return type(self.module).__name__ == LLAMA_4 or self.module.is_transposed
+
+
+def _note(module: nn.Module, expert_tk: Tensor, weight_tk: Tensor) -> None:
+    for seen in _WATCHERS:
+        seen[module] = Routing(expert_tk, weight_tk.detach())
+
+
+def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of a layer, as transformers' interface calls them."""
+    expert_tk, order = top_k_index.sort(-1)
+    weight_tk = top_k_weights.gather(-1, order)
+    _note(module, expert_tk, weight_tk)
+    run = _Run(module, expert_tk, weight_tk)
+    hidden = run.neurons(hidden_states[run.slots.token_s])
+    return run.output(hidden).to(hidden_states.dtype)
+
+
+def llama_4_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """In the place of `Llama4TextExperts.forward`, which gets all tokens for each expert, scaled by their scores.
+
+    The scores of experts that were not chosen are zero, and so is what they read.
+    """
+    n_experts = self.get_parameter("down_proj").shape[0]
+    x_xth = hidden_states.view(n_experts, -1, hidden_states.shape[-1])
+    size_tx = x_xth.detach().abs().amax(-1).T
+    n_chosen = int(LLAMA_4_CHOSEN[self])
+    expert_tk = size_tx.topk(n_chosen, -1).indices.sort(-1).values
+    weight_tk = torch.ones_like(expert_tk, dtype=x_xth.dtype)
+    _note(self, expert_tk, weight_tk)
+    run = _Run(self, expert_tk, weight_tk)
+    x_tkh = x_xth.transpose(0, 1).gather(1, expert_tk[..., None].expand(-1, -1, x_xth.shape[-1]))
+    out_th = run.output(run.neurons(run.slots.of_experts(x_tkh))).to(hidden_states.dtype)
+    # The caller adds up what the experts give.
+    return torch.cat([out_th, out_th.new_zeros((n_experts - 1) * len(out_th), out_th.shape[-1])])
+
+
+def lacks_of_interface() -> str | None:
+    """What transformers' experts interface lacks of that for which this module was written, if anything."""
+    if moe is None:
+        return "transformers.integrations.moe"
+    names = ("ALL_EXPERTS_FUNCTIONS", "_default_apply_gate")
+    lacking = next((name for name in names if not hasattr(moe, name)), None)
+    return lacking or (None if hasattr(moe.ALL_EXPERTS_FUNCTIONS, "register") else "ALL_EXPERTS_FUNCTIONS.register")
+
+
+if lacks_of_interface() is None:
+    moe.ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)
