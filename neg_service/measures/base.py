@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from neg_service.config import NeuronsConfig, checked_layers, typed
 from neg_service.errors import ConfigurationError
-from neg_service.layer_neurons import LayerNeurons
+from neg_service.layer_neurons import LayerNeurons, layers_of_sizes
 from neg_service.measures.choice import check_whole_layers, described
 from neg_service.schema import Table
 from neg_service.settings import check_fields
@@ -181,7 +181,7 @@ class Measure(ABC, Generic[OptionsT]):
 
     def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
         """Which neurons are measured, for a person."""
-        return described(neurons, info.layer_neurons)
+        return described(neurons, layers_of_model(info))
 
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
@@ -236,16 +236,28 @@ class Measure(ABC, Generic[OptionsT]):
         return {name: table.described() for name, table in self.tables(sizes).items()}
 
 
+def layers_of_model(sizes: Sizes) -> tuple[LayerNeurons, ...]:
+    """What neurons each layer has; who tells their numbers alone has no experts."""
+    found = getattr(sizes, "layer_neurons", None)
+    return tuple(layers_of_sizes(sizes.neurons_by_layer)) if found is None else tuple(found)
+
+
+def has_experts(sizes: Sizes) -> bool:
+    """Whether any layer has experts."""
+    return any(own.n_experts for own in layers_of_model(sizes))
+
+
 def n_slots(sizes: Sizes, layers: Sequence[int]) -> int:
     """How many neurons of these layers act on a prompt."""
-    return sum(sizes.layer_neurons[layer].n_slots for layer in layers)
+    own = layers_of_model(sizes)
+    return sum(own[layer].n_slots for layer in layers)
 
 
 def prompt_bytes(sizes: Sizes, text: int = 256) -> dict[str, int]:
     """What a prompt's own tables take, of so many bytes of text."""
     # A number and a weight of each chosen expert, and a key in each layer.
-    routing = sum(16 + 6 * own.n_chosen for own in sizes.layer_neurons if own.n_experts)
-    return {"prompts": text, **({"routing": routing} if sizes.has_experts else {})}
+    routing = sum(16 + 6 * own.n_chosen for own in layers_of_model(sizes) if own.n_experts)
+    return {"prompts": text, **({"routing": routing} if has_experts(sizes) else {})}
 
 
 def _columns(schema: pa.Schema) -> str:

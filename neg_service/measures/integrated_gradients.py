@@ -126,7 +126,7 @@ def integrated_gradients(
     for index, found in integrals(model, encoded, wanted, basis, chosen, m, budget):
         place = slots.places(index, found.slots)
         result.probability[index, : len(found.targets)] = found.probability_k
-        result.integrated_gradients[index, : len(found.targets), *place] = found.integral_km
+        result.integrated_gradients[index][: len(found.targets), *place] = found.integral_km
         result.activation[index, *place] = found.activation_m
     return result
 

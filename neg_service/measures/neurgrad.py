@@ -110,7 +110,7 @@ def neurgrad(
     for index, found in gradients(model, encoded, wanted, basis, chosen, budget):
         place = slots.places(index, found.slots)
         result.probability[index, : len(found.targets)] = found.probability_k
-        result.neurgrad[index, : len(found.targets), *place] = found.neurgrad_km
+        result.neurgrad[index][: len(found.targets), *place] = found.neurgrad_km
         result.activation[index, *place] = found.activation_m
     return result
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.layer_neurons import NO_EXPERT
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, layers_of_model, n_slots
 from neg_service.measures.sums import Sums
 from neg_service.measures.tables import lists, mlp_columns, table_of
 from neg_service.schema import Table
@@ -51,7 +51,7 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
         note = "The mean over prompts of the largest |NeurGrad| over a prompt's targets."
         return {
             "aggregate_importance": Table(
-                schema.aggregate_importance(sizes.layer_neurons),
+                schema.aggregate_importance(layers_of_model(sizes)),
                 "aggregate importance",
                 schema.PER_MAGNITUDE,
                 "aggregate_importance",
@@ -74,7 +74,7 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
             # The sign that makes a gradient a NeurGrad does not change its magnitude.
             sums.add(found.slots, np.abs(found.gradient_km).max(0))
         slots, importance_m = sums.slots(), sums.values()
-        table_schema = schema.aggregate_importance(model.feed_forward.layer_neurons)
+        table_schema = schema.aggregate_importance(layers_of_model(model.feed_forward))
         n = len(slots.size)
         table = table_of(
             table_schema,

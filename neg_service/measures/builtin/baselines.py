@@ -28,7 +28,16 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.layer_neurons import NO_EXPERT
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.base import (
+    Cost,
+    Measure,
+    ShardInput,
+    Sizes,
+    has_experts,
+    layers_of_model,
+    n_slots,
+    prompt_bytes,
+)
 from neg_service.measures.tables import prompt_tables, target_layer_rows
 from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import Prompt
@@ -81,8 +90,8 @@ class BaselineEstimate(Measure[BaselineOptions]):
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts`, and the values under the measure's name."""
         title, unit = schema.ESTIMATES[self.name]
-        values = Table(schema.baseline(self.name, sizes.layer_neurons), title, unit, self.name)
-        return {**schema.prompt_tables(sizes.has_experts), self.name: values}
+        values = Table(schema.baseline(self.name, layers_of_model(sizes)), title, unit, self.name)
+        return {**schema.prompt_tables(has_experts(sizes)), self.name: values}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """Four bytes for each value; a row for each target, differentiated even where the activation alone is kept."""
@@ -96,12 +105,12 @@ class BaselineEstimate(Measure[BaselineOptions]):
 
         model, layers, basis = shard.model, shard.layers, self.options.basis
         sizes = model.feed_forward
-        table_schema = schema.baseline(self.name, sizes.layer_neurons)
+        table_schema = schema.baseline(self.name, layers_of_model(sizes))
         wanted = [wanted_targets(prompt.prompt, self.options.keep) for prompt in shard.prompts]
         for index, found in gradients(model, shard.prompts, wanted, basis, layers, shard.budget):
             prompt, p_k = shard.prompts[index], found.probability_k
             values_km = _values(self.options, prompt.prompt, found)
-            of_prompt = prompt_tables(prompt, p_k, found.routing, sizes.has_experts)
+            of_prompt = prompt_tables(prompt, p_k, found.routing, has_experts(sizes))
             own = target_layer_rows(table_schema, prompt, found.targets, found.slots, basis, p_k, values_km)
             yield index, {**of_prompt, self.name: own}
 

@@ -10,7 +10,16 @@ import pyarrow as pa
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.base import (
+    Cost,
+    Measure,
+    ShardInput,
+    Sizes,
+    has_experts,
+    layers_of_model,
+    n_slots,
+    prompt_bytes,
+)
 from neg_service.measures.tables import prompt_tables, target_layer_rows
 from neg_service.measures.targets import KEEP, check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import Prompt
@@ -46,8 +55,8 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `integrated_gradients`."""
-        values = Table(schema.integrated_gradients(sizes.layer_neurons), *schema.ESTIMATES[_NAME], _NAME)
-        return {**schema.prompt_tables(sizes.has_experts), _NAME: values}
+        values = Table(schema.integrated_gradients(layers_of_model(sizes)), *schema.ESTIMATES[_NAME], _NAME)
+        return {**schema.prompt_tables(has_experts(sizes)), _NAME: values}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """Four bytes for each value, which hardly compress; in each layer a row for each point, and back for each
@@ -63,7 +72,7 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
 
         options, layers = self.options, shard.layers
         sizes = shard.model.feed_forward
-        table_schema = schema.integrated_gradients(sizes.layer_neurons)
+        table_schema = schema.integrated_gradients(layers_of_model(sizes))
         wanted = [wanted_targets(prompt.prompt, options.keep) for prompt in shard.prompts]
         found_of = integrals(shard.model, shard.prompts, wanted, options.basis, layers, options.steps, shard.budget)
         for index, found in found_of:
@@ -71,4 +80,4 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
             values = target_layer_rows(
                 table_schema, prompt, found.targets, found.slots, options.basis, p_k, found.integral_km
             )
-            yield index, {**prompt_tables(prompt, p_k, found.routing, sizes.has_experts), _NAME: values}
+            yield index, {**prompt_tables(prompt, p_k, found.routing, has_experts(sizes)), _NAME: values}

@@ -12,7 +12,7 @@ import pyarrow as pa
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, prompt_bytes
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
 from neg_service.measures.tables import key_columns, prompt_tables, table_of
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -55,7 +55,7 @@ class Intervene(Measure[InterveneOptions]):
                 "measure.edits names the neurons; leave it at all", setting="neurons.layers", value=neurons.layers
             )
         super().validate(info, neurons, prompts)
-        checked_edits(self.options.edits, info.layer_neurons)
+        checked_edits(self.options.edits, layers_of_model(info))
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """All options, with the edits in full."""
@@ -68,8 +68,8 @@ class Intervene(Measure[InterveneOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `intervene`."""
-        edited = Table(schema.intervene(sizes.has_experts), "change of the probability", schema.PROBABILITY)
-        return {**schema.prompt_tables(sizes.has_experts), "intervene": edited}
+        edited = Table(schema.intervene(has_experts(sizes)), "change of the probability", schema.PROBABILITY)
+        return {**schema.prompt_tables(has_experts(sizes)), "intervene": edited}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A row of numbers for each target and edit."""
@@ -83,13 +83,13 @@ class Intervene(Measure[InterveneOptions]):
 
         model, basis = shard.model, self.options.basis
         sizes = model.feed_forward
-        edits = checked_edits(self.options.edits, sizes.layer_neurons)
+        edits = checked_edits(self.options.edits, layers_of_model(sizes))
         dtype = str(model.dtype).removeprefix("torch.")
         for index, found in effects(model, shard.prompts, edits, basis, shard.budget):
             prompt = shard.prompts[index]
             probability_k = found.probability_k.astype(np.float32)
-            of_prompt = prompt_tables(prompt, probability_k, found.routing, sizes.has_experts)
-            table = _table(schema.intervene(sizes.has_experts), prompt, found, edits, basis, dtype)
+            of_prompt = prompt_tables(prompt, probability_k, found.routing, has_experts(sizes))
+            table = _table(schema.intervene(has_experts(sizes)), prompt, found, edits, basis, dtype)
             yield index, {**of_prompt, "intervene": table}
 
 

@@ -19,7 +19,16 @@ from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
 from neg_service.layer_neurons import LayerNeurons
 from neg_service.measures import targets
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.base import (
+    Cost,
+    Measure,
+    ShardInput,
+    Sizes,
+    has_experts,
+    layers_of_model,
+    n_slots,
+    prompt_bytes,
+)
 from neg_service.measures.tables import key_columns, lists, mlp_columns, prompt_tables, table_of, target_layer_rows
 from neg_service.measures.targets import check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -77,13 +86,13 @@ class NeurGrad(Measure[NeurGradOptions]):
         title, unit = schema.ESTIMATES["neurgrad"]
         if self._is_top_k:
             top = Table(schema.TOP_NEURONS, title, unit, "neurgrad")
-            return {**schema.prompt_tables(sizes.has_experts), "top_neurons": top}
+            return {**schema.prompt_tables(has_experts(sizes)), "top_neurons": top}
         note = "A neuron that fires by one unit stronger changes the probability by about so much."
-        activations = schema.activations(sizes.layer_neurons)
+        activations = schema.activations(layers_of_model(sizes))
         return {
-            **schema.prompt_tables(sizes.has_experts),
+            **schema.prompt_tables(has_experts(sizes)),
             "activations": Table(activations, *schema.ESTIMATES["activation"], "activation"),
-            "neurgrad": Table(schema.neurgrad(sizes.layer_neurons), title, unit, "neurgrad", note),
+            "neurgrad": Table(schema.neurgrad(layers_of_model(sizes)), title, unit, "neurgrad", note),
         }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
@@ -105,8 +114,8 @@ class NeurGrad(Measure[NeurGradOptions]):
         tables, sizes = _strongest if self._is_top_k else _values, shard.model.feed_forward
         for index, found in gradients(shard.model, shard.prompts, wanted, basis, layers, shard.budget):
             prompt = shard.prompts[index]
-            own = tables(prompt, found, sizes.layer_neurons, self.options)
-            yield index, {**prompt_tables(prompt, found.probability_k, found.routing, sizes.has_experts), **own}
+            own = tables(prompt, found, layers_of_model(sizes), self.options)
+            yield index, {**prompt_tables(prompt, found.probability_k, found.routing, has_experts(sizes)), **own}
 
     @property
     def _is_top_k(self) -> bool:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, prompt_bytes
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.choice import check_whole_layers, set_of
 from neg_service.measures.tables import prompt_tables
 from neg_service.measures.targets import check_answers
@@ -128,7 +128,7 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
         for task in dict.fromkeys(task_of(prompt.id) for prompt in prompts):
             if not len(chosen.of_task(task)):
                 raise ConfigurationError(f"there are no neurons for the task {task!r}", setting=setting)
-        chosen.in_model(info.layer_neurons, setting)
+        chosen.in_model(layers_of_model(info), setting)
         if self.options.chosen:
             log.warning("measure.chosen is deprecated: give neurons.list a NeuronSet by task in its place")
 
@@ -156,12 +156,12 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
         if neurons.choose != "list":
             reason = f"measure={self.name} takes a list, of other neurons for each task or of the same for all"
             raise ConfigurationError(reason, setting="neurons.choose", value=neurons.choose)
-        return set_of(neurons).in_model(sizes.layer_neurons, "neurons.list")
+        return set_of(neurons).in_model(layers_of_model(sizes), "neurons.list")
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `neuron_predictions`."""
         return {
-            **schema.prompt_tables(sizes.has_experts),
+            **schema.prompt_tables(has_experts(sizes)),
             "neuron_predictions": Table(schema.NEURON_PREDICTIONS, "predictions of neurons"),
         }
 
@@ -190,5 +190,5 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
             activation_s = np.where(is_routed_s, found.activation_m[place_s], np.float32(0))
             row = predictions_row(prompt_id, predictions_of(neurgrad_ks, activation_s, is_routed_s))
             table = pa.Table.from_pylist([row], schema.NEURON_PREDICTIONS)
-            of_prompt = prompt_tables(prompts[index], found.probability_k, found.routing, sizes.has_experts)
+            of_prompt = prompt_tables(prompts[index], found.probability_k, found.routing, has_experts(sizes))
             yield index, {**of_prompt, "neuron_predictions": table}

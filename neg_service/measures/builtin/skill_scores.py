@@ -33,7 +33,16 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.layer_neurons import LayerNeurons
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, n_slots, prompt_bytes
+from neg_service.measures.base import (
+    Cost,
+    Measure,
+    ShardInput,
+    Sizes,
+    has_experts,
+    layers_of_model,
+    n_slots,
+    prompt_bytes,
+)
 from neg_service.measures.sums import Sums
 from neg_service.measures.tables import lists, mlp_columns, prompt_tables, table_of
 from neg_service.measures.targets import check_answers
@@ -107,8 +116,8 @@ class SkillScores(Measure[SkillScoresOptions]):
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `skill_scores`."""
-        scores = Table(schema.skill_scores(sizes.layer_neurons), "score", schema.NO_UNIT, "values")
-        return {**schema.prompt_tables(sizes.has_experts), "skill_scores": scores}
+        scores = Table(schema.skill_scores(layers_of_model(sizes)), "score", schema.NO_UNIT, "values")
+        return {**schema.prompt_tables(has_experts(sizes)), "skill_scores": scores}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A shard's sums are spread over its prompts, of which there are mostly many."""
@@ -126,7 +135,7 @@ class SkillScores(Measure[SkillScoresOptions]):
         sums: dict[str, dict[str, Sums]] = defaultdict(lambda: defaultdict(Sums))
         for index, found in gradients(shard.model, prompts, wanted, self.options.basis, layers, shard.budget):
             prompt, neurgrad_km = prompts[index], found.neurgrad_km
-            own_tables[index] = prompt_tables(prompt, found.probability_k, found.routing, sizes.has_experts)
+            own_tables[index] = prompt_tables(prompt, found.probability_k, found.routing, has_experts(sizes))
             activations[index] = found.slots, found.activation_m
             own = gradient_scores(neurgrad_km[None], np.array([prompt.prompt.answer]))
             for name, values_m in own.items():
@@ -139,7 +148,7 @@ class SkillScores(Measure[SkillScoresOptions]):
             scores: Scores = {name: own.values() for name, own in own_sums.items()}
             activation_pm = _spread([activations[i] for i in members], slots)
             scores |= activation_scores(activation_pm, answer_p, len(prompts[members[0]].target_ids))
-            parts += self._tables_of(task, len(members), scores, slots, sizes.layer_neurons)
+            parts += self._tables_of(task, len(members), scores, slots, layers_of_model(sizes))
         return {
             **{name: pa.concat_tables(own_tables[i][name] for i in range(len(prompts))) for name in own_tables[0]},
             "skill_scores": pa.concat_tables(parts),

@@ -11,7 +11,7 @@ import pyarrow as pa
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, prompt_bytes
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
 from neg_service.measures.shifts import GRIDS, SHIFTS, Grid, Sweep, chosen_grid
 from neg_service.schema import Table
@@ -54,7 +54,7 @@ class NeuronSweep(Measure[SweepOptions]):
         """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
         self.grid()
-        check_choice(neurons, info.layer_neurons)
+        check_choice(neurons, layers_of_model(info))
 
     def least_batch_bytes(self, info: ModelInfo) -> int:
         """Two rows of a short prompt: an intervention runs beside one without a shift."""
@@ -73,13 +73,13 @@ class NeuronSweep(Measure[SweepOptions]):
         """`prompts` and `sweep`."""
         n_shifts = len(self.grid().shifts) if self.options.keep_curves else None
         unit = schema.PER_ACTIVATION if self.options.shift == "signed" else schema.PER_MAGNITUDE
-        swept = Table(schema.sweep(n_shifts, sizes.has_experts), "NEG", unit, "neg")
-        return {**schema.prompt_tables(sizes.has_experts), "sweep": swept}
+        swept = Table(schema.sweep(n_shifts, has_experts(sizes)), "NEG", unit, "neg")
+        return {**schema.prompt_tables(has_experts(sizes)), "sweep": swept}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A row of numbers for each target and neuron, an intervention for each neuron and shift."""
         n_shifts = len(self.grid().shifts)
-        n = count_of(neurons, info.layer_neurons)
+        n = count_of(neurons, layers_of_model(info))
         # Eight numbers, and the key and marks of a row, which compress to little.
         row = 120 + (4 * n_shifts if self.options.keep_curves else 0)
         return Cost({**prompt_bytes(info), "sweep": int(row * n * n_targets)}, n * n_shifts, "interventions")
@@ -93,7 +93,7 @@ class NeuronSweep(Measure[SweepOptions]):
 
         if neurons.choose == "top":
             neurons = NeuronsConfig(neurons.layers)
-        chosen = chosen_neurons(neurons, model.feed_forward.layer_neurons)
+        chosen = chosen_neurons(neurons, layers_of_model(model.feed_forward))
         budget = self.budget or budget_of(model)
         return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, budget))}
 
