@@ -27,7 +27,7 @@ from neg_service.models.batches import Budget
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
-from neg_service.models.feed_forward import hooks
+from neg_service.models.feed_forward import Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -98,7 +98,7 @@ def _family(name: str, settings: Settings) -> dict[str, Any]:
     def engine_interventions() -> None:
         one = Interventions(model, prompts[0], "paper")
         neurons = torch.full((settings.interventions,), NEURON)
-        one.delta_log_p(middle, neurons, shifts, Budget(2**28))
+        one.delta_log_p(Site(middle), neurons, shifts, Budget(2**28))
 
     pairs: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "gradients": (lambda: _textbook_gradients(model, prompts), engine_gradients),
@@ -138,13 +138,13 @@ def _prompts(settings: Settings, is_masked: bool) -> list[EncodedPrompt]:
 
 def _textbook_gradients(model: LanguageModel, prompts: list[EncodedPrompt]) -> None:
     """A whole sequence with a graph, one prompt at a time, one forward pass and a backward pass a label."""
-    points = dict(enumerate(model.feed_forward.hook_points("paper")))
+    points = model.feed_forward.sites("paper")
     for prompt in prompts:
-        seen: dict[int, Tensor] = {}
+        seen: dict[Site, Tensor] = {}
 
-        def capture(layer: int, x: Tensor, seen: dict[int, Tensor] = seen) -> Tensor:
-            seen[layer] = x if x.requires_grad else x.detach().requires_grad_()
-            return seen[layer]
+        def capture(site: Site, x: Tensor, seen: dict[Site, Tensor] = seen) -> Tensor:
+            seen[site] = x if x.requires_grad else x.detach().requires_grad_()
+            return seen[site]
 
         with torch.enable_grad(), hooks(points, capture):
             log_p = model.model(torch.tensor([prompt.ids])).logits[0, _readout(model, prompt)].log_softmax(-1)
@@ -155,7 +155,7 @@ def _textbook_gradients(model: LanguageModel, prompts: list[EncodedPrompt]) -> N
 @torch.no_grad()
 def _textbook_interventions(model: LanguageModel, prompt: EncodedPrompt, layer: int, shifts: Tensor) -> None:
     """A hook on one neuron and a full forward pass, one shift at a time."""
-    point, place = model.feed_forward.hook_points("paper")[layer], _readout(model, prompt)
+    point, place = model.feed_forward.sites("paper")[Site(layer)], _readout(model, prompt)
     inputs = torch.tensor([prompt.ids])
     for shift in shifts:
 

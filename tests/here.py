@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import astuple
 
 from neg_service.cluster.messages import WorkerSpec
 from neg_service.cluster.plan import shards_of
@@ -31,6 +32,7 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
             "layers": prepared.info.n_layers,
             "neurons_a_layer": prepared.info.n_neurons,
             "experts_a_layer": 0,
+            "layer_neurons": [list(astuple(own)) for own in prepared.info.layer_neurons],
         },
         "dataset": prepared.request["dataset"],
     }

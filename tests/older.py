@@ -31,7 +31,8 @@ def made_older(place: Path) -> dict[str, Any]:
         content["request"]["neurons"]["list"] = [list(pair) for pair in zip(*pairs.values(), strict=True)]
         del content["neurons"]
         store.delete(NEURONS_FILE)
-    content["about"].get("model", {}).pop("experts_a_layer", None)
+    for name in ("experts_a_layer", "layer_neurons"):
+        content["about"].get("model", {}).pop(name, None)
     for name, told in content["tables"].items():
         content["tables"][name] = _schema_to_json(name, without_expert(schema_from_json(told)))
     for entry in store.list(""):

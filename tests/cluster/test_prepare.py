@@ -137,8 +137,8 @@ def test_neurons_by_task_and_experts_are_refused_by_a_sweep(config: ScanConfig) 
     by_task = NeuronSet.by_task({"imdb": NeuronSet.from_pairs(FEW)})
     with pytest.raises(ConfigurationError, match=r"neurons\.list: measure=sweep takes the same for all tasks"):
         prepare(listed(config, by_task))
-    with pytest.raises(ConfigurationError, match=r"\(2, 0, 1\) does not exist; layer 2 has no experts"):
-        prepare(listed(config, [[2, 0, 1]]))
+    with pytest.raises(ConfigurationError, match=r"\(2, 1, 0\) does not exist; layer 2 has no experts"):
+        prepare(listed(config, [[2, 1, 0]]))
 
 
 def test_lost_neurons_come_from_their_source_or_are_told(

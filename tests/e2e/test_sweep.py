@@ -106,8 +106,8 @@ def test_the_strongest_over_the_data_set_are_ranked_first(
     asked = [*arguments, *top, f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
     assert scanned(*asked) == 0
     assert "ranking neurons over the data set first" in caplog.text
-    _, strength_ln = total([table_of(tmp_path, "aggregate_importance")])
-    best = np.argsort(-np.stack(strength_ln), axis=None)[:4]
+    importance = total([table_of(tmp_path, "aggregate_importance")])
+    best = np.argsort(-np.stack(list(importance.values())), axis=None)[:4]
     swept = table_of(tmp_path, "sweep")
     found = set(zip(swept["layer"].to_pylist(), swept["neuron"].to_pylist(), strict=True))
     assert found == {divmod(int(i), 40) for i in best}

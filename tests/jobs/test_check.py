@@ -33,8 +33,7 @@ def test_the_table_says_what_a_scan_would_do(tmp_path: Path, capsys: pytest.Capt
     assert checked(saved("GPT-J", tmp_path)) == 0
     table = capsys.readouterr().out
     for line in (
-        r"layers +3\n",
-        r"neurons +40 a layer, 120 in all\n",
+        r"neurons +3 layers of 40 neurons; 120 in all\n",
         r"basis +paper: input of transformer\.h\.0\.mlp\.fc_out\n +hidden: input of transformer\.h\.0\.mlp\.fc_out\n",
         r"read at +last token\n",
         r"engine +kv_cache\n +not shared_prefix: 3 of the 3 layers do not go through transformers' attention inter",

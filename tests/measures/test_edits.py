@@ -28,8 +28,10 @@ def test_values_and_polarity_stay_with_their_neurons_whatever_the_order() -> Non
 
 
 def test_an_edit_takes_neurons_of_no_expert_and_refuses_those_of_one() -> None:
-    (edit,) = checked_edits([{"neurons": [[1, None, 2]], "scale": 0}], [8, 8])
-    assert edit.neurons.tolist() == [[1, 2]]
+    # The expert once stood in the middle.
+    for neuron in ([1, 2, None], [1, None, 2]):
+        (edit,) = checked_edits([{"neurons": [neuron], "scale": 0}], [8, 8])
+        assert edit.neurons.tolist() == [[1, 2]]
     with refused(ConfigurationError, "measure.edits[0].neurons", says=r"\(1, 3, 2\) .* layer 1 has no experts"):
         checked_edits([{"neurons": [[1, 3, 2]], "scale": 0}], [8, 8])
     # Layers differ in size.

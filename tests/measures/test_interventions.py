@@ -99,11 +99,11 @@ def test_when_memory_ends_batches_shrink_and_rows_stay_the_same(monkeypatch: pyt
     whole = swept(model, NeuronsConfig(choose="sample", count=4))["sweep"]
     real, sizes = interventions.Interventions._run, []
 
-    def small_memory(self: Any, layer: int, neurons_r: torch.Tensor, shifts_r: torch.Tensor) -> torch.Tensor:
+    def small_memory(self: Any, site: Any, neurons_r: torch.Tensor, shifts_r: torch.Tensor) -> Any:
         sizes.append(len(shifts_r))
         if len(shifts_r) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, layer, neurons_r, shifts_r)
+        return real(self, site, neurons_r, shifts_r)
 
     monkeypatch.setattr(interventions.Interventions, "_run", small_memory)
     shrunk = swept(model, NeuronsConfig(choose="sample", count=4))["sweep"]

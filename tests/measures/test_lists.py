@@ -87,12 +87,12 @@ def test_a_list_in_parquet_says_whole_numbers_in_every_cell(
 )  # fmt: skip
 def test_experts_are_read_where_there_are_some(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    assert list_in(tmp_path / name) == [[0, None, 2], [1, None, 7], [1, 3, 0]]
+    assert list_in(tmp_path / name) == [[0, 2, None], [1, 7, None], [1, 0, 3]]
 
 
 def test_experts_are_read_from_parquet(tmp_path: Path) -> None:
     for expert, expected in (
-        (pa.array([3, None]), [[0, None, 2], [1, 3, 0]]),
+        (pa.array([3, None]), [[0, 2, None], [1, 0, 3]]),
         (pa.array([None, None]), [[0, 2], [1, 0]]),
         (pa.array([None, None], pa.int16()), [[0, 2], [1, 0]]),
     ):

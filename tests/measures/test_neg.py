@@ -15,6 +15,7 @@ from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, NonFiniteError, PromptError
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
+from neg_service.models.feed_forward import Site
 from neg_service.models.precision import in_precision
 from tests import oracle
 from tests.encodings import encoded
@@ -102,11 +103,13 @@ def test_neurons_are_told_in_the_order_in_which_they_were_asked_for_also_twice()
         alone = neg_service.neg(model, TEXT, TARGET, [neuron], [-1.0, 1.0])
         np.testing.assert_allclose(found.neg[i], alone.neg[0], rtol=1e-9)
         np.testing.assert_allclose(found.activation[i], alone.activation[0], rtol=1e-12)
-    # Of no expert, as all neurons are here.
-    triples = neg_service.neg(model, TEXT, TARGET, [(layer, None, n) for layer, n in asked], [-1.0, 1.0])
-    assert triples.neg.tolist() == found.neg.tolist()
-    with pytest.raises(ConfigurationError, match=r"neurons: \(2, 0, 7\) does not exist; layer 2 has no experts"):
-        neg_service.neg(model, TEXT, TARGET, [(2, 0, 7)])
+    # Of no expert, as all neurons are here; the expert once stood in the middle.
+    for of_no_expert in ([(layer, n, None) for layer, n in asked], [(layer, None, n) for layer, n in asked]):
+        triples = neg_service.neg(model, TEXT, TARGET, of_no_expert, [-1.0, 1.0])
+        assert triples.neurons.tolist() == found.neurons.tolist()
+        assert triples.neg.tolist() == found.neg.tolist()
+    with pytest.raises(ConfigurationError, match=r"neurons: \(2, 7, 0\) does not exist; layer 2 has no experts"):
+        neg_service.neg(model, TEXT, TARGET, [(2, 7, 0)])
 
 
 @pytest.mark.model
@@ -153,7 +156,7 @@ def test_nothing_of_a_sweep_stays_in_the_model() -> None:
     neg_service.neg(model, TEXT, TARGET, NEURONS, [1.0])
     interventions = Interventions(model, encoded(IDS, (TARGET_ID,)), "paper")
     with pytest.raises(IndexError):
-        interventions.delta_log_p(2, torch.tensor([40]), torch.tensor([1.0]), Budget(2**28))
+        interventions.delta_log_p(Site(2), torch.tensor([40]), torch.tensor([1.0]), Budget(2**28))
     assert list(model.feed_forward.layers) == layers
     assert all(a is b for a, b in zip(model.feed_forward.layers, layers, strict=True))
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules()) == 0

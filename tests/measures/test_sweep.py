@@ -16,6 +16,7 @@ import neg_service
 from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
+from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures import measure_of
 from neg_service.measures.builtin.aggregate_importance import total
 from neg_service.models.batches import Budget
@@ -91,13 +92,13 @@ def test_strength_over_a_data_set_is_the_sum_of_each_prompts_largest() -> None:
             read.append(weakref.ref(tables[0]))
             yield tables.pop(0)
 
-    layers, found = total(parts())
+    found = total(parts())
     expected = sum(
         np.abs(neg_service.neurgrad(model, [p.text], [p.targets], layers=[1, 2]).neurgrad[0].astype(float)).max(0)
         for p in PROMPTS
     )
-    assert layers == [1, 2]
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert list(found) == [(1, NO_EXPERT), (2, NO_EXPERT)]
+    np.testing.assert_allclose(list(found.values()), expected, rtol=1e-4)
 
 
 def test_neither_batches_nor_shards_nor_other_neurons_change_the_rows() -> None:

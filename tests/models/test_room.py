@@ -14,6 +14,7 @@ from neg_service.measures.interventions import Interventions
 from neg_service.memory import BUSY_BYTES, available_bytes, busy_bytes
 from neg_service.models import room
 from neg_service.models.engines.backward import target_gradients
+from neg_service.models.feed_forward import Site
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.families import random_ids
@@ -41,7 +42,7 @@ def kept_bytes(model: LanguageModel, n: int) -> int:
     prompts = random_ids([TOKENS] * n, model.is_masked)
     targets = [[7]] * n if model.is_masked else [list(range(1, 1 + n))]
     rows = model.rows(prompts if model.is_masked else prompts[:1])
-    points = dict(enumerate(model.feed_forward.hook_points("paper")))
+    points = model.feed_forward.sites("paper")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         target_gradients(rows, targets, points)
     return sum(found.values())
@@ -81,10 +82,10 @@ def test_rows_take_no_more_than_is_said_with_and_without_a_graph(family: str) ->
     prompt = EncodedPrompt(Prompt("0", "-", (" w7",), 0), ids, (7,))
     interventions = Interventions(model, prompt, "paper")
     said = interventions.rows.sizes
-    points = dict(enumerate(model.feed_forward.hook_points("paper")))
+    points = model.feed_forward.sites("paper")
 
     def rows(n: int) -> int:
-        return peak_bytes(lambda: interventions._run(0, torch.arange(n) % 40, torch.ones(n)))
+        return peak_bytes(lambda: interventions._run(Site(0), torch.arange(n) % 40, torch.ones(n)))
 
     def gradients(n: int) -> int:
         return peak_bytes(lambda: target_gradients(model.rows([ids]), [list(range(1, 1 + n))], points))

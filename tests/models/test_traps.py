@@ -1,8 +1,8 @@
 """Wrong on purpose: each known trap is sprung, and the comparisons of `tests/families.py` see it.
 
 Without these a comparison that sees nothing would pass as well. What the same comparisons give for the engine as it is:
-`test_families.py`. Traps that end in a refusal (labels of several tokens, prompts with no or several masks, experts,
-recurrent layers) are tested where the refusal is.
+`test_families.py`. Traps that end in a refusal (labels of several tokens, prompts with no or several masks, recurrent
+layers) are tested where the refusal is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from neg_service.models.engines import prefix_attention, shared_prefix
 from neg_service.models.engines.full_sequence import FullSequenceRows
 from neg_service.models.engines.kv_cache import _FrozenLayer
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
-from neg_service.models.feed_forward import FeedForward, HookPoint
+from neg_service.models.feed_forward import HookPoint, Mlp, Site
 from neg_service.models.start_at_layer import start_at_layer
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tokens import encode
@@ -149,19 +149,19 @@ def test_logits_without_their_factor(family: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("family", FUSED)
 def test_the_halves_of_a_fused_projection_exchanged(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = FeedForward._hook_point
+    real = Mlp.point
 
-    def gate_for_up(self: FeedForward, mlp: Any, basis: str) -> HookPoint:
-        return dataclasses.replace(real(self, mlp, basis), start=0)
+    def gate_for_up(self: Mlp, basis: str) -> HookPoint:
+        return dataclasses.replace(real(self, basis), start=0)
 
-    monkeypatch.setattr(FeedForward, "_hook_point", gate_for_up)
+    monkeypatch.setattr(Mlp, "point", gate_for_up)
     assert neurgrad_deviation(family, "paper", LENGTHS) > SEEN
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_basis_taken_for_another(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = FeedForward._hook_point
-    monkeypatch.setattr(FeedForward, "_hook_point", lambda self, mlp, _basis: real(self, mlp, "hidden"))
+    real = Mlp.point
+    monkeypatch.setattr(Mlp, "point", lambda self, _basis: real(self, "hidden"))
     for basis in set(bases_of(family)) - {"hidden"}:
         # In a plain MLP `paper` and `hidden` are the same tensor.
         is_other = len(bases_of(family)) == 3
@@ -182,8 +182,8 @@ def test_adding_to_the_residual_is_right_without_such_a_norm(monkeypatch: pytest
     assert sweep_deviation("Llama 2", "hidden") < 1e-6
 
 
-def _on_the_residual(self: Interventions, layer: int, neurons_r: Tensor, shifts_r: Tensor) -> Tensor:
-    n_rows, own = len(shifts_r) + 1, self._layers[layer]
+def _on_the_residual(self: Interventions, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> tuple[Tensor, None]:
+    n_rows, own = len(shifts_r) + 1, self._layers[site.layer]
     columns_rd = own.get_submodule("mlp.down_proj").weight.T[neurons_r] * shifts_r[:, None]
 
     def add(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -192,12 +192,12 @@ def _on_the_residual(self: Interventions, layer: int, neurons_r: Tensor, shifts_
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = own.register_forward_hook(add)
-    stored = self.rows.expand_rows(self._inputs[layer], n_rows)
-    started = start_at_layer(self._layers, layer, stored, self._output_structures)
+    stored = self.rows.expand_rows(self._inputs[site.layer], n_rows)
+    started = start_at_layer(self._layers, site.layer, stored, self._output_structures)
     with torch.no_grad(), started, self._readout.differences([n_rows]) as head_rv:
         self.rows.run([n_rows])
     handle.remove()
-    return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
+    return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids), None
 
 
 def test_dropout_that_is_left_on() -> None:

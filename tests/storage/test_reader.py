@@ -218,13 +218,13 @@ def test_rows_of_single_neurons_of_an_expert(tmp_path: Path) -> None:
 
 def test_an_expert_of_a_model_without_experts_is_refused(run: Run, tmp_path: Path) -> None:
     dense = with_experts(tmp_path / "dense", model={"neurons_a_layer": 3, "experts_a_layer": 0})
-    with pytest.raises(ConfigurationError, match=r"has no neuron \(1, 5, 2\); layer 1 has no experts"):
+    with pytest.raises(ConfigurationError, match=r"has no neuron \(1, 2, 5\); layer 1 has no experts"):
         dense.neuron(1, 2, expert=5)
     # As it was written before there were experts.
     older = tmp_path / "older"
     made_older(Path(shutil.copytree(run.uri, older)))
     assert "expert" not in neg_service.open_run(older).table("neurgrad").schema.names
-    with pytest.raises(ConfigurationError, match=r"has no neuron \(1, 0, 2\); layer 1 has no experts"):
+    with pytest.raises(ConfigurationError, match=r"has no neuron \(1, 2, 0\); layer 1 has no experts"):
         neg_service.open_run(older).neuron(1, 2, expert=0)
 
 

@@ -41,7 +41,9 @@ def test_windows_that_a_short_prompt_never_meets_are_checked(monkeypatch: pytest
 def test_the_self_check_finds_neurons_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Phi-3 and 4")
     # As if the fused projection gave up before gate.
-    for mlp in model.feed_forward.mlps:
+    for own in model.feed_forward.mlps:
+        assert own is not None
+        mlp: Any = own.module
         up = mlp.gate_up_proj.weight
         up.copy_(torch.cat(up.chunk(2)[::-1]))
         mlp.forward = _swapped_forward.__get__(mlp)
@@ -78,7 +80,7 @@ def test_the_self_check_sees_gradients_that_are_a_tenth_too_large(monkeypatch: p
 
     def larger(*arguments: Any) -> Any:
         found = real(*arguments)
-        return dataclasses.replace(found, gradient_lrn=[1.1 * own for own in found.gradient_lrn])
+        return dataclasses.replace(found, gradient_srn=[1.1 * own for own in found.gradient_srn])
 
     monkeypatch.setattr(self_check, "target_gradients", larger)
     with refused(ModelError, says="away from what its gradient says"):
@@ -131,9 +133,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     real = self_check._plain_logits
 
-    def counted(model: Any, ids: Sequence[int]) -> Tensor:
+    def counted(model: Any, ids: Sequence[int], **options: Any) -> Tensor:
         found.append(len(ids))
-        return real(model, ids)
+        return real(model, ids, **options)
 
     monkeypatch.setattr(self_check, "_plain_logits", counted)
     return found
@@ -158,7 +160,7 @@ def test_a_finite_difference_that_does_not_agree_is_tried_in_all_steps(
 
     def twice_as_steep(*arguments: Any) -> Any:
         found = real(*arguments)
-        for gradient in found.gradient_lrn:
+        for gradient in found.gradient_srn:
             gradient.mul_(2)
         return found
 

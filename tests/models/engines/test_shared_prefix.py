@@ -16,7 +16,8 @@ from tests.tiny_models import tiny_model
 @pytest.mark.parametrize("family", ["GPT-2", "Phi-3 and 4", "GPT-NeoX (Pythia)", "Llama 2"])
 @pytest.mark.parametrize("lengths", [(9,), (9, 9), (9, 5)])
 def test_keys_and_values_that_are_kept_are_no_views_of_a_fused_projection(family: str, lengths: Sequence[int]) -> None:
-    model = tiny_model(family).model
+    own = tiny_model(family)
+    model = LoadedModel(own.model, own.feed_forward)
     shared = run_shared_prefix(model, (3, 14, 15, 92, 65))
     prefix = run_prefix(model, random_ids(lengths, False), SharedPrefix())
     for kept in (shared.keys_gcd, shared.values_gcd, prefix.keys_bgtd, prefix.values_bgtd):
