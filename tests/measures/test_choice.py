@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
+from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerNeurons
 from neg_service.measures.choice import (
     check_choice,
     chosen_neurons,
@@ -24,9 +26,18 @@ from neg_service.measures.choice import (
     with_list_read,
 )
 from neg_service.neurons import NeuronSet
+from neg_service.slots import Slots
 from tests.refusals import ANY, refused
 
 SIZES = [40, 40, 40]
+# No experts; four of which a token uses two, beside an MLP that is always on; two of which it uses one.
+MIXTURE = [LayerNeurons(40), LayerNeurons(30, 4, 20, 2), LayerNeurons(0, 2, 20, 1)]
+EVERYTHING = {
+    (0, NO_EXPERT): 40,
+    (1, ALWAYS_ON): 30,
+    **{(1, expert): 20 for expert in range(4)},
+    **{(2, expert): 20 for expert in range(2)},
+}
 
 
 def choose(**given: Any) -> list[list[int]]:
@@ -84,7 +95,7 @@ def test_the_strongest_and_ties_go_to_the_lower_neuron() -> None:
     strength = np.zeros((2, 5))
     strength[0, 3] = strength[1, 0] = 2.0
     strength[1, 4] = 5.0
-    assert strongest_neurons([1, 4], strength, 2).tolist() == [[1, 3], [4, 4]]
+    assert strongest_neurons(Slots.of_layers({1: 5, 4: 5}), strength.ravel(), 2).tolist() == [[1, 3], [4, 4]]
 
 
 def test_choices_of_layers_that_differ_in_size() -> None:
@@ -95,7 +106,7 @@ def test_choices_of_layers_that_differ_in_size() -> None:
         check_choice(config, sizes)
         found = chosen_neurons(config, sizes)
         assert len(found) == count_of(config, sizes)
-        found.require_existing(sizes)
+        assert found.in_model(sizes) == found
         return found.tolist()
 
     assert of() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [1, 3], [1, 4], [2, 0], [2, 1], [2, 2]]
@@ -103,14 +114,141 @@ def test_choices_of_layers_that_differ_in_size() -> None:
     assert [layer for layer, _ in of(choose="sample", count=2)] == [0, 0, 1, 1, 2, 2]
     assert of(choose="sample", count=10, per="model") == of()
     assert of(choose="list", list=[[1, 4], [0, 1]]) == [[0, 1], [1, 4]]
-    strengths = [np.array([1.0, 9.0]), np.array([0.0, 0.0, 0.0, 0.0, 9.0]), np.array([2.0, 1.0, 0.0])]
-    assert strongest_neurons([0, 1, 2], strengths, 3).tolist() == [[0, 1], [1, 4], [2, 0]]
+    strength_m = np.array([1.0, 9.0, 0.0, 0.0, 0.0, 0.0, 9.0, 2.0, 1.0, 0.0])
+    assert strongest_neurons(Slots.of_layers(dict(enumerate(sizes))), strength_m, 3).tolist() == [
+        [0, 1],
+        [1, 4],
+        [2, 0],
+    ]
     with pytest.raises(
         ConfigurationError, match=r"neurons\.count=3: the choice must be from 1 to 2, the neurons of a l"
     ):
         check_choice(NeuronsConfig(choose="sample", count=3), sizes)
     with pytest.raises(ConfigurationError, match=r"\(0, 2\) does not exist; .* layer 0 neurons 0 to 1"):
         check_choice(NeuronsConfig(choose="list", list=[[0, 2]]), sizes)
+
+
+def of_mixture(**given: Any) -> NeuronSet:
+    config = with_list_read(NeuronsConfig(**given))
+    check_choice(config, MIXTURE)
+    found = chosen_neurons(config, MIXTURE)
+    assert found.in_model(MIXTURE) == found
+    assert chosen_neurons(resolved(config, MIXTURE), MIXTURE) == found
+    return found
+
+
+def counts_of(found: NeuronSet) -> dict[tuple[int, int], int]:
+    """How many neurons of each (layer, expert)."""
+    return Counter(zip(found.layer.tolist(), found.expert.tolist(), strict=True))
+
+
+def test_all_neurons_with_experts_are_counted_as_those_that_act_on_a_prompt() -> None:
+    assert counts_of(of_mixture()) == EVERYTHING
+    assert counts_of(of_mixture(layers=[2])) == {(2, 0): 20, (2, 1): 20}
+    # Of layer 1 the MLP and two of four experts, of layer 2 one of two.
+    assert count_of(NeuronsConfig(), MIXTURE) == 40 + (30 + 2 * 20) + 20
+    assert count_of(NeuronsConfig([2]), MIXTURE) == 20
+
+
+def test_a_sample_is_of_each_expert_and_of_each_mlp() -> None:
+    found = of_mixture(choose="sample", count=7, seed=1)
+    assert counts_of(found) == dict.fromkeys(EVERYTHING, 7)
+    assert len(set(found.names())) == len(found) == 8 * 7
+    assert found == of_mixture(choose="sample", count=7, seed=1)
+    assert found != of_mixture(choose="sample", count=7, seed=2)
+    # Whatever other layers are chosen; and of a layer without experts as if no layer had some.
+    alone = of_mixture(choose="sample", count=7, seed=1, layers=[1])
+    assert alone.names() == [name for name in found.names() if name[0] == 1]
+    assert found.of_layer(0).tolist() == [n for layer, n in choose(choose="sample", count=7, seed=1) if layer == 0]
+    # Each expert draws for itself.
+    draws = {key: tuple(found.neuron[(found.rows[:, :2] == key).all(1)].tolist()) for key in EVERYTHING}
+    assert len(set(draws.values())) == 8
+    # The smallest of all says how many there may be.
+    with refused(ConfigurationError, "neurons.count", "21", "must be from 1 to 20, the neurons of an expert or an MLP"):
+        of_mixture(choose="sample", count=21)
+    with refused(ConfigurationError, "neurons.count", "41", "must be from 1 to 40, the neurons of a layer"):
+        of_mixture(choose="sample", count=41, layers=[0])
+
+
+def test_a_sample_in_all_is_of_all_experts_neurons() -> None:
+    found = of_mixture(choose="sample", count=100, per="model")
+    assert len(set(found.names())) == len(found) == 100
+    assert found.rows.tolist() == sorted(found.rows.tolist())
+    assert set(counts_of(found)) == set(EVERYTHING)
+    assert found == of_mixture(choose="sample", count=100, per="model")
+    # All that there are: 40 + 30 + 4·20 + 2·20.
+    assert of_mixture(choose="sample", count=190, per="model") == of_mixture()
+    assert set(counts_of(of_mixture(choose="sample", count=100, per="model", layers=[1]))) == {
+        key for key in EVERYTHING if key[0] == 1
+    }
+    with refused(ConfigurationError, "neurons.count", "191", "from 1 to 190, the neurons of the chosen layers"):
+        of_mixture(choose="sample", count=191, per="model")
+
+
+def test_of_a_sample_of_experts_about_as_many_are_measured_as_a_prompt_uses() -> None:
+    # All of the MLPs' 7 each, half of the experts' 4·7 and 2·7.
+    assert count_of(NeuronsConfig(choose="sample", count=7), MIXTURE) == 2 * 7 + 2 * 7 + 7
+    everything = NeuronsConfig(choose="sample", count=190, per="model")
+    assert count_of(everything, MIXTURE) == count_of(NeuronsConfig(), MIXTURE)
+    # Of a list each is told.
+    listed = NeuronsConfig(choose="list", list=[[2, 0, 0], [2, 0, 1], [2, 1, 1]])
+    assert count_of(listed, MIXTURE) == 3
+
+
+def test_the_strongest_of_experts_are_those_that_act_on_a_prompt() -> None:
+    # A prompt that uses experts 1 and 3 of layer 1, and expert 0 of layer 2.
+    slots = Slots(np.array([0, 1, 1, 1, 2]), np.array([NO_EXPERT, 1, 3, ALWAYS_ON, 0]), np.array([40, 20, 20, 30, 20]))
+    strength_m = np.zeros(slots.m)
+    strength_m[39] = strength_m[40 + 20] = strength_m[40 + 20 + 20 + 29] = 2.0
+    strength_m[-1] = 5.0
+    assert strongest_neurons(slots, strength_m, 4).names() == [(0, 39), (1, 29, -1), (1, 0, 3), (2, 19, 0)]
+    # Of equals those that stand before.
+    assert strongest_neurons(slots, strength_m, 3).names() == [(0, 39), (1, 0, 3), (2, 19, 0)]
+    assert count_of(NeuronsConfig(choose="top", count=4), MIXTURE) == 4
+    # More than act on a prompt there never are.
+    check_choice(NeuronsConfig(choose="top", count=130), MIXTURE)
+    with refused(
+        ConfigurationError, "neurons.count", "131", "from 1 to 130, the neurons of the chosen layers that act on a pro"
+    ):
+        check_choice(NeuronsConfig(choose="top", count=131), MIXTURE)
+    with refused(ConfigurationError, "neurons.count", "41", "from 1 to 40, the neurons of the chosen layers$"):
+        check_choice(NeuronsConfig(choose="top", count=41, layers=[0]), MIXTURE)
+
+
+def test_a_list_of_experts_neurons_inline_or_in_a_file(tmp_path: Path) -> None:
+    expected = [(0, 39), (1, 2, -1), (1, 2, 3), (2, 0, 1)]
+    inline = of_mixture(choose="list", list=[[2, 0, 1], [1, 2, 3], [0, 39, None], [1, 2, -1]])
+    assert inline.names() == expected
+    assert of_mixture(choose="list", list=inline) == inline
+    columns = {"layer": [2, 1, 0, 1], "expert": [1, 3, None, -1], "neuron": [0, 2, 39, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "n.parquet")
+    (tmp_path / "n.csv").write_text("layer,neuron,expert\n2,0,1\n1,2,3\n0,39,\n1,2,-1\n")
+    (tmp_path / "n.jsonl").write_text(
+        '{"layer": 2, "neuron": 0, "expert": 1}\n{"layer": 1, "neuron": 2, "expert": 3}\n'
+        '{"layer": 0, "neuron": 39}\n{"layer": 1, "neuron": 2, "expert": -1}\n'
+    )
+    for name in ("n.parquet", "n.csv", "n.jsonl"):
+        assert of_mixture(choose="list", list=str(tmp_path / name)) == inline, name
+    # The MLP of a layer without experts is always on as well.
+    assert of_mixture(choose="list", list=[[0, 39, -1], [1, 2, -1]]).names() == [(0, 39), (1, 2, -1)]
+
+
+def test_the_choice_among_experts_is_told_in_words() -> None:
+    assert described(NeuronsConfig(), MIXTURE) == "130 in 3 layers (those of experts that a prompt uses)"
+    assert described(NeuronsConfig(choose="sample", count=7), MIXTURE) == (
+        "about 35 in 3 layers: 7 of each expert and MLP, seed 0"
+    )
+    assert described(NeuronsConfig(choose="sample", count=190, per="model"), MIXTURE) == (
+        "about 130 in 3 layers: 190 of them all, seed 0"
+    )
+    assert described(NeuronsConfig([0], choose="sample", count=7), MIXTURE) == "7 in 1 layer: 7 of each layer, seed 0"
+    assert described(NeuronsConfig(choose="list", list=[[2, 0, 1]]), MIXTURE) == "1 in 1 layer: as listed"
+
+
+def test_the_identity_of_experts_neurons_is_that_of_none_others() -> None:
+    lists = ([[0, 3, 0], [1, 2, 0]], [[0, 3, 1], [1, 2, 0]], [[0, 3, -1], [1, 2, 0]], [[0, 3], [1, 2]])
+    found = [identity_of_choice(NeuronsConfig(choose="list", list=own), 2) for own in lists]
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])
 
 
 def test_what_is_resolved_is_drawn_once() -> None:
@@ -143,6 +281,24 @@ def test_the_choice_is_told_in_words() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[1, 2]], r"\(1, 2\) needs an expert, .*: layer 1 has experts 0 to 3 of 20 neurons, or -1 for its MLP that is"),
+        ([[2, 2]], r"\(2, 2\) needs an expert, .*: layer 2 has experts 0 to 1 of 20 neurons$"),
+        ([[1, 2, 4]], r"\(1, 2, 4\) does not exist; layer 1 has experts 0 to 3"),
+        ([[1, 20, 3]], r"\(1, 20, 3\) does not exist; layer 1 has experts 0 to 3 of 20 neurons"),
+        ([[2, 0, -1]], r"\(2, 0, -1\) does not exist; layer 2 has experts 0 to 1"),
+        ([[0, 2, 1]], r"\(0, 2, 1\) does not exist; layer 0 has no experts"),
+        (NeuronSet.from_pairs([[1, 2]]), r"\(1, 2\) needs an expert"),
+        ([[1, 2, 3], [1, 2, 3]], r"\(1, 2, 3\) is given twice"),
+    ],
+)  # fmt: skip
+def test_bad_lists_of_experts_neurons_are_refused(given: Any, message: str) -> None:
+    with refused(ConfigurationError, "neurons.list", says=message):
+        of_mixture(choose="list", list=given)
+
+
+@pytest.mark.parametrize(
     ("given", "refusal"),
     [
         ({"choose": "best"}, ("neurons.choose", "best", "one of all, sample, top, list")),
@@ -172,7 +328,7 @@ def test_the_choice_is_told_in_words() -> None:
         ({"choose": "list", "list": 7}, ("neurons.list", "7", "a list of")),
         ({"choose": "list", "list": [[0, 1.5]]}, ("neurons.list", ANY, "must be a list of")),
         ({"choose": "list", "list": [[0, 1], [2]]}, ("neurons.list", ANY, "must be a list of")),
-        ({"choose": "list", "list": [[0, True]]}, ("neurons.list", "[[0, True]]", "pairs of whole numbers")),
+        ({"choose": "list", "list": [[0, True]]}, ("neurons.list", "[[0, True]]", "triples of whole numbers")),
         ({"choose": "list", "list": [[False, True]]}, ("neurons.list", ANY, "must be a list of")),
         ({"choose": "list", "list": [[0, "1"]]}, ("neurons.list", ANY, "must be a list of")),
         ({"choose": "list", "list": [[0, None]]}, ("neurons.list", ANY, "must be a list of")),
