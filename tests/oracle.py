@@ -24,6 +24,12 @@ _NEURONS = {
     "Phi3MLP": _FUSED,
     "GlmMLP": _FUSED,
     "Glm4MLP": _FUSED,
+    "GraniteMoeSharedMLP": {
+        "paper": ("input_linear", "second half of output"),
+        "hidden": ("output_linear", "input"),
+        "gate": ("activation", "output"),
+    },
+    "Llama4TextMLP": {**_GATED, "gate": ("activation_fn", "output")},
     "ModernBertMLP": {"paper": ("Wi", "second half of output"), "hidden": ("Wo", "input"), "gate": ("act", "output")},
 }
 # Plain MLPs: what the second projection reads, or what the first one gives after its activation.

@@ -107,21 +107,24 @@ def _check_engine(engine: Engine, *, has_gradients: bool) -> SelfCheck:
     model = engine.model
     ids = _check_ids(model)
     tolerance = LOGIT_TOLERANCE[model.dtype]
+    experts = _check_experts(engine, ids) if model.feed_forward.has_experts else None
+    # Written so that NaN fails too.
+    if experts is not None and not experts <= tolerance:
+        raise MismatchError(
+            f"experts are {experts:.1e} off the modeling code's own loop, at most {tolerance:.0e} is allowed"
+        )
     logits = _check_logits(engine, ids)
     with _short_windows(model) as has_windows:
         # Without windows it would be the very same once more.
         if has_windows:
             logits = max(logits, _check_logits(engine, ids))
     neurons = _check_neurons(model, ids)
-    experts = _check_experts(engine, ids) if model.feed_forward.has_experts else None
     at_readout = _check_readout(engine, ids)
     for what, deviation, allowed in (
         ("row logits", logits, tolerance),
         ("captured neurons", neurons, tolerance),
-        ("experts", experts or 0.0, tolerance),
         ("neurons at the readout position", at_readout, READOUT_FACTOR * tolerance),
     ):
-        # Written so that NaN fails too.
         if not deviation <= allowed:
             raise MismatchError(
                 f"{what} are {deviation:.1e} off the plain forward pass, at most {allowed:.0e} is allowed in "
@@ -246,31 +249,30 @@ def _check_experts(engine: Engine, ids: tuple[int, ...]) -> float:
         MismatchError: experts that do not run by own code, or another number of them than is known.
     """
     model = engine.model
-    found = [own for own in model.feed_forward.experts if own]
-    calls: dict[Any, tuple[Any, Any, Tensor]] = {}
+    found = {own.module: own for own in model.feed_forward.experts if own}
+    deviations: dict[Any, float] = {}
+    reasons: list[str] = []
 
-    def keep(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        calls[module] = (args, kwargs, summed(module, output))
+    def compare(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        # Here, where a layer's weights are in the precision of the pass.
+        handles.pop(module).remove()
+        with model.own_experts(), watching_routing() as routing:
+            deviations[module] = _deviation(summed(module, module(*args, **kwargs)), summed(module, output))
+        if module not in routing:
+            reasons.append(f"{type(module).__name__} does not go through transformers' experts interface")
+        elif (n_chosen := routing[module].expert_tk.shape[1]) != found[module].n_chosen:
+            reasons.append(f"a token uses {n_chosen} experts, its configuration says {found[module].n_chosen}")
 
-    handles = [own.module.register_forward_hook(keep, with_kwargs=True) for own in found]
+    handles = {module: module.register_forward_hook(compare, with_kwargs=True) for module in found}
     try:
         _plain_logits(model, ids)
     finally:
-        for handle in handles:
+        reasons += [f"{type(module).__name__} does not run in a plain pass" for module in handles]
+        for handle in handles.values():
             handle.remove()
-    worst = 0.0
-    with model.own_experts(), watching_routing() as routing:
-        for own in found:
-            if own.module not in calls:
-                raise MismatchError(f"{type(own.module).__name__} does not run in a plain pass")
-            args, kwargs, plain = calls[own.module]
-            worst = max(worst, _deviation(summed(own.module, own.module(*args, **kwargs)), plain))
-            if own.module not in routing:
-                raise MismatchError(f"{type(own.module).__name__} does not go through transformers' experts interface")
-            n_chosen = routing[own.module].expert_tk.shape[1]
-            if n_chosen != own.n_chosen:
-                raise MismatchError(f"a token uses {n_chosen} experts, its configuration says {own.n_chosen}")
-    return worst
+    if reasons:
+        raise MismatchError(reasons[0])
+    return max(deviations.values())
 
 
 @torch.no_grad()

@@ -1,0 +1,177 @@
+"""The textbook way for mixtures: experts run token by token and expert by expert, on the whole sequence.
+
+Nothing of the package is used. What the experts of a family compute is written out by hand.
+
+Axes: K targets, N neurons of an expert or MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from tests import oracle
+from tests.mixtures import Mixture
+
+ALWAYS_ON = -1
+Key = tuple[int, int]
+# Given (layer, expert) and the neurons [N] of an expert or MLP at the position, it gives those that go on.
+Touch = Callable[[Key, Tensor], Tensor]
+
+
+class _State:
+    """What the pass that runs is to do: one at a time."""
+
+    basis: ClassVar[str] = ""
+    position: ClassVar[int] = -1
+    touch: ClassVar[Touch] = staticmethod(lambda key, x: x)
+    layer_of: ClassVar[dict[int, int]] = {}
+    routing: ClassVar[dict[int, tuple[list[int], list[float]]]] = {}
+
+
+def _gated(module: Any, gate: Tensor, up: Tensor, key: Key, is_read: bool) -> Tensor:
+    if is_read and _State.basis == "paper":
+        up = _State.touch(key, up)
+    if type(module).__name__ == "GptOssExperts":
+        limited = torch.clamp(gate, max=module.limit)
+        act = limited * torch.sigmoid(limited * module.alpha)
+        up = torch.clamp(up, min=-module.limit, max=module.limit) + 1
+    else:
+        act = module.act_fn(gate)
+    if is_read and _State.basis == "gate":
+        act = _State.touch(key, act)
+    hidden = act * up
+    return _State.touch(key, hidden) if is_read and _State.basis == "hidden" else hidden
+
+
+def _one(module: Any, x: Tensor, expert: int, is_read: bool) -> Tensor:
+    """What one expert makes of one token."""
+    is_columns = type(module).__name__ == "Llama4TextExperts" or module.is_transposed
+    up_and_gate, down = module.gate_up_proj[expert], module.down_proj[expert]
+    both = x @ up_and_gate if is_columns else up_and_gate @ x
+    if getattr(module, "has_bias", False):
+        both = both + module.gate_up_proj_bias[expert]
+    half = len(both) // 2
+    gate, up = (both[:half], both[half:]) if getattr(module, "is_concatenated", True) else (both[::2], both[1::2])
+    hidden = _gated(module, gate, up, (_State.layer_of[id(module)], expert), is_read)
+    out = hidden @ down if is_columns else down @ hidden
+    return out + module.down_proj_bias[expert] if getattr(module, "has_bias", False) else out
+
+
+def _token_by_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    rows = []
+    for t, x in enumerate(hidden_states):
+        is_read = t == _State.position
+        chosen = top_k_index[t].tolist()
+        if is_read:
+            _State.routing[_State.layer_of[id(self)]] = (chosen, top_k_weights[t].tolist())
+        terms = [_one(self, x, expert, is_read) * top_k_weights[t, slot] for slot, expert in enumerate(chosen)]
+        rows.append(torch.stack(terms).sum(0))
+    return torch.stack(rows).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("token_by_token", _token_by_token)
+
+
+def _llama_4(self: Any, hidden_states: Tensor) -> Tensor:
+    """All experts run for all tokens; those that a token did not choose read zeros, and are not its neurons."""
+    out = []
+    for expert, tokens in enumerate(hidden_states.view(self.num_experts, -1, self.hidden_size)):
+        for t, x in enumerate(tokens):
+            is_chosen = bool((x != 0).any())
+            if is_chosen and t == _State.position:
+                _State.routing[_State.layer_of[id(self)]] = ([expert], [1.0])
+            out.append(_one(self, x, expert, is_chosen and t == _State.position))
+    return torch.stack(out)
+
+
+@contextmanager
+def token_by_token(model: Any, family: Mixture, basis: str, position: int, touch: Touch) -> Iterator[None]:
+    """Let a model run its experts one by one, and `touch` see and change the neurons of a basis at a position."""
+    with ExitStack() as stack:
+        _State.basis, _State.position, _State.touch = basis, position, staticmethod(touch)
+        _State.layer_of, _State.routing = {}, {}
+        for index, layer in enumerate(model.model.layers):
+            experts = [part for part in layer.modules() if type(part).__name__.endswith("Experts")]
+            for part in experts:
+                _State.layer_of[id(part)] = index
+                if type(part).__name__ == "Llama4TextExperts":
+                    part.forward = _llama_4.__get__(part)
+                    stack.callback(part.__dict__.pop, "forward")
+            path = family.always_on if experts else family.dense
+            if path:
+                stack.callback(_touched(layer.get_submodule(path), (index, ALWAYS_ON), basis, position).remove)
+        before = model.config._experts_implementation_internal
+        model.config._experts_implementation_internal = "token_by_token"
+        stack.callback(setattr, model.config, "_experts_implementation_internal", before)
+        yield
+
+
+def _touched(mlp: nn.Module, key: Key, basis: str, position: int) -> Any:
+    module, side = oracle.neuron_module(mlp, basis)
+
+    def change(x: Tensor) -> Tensor:
+        rows = list(x.reshape(-1, x.shape[-1]))
+        start = x.shape[-1] // 2 if side.startswith("second") else 0
+        rows[position] = torch.cat([rows[position][:start], _State.touch(key, rows[position][start:])])
+        return torch.stack(rows).view_as(x)
+
+    if side == "input":
+        return module.register_forward_pre_hook(lambda _m, inputs: (change(inputs[0]), *inputs[1:]))
+    return module.register_forward_hook(lambda _m, _i, output: change(output))
+
+
+def probabilities(
+    model: Any, family: Mixture, ids: Sequence[int], basis: str, touch: Touch = lambda key, x: x
+) -> Tensor:
+    """Of the vocabulary [V] behind the last token."""
+    with token_by_token(model, family, basis, len(ids) - 1, touch):
+        logits: Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+    return logits.softmax(-1)
+
+
+def routing() -> dict[int, tuple[list[int], list[float]]]:
+    """By layer the experts of the last token of the last pass, in the router's order, and its weights."""
+    return dict(_State.routing)
+
+
+def gradients(
+    model: Any, family: Mixture, ids: Sequence[int], target_ids: Sequence[int], basis: str
+) -> tuple[np.ndarray, dict[Key, np.ndarray], dict[Key, np.ndarray]]:
+    """Probabilities [K]; by (layer, expert) gradients d p / d a [K, N] and activations [N] at the last token."""
+    leaves: dict[Key, Tensor] = {}
+    activations: dict[Key, np.ndarray] = {}
+
+    def touch(key: Key, x: Tensor) -> Tensor:
+        activations[key] = x.detach().double().numpy().copy()
+        leaves[key] = torch.zeros_like(x, requires_grad=True)
+        return x + leaves[key]
+
+    with torch.enable_grad():
+        p = probabilities(model, family, ids, basis, touch)
+        slopes = [torch.autograd.grad(p[k], list(leaves.values()), retain_graph=True) for k in target_ids]
+    by_key = {key: np.stack([own[i].numpy() for own in slopes]) for i, key in enumerate(leaves)}
+    return p.detach()[list(target_ids)].numpy(), by_key, activations
+
+
+def shifted(
+    model: Any, family: Mixture, ids: Sequence[int], basis: str, key: Key, neuron: int, shift: float
+) -> tuple[Tensor, dict[int, list[int]]]:
+    """Probabilities [V] with one neuron moved, and the experts that each layer chose then."""
+
+    def touch(own: Key, x: Tensor) -> Tensor:
+        if own != key:
+            return x
+        moved = x.clone()
+        moved[neuron] += shift
+        return moved
+
+    with torch.no_grad():
+        p = probabilities(model, family, ids, basis, touch)
+    return p, {layer: sorted(chosen) for layer, (chosen, _) in _State.routing.items()}

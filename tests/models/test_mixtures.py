@@ -1,0 +1,288 @@
+"""Every family of mixtures against experts that run token by token, traps that are sprung, and the check of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import neg_service
+from neg_service.errors import ConfigurationError, ModelError
+from neg_service.models import experts_function
+from neg_service.models.engines import prefix_attention
+from neg_service.models.engines.base import LoadedModel
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine
+from neg_service.models.feed_forward import find_feed_forward
+from tests import mixture_families
+from tests.families import JOINT_TOLERANCE, NEURGRAD_TOLERANCE, SWEEP_TOLERANCE
+from tests.mixture_families import joint_deviation, model_of, neurgrad_deviation, sweep_deviation
+from tests.mixtures import MIXTURES, tiny_mixture
+from tests.refusals import refused
+
+# `make families` compares all bases of all families; here one, and all where experts compute otherwise than others.
+BASES = [
+    *((family, "paper") for family in MIXTURES),
+    *((own, b) for own in ("gpt-oss", "Llama 4") for b in ("hidden", "gate")),
+]
+# A sprung trap moves results by this at least; right ones agree to 2e-5.
+SEEN = 1e-3
+# Unequal lengths, one token, longer than windows and chunks.
+LENGTHS = (1, 9, 12)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_self_check_passes_and_chooses_the_engine(family: str) -> None:
+    chosen = model_of(family).ensure_checked()
+    assert type(chosen.engine) is MIXTURES[family].engine
+    assert chosen.check.logits < 1e-5
+    assert chosen.check.experts is not None
+    assert chosen.check.experts < 1e-6
+    assert chosen.check.finite_difference is not None
+    assert chosen.check.finite_difference < 0.02
+
+
+@pytest.mark.parametrize(("family", "basis"), BASES)
+def test_neurgrad_of_every_used_expert_equals_a_backward_pass_a_target(family: str, basis: str) -> None:
+    assert neurgrad_deviation(family, basis, LENGTHS) <= NEURGRAD_TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "DeepSeek 3", "Llama 4"])
+def test_with_a_shared_header(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neg_service.models.batches.PASS_COST", 0)
+    assert neurgrad_deviation(family, "paper", (1, 6, 3), header=8) <= NEURGRAD_TOLERANCE
+    assert {len(ids) for ids, _ in model_of(family).engine.prefixes._kept} >= {8}
+
+
+@pytest.mark.parametrize(("family", "basis"), BASES)
+def test_a_sweep_equals_full_forward_passes_also_where_routing_changes(family: str, basis: str) -> None:
+    assert sweep_deviation(family, basis) <= SWEEP_TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "basis"), BASES)
+def test_joint_interventions_equal_full_forward_passes(family: str, basis: str) -> None:
+    assert joint_deviation(family, basis) <= JOINT_TOLERANCE
+
+
+# --- traps
+
+
+def is_seen(compare: Callable[[], float]) -> bool:
+    """Whether a comparison sees that something is wrong: in numbers, or in which experts there are."""
+    try:
+        return compare() > SEEN
+    except AssertionError:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _checked_before() -> None:
+    """The self-check would see most traps itself; here it has passed before they are sprung."""
+    for family in ("Mixtral", "gpt-oss", "DeepSeek 3", "Llama 4"):
+        model_of(family).ensure_checked()
+
+
+def test_experts_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = experts_function._note
+    monkeypatch.setattr(experts_function, "_note", lambda own, experts, weights: real(own, experts.flip(-1), weights))
+    assert is_seen(lambda: neurgrad_deviation("Mixtral", "paper", LENGTHS))
+
+
+def test_neurons_that_hold_the_routers_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weighted(experts_function._Run):
+        def at(self, basis: str, x_sn: Tensor, *beside: Tensor) -> list[Tensor]:
+            weight_s1 = self.slots.of_experts(self.weight_tk[..., None])
+            found, *rest = super().at(basis, x_sn * weight_s1, *beside)
+            return [found / weight_s1, *rest]
+
+    monkeypatch.setattr(experts_function, "_Run", Weighted)
+    assert is_seen(lambda: neurgrad_deviation("Mixtral", "hidden", LENGTHS))
+
+
+def test_an_mlp_that_is_always_on_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = LoadedModel.own_experts
+
+    @contextmanager
+    def without(self: LoadedModel) -> Iterator[None]:
+        shared = [
+            layer.mlp.shared_experts for layer in self.feed_forward.layers if hasattr(layer.mlp, "shared_experts")
+        ]
+        handles = [own.register_forward_hook(lambda _m, _i, out: 0 * out) for own in shared]
+        with real(self):
+            yield
+        for handle in handles:
+            handle.remove()
+
+    monkeypatch.setattr(LoadedModel, "own_experts", without)
+    assert is_seen(lambda: neurgrad_deviation("DeepSeek 3", "paper", LENGTHS))
+    with refused(ModelError, "model.source", says="row logits are"):
+        tiny_mixture("DeepSeek 3").ensure_checked()
+
+
+def test_routing_of_the_row_that_is_not_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = experts_function._experts
+
+    def stale(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return real(module, hidden, index[:1].expand_as(index), weights)
+
+    registered = experts_function.moe.ALL_EXPERTS_FUNCTIONS
+    family = "Mixtral"
+    assert any(_changes(family))
+    registered.register(experts_function.EXPERTS, stale)
+    try:
+        assert is_seen(lambda: sweep_deviation(family, "paper"))
+    finally:
+        registered.register(experts_function.EXPERTS, real)
+
+
+def _changes(family: str) -> list[float]:
+    model = model_of(family)
+    slots = neg_service.neurgrad(model, ["w3 w14 w9"], [[" w7"]])
+    assert slots.expert is not None
+    assert slots.neuron is not None
+    asked = [(0, int(n), int(e)) for e, n in zip(slots.expert[0, 0], slots.neuron[0, 0], strict=True)]
+    return neg_service.neg(model, "w3 w14 w9", " w7", asked, [-2.0, 2.0]).routing_changed.tolist()
+
+
+def test_sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = prefix_attention._View
+    monkeypatch.setattr(prefix_attention, "_View", lambda *parts: real(*parts[:-1], None))
+    assert is_seen(lambda: neurgrad_deviation("gpt-oss", "paper", LENGTHS))
+    assert not isinstance(tiny_mixture("gpt-oss").engine, SharedPrefixEngine)
+
+
+def test_chunks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_attention, "_chunk", lambda module: None)
+    assert is_seen(lambda: neurgrad_deviation("Llama 4", "paper", LENGTHS))
+    assert not isinstance(tiny_mixture("Llama 4").engine, SharedPrefixEngine)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
+def test_a_gate_that_is_another_familys_is_seen_by_the_check(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = type(model_of(family).feed_forward.experts_modules[0]).__name__
+    monkeypatch.setitem(experts_function._GATES, name, lambda module, gate, up: (torch.sigmoid(gate), up))
+    with refused(ModelError, "model.source", says="experts are .* off"):
+        tiny_mixture(family).ensure_checked()
+
+
+# --- what is said of experts
+
+
+def test_the_librarys_arrays_say_which_neuron_stands_where() -> None:
+    model = model_of("DeepSeek 3")
+    found = neg_service.neurgrad(model, ["w3 w14 w9", "w5 w2"], [[" w7", " w8"], [" w1"]])
+    p, layers, slots = found.activation.shape
+    # Dense first layer of 20 neurons; then three experts of 14 and one that is always on of 14.
+    assert (p, layers, slots) == (2, 3, 4 * 14)
+    assert found.expert is not None
+    assert found.neuron is not None
+    assert found.expert[:, 0].tolist() == [[-1] * 20 + [-2] * 36] * 2
+    assert found.neuron[0, 0].tolist() == [*range(20), *[-2] * 36]
+    assert np.isnan(found.neurgrad[:, :, 0, 20:]).all()
+    for prompt in range(2):
+        for layer in (1, 2):
+            experts = found.expert[prompt, layer].reshape(4, 14)
+            assert (experts == experts[:, :1]).all()
+            assert experts[:3, 0].tolist() == sorted(set(experts[:3, 0].tolist()))
+            assert experts[3, 0] == -1
+            assert found.neuron[prompt, layer].tolist() == [*range(14)] * 4
+    assert np.isfinite(found.neurgrad[0][:, 1:]).all()
+    assert neg_service.neurgrad(model, ["w3"], [[" w7"]], layers=[0]).neurgrad.shape == (1, 1, 1, 20)
+
+
+def test_a_neuron_of_an_expert_that_was_not_chosen_has_no_neg() -> None:
+    model = model_of("Mixtral")
+    used = neg_service.neurgrad(model, ["w3 w14 w9"], [[" w7"]]).expert
+    assert used is not None
+    unused = min(set(range(5)) - set(used[0, 1].tolist()))
+    found = neg_service.neg(model, "w3 w14 w9", " w7", [(1, 4, unused), (1, 4, int(used[0, 1, 0]))])
+    assert found.neurons.tolist() == [[1, 4, unused], [1, 4, used[0, 1, 0]]]
+    assert found.is_routed.tolist() == [False, True]
+    assert found.neg[0] == found.r[0] == found.routing_changed[0] == found.activation[0] == 0
+    assert found.neg[1] != 0
+    edits = [{"neurons": [(1, 4, unused)], "set": 5.0}, {"neurons": [(1, 4, int(used[0, 1, 0]))], "set": 5.0}]
+    edited = neg_service.intervene(model, ["w3 w14 w9"], [[" w7"]], edits)
+    assert edited.n_routed.tolist() == [[0, 1]]
+    assert edited.delta_p[0, 0, 0] == 0 != edited.delta_p[0, 1, 0]
+
+
+def test_a_coarse_grid_is_run_in_full_where_routing_changes() -> None:
+    model = model_of("Mixtral")
+    neurons = neg_service.neg(model, "w3 w14 w9", " w7", "all", [-1.8, -1.0, 1.0, 1.8])
+    changed = neurons.routing_changed > 0
+    assert changed.any()
+    assert not changed.all()
+    asked = neurons.neurons.tolist()
+    coarse, full = (neg_service.neg(model, "w3 w14 w9", " w7", asked, grid=grid) for grid in ("coarse", "full"))
+    again = coarse.routing_changed > 0
+    np.testing.assert_allclose(coarse.neg[again], full.neg[again], rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(coarse.r[again], full.r[again], atol=1e-3)
+    np.testing.assert_array_equal(coarse.routing_changed[again], full.routing_changed[again])
+
+
+def test_low_precision_is_checked_in_float32() -> None:
+    model = tiny_mixture("Qwen 3 MoE", torch.bfloat16)
+    chosen = model.ensure_checked()
+    assert isinstance(chosen.engine, SharedPrefixEngine)
+    assert chosen.check.logits < 1e-5
+    assert chosen.check.finite_difference is None
+    assert model.model.dtype == torch.bfloat16
+    assert np.isfinite(neg_service.neurgrad(model, ["w3 w14 w9"], [[" w7"]]).neurgrad).all()
+
+
+@pytest.mark.parametrize(
+    ("neurons", "says"),
+    [
+        ([(1, 4)], r"\(1, 4\) needs an expert, \(layer, neuron, expert\): layer 1 has experts 0 to 4 of 20 neurons"),
+        ([(1, 4, 5)], r"\(1, 4, 5\) does not exist; layer 1 has experts 0 to 4"),
+        ([(1, 20, 0)], r"\(1, 20, 0\) does not exist"),
+        ([(1, 4, -1)], r"\(1, 4, -1\) does not exist"),
+    ],
+)
+def test_neurons_that_do_not_exist(neurons: Any, says: str) -> None:
+    with refused(ConfigurationError, "neurons", says=says):
+        neg_service.neg(model_of("Mixtral"), "w3", " w7", neurons)
+    with refused(ConfigurationError, says=says):
+        neg_service.intervene(model_of("Mixtral"), ["w3"], [[" w7"]], [{"neurons": neurons, "shift": 1.0}])
+
+
+def test_experts_that_are_not_known_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_mixture("Mixtral").model
+    kind = type(model.model.layers[0].mlp.experts)
+    monkeypatch.setattr(kind, "_apply_gate", lambda self, both: both)
+    with refused(ModelError, "model.source", says="MixtralExperts.* have a gate of their own"):
+        find_feed_forward(model)
+    monkeypatch.undo()
+    monkeypatch.setattr(experts_function, "moe", None)
+    with refused(ModelError, "model.source", says="another interface"):
+        find_feed_forward(model)
+
+
+def test_experts_that_do_not_ask_the_interface_are_seen() -> None:
+    model = tiny_mixture("Mixtral")
+    experts = model.feed_forward.experts_modules[1]
+    own = type(experts).forward.__wrapped__
+    experts.forward = lambda *args: own(experts, *args)
+    with refused(ModelError, "model.source", says="does not go through transformers' experts interface"):
+        model.ensure_checked()
+
+
+def test_an_implementation_that_somebody_else_chose_is_left_as_it_was() -> None:
+    model = tiny_mixture("Mixtral")
+    model.model.config._experts_implementation = "batched_mm"
+    before = neg_service.neurgrad(model_of("Mixtral"), ["w3 w14"], [[" w7"]]).neurgrad
+    np.testing.assert_allclose(
+        neg_service.neurgrad(model, ["w3 w14"], [[" w7"]]).neurgrad, before, rtol=1e-4, atol=1e-7
+    )
+    assert model.model.config._experts_implementation == "batched_mm"
+
+
+def test_a_prompt_beyond_llama_4s_first_temperature_is_refused() -> None:
+    model = model_of("Llama 4")
+    # Its `floor_scale` is 40.
+    assert model.context_length == 39
+    assert mixture_families.neurgrad_deviation("Llama 4", "paper", (38, 20)) <= NEURGRAD_TOLERANCE
