@@ -283,7 +283,7 @@ def test_the_choice_is_told_in_words() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[1, 2]], r"\(1, 2\) needs an expert, .*: layer 1 has experts 0 to 3 of 20 neurons, or -1 for its MLP that is"),
+        ([[1, 2]], r"\(1, 2\) needs an expert, .*: layer 1 has experts 0 to 3 of 20 neurons, or -1 for its MLP"),
         ([[2, 2]], r"\(2, 2\) needs an expert, .*: layer 2 has experts 0 to 1 of 20 neurons$"),
         ([[1, 2, 4]], r"\(1, 2, 4\) does not exist; layer 1 has experts 0 to 3"),
         ([[1, 20, 3]], r"\(1, 20, 3\) does not exist; layer 1 has experts 0 to 3 of 20 neurons"),

@@ -11,6 +11,7 @@ import transformers as hf
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
+from neg_service.layer_neurons import LayerNeurons
 from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
 from tests.refusals import ANY, refused
@@ -22,15 +23,25 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
 @pytest.mark.parametrize(
     ("config", "refusal"),
     [
+        # Experts that do not go through transformers' interface for them.
         (
-            hf.MixtralConfig(**TINY, num_local_experts=2),
-            ("model.source", ANY, r"MixtralForCausalLM has experts \(MixtralExperts\)"),
+            hf.DbrxConfig(
+                vocab_size=97,
+                d_model=24,
+                n_layers=2,
+                n_heads=4,
+                attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+                ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4},
+            ),
+            ("model.source", ANY, r"the experts of layer 0 of DbrxForCausalLM \(DbrxExperts\) are not known"),
         ),
-        (hf.Qwen2MoeConfig(**TINY), ("model.source", ANY, r"Qwen2MoeForCausalLM has experts \(Qwen2MoeExperts\)")),
-        (hf.GptOssConfig(**TINY), ("model.source", ANY, r"GptOssForCausalLM has experts \(GptOssExperts\)")),
         (
-            hf.DeepseekV3Config(**TINY, first_k_dense_replace=1),
-            ("model.source", ANY, "DeepseekV3ForCausalLM has experts"),
+            hf.JetMoeConfig(**TINY),
+            (
+                "model.source",
+                ANY,
+                r"the experts of layer 0 of JetMoeForCausalLM \(JetMoeParallelExperts\) are not known",
+            ),
         ),
         (
             hf.T5Config(vocab_size=97, d_model=24, num_layers=2, num_heads=2),
@@ -80,6 +91,44 @@ def test_what_cannot_be_measured_is_refused_by_name_before_weights_are_read(
         inspect_model(fetch(str(tmp_path)))
     with pytest.raises(ModelError):
         neg_service.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            hf.MixtralConfig(**TINY, num_local_experts=3, intermediate_size=40, num_experts_per_tok=2),
+            [LayerNeurons(0, n_experts=3, n_of_expert=40, n_chosen=2)] * 2,
+        ),
+        # A first layer without experts; behind it two MLPs of 8 that every token uses, as one, beside the experts.
+        (
+            hf.DeepseekV3Config(
+                **TINY,
+                first_k_dense_replace=1,
+                intermediate_size=40,
+                moe_intermediate_size=8,
+                n_routed_experts=4,
+                num_experts_per_tok=1,
+                n_shared_experts=2,
+                n_group=2,
+                topk_group=1,
+            ),
+            [LayerNeurons(40), LayerNeurons(16, n_experts=4, n_of_expert=8, n_chosen=1)],
+        ),
+    ],
+    ids=["Mixtral", "DeepseekV3"],
+)
+def test_a_configuration_alone_tells_what_neurons_layers_with_experts_have(
+    config: hf.PreTrainedConfig, expected: list[LayerNeurons], tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    info = inspect_model(fetch(str(tmp_path)))
+    assert list(info.layer_neurons) == expected
+    assert info.has_experts
+    assert info.neurons_by_layer == tuple(own.total for own in expected)
+    # The most of all layers.
+    assert info.n_neurons == max(own.n_slots for own in expected)
 
 
 def test_a_masked_checkpoint_that_does_not_say_so_is_one(tmp_path: Path) -> None:
