@@ -51,8 +51,8 @@ def described_layers(layers: Sequence[LayerNeurons]) -> str:
     """For a person: for example `30 layers of 1536 neurons`."""
     kinds = list(dict.fromkeys(layers))
     if len(kinds) == 1:
-        return f"{len(layers)} layers of {_described(kinds[0])}"
-    return f"{len(layers)} layers: " + "; ".join(f"{layers.count(kind)} of {_described(kind)}" for kind in kinds)
+        return f"{len(layers)} layers {'with' if kinds[0].n_experts else 'of'} {_described(kinds[0])}"
+    return f"{len(layers)} layers: " + "; ".join(f"{layers.count(kind)} with {_described(kind)}" for kind in kinds)
 
 
 def _described(own: LayerNeurons) -> str:
