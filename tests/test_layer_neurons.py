@@ -30,10 +30,10 @@ def test_a_layer_counts_what_there_is_and_what_acts_on_a_token(
 
 def test_layers_are_told_in_words_each_kind_once() -> None:
     assert described_layers([DENSE] * 3) == "3 layers of 5 neurons"
-    assert described_layers([ALONE] * 2) == "2 layers of 3 experts of 2 neurons, 1 of them used by a token"
+    assert described_layers([ALONE] * 2) == "2 layers with 3 experts of 2 neurons, 1 of them used by a token"
     assert described_layers([DENSE, BESIDE, DENSE]) == (
-        "3 layers: 2 of 5 neurons; "
-        "1 of 4 experts of 3 neurons, 2 of them used by a token, and 7 neurons that are always on"
+        "3 layers: 2 with 5 neurons; "
+        "1 with 4 experts of 3 neurons, 2 of them used by a token, and 7 neurons that are always on"
     )
 
 
