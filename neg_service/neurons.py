@@ -183,7 +183,18 @@ class NeuronSet:
             ConfigurationError: naming the first that it does not have.
         """
         rows_n3 = require_existing(self.rows, neurons_by_layer, setting)
-        return replace(self, expert=np.ascontiguousarray(rows_n3[:, 1]))
+        if np.array_equal(rows_n3[:, 1], self.expert):
+            return self
+        # What had two names may stand elsewhere now, or be given twice.
+        found = replace(self, expert=np.ascontiguousarray(rows_n3[:, 1]))
+        keys = (found.neuron, found.expert, found.layer)
+        found = found._at(np.lexsort(keys if self.task is None else (*keys, self.task)))
+        is_same = (np.diff(found.rows, axis=0) == 0).all(1)
+        if found.task is not None:
+            is_same &= found.task[1:] == found.task[:-1]
+        for place in np.flatnonzero(is_same)[:1]:
+            raise ConfigurationError(f"{name_of(found.rows[place])} is given twice", setting=setting)
+        return found
 
     @property
     def keys(self) -> list[tuple[int, int]]:
@@ -262,7 +273,7 @@ def rows_of(neurons: Any, setting: str = "neurons") -> Neurons:
     if given.size == 0:
         raise ConfigurationError("the choice is empty; at least one neuron is needed", setting=setting)
     if given.ndim == 2 and given.shape[1] == 3:
-        given = _with_expert_between(given)
+        given = _with_expert_between(given, setting)
     # Beyond 64 bits numbers are objects; true and false would become 1 and 0.
     is_whole = np.issubdtype(given.dtype, np.integer) or all(type(value) is int for value in given.flat)
     if given.ndim != 2 or given.shape[1] not in (2, 3) or not is_whole or _has_truth_value(neurons):
@@ -276,13 +287,24 @@ def rows_of(neurons: Any, setting: str = "neurons") -> Neurons:
     return given if given.shape[1] == 3 else np.insert(given, 1, NO_EXPERT, 1)
 
 
-def _with_expert_between(given_n3: NDArray[Any]) -> NDArray[Any]:
-    """Triples (layer, neuron, expert) as (layer, expert, neuron); an expert of None is no expert."""
+def _with_expert_between(given_n3: NDArray[Any], setting: str) -> NDArray[Any]:
+    """Triples (layer, neuron, expert) as (layer, expert, neuron); an expert of None is no expert.
+
+    Raises:
+        ConfigurationError: the number that stands for none in memory.
+    """
     found = given_n3[:, [0, 2, 1]]
     if found.dtype == object:
         is_old_n = np.array([value is None for value in found[:, 2]])
         found[is_old_n, 1:] = found[is_old_n, :0:-1]
-        found[[value is None for value in found[:, 1]], 1] = NO_EXPERT
+        is_none_n = np.array([value is None for value in found[:, 1]])
+    else:
+        is_none_n = np.zeros(len(found), bool)
+    for place in np.flatnonzero((found[:, 1] == NO_EXPERT) & ~is_none_n)[:1]:
+        # It stands for none in memory, and is nobody's to give.
+        name = tuple(given_n3[place].tolist())
+        raise ConfigurationError(f"{shortened(name)} does not exist: experts are from 0, or -1", setting=setting)
+    found[is_none_n, 1] = NO_EXPERT
     return found
 
 

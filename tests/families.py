@@ -1,16 +1,11 @@
-"""Every family against the textbook way: what tests assert, and what the table in `neg_service/models/README.md` shows.
-
-`python -m tests.families` writes that table, from the same comparisons that the tests make.
-"""
+"""Every dense family against the textbook way: what tests assert, and what the table of families shows."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +20,8 @@ from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.settings import BASES
 from tests import oracle
-from tests.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
+from tests.tiny_models import MASK, VOCABULARY, tiny_model
 
-README = Path(__file__).parents[1] / "neg_service" / "models" / "README.md"
 # The engine's own float32 against float64; engine and oracle both in float64.
 # What a model's own code rounds to float32 (norms, attention) stays so in the float64 copy on which edits run.
 NEURGRAD_TOLERANCE, SWEEP_TOLERANCE, JOINT_TOLERANCE = 2e-5, 1e-6, 1e-5
@@ -236,40 +230,3 @@ def _relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 # Unequal lengths, one token, longer than the windows.
 LENGTHS = (1, 9, 4, 16, 2)
-
-
-def table() -> list[str]:
-    """A row a family: what is supported, and the largest relative deviations over its bases."""
-    rows = [
-        "| family | read at | bases | engine | NeurGrad, float32 | NEG, float64 | joint edits, float64 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for family in FAMILIES:
-        model, bases = model_of(family), bases_of(family)
-        model.ensure_checked()
-        worst = [
-            max(neurgrad_deviation(family, basis, LENGTHS) for basis in bases),
-            max(sweep_deviation(family, basis) for basis in bases),
-            max(joint_deviation(family, basis) for basis in bases),
-        ]
-        kind = "mask token" if model.is_masked else "last token"
-        numbers = " | ".join(f"{value:.0e}" for value in worst)
-        rows.append(f"| {family} | {kind} | {', '.join(bases)} | {model.engine.name} | {numbers} |")
-    return rows
-
-
-def shown() -> list[str]:
-    """The table as it stands there."""
-    found = re.search(r"(?<=<!-- families -->\n).*?(?=\n<!-- /families -->)", README.read_text(), re.DOTALL)
-    assert found is not None
-    return found.group().splitlines()
-
-
-def main() -> None:
-    """Write the table."""
-    before = "\n".join(shown())
-    README.write_text(README.read_text().replace(before, "\n".join(table())))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,6 @@ from neg_service.measures.gradients import gradients
 from neg_service.models.batches import Budget
 from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
-from neg_service.settings import BASES
 from neg_service.slots import Slots
 from tests import mixtures_oracle
 from tests.families import random_ids
@@ -179,19 +178,3 @@ def _joined(values: dict[Key, np.ndarray]) -> np.ndarray:
 
 def _columns(routing: Any) -> tuple[Any, Any, Any]:
     return routing.layer, routing.expert, routing.weight
-
-
-def rows(lengths: Sequence[int]) -> list[str]:
-    """Rows of the table of families, as those of `families.table`."""
-    found = []
-    for family in MIXTURES:
-        model = model_of(family)
-        model.ensure_checked()
-        worst = [
-            max(neurgrad_deviation(family, basis, lengths) for basis in BASES),
-            max(sweep_deviation(family, basis) for basis in BASES),
-            max(joint_deviation(family, basis) for basis in BASES),
-        ]
-        numbers = " | ".join(f"{value:.0e}" for value in worst)
-        found.append(f"| {family} | last token | {', '.join(BASES)} | {model.engine.name} | {numbers} |")
-    return found

@@ -238,3 +238,12 @@ def test_the_only_mlp_of_a_layer_may_be_named_as_always_on() -> None:
     assert found.names() == [(0, 3), (1, 2, -1)]
     # In a model without experts they are pairs again.
     assert NeuronSet.from_pairs([[0, 3, -1]]).in_model([4]).tolist() == [[0, 3]]
+
+
+def test_two_names_of_one_neuron_are_one_and_in_order() -> None:
+    # The only MLP of a layer is always on, too.
+    assert NeuronSet.from_pairs([[0, 5, None], [0, 3, -1]]).in_model([8]).tolist() == [[0, 3], [0, 5]]
+    with pytest.raises(ConfigurationError, match=r"\(0, 5\) is given twice"):
+        NeuronSet.from_pairs([[0, 5, None], [0, 5, -1]]).in_model([8])
+    with pytest.raises(ConfigurationError, match=r"\(1, 0, -2\) does not exist: experts are from 0, or -1"):
+        rows_of([[1, 0, -2]])

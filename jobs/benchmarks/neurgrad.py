@@ -19,6 +19,7 @@ from jobs.benchmarks.figures import bar, figure, ratio, taking_turns
 from neg_service import load_model
 from neg_service.measures.batching import budget_of
 from neg_service.measures.gradients import gradients
+from neg_service.models.engines.base import LoadedModel
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -49,7 +50,7 @@ def run(settings: Settings) -> dict[str, Any]:
     few = min(BLOCK, settings.prompts)
     few_text = f"{few} prompts a repeat, the others {settings.prompts}"
     ways_of: dict[str, Callable[[LanguageModel, Data], None]] = {
-        "engine": _engine,
+        "engine": engine,
         "floor": partial(_floor, header=settings.header_tokens, batch=2 * BLOCK),
         "textbook, one prompt at a time": partial(_textbook, batch=1, few=few // 2),
         "textbook, batches of 8": partial(_textbook, batch=BLOCK, few=few),
@@ -62,7 +63,7 @@ def run(settings: Settings) -> dict[str, Any]:
         {name: partial(_prepare, settings, way, counts.get(name, few)) for name, way in ways_of.items()},
         settings.repeats,
     )
-    engine = seconds["engine"]
+    own = seconds["engine"]
     one, eight = seconds["textbook, one prompt at a time"], seconds["textbook, batches of 8"]
     textbook = [min(pair) for pair in zip(one, eight, strict=True)]
     plain = [
@@ -72,10 +73,10 @@ def run(settings: Settings) -> dict[str, Any]:
         )
     ]
     ratios = {
-        "engine over floor": ratio(engine, seconds["floor"]),
-        "textbook over engine": ratio(textbook, engine),
-        "expert over engine": ratio(seconds["expert"], engine),
-        "plain forward over engine": ratio(plain, engine),
+        "engine over floor": ratio(own, seconds["floor"]),
+        "textbook over engine": ratio(textbook, own),
+        "expert over engine": ratio(seconds["expert"], own),
+        "plain forward over engine": ratio(plain, own),
     }
     ratios["memory, engine over textbook in batches of 8"] = ratio(peaks["engine"], peaks["textbook, batches of 8"])
     return {
@@ -100,7 +101,7 @@ def run(settings: Settings) -> dict[str, Any]:
 def _prepare(settings: Settings, way: Callable[[LanguageModel, Data], None], n_prompts: int) -> Callable[[], float]:
     set_threads(settings.threads)
     model = load_model(settings.model, device="cpu")
-    data = _data(settings, model.model.config.vocab_size)
+    data = data_of(settings, model.model.config.vocab_size)
 
     def once() -> float:
         model.forget_prefixes()
@@ -112,7 +113,8 @@ def _prepare(settings: Settings, way: Callable[[LanguageModel, Data], None], n_p
     return once
 
 
-def _data(settings: Settings, vocabulary: int) -> Data:
+def data_of(settings: Settings, vocabulary: int) -> Data:
+    """Prompts and labels as ids."""
     draw = random.Random(0)
     header = [draw.randrange(vocabulary) for _ in range(settings.header_tokens)]
     spread = settings.most_own_tokens - settings.least_own_tokens
@@ -124,7 +126,8 @@ def _data(settings: Settings, vocabulary: int) -> Data:
     return prompts, targets
 
 
-def _engine(model: LanguageModel, data: Data) -> None:
+def engine(model: LanguageModel, data: Data) -> None:
+    """Gradients of every neuron for every label."""
     prompts, targets = data
     encoded = [
         EncodedPrompt(Prompt(str(i), "-", tuple(map(str, own))), tuple(ids), tuple(own))
@@ -137,7 +140,7 @@ def _engine(model: LanguageModel, data: Data) -> None:
 
 
 def _floor(model: LanguageModel, data: Data, header: int, batch: int) -> None:
-    ways.floor(model.model, data[0], header, batch)
+    ways.floor(LoadedModel(model.model, model.feed_forward), data[0], header, batch)
 
 
 def _textbook(model: LanguageModel, data: Data, batch: int, few: int) -> None:

@@ -26,12 +26,13 @@ Ids = Sequence[Sequence[int]]
 
 
 @torch.no_grad()
-def floor(model: PreTrainedModel, prompts: Ids, header: int, batch: int) -> None:
+def floor(loaded: LoadedModel, prompts: Ids, header: int, batch: int) -> None:
     """One forward pass over the deduplicated tokens, packed without padding; the head on last tokens only.
 
     This is the engine's own prefix pass, run to the last token: no way of measuring can cost less.
     """
-    shared = run_shared_prefix(LoadedModel(model, find_feed_forward(model)), prompts[0][:header])
+    model = loaded.module
+    shared = run_shared_prefix(loaded, prompts[0][:header])
     order = sorted(prompts, key=len)
     for start in range(0, len(order), batch):
         part = order[start : start + batch]

@@ -24,7 +24,7 @@ from neg_service.neurons import Neurons, NeuronSet
 from neg_service.places import absolute, without_credentials
 from neg_service.storage.parts import damage_of
 
-# The expert between them is none where there is no such column.
+# A neuron has no expert where there is no such column.
 _COLUMNS = ("layer", "neuron")
 _EXPERT = "expert"
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*", re.ASCII)

@@ -80,6 +80,7 @@ LAYOUTS = (
 _REFUSED = {
     "albert": "runs one layer's weights as all of its layers, so that a neuron has several activations",
     "mobilebert": "has several MLPs a layer",
+    "longcat_flash": "has several MLPs a layer, and experts that do nothing",
 }
 
 

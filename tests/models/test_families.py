@@ -16,8 +16,10 @@ from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.prompts.tokens import encode
-from tests import families, oracle
+from neg_service.settings import BASES as ALL
+from tests import families, families_table, oracle
 from tests.families import bases_of, model_of
+from tests.mixtures import MIXTURES
 from tests.refusals import refused
 from tests.tiny_models import FAMILIES, MASK
 
@@ -163,8 +165,8 @@ def _encoded(model: LanguageModel, text: str) -> EncodedPrompt:
 
 
 def test_the_readme_shows_every_family() -> None:
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in families.shown()]
-    assert [row[:4] for row in rows[2:]] == [
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in families_table.shown()]
+    dense = [
         [
             family,
             "mask token" if FAMILIES[family].is_masked else "last token",
@@ -173,6 +175,8 @@ def test_the_readme_shows_every_family() -> None:
         ]
         for family in FAMILIES
     ]
+    mixtures = [[family, "last token", ", ".join(ALL), own.engine.name] for family, own in MIXTURES.items()]
+    assert [row[:4] for row in rows[2:]] == dense + mixtures
     tolerances = (families.NEURGRAD_TOLERANCE, families.SWEEP_TOLERANCE, families.JOINT_TOLERANCE)
     for row in rows[2:]:
         for column, cell in enumerate(row[4:]):
