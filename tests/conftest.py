@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from torch import nn
 import neg_service
 from neg_service import LanguageModel
 from tests.fakes import save_tiny_model
+
+# Tests start more than a hundred processes: where bytecode is not kept, each compiles the project anew for a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # What takes longest, begun first, so that no process is left with it at the end.
 _SLOW = (
