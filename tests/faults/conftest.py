@@ -1,7 +1,8 @@
 """A scan that is disturbed, and the invariant in which every disturbance has to end.
 
 Scans are driven by this process on a Ray cluster of real processes that a module shares, with the real S3 server.
-Moments are random: the seed is in each test's name, FAULT_SEED repeats it, and FAULT_ROUNDS says how often each test runs.
+Moments are random: the seed is in each test's name, FAULT_SEED repeats it, and FAULT_ROUNDS says how often each test
+runs.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from jobs.verify import VerifyConfig, verify
 from neg_service.errors import ConfigurationError
 from neg_service.storage.parts import part_key
 from neg_service.storage.stores import open_store
-from tests.e2e.commands import Running, job
+from tests.e2e.commands import Running
 from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
 from tests.faults.proxy import FAULTS, Proxy, Seen
 from tests.refusals import refused
@@ -154,11 +154,12 @@ def test_damage_is_named_and_repaired(
 
     with refused(ConfigurationError, "repair", "no", allowed="true or false"):
         verify(composed("verify", [*where, "repair=no"], VerifyConfig))
-    repaired = job("verify", *where, "repair=true", "cluster.cpus_per_replica=1", env=dict(os.environ))
-    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
-    assert re.search(r"computing again: shards .*\(5\)", repaired.stdout)
-    assert "clean: every part is there and as it was written" in repaired.stdout
+    code = verify(composed("verify", [*where, "repair=true", "cluster.cpus_per_replica=1"], VerifyConfig))
+    repaired = capsys.readouterr()
+    assert code == 0, repaired.out + repaired.err
+    assert re.search(r"computing again: shards .*\(5\)", repaired.out)
+    assert "clean: every part is there and as it was written" in repaired.out
     assert store.get("foreign/neurgrad/shard-000099.parquet") == first
     invariant(disturbed)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
-    assert all(secret not in text for text in (*found, repaired.stdout, repaired.stderr))
+    assert all(secret not in text for text in (*found, *repaired))
