@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,10 +37,14 @@ class OwnCluster:
         self.dashboard, self.metrics = _free_port(), _free_port()
         # While it is there, scans with the tests' slow measure stay in their middle.
         self.gate = Path(tempfile.gettempdir()) / f"neg_service-test-gate-{uuid.uuid4().hex}"
+        # A place of its own, in which it says below which cluster this is: Ray's job server has a job join whatever
+        # cluster it finds on the machine, and other tests start some.
+        self._place = tempfile.mkdtemp(prefix="neg-", dir="/tmp")
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": self._place,
             # Jobs find the tests' own measure.
             "PYTHONPATH": str(Path(__file__).parent.parent), "NEG_TEST_GATE": str(self.gate),
             "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1",
@@ -54,6 +59,7 @@ class OwnCluster:
             _system_config={"metrics_report_interval_ms": 1000, "health_check_period_ms": 500}, **settings,
         )  # fmt: skip
         self.address = self.head["address"]
+        (Path(self._place) / "ray" / "ray_current_cluster").write_text(self.address)
         self.jobs = f"http://127.0.0.1:{self.dashboard}"
 
     def add(self, **node: Any) -> dict[str, str]:
@@ -96,6 +102,7 @@ class OwnCluster:
             if process.is_running():
                 process.kill()
         psutil.wait_procs(owned, timeout=20)
+        shutil.rmtree(self._place, ignore_errors=True)
 
     def _ask(self, command: dict[str, Any]) -> dict[str, str]:
         assert self._process.stdin is not None

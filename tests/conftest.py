@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +15,19 @@ import neg_service
 from neg_service import LanguageModel
 from tests.fakes import save_tiny_model
 
-# What takes longest, begun first, so that no process is left with it at the end.
+# Tests start more than a hundred processes: where bytecode is not kept, each compiles the project anew for a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# What takes longest, begun first, so that no process is left with it at the end; what waits for Ray and what computes
+# by turns, so that two processes seldom do the same.
 _SLOW = (
-    "tests/e2e/test_cluster.py", "tests/models/test_families.py", "tests/faults/", "tests/e2e/",
-    "tests/cluster/test_driver.py", "tests/cluster/test_metrics.py", "tests/measures/test_neurgrad.py",
-    "tests/jobs/test_entry.py", "tests/storage/test_s3_results.py", "tests/storage/test_s3.py", "tests/models/",
-    "tests/cluster/", "tests/storage/",
+    "tests/faults/", "tests/models/test_families.py", "tests/e2e/test_cluster.py", "tests/measures/test_neg.py",
+    "tests/e2e/test_scan.py", "tests/measures/test_integrated_gradients.py", "tests/e2e/test_sweep.py",
+    "tests/measures/test_neurgrad.py", "tests/cluster/test_driver.py", "tests/report/", "tests/e2e/",
+    "tests/models/test_placement.py", "tests/cluster/test_metrics.py", "tests/measures/test_noise.py",
+    "tests/storage/test_s3_results.py", "tests/models/test_room.py", "tests/storage/test_requests.py",
+    "tests/models/test_head.py", "tests/storage/test_s3.py", "tests/prompts/test_mceval8k.py", "tests/jobs/",
+    "tests/studies/", "tests/models/", "tests/cluster/", "tests/measures/", "tests/storage/",
 )  # fmt: skip
 
 

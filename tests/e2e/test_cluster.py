@@ -70,6 +70,14 @@ def told(cluster: OwnCluster, path: str = "") -> Any:
         return json.load(reply)
 
 
+def stop(cluster: OwnCluster, name: str) -> None:
+    """What `ray job stop` asks, without the seconds that the command takes."""
+    url = f"{cluster.jobs}/api/jobs/{name}/stop"
+    asked = urllib.request.Request(url, method="POST", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(asked, timeout=60) as reply:
+        assert json.load(reply)["stopped"]
+
+
 def running(cluster: OwnCluster, what: str) -> list[psutil.Process]:
     """Processes of the cluster with `what` in their command."""
     found = []
@@ -86,36 +94,56 @@ def results_of(running: Running) -> Run:
     return neg_service.open_run(running.wait_for(r"results\s+(\S+)")[1])
 
 
-def test_submitting_twice_runs_once_and_metrics_say_what_is_done(
+def test_a_stopped_job_leaves_nothing_and_submitted_twice_goes_on_once_as_its_metrics_say(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:
-    asked = arguments(tiny_directory, tmp_path, 60, "once")
+    asked = arguments(tiny_directory, tmp_path, 50, "once")
+    cluster.gate.touch()
+    # With room for one replica, it waits at the gate when it has done some.
+    stopped = submitted(cluster, *asked, "cluster.replicas.max=1")
+    uri = stopped.wait_for(r"I results: (\S+)")[1]
+
+    def stored() -> int:
+        return len(list(Path(uri).glob("neurgrad/*.parquet")))
+
+    stopped.wait_for(r"(?m)^(?:[6-9]|1\d|20)/50 prompts")
+    (mine,) = running(cluster, "ray::Replica")
+    (job,) = (job["submission_id"] for job in told(cluster))
+    stop(cluster, job)
+    assert stopped.finish() != 0
+    eventually(lambda: not mine.is_running() and not running(cluster, "job.name=once"))
+    assert "interrupted; the same command continues from here" in told(cluster, f"{job}/logs")["logs"]
+    cluster.gate.unlink()
+    before = stored()
+    assert 5 < before < 50
+
     first = submitted(cluster, *asked, "--no-wait")
     second = submitted(cluster, *asked)
     assert first.finish() == 0
     name = first.output.strip().splitlines()[-1]
     assert name.startswith("neg-once-")
-    uri = second.wait_for(r"I results: (\S+)")[1]
+    second.wait_for(r"I results: (\S+)")
     seen = []
     while second.process.poll() is None:
-        stored = len(list(Path(uri).glob("neurgrad/*.parquet")))
+        earlier = stored()
         try:
             shards = cluster.metric("neg_shards", Path(uri).name)
             prompts = cluster.metric("neg_prompts_total", Path(uri).name)
         except OSError:
             continue
         if shards.get("done") and prompts:
-            after = len(list(Path(uri).glob("neurgrad/*.parquet")))
-            seen.append((stored, shards["done"], prompts[""], after, sum(shards.values())))
+            seen.append((earlier - before, shards["done"], prompts[""], stored() - before, sum(shards.values())))
         time.sleep(0.5)
     assert second.finish() == 0, second.output
     assert f"job {name} is" in second.output
-    assert len(re.findall(r"60 of 60 shards to do", second.output)) == 1
+    assert re.findall(r"(\d+) of 50 shards to do", second.output) == [str(50 - before)]
     run = neg_service.open_run(uri)
-    assert len(run.done()) == run.n_shards == 60
+    assert len(run.done()) == run.n_shards == 50
     # A metric is some seconds old when it is read, never ahead of what is stored, and the states add up to all shards.
     assert seen
-    assert all(done <= after and prompts <= after and total == 60 for _, done, prompts, after, total in seen)
+    assert all(done <= after for _, done, _, after, _ in seen), seen
+    assert all(total == 50 - before for *_, total in seen), seen
+    assert all(prompts <= after + before for *_, prompts, after, _ in seen), seen
     assert all(later[1] >= earlier[1] for earlier, later in pairwise(seen))
     # Exported every second, collected every second: what was stored four samples ago is known by now.
     assert all(now[1] >= before[0] for before, now in zip(seen, seen[6:], strict=False))
@@ -123,7 +151,7 @@ def test_submitting_twice_runs_once_and_metrics_say_what_is_done(
     third = submitted(cluster, *asked)
     assert third.finish() == 0
     assert f"job {name} has done this already" in third.output
-    assert {job["submission_id"] for job in told(cluster) if "neg-once" in str(job["submission_id"])} == {name}
+    assert {own["submission_id"] for own in told(cluster)} == {job, name}
 
 
 @pytest.mark.faults
@@ -153,6 +181,7 @@ def test_what_a_cluster_refuses_is_told_in_one_line(cluster: OwnCluster, tiny_di
     )
 
 
+@pytest.mark.faults
 def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:

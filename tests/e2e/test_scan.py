@@ -1,6 +1,6 @@
 """The scan as a person runs it: commands, exit codes, tables, what is printed, and what is refused.
 
-Two scans run as commands, with Ray of their own, and most tests read what they left. What is no matter of processes
+Two scans run as commands, one with Ray of its own, and most tests read what they left. What is no matter of processes
 runs in this one: refusals, plans, what is kept.
 """
 
@@ -27,7 +27,7 @@ from jobs.scan import scan
 from neg_service.config import ScanConfig
 from neg_service.errors import NegServiceError
 from neg_service.report.console import accuracy, strongest
-from tests.e2e.commands import in_order, job, refused, scan_config
+from tests.e2e.commands import environment, in_order, job, refused, scan_config
 from tests.fakes import save_tiny_model
 from tests.here import scan_here
 
@@ -66,12 +66,13 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def otherwise(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def otherwise(arguments: list[str], joined: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The log as JSON, and the run directory, of the same scan in other shards and batches on two replicas."""
     place = tmp_path_factory.mktemp("otherwise")
     done = job(
         "scan", *arguments, f"storage.uri={place}", "job.shard_size=5", "cluster.replicas=2",
         "cluster.cpus_per_replica=1", "cluster.batch_bytes=300000", "job.log=json", "job.progress_seconds=0",
+        env=environment(RAY_ADDRESS=joined.address),
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     (run,) = place.iterdir()

@@ -1,7 +1,8 @@
 """A scan that is disturbed, and the invariant in which every disturbance has to end.
 
-Scans run in this process on a Ray cluster of real processes that a module shares, with the real S3 server. Moments are
-random: the seed is in each test's name, FAULT_SEED repeats it, and FAULT_ROUNDS says how often each test runs.
+Scans are driven by this process on a Ray cluster of real processes that a module shares, with the real S3 server.
+Moments are random: the seed is in each test's name, FAULT_SEED repeats it, and FAULT_ROUNDS says how often each test
+runs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from neg_service.storage.stores import open_store
 from neg_service.storage.verify import verify
 from tests.e2e.commands import Running, in_order
 from tests.faults.saboteur import PROMPTS_A_SHARD, VARIABLE
+from tests.here import scan_here
 from tests.s3 import acting_as
 
 N_PROMPTS = 24
@@ -215,11 +217,8 @@ def disturbed(arguments: list[str], server: Server, request: pytest.FixtureReque
 
 @pytest.fixture(scope="session")
 def quiet(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The same scan with nothing happening to it, on a local disk."""
-    calm = Disturbed(arguments, f"file://{tmp_path_factory.mktemp('quiet')}", None)
-    summary = calm.scan()
-    assert not summary.failed
-    return calm.open()
+    """The same scan with nothing happening to it, in this process, on a local disk."""
+    return scan_here(Disturbed(arguments, f"file://{tmp_path_factory.mktemp('quiet')}", None).config())
 
 
 @pytest.fixture

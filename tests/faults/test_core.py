@@ -17,7 +17,7 @@ from jobs.verify import VerifyConfig, verify
 from neg_service.errors import ConfigurationError
 from neg_service.storage.parts import part_key
 from neg_service.storage.stores import open_store
-from tests.e2e.commands import Running, job
+from tests.e2e.commands import Running
 from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
 from tests.faults.proxy import FAULTS, Proxy, Seen
 from tests.refusals import refused
@@ -26,21 +26,26 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 Invariant = Callable[[Disturbed], None]
 
 
-@pytest.mark.parametrize("when", ["compute", "before put"])
-def test_a_replica_killed_in_a_shard_or_between_computing_and_putting(
-    when: str, disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
+def test_replicas_killed_in_a_shard_and_between_computing_and_putting(
+    disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
 ) -> None:
-    shard = moments.randrange(N_SHARDS)
-    order = orders.give(when=when, shard=shard, do="hold")
+    # So far apart that no replica has both at once.
+    shards = [moments.randrange(N_SHARDS // 3), moments.randrange(2 * N_SHARDS // 3, N_SHARDS)]
+    moments.shuffle(shards)
+    held = [
+        orders.give(when=when, shard=shard, do="hold")
+        for when, shard in zip(("compute", "before put"), shards, strict=True)
+    ]
 
-    def kill() -> None:
+    def kill(order: int) -> None:
         pid = orders.await_pid(order)
         time.sleep(moments.uniform(0, 0.5))
         signalled(pid, signal.SIGKILL)
 
-    with meanwhile(kill):
+    with meanwhile(lambda: kill(held[0])), meanwhile(lambda: kill(held[1])):
         summary = disturbed.scan()
     assert summary.shards_done == N_SHARDS
+    assert all(orders.was_carried_out(order) for order in held)
     invariant(disturbed)
 
 
@@ -100,7 +105,7 @@ def test_connections_reset_delayed_refused_cut_and_replies_lost(
 
     with Proxy(direct, decide) as proxy:
         through = Disturbed(disturbed.arguments, disturbed.uri, proxy.url)
-        summary = through.scan("cluster.replicas=2")
+        summary = through.scan()
         assert summary.shards_done == N_SHARDS
         assert not summary.failed
     assert set(proxy.injected) == set(FAULTS)
@@ -108,7 +113,9 @@ def test_connections_reset_delayed_refused_cut_and_replies_lost(
     invariant(disturbed)
 
 
-def test_damage_is_named_and_repaired(disturbed: Disturbed, invariant: Invariant, moments: random.Random) -> None:
+def test_damage_is_named_and_repaired(
+    disturbed: Disturbed, invariant: Invariant, moments: random.Random, capsys: pytest.CaptureFixture[str]
+) -> None:
     disturbed.scan()
     store = open_store(disturbed.run_uri, disturbed.endpoint_url)
     # What is exchanged, cut, lost and flipped is drawn; no shard suffers twice, so that each is named for what it is.
@@ -129,8 +136,10 @@ def test_damage_is_named_and_repaired(disturbed: Disturbed, invariant: Invariant
         disturbed.scan()
 
     where = [f"run={disturbed.run_uri}", f"storage.endpoint_url={disturbed.endpoint_url}"]
-    found = job("verify", *where, env=dict(os.environ))
-    assert found.returncode == 3, found.stderr
+    capsys.readouterr()
+    code = verify(composed("verify", where, VerifyConfig))
+    found = capsys.readouterr()
+    assert code == 3, found.err
     for expected in (
         f"{part_key('neurgrad', flipped)}: damaged: ",
         f"{part_key('activations', cut)}: damaged: ",
@@ -140,16 +149,17 @@ def test_damage_is_named_and_repaired(disturbed: Disturbed, invariant: Invariant
         f"neurgrad/shard-000099.parquet: foreign: the plan has {N_SHARDS} shards",
         "run.json: damaged: it was changed after it was written",
     ):
-        assert expected in found.stdout, found.stdout
-    assert found.stdout.count(": damaged: ") + found.stdout.count(": foreign: ") + found.stdout.count(": missing") == 7
+        assert expected in found.out, found.out
+    assert found.out.count(": damaged: ") + found.out.count(": foreign: ") + found.out.count(": missing") == 7
 
     with refused(ConfigurationError, "repair", "no", allowed="true or false"):
         verify(composed("verify", [*where, "repair=no"], VerifyConfig))
-    repaired = job("verify", *where, "repair=true", "cluster.cpus_per_replica=1", env=dict(os.environ))
-    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
-    assert re.search(r"computing again: shards .*\(5\)", repaired.stdout)
-    assert "clean: every part is there and as it was written" in repaired.stdout
+    code = verify(composed("verify", [*where, "repair=true", "cluster.cpus_per_replica=1"], VerifyConfig))
+    repaired = capsys.readouterr()
+    assert code == 0, repaired.out + repaired.err
+    assert re.search(r"computing again: shards .*\(5\)", repaired.out)
+    assert "clean: every part is there and as it was written" in repaired.out
     assert store.get("foreign/neurgrad/shard-000099.parquet") == first
     invariant(disturbed)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
-    assert all(secret not in one.stdout + one.stderr for one in (found, repaired))
+    assert all(secret not in text for text in (*found, *repaired))

@@ -27,6 +27,7 @@ from neg_service.storage.reader import Run
 from neg_service.studies.kinds import STUDY_VIEWS
 from tests.here import scan_here
 from tests.refusals import ANY, refused
+from tests.report.conftest import unrendered
 
 ROWS = [
     {"prompt": f"w{i} <b>w{i + 1}</b>", "targets": [" w7", " w8", " w11"], "answer": " w8", "id": f"p{i}"}
@@ -154,6 +155,7 @@ def test_agreement_is_of_all_rows_however_they_come(place: Path, tiny_directory:
     assert told["curves"].startswith(f"{table.num_rows}:")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory: Path) -> None:
     run = run_of(place, tiny_directory, {"name": "neurgrad", "keep": "top_k", "top_k": 8})
     everything = only_section(run_of(place, tiny_directory, {"name": "neurgrad"}))
@@ -323,6 +325,7 @@ def test_what_a_page_is_made_of_is_escaped() -> None:
     assert "data:image/png;base64,Mg==" in page
 
 
+@pytest.mark.usefixtures("rendered")
 def test_figures_can_hold_any_target() -> None:
     row = {
         "shifts": [-1.0, 1.0],
@@ -338,6 +341,7 @@ def test_figures_can_hold_any_target() -> None:
     assert figures._drawable("né 日") == "né \\u65e5"
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_probe_is_shown_with_its_studies(tmp_path: Path) -> None:
     """Tables as a probe leaves them, of two tasks."""
     tasks = ["agnews", "ner"]
@@ -385,6 +389,7 @@ def test_a_probe_is_shown_with_its_studies(tmp_path: Path) -> None:
     assert "s: agnews, ner" in page
     assert page.count("<td>agnews</td>") == page.count("<td>ner</td>")
     shutil.copytree(folder, tmp_path / "elsewhere" / "a-probe")
-    both = write_report([str(folder), str(tmp_path / "elsewhere" / "a-probe")], str(tmp_path / "both"), None)
+    with unrendered():
+        both = write_report([str(folder), str(tmp_path / "elsewhere" / "a-probe")], str(tmp_path / "both"), None)
     identifiers = re.findall(r'\bid="([^"]+)"', Path(both).read_text())
     assert len(identifiers) == len(set(identifiers))
