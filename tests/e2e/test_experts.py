@@ -43,7 +43,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     (place / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return request.param, [
         f"model.source={place / 'model'}", f"dataset.source={place / 'words.jsonl'}", "job.shard_size=2",
-        "cluster.replicas=1",
+        "cluster.replicas=1", "cluster.cpus_per_replica=1",
     ]  # fmt: skip
 
 
