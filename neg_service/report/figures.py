@@ -143,10 +143,10 @@ def experts_over_layers(panels: Sequence[tuple[str, Mapping[tuple[int, int], flo
 
     def draw(figure: Figure, theme: Theme) -> None:
         colours = mpl.colormaps["GnBu" if theme is LIGHT else "viridis"]
+        keys = [key for _, percent in panels for key in percent]
+        (first, last), (first_expert, last_expert) = ((min(own), max(own)) for own in zip(*keys, strict=True))
         for number, (label, percent) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), number + 1)
-            first, first_expert = (min(key[i] for key in percent) for i in (0, 1))
-            last, last_expert = (max(key[i] for key in percent) for i in (0, 1))
             shown = np.full((last_expert - first_expert + 1, last - first + 1), np.nan)
             for (layer, expert), value in percent.items():
                 shown[expert - first_expert, layer - first] = value

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.report import figures
 from neg_service.report.cells import percent
 from neg_service.report.figures import drawn
@@ -47,27 +48,29 @@ class ExpertStrength:
         if not self.sums:
             return [], []
         share, used = self.shares(), experts_used(run)
-        head = ["layer", "expert", f"share of the layer's |{what}|, %", f"|{what}|, mean of its neurons"]
+        head = ["layer", "expert", "share of the layer, %", f"|{what}|, mean"]
         head += ["used by prompts, %", "router's weight, mean"] * bool(used)
         rows = []
         for mlp in sorted(share, key=lambda own: -share[own])[:_MOST_EXPERTS]:
             mean = self.sums[mlp] / self.n_values[mlp]
             rows.append((str(mlp[0]), str(mlp[1]), percent(share[mlp]), f"{mean:.3e}", *_used_cells(used, mlp)))
-        caption = f"For {of}; means are over {mean_of}; -1 is what is always on beside experts." + (
-            f" The {_MOST_EXPERTS} of {len(share)} with the largest shares." if len(share) > _MOST_EXPERTS else ""
-        )
+        caption = f"Shares of the sum of |{what}| over a layer, for {of}; means are over {mean_of}; -1 is always on."
+        if len(share) > _MOST_EXPERTS:
+            caption += f" The {_MOST_EXPERTS} of {len(share)} with the largest shares."
         grid = Grid(
             "Experts", caption, head, rows, range(len(head)), is_interactive=True, name=f"experts-{number}"
         )  # fmt: skip
         panels = [(f"share of the layer's |{what}|, %", {mlp: 100 * own for mlp, own in share.items()})]
         if used:
-            panels.append(("used by prompts, %", {mlp: 100 * own.share for mlp, own in used.items()}))
+            is_used = {mlp: 100 * own.share for mlp, own in used.items()}
+            panels.append(("used by prompts, %", is_used | {mlp: 100.0 for mlp in share if mlp[1] == ALWAYS_ON}))
         picture = Picture(
-            f"experts-{number}", f"Experts: |{what}| and use",
+            f"experts-{number}", f"Experts: |{what}|{' and use' if used else ''}",
             f"How much of the sum of |{what}| over a layer's neurons each expert carries, for {of}"
             f"{', and how many prompts use it' if used else ''}; -1 is what is always on beside experts, grey ones no "
             "prompt uses.",
-            "Heat maps of layers against experts", drawn(figures.experts_over_layers(panels), (10, 4.4)), is_wide=True,
+            "Heat maps of layers against experts", drawn(figures.experts_over_layers(panels), (5 * len(panels), 4.4)),
+            is_wide=len(panels) > 1,
         )  # fmt: skip
         return [grid], [picture]
 
@@ -100,4 +103,6 @@ def experts_used(run: Run) -> dict[Mlp, Use]:
 def _used_cells(used: dict[Mlp, Use], mlp: Mlp) -> tuple[str, ...]:
     if not used:
         return ()
+    if mlp[1] == ALWAYS_ON:
+        return percent(1.0), "-"
     return (percent(used[mlp].share), f"{used[mlp].weight:.3f}") if mlp in used else ("-", "-")
