@@ -114,7 +114,7 @@ def edits_section(run: Run, table: str, number: int) -> Section:
         change = batch["delta_p"].to_numpy().astype(np.float64)
         added = np.stack(
             [np.ones(len(target)), change, np.abs(change), before == target, after == target, before != after,
-             batch["probability_before"].to_numpy(), *[batch["n_routed"].to_numpy()] * with_experts], 1,
+             batch["probability_before"].to_numpy(), *(batch[name].to_numpy() for name in columns[7:])], 1,
         )  # fmt: skip
         for code, name in enumerate(names):
             sums[name] = sums.get(name, np.zeros(added.shape[1])) + added[codes == code].sum(0)
