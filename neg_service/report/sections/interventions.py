@@ -18,6 +18,7 @@ from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
 from neg_service.report.sections.accumulators import (
     Curves,
+    Row,
     Sample,
     Strength,
     neuron_cells,
@@ -81,19 +82,25 @@ def sweep_section(run: Run, table: str, number: int) -> Section:
             is_wide=True,
         ),
     ]  # fmt: skip
-    if shown_curves := curves.rows():
-        pictures.append(
-            Picture(
-                f"curves-{number}", "A few neurons",
-                "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
-                f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} predicts.",
-                "Curves of probability over shifts for a few neurons",
-                drawn(figures.curves(shown_curves, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
-            )
-        )  # fmt: skip
+    pictures += _curves_shown(curves.rows(), number, is_signed=is_signed)
     caption = "Of all targets, and of all curves, those below the noise among them."
     facts = Grid("Linearity and agreement", caption, ("what", "found"), agreement(run))
     return Section(f"run-{number}", f"NEG by intervention: {run.name}", "", [facts, grid], pictures)
+
+
+def _curves_shown(rows: list[Row], number: int, *, is_signed: bool) -> list[Picture]:
+    """A picture of a few curves; none of a sweep that did not keep them."""
+    if not rows:
+        return []
+    return [
+        Picture(
+            f"curves-{number}", "A few neurons",
+            "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
+            f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} predicts.",
+            "Curves of probability over shifts for a few neurons",
+            drawn(figures.curves(rows, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
+        )
+    ]  # fmt: skip
 
 
 def edits_section(run: Run, table: str, number: int) -> Section:
