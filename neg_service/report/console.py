@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from neg_service.layer_neurons import NO_EXPERT, LayerNeurons
+from neg_service.report.cells import lists_in
 from neg_service.schema import LINEAR
 from neg_service.storage.reader import Run
 
@@ -61,18 +64,43 @@ def describe_tables(run: Run) -> list[tuple[str, str]]:
 def _values(run: Run, name: str) -> str:
     """How many values of neurons there are, of what, and in which unit."""
     table = run.described[name]
+    return f"{_n_values(run, name)} of {table.title}, {table.unit}".rstrip(", ")
+
+
+def _n_values(run: Run, name: str) -> int:
+    table = run.described[name]
     kind = table.schema.field(table.values).type
-    each = 1 if table.is_by_neuron else kind.list_size
-    return f"{run.table(name).count_rows() * each} of {table.title}, {table.unit}".rstrip(", ")
+    if table.is_by_neuron:
+        return int(run.table(name).count_rows())
+    if pa.types.is_fixed_size_list(kind):
+        return int(run.table(name).count_rows() * kind.list_size)
+    # Of what each row is of, for values themselves are too many to be read for that.
+    layers = [LayerNeurons(*own) for own in run.about["model"]["layer_neurons"]]
+    n = 0
+    for batch in run.table(name, ["layer", "expert"]).to_batches():
+        experts = batch["expert"].fill_null(NO_EXPERT).to_pylist()
+        rows = Counter(zip(batch["layer"].to_pylist(), experts, strict=True))
+        n += sum(count * layers[layer].size_of(expert) for (layer, expert), count in rows.items())
+    return n
+
+
+def has_experts(run: Run) -> bool:
+    """Whether the model of a run has experts."""
+    layers = run.about.get("model", {}).get("layer_neurons", [])
+    return any(LayerNeurons(*own).n_experts for own in layers)
 
 
 @dataclass(frozen=True)
 class Neuron:
-    """A neuron, and what is known of it on one target: values by their column, the one that ranks it first."""
+    """A neuron, and what is known of it on one target: values by their column, the one that ranks it first.
+
+    expert: None of a layer's only MLP, -1 of one that is always on beside experts.
+    """
 
     layer: int
     index: int
     values: dict[str, float]
+    expert: int | None = None
 
 
 def strongest(run: Run, prompt_id: str, target: str, count: int) -> list[Neuron]:
@@ -82,25 +110,31 @@ def strongest(run: Run, prompt_id: str, target: str, count: int) -> list[Neuron]
     """
     main, *others = [name for name in run.values_of_neurons if not run.described[name].is_by_neuron]
     of_prompt = pc.field("prompt_id") == prompt_id
-    layers, values_ln = _by_layer(run, main, of_prompt & (pc.field("target") == target))
-    best = np.argsort(-np.abs(values_ln), axis=None, kind="stable")[:count]
-    rows, neurons = np.unravel_index(best, values_ln.shape)
-    values = {str(run.described[main].values): values_ln[rows, neurons]}
+    mlps, lists = _by_mlp(run, main, of_prompt & (pc.field("target") == target))
+    start_r = np.cumsum([0, *map(len, lists)])
+    values_m = np.concatenate(lists)
+    best = np.argsort(-np.abs(values_m), kind="stable")[:count]
+    rows = np.searchsorted(start_r, best, "right") - 1
+    values = {str(run.described[main].values): values_m[best]}
     for name in others:
         if "target" in run.schemas[name].names or "prompt_id" not in run.schemas[name].names:
             continue
-        values[str(run.described[name].values)] = _by_layer(run, name, of_prompt)[1][rows, neurons]
+        values[str(run.described[name].values)] = np.concatenate(_by_mlp(run, name, of_prompt)[1])[best]
     return [
-        Neuron(int(layers[row]), int(neuron), {column: float(own[i]) for column, own in values.items()})
-        for i, (row, neuron) in enumerate(zip(rows, neurons, strict=True))
+        Neuron(layer, int(place - start_r[row]), {column: float(own[i]) for column, own in values.items()}, expert)
+        for i, (row, place) in enumerate(zip(rows, best, strict=True))
+        for layer, expert in [mlps[row]]
     ]
 
 
-def _by_layer(run: Run, name: str, only: pc.Expression) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Layers [L] and values [L, N] of the rows of a table, of which there is one for each layer."""
-    column = run.described[name].values
-    table = run.table(name).to_table(columns=["layer", column], filter=only).sort_by("layer")
-    return table["layer"].to_numpy(), _matrix(table[column])
+def _by_mlp(run: Run, name: str, only: pc.Expression) -> tuple[list[tuple[int, int | None]], list[NDArray[np.float32]]]:
+    """Layer and expert, and the values, of the rows of a table, of which there is one for each MLP and expert."""
+    column = str(run.described[name].values)
+    keys = [key for key in ("layer", "expert") if key in run.schemas[name].names]
+    table = run.table(name).to_table(columns=[*keys, column], filter=only)
+    table = table.sort_by([(key, "ascending") for key in keys])
+    experts = table["expert"].to_pylist() if "expert" in keys else [None] * table.num_rows
+    return list(zip(table["layer"].to_pylist(), experts, strict=True)), lists_in(table[column].combine_chunks())
 
 
 class Correlation:
@@ -144,8 +178,11 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     """Of a sweep: how many curves are straight, and how well estimates agree with NEG, in lines for `aligned`."""
     columns_read = list(_COMPARED)
     n = linear = agree = resolved = 0
+    routing = _CurvesOfExperts() if "is_routed" in run.schemas[run.tables[-1]].names else None
+    only = None if routing is None else pc.field("is_routed")
+    columns_read += [] if routing is None else ["routing_changed"]
     with_neurgrad, with_gradient = Correlation(), Correlation()
-    for batch in run.table(run.tables[-1], columns_read).to_batches():
+    for batch in run.table(run.tables[-1], columns_read, only).to_batches():
         r, neg, neurgrad, gradient = (batch[name].to_numpy().astype(np.float64) for name in columns_read[:4])
         n += batch.num_rows
         linear += int((np.abs(r) >= LINEAR).sum())
@@ -153,6 +190,8 @@ def agreement(run: Run) -> list[tuple[str, str]]:
         resolved += pc.sum(batch["is_resolved"]).as_py() or 0
         with_neurgrad.add(neg, neurgrad)
         with_gradient.add(neg, gradient)
+        if routing is not None:
+            routing.add(r, batch["routing_changed"].to_numpy())
     noise = run.about["calibration"]["noise"]
     signs = f", {_percent(agree, resolved)} of signs agree"
     # A neuron that moves by the shift itself is predicted by the plain gradient.
@@ -160,10 +199,36 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     return [
         ("curves", f"{n}: a neuron and a target each, of {_shifts(run.config['measure'])}"),
         ("linear", f"{_percent(linear, n)} have |r| >= {LINEAR}"),
+        *([] if routing is None else routing.lines(run.table(run.tables[-1]).count_rows() - n)),
         ("NEG and NeurGrad", f"correlation {with_neurgrad.value:.4f}{'' if is_signed else signs}"),
         ("NEG and gradient", f"correlation {with_gradient.value:.4f}{signs if is_signed else ''}"),
         ("precision", f"{_error_of(noise)}; {_percent(resolved, n)} are above the noise"),
     ]
+
+
+@dataclass
+class _CurvesOfExperts:
+    """Curves of a model with experts: how many have a shift for which a layer above chose other experts, or none.
+
+    Each [2]: without, with.
+    """
+
+    n: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
+    linear: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
+
+    def add(self, r: NDArray[Any], routing_changed: NDArray[Any]) -> None:
+        is_changed = (routing_changed > 0).astype(np.int64)
+        self.n += np.bincount(is_changed, minlength=2)
+        self.linear += np.bincount(is_changed[np.abs(r) >= LINEAR], minlength=2)
+
+    def lines(self, n_unused: int) -> list[tuple[str, str]]:
+        without, with_others = (_percent(own, of) for own, of in zip(self.linear, self.n, strict=True))
+        share = _percent(self.n[1], self.n.sum())
+        changed = f"for {share} some shift has a layer above choose other experts: {with_others} of these are linear, "
+        lines = [("experts above", f"{changed}{without} of the others")]
+        if n_unused:
+            lines.append(("left out", f"{n_unused} curves of experts that their prompts do not use"))
+        return lines
 
 
 def _shifts(measure: Mapping[str, Any]) -> str:
@@ -221,9 +286,3 @@ def ranges(numbers: Iterable[int], most: int = 20) -> str:
             spans.append([number, number])
     text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans[:most])
     return f"{text}{', ...' if len(spans) > most else ''} ({len(ordered)})" if ordered else "none"
-
-
-def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    combined = column.combine_chunks()
-    flat: NDArray[np.float32] = combined.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(combined), -1)

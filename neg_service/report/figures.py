@@ -138,6 +138,33 @@ def scatter_of_estimates(points: Rows, estimators: Sequence[tuple[str, str, str]
     return draw
 
 
+def experts_over_layers(panels: Sequence[tuple[str, Mapping[tuple[int, int], float]]]) -> Draw:
+    """A panel a quantity, in percent, of each layer (columns) and expert (rows); -1 is what is always on."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        colours = mpl.colormaps["GnBu" if theme is LIGHT else "viridis"]
+        keys = [key for _, percent in panels for key in percent]
+        (first, last), (first_expert, last_expert) = ((min(own), max(own)) for own in zip(*keys, strict=True))
+        for number, (label, percent) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), number + 1)
+            shown = np.full((last_expert - first_expert + 1, last - first + 1), np.nan)
+            for (layer, expert), value in percent.items():
+                shown[expert - first_expert, layer - first] = value
+            axes.set_facecolor(theme.faint)
+            mesh = axes.pcolormesh(
+                np.arange(first, last + 2) - 0.5, np.arange(first_expert, last_expert + 2) - 0.5, shown,
+                cmap=colours, vmin=0, rasterized=True,
+            )  # fmt: skip
+            axes.set_xlabel("layer")
+            axes.set_ylabel("expert")
+            axes.grid(visible=False)
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            _layers_along(axes)
+            figure.colorbar(mesh, ax=axes, label=label)
+
+    return draw
+
+
 def lines_over_layers(rows: Rows, key: str, names: Mapping[str, str], label: str) -> Draw:
     """A line an estimator over layers, under the name it has; rows have `<key>`, `<key>_low` and `<key>_high`."""
 
@@ -209,7 +236,8 @@ def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
             axes.plot(shifts[order], values, "o-", markersize=3, color=theme.cycle[0])
             near = np.abs(shifts[order]) <= 2
             axes.plot(shifts[order][near], row[estimate] * shifts[order][near], "--", color=theme.cycle[1])
-            what = f"layer {row['layer']}, neuron {row['neuron']} → {row['target'].strip()!r}"
+            expert = "" if row.get("expert") is None else f"expert {row['expert']}, "
+            what = f"layer {row['layer']}, {expert}neuron {row['neuron']} → {row['target'].strip()!r}"
             axes.set_title(
                 _drawable(f"{what}\n{str(row['prompt_id'])[-30:]}"), fontsize=9, parse_math=False
             )  # fmt: skip

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
+from neg_service.report.cells import lists_in
 from neg_service.storage.reader import Run
 
 _BLUE, _ORANGE = "#1f77b4", "#d95f02"
@@ -24,8 +25,8 @@ def neurgrad_over_layers(run: Run) -> bytes:
     for batch in run.table("neurgrad").to_batches(columns=["layer", "is_answer", "neurgrad"], batch_size=512):
         if not batch.num_rows:
             continue
-        strength = np.abs(batch["neurgrad"].flatten().to_numpy()).reshape(batch.num_rows, -1)
-        typical, top = np.median(strength, axis=1), strength.max(axis=1)
+        strength = [np.abs(own) for own in lists_in(batch["neurgrad"])]
+        typical, top = [np.median(own) for own in strength], [own.max() for own in strength]
         is_answer = pc.fill_null(batch["is_answer"], False).to_pylist()
         for layer, right, row in zip(
             batch["layer"].to_pylist(), is_answer, zip(typical, top, strict=True), strict=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from neg_service import schema
 from neg_service.report import figures
+from neg_service.report.cells import expert_cell
+from neg_service.report.console import has_experts
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture
 from neg_service.storage.reader import Run
@@ -36,6 +38,11 @@ def rows_of(run: Run) -> tuple[pc.Expression, str]:
     if without == 0:
         return schema.RIGHT, "the right answer"
     return schema.RIGHT, "each target" if without == n else "the right answer, or each target of prompts without one"
+
+
+def neuron_cells(run: Run) -> dict[str, Callable[[Any], str]]:
+    """The columns that name a neuron, and how each is written; those of models without experts name none."""
+    return {"layer": str, "expert": expert_cell, "neuron": str} if has_experts(run) else {"layer": str, "neuron": str}
 
 
 @dataclass

@@ -7,15 +7,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from neg_service.measures.edits import OPERATIONS, edit_name
 from neg_service.report import figures
-from neg_service.report.cells import VALUES, percent
+from neg_service.report.cells import EXPERTS_NOTE, VALUES, percent
 from neg_service.report.console import agreement
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
-from neg_service.report.sections.accumulators import Curves, Sample, Strength, rows_of, strongest_grid, strongest_rows
+from neg_service.report.sections.accumulators import (
+    Curves,
+    Row,
+    Sample,
+    Strength,
+    neuron_cells,
+    rows_of,
+    strongest_grid,
+    strongest_rows,
+)
 from neg_service.schema import PER_ACTIVATION, PER_MAGNITUDE
 from neg_service.storage.reader import Run
 
@@ -24,8 +34,11 @@ _MOST_EDITS = 200
 
 def sweep_section(run: Run, table: str, number: int) -> Section:
     """Of interventions on single neurons."""
-    shown = ["layer", "neuron", "neg", "r", "max_abs_delta_p", "activation"]
+    shown = [*neuron_cells(run), "neg", "r", "max_abs_delta_p", "activation"]
     only_right, of = rows_of(run)
+    with_experts = "is_routed" in run.schemas[table].names
+    if with_experts:
+        only_right &= pc.field("is_routed")
     has_curves = "delta_p" in run.schemas[table].names
     columns = ["prompt_id", "target", *shown, "r2", "neurgrad", "gradient", *["delta_p"] * has_curves]
     kept, sample, curves = Strength(), Sample(), Curves(run)
@@ -47,9 +60,9 @@ def sweep_section(run: Run, table: str, number: int) -> Section:
     grid = strongest_grid(
         run, kept, "The strongest swept neurons of each prompt",
         f"NEG is the measured slope ({unit}) for {of}; r says how straight the curve is; beside it the largest change "
-        f"of the probability over the shifts.",
+        f"of the probability over the shifts.{f' {EXPERTS_NOTE}' * with_experts}",
         {
-            "layer": str, "neuron": str, "neg": "{:+.3e}".format, "r": four, "max_abs_delta_p": "{:.2e}".format,
+            **neuron_cells(run), "neg": "{:+.3e}".format, "r": four, "max_abs_delta_p": "{:.2e}".format,
             "activation": "{:+.3f}".format,
         },
         {"neg": "NEG", "max_abs_delta_p": "largest change of p"}, f"swept-{number}",
@@ -69,19 +82,25 @@ def sweep_section(run: Run, table: str, number: int) -> Section:
             is_wide=True,
         ),
     ]  # fmt: skip
-    if shown_curves := curves.rows():
-        pictures.append(
-            Picture(
-                f"curves-{number}", "A few neurons",
-                "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
-                f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} predicts.",
-                "Curves of probability over shifts for a few neurons",
-                drawn(figures.curves(shown_curves, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
-            )
-        )  # fmt: skip
+    pictures += _curves_shown(curves.rows(), number, is_signed=is_signed)
     caption = "Of all targets, and of all curves, those below the noise among them."
     facts = Grid("Linearity and agreement", caption, ("what", "found"), agreement(run))
     return Section(f"run-{number}", f"NEG by intervention: {run.name}", "", [facts, grid], pictures)
+
+
+def _curves_shown(rows: list[Row], number: int, *, is_signed: bool) -> list[Picture]:
+    """A picture of a few curves; none of a sweep that did not keep them."""
+    if not rows:
+        return []
+    return [
+        Picture(
+            f"curves-{number}", "A few neurons",
+            "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
+            f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} predicts.",
+            "Curves of probability over shifts for a few neurons",
+            drawn(figures.curves(rows, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
+        )
+    ]  # fmt: skip
 
 
 def edits_section(run: Run, table: str, number: int) -> Section:
@@ -90,6 +109,8 @@ def edits_section(run: Run, table: str, number: int) -> Section:
     columns = [
         "edit", "target_index", "is_answer", "delta_p", "probability_before", "prediction_before", "prediction",
     ]  # fmt: skip
+    with_experts = "n_routed" in run.schemas[table].names
+    columns += ["n_routed"] * with_experts
     sums: dict[str, NDArray[np.float64]] = {}
     for batch in run.table(table, columns, only_right).to_batches(batch_size=8192):
         edits = batch["edit"].dictionary_encode()
@@ -100,22 +121,24 @@ def edits_section(run: Run, table: str, number: int) -> Section:
         change = batch["delta_p"].to_numpy().astype(np.float64)
         added = np.stack(
             [np.ones(len(target)), change, np.abs(change), before == target, after == target, before != after,
-             batch["probability_before"].to_numpy()], 1,
+             batch["probability_before"].to_numpy(), *(batch[name].to_numpy() for name in columns[7:])], 1,
         )  # fmt: skip
         for code, name in enumerate(names):
             sums[name] = sums.get(name, np.zeros(added.shape[1])) + added[codes == code].sum(0)
     shown = list(sums.items())[:_MOST_EDITS]
     told = {edit_name(edit, i): edit for i, edit in enumerate(run.config["measure"]["edits"])}
     head = (
-        "edit", "what", "neurons", "p before", "change of p, mean", "|change of p|, mean", "right before, %",
-        "right after, %", "predictions changed, %", "prompts × targets",
+        "edit", "what", "neurons", *["neurons that prompts use, mean"] * with_experts, "p before",
+        "change of p, mean", "|change of p|, mean", "right before, %", "right after, %", "predictions changed, %",
+        "prompts × targets",
     )  # fmt: skip
     has_answers = of == "the right answer"
     rows = []
-    for name, (n, change, size, right_before, right_after, changed, before) in shown:
+    for name, (n, change, size, right_before, right_after, changed, before, *routed) in shown:
         rows.append(
             (
-                name, _what(told[name]), str(len(told[name]["neurons"])), f"{before / n:.4f}", f"{change / n:+.3e}",
+                name, _what(told[name]), str(len(told[name]["neurons"])),
+                *(f"{own / n:.2f}" for own in routed), f"{before / n:.4f}", f"{change / n:+.3e}",
                 f"{size / n:.3e}", percent(right_before / n) if has_answers else "-",
                 percent(right_after / n) if has_answers else "-", percent(changed / n), f"{n:.0f}",
             )

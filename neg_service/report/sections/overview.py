@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neg_service.report.console import accuracy
+from neg_service.layer_neurons import LayerNeurons, described_layers
+from neg_service.report.console import accuracy, has_experts
 from neg_service.report.page import Grid, Section
 from neg_service.report.sections.loading import Loaded
 from neg_service.storage.reader import Run
@@ -58,7 +59,7 @@ def _row(run: Run) -> tuple[str, ...]:
     return (
         run.name,
         _model_of({"source": model.get("source", asked["identity"]), "dtype": asked["dtype"]}),
-        f"{model.get('layers', '?')} × {model.get('neurons_a_layer', '?')}",
+        _layers_of(run),
         _data_of(run.about.get("dataset", {})),
         str(run.config["measure"]["name"]),
         _settings(run),
@@ -68,6 +69,13 @@ def _row(run: Run) -> tuple[str, ...]:
         "-" if run.seconds_a_prompt is None else f"{run.seconds_a_prompt:.3g}",
         str(run.about.get("began", "-"))[:16].replace("T", " "),
     )
+
+
+def _layers_of(run: Run) -> str:
+    model = run.about.get("model", {})
+    if has_experts(run):
+        return described_layers([LayerNeurons(*own) for own in model["layer_neurons"]])
+    return f"{model.get('layers', '?')} × {model.get('neurons_a_layer', '?')}"
 
 
 def _model_of(model: Mapping[str, Any]) -> str:

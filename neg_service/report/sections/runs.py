@@ -9,11 +9,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from neg_service.layer_neurons import NO_EXPERT
 from neg_service.report import figures
-from neg_service.report.console import is_of_curves
+from neg_service.report.cells import EXPERTS_NOTE, lists_in
+from neg_service.report.console import has_experts, is_of_curves
 from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
-from neg_service.report.sections.accumulators import STRONGEST, Strength, rows_of, strongest_grid, strongest_rows
+from neg_service.report.sections.accumulators import (
+    STRONGEST,
+    Strength,
+    neuron_cells,
+    rows_of,
+    strongest_grid,
+    strongest_rows,
+)
+from neg_service.report.sections.experts import ExpertStrength
 from neg_service.report.sections.interventions import edits_section, sweep_section
 from neg_service.schema import Table
 from neg_service.storage.reader import Run, reading
@@ -48,32 +58,33 @@ def _sections(run: Run, number: int) -> list[Section]:
 def _by_layer(run: Run, name: str, number: int) -> Section:
     """Of a table that has a value of every neuron of a layer in each row."""
     table, kept, (only_right, of) = run.described[name], Strength(), rows_of(run)
-    column, what = str(table.values), table.title
-    for batch in run.table(name, ["prompt_id", "target", "layer", column], only_right).to_batches(batch_size=512):
-        if not batch.num_rows:
-            continue
-        values = batch[column].flatten().to_numpy().reshape(batch.num_rows, -1)
-        keys = zip(*(batch[key].to_pylist() for key in ("prompt_id", "target", "layer")), strict=True)
-        for (prompt, target, layer), row in zip(keys, values, strict=True):
+    column, what, experts = str(table.values), table.title, ExpertStrength()
+    keys = ["prompt_id", "target", "layer", *["expert"] * has_experts(run)]
+    for batch in run.table(name, [*keys, column], only_right).to_batches(batch_size=512):
+        rows = zip(*(batch[key].to_pylist() for key in keys), lists_in(batch[column]), strict=True)
+        for prompt, target, layer, *expert, row in rows:
             kept.count(layer, row)
+            experts.add(layer, expert[0] if expert else None, row)
             if kept.wants((prompt, target)):
                 for neuron in np.argpartition(-np.abs(row), min(STRONGEST, len(row) - 1))[:STRONGEST].tolist():
                     found = {"layer": layer, "neuron": neuron, "value": float(row[neuron])}
+                    found |= {"expert": expert[0]} if expert else {}
                     kept.keep((prompt, target), abs(found["value"]), found)
     grid = strongest_grid(
         run, kept, f"The strongest neurons of each prompt: {what}",
-        _caption(table, of),
-        {"layer": str, "neuron": str, "value": lambda value: f"{value:+.3e}"}, {"value": what}, f"strongest-{number}",
+        _caption(run, table, of),
+        {**neuron_cells(run), "value": lambda value: f"{value:+.3e}"}, {"value": what}, f"strongest-{number}",
     )  # fmt: skip
     heat = kept.heat_map(number, what, table.unit, of)
-    return Section(f"run-{number}", f"{_title(what)}: {run.name}", "", [grid], [heat])
+    grids, pictures = experts.shown(run, number, what, of)
+    return Section(f"run-{number}", f"{_title(what)}: {run.name}", "", [grid, *grids], [heat, *pictures])
 
 
 def _by_neuron(run: Run, name: str, number: int) -> Section:
     """Of a table that has a neuron in each row; where they are ranked, of the strongest of each prompt alone."""
     table, kept, (only_right, of) = run.described[name], Strength(), rows_of(run)
     column, what, names = str(table.values), table.title, table.schema.names
-    cells: dict[str, Any] = {"layer": str, "neuron": str, column: "{:+.3e}".format}
+    cells: dict[str, Any] = {**neuron_cells(run), column: "{:+.3e}".format}
     if "activation" in names and column != "activation":
         cells["activation"] = "{:+.3f}".format
     in_layer: Counter[int] = Counter()
@@ -92,7 +103,7 @@ def _by_neuron(run: Run, name: str, number: int) -> Section:
             if kept.wants((row["prompt_id"], row["target"])):
                 kept.keep((row["prompt_id"], row["target"]), abs(row[column]), row)
     grid = strongest_grid(
-        run, kept, f"The strongest neurons of each prompt: {what}", _caption(table, of), cells, {column: what},
+        run, kept, f"The strongest neurons of each prompt: {what}", _caption(run, table, of), cells, {column: what},
         f"strongest-{number}",
     )  # fmt: skip
     if not n_ranks:
@@ -107,39 +118,61 @@ def _by_neuron(run: Run, name: str, number: int) -> Section:
     return Section(f"run-{number}", f"{_title(what)}, the strongest: {run.name}", "", [grid], [picture])
 
 
-def _caption(table: Table, of: str) -> str:
+def _caption(run: Run, table: Table, of: str) -> str:
     unit = f" ({table.unit})" if table.unit else ""
-    return f"The {STRONGEST} largest |{table.title}| for {of}{unit}. {table.note}".rstrip()
+    notes = " ".join([table.note, EXPERTS_NOTE * has_experts(run)])
+    return f"The {STRONGEST} largest |{table.title}| for {of}{unit}. {notes}".rstrip()
 
 
 def _over_data_set(run: Run, name: str, number: int) -> Section:
-    """Of sums over a data set, one row for each layer and shard: means over its prompts."""
+    """Of sums over a data set, one row for each layer, expert and shard: means over its prompts."""
     table = run.described[name]
-    column, what, unit = str(table.values), table.title, table.unit
-    summed: dict[int, NDArray[np.float64]] = {}
-    prompts: dict[int, int] = {}
-    for batch in run.table(name, ["layer", "n_prompts", column]).to_batches(batch_size=256):
-        values = batch[column].flatten().to_numpy().reshape(batch.num_rows, -1)
-        rows = zip(batch["layer"].to_pylist(), batch["n_prompts"].to_pylist(), values, strict=True)
-        for layer, n, value_n in rows:
-            summed[layer] = summed.get(layer, 0.0) + value_n
-            prompts[layer] = prompts.get(layer, 0) + n
-    kept = Strength()
-    means = {layer: summed[layer] / prompts[layer] for layer in sorted(summed)}
-    for layer, mean_n in means.items():
+    what, unit, with_experts = table.title, table.unit, has_experts(run)
+    kept, experts = Strength(), ExpertStrength()
+    means = _means(run, name)
+    for (layer, expert), mean_n in means.items():
         kept.count(layer, mean_n)
-    layer_m = np.repeat(list(means), [len(mean_n) for mean_n in means.values()])
-    neuron_m = np.concatenate([np.arange(len(mean_n)) for mean_n in means.values()])
+        experts.add(layer, None if expert == NO_EXPERT else expert, mean_n)
+    sizes = [len(mean_n) for mean_n in means.values()]
+    layer_m, expert_m = (np.repeat([key[i] for key in means], sizes) for i in (0, 1))
+    neuron_m = np.concatenate([np.arange(size) for size in sizes])
     mean_m = np.concatenate(list(means.values()))
     best = np.argsort(-np.abs(mean_m), kind="stable")[:_MOST_NEURONS]
+    note = f" {EXPERTS_NOTE} A prompt that does not use an expert adds nothing to its neurons." * with_experts
+    head = ("rank", "layer", *["expert"] * with_experts, "neuron", what)
+    rows = []
+    for i, m in enumerate(best):
+        own = "-" if expert_m[m] == NO_EXPERT else str(expert_m[m])
+        rows.append((str(i), str(layer_m[m]), *[own] * with_experts, str(neuron_m[m]), f"{mean_m[m]:.3e}"))
     grid = Grid(
-        "The strongest neurons of the data set", f"{table.note} {_title(unit)}.".strip(),
-        ("rank", "layer", "neuron", what),
-        [(str(i), str(layer_m[m]), str(neuron_m[m]), f"{mean_m[m]:.3e}") for i, m in enumerate(best)],
-        range(4), is_interactive=True, name=f"strongest-{number}",
+        "The strongest neurons of the data set", f"{table.note} {_title(unit)}.{note}".strip(), head, rows,
+        range(len(head)), is_interactive=True, name=f"strongest-{number}",
     )  # fmt: skip
     heat = kept.heat_map(number, what, unit, "the data set")
-    return Section(f"run-{number}", f"{_title(what)} over the data set: {run.name}", "", [grid], [heat])
+    grids, pictures = experts.shown(run, number, what, "the data set", mean_of="all prompts")
+    return Section(
+        f"run-{number}", f"{_title(what)} over the data set: {run.name}", "", [grid, *grids], [heat, *pictures]
+    )  # fmt: skip
+
+
+def _means(run: Run, name: str) -> dict[tuple[int, int], NDArray[np.float64]]:
+    """Means [N] over all prompts by layer and expert, ascending.
+
+    A shard has no row of an expert that none of its prompts used; its prompts count all the same.
+    """
+    columns = [own for own in ("layer", "expert", "n_prompts") if own in run.schemas[name].names]
+    column = str(run.described[name].values)
+    stored = run.stored_columns(name).get(column, column)
+    summed: dict[tuple[int, int], NDArray[np.float64]] = {}
+    n_prompts = 0
+    for _, part in run.parts(name):
+        table = part.to_table(columns=[*columns, stored]).combine_chunks()
+        experts = table["expert"].fill_null(NO_EXPERT).to_pylist() if "expert" in columns else [NO_EXPERT] * len(table)
+        keys = zip(table["layer"].to_pylist(), experts, strict=True)
+        for key, value_n in zip(keys, lists_in(table[stored].chunk(0)), strict=True):
+            summed[key] = summed.get(key, 0.0) + value_n
+        n_prompts += table["n_prompts"][0].as_py()
+    return {key: summed[key] / n_prompts for key in sorted(summed)}
 
 
 def _title(what: str) -> str:

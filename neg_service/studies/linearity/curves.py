@@ -10,6 +10,7 @@ Axes: I curves, S shifts that were run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,8 +52,26 @@ def by_range(
     return rows
 
 
-def by_layer(r_i: Doubles, r2_i: Doubles, neg_i: Doubles, is_resolved_i: Booleans, layer_i: Integers) -> Rows:
-    """Linearity, the spread of |NEG|, and the share of positive ones: a row for each layer, and one over all."""
+@dataclass(frozen=True)
+class CurveRouting:
+    """What experts have to do with curves.
+
+    is_rerouted: [I] whether some shift had a layer above choose other experts. unused_layer: the layer of each curve
+    that was left out because its prompt does not use the neuron's expert.
+    """
+
+    is_rerouted: Booleans
+    unused_layer: Integers
+
+
+def by_layer(
+    r_i: Doubles, r2_i: Doubles, neg_i: Doubles, is_resolved_i: Booleans, layer_i: Integers,
+    routing: CurveRouting | None = None,
+) -> Rows:  # fmt: skip
+    """Linearity, the spread of |NEG|, and the share of positive ones: a row for each layer, and one over all.
+
+    routing: of models with experts, of which linearity is also told with and without other experts chosen above.
+    """
     rows = []
     for layer, chosen in _layers(layer_i):
         moves = chosen & is_resolved_i
@@ -63,8 +82,20 @@ def by_layer(r_i: Doubles, r2_i: Doubles, neg_i: Doubles, is_resolved_i: Boolean
             | _linear(r_i[moves], r2_i[moves], int((chosen & ~moves).sum()))
             | spread
             | {"share_positive": float((resolved > 0).mean()) if len(resolved) else None, "n_resolved": len(resolved)}
+            | ({} if routing is None else _by_routing(r_i, moves, routing, layer))
         )
     return rows
+
+
+def _by_routing(r_i: Doubles, moves_i: Booleans, routing: CurveRouting, layer: int | None) -> Row:
+    """The share of linear curves with and without other experts chosen above, of curves whose NEG is known."""
+    rerouted, same = moves_i & routing.is_rerouted, moves_i & ~routing.is_rerouted
+    return {
+        "n_rerouted": int(rerouted.sum()),
+        "share_linear_rerouted": _share_linear(r_i[rerouted]),
+        "share_linear_same_experts": _share_linear(r_i[same]),
+        "n_unused": int(np.sum(routing.unused_layer == layer)) if layer is not None else len(routing.unused_layer),
+    }
 
 
 def histogram(values: Doubles, n: int = 40) -> Rows:
@@ -77,10 +108,14 @@ def _linear(r: Doubles, r2: Doubles, without_effect: int) -> Row:
     return {
         "n": len(r),
         "n_without_effect": without_effect,
-        "share_linear": float((np.abs(r) >= LINEAR).mean()) if len(r) else None,
+        "share_linear": _share_linear(r),
         **{f"r_{_name(q)}": _quantile(np.abs(r), q) for q in _QUANTILES},
         **{f"r2_{_name(q)}": _quantile(r2, q) for q in _QUANTILES},
     }
+
+
+def _share_linear(r: Doubles) -> float | None:
+    return float((np.abs(r) >= LINEAR).mean()) if len(r) else None
 
 
 def _layers(layer_i: Integers) -> list[tuple[int | None, Booleans]]:

@@ -14,10 +14,14 @@ from neg_service.report.page import Grid, Picture, Section
 from neg_service.report.sections.loading import StudyView
 from neg_service.storage.studies import StudyResults
 from neg_service.studies.linearity.report import (
+    ROUTING_HEAD,
     answered,
+    has_experts,
     layer_cells,
     quality_cells,
     range_cells,
+    routing_cells,
+    routing_text,
     seconds_cell,
     set_cells,
 )
@@ -43,13 +47,16 @@ def _estimators(tables: Mapping[str, pa.Table], options: Mapping[str, Any]) -> S
     everything = tables["estimators"].to_pylist()
     whole = [row for row in everything if row["layer"] is None]
     neurons = "all neurons" if options["neurons"] is None else f"{options['neurons']} neurons"
+    of_layers = "a layer"
+    if has_experts(tables["layers"].to_pylist()):
+        neurons, of_layers = f"{neurons} of each expert and MLP", "in all layers"
     caption = (
         "Signs and relative errors are of the pairs whose NEG differs from zero by more than the noise that the run "
         "measured; only NeurGrad has the unit of NEG, and with it a relative error. Seconds are of all neurons of a "
         "prompt, with one replica; estimators that one backward pass gives together share its cost."
     )
     if (cost := whole[0]["neg_seconds_a_prompt"]) is not None:
-        caption += f" Measuring NEG of {neurons} a layer took {cost:.3g} s a prompt."
+        caption += f" Measuring NEG of {neurons} {of_layers} took {cost:.3g} s a prompt."
     head = ("estimator", "Pearson r", "Spearman", "equal signs, %", "median relative error", "s a prompt")
     cells = [(estimator_name(row["estimator"]), *quality_cells(row), seconds_cell(row)) for row in whole]
     return Section(
@@ -116,6 +123,7 @@ def _linearity(tables: Mapping[str, pa.Table]) -> Section:
     text = "A curve counts as linear where |r| ≥ 0.95; curves whose effect is below the noise are left out." + "".join(
         f" Up to ±{row['range']:g}: {100 * row['share_linear']:.1f} %." for row in ends
     )
+    text += routing_text(tables["layers"].to_pylist())
     head = ("shifts up to ±", "linear, %", "|r|, lowest 5 %", "|r|, median", "R², median", "curves")
     rows = [range_cells(row) for row in whole]
     histogram = tables["histogram"].to_pylist()
@@ -163,14 +171,17 @@ def _pictures_of_curves(ranges: Rows, curves: Rows, panels: Mapping[str, Rows]) 
 
 def _layers(tables: Mapping[str, pa.Table]) -> Section:
     layers = tables["layers"].to_pylist()
-    head = ("layer", "linear, %", "|NEG|, median", "|NEG|, 95 %", "positive, %", "curves")
-    rows = [(*layer_cells(row), str(row["n"])) for row in layers]
+    with_experts = has_experts(layers)
+    head = [
+        "layer", "linear, %", "|NEG|, median", "|NEG|, 95 %", "positive, %", "curves", *ROUTING_HEAD * with_experts,
+    ]  # fmt: skip
+    rows = [(*layer_cells(row), str(row["n"]), *(routing_cells(row) if with_experts else ())) for row in layers]
     return Section(
         "layers", "Where neurons are strong", "NEG of the studied neurons by layer.",
         [
             Grid(
                 "Layers", f"|NEG| in {UNIT}; linear and positive ones of those that differ from zero.",
-                head, rows, numeric=range(6),
+                head, rows, numeric=range(len(head)),
             )
         ],
         [

@@ -9,7 +9,7 @@ import pyarrow as pa
 from neg_service.report.cells import interval, percent
 from neg_service.report.console import columns
 from neg_service.schema import LINEAR
-from neg_service.studies.tables import Row
+from neg_service.studies.tables import Row, Rows
 
 
 def tables_text(tables: Mapping[str, pa.Table]) -> str:
@@ -74,6 +74,37 @@ def layer_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+# Of models with experts, behind `layer_cells`.
+ROUTING_HEAD = ("linear, same experts above, %", "linear, others chosen above, %", "others chosen above")
+
+
+def has_experts(layers: Rows) -> bool:
+    """Whether rows of the table `layers` are of a model with experts."""
+    return "n_rerouted" in layers[0]
+
+
+def routing_cells(row: Row) -> tuple[str, ...]:
+    """How linear curves are where layers above chose the same experts for every shift, and where they did not."""
+    return (
+        percent(row["share_linear_same_experts"]),
+        percent(row["share_linear_rerouted"]),
+        str(row["n_rerouted"]),
+    )
+
+
+def routing_text(layers: Rows) -> str:
+    """The same in sentences; empty of a model without experts."""
+    if not has_experts(layers):
+        return ""
+    whole = next(row for row in layers if row["layer"] is None)
+    unused = f" {whole['n_unused']} curves of experts that prompts do not use are left out." * (whole["n_unused"] > 0)
+    return (
+        f" Of the {whole['n']} curves that NEG is fitted to, {whole['n_rerouted']} have a shift for which a layer "
+        f"above chose other experts: {percent(whole['share_linear_rerouted'])} % of these are linear, and "
+        f"{percent(whole['share_linear_same_experts'])} % of the others.{unused}"
+    )
+
+
 def set_cells(row: Row) -> tuple[str, ...]:
     """How well neurons that are shifted together add up."""
     return (
@@ -100,8 +131,13 @@ def _ranges(table: pa.Table) -> str:
 
 
 def _layers(table: pa.Table) -> str:
-    lines = [layer_cells(row) for row in table.to_pylist()]
-    return "layers\n" + columns(("layer", "linear %", "|NEG|, median", "|NEG|, 95 %", "positive %"), lines)
+    rows = table.to_pylist()
+    with_experts = has_experts(rows)
+    lines = [layer_cells(row) + (routing_cells(row) if with_experts else ()) for row in rows]
+    head = ("layer", "linear %", "|NEG|, median", "|NEG|, 95 %", "positive %")
+    if not with_experts:
+        return "layers\n" + columns(head, lines)
+    return f"layers.{routing_text(rows)}\n" + columns((*head, *ROUTING_HEAD), lines)
 
 
 def _additivity(table: pa.Table) -> str:

@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neg_service import schema
+from neg_service.layer_neurons import NO_EXPERT
+from neg_service.neurons import rows_of
 from neg_service.storage.reader import Run, reading
 from neg_service.studies.linearity.curves import by_layer, by_range, histogram
 from neg_service.studies.linearity.quality import Doubles, Estimated, Quality, quality
-from neg_service.studies.linearity.triples import Triples, noise_of_changes
-from neg_service.studies.tables import Row, Rows
+from neg_service.studies.linearity.triples import Triples, noise_of_changes, routed_rows
+from neg_service.studies.tables import Row, Rows, expert_or_none
 
 # What has the unit of NEG when magnitudes are shifted; of the others a relative error means nothing.
 IN_UNITS_OF_NEG = ("neurgrad",)
@@ -72,7 +74,7 @@ def _interval_columns(name: str, value: Mapping[str, float]) -> Row:
 def linearity_tables(triples: Triples) -> dict[str, Rows]:
     """How linear the curves are that NEG was fitted to: by layer, and as histograms."""
     return {
-        "layers": by_layer(triples.r, triples.r2, triples.neg, triples.is_resolved, triples.layer),
+        "layers": by_layer(triples.r, triples.r2, triples.neg, triples.is_resolved, triples.layer, triples.routing),
         "histogram": [
             {"what": what, **row}
             for what, values in (("r", np.abs(triples.r)), ("r2", triples.r2))
@@ -83,9 +85,10 @@ def linearity_tables(triples: Triples) -> dict[str, Rows]:
 
 def ranges_tables(run: Run, ranges: Sequence[float]) -> tuple[Rows, Rows]:
     """How linear curves are over each range, and a few of them, from a sweep of all ranges' shifts."""
-    names = ["prompt_id", "target", "layer", "neuron", "neurgrad", "probability", "resolution", "delta_p"]
-    with reading(run):
-        table = run.table("sweep", names, schema.RIGHT).to_table()
+    names = ["prompt_id", "target", "layer", "expert", "neuron", "neurgrad", "probability", "resolution", "delta_p"]
+    table, routing = routed_rows(run, names)
+    if routing is None:
+        names.remove("expert")
     shifts = run.config["measure"]["shifts"]
     curves = table["delta_p"].combine_chunks().flatten().to_numpy().reshape(-1, len(shifts)).astype(np.float64)
     layer = table["layer"].to_numpy().astype(np.int64)
@@ -109,14 +112,22 @@ def _curves_to_show(layer_i: NDArray[np.int64], delta_p_is: Doubles) -> list[int
 
 def sets_of(triples: Triples, sizes: Sequence[int], shift: float, seed: int) -> list[dict[str, Any]]:
     """Edits that shift sets of the sampled neurons together: for each size four sets, or as many as there are."""
-    neurons = np.unique(np.stack([triples.layer, triples.neuron], 1), axis=0)
+    neurons = np.unique(triples.rows, axis=0)
     edits = []
     for size in sizes:
         drawn = np.random.default_rng(seed).permutation(len(neurons))
         for number in range(min(_SETS_OF_A_SIZE, len(neurons) // size)):
             own = neurons[np.sort(drawn[number * size : (number + 1) * size])]
-            edits.append({"name": f"{size}/{number}", "neurons": own.tolist(), "shift": shift})
+            named = _named(own, has_experts=triples.routing is not None)
+            edits.append({"name": f"{size}/{number}", "neurons": named, "shift": shift})
     return edits
+
+
+def _named(rows_n3: NDArray[np.int64], *, has_experts: bool) -> list[list[int | None]]:
+    """Neurons as edits name them: layer and neuron, and of models with experts the expert."""
+    if not has_experts:
+        return [[layer, neuron] for layer, _, neuron in rows_n3.tolist()]
+    return [[layer, neuron, expert_or_none(expert)] for layer, expert, neuron in rows_n3.tolist()]
 
 
 def additivity_table(run: Run, triples: Triples, edits: Sequence[Mapping[str, Any]], draws: int) -> Rows:
@@ -146,20 +157,27 @@ def _joint_changes(
     measured: Mapping[tuple[str, str, str], float], triples: Triples, edits: Sequence[Mapping[str, Any]]
 ) -> tuple[Doubles, Doubles, NDArray[np.int64], Doubles]:
     """For each edit, prompt and target: Δp as measured, as predicted, the prompt's index, and the noise."""
-    width = int(triples.neuron.max()) + 1
-    code_i = triples.layer * width + triples.neuron
+    code_i = _codes(triples.rows)
     pair_i = triples.prompt * len(triples.targets) + triples.target
     pairs, first = np.unique(pair_i, return_index=True)
     prompts, targets = np.divmod(pairs, len(triples.targets))
     keys = [(triples.prompts[p], triples.targets[t]) for p, t in zip(prompts, targets, strict=True)]
     joint, predicted = [], []
     for edit in edits:
-        members = np.isin(code_i, [layer * width + neuron for layer, neuron in edit["neurons"]])
+        # Of an edit's neurons those that a prompt uses, which have triples.
+        members = np.isin(code_i, _codes(rows_of(edit["neurons"])))
         sums = np.bincount(pair_i[members], weights=triples.neg[members], minlength=int(pair_i.max()) + 1)
         predicted.append(edit["shift"] * sums[pairs])
         joint.append([measured[prompt, target, edit["name"]] for prompt, target in keys])
     n = len(edits)
     return np.ravel(joint), np.ravel(predicted), np.tile(prompts, n), np.tile(triples.noise[first], n)
+
+
+def _codes(rows_n3: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A number of its own for each neuron: layer, expert and neuron are below 2¹⁵, 2¹⁶ and 2³²."""
+    layer_n, expert_n, neuron_n = rows_n3.T
+    code_n: NDArray[np.int64] = (((layer_n << 16) + expert_n - NO_EXPERT) << 32) + neuron_n
+    return code_n
 
 
 def _columns_of(name: str, value: Estimated) -> Row:
@@ -176,7 +194,9 @@ def points_table(triples: Triples, seed: int) -> Rows:
     return [
         {
             "prompt_id": triples.prompts[triples.prompt[i]], "target": triples.targets[triples.target[i]],
-            "layer": int(triples.layer[i]), "neuron": int(triples.neuron[i]), "neg": float(triples.neg[i]),
+            "layer": int(triples.layer[i]),
+            **({} if triples.routing is None else {"expert": expert_or_none(int(triples.expert[i]))}),
+            "neuron": int(triples.neuron[i]), "neg": float(triples.neg[i]),
             "r": float(triples.r[i]), "r2": float(triples.r2[i]), "is_resolved": bool(triples.is_resolved[i]),
             **{name: float(values[i]) for name, values in triples.estimates.items()},
         }

@@ -1,6 +1,7 @@
 """Sampled (prompt, target, neuron) triples: their NEG as a sweep measured it, and what each estimator says of it.
 
-Of prompts that say which answer is right, the right one's rows alone; of others all targets.
+Of prompts that say which answer is right, the right one's rows alone; of others all targets. Neurons of experts that a
+prompt does not use have no NEG there, and are left out.
 
 Axes: I triples.
 """
@@ -8,24 +9,27 @@ Axes: I triples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from neg_service import schema
 from neg_service.measures.builtin.baselines import random_draw
 from neg_service.measures.shifts import chosen_grid, given_grid
 from neg_service.storage.reader import Run, reading
+from neg_service.studies.linearity.curves import CurveRouting
 from neg_service.studies.linearity.quality import Booleans, Doubles, Integers
+from neg_service.studies.tables import mlp_of_rows
 
 
 @dataclass(frozen=True)
 class Triples:
-    """Triples with their NEG and what estimates it, each [I], in the order of prompts, targets, layers and neurons.
+    """Triples with their NEG and what estimates it, each [I], by prompt, target, layer, expert and neuron.
 
-    prompt, target: indices into `prompts` and `targets`. noise: what a single |Δp| has to exceed. estimates: by the
-    estimator's name.
+    prompt, target: indices into `prompts` and `targets`. expert: see `layer_neurons.py`. noise: what a single |Δp| has
+    to exceed. estimates: by the estimator's name. routing: of models with experts.
     """
 
     prompts: tuple[str, ...]
@@ -33,6 +37,7 @@ class Triples:
     prompt: Integers
     target: Integers
     layer: Integers
+    expert: Integers
     neuron: Integers
     neg: Doubles
     r: Doubles
@@ -40,23 +45,34 @@ class Triples:
     noise: Doubles
     is_resolved: Booleans
     estimates: dict[str, Doubles]
+    routing: CurveRouting | None = None
 
-    def by_layer(self) -> Iterator[tuple[tuple[int, int, int], slice]]:
-        """The triples of each (prompt, target, layer), which lie together."""
-        key = np.stack([self.prompt, self.target, self.layer], 1)
+    def by_mlp(self) -> Iterator[tuple[tuple[int, int, int, int], slice]]:
+        """The triples of each (prompt, target, layer, expert), which lie together."""
+        key = np.stack([self.prompt, self.target, self.layer, self.expert], 1)
         starts = np.flatnonzero(np.r_[[True] * min(1, len(key)), (key[1:] != key[:-1]).any(1)])
         for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(key)], strict=True):
-            prompt, target, layer = key[start].tolist()
-            yield (prompt, target, layer), slice(start, end)
+            prompt, target, layer, expert = key[start].tolist()
+            yield (prompt, target, layer, expert), slice(start, end)
+
+    @property
+    def rows(self) -> Integers:
+        """Rows (layer, expert, neuron) [I, 3]."""
+        return np.stack([self.layer, self.expert, self.neuron], 1)
 
 
 def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
     """The triples of a sweep, with those estimates that came with it; `seed` is of the estimator `random`."""
-    names = ["prompt_id", "target", "target_index", "layer", "neuron", "neg", "r", "r2", "resolution", "is_resolved"]
-    with reading(sweep):
-        table = sweep.table("sweep", [*names, "neurgrad", "gradient", "activation"], schema.RIGHT).to_table()
-    order = pc.sort_indices(table, [(key, "ascending") for key in ("prompt_id", "target_index", "layer", "neuron")])
+    names = [
+        "prompt_id", "target", "target_index", "layer", "expert", "neuron", "neg", "r", "r2", "resolution",
+        "is_resolved", "neurgrad", "gradient", "activation",
+    ]  # fmt: skip
+    table, routing = routed_rows(sweep, names)
+    keys = [name for name in ("prompt_id", "target_index", "layer", "expert", "neuron") if name in table.column_names]
+    order = pc.sort_indices(table, [(key, "ascending") for key in keys])
     table = table.take(order)
+    if routing is not None:
+        routing = replace(routing, is_rerouted=routing.is_rerouted[order.to_numpy()])
 
     def column(name: str) -> Doubles:
         values: Doubles = table[name].to_numpy().astype(np.float64)
@@ -70,12 +86,14 @@ def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
         "gradient_x_activation": gradient * activation,
         "activation": activation,
     }
+    layer, expert = mlp_of_rows(table)
     triples = Triples(
         prompts=tuple(prompt.dictionary.to_pylist()),
         targets=tuple(target.dictionary.to_pylist()),
         prompt=prompt.indices.to_numpy().astype(np.int64),
         target=target.indices.to_numpy().astype(np.int64),
-        layer=table["layer"].to_numpy().astype(np.int64),
+        layer=layer,
+        expert=expert,
         neuron=table["neuron"].to_numpy().astype(np.int64),
         neg=column("neg"),
         r=column("r"),
@@ -83,10 +101,27 @@ def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
         noise=noise_of_changes(sweep, column("resolution")),
         is_resolved=table["is_resolved"].to_numpy(),
         estimates={name: values for name, values in made.items() if name in estimators},
+        routing=routing,
     )
     if "random" in estimators:
         triples.estimates["random"] = _random(triples, seed)
     return triples
+
+
+def routed_rows(sweep: Run, names: Sequence[str]) -> tuple[pa.Table, CurveRouting | None]:
+    """Rows of right answers, of neurons that the prompt uses; of models with experts what routing did to them, too."""
+    has_experts = "is_routed" in sweep.schemas["sweep"].names
+    there = [name for name in names if name in sweep.schemas["sweep"].names]
+    with reading(sweep):
+        table = sweep.table(
+            "sweep", [*there, *["is_routed", "routing_changed"] * has_experts], schema.RIGHT
+        ).to_table()  # fmt: skip
+    if not has_experts:
+        return table, None
+    unused = table.filter(pc.invert(table["is_routed"]))
+    table = table.filter(table["is_routed"])
+    routing = CurveRouting(table["routing_changed"].to_numpy() > 0, unused["layer"].to_numpy().astype(np.int64))
+    return table.select(there), routing
 
 
 def noise_of_changes(sweep: Run, resolution_i: Doubles) -> Doubles:
@@ -103,8 +138,8 @@ def _random(triples: Triples, seed: int) -> Doubles:
     """The baseline `random` of the triples' neurons."""
     values = np.empty(len(triples.neg))
     n_neurons = int(triples.neuron.max(initial=-1)) + 1
-    for (prompt, target, layer), own in triples.by_layer():
-        drawn = random_draw(seed, triples.prompts[prompt], triples.targets[target], layer, n_neurons)
+    for (prompt, target, layer, expert), own in triples.by_mlp():
+        drawn = random_draw(seed, triples.prompts[prompt], triples.targets[target], layer, n_neurons, expert)
         values[own] = drawn[triples.neuron[own]]
     return values
 
@@ -113,17 +148,21 @@ def integrals_of(run: Run, triples: Triples) -> Doubles:
     """The integrated gradients of the triples' neurons, read part by part."""
     prompts = {name: index for index, name in enumerate(triples.prompts)}
     targets = {name: index for index, name in enumerate(triples.targets)}
-    place = dict(triples.by_layer())
-    values = np.full(len(triples.neg), np.nan)
-    columns = ["prompt_id", "target", "layer", "integrated_gradients"]
+    place = dict(triples.by_mlp())
+    # Rounding may have a prompt use other experts in this scan, whose neurons bring nothing of the probability in it.
+    values = np.full(len(triples.neg), np.nan if triples.routing is None else 0.0)
+    columns = ["prompt_id", "target", "layer", "expert", "integrated_gradients"]
+    columns = [name for name in columns if name in run.schemas["integrated_gradients"].names]
     with reading(run):
         for batch in run.table("integrated_gradients").to_batches(columns=columns, batch_size=256):
             if not batch.num_rows:
                 continue
-            matrix = batch["integrated_gradients"].flatten().to_numpy().reshape(batch.num_rows, -1)
-            keys = zip(*(batch[name].to_pylist() for name in columns[:3]), strict=True)
-            for row, (prompt, target, layer) in enumerate(keys):
-                own = place.get((prompts.get(prompt, -1), targets.get(target, -1), layer))
+            lists = batch["integrated_gradients"]
+            flat, size_r = lists.flatten().to_numpy(), pc.list_value_length(lists).to_numpy()
+            mlps = (own.tolist() for own in mlp_of_rows(batch))
+            keys = zip(batch["prompt_id"].to_pylist(), batch["target"].to_pylist(), *mlps, strict=True)
+            for (prompt, target, layer, expert), end, size in zip(keys, np.cumsum(size_r), size_r, strict=True):
+                own = place.get((prompts.get(prompt, -1), targets.get(target, -1), layer, expert))
                 if own is not None:
-                    values[own] = matrix[row, triples.neuron[own]]
+                    values[own] = flat[end - size + triples.neuron[own]]
     return values

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import reading
 from neg_service.studies.skills import probes
+from neg_service.studies.skills.numbering import Numbering
 from neg_service.studies.skills.options import Context, SkillOptions
 from neg_service.studies.skills.parts import Ints
 from neg_service.studies.skills.predictions import NeuronPredictions
@@ -168,7 +169,7 @@ def robustness(
 
 
 def interdependency(
-    scores: Mapping[str, SkillScores], neurons_a_layer: int, context: Context, options: SkillOptions, scans: SkillScans
+    scores: Mapping[str, SkillScores], numbering: Numbering, context: Context, options: SkillOptions, scans: SkillScans
 ) -> Rows:
     """The model's own accuracy on each task while neurons of each task, or drawn ones, are suppressed."""
     m = min(options.suppressed, min(len(own.neurons) for own in scores.values()))
@@ -176,14 +177,15 @@ def interdependency(
     drawn = next(iter(scores.values())).of_random("polarity", m, options.seed)
     signs = np.random.default_rng(options.seed).choice(np.array([-1, 1], np.int8), len(drawn.neurons))
     rankings["random"] = Ranking(drawn.neurons, signs, drawn.score)
-    edits = [_suppressing(name, own, neurons_a_layer, options.suppress_by) for name, own in rankings.items()]
+    edits = [_suppressing(name, own, numbering, options.suppress_by) for name, own in rankings.items()]
     run = scans.edited(edits, list(scores), context)
     columns = ["prompt_id", "edit", "target_index", "prediction_before", "prediction"]
+    columns += ["n_routed"] * numbering.has_experts
     with reading(run):
         table = run.table("intervene", columns, filter=pc.field("is_answer")).to_table()
     task_r = np.array([task_of(own) for own in table["prompt_id"].to_pylist()])
     edit_r = np.array(table["edit"].to_pylist())
-    right_r, before_r, after_r = (table[column].to_numpy() for column in columns[2:])
+    right_r, before_r, after_r = (table[column].to_numpy() for column in columns[2:5])
     rows: Rows = []
     for task in scores:
         for edit in rankings:
@@ -193,8 +195,11 @@ def interdependency(
                 "suppressed": edit, "n_neurons": m, "shift": options.suppress_by,
                 "accuracy_before": float((before_r == right_r)[own].mean()),
             }  # fmt: skip
+            if numbering.has_experts:
+                # How many of them a prompt used, on average; others cannot be suppressed there.
+                place["n_routed"] = float(table["n_routed"].to_numpy()[own].mean())
             rows.append(task_columns(task) | place | accuracy_columns(reached, int(own.sum())))
-    log.info("suppressed %d neurons of each of %d tasks, of %d a layer", m, len(scores), neurons_a_layer)
+    log.info("suppressed %d neurons of each of %d tasks", m, len(scores))
     return rows
 
 
@@ -210,11 +215,11 @@ def _firing(scores: SkillScores, options: SkillOptions) -> list[Ranking]:
     return [scores.ranked(name) for name in sorted(scores.all()) if name.startswith("fires/")]
 
 
-def _suppressing(name: str, ranking: Ranking, neurons_a_layer: int, by: float) -> dict[str, Any]:
+def _suppressing(name: str, ranking: Ranking, numbering: Numbering, by: float) -> dict[str, Any]:
     known = ranking.polarity != 0
     return {
         "name": name,
-        "neurons": np.stack(np.divmod(ranking.neurons[known], neurons_a_layer), 1).tolist(),
+        "neurons": numbering.names(ranking.neurons[known]),
         "polarity": ranking.polarity[known].tolist(),
         "suppress": by,
     }

@@ -42,7 +42,7 @@ def skills_sections(study: StudyResults) -> list[Section]:
     tables = study.tables
     made = [_accuracy(study.name, tables)]
     if "neurons" in tables and tables["neurons"].num_rows:
-        made.append(Section("which-neurons", "Which neurons", "", [_neurons(tables["neurons"]), *_overlap(tables)]))
+        made.append(Section("which-neurons", "Which neurons", "", [neurons_grid(tables["neurons"]), *_overlap(tables)]))
     return [*made, _analyses(tables)]
 
 
@@ -71,10 +71,11 @@ def _accuracy(name: str, tables: Mapping[str, pa.Table]) -> Section:
     return Section("skills", "Skill neurons", text, [grid], [picture])
 
 
-def _neurons(table: pa.Table) -> Grid:
+def neurons_grid(table: pa.Table) -> Grid:
+    """The best neurons of each task and score."""
     best = table.filter(pc.field("rank") < _SHOWN_RANKS).to_pylist()
     head = [
-        key for key in ("task", "score_name", "n_train", "rank", "layer", "neuron", "polarity", "score")
+        key for key in ("task", "score_name", "n_train", "rank", "layer", "expert", "neuron", "polarity", "score")
         if key in best[0]
     ]  # fmt: skip
     return Grid(

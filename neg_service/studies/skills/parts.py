@@ -1,6 +1,7 @@
 """Stored gradients and activations of a run, shard by shard, read as a stream on all cores.
 
-No memory grows with the number of prompts. Axes: P prompts, K labels, L layers, N neurons of a layer, R rows of a part.
+No memory grows with the number of prompts. Axes: P prompts, p those that use an expert, K labels, N neurons of
+an MLP or expert, R rows of a part.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run
+from neg_service.studies.tables import mlp_of_rows
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,73 +33,115 @@ _SHARE, _MOST_BYTES = 1 / 8, 2**30
 _LIMIT_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
-class GradientPart:
-    """A part of the table `neurgrad`, by task and layer, with prompts in their order and labels in theirs."""
+# A layer, and an expert of it or its MLP (`layer_neurons.py`).
+Mlp = tuple[int, int]
 
-    COLUMNS: ClassVar = ["prompt_id", "target_index", "is_answer", "layer", "neurgrad"]
+
+class Lists:
+    """A column of lists, whose rows may differ in size."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        lists = column.combine_chunks()
+        self._values: NDArray[Any] = lists.flatten().to_numpy(zero_copy_only=False)
+        self._start_r = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).to_numpy(), dtype=np.int64)])
+
+    def at(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """The lists of some rows, all of one size N, as [R, N]; of rows one behind the other without a copy."""
+        first = int(rows[0])
+        size = int(self._start_r[first + 1] - self._start_r[first])
+        if np.array_equal(rows, np.arange(first, first + len(rows))):
+            return self._values[self._start_r[first] : self._start_r[first + len(rows)]].reshape(-1, size)
+        values: NDArray[Any] = self._values[self._start_r[rows][:, None] + np.arange(size)]
+        return values
+
+
+class GradientPart:
+    """A part of the table `neurgrad`, by task and MLP or expert, with prompts in their order and labels in theirs."""
+
+    COLUMNS: ClassVar = ["prompt_id", "target_index", "is_answer", "layer", "expert", "neurgrad"]
 
     def __init__(self, table: pa.Table) -> None:
         encoded = table["prompt_id"].combine_chunks().dictionary_encode()
         self._ids: list[str] = encoded.dictionary.to_pylist()
-        prompt_r, target_r = encoded.indices.to_numpy(), table["target_index"].to_numpy()
-        layer_r = table["layer"].to_numpy()
-        values_rn = matrix(table["neurgrad"])
-        order = np.lexsort((target_r, prompt_r, layer_r))
-        if not np.array_equal(order, np.arange(len(order))):
-            values_rn = values_rn[order]
-            prompt_r, target_r, layer_r = prompt_r[order], target_r[order], layer_r[order]
-        self.layers: list[int] = np.unique(layer_r).tolist()
-        self.n_neurons: int = values_rn.shape[1]
-        # The same rows in each layer.
-        rows = len(layer_r) // len(self.layers)
-        self._values_lrn = values_rn.reshape(len(self.layers), rows, -1)
-        self._prompt_r, self._target_r = prompt_r[:rows], target_r[:rows]
-        self._is_answer_r = table["is_answer"].to_numpy(zero_copy_only=False)[order][:rows].astype(bool)
-        self._task_r = np.array([task_of(self._ids[i]) for i in self._prompt_r])
-        self.tasks: list[str] = list(dict.fromkeys(self._task_r.tolist()))
+        prompt_r, target_r = encoded.indices.to_numpy().astype(np.int64), table["target_index"].to_numpy()
+        layer_r, expert_r = mlp_of_rows(table)
+        self._lists = Lists(table["neurgrad"])
+        order = np.lexsort((target_r, prompt_r, expert_r, layer_r))
+        self._rows = _by_mlp(layer_r, expert_r, order)
+        self._prompt_r = prompt_r
+        self._task_p = np.array([task_of(own) for own in self._ids])
+        is_answer_r = table["is_answer"].to_numpy(zero_copy_only=False).astype(bool)
+        self._answer_p = np.zeros(len(self._ids), np.int64)
+        self._answer_p[prompt_r[is_answer_r]] = target_r[is_answer_r]
+        self._n_labels_p = np.zeros(len(self._ids), np.int64)
+        np.maximum.at(self._n_labels_p, prompt_r, target_r.astype(np.int64) + 1)
+        self.tasks: list[str] = list(dict.fromkeys(self._task_p.tolist()))
 
     def prompt_ids(self, task: str) -> list[str]:
         """Of a task's P prompts."""
-        return [self._ids[i] for i in dict.fromkeys(self._prompt_r[self._task_r == task].tolist())]
+        return [self._ids[p] for p in np.flatnonzero(self._task_p == task)]
 
     def n_labels(self, task: str) -> int:
         """K of a task."""
-        return int(self._target_r[self._task_r == task].max()) + 1
+        return int(self._n_labels_p[self._task_p == task].max())
 
     def answers(self, task: str) -> Ints:
         """The right label [P] of each prompt."""
-        answers: Ints = self._target_r[(self._task_r == task) & self._is_answer_r].astype(np.int64)
+        answers: Ints = self._answer_p[self._task_p == task]
         return answers
 
-    def values(self, task: str, layer: int) -> NDArray[np.float32]:
-        """NeurGrad [P, K, N]."""
-        mine: NDArray[np.float32] = self._values_lrn[self.layers.index(layer)]
+    def mlps(self, task: str) -> list[Mlp]:
+        """The MLPs and experts that any prompt of a task uses, ascending."""
+        if len(self.tasks) == 1:
+            return list(self._rows)
+        is_mine_r = (self._task_p == task)[self._prompt_r]
+        return [mlp for mlp, rows in self._rows.items() if is_mine_r[rows].any()]
+
+    def values(self, task: str, mlp: Mlp) -> tuple[Ints, NDArray[np.float32]]:
+        """Which of a task's prompts use an MLP or expert [p], and the NeurGrad of its neurons there [p, K, N]."""
+        rows, is_mine_p = self._rows[mlp], self._task_p == task
         if len(self.tasks) > 1:
-            mine = mine[self._task_r == task]
-        return mine.reshape(-1, self.n_labels(task), self.n_neurons)
+            rows = rows[is_mine_p[self._prompt_r[rows]]]
+        n_labels = self.n_labels(task)
+        place_p = np.cumsum(is_mine_p) - 1
+        used: Ints = place_p[self._prompt_r[rows[::n_labels]]]
+        return used, self._lists.at(rows).reshape(len(used), n_labels, -1)
 
 
 class ActivationPart:
-    """A part of the table `activations`, by prompt and layer."""
+    """A part of the table `activations`, by prompt and MLP or expert."""
 
-    COLUMNS: ClassVar = ["prompt_id", "layer", "activation"]
+    COLUMNS: ClassVar = ["prompt_id", "layer", "expert", "activation"]
 
     def __init__(self, table: pa.Table) -> None:
-        ids, layer_r = table["prompt_id"].to_pylist(), table["layer"].to_numpy().tolist()
-        self._row = {key: row for row, key in enumerate(zip(ids, layer_r, strict=True))}
-        self._values_rn = matrix(table["activation"])
+        keys = zip(table["prompt_id"].to_pylist(), *(own.tolist() for own in mlp_of_rows(table)), strict=True)
+        self._row = {key: row for row, key in enumerate(keys)}
+        self._lists = Lists(table["activation"])
 
-    def values(self, prompt_ids: Sequence[str], layer: int) -> NDArray[np.float32]:
-        """Activations [P, N]."""
-        values: NDArray[np.float32] = self._values_rn[[self._row[own, layer] for own in prompt_ids]]
+    def values(self, prompt_ids: Sequence[str], mlp: Mlp) -> NDArray[np.float32]:
+        """Activations [P, N]; 0 of prompts that do not use the expert."""
+        row_p = np.array([self._row.get((own, *mlp), -1) for own in prompt_ids])
+        is_used_p = row_p >= 0
+        used: NDArray[np.float32] = self._lists.at(row_p[is_used_p])
+        if is_used_p.all():
+            return used
+        values = np.zeros((len(row_p), used.shape[1]), np.float32)
+        values[is_used_p] = used
         return values
 
 
-def matrix(column: pa.ChunkedArray) -> NDArray[Any]:
-    """A column of lists of one size, as rows [R, N]."""
-    lists = column.combine_chunks()
-    values: NDArray[Any] = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), -1)
-    return values
+def _by_mlp(layer_r: Ints, expert_r: Ints, order: NDArray[np.int64]) -> dict[Mlp, NDArray[np.int64]]:
+    """The rows of each layer and expert, of rows in that order."""
+    layer, expert = layer_r[order], expert_r[order]
+    starts = np.flatnonzero(np.r_[True, (np.diff(layer) != 0) | (np.diff(expert) != 0)])
+    keys = zip(layer[starts].tolist(), expert[starts].tolist(), strict=True)
+    return dict(zip(keys, np.split(order, starts[1:]), strict=True))
+
+
+def read_part(fragment: pads.Fragment, columns: Sequence[str], filter: pc.Expression | None = None) -> pa.Table:
+    """Those of the columns that a part has."""
+    there = fragment.physical_schema.names
+    return fragment.to_table(columns=[name for name in columns if name in there], filter=filter)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def run_skills(options: SkillOptions, scans: StudyScans) -> StudyTables:
     read = skill_scans.predictions(chosen, context, splits)
     for task, scores in train.scores.items():
         data = TaskData(task, scores, train.answers[task], {split: read(task, split) for split in splits})
-        tables.extend("neurons", neuron_rows(task, scores, max(options.sizes), train.neurons_a_layer))
+        tables.extend("neurons", neuron_rows(task, scores, max(options.sizes), train.numbering))
         tables.extend("accuracy", accuracies(data, options))
         if "efficiency" in options.studies:
             tables.extend("efficiency", efficiency(data, options))
@@ -70,7 +70,7 @@ def run_skills(options: SkillOptions, scans: StudyScans) -> StudyTables:
         for task in tasks:
             tables.extend("robustness", robustness(task, train.scores[task], contexts[task], options, skill_scans))
     if "interdependency" in options.studies:
-        rows = interdependency(train.scores, train.neurons_a_layer, context, options, skill_scans)
+        rows = interdependency(train.scores, train.numbering, context, options, skill_scans)
         tables.extend("interdependency", rows)
     return tables
 

@@ -2,7 +2,7 @@
 
 They come from a run of `measure=neuron_predictions`, or from the stored gradients of a run of `measure=neurgrad`.
 
-Axes: P prompts, K labels, S neurons that predictions are known of, N neurons of a layer.
+Axes: P prompts, K labels, S neurons that predictions are known of.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.builtin.neuron_predictions import PromptPredictions, from_texts, predictions_of
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
+from neg_service.studies.skills.numbering import Numbering
 from neg_service.studies.skills.parts import (
     ActivationPart,
     GradientPart,
@@ -26,6 +27,7 @@ from neg_service.studies.skills.parts import (
     ShardParts,
     in_order,
     parts_of_shards,
+    read_part,
 )
 
 
@@ -33,7 +35,8 @@ from neg_service.studies.skills.parts import (
 class NeuronPredictions:
     """What S neurons say about P prompts of one task; see `measures/builtin/neuron_predictions.py`.
 
-    neurons: [S] numbers through all layers. probability_pk: of the labels, by the model.
+    neurons: [S] numbers through all layers. probability_pk: of the labels, by the model. A neuron whose expert a prompt
+    does not use has signs of 0, and -1 for labels.
     """
 
     neurons: Ints
@@ -96,13 +99,12 @@ def read_predictions(run: Run, task: str, neurons: Ints) -> NeuronPredictions:
 
 
 def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPredictions]]:
-    n_neurons = int(run.about["model"]["neurons_a_layer"])
+    numbering = Numbering.of_run(run)
     # A run of an earlier version has texts.
     texts = run.config["measure"].get("chosen")
-    chosen = from_texts(texts, n_neurons) if texts else run.listed_neurons()
+    chosen = from_texts(texts, int(run.about["model"]["neurons_a_layer"])) if texts else run.listed_neurons()
     assert chosen is not None
-    own_set = chosen.of_task(task)
-    stored = own_set.layer * n_neurons + own_set.neuron
+    stored = numbering.of_set(chosen.of_task(task))
     places = np.searchsorted(stored, neurons)
     if not np.array_equal(stored[np.minimum(places, len(stored) - 1)], neurons):
         raise ConfigurationError(f"{run.uri} has predictions of other neurons than those asked for")
@@ -119,21 +121,32 @@ def _summed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPre
 def _computed(run: Run, task: str, neurons: Ints) -> Iterator[tuple[str, PromptPredictions]]:
     within = (pc.field("prompt_id") >= f"{task}/") & (pc.field("prompt_id") < f"{task}0")
 
+    row_s3 = Numbering.of_run(run).rows(neurons)
+    mlps = [(layer, expert) for layer, expert in np.unique(row_s3[:, :2], axis=0).tolist()]
+    columns = {mlp: np.flatnonzero((row_s3[:, :2] == mlp).all(1)) for mlp in mlps}
+
     def of_shard(parts: ShardParts) -> list[tuple[str, PromptPredictions]]:
         gradients, activations = parts.fragments
-        table = gradients.to_table(columns=GradientPart.COLUMNS, filter=within)
+        table = read_part(gradients, GradientPart.COLUMNS, within)
         if not table.num_rows:
             return []
         part = GradientPart(table)
-        ids, n = part.prompt_ids(task), part.n_neurons
-        activation_part = ActivationPart(activations.to_table(columns=ActivationPart.COLUMNS, filter=within))
+        ids, there = part.prompt_ids(task), set(part.mlps(task))
+        activation_part = ActivationPart(read_part(activations, ActivationPart.COLUMNS, within))
         shape = (len(ids), part.n_labels(task), len(neurons))
-        neurgrad_pks, activation_ps = np.empty(shape, np.float32), np.empty((len(ids), len(neurons)), np.float32)
-        for layer in np.unique(neurons // n):
-            own = neurons // n == layer
-            neurgrad_pks[:, :, own] = part.values(task, int(layer))[:, :, neurons[own] % n]
-            activation_ps[:, own] = activation_part.values(ids, int(layer))[:, neurons[own] % n]
-        return [(id_, predictions_of(neurgrad_pks[i], activation_ps[i])) for i, id_ in enumerate(ids)]
+        neurgrad_pks, activation_ps = np.zeros(shape, np.float32), np.zeros((len(ids), len(neurons)), np.float32)
+        is_routed_ps = np.zeros(activation_ps.shape, bool)
+        for mlp, own in columns.items():
+            if mlp not in there:
+                continue
+            used, values_pkn = part.values(task, mlp)
+            neuron = row_s3[own, 2]
+            neurgrad_pks[used[:, None], :, own] = values_pkn[:, :, neuron].swapaxes(1, 2)
+            activation_ps[:, own] = activation_part.values(ids, mlp)[:, neuron]
+            is_routed_ps[used[:, None], own] = True
+        return [
+            (id_, predictions_of(neurgrad_pks[i], activation_ps[i], is_routed_ps[i])) for i, id_ in enumerate(ids)
+        ]  # fmt: skip
 
     parts = parts_of_shards(run, "neurgrad", "activations")
     for own in in_order(of_shard, parts, lambda own: own.size):

@@ -12,6 +12,9 @@
 
 Each function gives, for each number of neurons, the label of each prompt [P]. Ties go to the lower label.
 
+A neuron of an expert that a prompt does not use abstains: it adds nothing to `polarity` and `magnitude`, is silent to
+`activation`, as it was when it was ranked, and a value of its own to the forest.
+
 Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053).
 
 Axes: P prompts, K labels, S neurons that predictions are known of, m neurons of a probe.
@@ -44,8 +47,9 @@ def magnitude(predictions: NeuronPredictions, ranking: Ranking, sizes: Sequence[
     """The label that most of the first m neurons predict, for each m."""
     columns = predictions.columns(ranking.neurons[: max(sizes)])
     π = ranking.polarity[: len(columns)]
-    # A neuron without a polarity gives 0 to all labels, of which the lowest wins.
-    predicted_ps = np.where(π > 0, predictions.largest_ps[:, columns], predictions.smallest_ps[:, columns]) * (π != 0)
+    predicted_ps = np.where(π > 0, predictions.largest_ps[:, columns], predictions.smallest_ps[:, columns])
+    # A neuron without a polarity gives 0 to all labels, of which the lowest wins; one that abstains has no label.
+    predicted_ps = np.where((π == 0) & (predicted_ps >= 0), 0, predicted_ps)
     one_hot_pks = np.stack([predicted_ps == k for k in range(predictions.n_labels)], 1)
     return _at_sizes(one_hot_pks, sizes)
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from neg_service.config import NeuronsConfig
-from neg_service.measures.builtin.neuron_predictions import from_numbers
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.tasks import task_of
 from neg_service.storage.reader import Run, reading
 from neg_service.studies.scans import StudyScans
+from neg_service.studies.skills.numbering import Numbering
 from neg_service.studies.skills.options import Context, SkillOptions
 from neg_service.studies.skills.parts import Ints
 from neg_service.studies.skills.predictions import NeuronPredictions, read_predictions
@@ -35,7 +35,7 @@ class Train:
 
     scores: dict[str, SkillScores]
     answers: dict[str, Ints]
-    neurons_a_layer: int
+    numbering: Numbering
 
 
 class SkillScans:
@@ -44,14 +44,14 @@ class SkillScans:
     def __init__(self, options: SkillOptions, scans: StudyScans) -> None:
         self._options, self._scans = options, scans
         # Known from train on, which names neurons by their numbers through all layers.
-        self._neurons_a_layer = 0
+        self._numbering = Numbering([])
 
     def train(self, tasks: Sequence[str], context: Context) -> Train:
         """Scores of all tasks, also over the first prompts where efficiency asks for them, and what they come from."""
         run = self._scan(self._measure_of_scores(), tasks, "train", context)
         scores = read_scores(run, self._train_sizes())
-        self._neurons_a_layer = int(run.about["model"]["neurons_a_layer"])
-        return Train(scores, _answers_of(run), self._neurons_a_layer)
+        self._numbering = Numbering.of_run(run)
+        return Train(scores, _answers_of(run), self._numbering)
 
     def scores(self, task: str, context: Context) -> SkillScores:
         """Scores of a task, as another context gives them."""
@@ -66,7 +66,7 @@ class SkillScans:
         """
         measure, neurons = {"name": "neurgrad"}, None
         if not self._options.store_gradients:
-            by_task = {task: from_numbers(own, self._neurons_a_layer) for task, own in chosen.items()}
+            by_task = {task: self._numbering.set_of(own) for task, own in chosen.items()}
             measure, neurons = (
                 {"name": "neuron_predictions"},
                 NeuronsConfig(choose="list", list=NeuronSet.by_task(by_task)),

@@ -4,32 +4,38 @@ Scores come from a run of `measure=skill_scores`, whose shards added them up whe
 `measure=neurgrad`, whose parts are read once, as a stream, on all cores. Both give the same sums shard by shard
 (`measures/builtin/skill_scores.py`), and so the same neurons. No memory grows with the number of prompts.
 
-Neurons are numbered through all layers: layer·N + index. Axes: P prompts, K labels, N neurons of a layer, M of all
-chosen layers.
+Neurons are numbered through all layers (`numbering.py`); those of an expert are ranked if any prompt used it. Axes: P
+prompts, K labels, N neurons of an MLP or expert, M of all of these.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from neg_service.errors import ConfigurationError
 from neg_service.measures.builtin.skill_scores import Scores, activation_scores, gradient_scores
+from neg_service.measures.sums import Sums
+from neg_service.slots import Slots
 from neg_service.storage.reader import Run, reading
+from neg_service.studies.skills.numbering import Numbering
 from neg_service.studies.skills.parts import (
     ActivationPart,
     GradientPart,
     Ints,
     in_order,
-    matrix,
     parts_of_shards,
+    read_part,
 )
+from neg_service.studies.tables import mlp_of_rows
 
 # Whole numbers, and so exact in float32 too.
 SNAPSHOT = ("polarity", "magnitude")
@@ -97,8 +103,46 @@ class ShardScores:
 
     task: str
     n_prompts: int
-    neurons: Ints
+    slots: Slots
     scores: Scores
+
+
+@dataclass
+class _Totals:
+    """What is known of a task while shards are read; at: the first so many prompts' scores, with what they are of."""
+
+    n_prompts: int = 0
+    sums: dict[str, Sums] = field(default_factory=lambda: defaultdict(Sums))
+    at: dict[int, tuple[Slots, Scores]] = field(default_factory=dict)
+
+    def add(self, shard: ShardScores) -> None:
+        self.n_prompts += shard.n_prompts
+        for name, values in shard.scores.items():
+            self.sums[name].add(shard.slots, values)
+
+    def take_snapshot(self) -> None:
+        # Of large models even these are gigabytes; only the scores of gradients are asked for again.
+        scores: Scores = {name: self.sums[name].values().astype(np.float32) for name in SNAPSHOT}
+        self.at[self.n_prompts] = self.sums[SNAPSHOT[0]].slots(), scores
+
+    def skill_scores(self, numbering: Numbering) -> SkillScores:
+        slots = self.sums[SNAPSHOT[0]].slots()
+        neurons = numbering.of_slots(slots)
+        at = {
+            n: {name: _spread(values, numbering.of_slots(own), neurons) for name, values in scores.items()}
+            for n, (own, scores) in self.at.items()
+        }
+        at[self.n_prompts] = {name: own.values() for name, own in self.sums.items()}
+        return SkillScores(neurons, at)
+
+
+def _spread(values_m: NDArray[Any], numbers_m: Ints, neurons: Ints) -> NDArray[Any]:
+    """Values of some of the neurons, and 0 of the others: of experts that no prompt had used by then."""
+    if len(numbers_m) == len(neurons):
+        return values_m
+    spread = np.zeros(len(neurons), values_m.dtype)
+    spread[np.searchsorted(neurons, numbers_m)] = values_m
+    return spread
 
 
 def read_scores(run: Run, snapshots: Sequence[int] = ()) -> dict[str, SkillScores]:
@@ -108,26 +152,16 @@ def read_scores(run: Run, snapshots: Sequence[int] = ()) -> dict[str, SkillScore
         ConfigurationError: the run has neither scores nor NeurGrad of all labels and activations.
         StorageError: its parts cannot be read.
     """
-    totals: dict[str, Scores] = {}
-    counts: dict[str, int] = {}
-    scores: dict[str, SkillScores] = {}
+    totals: dict[str, _Totals] = defaultdict(_Totals)
     with reading(run):
         for one in _shards(run):
-            if one.task not in totals:
-                totals[one.task] = {name: np.zeros(len(one.neurons)) for name in one.scores}
-                counts[one.task] = 0
-                scores[one.task] = SkillScores(one.neurons, {})
-            before = counts[one.task]
-            counts[one.task] += one.n_prompts
-            for name, values in one.scores.items():
-                totals[one.task][name] += values
-            if any(before < size <= counts[one.task] for size in snapshots):
-                # Of large models even these are gigabytes; only the scores of gradients are asked for again.
-                snapshot = {name: totals[one.task][name].astype(np.float32) for name in SNAPSHOT}
-                scores[one.task].at[counts[one.task]] = snapshot
-    for task, total in totals.items():
-        scores[task].at[counts[task]] = total
-    return scores
+            own = totals[one.task]
+            before = own.n_prompts
+            own.add(one)
+            if any(before < size <= own.n_prompts for size in snapshots):
+                own.take_snapshot()
+    numbering = Numbering.of_run(run)
+    return {task: own.skill_scores(numbering) for task, own in totals.items()}
 
 
 def _shards(run: Run) -> Iterator[ShardScores]:
@@ -147,40 +181,36 @@ def _shards(run: Run) -> Iterator[ShardScores]:
 def _summed(table: pa.Table) -> list[ShardScores]:
     """A part of the table `skill_scores`."""
     tasks, names = np.array(table["task"].to_pylist()), np.array(table["score"].to_pylist())
-    layer_r, n_prompts_r = table["layer"].to_numpy(), table["n_prompts"].to_numpy()
-    values_rn = matrix(table["values"])
+    (layer_r, expert_r), n_prompts_r = mlp_of_rows(table), table["n_prompts"].to_numpy()
+    lists = table["values"].combine_chunks()
     shards = []
     for task in dict.fromkeys(tasks.tolist()):
         own: Scores = {}
         for name in dict.fromkeys(names[tasks == task].tolist()):
             rows = np.flatnonzero((tasks == task) & (names == name))
-            rows = rows[np.argsort(layer_r[rows], kind="stable")]
-            own[name] = values_rn[rows].ravel()
-            neurons = numbered(layer_r[rows], values_rn.shape[1])
-        shards.append(ShardScores(task, int(n_prompts_r[tasks == task][0]), neurons, own))
+            rows = rows[np.lexsort((expert_r[rows], layer_r[rows]))]
+            mine = lists.take(pa.array(rows))
+            own[name] = mine.flatten().to_numpy()
+            slots = Slots(layer_r[rows], expert_r[rows], pc.list_value_length(mine).to_numpy().astype(np.int64))
+        shards.append(ShardScores(task, int(n_prompts_r[tasks == task][0]), slots, own))
     return shards
 
 
 def _computed(neurgrad: pads.Fragment, activations: pads.Fragment) -> list[ShardScores]:
     """A shard of the tables `neurgrad` and `activations`."""
     shards = []
-    gradients = GradientPart(neurgrad.to_table(columns=GradientPart.COLUMNS))
-    active = ActivationPart(activations.to_table(columns=ActivationPart.COLUMNS))
+    gradients = GradientPart(read_part(neurgrad, GradientPart.COLUMNS))
+    active = ActivationPart(read_part(activations, ActivationPart.COLUMNS))
     for task in gradients.tasks:
-        n_labels, layers = gradients.n_labels(task), gradients.layers
-        by_layer = []
-        for layer in layers:
-            answer_p = gradients.answers(task)
-            own = gradient_scores(gradients.values(task, layer), answer_p)
-            own |= activation_scores(active.values(gradients.prompt_ids(task), layer), answer_p, n_labels)
-            by_layer.append(own)
-        scores = {name: np.concatenate([own[name] for own in by_layer]) for name in by_layer[0]}
-        neurons = numbered(np.array(layers), gradients.n_neurons)
-        shards.append(ShardScores(task, len(gradients.prompt_ids(task)), neurons, scores))
+        n_labels, answer_p, ids = gradients.n_labels(task), gradients.answers(task), gradients.prompt_ids(task)
+        mlps, by_mlp = gradients.mlps(task), []
+        for mlp in mlps:
+            used, neurgrad_pkn = gradients.values(task, mlp)
+            own = gradient_scores(neurgrad_pkn, answer_p[used])
+            own |= activation_scores(active.values(ids, mlp), answer_p, n_labels)
+            by_mlp.append(own)
+        scores = {name: np.concatenate([own[name] for own in by_mlp]) for name in by_mlp[0]}
+        layer, expert = np.array(mlps, np.int64).T
+        slots = Slots(layer, expert, np.array([len(own[SNAPSHOT[0]]) for own in by_mlp], np.int64))
+        shards.append(ShardScores(task, len(ids), slots, scores))
     return shards
-
-
-def numbered(layers: NDArray[Any], n_neurons: int) -> Ints:
-    """The numbers of all neurons of layers."""
-    numbers: Ints = (layers.astype(np.int64)[:, None] * n_neurons + np.arange(n_neurons)).ravel()
-    return numbers

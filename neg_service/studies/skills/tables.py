@@ -13,6 +13,8 @@ from itertools import combinations
 import numpy as np
 
 from neg_service.prompts.tasks import TASKS
+from neg_service.studies.skills.numbering import Numbering
+from neg_service.studies.skills.parts import Ints
 from neg_service.studies.skills.probes import Accuracy
 from neg_service.studies.skills.scores import SkillScores
 from neg_service.studies.tables import Row, Rows
@@ -41,19 +43,17 @@ def accuracy_row(
     }  # fmt: skip
 
 
-def neuron_rows(task: str, scores: SkillScores, most: int, neurons_a_layer: int) -> Rows:
+def neuron_rows(task: str, scores: SkillScores, most: int, numbering: Numbering) -> Rows:
     """The best neurons of a task, by each score."""
     rows: Rows = []
     for name in SCORES:
         ranking = scores.ranked(name).first(most)
-        layers, indices = np.divmod(ranking.neurons, neurons_a_layer)
         rows += [
             {
-                "task": task, "score_name": name, "rank": rank, "layer": int(layers[rank]),
-                "neuron": int(indices[rank]), "score": int(ranking.score[rank]),
+                "task": task, "score_name": name, "rank": rank, **named, "score": int(ranking.score[rank]),
                 "polarity": int(ranking.polarity[rank]), "n_train": scores.n_prompts,
             }
-            for rank in range(len(layers))
+            for rank, named in enumerate(numbering.columns(ranking.neurons))
         ]  # fmt: skip
     return rows
 
@@ -66,10 +66,17 @@ def overlap_rows(scores: Mapping[str, SkillScores], sizes: Sequence[int]) -> Row
         for size in sizes:
             for first, second in combinations(scores, 2):
                 a, b = (set(rankings[task].first(size).neurons.tolist()) for task in (first, second))
+                of_both = _n_shared(scores[first].neurons, scores[second].neurons)
+                by_chance = size**2 * of_both / (len(scores[first].neurons) * len(scores[second].neurons))
                 rows.append(
                     {
                         "task": first, "other_task": second, "score_name": name, "n_neurons": size,
-                        "shared": len(a & b), "by_chance": size**2 / len(scores[first].neurons),
+                        "shared": len(a & b), "by_chance": by_chance,
                     }
                 )  # fmt: skip
     return rows
+
+
+def _n_shared(one: Ints, other: Ints) -> int:
+    """How many neurons two tasks can share: all, but for experts that the prompts of one alone use."""
+    return len(one) if np.array_equal(one, other) else len(np.intersect1d(one, other))
