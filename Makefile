@@ -49,7 +49,7 @@ format: $(READY) ## format and sort imports
 	$(BIN)/ruff check --fix .
 
 families: $(READY) ## compare every model family with the textbook way, and write the table of families in neg_service/models
-	$(BIN)/python -m tests.families_table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_table
 
 settings: $(READY) ## write the reference of settings into conf/README.md
 	$(BIN)/python -m tests.settings_reference

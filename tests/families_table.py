@@ -61,8 +61,9 @@ def shown() -> list[str]:
 
 def main() -> None:
     """Write the table."""
-    before = "\n".join(shown())
-    README.write_text(README.read_text().replace(before, "\n".join(table())))
+    # First, for it takes minutes, in which somebody may write elsewhere in that file.
+    now = "\n".join(table())
+    README.write_text(README.read_text().replace("\n".join(shown()), now))
 
 
 if __name__ == "__main__":
