@@ -80,6 +80,11 @@ class Interventions:
         self.activation = {site: point.neurons(flat(captured[site])[place])[0] for site, point in self.points.items()}
         (self.routing,) = routing_of_rows(self._feed_forward, routing, place)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts, so that a shift may change which ones run."""
+        return self._feed_forward.has_experts
+
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """Those of some layers."""
         wanted = set(layers)

@@ -213,10 +213,17 @@ def swept(interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sw
             changed_ns = torch.zeros(log_p_nsk.shape[:2], dtype=torch.bool)
         return probability_k * log_p_nsk.to(device).double().expm1(), changed_ns.to(device).double().mean(1)
 
-    delta_p_nsk, changed_n = run(sweep.grid, neurons_n)
+    grid = sweep.grid
+    is_interpolated = grid.interpolation is not None
+    if is_interpolated and interventions.has_experts:
+        # Layers above choose other experts at large shifts first, of which some lie beyond those that are run.
+        ends = np.setdiff1d([grid.evaluated.min(), grid.evaluated.max()], grid.shifts)
+        grid = given_grid(np.concatenate([grid.shifts, ends]))
+    delta_p_nsk, changed_n = run(grid, neurons_n)
+    delta_p_nsk = delta_p_nsk[:, : len(sweep.grid.shifts)]
     found = linearity(sweep.grid, delta_p_nsk.mT)
     again = changed_n.nonzero()[:, 0]
-    if sweep.grid.interpolation is not None and len(again):
+    if is_interpolated and len(again):
         full = given_grid(sweep.grid.evaluated)
         curve_nsk, changed_n[again] = run(full, neurons_n[again])
         in_full = linearity(full, curve_nsk.mT)

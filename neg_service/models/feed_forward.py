@@ -18,6 +18,7 @@ of the two is a *site*, where neurons pass by: the MLP's, or those of a token's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ LAYOUTS = (
     Layout(up="ffn.lin1", act="ffn.activation", down="ffn.lin2"),  # DistilBERT
 )
 
+# Modules that hold experts, of whatever kind.
+_OTHER_EXPERTS = re.compile("Experts|(MoE|Moe|MoeBlock|MoEBlock|Mixture)$")
 # What no name inside an MLP would show.
 _REFUSED = {
     "albert": "runs one layer's weights as all of its layers, so that a neuron has several activations",
@@ -302,7 +305,7 @@ def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
     """The experts of a layer, if it has some."""
     found = [part for part in layer.modules() if is_experts(part)]
     if not found:
-        other = next((part for part in layer.modules() if "Experts" in type(part).__name__), None)
+        other = next((part for part in layer.modules() if _OTHER_EXPERTS.search(type(part).__name__)), None)
         if other is not None:
             raise ModelError(
                 f"the experts of {whose} ({type(other).__name__}) are not known: choose another model.source",

@@ -14,6 +14,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.integrated_gradients import integrated_gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
+from neg_service.models.feed_forward import Site
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.prompts.tokens import encode
 from neg_service.settings import BASES as ALL
@@ -109,13 +110,13 @@ def test_a_masked_prompt_may_be_its_mask_token_alone(family: str, basis: str) ->
     interventions = Interventions(model, _encoded(model, "w96"), basis)
     (alone,) = neg_service.neurgrad(model, ["w96"], [["w7"]], basis=basis).neurgrad
     swept = interventions.neurgrad(range(model.feed_forward.n_layers), Budget(2**28)).numpy()
-    np.testing.assert_allclose(swept, alone, rtol=0, atol=1e-5 * abs(alone).max())
+    np.testing.assert_allclose(swept.reshape(alone.shape), alone, rtol=0, atol=1e-5 * abs(alone).max())
 
 
 @pytest.mark.parametrize("family", families.PLAIN)
 def test_a_plain_mlp_has_no_gate(family: str) -> None:
     with refused(ConfigurationError, "measure.basis", "gate", says=r"has no gate; use paper or hidden"):
-        model_of(family).feed_forward.hook_points("gate")
+        model_of(family).feed_forward.sites("gate")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,7 +145,7 @@ def test_an_error_leaves_a_model_as_it_was(family: str) -> None:
     handle = layers[-1].register_forward_pre_hook(fail)
     for broken in (
         measure,
-        lambda: interventions.delta_log_p(1, torch.tensor([5]), torch.tensor([1.0]), Budget(2**28)),
+        lambda: interventions.delta_log_p(Site(1), torch.tensor([5]), torch.tensor([1.0]), Budget(2**28)),
         lambda: neg_service.intervene(model, [text], targets, edits),
     ):
         with pytest.raises(KeyError, match="in the last layer"):

@@ -44,6 +44,11 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
             ),
         ),
         (
+            # Its experts lie in embeddings, beside an MLP of a make that is known.
+            hf.DogeConfig(**TINY, intermediate_size=40, is_moe=True, keep_window_size=0),
+            ("model.source", ANY, r"the experts of layer 0 of DogeForCausalLM \(DogeCDMoE\) are not known"),
+        ),
+        (
             hf.T5Config(vocab_size=97, d_model=24, num_layers=2, num_heads=2),
             ("model.source", ANY, r"\(t5\) is an encoder-decoder"),
         ),

@@ -222,6 +222,10 @@ def test_a_coarse_grid_is_run_in_full_where_routing_changes() -> None:
     np.testing.assert_allclose(coarse.neg[again], full.neg[again], rtol=1e-3, atol=1e-9)
     np.testing.assert_allclose(coarse.r[again], full.r[again], atol=1e-3)
     np.testing.assert_array_equal(coarse.routing_changed[again], full.routing_changed[again])
+    # Also where experts change beyond the largest shift that an interpolation needs.
+    at_ends = neg_service.neg(model, "w3 w14 w9", " w7", asked, [-2.0, 2.0]).routing_changed > 0
+    assert again[at_ends].all()
+    assert coarse.shifts.tolist() == [-1.8, -1.0, 1.0, 1.8]
 
 
 def test_low_precision_is_checked_in_float32() -> None:
