@@ -45,10 +45,14 @@ def check(config: DictConfig) -> int:
 
 def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> dict[str, Any]:
     """What there is to know of a checked model; deviations are relative, memory in bytes."""
+    import torch
+
     from neg_service.models.engines.self_check import FINITE_DIFFERENCE_TOLERANCE, LOGIT_TOLERANCE, READOUT_FACTOR
 
     chosen, own = model.ensure_checked(), model.feed_forward
     checked = chosen.check
+    # Models with experts are checked in float32, whatever their precision.
+    checked_in = torch.promote_types(model.dtype, torch.float32) if own.has_experts else model.dtype
     bases = BASES if own.is_gated else BASES[:2]
     return {
         "model": model.name,
@@ -69,9 +73,9 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "deviations": {"row_logits": checked.logits, "neurons": checked.neurons}
         | ({} if checked.experts is None else {"experts": checked.experts})
         | {"at_readout": checked.at_readout, "finite_difference": checked.finite_difference},
-        "allowed": {"row_logits": LOGIT_TOLERANCE[model.dtype], "neurons": LOGIT_TOLERANCE[model.dtype]}
-        | ({} if checked.experts is None else {"experts": LOGIT_TOLERANCE[model.dtype]})
-        | {"at_readout": READOUT_FACTOR * LOGIT_TOLERANCE[model.dtype]}
+        "allowed": {"row_logits": LOGIT_TOLERANCE[checked_in], "neurons": LOGIT_TOLERANCE[checked_in]}
+        | ({} if checked.experts is None else {"experts": LOGIT_TOLERANCE[checked_in]})
+        | {"at_readout": READOUT_FACTOR * LOGIT_TOLERANCE[checked_in]}
         | ({} if checked.finite_difference is None else {"finite_difference": FINITE_DIFFERENCE_TOLERANCE}),
         "weights_bytes": sum(weight.nbytes for weight in model.model.parameters()),
         "peak_bytes": _peak_bytes(model),

@@ -266,8 +266,12 @@ def rows_of(neurons: Any, setting: str = "neurons") -> Neurons:
     Raises:
         ConfigurationError: none, or what is no list of pairs or triples of whole numbers.
     """
+    is_mixed = isinstance(neurons, list | tuple) and {
+        len(own) if isinstance(own, list | tuple) else 0 for own in neurons
+    } == {2, 3}
     try:
-        given = np.asarray(neurons)
+        # Of layers with experts and of others.
+        given = np.asarray([(*own, None)[:3] for own in neurons] if is_mixed else neurons)
     except (ValueError, RecursionError):
         given = np.empty(1)
     if given.size == 0:

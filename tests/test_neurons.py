@@ -151,8 +151,7 @@ def test_sets_by_task_are_one_set_and_each_of_them() -> None:
         ([], "neurons.list: the choice is empty"),
         ([[0, 1], [2]], r"neurons.list=\[\[0, 1\], \[2\]\]: must be a list of \(layer, index\) pairs"),
         ([[0, 1, 2, 3]], "must be a list of"),
-        ([[0, 1], [0, 1, 2]], "must be a list of"),
-        ([[0, 1, 2], [0, 1]], r"\(layer, index\) pairs or \(layer, index, expert\) triples of whole numbers"),
+        ([[0, 1, 2], [0]], r"\(layer, index\) pairs or \(layer, index, expert\) triples of whole numbers"),
         ([[0, None]], "must be a list of"),
         ([[None, 0, 1]], "must be a list of"),
         ([[0, True, 1]], "must be a list of"),
@@ -247,3 +246,10 @@ def test_two_names_of_one_neuron_are_one_and_in_order() -> None:
         NeuronSet.from_pairs([[0, 5, None], [0, 5, -1]]).in_model([8])
     with pytest.raises(ConfigurationError, match=r"\(1, 0, -2\) does not exist: experts are from 0, or -1"):
         rows_of([[1, 0, -2]])
+
+
+def test_pairs_and_triples_may_stand_beside_each_other() -> None:
+    # As a set of layers with and without experts names its neurons.
+    mixed = NeuronSet.from_pairs([(0, 1), (1, 2, 3)])
+    assert mixed.names() == [(0, 1), (1, 2, 3)]
+    assert NeuronSet.from_pairs(mixed.names()) == mixed

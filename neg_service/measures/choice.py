@@ -24,6 +24,7 @@ prompt: of experts that its readout token uses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -138,7 +139,7 @@ def count_of(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> in
     if config.choose == "list":
         return len(chosen)
     share = np.array([own.n_chosen / max(1, own.n_experts) for own in sizes])
-    return round(float(np.where(chosen.expert >= 0, share[chosen.layer], 1.0).sum()))
+    return math.ceil(float(np.where(chosen.expert >= 0, share[chosen.layer], 1.0).sum()))
 
 
 def layers_of(config: NeuronsConfig, n_layers: int) -> list[int]:

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.errors import NonFiniteError
+from neg_service.errors import ModelError, NonFiniteError
+from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures.batching import in_batches, named
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.models.batches import Budget
@@ -61,13 +62,22 @@ class PromptGradients:
 
     @property
     def gradient_kln(self) -> Floats:
-        """Of layers of equal size, the gradients by layer."""
+        """Of layers of equal size without experts, the gradients by layer."""
+        self._require_layers()
         return self.gradient_km.reshape(len(self.gradient_km), len(self.slots.size), -1)
 
     @property
     def activation_ln(self) -> Floats:
-        """Of layers of equal size, the activations by layer."""
+        """Of layers of equal size without experts, the activations by layer."""
+        self._require_layers()
         return self.activation_m.reshape(len(self.slots.size), -1)
+
+    def _require_layers(self) -> None:
+        if (self.slots.expert != NO_EXPERT).any() or len(set(self.slots.size.tolist())) > 1:
+            raise ModelError(
+                "its layers have experts, or unequal numbers of neurons: a measure finds each neuron by `slots`, along "
+                "`gradient_km` and `activation_m`"
+            )
 
 
 def sign(activation: Floats) -> Floats:

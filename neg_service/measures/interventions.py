@@ -107,6 +107,8 @@ class Interventions:
 
         def run(part: range) -> Tensor:
             found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
+            for layer in layers:
+                self._require_same_experts(layer, found.routing, found.place_r)
             signed = [
                 signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
                 for slope_kn, activation_kn in zip(found.gradient_srn, found.activation_srn, strict=True)
@@ -206,8 +208,27 @@ class Interventions:
 
         with self._readout.differences([n_rows]) as head_rv, watching_routing() as routing:
             self.run_from(site.layer, n_rows, {site: shift})
+        self._require_same_experts(site.layer, routing, self.rows.positions([n_rows]))
         found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
         return found, self._routing_changed(site.layer, routing, n_rows)
+
+    def _require_same_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> None:
+        """See that a pass used the experts whose neurons are counted: in another batch rounding may choose others.
+
+        Raises:
+            NonFiniteError: it did not.
+        """
+        experts = self._feed_forward.experts[layer]
+        if experts is None:
+            return
+        chosen_tk = routing[experts.module].expert_tk
+        chosen_rk = chosen_tk if len(chosen_tk) == 1 else chosen_tk[position_r.to(chosen_tk.device)]
+        expected_k = torch.from_numpy(self.routing.of_layer(layer)).to(chosen_rk.device)
+        if (chosen_rk != expected_k).any():
+            raise NonFiniteError(
+                f"{self._who}: rounding has layer {layer} choose other experts in another batch; use "
+                "model.dtype=float32"
+            )
 
     def _routing_changed(self, layer: int, routing: Mapping[nn.Module, Routing], n_rows: int) -> Tensor | None:
         """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1]."""

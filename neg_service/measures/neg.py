@@ -138,6 +138,7 @@ class SweepResult:
     """What a sweep of one prompt found, float64 on the model's device, in the order of the set.
 
     delta_p_nsk: the curves, None where they were not to be kept. is_routed_n, routing_changed_n: see `NegResult`.
+    is_full_n: whether a curve was run in full in the place of being interpolated.
     """
 
     linearity_nk: Linearity
@@ -145,6 +146,7 @@ class SweepResult:
     delta_p_nsk: Tensor | None
     is_routed_n: NDArray[np.bool_]
     routing_changed_n: Tensor
+    is_full_n: Tensor
 
 
 def sweep_prompt(
@@ -188,7 +190,8 @@ def sweep_prompt(
                 delta_p_nsk[of_set_n] = found.delta_p_nsk
             on_done(len(of_set))
         start = stop
-    return SweepResult(Linearity(**values), activation_n, delta_p_nsk, place_n >= 0, changed_n)
+    is_full_n = (changed_n > 0) & (sweep.grid.interpolation is not None)
+    return SweepResult(Linearity(**values), activation_n, delta_p_nsk, place_n >= 0, changed_n, is_full_n)
 
 
 _VALUES = tuple(own.name for own in fields(Linearity))

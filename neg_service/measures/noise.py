@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from neg_service.errors import NonFiniteError, OutOfMemory
+from neg_service.measures.batching import named
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import linearity
 from neg_service.measures.neg import curves
@@ -92,6 +93,13 @@ def measure_noise(
             raise
         # In low precision rounding may have other experts chosen; what exists in one alone compares with nothing.
         acts_n = own_acts_n & true_acts_n
+        if not acts_n.any():
+            if errors or place + 1 < len(prompts):
+                continue
+            raise NonFiniteError(
+                f"{named(prompt, model)}: rounding has other experts chosen than in {_name(reference)}, so that the "
+                "noise cannot be measured; try model.dtype=float32"
+            )
         own_nsk, true_nsk = own_nsk[acts_n], true_nsk[acts_n]
         n_neurons = max(n_neurons, len(own_nsk))
         errors.append((own_nsk - true_nsk).flatten())

@@ -28,7 +28,7 @@ from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neg import SweepResult, sweep_prompt
 from neg_service.measures.noise import resolution
-from neg_service.measures.shifts import Sweep
+from neg_service.measures.shifts import Sweep, given_grid
 from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
@@ -96,7 +96,8 @@ def _table(
     neg_kn = found.linearity_nk.neg.T
     gradient_kn = signed_by(found.activation_n, neurgrad_kn)
     estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
-    resolution_kn = (probability_k * resolution(sweep.grid, sigma))[:, None].expand(k, n)
+    own, full = (resolution(grid, sigma) for grid in (sweep.grid, given_grid(sweep.grid.evaluated)))
+    resolution_kn = probability_k[:, None] * torch.where(found.is_full_n, full, own).to(probability_k.dtype)
     is_resolved = _column(neg_kn.abs() > resolution_kn)
     curves = {}
     if found.delta_p_nsk is not None:

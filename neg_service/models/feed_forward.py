@@ -305,7 +305,9 @@ def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
     """The experts of a layer, if it has some."""
     found = [part for part in layer.modules() if is_experts(part)]
     if not found:
-        other = next((part for part in layer.modules() if _OTHER_EXPERTS.search(type(part).__name__)), None)
+        others = [part for part in layer.modules() if _OTHER_EXPERTS.search(type(part).__name__)]
+        # What holds the weights, if its name says so, before what holds that.
+        other = min(others, key=lambda part: "Experts" not in type(part).__name__, default=None)
         if other is not None:
             raise ModelError(
                 f"the experts of {whose} ({type(other).__name__}) are not known: choose another model.source",

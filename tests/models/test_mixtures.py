@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,25 @@ import torch
 from torch import Tensor
 
 import neg_service
-from neg_service.errors import ConfigurationError, ModelError
+from neg_service import LanguageModel
+from neg_service.errors import ConfigurationError, ModelError, NonFiniteError
+from neg_service.measures import measure_of
+from neg_service.measures.gradients import gradients
+from neg_service.measures.interventions import Interventions
 from neg_service.models import experts_function
+from neg_service.models.batches import Budget
 from neg_service.models.engines import prefix_attention
 from neg_service.models.engines.base import LoadedModel
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
-from neg_service.models.feed_forward import find_feed_forward
+from neg_service.models.feed_forward import Site, find_feed_forward
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tokens import encode
 from tests import mixture_families
 from tests.families import JOINT_TOLERANCE, NEURGRAD_TOLERANCE, SWEEP_TOLERANCE
 from tests.mixture_families import joint_deviation, model_of, neurgrad_deviation, sweep_deviation
 from tests.mixtures import MIXTURES, tiny_mixture
 from tests.refusals import refused
+from tests.shards import measured_shard
 
 # `make families` compares all bases of all families; here one, and all where experts compute otherwise than others.
 BASES = [
@@ -226,6 +235,64 @@ def test_a_coarse_grid_is_run_in_full_where_routing_changes() -> None:
     at_ends = neg_service.neg(model, "w3 w14 w9", " w7", asked, [-2.0, 2.0]).routing_changed > 0
     assert again[at_ends].all()
     assert coarse.shifts.tolist() == [-1.8, -1.0, 1.0, 1.8]
+
+
+def test_rounding_that_has_another_expert_chosen_in_another_batch_is_told() -> None:
+    model = model_of("Mixtral")
+    interventions = Interventions(model, _encoded(model, "w3 w14 w9"), "paper")
+    chosen = interventions.routing
+    others = tuple(np.sort((own + 1) % 5) for own in chosen.expert)
+    interventions.routing = replace(chosen, expert=others)
+    with refused(NonFiniteError, says="rounding has layer 0 choose other experts"):
+        interventions.neurgrad(range(3), Budget(2**28))
+    with refused(NonFiniteError, says="rounding has layer 2 choose other experts"):
+        interventions.delta_log_p(Site(2, True), torch.tensor([3]), torch.tensor([1.0]), Budget(2**28))
+
+
+def test_values_by_layer_are_refused_where_there_are_experts() -> None:
+    model = model_of("Mixtral")
+    encoded = [_encoded(model, "w3 w14 w9")]
+    ((_, found),) = gradients(model, encoded, [(0,)], "paper", [0, 1], Budget(2**28))
+    with refused(ModelError, says="have experts"):
+        _ = found.gradient_kln
+    with refused(ModelError, says="have experts"):
+        _ = found.activation_ln
+
+
+def test_scores_are_over_the_prompts_that_use_an_expert_however_shards_are_cut() -> None:
+    model = model_of("Qwen 3 MoE")
+    prompts = [Prompt(f"t/train/{i}", f"w{3 + i} w14 w{9 + i}", (" w7", " w8"), i % 2) for i in range(6)]
+    whole, parts = _scores(model, [prompts]), _scores(model, [[prompt] for prompt in prompts])
+    assert whole.keys() == parts.keys()
+    for key, values in whole.items():
+        if key[0].startswith("fires"):
+            # Each prompt that uses the expert adds or takes one, and no other does; means are those of a shard.
+            n_used = whole["n_used", *key[1:]]
+            assert (np.abs(values) <= n_used).all()
+            assert ((values - n_used) % 2 == 0).all()
+            assert ((parts[key] - n_used) % 2 == 0).all()
+        else:
+            np.testing.assert_allclose(values, parts[key], rtol=1e-5, atol=1e-5)
+
+
+def _scores(model: LanguageModel, shards: list[list[Prompt]]) -> dict[tuple[Any, ...], np.ndarray]:
+    """By (score, layer, expert), and how many prompts use it."""
+    found: dict[tuple[Any, ...], Any] = {}
+    for own in shards:
+        tables = measured_shard(measure_of({"name": "skill_scores"}), model, own)
+        for row in tables["skill_scores"].to_pylist():
+            key = (row["score"], row["layer"], row["expert"])
+            found[key] = found.get(key, 0) + np.array(row["values"])
+        for row in tables["routing"].to_pylist():
+            for expert in row["experts"]:
+                key = ("n_used", row["layer"], expert)
+                found[key] = found.get(key, 0) + np.ones(1)
+    return found
+
+
+def _encoded(model: LanguageModel, text: str) -> EncodedPrompt:
+    (encoded,) = encode(model.tokenizer, [Prompt("0", text, (" w7",))], None, model.mask_token)
+    return encoded
 
 
 def test_low_precision_is_checked_in_float32() -> None:

@@ -7,7 +7,7 @@ Over the prompts i of a task with right labels y_i, with g[i, k, n] the NeurGrad
     fires/b[n]   = Σ_i ±1, +1 where neuron n is active beyond its mean exactly if bit b of y_i is set
     activation[n] = Σ_i a[i, n]
 
-An expert's neuron has no NeurGrad and is silent where a prompt does not use the expert. All but the last are whole
+Of an expert's neuron the sums are over the prompts that use the expert. All but the last are whole
 numbers, and all add up over shards: one pass over any number of prompts leaves a few numbers
 a neuron and shard. `fires` is for the baseline of activations, which tells two sets of labels apart; with more than two
 labels their numbers are written in binary, and each bit splits them in halves. A neuron's mean there is that over the
@@ -146,8 +146,8 @@ class SkillScores(Measure[SkillScoresOptions]):
             answer_p = np.array([prompts[i].prompt.answer for i in members])
             slots = own_sums["polarity"].slots()
             scores: Scores = {name: own.values() for name, own in own_sums.items()}
-            activation_pm = _spread([activations[i] for i in members], slots)
-            scores |= activation_scores(activation_pm, answer_p, len(prompts[members[0]].target_ids))
+            n_labels = len(prompts[members[0]].target_ids)
+            scores |= _activation_scores([activations[i] for i in members], answer_p, n_labels, slots)
             parts += self._tables_of(task, len(members), scores, slots, layers_of_model(sizes))
         return {
             **{name: pa.concat_tables(own_tables[i][name] for i in range(len(prompts))) for name in own_tables[0]},
@@ -173,12 +173,16 @@ class SkillScores(Measure[SkillScoresOptions]):
         ]
 
 
-def _spread(activations: Sequence[tuple[Slots, Floats]], slots: Slots) -> Floats:
-    """Activations [P, M] of the neurons of `slots`, 0 where a prompt does not use their expert."""
-    place = {key: i for i, key in enumerate(zip(slots.layer.tolist(), slots.expert.tolist(), strict=True))}
-    activation_pm = np.zeros((len(activations), slots.m), np.float32)
-    for own_m, (own_slots, own_activation_m) in zip(activation_pm, activations, strict=True):
-        for g, key in enumerate(zip(own_slots.layer.tolist(), own_slots.expert.tolist(), strict=True)):
-            start, size = slots.start[place[key]], own_slots.size[g]
-            own_m[start : start + size] = own_activation_m[own_slots.start[g] : own_slots.start[g + 1]]
-    return activation_pm
+def _activation_scores(
+    activations: Sequence[tuple[Slots, Floats]], answer_p: NDArray[np.int64], n_labels: int, slots: Slots
+) -> Scores:
+    """`activation_scores` [M] of the neurons of `slots`, each over the prompts that use its expert."""
+    found: list[Scores] = []
+    by_key: dict[tuple[int, int], list[tuple[int, Floats]]] = defaultdict(list)
+    for p, (own, activation_m) in enumerate(activations):
+        for g, key in enumerate(zip(own.layer.tolist(), own.expert.tolist(), strict=True)):
+            by_key[key].append((p, activation_m[own.start[g] : own.start[g + 1]]))
+    for key in zip(slots.layer.tolist(), slots.expert.tolist(), strict=True):
+        used = [p for p, _ in by_key[key]]
+        found.append(activation_scores(np.stack([own for _, own in by_key[key]]), answer_p[used], n_labels))
+    return {name: np.concatenate([own[name] for own in found]) for name in found[0]}

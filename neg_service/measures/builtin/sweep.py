@@ -78,10 +78,12 @@ class NeuronSweep(Measure[SweepOptions]):
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A row of numbers for each target and neuron, an intervention for each neuron and shift."""
-        n_shifts = len(self.grid().shifts)
+        grid = self.grid()
+        # Where experts may change the two ends of an interpolated curve are run as well, at the least.
+        n_shifts = len(grid.shifts) + 2 * (grid.interpolation is not None and has_experts(info))
         n = count_of(neurons, layers_of_model(info))
         # Eight numbers, and the key and marks of a row, which compress to little.
-        row = 120 + (4 * n_shifts if self.options.keep_curves else 0)
+        row = 120 + (4 * len(grid.shifts) if self.options.keep_curves else 0)
         return Cost({**prompt_bytes(info), "sweep": int(row * n * n_targets)}, n * n_shifts, "interventions")
 
     def calibrate(

@@ -155,9 +155,17 @@ class LoadedModel:
         """
         config, n_neurons, n_layers = self.module.config, self.feed_forward.n_neurons, self.feed_forward.n_layers
         attention = self._attention_values(attended)
-        run = row_values(config, n_neurons) + (tokens - 1) * token_values(config, n_neurons) + tokens * attention
+        # What each chosen expert gives, before it is weighed and added up.
+        n_chosen = max(own.n_chosen for own in self.feed_forward.layer_neurons)
+        experts = n_chosen * int(config.get_text_config().hidden_size)
+        run = (
+            4 * tokens * experts
+            + row_values(config, n_neurons)
+            + (tokens - 1) * token_values(config, n_neurons)
+            + tokens * attention
+        )
         hidden, neurons = kept_values(config, n_layers, n_neurons, self.feed_forward.is_gated)
-        kept = tokens * (hidden + n_layers * attention) + n_layers * copied_values
+        kept = tokens * (hidden + n_layers * (attention + 2 * experts)) + n_layers * copied_values
         others = (tokens - 1) * token_values(config, n_neurons)
         return RowSizes(
             run=self._wide * (run + copied_values),

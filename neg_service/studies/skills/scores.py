@@ -207,7 +207,7 @@ def _computed(neurgrad: pads.Fragment, activations: pads.Fragment) -> list[Shard
         for mlp in mlps:
             used, neurgrad_pkn = gradients.values(task, mlp)
             own = gradient_scores(neurgrad_pkn, answer_p[used])
-            own |= activation_scores(active.values(ids, mlp), answer_p, n_labels)
+            own |= activation_scores(active.values(ids, mlp)[used], answer_p[used], n_labels)
             by_mlp.append(own)
         scores = {name: np.concatenate([own[name] for own in by_mlp]) for name in by_mlp[0]}
         layer, expert = np.array(mlps, np.int64).T
