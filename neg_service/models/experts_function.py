@@ -116,6 +116,7 @@ _GATES: dict[str, Gate] = {
 
 
 def gate_of(module: nn.Module) -> Gate | None:
+    """What a class computes between its projections; None of one that is not known."""
     if (own := _GATES.get(type(module).__name__)) is not None:
         return own
     # The interface gives classes without a gate of their own this one.
@@ -125,7 +126,7 @@ def gate_of(module: nn.Module) -> Gate | None:
 # --- the function
 
 
-class _Slots:
+class _Pairs:
     """Pairs (token, chosen expert), in the order of the experts: all of one expert stand together."""
 
     def __init__(self, expert_tk: Tensor) -> None:
@@ -164,7 +165,7 @@ class _Run:
     def __init__(self, module: nn.Module, expert_tk: Tensor, weight_tk: Tensor) -> None:
         self.module: Any = module
         self.expert_tk, self.weight_tk = expert_tk, weight_tk
-        self.slots = _Slots(expert_tk)
+        self.slots = _Pairs(expert_tk)
 
     def at(self, basis: str, x_sn: Tensor, *beside: Tensor) -> list[Tensor]:
         """What visits make of a basis' neurons; `beside` are grown with them."""
@@ -180,18 +181,18 @@ class _Run:
             return [before.of_experts(x.view(before.t, before.k, n)), *beside]
         # One token became several rows, which all go on through the same experts.
         self.expert_tk, self.weight_tk = (own.expand(len(x), -1) for own in (self.expert_tk, self.weight_tk))
-        self.slots = _Slots(self.expert_tk)
+        self.slots = _Pairs(self.expert_tk)
         grown = [before.of_tokens(own).expand(len(x), -1, -1) for own in beside]
         return [self.slots.of_experts(own) for own in (x.view(len(x), before.k, n), *grown)]
 
     def neurons(self, x_sh: Tensor) -> Tensor:
         """The input of the down projection, from each pair's input."""
         module = self.module
-        is_gated_ = is_gated(module)
-        name = "gate_up_proj" if is_gated_ else "up_proj"
+        has_gate = is_gated(module)
+        name = "gate_up_proj" if has_gate else "up_proj"
         bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
         product = self.slots.linear(x_sh, getattr(module, name), bias, self._is_transposed)
-        if not is_gated_:
+        if not has_gate:
             (hidden,) = self.at("paper", module.act_fn(product))
         else:
             is_concatenated = getattr(module, "is_concatenated", True)

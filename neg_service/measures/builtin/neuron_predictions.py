@@ -1,9 +1,9 @@
 """The measure `neuron_predictions`: what chosen neurons say about a prompt's labels, in bytes and not gradients.
 
 Of each prompt and neuron: the sign of its NeurGrad for each label, and the label of the largest and of the smallest
-NeurGrad, the lower one of equals. Every probe of skill neurons can be computed from these, see `probing/probes.py`. The
-activation is kept for the baseline that uses it. Neurons are chosen for each task, because each has skill neurons of
-its own.
+NeurGrad, the lower one of equals. Every probe of skill neurons can be computed from these, see
+`studies/skills/probes.py`. The activation is kept for the baseline that uses it. Neurons are chosen for each task,
+because each has skill neurons of its own.
 
 Axes: P prompts, K labels, S chosen neurons.
 """
