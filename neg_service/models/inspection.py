@@ -11,8 +11,6 @@ from neg_service.errors import ModelError
 from neg_service.layer_neurons import LayerNeurons, described_layers
 from neg_service.models.configuration import auto_class_of, is_masked_architecture, read_config, without_weights
 from neg_service.models.dimensions import context_length, kept_values, row_values, slope_values, vocabulary
-from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
-from neg_service.models.engines.select import candidates
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.folder import LocalModel
 from neg_service.models.library_log import hear_libraries
@@ -102,15 +100,15 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
 
 
 def require_measurable(model: PreTrainedModel) -> None:
-    """Refuse what engines would get wrong without the self-check's seeing it.
+    """Refuse what is no language model that is read at a token.
 
     Raises:
-        ModelError: an encoder-decoder, or what no engine runs.
+        ModelError: an encoder-decoder.
     """
-    name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder; a causal or masked model is needed", change="model.source")
-    candidates(model, MASK_TOKEN if is_masked_architecture(name) else LAST_TOKEN)
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; a causal or masked model is needed", change="model.source"
+        )
 
 
 def mask_token_of(tokenizer: Any, name: str, n_input_ids: int | None = None) -> int:

@@ -260,7 +260,7 @@ class Engine(ABC):
     name: ClassVar[str]
     reads_at: ClassVar[tuple[str, ...]]
     shares_prefixes: ClassVar[bool]
-    runs_prompts_together: ClassVar[bool]
+    runs_prompts_together: bool
     targets_share_rows: ClassVar[bool]
 
     def __init__(self, model: LoadedModel) -> None:

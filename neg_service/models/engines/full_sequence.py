@@ -1,14 +1,17 @@
-"""The engine for masked models: whole prompts as rows.
+"""The engine that fits every model: whole prompts as rows.
 
-A change at the mask token changes every token in the layers above, so a row is the whole prompt. What is saved is the
-layers below an intervention (`start_at_layer.py`), and the vocabulary head at all positions that are not read.
+For masked models there is no other: a change at the mask token changes every token in the layers above. For causal
+models it is the slow one that is right whatever the layers are made of, because it asks the model for nothing but a
+plain pass: no cache, no padding, no positions. What is saved is the layers below an intervention (`start_at_layer.py`),
+and the vocabulary head at all positions that are not read.
 
 Axes: B prompts, R rows in all, T tokens of the longest prompt, F features, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,30 +19,45 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
-from neg_service.models.engines.base import MASK_TOKEN, Engine, Ids, LoadedModel, Row, RowSizes, SplitPrompt
-from neg_service.models.engines.needs import lacks_dense_attention, lacks_keys_and_values
+from neg_service.models.engines.base import (
+    LAST_TOKEN,
+    MASK_TOKEN,
+    Engine,
+    Ids,
+    LoadedModel,
+    Row,
+    RowSizes,
+    SplitPrompt,
+)
 from neg_service.models.head import exact_head_gradient
 
 
 class FullSequenceEngine(Engine):
-    """Rows of whole prompts, padded to the longest; a prompt's targets are read from one row."""
+    """Rows of whole prompts; a prompt's targets are read from one row.
+
+    Prompts of masked models run together, padded to the longest, which their attention masks are made for. Causal ones
+    run one by one: states of recurrent layers go on through padding.
+    """
 
     name = "full_sequence"
-    reads_at = (MASK_TOKEN,)
+    reads_at = (MASK_TOKEN, LAST_TOKEN)
     shares_prefixes = False
-    runs_prompts_together = True
     targets_share_rows = True
+
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__(model)
+        self.runs_prompts_together = model.mask_token is not None
 
     @classmethod
     def refusal(cls, model: PreTrainedModel) -> str | None:
-        """See `Engine`."""
-        return lacks_dense_attention(model) or lacks_keys_and_values(model)
+        """See `Engine`: it needs nothing."""
+        return None
 
     def split(self, prompt: Ids) -> SplitPrompt:
         """See `Engine`."""
         mask_token = self.model.mask_token
-        assert mask_token is not None
-        return SplitPrompt((), Row.chain(prompt, list(prompt).index(mask_token)))
+        at = len(prompt) - 1 if mask_token is None else list(prompt).index(mask_token)
+        return SplitPrompt((), Row.chain(prompt, at))
 
     def prepare(self, prompts: Sequence[SplitPrompt], shared: Ids = ()) -> FullSequenceRows:
         """See `Engine`; nothing is run yet, and nothing shared."""
@@ -76,20 +94,13 @@ class FullSequenceRows:
         """See `Rows`; the vocabulary head sees the tokens that are read and no others."""
         module = self._model.module
         of_row = self._prompt_of_row(counts)
-        read_r = self._read_b[of_row]
-
-        def read(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            hidden = output["last_hidden_state"]
-            output["last_hidden_state"] = hidden[torch.arange(len(hidden)), read_r, None]
-            return output
-
-        handle = module.base_model.register_forward_hook(read)
-        try:
-            of_row = of_row.to(self._ids_bt.device)
-            with self._model.own_experts(), exact_head_gradient(module):
-                logits: Tensor = module(self._ids_bt[of_row], attention_mask=self._visible_bt[of_row]).logits
-        finally:
-            handle.remove()
+        of_row_there = of_row.to(self._ids_bt.device)
+        is_masked = self._model.mask_token is not None
+        # With a mask of its own an implementation of attention may take another way than the plain model.
+        options = {"attention_mask": self._visible_bt[of_row_there]} if is_masked else {"use_cache": False}
+        reading = _reading_in_body if is_masked else _reading_at_head
+        with reading(module, self._read_b[of_row]), self._model.own_experts(), exact_head_gradient(module):
+            logits: Tensor = module(self._ids_bt[of_row_there], **options).logits
         return logits[:, 0]
 
     def positions(self, counts: Sequence[int]) -> Tensor:
@@ -98,7 +109,38 @@ class FullSequenceRows:
 
     def expand_rows(self, x: Tensor, n_rows: int) -> Tensor:
         """See `Rows`."""
-        return x.expand(n_rows, -1, -1)
+        return x.expand(n_rows, *x.shape[1:])
 
     def _prompt_of_row(self, counts: Sequence[int]) -> Tensor:
         return torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts)))
+
+
+@contextmanager
+def _reading_in_body(module: PreTrainedModel, read_r: Tensor) -> Iterator[None]:
+    """Let what comes after the layers, which may be more than the head, see one token of each row."""
+
+    def read(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = output["last_hidden_state"]
+        output["last_hidden_state"] = hidden[torch.arange(len(hidden)), read_r, None]
+        return output
+
+    handle = module.base_model.register_forward_hook(read)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _reading_at_head(module: PreTrainedModel, read_r: Tensor) -> Iterator[None]:
+    """Let the head see one token of each row, before anything else that looks at what it is given."""
+
+    def read(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # One row may have become several on the way: its place is theirs.
+        return (inputs[0][torch.arange(len(inputs[0])), read_r, None], *inputs[1:])
+
+    handle = module.get_output_embeddings().register_forward_pre_hook(read, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

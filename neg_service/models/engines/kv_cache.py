@@ -5,10 +5,9 @@ that `prefix_attention.py` knows nothing of. They know transformers' cache, thou
 into one, and the last token runs in a batch of rows, over the same keys and values in every row. One prompt at a time,
 so that nothing is padded; a prefix that prompts share still runs once for all of them.
 
-A transformers cache changes in place. Here its layers are frozen: they hand out the prefix with the new token behind
-it, a layer at a time, and keep nothing.
+What is kept is frozen (`frozen_cache.py`).
 
-Axes: R rows, G key/value heads, C shared tokens, T prefix tokens, D head size, F features.
+Axes: R rows, F features.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
 
 from neg_service.models.engines.base import (
     LAST_TOKEN,
@@ -31,8 +29,8 @@ from neg_service.models.engines.base import (
     last_token_behind_the_rest,
     require_single_tokens,
 )
-from neg_service.models.engines.needs import lacks_dense_attention, lacks_keys_and_values
-from neg_service.models.engines.prefix_attention import SharedPrefix
+from neg_service.models.engines.frozen_cache import FrozenCache, filled, positions
+from neg_service.models.engines.needs import lacks_keys_and_values
 from neg_service.models.head import exact_head_gradient
 
 
@@ -48,7 +46,7 @@ class KeyValueCacheEngine(Engine):
     @classmethod
     def refusal(cls, model: PreTrainedModel) -> str | None:
         """See `Engine`."""
-        return lacks_dense_attention(model) or lacks_keys_and_values(model)
+        return lacks_keys_and_values(model)
 
     def split(self, prompt: Ids) -> SplitPrompt:
         """See `Engine`."""
@@ -64,9 +62,9 @@ class KeyValueCacheEngine(Engine):
         """See `Engine`."""
         return _row_sizes(self.model, n_tokens)
 
-    def run_shared(self, ids: tuple[int, ...]) -> SharedPrefix:
-        """See `Engine`."""
-        return run_shared_prefix(self.model, ids)
+    def run_shared(self, ids: tuple[int, ...]) -> Cache | None:
+        """See `Engine`; none leave nothing."""
+        return filled(self.model, ids)
 
 
 class KeyValueCacheRows:
@@ -75,10 +73,11 @@ class KeyValueCacheRows:
     tokens = 1
     targets_share_rows = False
 
-    def __init__(self, model: LoadedModel, prompt: SplitPrompt, shared: SharedPrefix) -> None:
+    def __init__(self, model: LoadedModel, prompt: SplitPrompt, shared: Cache | None) -> None:
         self._model, self._last, self.sizes = model, prompt.row.ids[0], _row_sizes(model, len(prompt.ids))
-        cache = _run(model, prompt.prefix[len(shared.ids) :], shared)
-        self._frozen = None if cache is None else Cache(layers=[_FrozenLayer(layer) for layer in cache.layers])
+        n_shared = 0 if shared is None else shared.get_seq_length()
+        cache = filled(model, prompt.prefix[n_shared:], shared)
+        self._frozen, self._past = None if cache is None else FrozenCache(cache), len(prompt.prefix)
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`."""
@@ -86,7 +85,7 @@ class KeyValueCacheRows:
         last_r1 = torch.tensor([[self._last]] * sum(counts), device=module.device)
         options: dict[str, Any] = {"use_cache": False}
         if self._frozen is not None:
-            options = {"use_cache": True, "past_key_values": self._frozen}
+            options = {"use_cache": True, "past_key_values": self._frozen, **positions(module, self._past, 1)}
         with self._model.own_experts(), exact_head_gradient(module):
             logits: Tensor = module(last_r1, **options).logits
         return logits[:, -1]
@@ -103,47 +102,3 @@ class KeyValueCacheRows:
 def _row_sizes(model: LoadedModel, n_tokens: int) -> RowSizes:
     """Keys and values are copied, and some architectures repeat them for each query head."""
     return model.row_sizes(1, n_tokens, 4 * n_tokens * int(model.module.config.get_text_config().hidden_size))
-
-
-@torch.no_grad()
-def run_shared_prefix(model: LoadedModel, ids: Ids) -> SharedPrefix:
-    """Run shared tokens once, for `KeyValueCacheRows`; none leave nothing."""
-    cache = _run(model, ids, SharedPrefix())
-    if cache is None:
-        return SharedPrefix()
-    keys = {i: layer.keys[0] for i, layer in enumerate(cache.layers)}
-    values = {i: layer.values[0] for i, layer in enumerate(cache.layers)}
-    return SharedPrefix(tuple(ids), keys, values)
-
-
-@torch.no_grad()
-def _run(model: LoadedModel, own: Ids, shared: SharedPrefix) -> Any:
-    """The cache of shared tokens and those after them; None if there are none at all."""
-    if not own and not shared.ids:
-        return None
-    # Without the model's configuration no layer forgets what lies beyond its window: masks decide what is seen.
-    cache = DynamicCache()
-    for layer in range(len(shared.keys_gcd)):
-        cache.update(shared.keys_gcd[layer][None], shared.values_gcd[layer][None], layer)
-    if own:
-        with model.own_experts():
-            ids = torch.tensor([list(own)], device=model.device)
-            model.module.base_model(ids, past_key_values=cache, use_cache=True)
-    return cache
-
-
-class _FrozenLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values [1, G, T, D], the same for every row of any batch."""
-
-    def __init__(self, filled: Any) -> None:
-        super().__init__()
-        self.keys, self.values = filled.keys, filled.values
-        self.dtype, self.device = filled.keys.dtype, filled.keys.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows = len(key_states)
-        return (
-            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], -2),
-            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], -2),
-        )

@@ -5,33 +5,56 @@ The self-check cannot tell these: on its few tokens a wrong engine would look ri
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
-_ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+_PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+# Which keys are looked at is chosen anew for each token, from all that are kept.
+_INDEXED_ATTENTION = "indexed_attention"
+_STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "recurrent", "mamba"}
 _SPARSE = ("keep_window_size", "index_topk", "attention_window")
+
+
+def has_states(model: PreTrainedModel) -> bool:
+    """Whether layers are recurrent, wholly or beside attention."""
+    return bool(model._is_stateful or _kinds(_text(model)) & _STATES)
 
 
 def lacks_dense_attention(model: PreTrainedModel) -> str | None:
     """Attention that looks at other tokens when a prompt is longer."""
-    config = model.config.get_text_config()
+    config = _text(model)
+    if (blocks := _lacks_tokens(model)) is not None:
+        return blocks
     own = next((key for key in _SPARSE if getattr(config, key, None)), None)
-    if own is None and getattr(config, "attention_type", None) == "block_sparse":
-        own = "attention_type"
+    if own is None and _INDEXED_ATTENTION in _kinds(config):
+        own = "layer_types"
     if own is None:
         return None
-    return (
-        f"{type(model).__name__} has sparse attention ({own}={getattr(config, own)}), which depends on a prompt's "
-        f"length: choose a model with dense or sliding attention as model.source"
-    )
+    return f"sparse attention ({own}={getattr(config, own)}), which depends on a prompt's length"
 
 
 def lacks_keys_and_values(model: PreTrainedModel) -> str | None:
-    """Layers that are no attention, so that tokens leave something else than keys and values, or a mixture of both."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_KINDS
+    """Layers of which tokens leave something else than keys and values that every later token may look at."""
+    if (blocks := _lacks_tokens(model)) is not None:
+        return blocks
+    kinds = _kinds(_text(model)) - _PLAIN_ATTENTION - {_INDEXED_ATTENTION}
     if not (model._is_stateful or kinds):
         return None
     what = f"layers of the kinds {', '.join(sorted(kinds))}" if kinds else "a recurrent state"
-    return (
-        f"{type(model).__name__} has {what}, which keep no keys and values that rows could share: choose a model with "
-        f"attention alone as model.source"
-    )
+    return f"{what}, which keep no keys and values that rows could share"
+
+
+def _lacks_tokens(model: PreTrainedModel) -> str | None:
+    """Attention between blocks of tokens, which a single one is not."""
+    if getattr(_text(model), "attention_type", None) == "block_sparse":
+        return "sparse attention (attention_type=block_sparse), which depends on a prompt's length"
+    return None
+
+
+def _text(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
+
+
+def _kinds(config: Any) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ())

@@ -16,11 +16,17 @@ from neg_service.memory import is_out_of_memory
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.recurrent_state import RecurrentStateEngine
 from neg_service.models.engines.self_check import CHECK_TOKENS, SelfCheck, check_engine, check_plain, name_of
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 
 # The fastest first.
-ENGINES: tuple[type[Engine], ...] = (SharedPrefixEngine, KeyValueCacheEngine, FullSequenceEngine)
+ENGINES: tuple[type[Engine], ...] = (
+    SharedPrefixEngine,
+    KeyValueCacheEngine,
+    RecurrentStateEngine,
+    FullSequenceEngine,
+)
 
 
 @dataclass(frozen=True)
@@ -32,17 +38,12 @@ class Selection:
     rejected: dict[str, str] = field(default_factory=dict)
 
 
-def candidates(model: PreTrainedModel, read_at: str) -> list[type[Engine]]:
-    """The engines that may run a model, loaded or without weights, which is read at a kind of token.
+def candidates(model: PreTrainedModel, read_at: str) -> dict[type[Engine], str | None]:
+    """The engines for models that are read at a kind of token, each with why it cannot run this one, if so.
 
-    Raises:
-        ModelError: none; why the one that needs least cannot.
+    What a configuration tells is enough: the model may be without weights.
     """
-    reading = [engine for engine in ENGINES if read_at in engine.reads_at]
-    refusals = {engine: engine.refusal(model) for engine in reading}
-    if all(refusals.values()):
-        raise ModelError(str(refusals[reading[-1]]))
-    return [engine for engine, refusal in refusals.items() if refusal is None]
+    return {engine: engine.refusal(model) for engine in ENGINES if read_at in engine.reads_at}
 
 
 def select_engine(model: LoadedModel) -> Selection:
@@ -53,7 +54,10 @@ def select_engine(model: LoadedModel) -> Selection:
     """
     check_plain(model)
     rejected: dict[str, str] = {}
-    for kind in candidates(model.module, model.read_at):
+    for kind, refusal in candidates(model.module, model.read_at).items():
+        if refusal is not None:
+            rejected[kind.name] = refusal
+            continue
         engine = kind(model)
         try:
             return Selection(engine, check_engine(engine), rejected)

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from neg_service.errors import ModelError, one_line
+from neg_service.models.dimensions import context_length
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
+from neg_service.models.engines.needs import has_states
 from neg_service.models.experts import ExpertsPoint
 from neg_service.models.experts_function import summed, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
@@ -41,7 +43,9 @@ CHECK_TOKENS, _CHECK_WINDOW = 13, 5
 # What share of the tolerance leaves no doubt.
 _CLEARLY = 0.1
 # What a configuration or a layer calls the number of tokens that are seen at most.
-_LIMIT = re.compile("window|attention_chunk")
+_LIMIT = re.compile("window|attention_chunk|index_topk|topk_tokens")
+# What recurrent layers call the blocks in which they go through a prompt. Some cut it so without a name for it.
+_BLOCK, _UNNAMED_BLOCK, _LONGEST_BLOCK = re.compile("(chunk|block)_size$"), 64, 512
 _LOG_P_STEPS, _ACTIVATION_STEPS = [1e-2, 1e-3, 1e-4], [1e-1, 1e-2]
 
 
@@ -118,6 +122,8 @@ def _check_engine(engine: Engine, *, has_gradients: bool) -> SelfCheck:
         # Without windows it would be the very same once more.
         if has_windows:
             logits = max(logits, _check_logits(engine, ids))
+    if has_states(model.module):
+        logits = max(logits, _check_logits(engine, _ids(model, _longer_than_a_block(model))))
     neurons = _check_neurons(model, ids)
     at_readout = _check_readout(engine, ids)
     for what, deviation, allowed in (
@@ -157,9 +163,13 @@ def _dtype(model: LoadedModel) -> str:
 
 
 def _check_ids(model: LoadedModel) -> tuple[int, ...]:
-    # All different: with equal tokens a prefix in the wrong order would go unseen.
+    return _ids(model, CHECK_TOKENS)
+
+
+def _ids(model: LoadedModel, count: int) -> tuple[int, ...]:
+    # All different, if there are so many: with equal tokens a prefix in the wrong order would go unseen.
     n_tokens = model.module.get_input_embeddings().weight.shape[0]
-    ids = [n_tokens * (2 * i + 1) // (2 * CHECK_TOKENS) for i in range(CHECK_TOKENS)]
+    ids = [n_tokens * (2 * i + 1) // (2 * count) for i in range(count)]
     if model.mask_token is not None:
         ids = [token if token != model.mask_token else token + 1 for token in ids]
         ids[7] = model.mask_token
@@ -214,6 +224,15 @@ def _short_windows(model: LoadedModel) -> Iterator[bool]:
     finally:
         for part, name, value in before:
             setattr(part, name, value)
+
+
+def _longer_than_a_block(model: LoadedModel) -> int:
+    """How many tokens are two and a bit of the blocks in which recurrent layers go through a prompt, or one, if long."""
+    own = (model.module.config.get_text_config(), *model.feed_forward.layers.modules())
+    blocks = [size for part in own for name, size in part.__dict__.items() if _BLOCK.search(name) and type(size) is int]
+    longest = max([_UNNAMED_BLOCK, *(size for size in blocks if size <= _LONGEST_BLOCK)])
+    wanted = (2 * longest if longest <= _UNNAMED_BLOCK else longest) + _CHECK_WINDOW
+    return min(wanted, context_length(model.module) or wanted)
 
 
 @torch.no_grad()
@@ -374,18 +393,21 @@ def _late_expansion(engine: Engine, ids: Sequence[int]) -> Iterator[Site]:
 
 @torch.no_grad()
 def _starts_at_layers(engine: Engine, ids: Sequence[int]) -> bool:
-    """Whether a pass may begin at any layer with that layer's stored input, and end as a whole one does.
+    """Whether a pass of several rows may begin at any layer with that layer's stored input, and end as a whole one.
 
-    Not where something else happens between two layers (a convolution in DeBERTa 2), or where layers use keys and
-    values of others (Gemma 3n); there every intervention runs all layers.
+    Not where something else happens between two layers (a convolution in DeBERTa 2), where layers use keys and values
+    of others (Gemma 3n), or hand on what one row chose (DeepSeek 3.2); there every intervention runs all layers.
     """
     layers, rows = engine.model.feed_forward.layers, engine.rows([ids])
     with keep_inputs(layers) as (inputs, output_structures):
-        plain = rows.run([1])
+        rows.run([1])
+    plain = rows.run([2])
+    if len(inputs) != len(layers):
+        return False
     for first in range(1, len(layers)):
         try:
-            with start_at_layer(layers, first, inputs[first], output_structures):
-                found = rows.run([1])
+            with start_at_layer(layers, first, rows.expand_rows(inputs[first], 2), output_structures):
+                found = rows.run([2])
         except (TypeError, AttributeError, LookupError, ValueError, RuntimeError):
             return False
         if not _deviation(found, plain) <= LOGIT_TOLERANCE[engine.model.dtype]:
