@@ -39,7 +39,8 @@ def check(config: DictConfig) -> int:
     began_check = time.monotonic()
     model.ensure_checked()
     found = report(model, began_check - began, time.monotonic() - began_check)
-    print(json.dumps(found) if flag_of(config, "json") else describe(found))
+    is_json = flag_of(config, "json") or typed(JobConfig, config.job, "job").log == "json"
+    print(json.dumps(found) if is_json else describe(found))
     return 0
 
 
@@ -67,7 +68,9 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "dtype": str(model.dtype).removeprefix("torch."),
         "devices": [str(device) for device in model.devices],
         "engine": chosen.engine.name,
+        "row_is": chosen.engine.row_is,
         "rejected": chosen.rejected,
+        "checked": checked.tried,
         "starts_at_layers": checked.starts_at_layers,
         "supports_late_expansion": len(checked.late_expansion) == len(own.sites("paper")),
         "deviations": {"row_logits": checked.logits, "neurons": checked.neurons}
@@ -92,7 +95,7 @@ def describe(found: dict[str, Any]) -> str:
     if deviations["finite_difference"] is not None:
         off, most = deviations["finite_difference"], allowed["finite_difference"]
         finite_difference = f"{off:.1e} off what the gradient says, at most {most:g}"
-    engine = [found["engine"], *(f"not {name}: {reason}" for name, reason in found["rejected"].items())]
+    engine = [f"{found['engine']}: a row is {found['row_is']}", *(f"not {name}: {reason}" for name, reason in found["rejected"].items())]
     if not found["starts_at_layers"]:
         engine.append("an intervention runs all layers, not only those from its own on")
     if not found["supports_late_expansion"]:
@@ -107,6 +110,7 @@ def describe(found: dict[str, Any]) -> str:
         ("context", f"{found['context_tokens']} tokens" if found["context_tokens"] else "no limit given"),
         ("precision", f"{found['dtype']} on {', '.join(found['devices'])}"),
         ("engine", "\n".join(engine)),
+        ("checked", "\n".join(found["checked"])),
         ("row logits", f"{deviations['row_logits']:.1e} off the plain forward pass, at most {allowed['row_logits']:g}"),
         (
             "at readout",

@@ -46,6 +46,7 @@ def describe_plan(prepared: Prepared) -> str:
                 f"{info.name}: {info.architecture}, {info.described_neurons}",
             ),
             ("identity", info.identity),
+            ("engine", f"{info.engine}, unless the self-check chooses another: a row is {info.row_is}"),
             (
                 "prompts",
                 f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",

@@ -1,6 +1,6 @@
 """The table of families in `neg_service/models/README.md`: `python -m tests.families_table` writes it.
 
-From the same comparisons that the tests make, of dense families and of mixtures.
+From the same comparisons that the tests make, of dense families, hybrids and mixtures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from neg_service import LanguageModel
 from neg_service.settings import BASES
 from tests import families, mixture_families
 from tests.mixtures import MIXTURES
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, HYBRIDS
 
 README = Path(__file__).parents[1] / "neg_service" / "models" / "README.md"
 
@@ -24,7 +24,7 @@ def table() -> list[str]:
         "| family | read at | bases | engine | NeurGrad, float32 | NEG, float64 | joint edits, float64 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for family in FAMILIES:
+    for family in (*FAMILIES, *HYBRIDS):
         compare = (
             lambda basis, own=family: families.neurgrad_deviation(own, basis, families.LENGTHS),
             lambda basis, own=family: families.sweep_deviation(own, basis),

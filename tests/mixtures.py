@@ -15,10 +15,12 @@ import torch
 import transformers as hf
 
 from neg_service.models.engines.base import Engine
+from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.recurrent_state import RecurrentStateEngine
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.language_model import LanguageModel
-from tests.tiny_models import VOCABULARY, WINDOW, tiny_tokenizer
+from tests.tiny_models import CHUNK, DELTA, LINEAR, STATE_SPACE, VOCABULARY, WINDOW, tiny_tokenizer
 
 _BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -53,6 +55,12 @@ _GROUPS = {
 }
 _SIX = {"num_local_experts": 6, "num_experts_per_tok": 3}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_SHARED = {
+    "moe_intermediate_size": 14,
+    "shared_expert_intermediate_size": 18,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+}
 _SPARSE = ["dense", "sparse", "sparse"]
 
 
@@ -293,6 +301,44 @@ MIXTURES: dict[str, Mixture] = {
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             "mlp_layer_types": _SPARSE,
         },
+    ),
+    # What has recurrent layers, or attention that chooses what it looks at, beside experts.
+    "Qwen 3 Next": Mixture(
+        hf.Qwen3NextConfig,
+        {**_BASE, **DELTA, **_SHARED, "layer_types": LINEAR, "head_dim": 8, "mlp_only_layers": [1]},
+        "mlp.shared_expert",
+        engine=RecurrentStateEngine,
+    ),
+    "Qwen 3.5 MoE": Mixture(
+        hf.Qwen3_5MoeTextConfig,
+        {**_BASE, **DELTA, **_SHARED, "layer_types": LINEAR, "head_dim": 8},
+        "mlp.shared_expert",
+        engine=RecurrentStateEngine,
+    ),
+    "Granite 4 MoE": Mixture(
+        hf.GraniteMoeHybridConfig,
+        {
+            **_BASE,
+            **_SIX,
+            **STATE_SPACE,
+            "layer_types": LINEAR,
+            "shared_intermediate_size": 18,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 3.0,
+        },
+        "shared_mlp",
+        engine=RecurrentStateEngine,
+    ),
+    "MiniMax": Mixture(
+        hf.MiniMaxConfig,
+        {**_BASE, **_SIX, "layer_types": LINEAR, "block_size": CHUNK},
+        engine=FullSequenceEngine,
+    ),
+    "DeepSeek 3.2 MoE": Mixture(
+        hf.DeepseekV32Config,
+        {**_LATENT, **_GROUPS, "head_dim": 4, "index_head_dim": 8, "index_n_heads": 16, "index_topk": 3},
+        "mlp.shared_experts",
+        engine=KeyValueCacheEngine,
     ),
 }
 

@@ -29,6 +29,11 @@ _NEURONS = {
         "hidden": ("output_linear", "input"),
         "gate": ("activation", "output"),
     },
+    "GraniteMoeHybridMLP": {
+        "paper": ("input_linear", "second half of output"),
+        "hidden": ("output_linear", "input"),
+        "gate": ("activation", "output"),
+    },
     "Llama4TextMLP": {**_GATED, "gate": ("activation_fn", "output")},
     "ModernBertMLP": {"paper": ("Wi", "second half of output"), "hidden": ("Wo", "input"), "gate": ("act", "output")},
 }
@@ -67,10 +72,19 @@ def neuron_module(mlp: nn.Module, basis: str) -> tuple[nn.Module, str]:
     return mlp.get_submodule(name), side
 
 
+# What the MLP is called in a layer, where that is not `mlp`.
+_MLPS = {
+    **dict.fromkeys(("BambaForCausalLM", "FalconH1ForCausalLM", "JambaForCausalLM"), "feed_forward"),
+    "GraniteMoeHybridForCausalLM": "shared_mlp",
+    "RecurrentGemmaForCausalLM": "mlp_block",
+}
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The MLP of each layer, or the layer where that is not a module of its own."""
-    layers = model.get_submodule(_LAYERS.get(type(model).__name__, "model.layers"))
-    return [getattr(layer, "mlp", layer) for layer in layers]
+    name = type(model).__name__
+    layers = model.get_submodule(_LAYERS.get(name, "model.layers"))
+    return [getattr(layer, _MLPS.get(name, "mlp"), layer) for layer in layers]
 
 
 def gradients(

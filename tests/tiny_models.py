@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from neg_service.models.engines.base import MASK_TOKEN, Engine
+from neg_service.models.engines.base import Engine
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
+from neg_service.models.engines.recurrent_state import RecurrentStateEngine
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.language_model import LanguageModel
 
@@ -46,16 +47,13 @@ class Family:
 
     engine: what is known to fit it; another one is a family that fell off the fast path.
     attention: the family's own attention that is right for it; with soft caps it is not `sdpa`.
+    is_masked: it is read at its mask token.
     """
 
     config: Callable[[], hf.PreTrainedConfig]
     engine: type[Engine]
     attention: str
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether it is read at its mask token."""
-        return MASK_TOKEN in self.engine.reads_at
+    is_masked: bool = False
 
 
 def _shared_prefix(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
@@ -67,7 +65,15 @@ def _kv_cache(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **opti
 
 
 def _full_sequence(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), FullSequenceEngine, attention, is_masked=True)
+
+
+def _causal_sequence(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
     return Family(lambda: config(**options), FullSequenceEngine, attention)
+
+
+def _recurrent(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
+    return Family(lambda: config(**options), RecurrentStateEngine, attention)
 
 
 def _longrope() -> dict[str, Any]:
@@ -260,10 +266,94 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Prompts of the tests are longer than a chunk, and than what an index chooses.
+CHUNK = 4
+LINEAR = ["linear_attention", "full_attention", "linear_attention"]
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+}
+STATE_SPACE = {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 5, "mamba_chunk_size": CHUNK}
+_INDEXED = {
+    **_PLAIN,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "mlp_layer_types": ["dense"] * 3,
+    "index_head_dim": 8,
+    # With few of them all scores of many keys are zero, and which ones are chosen is anyone's guess.
+    "index_n_heads": 16,
+}
+
+# What has more in its layers than attention, or attention that chooses what it looks at.
+HYBRIDS: dict[str, Family] = {
+    "Qwen 3.5": _recurrent(
+        hf.Qwen3_5TextConfig,
+        **{**_GROUPED, **DELTA, "max_position_embeddings": 256},
+        layer_types=LINEAR,
+        head_dim=8,
+    ),
+    "Kimi Linear": _recurrent(
+        hf.KimiLinearConfig,
+        **{**_INDEXED, "num_local_experts": 4, "num_experts_per_tok": 2},
+        layer_types=LINEAR,
+        linear_head_dim=8,
+        linear_num_heads=3,
+    ),
+    "OLMo Hybrid": _recurrent(
+        hf.OlmoHybridConfig, **_GROUPED, **{**DELTA, "linear_num_key_heads": 4}, layer_types=LINEAR
+    ),
+    "Granite 4": _recurrent(
+        hf.GraniteMoeHybridConfig,
+        **{**_GROUPED, **STATE_SPACE, "num_local_experts": 0, "num_experts_per_tok": 0},
+        layer_types=LINEAR,
+        shared_intermediate_size=40,
+        residual_multiplier=0.7,
+        embedding_multiplier=2.0,
+        logits_scaling=3.0,
+    ),
+    "Bamba": _recurrent(hf.BambaConfig, **_GROUPED, **STATE_SPACE, attn_layer_indices=[1]),
+    "Falcon-H1": _recurrent(
+        hf.FalconH1Config, **_GROUPED, **STATE_SPACE, mamba_d_ssm=48, mlp_multipliers=[0.8, 1.3], lm_head_multiplier=0.6
+    ),
+    "Jamba": _recurrent(
+        hf.JambaConfig,
+        **_GROUPED,
+        num_experts=1,
+        num_experts_per_tok=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=5,
+        mamba_dt_rank=4,
+    ),
+    "RecurrentGemma": _causal_sequence(
+        hf.RecurrentGemmaConfig,
+        **{key: value for key, value in _GROUPED.items() if key not in ("max_position_embeddings", "intermediate_size")},
+        intermediate_size=80,
+        lru_width=24,
+        attention_window_size=WINDOW,
+        head_dim=4,
+    ),
+    "DeepSeek 3.2, below its limit": _kv_cache(hf.DeepseekV32Config, "eager", **_INDEXED, index_topk=32),
+    "DeepSeek 3.2, above its limit": _kv_cache(hf.DeepseekV32Config, "eager", **_INDEXED, index_topk=3),
+    "GLM-MoE-DSA": _kv_cache(hf.GlmMoeDsaConfig, "eager", **_INDEXED, index_topk=3),
+    "Doge": _kv_cache(hf.DogeConfig, "eager", **_GROUPED, keep_window_size=3),
+}
+
+
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A family's tiny model, with weights so large that neurons matter, and a tokenizer of one word a token."""
     torch.manual_seed(0)
-    family = FAMILIES[name]
+    family = {**FAMILIES, **HYBRIDS}[name]
     build = hf.AutoModelForMaskedLM if family.is_masked else hf.AutoModelForCausalLM
     model = build.from_config(family.config(), attn_implementation=family.attention)
     with torch.no_grad():
@@ -272,6 +362,9 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
                 parameter.normal_(0, 0.3)
             elif "bias" in parameter_name:
                 parameter.normal_(0, 0.1)
+            elif parameter_name.endswith("self_attn.A"):
+                # Doge's keys would all be worth the same.
+                parameter.normal_(0, 0.5)
     return LanguageModel(model.to(dtype), tiny_tokenizer(), name=name)
 
 

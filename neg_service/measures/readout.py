@@ -22,6 +22,7 @@ Axes: R rows, V vocabulary, K targets, E hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,13 +37,18 @@ from neg_service.models.precision import at_least_float32
 
 _CPU_ROWS = 8
 
+# What configurations call the cap c of logits that end as c·tanh(z/c).
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
+# A factor that is so close to one is one: its logits say so to a few digits fewer than they have.
+_NEARLY_ONE = 1e-5
+
 
 @dataclass(frozen=True)
 class Baseline:
     """A prompt's output without any intervention.
 
     who: names the prompt in messages. logits_v, p_v: logits and probabilities of the vocabulary. reference: the most
-    probable token. factor: from the head's output to logits. head_v: the head's output, for a soft cap.
+    probable token. factor: from the head's output to logits, before a soft cap. uncapped_v: the logits before it.
     """
 
     who: str
@@ -50,7 +56,7 @@ class Baseline:
     p_v: Tensor
     reference: int
     factor: float
-    head_v: Tensor
+    uncapped_v: Tensor
 
 
 class Readout:
@@ -65,7 +71,8 @@ class Readout:
             )
         self._head: nn.Module = head
         self._name = type(model.model).__name__
-        self._cap: float | None = getattr(model.model.config.get_text_config(), "final_logit_softcapping", None)
+        config = model.model.config.get_text_config()
+        self._cap: float | None = next((own for own in (getattr(config, name, None) for name in _CAPS) if own), None)
         self._tolerance = LOGIT_TOLERANCE[model.dtype]
 
     @contextmanager
@@ -110,13 +117,9 @@ class Readout:
         head_v, logits_v = at_least_float32(head_v), at_least_float32(logits_v.to(head_v.device))
         if not logits_v.isfinite().all():
             raise NonFiniteError(f"{who}: NaN or infinity in logits; try another model.dtype")
-        factor = 1.0
-        if self._cap is None:
-            largest = head_v.abs().argmax()
-            factor = float(logits_v[largest] / head_v[largest])
-            expected_v = head_v * factor
-        else:
-            expected_v = self._cap * torch.tanh(head_v / self._cap)
+        factor = self._factor(head_v, logits_v)
+        uncapped_v = head_v * factor
+        expected_v = uncapped_v if self._cap is None else self._cap * torch.tanh(uncapped_v / self._cap)
         if not (expected_v - logits_v).abs().max() <= self._tolerance * logits_v.abs().max():
             raise ModelError(
                 f"{self._name} does something to its logits after the head that is neither a factor nor a soft "
@@ -130,8 +133,19 @@ class Readout:
             p_v=logits_v.double().softmax(-1).to(logits_v.dtype),
             reference=int(logits_v.argmax()),
             factor=factor,
-            head_v=head_v,
+            uncapped_v=uncapped_v,
         )
+
+    def _factor(self, head_v: Tensor, logits_v: Tensor) -> float:
+        """From the head's output to logits, before a soft cap, as the largest logit says that no cap has flattened."""
+        wanted_v = logits_v
+        if self._cap is not None:
+            inside_v = logits_v.double() / self._cap
+            wanted_v = self._cap * torch.atanh(torch.where(inside_v.abs() <= 0.5, inside_v, 0))
+        largest = wanted_v.abs().argmax()
+        factor = float(wanted_v[largest].double() / head_v[largest].double())
+        # Where nothing is to be had of it, the comparison that follows tells.
+        return factor if math.isfinite(factor) and abs(factor - 1) > _NEARLY_ONE else 1.0
 
     def delta_log_p(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
         """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it.
@@ -150,12 +164,12 @@ class Readout:
         if bias is not None:
             # The head added it to the differences too. What rounding that leaves is far below that of the layers.
             delta_rv = delta_rv.sub_(bias)
-        if self._cap is not None:
-            after_rv = torch.tanh((baseline.head_v + delta_rv) / self._cap)
-            uncapped_rv = 1 - torch.tanh(baseline.head_v / self._cap) * after_rv
-            delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(uncapped_rv)
-        elif baseline.factor != 1:
+        if baseline.factor != 1:
             delta_rv = delta_rv.mul_(baseline.factor)
+        if self._cap is not None:
+            after_rv = torch.tanh((baseline.uncapped_v + delta_rv) / self._cap)
+            slope_rv = 1 - torch.tanh(baseline.uncapped_v / self._cap) * after_rv
+            delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(slope_rv)
         relative_rv = delta_rv - delta_rv[:, baseline.reference, None]
         target_rk = relative_rv[:, list(target_ids)]
         # expm1 of the reference is zero exactly, so it needs no leaving out.

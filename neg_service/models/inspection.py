@@ -11,6 +11,8 @@ from neg_service.errors import ModelError
 from neg_service.layer_neurons import LayerNeurons, described_layers
 from neg_service.models.configuration import auto_class_of, is_masked_architecture, read_config, without_weights
 from neg_service.models.dimensions import context_length, kept_values, row_values, slope_values, vocabulary
+from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
+from neg_service.models.engines.select import candidates
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.folder import LocalModel
 from neg_service.models.library_log import hear_libraries
@@ -38,6 +40,9 @@ class ModelInfo:
     n_output_ids: int | None = None
     # Values that a row of one token with a graph takes, with the slopes of one target.
     gradient_row_values: int = 0
+    # The fastest engine that its configuration admits, and what a row of it is; the self-check may choose another.
+    engine: str = ""
+    row_is: str = ""
     # What neurons each layer has; left out, as many in each, without experts.
     layer_neurons: tuple[LayerNeurons, ...] = ()
 
@@ -81,6 +86,9 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         rehearse(local, auto_class, model, trust_remote_code)
     n_input_ids, n_output_ids = vocabulary(model)
     sizes = (model.config, found.n_layers, found.n_neurons)
+    is_masked = is_masked_architecture(type(model).__name__)
+    fitting = candidates(model, MASK_TOKEN if is_masked else LAST_TOKEN)
+    engine = next(kind for kind, refusal in fitting.items() if refusal is None)
     return ModelInfo(
         name=local.name,
         identity=local.identity,
@@ -90,11 +98,13 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         context_length=context_length(model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_gated=found.is_gated,
-        is_masked=is_masked_architecture(type(model).__name__),
+        is_masked=is_masked,
         row_values=row_values(model.config, found.n_neurons),
         gradient_row_values=sum(kept_values(*sizes, found.is_gated)) + slope_values(*sizes),
         n_input_ids=n_input_ids,
         n_output_ids=n_output_ids,
+        engine=engine.name,
+        row_is=engine.row_is,
         layer_neurons=found.layer_neurons,
     )
 

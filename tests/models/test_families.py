@@ -22,7 +22,7 @@ from tests import families, families_table, oracle
 from tests.families import bases_of, model_of
 from tests.mixtures import MIXTURES
 from tests.refusals import refused
-from tests.tiny_models import FAMILIES, MASK
+from tests.tiny_models import FAMILIES, HYBRIDS, MASK
 
 BASES = [(family, basis) for family in FAMILIES for basis in bases_of(family)]
 
@@ -170,11 +170,11 @@ def test_the_readme_shows_every_family() -> None:
     dense = [
         [
             family,
-            "mask token" if FAMILIES[family].is_masked else "last token",
+            "mask token" if own.is_masked else "last token",
             ", ".join(bases_of(family)),
-            FAMILIES[family].engine.name,
+            own.engine.name,
         ]
-        for family in FAMILIES
+        for family, own in (FAMILIES | HYBRIDS).items()
     ]
     mixtures = [[family, "last token", ", ".join(ALL), own.engine.name] for family, own in MIXTURES.items()]
     assert [row[:4] for row in rows[2:]] == dense + mixtures

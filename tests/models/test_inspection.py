@@ -61,13 +61,6 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
             hf.RwkvConfig(vocab_size=97, hidden_size=24, num_hidden_layers=2),
             (None, ANY, "RwkvForCausalLM has a recurrent state"),
         ),
-        (hf.RecurrentGemmaConfig(**TINY), (None, ANY, "RecurrentGemmaForCausalLM has")),
-        (hf.JambaConfig(**TINY), (None, ANY, "JambaForCausalLM has")),
-        (
-            hf.Lfm2Config(**TINY, layer_types=["conv", "full_attention"]),
-            (None, ANY, "Lfm2ForCausalLM has layers of the kinds conv"),
-        ),
-        (hf.Qwen3NextConfig(**TINY), (None, ANY, "Qwen3NextForCausalLM has layers of the kinds linear_attention")),
         (
             hf.AlbertConfig(**TINY, embedding_size=8),
             ("model.source", ANY, "AlbertForMaskedLM runs one layer's weights as all of its layers"),

@@ -26,7 +26,7 @@ from neg_service.measures.readout import Readout
 from neg_service.models.batches import Budget, group_by_prefix
 from neg_service.models.engines import prefix_attention, shared_prefix
 from neg_service.models.engines.full_sequence import FullSequenceRows
-from neg_service.models.engines.kv_cache import _FrozenLayer
+from neg_service.models.engines.frozen_cache import _FrozenAttention
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.feed_forward import HookPoint, Mlp, Site
 from neg_service.models.start_at_layer import start_at_layer
@@ -89,14 +89,14 @@ def test_padding_that_is_attended_to_in_whole_sequences(family: str, monkeypatch
 
 @pytest.mark.parametrize("family", ["GPT-J", "Falcon", "BLOOM"])
 def test_a_cache_that_changes_in_place(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _FrozenLayer.update
+    real = _FrozenAttention.update
 
     def in_place(self: Any, keys: Any, values: Any, *args: Any, **options: Any) -> Any:
         found = real(self, keys, values, *args, **options)
         self.keys, self.values = (x[:1] for x in found)
         return found
 
-    monkeypatch.setattr(_FrozenLayer, "update", in_place)
+    monkeypatch.setattr(_FrozenAttention, "update", in_place)
     # The layers' caches no longer agree on how many tokens there are.
     with pytest.raises(RuntimeError, match="size of"):
         sweep_deviation(family, "paper")

@@ -251,13 +251,14 @@ class MismatchError(Exception):
 class Engine(ABC):
     """How a model's rows are run.
 
-    name: as runs record it and people are told; nothing else is decided by it.
+    name: as runs record it and people are told; nothing else is decided by it. row_is: a row, for a person.
     reads_at: at which tokens it can read. shares_prefixes: prompts' common beginnings may run once for all.
     runs_prompts_together: rows of several prompts may be in one batch.
     targets_share_rows: a prompt's targets are read, and differentiated, from one row.
     """
 
     name: ClassVar[str]
+    row_is: ClassVar[str]
     reads_at: ClassVar[tuple[str, ...]]
     shares_prefixes: ClassVar[bool]
     runs_prompts_together: bool

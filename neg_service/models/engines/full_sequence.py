@@ -40,6 +40,7 @@ class FullSequenceEngine(Engine):
     """
 
     name = "full_sequence"
+    row_is = "a whole prompt"
     reads_at = (MASK_TOKEN, LAST_TOKEN)
     shares_prefixes = False
     targets_share_rows = True

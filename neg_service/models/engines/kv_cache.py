@@ -38,6 +38,7 @@ class KeyValueCacheEngine(Engine):
     """Rows of one prompt's last token, each over its own copy of the keys and values."""
 
     name = "kv_cache"
+    row_is = "the last token, over keys and values that each row repeats"
     reads_at = (LAST_TOKEN,)
     shares_prefixes = True
     runs_prompts_together = False

@@ -32,6 +32,7 @@ from neg_service.models.engines.base import (
     Engine,
     Ids,
     LoadedModel,
+    MismatchError,
     RowSizes,
     SplitPrompt,
     last_token_behind_the_rest,
@@ -51,6 +52,7 @@ class RecurrentStateEngine(Engine):
     """Rows of one prompt's last token, each a step from the state that the tokens before left."""
 
     name = "recurrent_state"
+    row_is = "the last token, a step from the state that the tokens before left"
     reads_at = (LAST_TOKEN,)
     shares_prefixes = False
     runs_prompts_together = False
@@ -66,7 +68,11 @@ class RecurrentStateEngine(Engine):
         return last_token_behind_the_rest(prompt)
 
     def prepare(self, prompts: Sequence[SplitPrompt], shared: Ids = ()) -> RecurrentStateRows:
-        """See `Engine`; of one prompt."""
+        """See `Engine`; of one prompt.
+
+        Raises:
+            MismatchError: states that are not in the cache.
+        """
         require_single_tokens(self, prompts)
         (prompt,) = prompts
         return RecurrentStateRows(self.model, prompt, self.row_sizes(len(prompt.ids)))
@@ -94,6 +100,8 @@ class RecurrentStateRows:
         self._model, self._last, self._past, self.sizes = model, prompt.row.ids[0], len(prompt.prefix), sizes
         with running(model):
             cache = filled(model, prompt.prefix)
+        if cache is not None and not state_values(cache):
+            raise MismatchError("its layers keep their states elsewhere than in a cache")
         self._frozen = None if cache is None else FrozenCache(cache)
 
     def run(self, counts: Sequence[int]) -> Tensor:

@@ -56,7 +56,8 @@ class SelfCheck:
     at_readout: of the neurons that rows show at the readout position.
     finite_difference: of a finite difference from what the gradient says; None where precision is too low for one.
     experts: of what own code makes of each layer's experts; None of a model without.
-    late_expansion: the sites at whose neurons a layer's one row may become many; see `_late_expansion`.
+    tried: what was compared with what, for a person. late_expansion: the sites at whose neurons a layer's one row may
+    become many; see `_late_expansion`.
     starts_at_layers: a pass may begin at any layer; see `_starts_at_layers`.
     """
 
@@ -67,6 +68,7 @@ class SelfCheck:
     experts: float | None
     late_expansion: frozenset[Site]
     starts_at_layers: bool
+    tried: tuple[str, ...] = ()
 
 
 def check_plain(model: LoadedModel) -> None:
@@ -117,13 +119,17 @@ def _check_engine(engine: Engine, *, has_gradients: bool) -> SelfCheck:
         raise MismatchError(
             f"experts are {experts:.1e} off the modeling code's own loop, at most {tolerance:.0e} is allowed"
         )
+    tried = [f"rows of prompts of {_lengths(engine, ids)} tokens against the plain model, one by one"]
     logits = _check_logits(engine, ids)
-    with _short_windows(model) as has_windows:
+    with _short_windows(model) as shortened:
         # Without windows it would be the very same once more.
-        if has_windows:
+        if shortened:
             logits = max(logits, _check_logits(engine, ids))
+            tried.append(f"the same with {', '.join(shortened)} = {_CHECK_WINDOW}, which the prompts are longer than")
     if has_states(model.module):
-        logits = max(logits, _check_logits(engine, _ids(model, _longer_than_a_block(model))))
+        longer = _ids(model, _longer_than_a_block(model))
+        logits = max(logits, _check_logits(engine, longer))
+        tried.append(f"the same with {_lengths(engine, longer)} tokens: the blocks of recurrent layers are shorter")
     neurons = _check_neurons(model, ids)
     at_readout = _check_readout(engine, ids)
     for what, deviation, allowed in (
@@ -150,7 +156,25 @@ def _check_engine(engine: Engine, *, has_gradients: bool) -> SelfCheck:
         experts=experts,
         late_expansion=frozenset(_late_expansion(engine, ids)),
         starts_at_layers=_starts_at_layers(engine, ids),
+        tried=(*tried, *_tried_of_neurons(model, has_gradients)),
     )
+
+
+def _tried_of_neurons(model: LoadedModel, has_gradients: bool) -> Iterator[str]:
+    """What is compared of neurons, for a person."""
+    mlps, experts = sum(map(bool, model.feed_forward.mlps)), sum(map(bool, model.feed_forward.experts))
+    if mlps:
+        yield f"what the down projections of {mlps} MLPs read against their activation, times up where there is a gate"
+    if experts:
+        yield f"the experts of {experts} layers against the modeling code's own loop, in float32 or better"
+    yield "the neurons that rows show at the readout position against those of the plain model, in every layer"
+    if has_gradients:
+        layers = ", ".join(map(str, _some_layers(model)))
+        yield f"the steepest neuron's gradient against what small shifts of it do to the plain model, in layers {layers}"
+
+
+def _lengths(engine: Engine, ids: tuple[int, ...]) -> str:
+    return " and ".join(str(len(prompt)) for prompt in _check_prompts(engine, ids)[0])
 
 
 def name_of(model: LoadedModel) -> str:
@@ -210,8 +234,8 @@ def _check_prompts(engine: Engine, ids: tuple[int, ...]) -> tuple[list[tuple[int
 
 
 @contextmanager
-def _short_windows(model: LoadedModel) -> Iterator[bool]:
-    """Windows and chunks shorter than the few tokens of a check, which would never meet them; whether there are any."""
+def _short_windows(model: LoadedModel) -> Iterator[list[str]]:
+    """Windows, chunks and the like shorter than the few tokens of a check, which would never meet them; their names."""
     before = []
     for part in (model.module.config.get_text_config(), *model.feed_forward.layers.modules()):
         for name, value in part.__dict__.items():
@@ -220,7 +244,7 @@ def _short_windows(model: LoadedModel) -> Iterator[bool]:
     try:
         for part, name, _ in before:
             setattr(part, name, _CHECK_WINDOW)
-        yield bool(before)
+        yield sorted({name for _, name, _ in before})
     finally:
         for part, name, value in before:
             setattr(part, name, value)

@@ -40,6 +40,7 @@ class SharedPrefixEngine(Engine):
     """Rows of the last token over frozen keys and values, which no row copies; prompts run together."""
 
     name = "shared_prefix"
+    row_is = "the last token, over a prefix that all rows share"
     reads_at = (LAST_TOKEN,)
     shares_prefixes = True
     runs_prompts_together = True

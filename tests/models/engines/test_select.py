@@ -12,8 +12,8 @@ import transformers as hf
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
-from neg_service.models.engines import kv_cache, shared_prefix
-from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
+from neg_service.models.engines import frozen_cache, full_sequence, shared_prefix
+from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN, Engine
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.select import candidates
@@ -36,10 +36,18 @@ def _with_a_wrong_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _with_a_wrong_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = kv_cache._FrozenLayer.update
-    monkeypatch.setattr(
-        kv_cache._FrozenLayer, "update", lambda self, keys, values: (real(self, keys, values)[0].roll(1, 2), values)
-    )
+    real = frozen_cache._FrozenAttention.update
+
+    def rolled(self, keys, values, *more):
+        keys, values = real(self, keys, values, *more)
+        return keys.roll(1, 2), values
+
+    monkeypatch.setattr(frozen_cache._FrozenAttention, "update", rolled)
+
+
+def _with_wrong_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = full_sequence.FullSequenceRows.run
+    monkeypatch.setattr(full_sequence.FullSequenceRows, "run", lambda self, counts: real(self, counts).roll(1, 1))
 
 
 def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -53,9 +61,20 @@ def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, ca
     np.testing.assert_allclose(found.neurgrad, right.neurgrad, rtol=1e-3, atol=1e-6 * np.abs(right.neurgrad).max())
 
 
+def test_what_no_faster_engine_fits_runs_as_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = neg_service.neurgrad(tiny_model("Llama 2"), ["w1 w2 w5 w9", "w8"], [[" w3"], [" w4", " w5"]])
+    _with_a_wrong_prefix(monkeypatch)
+    _with_a_wrong_cache(monkeypatch)
+    model = tiny_model("Llama 2")
+    found = neg_service.neurgrad(model, ["w1 w2 w5 w9", "w8"], [[" w3"], [" w4", " w5"]])
+    assert type(model.engine) is FullSequenceEngine
+    np.testing.assert_allclose(found.neurgrad, right.neurgrad, rtol=1e-3, atol=1e-6 * np.nanmax(abs(right.neurgrad)))
+
+
 def test_a_model_that_no_engine_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _with_a_wrong_prefix(monkeypatch)
     _with_a_wrong_cache(monkeypatch)
+    _with_wrong_sequences(monkeypatch)
     model = tiny_model("Llama 2")
     for _ in range(2):
         with refused(
@@ -67,24 +86,30 @@ def test_a_model_that_no_engine_fits_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"),
-    [("BigBird", "attention_type=block_sparse"), ("Longformer", "attention_window"), ("Doge", "keep_window_size=16")],
+    ("name", "setting", "engine"),
+    [
+        ("BigBird", "attention_type=block_sparse", FullSequenceEngine),
+        ("Doge", "keep_window_size=16", KeyValueCacheEngine),
+    ],
 )
-def test_attention_that_depends_on_the_length_of_a_prompt_is_refused(name: str, setting: str) -> None:
+def test_attention_that_depends_on_the_length_of_a_prompt_needs_an_engine_that_asks_it(
+    name: str, setting: str, engine: type[Engine]
+) -> None:
     config = getattr(hf, f"{name}Config")(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
-        **{"BigBird": {}, "Longformer": {"attention_window": [4, 4]}, "Doge": {"keep_window_size": 16}}[name],
+        vocab_size=97, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{"BigBird": {"is_decoder": True, "block_size": 4}, "Doge": {"keep_window_size": 16}}[name],
     )  # fmt: skip
-    auto = hf.AutoModelForCausalLM if name == "Doge" else hf.AutoModelForMaskedLM
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    with refused(ModelError, says=rf"sparse attention \(.*{setting}"):
-        LanguageModel(model, tiny_tokenizer())
+    torch.manual_seed(0)
+    chosen = LanguageModel(hf.AutoModelForCausalLM.from_config(config), tiny_tokenizer()).ensure_checked()
+    assert type(chosen.engine) is engine
+    assert f"sparse attention ({setting})" in chosen.rejected["shared_prefix"]
 
 
 def test_what_is_read_at_a_kind_of_token_has_the_engines_that_read_there() -> None:
-    assert candidates(model_of("Llama 2").model, LAST_TOKEN) == [SharedPrefixEngine, KeyValueCacheEngine]
-    assert candidates(model_of("BERT").model, MASK_TOKEN) == [FullSequenceEngine]
+    fitting = {kind for kind, refusal in candidates(model_of("Llama 2").model, LAST_TOKEN).items() if not refusal}
+    assert fitting == {SharedPrefixEngine, KeyValueCacheEngine, FullSequenceEngine}
+    assert candidates(model_of("BERT").model, MASK_TOKEN) == {FullSequenceEngine: None}
 
 
 def test_another_copy_of_a_model_runs_by_the_engine_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
