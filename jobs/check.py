@@ -48,7 +48,12 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
     """What there is to know of a checked model; deviations are relative, memory in bytes."""
     import torch
 
-    from neg_service.models.engines.self_check import FINITE_DIFFERENCE_TOLERANCE, LOGIT_TOLERANCE, READOUT_FACTOR
+    from neg_service.models.engines.self_check import (
+        FINITE_DIFFERENCE_TOLERANCE,
+        GRADIENT_TOLERANCE,
+        LOGIT_TOLERANCE,
+        READOUT_FACTOR,
+    )
 
     chosen, own = model.ensure_checked(), model.feed_forward
     checked = chosen.check
@@ -75,11 +80,19 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "supports_late_expansion": len(checked.late_expansion) == len(own.sites("paper")),
         "deviations": {"row_logits": checked.logits, "neurons": checked.neurons}
         | ({} if checked.experts is None else {"experts": checked.experts})
-        | {"at_readout": checked.at_readout, "finite_difference": checked.finite_difference},
+        | {
+            "at_readout": checked.at_readout,
+            "gradients": checked.gradients,
+            "finite_difference": checked.finite_difference,
+        },
         "allowed": {"row_logits": LOGIT_TOLERANCE[checked_in], "neurons": LOGIT_TOLERANCE[checked_in]}
         | ({} if checked.experts is None else {"experts": LOGIT_TOLERANCE[checked_in]})
         | {"at_readout": READOUT_FACTOR * LOGIT_TOLERANCE[checked_in]}
-        | ({} if checked.finite_difference is None else {"finite_difference": FINITE_DIFFERENCE_TOLERANCE}),
+        | (
+            {}
+            if checked.finite_difference is None
+            else {"gradients": GRADIENT_TOLERANCE, "finite_difference": FINITE_DIFFERENCE_TOLERANCE}
+        ),
         "weights_bytes": sum(weight.nbytes for weight in model.model.parameters()),
         "peak_bytes": _peak_bytes(model),
         "load_seconds": load_seconds,
@@ -91,11 +104,15 @@ def describe(found: dict[str, Any]) -> str:
     """For a person."""
     neurons = [LayerNeurons(**own) for own in found["layer_neurons"]]
     deviations, allowed = found["deviations"], found["allowed"]
-    finite_difference = f"not tried in {found['dtype']}: it drowns in rounding"
+    gradients = finite_difference = f"not tried in {found['dtype']}: it drowns in rounding"
     if deviations["finite_difference"] is not None:
+        gradients = f"{deviations['gradients']:.1e} off the plain model's own, at most {allowed['gradients']:g}"
         off, most = deviations["finite_difference"], allowed["finite_difference"]
         finite_difference = f"{off:.1e} off what the gradient says, at most {most:g}"
-    engine = [f"{found['engine']}: a row is {found['row_is']}", *(f"not {name}: {reason}" for name, reason in found["rejected"].items())]
+    engine = [
+        f"{found['engine']}: a row is {found['row_is']}",
+        *(f"not {name}: {reason}" for name, reason in found["rejected"].items()),
+    ]
     if not found["starts_at_layers"]:
         engine.append("an intervention runs all layers, not only those from its own on")
     if not found["supports_late_expansion"]:
@@ -118,7 +135,8 @@ def describe(found: dict[str, Any]) -> str:
         ),
         ("captured neurons", f"{deviations['neurons']:.1e} off their MLP, at most {allowed['neurons']:g}"),
         *_experts(deviations, allowed),
-        ("small shift", finite_difference),
+        ("gradients", gradients),
+        ("small shifts", finite_difference),
         ("memory", f"{bytes_text(found['weights_bytes'])} of weights; {peak} at the most so far"),
         ("seconds", f"{found['load_seconds']:.1f} to load, {found['check_seconds']:.1f} to check"),
     ]

@@ -337,7 +337,9 @@ HYBRIDS: dict[str, Family] = {
     ),
     "RecurrentGemma": _causal_sequence(
         hf.RecurrentGemmaConfig,
-        **{key: value for key, value in _GROUPED.items() if key not in ("max_position_embeddings", "intermediate_size")},
+        **{
+            key: value for key, value in _GROUPED.items() if key not in ("max_position_embeddings", "intermediate_size")
+        },
         intermediate_size=80,
         lru_width=24,
         attention_window_size=WINDOW,

@@ -25,8 +25,8 @@ from neg_service.measures.interventions import Interventions
 from neg_service.measures.readout import Readout
 from neg_service.models.batches import Budget, group_by_prefix
 from neg_service.models.engines import prefix_attention, shared_prefix
-from neg_service.models.engines.full_sequence import FullSequenceRows
 from neg_service.models.engines.frozen_cache import _FrozenAttention
+from neg_service.models.engines.full_sequence import FullSequenceRows
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.feed_forward import HookPoint, Mlp, Site
 from neg_service.models.start_at_layer import start_at_layer

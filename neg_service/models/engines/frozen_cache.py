@@ -1,8 +1,8 @@
 """A transformers cache that hands out what a prefix left, to any number of rows, and keeps nothing.
 
-The tokens before the last run once into a cache of transformers' (`filled`). What they left there is keys and values of
-attention, keys of an index that chooses among them, windows of convolutions and states of recurrences, by the kind of
-layer. A pass of rows would change all of it in place; here (`FrozenCache`) every layer gives what it has, expanded to as
+The tokens before the last run once into a cache of transformers' (`filled`). What they left there is keys and
+values of attention, keys of an index that chooses among them, windows of convolutions and states of recurrences, by the kind
+of layer. A pass of rows would change all of it in place; here (`FrozenCache`) every layer gives what it has, expanded to as
 many rows as ask, with the new token behind it where that belongs, and forgets what it is told.
 
 Axes: R rows, G key/value heads, T prefix tokens, D head size.
@@ -54,12 +54,14 @@ def filled(model: LoadedModel, ids: Sequence[int], before: Cache | None = None) 
     start = 0 if before is None else before.get_seq_length()
     with model.own_experts():
         tokens = torch.tensor([list(ids)], device=model.device)
-        module.base_model(tokens, past_key_values=cache, use_cache=True, **positions(module.base_model, start, len(ids)))
+        module.base_model(
+            tokens, past_key_values=cache, use_cache=True, **positions(module.base_model, start, len(ids))
+        )
     return cache
 
 
 def empty_cache(module: PreTrainedModel) -> Cache:
-    """A cache whose attention keeps all that it sees: masks decide what of it is looked at, as in a pass without one."""
+    """A cache whose attention keeps all tokens: masks decide which are looked at, as in a pass without a cache."""
     config = module.config.get_text_config()
     layers = DynamicCache(config=config).layers
     if all(map(_is_plain_attention, layers)):
@@ -120,7 +122,7 @@ class FrozenCache(Cache):  # type: ignore[misc]
 class _ReadOnly(Tensor):
     """A state that the code of a single step writes to in place: nothing is written, its results are plain tensors."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def copy_(self, *_args: Any, **_kwargs: Any) -> Tensor:
         """Nothing."""

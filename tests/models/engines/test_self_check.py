@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
-from neg_service.models.engines import prefix_attention, self_check, shared_prefix
+from neg_service.models.engines import comparisons, prefix_attention, self_check, shared_prefix
 from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -76,14 +76,14 @@ def test_the_self_check_sees_neurons_of_another_token(monkeypatch: pytest.Monkey
 
 
 def test_the_self_check_sees_gradients_that_are_a_tenth_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = self_check.target_gradients
+    real = comparisons.target_gradients
 
     def larger(*arguments: Any) -> Any:
         found = real(*arguments)
         return dataclasses.replace(found, gradient_srn=[1.1 * own for own in found.gradient_srn])
 
-    monkeypatch.setattr(self_check, "target_gradients", larger)
-    with refused(ModelError, says="away from what its gradient says"):
+    monkeypatch.setattr(comparisons, "target_gradients", larger)
+    with refused(ModelError, says="away from what gradients say"):
         tiny_model("Llama 2").ensure_checked()
 
 
@@ -131,32 +131,31 @@ def test_a_model_whose_layers_share_keys_and_values_is_swept_by_whole_passes() -
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The length of the prompt of each pass of the plain model."""
     found: list[int] = []
-    real = self_check._plain_logits
+    real = comparisons.plain_logits
 
     def counted(model: Any, ids: Sequence[int], **options: Any) -> Tensor:
         found.append(len(ids))
         return real(model, ids, **options)
 
-    monkeypatch.setattr(self_check, "_plain_logits", counted)
+    for where in (comparisons, self_check):
+        monkeypatch.setattr(where, "plain_logits", counted)
     return found
 
 
 def test_nothing_is_run_twice(passes: list[int]) -> None:
     tiny_model("Llama 2").ensure_checked()
-    # At first; the two prompts of rows; of neurons, also at readout; the target, and three layers up and down.
-    assert len(passes) == 1 + 2 + 2 + 1 + 2 * 3
+    # At first; the two prompts of rows; of neurons, also at readout; the targets of gradients and of small shifts.
+    assert len(passes) == 1 + 2 + 2 + 2
     passes.clear()
     model = tiny_model("Mistral")
     model.model.config.sliding_window = 4096
     model.ensure_checked()
     # Those of rows once more, with a short window.
-    assert len(passes) == 1 + 2 * 2 + 2 + 1 + 2 * 3
+    assert len(passes) == 1 + 2 * 2 + 2 + 2
 
 
-def test_a_finite_difference_that_does_not_agree_is_tried_in_all_steps(
-    monkeypatch: pytest.MonkeyPatch, passes: list[int]
-) -> None:
-    real = self_check.target_gradients
+def test_a_finite_difference_that_does_not_agree_is_tried_in_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, real_shifts, tried = comparisons.target_gradients, comparisons._log_p_of_shifts, []
 
     def twice_as_steep(*arguments: Any) -> Any:
         found = real(*arguments)
@@ -164,8 +163,13 @@ def test_a_finite_difference_that_does_not_agree_is_tried_in_all_steps(
             gradient.mul_(2)
         return found
 
-    monkeypatch.setattr(self_check, "target_gradients", twice_as_steep)
-    with refused(ModelError, says="a small shift of a neuron moves the output"):
+    def counted(plain: Any, points: Any, shift: Any, target: int) -> Any:
+        tried.append(len(shift))
+        return real_shifts(plain, points, shift, target)
+
+    monkeypatch.setattr(comparisons, "target_gradients", twice_as_steep)
+    monkeypatch.setattr(comparisons, "_log_p_of_shifts", counted)
+    with refused(ModelError, says="small shifts of neurons move the output"):
         tiny_model("Llama 2", torch.float64).ensure_checked()
-    # Of each of the two engines: 5 steps up and down in 3 layers.
-    assert len(passes) >= 2 * 3 * 5 * 2
+    # Of each of the three engines: three steps in three layers.
+    assert tried == [3] * 9

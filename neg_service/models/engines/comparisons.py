@@ -1,0 +1,361 @@
+"""What the self-check compares: passes of an engine with those of the plain model, each giving how far they are apart.
+
+Deviations are relative to the largest expected value, unless it says otherwise. `self_check.py` says how large they
+may be.
+
+Axes: R rows, N neurons of a site, F features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neg_service.models.dimensions import context_length
+from neg_service.models.engines.backward import target_gradients
+from neg_service.models.engines.base import Engine, LoadedModel, MismatchError, Rows
+from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.experts_function import summed, watching_routing
+from neg_service.models.feed_forward import Point, Site, hooks
+from neg_service.models.head import log_softmax
+from neg_service.models.precision import at_least_float32
+from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
+
+# A prime number: nothing that cuts prompts into blocks comes out even.
+CHECK_TOKENS = 13
+# What limits of attention are for a moment, so that the few tokens of a check meet them.
+SHORT_LIMIT = 5
+# What a configuration or a layer calls the number of tokens that are seen at most.
+_LIMIT = re.compile("window|attention_chunk|index_topk|topk_tokens")
+# What recurrent layers call the blocks in which they go through a prompt. Some cut it so without a name for it.
+_BLOCK, _UNNAMED_BLOCK, _LONGEST_BLOCK = re.compile("(chunk|block)_size$"), 64, 512
+# By how much log p is to change; by how much neurons move at the most for that, and where they are said to change
+# nothing; and what rounding alone makes of a difference of two log p in float32.
+_LOG_P_STEPS, _LARGEST_STEP, _STEP_OF_NOTHING, _ROUNDING = (1e-2, 1e-3, 1e-4), 1.0, 1e-2, 5e-6
+# What share of the tolerance leaves no doubt.
+_CLEARLY = 0.1
+
+
+def check_ids(model: LoadedModel) -> tuple[int, ...]:
+    return spread_ids(model, CHECK_TOKENS)
+
+
+def spread_ids(model: LoadedModel, count: int) -> tuple[int, ...]:
+    # All different, if there are so many: with equal tokens a prefix in the wrong order would go unseen.
+    n_tokens = model.module.get_input_embeddings().weight.shape[0]
+    ids = [n_tokens * (2 * i + 1) // (2 * count) for i in range(count)]
+    if model.mask_token is not None:
+        ids = [token if token != model.mask_token else token + 1 for token in ids]
+        ids[7] = model.mask_token
+    return tuple(ids)
+
+
+@torch.no_grad()
+def plain_logits(model: LoadedModel, ids: Sequence[int], *, shows_experts: bool = False) -> Tensor:
+    """Logits of the model's own pass; `shows_experts`: with own code for its experts, whose neurons then pass by."""
+    # Every position's logits, because not every architecture can be asked for one alone.
+    inputs = torch.tensor([list(ids)], device=model.device)
+    with model.own_experts() if shows_experts else model.plain_experts():
+        logits: Tensor = model.module(inputs, **_without_cache(model)).logits
+    return logits[0, readout(model, ids)]
+
+
+def _without_cache(model: LoadedModel) -> dict[str, Any]:
+    # Masked models have none to be told of.
+    return {} if model.mask_token is not None else {"use_cache": False}
+
+
+def readout(model: LoadedModel, ids: Sequence[int]) -> int:
+    return list(ids).index(model.mask_token) if model.mask_token is not None else len(ids) - 1
+
+
+@torch.no_grad()
+def logits_deviation(engine: Engine, ids: tuple[int, ...]) -> float:
+    """The prompt, with and without a shared prefix, beside one of another length, in several rows."""
+    worst = 0.0
+    prompts, counts = check_prompts(engine, ids)
+    plain = [plain_logits(engine.model, prompt) for prompt in prompts]
+    for n_shared in (0, len(ids) // 2) if engine.shares_prefixes else (0,):
+        rows = engine.rows(prompts, ids[:n_shared])
+        for own_rv, plain_v in zip(torch.split(rows.run(counts), counts), plain, strict=True):
+            worst = max(worst, deviation_of(own_rv, plain_v))
+    engine.prefixes.forget()
+    return worst
+
+
+def check_prompts(engine: Engine, ids: tuple[int, ...]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The prompt in two rows, beside a shorter one in one, where the engine runs several prompts together."""
+    return ([ids, ids[: len(ids) - 2]], [2, 1]) if engine.runs_prompts_together else ([ids], [2])
+
+
+@contextmanager
+def short_limits(model: LoadedModel) -> Iterator[list[str]]:
+    """Windows, chunks and the like shorter than the few tokens of a check, which would never meet them; their names."""
+    before = []
+    for part in (model.module.config.get_text_config(), *model.feed_forward.layers.modules()):
+        for name, value in part.__dict__.items():
+            if _LIMIT.search(name) and type(value) is int and value > SHORT_LIMIT:
+                before.append((part, name, value))
+    try:
+        for part, name, _ in before:
+            setattr(part, name, SHORT_LIMIT)
+        yield sorted({name for _, name, _ in before})
+    finally:
+        for part, name, value in before:
+            setattr(part, name, value)
+
+
+def longer_than_a_block(model: LoadedModel) -> int:
+    """How many tokens are a bit more than two of the blocks that recurrent layers cut prompts into, or one, if long."""
+    own = (model.module.config.get_text_config(), *model.feed_forward.layers.modules())
+    blocks = [size for part in own for name, size in part.__dict__.items() if _BLOCK.search(name) and type(size) is int]
+    longest = max([_UNNAMED_BLOCK, *(size for size in blocks if size <= _LONGEST_BLOCK)])
+    wanted = (2 * longest if longest <= _UNNAMED_BLOCK else longest) + SHORT_LIMIT
+    return min(wanted, context_length(model.module) or wanted)
+
+
+@torch.no_grad()
+def neurons_deviation(model: LoadedModel, ids: tuple[int, ...]) -> float:
+    """The input of MLPs' down projections against what it should be made of: the activation, times up if gated."""
+    mlps = {Site(layer): mlp for layer, mlp in enumerate(model.feed_forward.mlps) if mlp}
+    points: dict[str, dict[Site, Point]] = {
+        "act": {site: mlp.act for site, mlp in mlps.items()},
+        "paper": {site: mlp.point("paper") for site, mlp in mlps.items()},
+        "hidden": {site: mlp.point("hidden") for site, mlp in mlps.items()},
+    }
+    seen: dict[tuple[str, Site], Tensor] = {}
+
+    def keep(name: str) -> AbstractContextManager[None]:
+        return hooks(points[name], lambda site, x: seen.update({(name, site): points[name][site].neurons(x)}))
+
+    with keep("act"), keep("paper"), keep("hidden"):
+        plain_logits(model, ids)
+    worst = 0.0
+    for site, mlp in mlps.items():
+        rebuilt = seen["act", site]
+        if mlp.layout.is_gated:
+            rebuilt = rebuilt * seen["paper", site]
+        worst = max(worst, deviation_of(rebuilt, seen["hidden", site]))
+    return worst
+
+
+@torch.no_grad()
+def experts_deviation(engine: Engine, ids: tuple[int, ...]) -> float:
+    """What own code makes of each layer's experts against the modeling code's loop, on what a plain pass gives them.
+
+    Raises:
+        MismatchError: experts that do not run by own code, or another number of them than is known.
+    """
+    model = engine.model
+    found = {own.module: own for own in model.feed_forward.experts if own}
+    deviations: dict[Any, float] = {}
+    reasons: list[str] = []
+
+    def compare(module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        # Here, where a layer's weights are in the precision of the pass.
+        handles.pop(module).remove()
+        with model.own_experts(), watching_routing() as routing:
+            deviations[module] = deviation_of(summed(module, module(*args, **kwargs)), summed(module, output))
+        if module not in routing:
+            reasons.append(f"{type(module).__name__} does not go through transformers' experts interface")
+        elif (n_chosen := routing[module].expert_tk.shape[1]) != found[module].n_chosen:
+            reasons.append(f"a token uses {n_chosen} experts, its configuration says {found[module].n_chosen}")
+
+    handles = {module: module.register_forward_hook(compare, with_kwargs=True) for module in found}
+    try:
+        plain_logits(model, ids)
+    finally:
+        reasons += [f"{type(module).__name__} does not run in a plain pass" for module in handles]
+        for handle in handles.values():
+            handle.remove()
+    if reasons:
+        raise MismatchError(reasons[0])
+    return max(deviations.values())
+
+
+@torch.no_grad()
+def readout_deviation(engine: Engine, ids: tuple[int, ...]) -> float:
+    """The neurons that rows show at their readout position against those of the plain pass."""
+    model = engine.model
+    points = model.feed_forward.sites("hidden")
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site, x: Tensor) -> None:
+        seen[site] = flat(x.contiguous())
+
+    with hooks(points, keep):
+        plain_logits(model, ids, shows_experts=True)
+        plain = {site: seen[site][readout(model, ids)] for site in points}
+        prompts, counts = check_prompts(engine, ids)
+        rows = engine.rows(prompts)
+        rows.run(counts)
+    place = int(rows.positions(counts)[1])
+    return max(deviation_of(seen[site][place], own) for site, own in plain.items())
+
+
+def gradient_deviation(engine: Engine, ids: Sequence[int]) -> float:
+    """Of d log p / d hidden state of each layer's input at the readout position, from that of the plain model's pass.
+
+    The plain model runs its experts by the modeling code's own loop, through whose routers' weights gradients go too.
+    """
+    model = engine.model
+    target = int(plain_logits(model, ids).topk(2).indices[1])
+    rows = engine.rows([ids])
+
+    def plain() -> Tensor:
+        inputs = torch.tensor([list(ids)], device=model.device)
+        with model.plain_experts():
+            logits: Tensor = model.module(inputs, **_without_cache(model)).logits
+        return logits[:, readout(model, ids)]
+
+    own = _slopes_of_layers(model, lambda: rows.run([1]), int(rows.positions([1])), target)
+    expected = _slopes_of_layers(model, plain, readout(model, ids), target)
+    if own.keys() != expected.keys():
+        raise MismatchError("its passes run other layers than the plain model's")
+    return max((deviation_of(own[layer], slope) for layer, slope in expected.items()), default=0.0)
+
+
+def _slopes_of_layers(model: LoadedModel, run: Callable[[], Tensor], place: int, target: int) -> dict[int, Tensor]:
+    """d log p of a target / d input [F] of each layer that the output depends on, at a place among a pass's tokens."""
+    leaves: dict[int, Tensor] = {}
+
+    def enter(index: int) -> Any:
+        def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, Tensor):
+                return None
+            leaves[index] = hidden.new_zeros(1, hidden.shape[-1], requires_grad=True)
+            at = torch.tensor([place], device=hidden.device)
+            moved = hidden.reshape(-1, hidden.shape[-1]).index_add(0, at, leaves[index]).view_as(hidden)
+            return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
+
+        return hook
+
+    with torch.enable_grad(), ExitStack() as stack:
+        for index, layer in enumerate(model.feed_forward.layers):
+            stack.callback(layer.register_forward_pre_hook(enter(index), with_kwargs=True).remove)
+        log_p_v = log_softmax(at_least_float32(run()))[0]
+        slopes = torch.autograd.grad(log_p_v[target], list(leaves.values()), allow_unused=True)
+    return {layer: slope[0] for layer, slope in zip(leaves, slopes, strict=True) if slope is not None}
+
+
+def finite_difference_deviation(engine: Engine, ids: Sequence[int], tolerance: float) -> float:
+    """Of what a small shift does to the plain model, from what the engine's gradients say: the worst site's.
+
+    At each site all neurons are moved by equal amounts, up or down as chance has it, both ways. The change of log p is
+    compared with the sum of gradients, relative to the gradient's norm, which is what that sum is expected to be. The
+    step that agrees best counts: a large one leaves the straight part of the curve, and a small one drowns in rounding,
+    but gradients that are wrong agree at none. So the first that agrees clearly, within a tenth of `tolerance`, is
+    enough.
+    """
+    model = engine.model
+    # Not the most probable token: where that is certain, nothing moves its log p.
+    target = int(plain_logits(model, ids).topk(2).indices[1])
+    points = model.feed_forward.sites("paper")
+    found = target_gradients(engine.rows([ids]), [[target, 0]], points)
+    draw = torch.Generator().manual_seed(0)
+    checked = {
+        site: _SiteCheck(gradient_rn[0].double().cpu(), draw)
+        for site, gradient_rn in zip(points, found.gradient_srn, strict=True)
+    }
+    plain = FullSequenceEngine(model).rows([ids])
+    for change in _LOG_P_STEPS:
+        unsure = {site: own for site, own in checked.items() if not own.best <= _CLEARLY * tolerance}
+        shifts = {site: own.step(change) * own.sign_n for site, own in unsure.items()}
+        for site, (up, down) in _log_p_of_shifts(plain, points, shifts, target).items():
+            unsure[site].compare(up - down, change)
+    return max(own.best for own in checked.values())
+
+
+class _SiteCheck:
+    """What is said of a site's neurons [N], moved together by equal amounts up or down, and how well it agreed.
+
+    best: the smallest deviation of all steps tried.
+    """
+
+    def __init__(self, slope_n: Tensor, draw: torch.Generator) -> None:
+        self.sign_n = torch.randint(0, 2, slope_n.shape, generator=draw).double() * 2 - 1
+        self.best = float("inf")
+        self._norm, self._expected = float(slope_n.norm()), float(slope_n @ self.sign_n)
+
+    def step(self, change: float) -> float:
+        """By how much each neuron moves, so that log p changes by about `change`."""
+        return min(change / self._norm, _LARGEST_STEP) if self._norm else _STEP_OF_NOTHING
+
+    def compare(self, difference: float, change: float) -> None:
+        """Take note of what a step up and one down made of log p, the one less the other."""
+        way = 2 * self.step(change)
+        off = max(0.0, abs(difference - way * self._expected) - _ROUNDING)
+        agrees = off / (way * self._norm) if self._norm else float("inf")
+        self.best = min(self.best, agrees if off else 0.0)
+
+
+@torch.no_grad()
+def _log_p_of_shifts(
+    plain: Rows, points: Mapping[Site, Point], shift: Mapping[Site, Tensor], target: int
+) -> dict[Site, tuple[float, float]]:
+    """log p of a target with each site's neurons moved by its `shift` [N], up and down: one pass, two rows each."""
+    if not shift:
+        return {}
+    rows = {site: 2 * i for i, site in enumerate(shift)}
+    place_r = plain.positions([2 * len(shift)])
+
+    def move(site: Site, x: Tensor) -> Tensor:
+        moved = x.clone()
+        own = points[site].neurons(flat(moved))
+        step_n = shift[site].to(own.device, own.dtype)
+        own[place_r[rows[site]]] += step_n
+        own[place_r[rows[site] + 1]] -= step_n
+        return moved
+
+    with hooks({site: points[site] for site in shift}, move):
+        logits_rv = plain.run([2 * len(shift)])
+    log_p_r = logits_rv.double().log_softmax(-1)[:, target].tolist()
+    return {site: (log_p_r[row], log_p_r[row + 1]) for site, row in rows.items()}
+
+
+@torch.no_grad()
+def starts_and_expansion(engine: Engine, ids: Sequence[int], tolerance: float) -> tuple[bool, frozenset[Site]]:
+    """Whether passes may begin at any layer, and the sites at which one row may become many.
+
+    Passes of several rows begin at each layer with that layer's stored input, and have to end as whole ones. Not where
+    something else happens between two layers (a convolution in DeBERTa 2), where layers use keys and values of others
+    (Gemma 3n), or hand on what one row chose (HY 4); there every intervention runs all layers.
+
+    A layer may run as one row up to its neurons and as several from there, by broadcasting, in most MLPs. One that
+    reshapes its output as its input was (OPT, most blocks of experts) cannot; there every row runs the whole layer.
+    """
+    layers, rows = engine.model.feed_forward.layers, engine.rows([ids])
+    with keep_inputs(layers) as (inputs, structures):
+        rows.run([1])
+    plain = rows.run([2])
+
+    def agrees(first: int, hidden: Tensor | None, n_rows: int, points: Mapping[Site, Point]) -> bool:
+        started = nullcontext() if hidden is None else start_at_layer(layers, first, hidden, structures)
+        try:
+            with started, hooks(points, lambda _site, x: rows.expand_rows(x, 2).clone()):
+                found = rows.run([n_rows])
+        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError):
+            return False
+        return found.shape == plain.shape and deviation_of(found, plain) <= tolerance
+
+    starts = len(inputs) == len(layers) and all(
+        agrees(first, rows.expand_rows(inputs[first], 2), 2, {}) for first in range(1, len(layers))
+    )
+    sites = engine.model.feed_forward.sites("paper").items()
+    # Where passes may begin at a layer, that is enough of one.
+    expanding = {
+        site for site, point in sites if agrees(site.layer, inputs[site.layer] if starts else None, 1, {site: point})
+    }
+    return starts, frozenset(expanding)
+
+
+def deviation_of(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, against the largest expected value."""
+    scale = expected.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found.double() - expected.double()).abs().max() / scale)
