@@ -352,9 +352,9 @@ HYBRIDS: dict[str, Family] = {
 }
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
     """A family's tiny model, with weights so large that neurons matter, and a tokenizer of one word a token."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     family = {**FAMILIES, **HYBRIDS}[name]
     build = hf.AutoModelForMaskedLM if family.is_masked else hf.AutoModelForCausalLM
     model = build.from_config(family.config(), attn_implementation=family.attention)

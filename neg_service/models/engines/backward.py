@@ -69,7 +69,9 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
             activations = {site: own[prompt_r] for site, own in activations.items()}
         else:
             ids_r1 = torch.tensor([token for own in target_ids for token in own], device=log_p.device)[:, None]
-            slopes_srf = torch.autograd.grad(log_p.gather(1, ids_r1).sum(), [leaves[site] for site in points])
+            # What the output does not depend on has a gradient too: zero.
+            summed = log_p.gather(1, ids_r1).sum()
+            slopes_srf = torch.autograd.grad(summed, [leaves[site] for site in points], materialize_grads=True)
             slopes = [flat(slope.contiguous()) for slope in slopes_srf]
     return TargetGradients(
         log_p_rv=log_p.detach(),
@@ -98,5 +100,7 @@ def _for_each_target(
         ]
     )
     one_each = torch.eye(len(summed_k), dtype=summed_k.dtype, device=device)
-    slopes = torch.autograd.grad(summed_k, leaves, grad_outputs=one_each, is_grads_batched=True)
+    slopes = torch.autograd.grad(
+        summed_k, leaves, grad_outputs=one_each, is_grads_batched=True, materialize_grads=True
+    )
     return [slope.flatten(1, -2) for slope in slopes]
