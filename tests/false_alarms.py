@@ -40,10 +40,10 @@ def main(n_seeds: int) -> None:
     count = 0
     for seed in range(n_seeds):
         for alarm in alarms(seed):
-            print(alarm, flush=True)
+            sys.stdout.write(f"{alarm}\n")
             count += 1
     n_families = len(FAMILIES) + len(HYBRIDS) + len(MIXTURES)
-    print(f"{count} false alarms in {n_families} families with {n_seeds} seeds each")
+    sys.stdout.write(f"{count} false alarms in {n_families} families with {n_seeds} seeds each\n")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,5 @@ def _for_each_target(
         ]
     )
     one_each = torch.eye(len(summed_k), dtype=summed_k.dtype, device=device)
-    slopes = torch.autograd.grad(
-        summed_k, leaves, grad_outputs=one_each, is_grads_batched=True, materialize_grads=True
-    )
+    slopes = torch.autograd.grad(summed_k, leaves, grad_outputs=one_each, is_grads_batched=True, materialize_grads=True)
     return [slope.flatten(1, -2) for slope in slopes]

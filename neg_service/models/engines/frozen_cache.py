@@ -1,8 +1,8 @@
 """A transformers cache that hands out what a prefix left, to any number of rows, and keeps nothing.
 
-The tokens before the last run once into a cache of transformers' (`filled`). What they left there is keys and
-values of attention, keys of an index that chooses among them, windows of convolutions and states of recurrences, by the kind
-of layer. A pass of rows would change all of it in place; here (`FrozenCache`) every layer gives what it has, expanded to as
+The tokens before the last run once into a cache of transformers' (`filled`). What they left there is keys and values
+of attention, keys of an index that chooses among them, windows of convolutions and states of recurrences, by layer.
+A pass of rows would change all of it in place; here (`FrozenCache`) every layer gives what it has, expanded to as
 many rows as ask, with the new token behind it where that belongs, and forgets what it is told.
 
 Axes: R rows, G key/value heads, T prefix tokens, D head size.
