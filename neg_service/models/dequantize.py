@@ -60,7 +60,7 @@ def unpacked(packed: Tensor, bits: int, dim: int) -> Tensor:
     """The whole numbers of `bits` bits in 32-bit integers, without sign, along `dim`, the lowest bits first."""
     moved = packed.movedim(dim, -1)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes = (moved.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (moved.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(-2).movedim(-1, dim)
 
 
@@ -148,7 +148,7 @@ def gptq(
 def awq(codes: Tensor, zeros: Tensor, scales: Tensor, group: int, work: torch.dtype) -> Tensor:
     """AWQ (gemm): packed along outputs [C, R/8], zero points [groups, R/8], scales [groups, R]; gives [R, C]."""
     order = torch.tensor(_AWQ_ORDER).argsort()
-    numbers, zero = (unpacked(own, 4, 1).unflatten(1, (-1, 8))[:, :, order].flatten(1) for own in (codes, zeros))
+    numbers, zero = (unpacked(own, 4, 1).reshape(len(own), -1, 8)[:, :, order].flatten(1) for own in (codes, zeros))
     return scaled(numbers, scales, zero, (group, 1), work).T
 
 

@@ -101,7 +101,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         n_input_ids=n_input_ids,
         n_output_ids=n_output_ids,
         layer_neurons=found.layer_neurons,
-        dequantised=quantization and quantization.dequantised(tensors),
+        dequantised=quantization.dequantised(tensors) if quantization else None,
     )
 
 

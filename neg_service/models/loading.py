@@ -77,7 +77,7 @@ def loaded(settings: ModelConfig) -> LanguageModel:
     if len(devices) > 1:
         # Read straight to where they belong: all of the weights may not fit this machine's memory.
         places["device_map"] = device_map(empty, devices)
-    state = state_of(tensors, chosen_dtype)
+    state = state_of(tensors, chosen_dtype) if quantization else None
     model: PreTrainedModel = guarded(
         lambda: with_weights(local, auto_class, empty, trust_remote_code, state, dtype=chosen_dtype, **places),
         source,
@@ -89,7 +89,7 @@ def loaded(settings: ModelConfig) -> LanguageModel:
         load_tokenizer(local, trust_remote_code),
         name=local.name,
         identity=local.identity,
-        dequantised=quantization and quantization.dequantised(tensors),
+        dequantised=quantization.dequantised(tensors) if quantization else None,
     )
 
 

@@ -6,8 +6,8 @@ our own (`dequantize.py`): libraries that could do it need GPUs, or are no longe
 formats are simple. Left out is whatever rounds activations where such a model is served.
 
 What is quantised is told by what lies in the files, not by the lists of modules in a configuration, which names layers
-otherwise than files do. Whatever belongs to a quantised weight has to be there; what belongs to none is a tensor without
-a parameter, which `weights.py` refuses.
+otherwise than files do. Whatever belongs to a quantised weight has to be there; what belongs to none is a tensor
+without a parameter, which `weights.py` refuses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from neg_service.errors import ModelError
+from neg_service.errors import ModelError, one_line
 from neg_service.models import quantized_formats as formats
 from neg_service.models.folder import StoredTensor
 from neg_service.models.quantized_formats import Compute, Format, Settings, Unfit
 
+# What settings of other types than they should be of come to.
+_MISREAD = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 # Scales of what is multiplied with a weight, and of what is kept in a cache.
 _OF_ACTIVATIONS = re.compile(
@@ -42,17 +44,13 @@ _ONLY_QUANTISED = re.compile(r".*(\.weight|\.qweight|_packed|_blocks|\.(gate_up|
 class Dequantised:
     """What a model's weights were made from.
 
-    tensors: how many were dequantised; None where the files were not looked at. activations: what is left out.
+    tensors: how many were dequantised; None where the files were not looked at. activations: whether a server would
+    quantise them, which is left out here.
     """
 
     method: str
     tensors: int | None
     activations: str
-
-    def __str__(self) -> str:
-        """For a person."""
-        count = "" if self.tensors is None else f" ({self.tensors} tensors)"
-        return f"dequantised from {self.method}{count}; activations {self.activations}"
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ class Quantization:
     def dequantised(self, tensors: Mapping[str, StoredTensor] | None) -> Dequantised | None:
         """What is to be told, with the tensors of its files; None where these have no quantised ones."""
         n = None if tensors is None else sum(isinstance(own, QuantizedTensor) for own in tensors.values())
-        rounding = self.method.activations(self.settings)
-        left_out = f"not rounded here, but where it is served ({rounding})" if rounding else "not rounded"
-        return None if n == 0 else Dequantised(self.name, n, left_out)
+        how = self.method.activations(self.settings)
+        activations = f"quantised where it is served ({how}), not here" if how else "not quantised"
+        return None if n == 0 else Dequantised(self.name, n, activations)
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def take_quantization(config: Any, name: str) -> Quantization | None:
     for own in (config, config.get_text_config()):
         found = getattr(own, "quantization_config", None)
         if found:
-            settings = settings or dict(found if isinstance(found, dict) else found.to_dict())
+            settings = settings or (found if isinstance(found, dict) else found.to_dict())
         if hasattr(own, "quantization_config"):
             del own.quantization_config
     if settings is None:
@@ -120,7 +118,13 @@ def take_quantization(config: Any, name: str) -> Quantization | None:
     method = settings.get("quant_method") or ("bitsandbytes" if _is_bitsandbytes(settings) else None)
     method = str(getattr(method, "value", method))
     known = _METHODS.get(method)
-    reason = "this method is not known here" if known is None else known.objection(settings)
+    reason: str | None = "this method is not known here"
+    if known is not None:
+        try:
+            reason = known.objection(settings)
+            known.activations(settings)
+        except _MISREAD as error:
+            reason = f"quantization_config cannot be read ({one_line(error)})"
     if known is None or reason:
         raise ModelError(
             f"{name} has quantised weights ({method}), which cannot be dequantised: {reason}: choose the full weights "
@@ -153,31 +157,24 @@ def plain_tensors(
         used.update(part.name for part in own.parts.values())
     if found and any(isinstance(module, Conv1D) for module in model.modules()):
         first = next(iter(found.values()))
-        raise _refusal(
-            source,
-            first,
-            f"is quantised, in a model ({type(model).__name__}) whose weights some programs turn round first: choose the full weights",
-        )
+        reason = f"is quantised in {type(model).__name__}, whose weights some programs turn round first"
+        raise _refusal(source, first, f"{reason}: choose the full weights")
     left = {name: own for name, own in stored.items() if name not in used}
     known = set(model.state_dict())
     for name, tensor in left.items():
         if tensor.dtype not in PLAIN_DTYPES and _ONLY_QUANTISED.fullmatch(name):
-            raise _refusal(
-                source,
-                tensor,
-                f"is stored as {tensor.dtype}, and what it is dequantised with by {quantization.name} is not there: fetch the whole model",
+            reason = (
+                f"is stored as {tensor.dtype}, and nothing is there that {quantization.name} would dequantise it with"
             )
+            raise _refusal(source, tensor, f"{reason}: fetch the whole model")
     return {name: own for name, own in left.items() if name in known or not _OF_ACTIVATIONS.fullmatch(name)} | found
 
 
-def state_of(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, Any] | None:
-    """What a plain model is loaded from, in the place of its folder; None where nothing is quantised.
+def state_of(tensors: Mapping[str, StoredTensor], dtype: torch.dtype | None) -> dict[str, Any]:
+    """What a plain model is loaded from, in the place of its folder: tensors by the names of a plain checkpoint.
 
-    Quantised weights are made as they are asked for, in `dtype`, all of them one after the other. Without it: tensors
-    without data.
+    Quantised weights are made in `dtype`, each when it is asked for. Without a dtype: tensors without data.
     """
-    if not any(isinstance(own, QuantizedTensor) for own in tensors.values()):
-        return None
     if dtype is None:
         return {name: torch.empty(own.shape, device="meta") for name, own in tensors.items()}
     files: dict[Path, Any] = {}
@@ -218,19 +215,13 @@ def _quantised(
             if there is not None:
                 parts[key] = stored[there]
             elif key in one.needs:
-                raise _refusal(
-                    source,
-                    tensor,
-                    f"is quantised ({quantization.name}, {tensor.dtype}), and {' or '.join(choice)} is not there: fetch the whole model",
-                )
+                reason = f"is quantised ({quantization.name}, {tensor.dtype}), and {' or '.join(choice)} is not there"
+                raise _refusal(source, tensor, f"{reason}: fetch the whole model")
         try:
             shape, compute = one.arrange(parts, quantization.settings)
-        except Unfit as error:
-            raise _refusal(
-                source,
-                tensor,
-                f"cannot be dequantised ({quantization.name}): {error}: the files and config.json are not of one model",
-            ) from error
+        except (Unfit, *_MISREAD) as error:
+            reason = f"cannot be dequantised ({quantization.name}): {one_line(error)}"
+            raise _refusal(source, tensor, f"{reason}: files and config.json are not of one model") from error
         return QuantizedTensor(one.plain.format(**names), tensor.file, PLAIN_DTYPES[1], tuple(shape), parts, compute)
     return None
 

@@ -161,10 +161,10 @@ def _gptq(parts: Parts, settings: Settings) -> Any:
     is_less = str(settings.get("checkpoint_format", settings.get("format", "gptq"))) == "gptq"
 
     def compute(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        own = [tensors[key] for key in ("weight", "zero", "scale")]
         named = tensors.get("groups", torch.arange(columns) // block[0])
+        own = (tensors["weight"], tensors["zero"], tensors["scale"], named)
         work = torch.promote_types(dtype, torch.float32)
-        return dequantize.gptq(*own, named, bits=bits, zero_is_one_less=is_less, work=work).to(dtype)
+        return dequantize.gptq(*own, bits=bits, zero_is_one_less=is_less, work=work).to(dtype)
 
     return (rows, columns), compute
 
@@ -181,7 +181,7 @@ def _awq(parts: Parts, settings: Settings) -> Any:
 
     def compute(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         work = torch.promote_types(dtype, torch.float32)
-        return dequantize.awq(*(tensors[key] for key in ("weight", "zero", "scale")), group, work).to(dtype)
+        return dequantize.awq(tensors["weight"], tensors["zero"], tensors["scale"], group, work).to(dtype)
 
     return (rows, columns), compute
 
@@ -200,10 +200,10 @@ def _bitsandbytes_4_bits(parts: Parts, _settings: Settings) -> Any:
         raise Unfit(f"absmax of the type {parts['scale'].dtype}, which needs nested_absmax and nested_quant_map")
 
     def compute(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        own = [tensors[key] for key in ("weight", "scale", "table")]
-        inner = nested and (tensors["nested"], tensors["nested_table"], *nested)
+        inner = (tensors["nested"], tensors["nested_table"], *nested) if nested else None
+        own = (tensors["weight"], tensors["scale"], tensors["table"], inner)
         work = torch.promote_types(dtype, torch.float32)
-        return dequantize.table_values(*own, inner, shape=shape, block=block, work=work).to(dtype)
+        return dequantize.table_values(*own, shape=shape, block=block, work=work).to(dtype)
 
     return shape, compute
 

@@ -85,8 +85,9 @@ def rehearse(
         "ignore_mismatched_sizes": True,
         "output_loading_info": True,
     }
+    state = state_of(tensors, None) if quantization else None
     loaded, report = guarded(
-        lambda: with_weights(local, auto_class, model, trust_remote_code, state_of(tensors, None), **options), source
+        lambda: with_weights(local, auto_class, model, trust_remote_code, state, **options), source
     )
     require_complete(source, report, head_is_outside=f"{model.base_model_prefix}.")
     known = set(loaded.state_dict())
@@ -105,7 +106,7 @@ def with_weights(
     state: Mapping[str, Any] | None,
     **options: Any,
 ) -> Any:
-    """What transformers' `from_pretrained` gives: from a folder, or from `state` where its files are quantised."""
+    """What transformers' `from_pretrained` gives: from a folder, or from `state` where config.json says quantised."""
     if state is None:
         return auto_class.from_pretrained(
             local.directory, use_safetensors=True, trust_remote_code=trust_remote_code, **options
