@@ -167,16 +167,19 @@ def test_what_lies_in_files_decides_and_not_lists_of_modules(checkpoint: Any, ch
     assert_same_weights(model, loaded(checkpoint("fp8 blocks")[1]), 1e-6)
 
 
+def fp8_tensors(file: Path, block: list[int]) -> dict[str, Any]:
+    config = hf.LlamaConfig(quantization_config={"quant_method": "fp8", "weight_block_size": block})
+    stored = stored_tensors("tiny", [file])
+    return plain_tensors("tiny", hf.PreTrainedModel(config), stored, take_quantization(config, "tiny"))
+
+
 @pytest.mark.parametrize("shape", [(3, 2, 2), (3,), (3, 1, 1), (), (1,)])
 def test_experts_in_one_tensor_have_scales_of_their_own(shape: tuple[int, ...], tmp_path: Path) -> None:
     name, file = "mlp.experts.gate_up_proj", tmp_path / "model.safetensors"
     codes = torch.arange(3 * 5 * 7).reshape(3, 5, 7).to(torch.float8_e4m3fn)
     scales = torch.arange(1.0, 13.0)[: int(torch.Size(shape).numel())].reshape(shape)
     save_file({name: codes, f"{name}_scale_inv": scales}, file)
-    config = hf.LlamaConfig(quantization_config={"quant_method": "fp8", "weight_block_size": [4, 6]})
-    tensors = plain_tensors(
-        "x", hf.PreTrainedModel(config), stored_tensors("x", [file]), take_quantization(config, "x")
-    )
+    tensors = fp8_tensors(file, [4, 6])
     found = tensors[name].read()
     assert found.shape == tensors[name].shape == codes.shape
     for x, r, c in np.ndindex(3, 5, 7):
@@ -189,10 +192,7 @@ def test_4_bit_experts_beside_8_bit_weights(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     exponents = torch.tensor([[128, 126]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
     save_file({"a.weight": torch.full((1, 32), 0x2A, dtype=torch.int8), "a.scale": exponents}, file)
-    config = hf.LlamaConfig(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    tensors = plain_tensors(
-        "x", hf.PreTrainedModel(config), stored_tensors("x", [file]), take_quantization(config, "x")
-    )
+    tensors = fp8_tensors(file, [128, 128])
     # Exponents 1 and -1: factors 2 and 0.5 of 32 columns each.
     assert tensors["a.weight"].read().tolist() == [[-2.0, 2.0] * 16 + [-0.5, 0.5] * 16]
 
