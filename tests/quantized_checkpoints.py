@@ -378,6 +378,7 @@ KINDS: dict[str, Kind] = {
     "gptq v2 in another order": Kind(
         gptq(4, 16, False, in_order=False), _GPTQ | {"checkpoint_format": "gptq_v2", "desc_act": True}
     ),
+    "gptq 2 bits": Kind(gptq(2, 32, False), _GPTQ | {"bits": 2, "group_size": 32, "checkpoint_format": "gptq_v2"}),
     "gptq 8 bits without groups": Kind(gptq(8, 96, True, names_groups=False), _GPTQ | {"bits": 8, "group_size": -1}),
     "awq": Kind(awq(16), {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}),
 }

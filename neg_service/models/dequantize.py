@@ -49,39 +49,57 @@ def scale_values(scale: Tensor, work: torch.dtype) -> Tensor:
     return scale.to(work)
 
 
+def pairs_of(table: Tensor, packed: Tensor, is_low_first: bool) -> Tensor:
+    """What a table has at the two codes of 4 bits in each byte [..., n]: [..., 2n]."""
+    # One look-up for a byte in the place of two, and of taking it apart.
+    low, high = table.repeat(16), table.repeat_interleave(16)
+    both = torch.stack([low, high] if is_low_first else [high, low], -1)
+    return both[packed.contiguous().view(torch.uint8).int()].flatten(-2)
+
+
 def fp4_values(packed: Tensor, work: torch.dtype) -> Tensor:
     """The 4-bit floats of bytes [..., n], the lower four bits first: [..., 2n]."""
-    codes = packed.contiguous().view(torch.uint8)
-    table = torch.tensor(_FP4, dtype=work)
-    return torch.stack([table[(codes & 15).int()], table[(codes >> 4).int()]], -1).flatten(-2)
+    return pairs_of(torch.tensor(_FP4, dtype=work), packed, is_low_first=True)
 
 
-def unpacked(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """The whole numbers of `bits` bits in 32-bit integers, without sign, along `dim`, the lowest bits first."""
-    moved = packed.movedim(dim, -1)
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes: Tensor = (moved.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.flatten(-2).movedim(-1, dim)
+def unpacked(packed: Tensor, bits: int) -> Tensor:
+    """The numbers of 2, 4 or 8 bits in 32-bit integers [..., n], without sign, the lowest bits first, as bytes."""
+    in_bytes = packed.contiguous().view(torch.uint8)
+    if bits == 8:
+        return in_bytes
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    codes: Tensor = (in_bytes.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)
 
 
-def over_blocks(grid: Tensor, shape: Sequence[int], block: tuple[int, int]) -> Tensor:
-    """A grid of scales, one for each a × b block, as one for each of R × C values."""
-    rows, columns = shape
-    return grid.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+def over_columns(grid: Tensor, columns: int, width: int) -> Tensor:
+    """A grid of scales, one for each `width` columns, as one for each column."""
+    rows, n = grid.shape
+    return grid.unsqueeze(-1).expand(rows, n, width).reshape(rows, n * width)[:, :columns]
 
 
 def scaled(
     codes: Tensor, scale: Tensor, zero: Tensor | None, block: tuple[int, int] | None, work: torch.dtype
 ) -> Tensor:
     """(code - zero) · scale [R, C]; block: of what a scale is for, None where it broadcasts."""
-    values, numbers = codes.to(work), scale_values(scale, work)
+    values, scales = codes.to(work), scale_values(scale, work)
     zeros = None if zero is None else zero.to(work)
-    if block is not None:
-        numbers = over_blocks(numbers, codes.shape, block)
-        zeros = None if zeros is None else over_blocks(zeros, codes.shape, block)
-    if zeros is not None:
-        values = values - zeros
-    return values * numbers
+    if block is None:
+        values = values if zeros is None else values.sub_(zeros)
+        return values.mul_(scales)
+    height, width = block
+    # In place and in views, so that the grid is never as large as the weight.
+    if height == 1 and codes.shape[1] % width == 0:
+        groups = values.view(len(values), -1, width)
+        groups = groups if zeros is None else groups.sub_(zeros.unsqueeze(-1))
+        return groups.mul_(scales.unsqueeze(-1)).view(values.shape)
+    scales = over_columns(scales, codes.shape[1], width)
+    zeros = None if zeros is None else over_columns(zeros, codes.shape[1], width)
+    for i, start in enumerate(range(0, len(values), height)):
+        if zeros is not None:
+            values[start : start + height] -= zeros[i]
+        values[start : start + height] *= scales[i]
+    return values
 
 
 def mxfp4(blocks: Tensor, scales: Tensor, work: torch.dtype) -> Tensor:
@@ -106,12 +124,17 @@ def packed_integers(
     groups: of each column, where groups are not of neighbours; without it, or below 0, they are.
     """
     offset = 2 ** (bits - 1)
-    codes = unpacked(packed, bits, 1)[:, : shape[1]] - offset
-    if zero is not None and zero.dtype == torch.int32:
-        zero = unpacked(zero, bits, 0)[: shape[0]] - offset
+    codes = unpacked(packed, bits)[:, : shape[1]]
+    # Both have the offset, or neither.
+    if zero is None:
+        zero = torch.full_like(scale, offset)
+    elif zero.dtype == torch.int32:
+        zero = unpacked(zero.T, bits)[:, : shape[0]].T
+    else:
+        zero = zero.to(work) + offset
     if groups is not None and bool((groups >= 0).all()):
         taken = checked_groups(groups, scale.shape[1])
-        return scaled(codes, scale[:, taken], None if zero is None else zero[:, taken], None, work)
+        return scaled(codes, scale[:, taken], zero[:, taken], None, work)
     return scaled(codes, scale, zero, block, work)
 
 
@@ -121,18 +144,20 @@ def gptq(
     scales: Tensor,
     groups: Tensor,
     *,
+    group: int,
     bits: int,
     zero_is_one_less: bool,
     work: torch.dtype,
 ) -> Tensor:
     """GPTQ: packed along inputs [C·bits/32, R], zero points [groups, R·bits/32], scales [groups, R]; gives [R, C].
 
-    groups: of each input. zero_is_one_less: as the first version of the format stores zero points.
+    groups: of each input; group: their size, where they are of neighbours. zero_is_one_less: zero points are stored so
+    in the first version of the format.
 
     Raises:
         ModelError: a zero point of which programs make different numbers; groups that are not there.
     """
-    zero = unpacked(zeros, bits, 1)
+    zero = unpacked(zeros, bits)
     if zero_is_one_less:
         if bool((zero == 2**bits - 1).any()):
             raise ModelError(
@@ -141,15 +166,17 @@ def gptq(
                 change="model.source",
             )
         zero = zero + 1
+    if torch.equal(groups, torch.arange(len(groups), dtype=groups.dtype) // group):
+        return scaled(unpacked(codes.T, bits), scales.T, zero.T, (1, group), work)
     taken = checked_groups(groups, scales.shape[0])
-    return ((unpacked(codes, bits, 0) - zero[taken]).to(work) * scales.to(work)[taken]).T
+    return scaled(unpacked(codes.T, bits), scales.T[:, taken], zero.T[:, taken], None, work)
 
 
 def awq(codes: Tensor, zeros: Tensor, scales: Tensor, group: int, work: torch.dtype) -> Tensor:
     """AWQ (gemm): packed along outputs [C, R/8], zero points [groups, R/8], scales [groups, R]; gives [R, C]."""
-    order = torch.tensor(_AWQ_ORDER).argsort()
-    numbers, zero = (unpacked(own, 4, 1).reshape(len(own), -1, 8)[:, :, order].flatten(1) for own in (codes, zeros))
-    return scaled(numbers, scales, zero, (group, 1), work).T
+    shifts = 4 * torch.tensor(_AWQ_ORDER, dtype=torch.int32).argsort().int()
+    numbers, zero = (((own.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(1).T for own in (codes, zeros))
+    return scaled(numbers.contiguous(), scales.T, zero, (1, group), work)
 
 
 def table_values(
@@ -170,10 +197,12 @@ def table_values(
     if nested is not None:
         own, own_table, own_block, offset = nested
         sizes = own_table.to(work)[absmax.int()] * own.to(work).repeat_interleave(own_block)[: len(absmax)] + offset
-    codes = packed.contiguous().view(torch.uint8).flatten()
-    numbers = table.to(work)[torch.stack([codes >> 4, codes & 15], -1).flatten().int()]
     n = int(torch.Size(shape).numel())
-    return (numbers[:n] * sizes.repeat_interleave(block)[:n]).reshape(tuple(shape))
+    values = pairs_of(table.to(work), packed.flatten(), is_low_first=False)[:n]
+    whole = n - n % block
+    values[:whole].view(-1, block).mul_(sizes[: whole // block, None])
+    values[whole:] *= sizes[-1]
+    return values.reshape(tuple(shape))
 
 
 def checked_groups(groups: Tensor, n: int) -> Tensor:

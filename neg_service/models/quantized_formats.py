@@ -164,7 +164,7 @@ def _gptq(parts: Parts, settings: Settings) -> Any:
         named = tensors.get("groups", torch.arange(columns) // block[0])
         own = (tensors["weight"], tensors["zero"], tensors["scale"], named)
         work = torch.promote_types(dtype, torch.float32)
-        return dequantize.gptq(*own, bits=bits, zero_is_one_less=is_less, work=work).to(dtype)
+        return dequantize.gptq(*own, group=block[0], bits=bits, zero_is_one_less=is_less, work=work).to(dtype)
 
     return (rows, columns), compute
 

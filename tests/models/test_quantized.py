@@ -123,6 +123,16 @@ def test_weights_come_in_the_precision_asked_for(dtype: str, tolerance: float, c
         assert_same_weights(quantised, dense, tolerance)
 
 
+def test_a_model_on_several_devices_is_loaded_straight_to_them(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both are this machine's memory; a part without a place would be refused all the same.
+    quantised, dense = checkpoint("fp8 ragged blocks", "mixture")
+    expected = loaded(dense)
+    monkeypatch.setattr("neg_service.models.loading.checked_devices", lambda _: [torch.device("cpu")] * 2)
+    assert_same_weights(loaded(quantised), expected)
+
+
 def test_planning_knows_it_without_weights(checkpoint: Any) -> None:
     quantised, dense = checkpoint("fp8 blocks")
     info = inspect_model(fetch(str(quantised)), check_files=True)
