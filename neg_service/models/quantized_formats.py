@@ -261,14 +261,16 @@ def _block(shape: Block, grid: Sequence[int], sizes: Iterable[Block]) -> Block |
     """
     if not grid or all(own in (1, size) for own, size in zip(grid, shape, strict=True)):
         return None
-    wanted = list(dict.fromkeys((min(a, shape[0]), min(b, shape[1])) for a, b in sizes))
-    found = [size for size in wanted if tuple(grid) == (ceil(shape[0] / size[0]), ceil(shape[1] / size[1]))]
-    if len(found) == 1:
+    asked = list(dict.fromkeys(sizes))
+    found = [size for size in asked if tuple(grid) == (ceil(shape[0] / size[0]), ceil(shape[1] / size[1]))]
+    # Sizes beyond the weight's are all the same.
+    if len({(min(a, shape[0]), min(b, shape[1])) for a, b in found}) == 1:
         return found[0]
-    said = " or ".join(f"{a} × {b}" for a, b in found or wanted) or "no size that config.json tells"
-    raise Unfit(
-        f"scales {list(grid)} of a weight {list(shape)} are not those of blocks of {said}{' alone' * bool(found)}"
-    )
+    said = f"scales {list(grid)} of a weight {list(shape)}"
+    if not asked:
+        raise Unfit(f"{said}, and config.json tells no size of blocks")
+    named = " or ".join(f"{a} × {b}" for a, b in found or asked)
+    raise Unfit(f"{said} are not those of blocks of {named}{' alone' * bool(found)}")
 
 
 def _sizes_of_blocks(settings: Settings) -> list[Block]:
