@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from jobs.entry import flag_of, start
 from neg_service.config import JobConfig, ModelConfig, typed
 from neg_service.layer_neurons import LayerNeurons, described_layers
-from neg_service.report.console import aligned, bytes_text
+from neg_service.report.console import aligned, bytes_text, dequantised_text
 from neg_service.settings import BASES
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "context_tokens": model.context_length,
         "dtype": str(model.dtype).removeprefix("torch."),
         "devices": [str(device) for device in model.devices],
+        "dequantised": model.dequantised and asdict(model.dequantised),
         "engine": chosen.engine.name,
         "row_is": chosen.engine.row_is,
         "rejected": chosen.rejected,
@@ -126,6 +127,7 @@ def describe(found: dict[str, Any]) -> str:
         ("read at", found["read_at"]),
         ("context", f"{found['context_tokens']} tokens" if found["context_tokens"] else "no limit given"),
         ("precision", f"{found['dtype']} on {', '.join(found['devices'])}"),
+        *([("weights", dequantised_text(found["dequantised"]))] if found["dequantised"] else []),
         ("engine", "\n".join(engine)),
         ("checked", "\n".join(found["checked"])),
         ("row logits", f"{deviations['row_logits']:.1e} off the plain forward pass, at most {allowed['row_logits']:g}"),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import astuple
 
 from neg_service.cluster.messages import WorkerSpec
 from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.replica import scan_worker
-from neg_service.cluster.scan import Summary
+from neg_service.cluster.scan import Summary, about_model
 from neg_service.config import ScanConfig
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run, open_run
@@ -26,16 +25,7 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
     """In the place of `cluster.scan.run`; there is nothing to stay connected to."""
     config = prepared.config
     store = open_store(prepared.uri, config.storage.endpoint_url)
-    about = {
-        "model": {
-            "source": config.model.source,
-            "layers": prepared.info.n_layers,
-            "neurons_a_layer": prepared.info.n_neurons,
-            "experts_a_layer": 0,
-            "layer_neurons": [list(astuple(own)) for own in prepared.info.layer_neurons],
-        },
-        "dataset": prepared.request["dataset"],
-    }
+    about = {"model": about_model(config.model.source, prepared.info), "dataset": prepared.request["dataset"]}
     directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request, prepared.neurons)
     before, began, written, n_prompts = directory.done(), time.monotonic(), 0, 0
     todo = list(shards_of(prepared.encoding, prepared.plan, before))[:shards]

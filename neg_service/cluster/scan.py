@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -35,6 +35,7 @@ from neg_service.config import ClusterConfig, ModelConfig, ScanConfig, most_repl
 from neg_service.errors import ConfigurationError, DestinationError, NegServiceError, StorageError
 from neg_service.measures.base import Measure
 from neg_service.measures.choice import count_of
+from neg_service.models.inspection import ModelInfo
 from neg_service.places import name_of
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.storage.neurons import NEURONS_FILE
@@ -330,20 +331,26 @@ def _with_strongest_listed(prepared: Prepared, ranking: Prepared) -> Prepared:
     return replace(prepared, config=replace(prepared.config, neurons=listed), about=about)
 
 
+def about_model(source: str, info: ModelInfo) -> dict[str, Any]:
+    """What people want to know of a run's model."""
+    about = {
+        "source": source,
+        "architecture": info.architecture,
+        "layers": info.n_layers,
+        "neurons_a_layer": info.n_neurons,
+        "experts_a_layer": max(own.n_experts for own in info.layer_neurons),
+        # Of each layer: the MLP's neurons, the experts, the neurons of each, and how many of them a token uses.
+        "layer_neurons": [list(astuple(own)) for own in info.layer_neurons],
+        "parameters": info.n_parameters,
+    }
+    return about if info.dequantised is None else about | {"dequantised": asdict(info.dequantised)}
+
+
 def _about(prepared: Prepared) -> dict[str, Any]:
     """What people want to know of a run beside its identity."""
     return {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "source": prepared.config.model.source,
-            "architecture": prepared.info.architecture,
-            "layers": prepared.info.n_layers,
-            "neurons_a_layer": prepared.info.n_neurons,
-            "experts_a_layer": max(own.n_experts for own in prepared.info.layer_neurons),
-            # Of each layer: the MLP's neurons, the experts, the neurons of each, and how many of them a token uses.
-            "layer_neurons": [list(astuple(own)) for own in prepared.info.layer_neurons],
-            "parameters": prepared.info.n_parameters,
-        },
+        "model": about_model(prepared.config.model.source, prepared.info),
         "dataset": prepared.request["dataset"],
         **prepared.about,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},

@@ -114,20 +114,12 @@ def auto_class_of(config: Any, name: str) -> Any:
     """What a checkpoint says it is, or else what its kind is; many families (BERT) can be built as either.
 
     Raises:
-        ModelError: an encoder-decoder, quantised weights, or neither a causal nor a masked language model.
+        ModelError: an encoder-decoder, or neither a causal nor a masked language model.
     """
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ModelError(
             f"{name} ({kind}) is an encoder-decoder; a causal or masked language model is needed", change="model.source"
-        )
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise ModelError(
-            f"{name} has quantised weights ({getattr(method, 'value', method)}), through which gradients are not "
-            "known to be right: choose the full weights as model.source, in model.dtype=bfloat16 if memory is "
-            "short",
-            change="model.source",
         )
     if any(map(is_masked_architecture, config.architectures or [])):
         return AutoModelForMaskedLM

@@ -83,6 +83,12 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
+    def read(self) -> torch.Tensor:
+        """Its values."""
+        with safe_open(self.file, "pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(self.name)
+            return tensor
+
 
 def require_plain_files(source: str, directory: Path) -> None:
     """Refuse a folder with an adapter, or with pointers in the place of files that are read.

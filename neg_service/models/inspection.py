@@ -16,6 +16,7 @@ from neg_service.models.engines.select import candidates
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.folder import LocalModel
 from neg_service.models.library_log import hear_libraries
+from neg_service.models.quantized import Dequantised, take_quantization
 from neg_service.models.weights import rehearse
 
 
@@ -45,6 +46,8 @@ class ModelInfo:
     row_is: str = ""
     # What neurons each layer has; left out, as many in each, without experts.
     layer_neurons: tuple[LayerNeurons, ...] = ()
+    # What its weights are made from, where its checkpoint is a quantised one.
+    dequantised: Dequantised | None = None
 
     def __post_init__(self) -> None:
         """Where nothing else is said, all layers are equal."""
@@ -78,12 +81,14 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
     """
     hear_libraries()
     config = read_config(local, trust_remote_code)
+    quantization = take_quantization(config, local.name)
     auto_class = auto_class_of(config, local.name)
     model = without_weights(auto_class, config, local, trust_remote_code)
     require_measurable(model)
     found = find_feed_forward(model)
+    tensors = None
     if check_files and local.has_weights:
-        rehearse(local, auto_class, model, trust_remote_code)
+        tensors = rehearse(local, auto_class, model, trust_remote_code, quantization=quantization)
     n_input_ids, n_output_ids = vocabulary(model)
     sizes = (model.config, found.n_layers, found.n_neurons)
     is_masked = is_masked_architecture(type(model).__name__)
@@ -106,6 +111,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         engine=engine.name,
         row_is=engine.row_is,
         layer_neurons=found.layer_neurons,
+        dequantised=quantization.dequantised(tensors) if quantization else None,
     )
 
 

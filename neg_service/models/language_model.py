@@ -21,6 +21,7 @@ from neg_service.models.engines.base import Engine, LoadedModel, Rows
 from neg_service.models.engines.select import Selection, select_engine
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
+from neg_service.models.quantized import Dequantised
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +30,15 @@ class LanguageModel:
     """A causal or masked language model in evaluation mode, with its tokenizer and its feed-forward neurons."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, name: str = "model", identity: str = "unknown"
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        name: str = "model",
+        identity: str = "unknown",
+        dequantised: Dequantised | None = None,
     ) -> None:
-        """Wrap a loaded model; its parameters are frozen.
+        """Wrap a loaded model; its parameters are frozen. `dequantised`: what they were made from, if quantised.
 
         Raises:
             ModelError: an architecture whose neurons are not known, or a masked model without a mask token.
@@ -42,6 +49,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.identity = identity
+        self.dequantised = dequantised
         self.feed_forward: FeedForward = find_feed_forward(model)
         self.is_masked = is_masked_architecture(type(model).__name__)
         self.n_input_ids, self.n_output_ids = vocabulary(model)

@@ -18,8 +18,9 @@ from neg_service.models.inspection import require_measurable
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.library_log import hear_libraries
 from neg_service.models.placement import checked_devices, device_map, require_room
+from neg_service.models.quantized import state_of, take_quantization
 from neg_service.models.source import fetch
-from neg_service.models.weights import rehearse
+from neg_service.models.weights import rehearse, with_weights
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,11 +64,12 @@ def loaded(settings: ModelConfig) -> LanguageModel:
     if chosen_dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")
     config = read_config(local, trust_remote_code)
+    quantization = take_quantization(config, local.name)
     auto_class = auto_class_of(config, local.name)
     empty = without_weights(auto_class, config, local, trust_remote_code)
     require_measurable(empty)
     find_feed_forward(empty)
-    rehearse(local, auto_class, empty, trust_remote_code, source)
+    tensors = rehearse(local, auto_class, empty, trust_remote_code, source, quantization)
     places: dict[str, Any] = {}
     if devices[0].type == "cuda":
         placed = device_map(empty, devices) if len(devices) > 1 else {"": devices[0]}
@@ -75,19 +77,20 @@ def loaded(settings: ModelConfig) -> LanguageModel:
     if len(devices) > 1:
         # Read straight to where they belong: all of the weights may not fit this machine's memory.
         places["device_map"] = device_map(empty, devices)
+    state = state_of(tensors, chosen_dtype) if quantization else None
     model: PreTrainedModel = guarded(
-        lambda: auto_class.from_pretrained(
-            local.directory,
-            dtype=chosen_dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            **places,
-        ),
+        lambda: with_weights(local, auto_class, empty, trust_remote_code, state, dtype=chosen_dtype, **places),
         source,
     )
     if not places:
         model = model.to(devices[0])
-    return LanguageModel(model, load_tokenizer(local, trust_remote_code), name=local.name, identity=local.identity)
+    return LanguageModel(
+        model,
+        load_tokenizer(local, trust_remote_code),
+        name=local.name,
+        identity=local.identity,
+        dequantised=quantization.dequantised(tensors) if quantization else None,
+    )
 
 
 def load_tokenizer(local: LocalModel, trust_remote_code: bool = False) -> Any:

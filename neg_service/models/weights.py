@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -41,6 +40,7 @@ from neg_service.models.folder import (
     stored_tensors,
     weight_files,
 )
+from neg_service.models.quantized import PLAIN_DTYPES, Quantization, plain_tensors, state_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ _HEADS_BESIDE = re.compile(r"^(?!lm_head\.)(\w+_)?heads?\.")
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|causal_mask)$")
 # What masks add to scores; no bias that was learnt is as far below zero.
 _MASKED = -1e3
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def rehearse(
@@ -66,29 +65,29 @@ def rehearse(
     model: PreTrainedModel,
     trust_remote_code: bool = False,
     source: str | None = None,
-) -> None:
+    quantization: Quantization | None = None,
+) -> dict[str, StoredTensor]:
     """Go through the loading of a model's files without their data, and refuse what would not be loaded as it is.
 
-    `model` is the same model without weights.
+    `model` is the same model without weights. Gives what lies in the files as a plain model knows it.
 
     Raises:
         ModelError: a file that is damaged; a parameter without a tensor or of another shape, a tensor without a
-            parameter.
+            parameter; quantised weights that are not whole.
     """
     source = source or str(local.directory)
-    tensors = stored_tensors(source, weight_files(source, local.directory))
+    stored = stored_tensors(source, weight_files(source, local.directory))
+    tensors = plain_tensors(source, model, stored, quantization)
     places = _places(model, tensors)
     _require_one_of_each(source, {name: own.name for name, own in places.items() if own.is_taken_whole}, tensors)
+    options: dict[str, Any] = {
+        "device_map": {"": "meta"},
+        "ignore_mismatched_sizes": True,
+        "output_loading_info": True,
+    }
+    state = state_of(tensors, None) if quantization else None
     loaded, report = guarded(
-        lambda: auto_class.from_pretrained(
-            local.directory,
-            device_map={"": "meta"},
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        ),
-        source,
+        lambda: with_weights(local, auto_class, model, trust_remote_code, state, **options), source
     )
     require_complete(source, report, head_is_outside=f"{model.base_model_prefix}.")
     known = set(loaded.state_dict())
@@ -96,6 +95,24 @@ def rehearse(
     unused = {name: own.name for name, own in places.items() if own.name not in known}
     reported = set(map(str, report["unexpected_keys"])).difference(unused.values())
     require_used(source, loaded, {name: name for name in reported} | unused, tensors)
+    return tensors
+
+
+def with_weights(
+    local: LocalModel,
+    auto_class: Any,
+    model: PreTrainedModel,
+    trust_remote_code: bool,
+    state: Mapping[str, Any] | None,
+    **options: Any,
+) -> Any:
+    """What transformers' `from_pretrained` gives: from a folder, or from `state` where config.json says quantised."""
+    if state is None:
+        return auto_class.from_pretrained(
+            local.directory, use_safetensors=True, trust_remote_code=trust_remote_code, **options
+        )
+    # The class itself, for the automatic ones look for files; names are converted as those of a plain checkpoint.
+    return type(model).from_pretrained(None, config=model.config, state_dict=state, **options)
 
 
 def require_complete(source: str, report: Mapping[str, Any], head_is_outside: str | None = None) -> None:
@@ -205,13 +222,7 @@ def _require_one_of_each(source: str, places: Mapping[str, str], tensors: Mappin
 def _are_equal(one: str, other: str, tensors: Mapping[str, StoredTensor]) -> bool:
     if tensors[one].shape != tensors[other].shape:
         return False
-    return torch.equal(_read(tensors[one]).double(), _read(tensors[other]).double())
-
-
-def _read(stored: StoredTensor) -> torch.Tensor:
-    with safe_open(stored.file, "pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(stored.name)
-        return tensor
+    return torch.equal(tensors[one].read().double(), tensors[other].read().double())
 
 
 @dataclass(frozen=True)
@@ -263,7 +274,7 @@ class _About:
             return "known to transformers as of no use"
         if not layer and OTHER_INPUT.search(name):
             return "parts for other input than text"
-        if stored and name.endswith("bias") and not bool(_read(stored).any()):
+        if stored and name.endswith("bias") and not bool(stored.read().any()):
             return "biases of zeros"
         if layer or name.startswith(self.head):
             return None
@@ -283,12 +294,12 @@ def _text_layer(layer: re.Pattern[str], name: str) -> re.Match[str] | None:
 def _is_mask(name: str, stored: StoredTensor) -> bool:
     """GPT-2 and others kept their causal masks beside the weights, one of them under the name of a bias."""
     if name.endswith(".masked_bias"):
-        return sum(stored.shape) <= 1 and float(_read(stored)) <= _MASKED
+        return sum(stored.shape) <= 1 and float(stored.read()) <= _MASKED
     if not _MASK.search(name) or len(stored.shape) not in (2, 4) or set(stored.shape[:-2]) - {1}:
         return False
     if stored.shape[-1] != stored.shape[-2] or stored.shape[-1] < 2:
         return False
-    return _is_causal(_read(stored).reshape(stored.shape[-2:]))
+    return _is_causal(stored.read().reshape(stored.shape[-2:]))
 
 
 def _is_causal(mask: torch.Tensor) -> bool:
@@ -325,10 +336,10 @@ def _require_numbers(
     """Refuse parameters that are stored as integers or in eight bits: without their scales they are no weights."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, stored in tensors.items():
-        if stored.dtype not in _FLOATS and places[name].name in parameters:
+        if stored.dtype not in PLAIN_DTYPES and places[name].name in parameters:
             raise ModelError(
                 f"{name} ({stored.file.name}) is stored as {stored.dtype}, which are quantised weights that "
-                f"config.json does not tell of: choose the full weights ({', '.join(_FLOATS)})",
+                f"config.json does not tell of: choose the full weights ({', '.join(PLAIN_DTYPES)})",
                 setting="model.source",
                 value=source,
             )

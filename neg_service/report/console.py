@@ -39,6 +39,12 @@ def accuracy(run: Run) -> Accuracy:
     return Accuracy(right, answered.num_rows)
 
 
+def dequantised_text(found: Mapping[str, Any]) -> str:
+    """What a model's weights were made from, as `run.json` and `jobs.check` have it."""
+    count = "" if found["tensors"] is None else f" ({found['tensors']} tensors)"
+    return f"dequantised from {found['method']}{count}; activations: {found['activations']}"
+
+
 # The columns of rows of single neurons from which `agreement` is made, and those that stand beside it in a report.
 _COMPARED = ("r", "neg", "neurgrad", "gradient", "is_resolved", "signs_agree")
 _BESIDE = ("layer", "neuron", "activation", "r2", "max_abs_delta_p")

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from jobs.check import check
 from jobs.entry import CONF
 from neg_service.errors import ModelError
+from tests.quantized_checkpoints import KINDS, make
 from tests.refusals import refused
 from tests.tiny_models import tiny_model
 
@@ -55,6 +56,16 @@ def test_the_same_as_json(asked: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["deviations"]["finite_difference"] is None
     assert found["checked"][0] == "rows of prompts of 13 and 11 tokens against the plain model, one by one"
     assert found["weights_bytes"] == sum(weight.nbytes for weight in tiny_model("ModernBERT").model.parameters()) / 2
+
+
+def test_quantised_weights_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantised, _ = make(KINDS["fp8 blocks"], tmp_path)
+    assert checked(quantised) == 0
+    said = r"weights +dequantised from fp8 \(14 tensors\); activations: quantised where it is served \(dynamic"
+    assert re.search(said, capsys.readouterr().out)
+    assert checked(quantised, "json=true") == 0
+    found = json.loads(capsys.readouterr().out)["dequantised"]
+    assert (found["method"], found["tensors"]) == ("fp8", 14)
 
 
 def test_a_model_that_cannot_be_measured_is_refused(tmp_path: Path) -> None:

@@ -71,12 +71,12 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
         ),
         (hf.ViTConfig(), ("model.source", ANY, r"\(vit\) is neither a causal nor a masked language model")),
         (
-            hf.LlamaConfig(**TINY, quantization_config={"quant_method": "gptq", "bits": 4}),
-            ("model.source", ANY, r"has quantised weights \(gptq\), through which gradients are not known to be right"),
+            hf.LlamaConfig(**TINY, quantization_config={"quant_method": "quanto", "weights": "int4"}),
+            ("model.source", ANY, r"has quantised weights \(quanto\), which cannot be dequantised: this method is not"),
         ),
         (
-            hf.LlamaConfig(**TINY, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-            ("model.source", ANY, r"has quantised weights \(bitsandbytes\)"),
+            hf.LlamaConfig(**TINY, quantization_config={"quant_method": "gptq", "bits": 3}),
+            ("model.source", ANY, r"has quantised weights \(gptq\), .*: its 3 bits are packed otherwise"),
         ),
     ],
 )

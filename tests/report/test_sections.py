@@ -23,9 +23,11 @@ from neg_service.report.console import agreement, describe_tables
 from neg_service.report.page import Grid, Picture, Section, render
 from neg_service.report.sections import sections_of
 from neg_service.report.sections.loading import Loaded, load
+from neg_service.report.sections.overview import overview
 from neg_service.storage.reader import Run
 from neg_service.studies.kinds import STUDY_VIEWS
 from tests.here import scan_here
+from tests.quantized_checkpoints import KINDS, make
 from tests.refusals import ANY, refused
 from tests.report.conftest import unrendered
 
@@ -197,6 +199,18 @@ def test_strongest_neurons_alone_strength_and_edits(place: Path, tiny_directory:
     ).grids
     assert open_ended.rows[0][6:8] == ("-", "-")
     assert open_ended.rows[0][-1] == "15"
+
+
+def test_quantised_weights_are_said_to_be(place: Path, tiny_directory: Path, tmp_path: Path) -> None:
+    quantised, _ = make(KINDS["gptq"], tmp_path)
+    run = run_of(place, quantised, {"name": "neurgrad"})
+    made = {"method": "gptq", "tensors": 14, "activations": "not quantised"}
+    assert run.about["model"]["dequantised"] == made
+    plain = run_of(place, tiny_directory, {"name": "neurgrad"})
+    assert "dequantised" not in plain.about["model"]
+    text = overview(Loaded([run, plain], [])).text
+    assert f"Weights of {quantised}: dequantised from gptq (14 tensors); activations: not quantised." in text
+    assert text.count("dequantised") == 1
 
 
 def test_a_run_that_is_not_done_shows_what_it_has(place: Path, tiny_directory: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neg_service.layer_neurons import LayerNeurons, described_layers
-from neg_service.report.console import accuracy, has_experts
+from neg_service.report.console import accuracy, dequantised_text, has_experts
 from neg_service.report.page import Grid, Section
 from neg_service.report.sections.loading import Loaded
 from neg_service.storage.reader import Run
@@ -31,6 +31,11 @@ def overview(loaded: Loaded) -> Section:
     )
     if engines := sorted({run.about["engine"] for run in runs if run.about.get("engine")}):
         text += f" Engine: {', '.join(engines)}."
+    models = [run.about.get("model", {}) for run in runs]
+    for made in dict.fromkeys(
+        f"{m['source']}: {dequantised_text(m['dequantised'])}" for m in models if "dequantised" in m
+    ):
+        text += f" Weights of {made}."
     grids = []
     if loaded.studies:
         head = ("what", "name", "model", "data", "runs")
