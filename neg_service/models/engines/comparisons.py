@@ -215,15 +215,20 @@ def gradient_deviation(engine: Engine, ids: Sequence[int]) -> float:
             logits: Tensor = model.module(inputs, **_without_cache(model)).logits
         return logits[:, readout(model, ids)]
 
-    own = _slopes_of_layers(model, lambda: rows.run([1]), int(rows.positions([1])), target)
-    expected = _slopes_of_layers(model, plain, readout(model, ids), target)
+    own = _slopes_of_layers(model, lambda: rows.run([1]), rows.tokens, int(rows.positions([1])), target)
+    expected = _slopes_of_layers(model, plain, len(ids), readout(model, ids), target)
     if own.keys() != expected.keys():
         raise MismatchError("its passes run other layers than the plain model's")
     return max((deviation_of(own[layer], slope) for layer, slope in expected.items()), default=0.0)
 
 
-def _slopes_of_layers(model: LoadedModel, run: Callable[[], Tensor], place: int, target: int) -> dict[int, Tensor]:
-    """d log p of a target / d input [F] of each layer that the output depends on, at a place among a pass's tokens."""
+def _slopes_of_layers(
+    model: LoadedModel, run: Callable[[], Tensor], n_tokens: int, place: int, target: int
+) -> dict[int, Tensor]:
+    """d log p of a target / d input [F] of each layer that the output depends on, at a place among a pass's tokens.
+
+    F is all that a layer is given of a token: some have several streams of hidden states.
+    """
     leaves: dict[int, Tensor] = {}
 
     def enter(index: int) -> Any:
@@ -231,9 +236,10 @@ def _slopes_of_layers(model: LoadedModel, run: Callable[[], Tensor], place: int,
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor):
                 return None
-            leaves[index] = hidden.new_zeros(1, hidden.shape[-1], requires_grad=True)
+            of_tokens = hidden.reshape(n_tokens, -1)
+            leaves[index] = of_tokens.new_zeros(1, of_tokens.shape[1], requires_grad=True)
             at = torch.tensor([place], device=hidden.device)
-            moved = hidden.reshape(-1, hidden.shape[-1]).index_add(0, at, leaves[index]).view_as(hidden)
+            moved = of_tokens.index_add(0, at, leaves[index]).view_as(hidden)
             return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
         return hook

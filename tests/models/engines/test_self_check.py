@@ -127,6 +127,26 @@ def test_a_model_whose_layers_share_keys_and_values_is_swept_by_whole_passes() -
         np.testing.assert_allclose(swept.delta_p[i, 1], edited.delta_p.ravel()[0], rtol=1e-3)
 
 
+def test_layers_that_hand_on_what_one_row_chose_are_swept_by_whole_passes() -> None:
+    # HY 4 chooses keys in some layers, for those above too: for one row a pass may begin above, for two it may not.
+    config = hf.HYV4Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=8, qk_nope_head_dim=8,
+        head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=8,
+        mlp_layer_types=["dense"] * 4, index_head_dim=16, index_n_heads=16, index_topk=3, max_position_embeddings=512,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    chosen = LanguageModel(model, tiny_tokenizer()).ensure_checked()
+    assert chosen.engine.name == "kv_cache"
+    assert not chosen.check.starts_at_layers
+    assert len(chosen.check.late_expansion) < 4
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The length of the prompt of each pass of the plain model."""
