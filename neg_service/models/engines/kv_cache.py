@@ -101,5 +101,7 @@ class KeyValueCacheRows:
 
 
 def _row_sizes(model: LoadedModel, n_tokens: int) -> RowSizes:
-    """Keys and values are copied, and some architectures repeat them for each query head."""
-    return model.row_sizes(1, n_tokens, 4 * n_tokens * int(model.module.config.get_text_config().hidden_size))
+    """Keys and values are copied, and some architectures repeat them for each query head; so are an index's keys."""
+    config = model.module.config.get_text_config()
+    index = int(getattr(config, "index_head_dim", 0) or 0) + 3 * int(getattr(config, "index_n_heads", 0) or 0)
+    return model.row_sizes(1, n_tokens, n_tokens * (4 * int(config.hidden_size) + index))

@@ -18,7 +18,7 @@ _SPARSE = ("keep_window_size", "index_topk", "attention_window")
 
 def has_states(model: PreTrainedModel) -> bool:
     """Whether layers are recurrent, wholly or beside attention."""
-    return bool(model._is_stateful or _kinds(_text(model)) & _STATES)
+    return bool(model._is_stateful or kinds_of_layers(model) & _STATES)
 
 
 def lacks_dense_attention(model: PreTrainedModel) -> str | None:
@@ -27,7 +27,7 @@ def lacks_dense_attention(model: PreTrainedModel) -> str | None:
     if (blocks := _lacks_tokens(model)) is not None:
         return blocks
     own = next((key for key in _SPARSE if getattr(config, key, None)), None)
-    if own is None and _INDEXED_ATTENTION in _kinds(config):
+    if own is None and _INDEXED_ATTENTION in kinds_of_layers(model):
         own = "layer_types"
     if own is None:
         return None
@@ -38,7 +38,7 @@ def lacks_keys_and_values(model: PreTrainedModel) -> str | None:
     """Layers of which tokens leave something else than keys and values that every later token may look at."""
     if (blocks := _lacks_tokens(model)) is not None:
         return blocks
-    kinds = _kinds(_text(model)) - _PLAIN_ATTENTION - {_INDEXED_ATTENTION}
+    kinds = kinds_of_layers(model) - _PLAIN_ATTENTION - {_INDEXED_ATTENTION}
     if not (model._is_stateful or kinds):
         return None
     what = f"layers of the kinds {', '.join(sorted(kinds))}" if kinds else "a recurrent state"
@@ -56,5 +56,6 @@ def _text(model: PreTrainedModel) -> Any:
     return model.config.get_text_config()
 
 
-def _kinds(config: Any) -> set[str]:
-    return set(getattr(config, "layer_types", None) or ())
+def kinds_of_layers(model: PreTrainedModel) -> set[str]:
+    """What kinds of layers a configuration names, if it does."""
+    return set(getattr(_text(model), "layer_types", None) or ())

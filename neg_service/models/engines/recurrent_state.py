@@ -39,7 +39,7 @@ from neg_service.models.engines.base import (
     require_single_tokens,
 )
 from neg_service.models.engines.frozen_cache import FrozenCache, filled, positions, state_values
-from neg_service.models.engines.needs import has_states
+from neg_service.models.engines.needs import has_states, kinds_of_layers
 from neg_service.models.head import exact_head_gradient
 
 # Packages whose kernels transformers takes in the place of its own code when it finds them.
@@ -78,9 +78,11 @@ class RecurrentStateEngine(Engine):
         return RecurrentStateRows(self.model, prompt, self.row_sizes(len(prompt.ids)))
 
     def row_sizes(self, n_tokens: int) -> RowSizes:
-        """See `Engine`: beside keys and values a row has a state of its own."""
-        hidden = int(self.model.module.config.get_text_config().hidden_size)
-        return self.model.row_sizes(1, n_tokens, 4 * n_tokens * hidden + _STATES_OF_A_STEP * self._state_values)
+        """See `Engine`: a row copies keys and values, or a state, or in some layers both."""
+        config = self.model.module.config.get_text_config()
+        keys, states = 4 * n_tokens * int(config.hidden_size), _STATES_OF_A_STEP * self._state_values
+        has_both = any(kind.startswith("hybrid") for kind in kinds_of_layers(self.model.module))
+        return self.model.row_sizes(1, n_tokens, keys + states if has_both else max(keys, states))
 
     @cached_property
     def _state_values(self) -> int:
