@@ -168,7 +168,7 @@ class Measure(ABC, Generic[OptionsT]):
 
         basis = getattr(self.options, "basis", None)
         if basis is not None:
-            check_basis(basis, info.is_gated, info.architecture)
+            check_basis(basis, info.is_gated, info.architecture, info.offers_gate)
         if not self.MEASURES_SINGLE_NEURONS:
             check_whole_layers(neurons, self.name)
         if not self.TAKES_NEURONS_BY_TASK and neurons.choose == "list" and getattr(neurons.list, "tasks", None):

@@ -28,7 +28,8 @@ from neg_service.models.engines import prefix_attention, shared_prefix
 from neg_service.models.engines.full_sequence import FullSequenceRows
 from neg_service.models.engines.kv_cache import _FrozenLayer
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
-from neg_service.models.feed_forward import HookPoint, Mlp, Site
+from neg_service.models.feed_forward import Mlp, Site
+from neg_service.models.hook_points import HookPoint
 from neg_service.models.start_at_layer import start_at_layer
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tokens import encode

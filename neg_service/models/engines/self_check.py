@@ -240,7 +240,7 @@ def _check_neurons(model: LoadedModel, ids: tuple[int, ...]) -> float:
     """The input of MLPs' down projections against what it should be made of: the activation, times up if gated."""
     mlps = {Site(layer): mlp for layer, mlp in enumerate(model.feed_forward.mlps) if mlp}
     points: dict[str, dict[Site, Point]] = {
-        "act": {site: mlp.act for site, mlp in mlps.items()},
+        "act": {site: mlp.activated()[0] for site, mlp in mlps.items()},
         "paper": {site: mlp.point("paper") for site, mlp in mlps.items()},
         "hidden": {site: mlp.point("hidden") for site, mlp in mlps.items()},
     }
@@ -253,7 +253,7 @@ def _check_neurons(model: LoadedModel, ids: tuple[int, ...]) -> float:
         _plain_logits(model, ids)
     worst = 0.0
     for site, mlp in mlps.items():
-        rebuilt = seen["act", site]
+        rebuilt = mlp.activated()[1](seen["act", site])
         if mlp.layout.is_gated:
             rebuilt = rebuilt * seen["paper", site]
         worst = max(worst, _deviation(rebuilt, seen["hidden", site]))
