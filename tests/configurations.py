@@ -40,7 +40,9 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(qk_nope_head_dim|qk_rope_head_dim|v_head_dim|rotary_dim)", _HEAD),
     (r"qk_head_dim", 2 * _HEAD),
     (r"(n_head|n_heads|num_heads|\w*num_attention_heads|\w+_attention_heads|linear_num_heads)", _HEADS),
-    (r"(linear_num_value_heads|index_n_heads)", _HEADS),
+    (r"linear_num_value_heads", _HEADS),
+    # So many that none of the scores is zero in all of them, which would be a tie.
+    (r"(index_n_heads|indexer_n_heads)", 16),
     (r"linear_num_key_heads", 2),
     (r"(\w+_lora_rank|\w+_rank|time_step_rank|router_hidden_size|hidden_size_per_layer_input|d_rel)", _RANK),
     (r"(mamba_d_head|mamba_head_dim|mamba_headdim|mamba_num_heads|mamba_n_heads|n_mamba_heads)", 8),
@@ -58,6 +60,8 @@ _AT_MOST: tuple[tuple[str, int], ...] = (
     (r"(max_source_positions|max_target_positions|max_2d_position_embeddings|position_bias_max_distance)", 256),
     (r"(\w*chunk_size|max_inference_chunksize|block_size|index_block_size|attention_window)", 8),
     (r"(num_kv_shared_layers|num_nextn_predict_layers|num_residual_layers)", 1),
+    # Shorter than the prompts.
+    (r"(sliding_window\w*|\w*window_size|keep_window_size|local_attention|index_topk|index_topk_blocks)", 6),
     (r"(image_size|patch_size|max_num_tiles|num_mel_bins|num_channels)", 16),
 )
 _LAYERS = (
@@ -65,6 +69,7 @@ _LAYERS = (
     "encoder_layers", "num_encoder_layers", "num_global_layers", "num_layers_per_stack", "num_blocks",
 )  # fmt: skip
 _MIXED = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+_CONVOLUTIONS = ["conv", "full_attention", "conv", "full_attention"]
 _HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _INDEXER = {
@@ -90,7 +95,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": _HEAD},
     "hunyuan_v1_moe": {"head_dim": _HEAD, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": _CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {"layer_types": _CONVOLUTIONS, "num_dense_layers": 1},
+    "lfm3": {"layer_types": _CONVOLUTIONS},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": _HEAD},
     "nemotron": {"num_key_value_heads": 2},
@@ -146,7 +153,8 @@ def fill(model: hf.PreTrainedModel) -> None:
     """Random weights under which hidden states stay as large from layer to layer."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            parameter.normal_(0, 0.5 if "conv" in name else 1 / math.sqrt(parameter.shape[-1]))
+            is_convolution = "conv" in name and parameter.ndim == 3
+            parameter.normal_(0, 0.5 if is_convolution else 1 / math.sqrt(parameter.shape[-1]))
         elif name.endswith("bias") and "dt" not in name:
             parameter.normal_(0, 0.1)
     for name, buffer in model.named_buffers():
@@ -170,12 +178,17 @@ def _small(values: dict[str, Any]) -> dict[str, Any]:
         elif type(own) is int:
             small[name] = _small_number(name, own, values, len(kept))
         elif isinstance(own, (list, tuple)) and len(own) == n_layers and n_layers > 1:
-            small[name] = [own[place] for place in kept]
+            small[name] = list(range(len(kept))) if _is_numbering(own) else [own[place] for place in kept]
             if all(type(one) is int for one in own) and "layer_idx" not in name:
                 small[name] = [_small_number(name, one, values, len(kept)) for one in small[name]]
         else:
             small[name] = own
     return small
+
+
+def _is_numbering(own: Any) -> bool:
+    """Whether a list names layers by their numbers, all of them."""
+    return list(own) == list(range(len(own)))
 
 
 def _as_the_rest(part: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +221,11 @@ def _small_number(name: str, own: int, values: dict[str, Any], n_layers: int) ->
 def _kept_layers(values: dict[str, Any]) -> list[int]:
     """Which layers stay: the first of each kind, and others until there are four."""
     n_layers = next((values[name] for name in _LAYERS if type(values.get(name)) is int), 0)
-    lists = [own for own in values.values() if isinstance(own, (list, tuple)) and len(own) == n_layers]
+    lists = [
+        own
+        for own in values.values()
+        if isinstance(own, (list, tuple)) and len(own) == n_layers and not _is_numbering(own)
+    ]
     own = {int(place): part for place, part in (values.get("per_layer_config") or {}).items()}
     kinds = [(*(str(one[place]) for one in lists), str(own.get(place))) for place in range(n_layers)]
     kept = {kinds.index(kind) for kind in dict.fromkeys(kinds)}
