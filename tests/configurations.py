@@ -89,7 +89,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": 20},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": VOCABULARY - 1},
-    "gemma4_assistant": {"first": {"text_config": {"hidden_size_per_layer_input": 0}}},
     "granitemoehybrid": {"layer_types": _MIXED},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "hunyuan_v1_dense": {"head_dim": _HEAD},
@@ -115,6 +114,15 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 
+# What is no language model of text by itself, or is one under another name.
+NOT_TEXT = {
+    "gemma3n": "needs the library timm for its images; its text part is `gemma3n_text`",
+    "gemma4_assistant": "drafts tokens from another model's hidden states",
+    "gemma4_unified_assistant": "drafts tokens from another model's hidden states",
+    "musicgen": "predicts codes of sound",
+    "musicgen_melody": "predicts codes of sound",
+}
+
 
 def model_types() -> dict[str, tuple[str, ...]]:
     """Every model type, with the kinds of language model that there are of it: `causal`, `masked`."""
@@ -129,8 +137,8 @@ def small_config(model_type: str, *, is_masked: bool = False) -> hf.PreTrainedCo
     """A family's configuration with its own defaults, made small."""
     cls = CONFIG_MAPPING[model_type]
     overrides = _OVERRIDES.get(model_type, {})
-    values = cls(**overrides.get("first", {})).to_dict()
-    small = {**_small(values), **{name: own for name, own in overrides.items() if name != "first"}}
+    values = cls().to_dict()
+    small = _small(values) | overrides
     if not is_masked and "is_decoder" in values:
         small |= {"is_decoder": True}
     if not is_masked and values.get("is_encoder_decoder"):

@@ -18,6 +18,9 @@ from tests.configurations import model_types
         ("zamba2", "causal", "recurrent_state"),
         ("nemotron_h", "causal", "recurrent_state"),
         ("blenderbot", "causal", "kv_cache"),
+        # Experts that gate in their own way.
+        ("beam", "causal", "shared_prefix"),
+        ("inkling2_text", "causal", "recurrent_state"),
         ("bert", "masked", "full_sequence"),
     ],
 )
@@ -34,7 +37,7 @@ def test_a_configuration_is_measured_as_the_plain_model_says(model_type: str, re
     [
         ("mamba", coverage.WITHOUT, "has no feed-forward layers"),
         ("hrm_text", coverage.REFUSED, "runs one layer's weights as several layers"),
-        ("musicgen", coverage.APART, "is not built from its defaults"),
+        ("musicgen", coverage.APART, "predicts codes of sound"),
     ],
 )
 def test_what_is_not_measured_says_why(model_type: str, status: str, says: str) -> None:
@@ -76,3 +79,5 @@ def test_the_sentence_counts_what_the_table_has() -> None:
     assert "1 are measured (50 %)." in lines[0]
     assert "| kv_cache | last token | 1e-06 | 2e-06 | `a` |" in lines
     assert "| `b`, masked | is odd |" in lines
+    readme = "a - b\n<!-- coverage -->\n-\n<!-- /coverage -->\n"
+    assert coverage.written(readme, lines[:1]) == f"a - b\n<!-- coverage -->\n{lines[0]}\n<!-- /coverage -->\n"

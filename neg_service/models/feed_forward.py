@@ -49,17 +49,18 @@ K = TypeVar("K")
 _OTHER_EXPERTS = re.compile("Experts|(MoE|Moe|MoeBlock|MoEBlock|Mixture)$")
 # Parts of a layer that are no MLP, whatever modules they have inside.
 _NO_MLP = re.compile("Attention|Mixer|Norm|Dropout")
-_AROUND_MLP = re.compile("Norm|Rout")
+_AROUND_MLP = re.compile("(Norm|Router)$")
 _ONE_FOR_ALL = "runs one layer's weights as several layers, so that a neuron has several activations"
 # What no name inside an MLP would show.
 _REFUSED = {
     "albert": _ONE_FOR_ALL,
     "blt": "has no one stack of layers: its middle one runs on patches of several bytes, not on tokens",
+    "cpmant": "puts tokens of its own before a prompt",
     "flaubert": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
     "funnel": "pools tokens on the way up, so that a neuron acts on several at once",
     "hrm_text": _ONE_FOR_ALL,
-    "ibert": "hands on pairs of a tensor and its scale, as integer arithmetic needs them",
     "longcat_flash": "has several MLPs a layer, and experts that do nothing",
+    "longformer": "pads prompts to whole windows, so that its layers see other tokens",
     "mobilebert": "has several MLPs a layer",
     "perceiver": "has no layers on tokens: its layers run on latents",
     "prophetnet": "runs several streams of tokens through its MLPs, one for each token that it predicts",
@@ -68,6 +69,7 @@ _REFUSED = {
     "squeezebert": "has convolutions in the place of its MLPs' projections",
     "xlm": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
     "xlnet": "looks at later tokens too, so that its last token predicts none",
+    "yoso": "chooses by random hashes what its attention looks at, so that no two passes are equal",
 }
 # Of models of images and text: what names the layers that do not run on text alone. They have no neurons then.
 _OF_IMAGES_ALONE = {"mllama_text_model": "cross_attention_layers"}

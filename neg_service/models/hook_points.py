@@ -40,8 +40,11 @@ class HookPoint:
             changed = visit(inputs[0]) if runs() else None
             return None if changed is None else (changed, *inputs[1:])
 
-        def on_output(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-            return visit(output) if runs() else None
+        def on_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            # Some modules (I-BERT) give more than the tensor.
+            rest = output[1:] if isinstance(output, tuple) else None
+            changed = visit(output if rest is None else output[0]) if runs() else None
+            return changed if changed is None or rest is None else (changed, *rest)
 
         if self.side == "input":
             stack.callback(self.module.register_forward_pre_hook(on_input).remove)

@@ -59,7 +59,6 @@ LAYOUTS = (
     Layout(up="Wi", act="act", down="Wo", fused=True),  # ModernBERT
     Layout(gate="w1", up="w3", down="w2", function=silu),  # LFM2, LFM3
     Layout(gate="proj_up_gate", up="proj_up", act="act_fn", down="proj_down"),  # xLSTM
-    Layout(gate="ffn.ffn.w_in.w_0", up="ffn.ffn.w_in.w_1", act="ffn.ffn.w_in.act", down="ffn.ffn.w_out"),  # CPM-Ant
     Layout(up="up_proj", act="act_fn", down="down_proj"),  # Nemotron, Nemotron-H, Arcee, Apertus
     Layout(up="c_fc", act="act", down="c_proj"),  # GPT, GPT-2, GPT-Neo, StarCoder
     Layout(up="fc_in", act="act", down="fc_out"),  # GPT-J, CodeGen
@@ -68,7 +67,7 @@ LAYOUTS = (
     Layout(up="fc1", act="activation_fn", down="fc2"),  # Phi; in the layer itself: OPT, BART and their like
     Layout(up="ffn.0", act="ffn.1", down="ffn.2"),  # CTRL
     Layout(up="ffn.up_proj", act="ffn.act", down="ffn.down_proj"),  # MPT
-    # BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa.
+    # BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa, I-BERT.
     Layout(up="intermediate.dense", act="intermediate.intermediate_act_fn", down="output.dense"),
     Layout(up="intermediate.dense", down="output.dense", function=gelu),  # ESM
     Layout(up="ffn.lin1", act="ffn.activation", down="ffn.lin2"),  # DistilBERT
