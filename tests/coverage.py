@@ -234,7 +234,7 @@ def counted(outcomes: Sequence[Outcome]) -> str:
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """By engine what is measured, and by reason what is not."""
     rows = [
-        counted(outcomes),
+        *textwrap.wrap(counted(outcomes), 120),
         "",
         "| engine | read at | NeurGrad | Δ log p | configurations |",
         "|---|---|---|---|---|",
