@@ -219,15 +219,24 @@ def coverage(names: Iterable[str] = ()) -> list[Outcome]:
 
 
 def counted(outcomes: Sequence[Outcome]) -> str:
-    """In a sentence: how many there are, with feed-forward layers, and measured."""
-    counts = {status: sum(own.status == status for own in outcomes) for status in (APART, WITHOUT, MEASURED, WRONG)}
-    n_with = len(outcomes) - counts[APART] - counts[WITHOUT]
-    share = 100 * counts[MEASURED] / max(1, n_with)
-    wrong = f", {counts[WRONG]} wrongly" if counts[WRONG] else ""
+    """In two sentences: how many there are, with feed-forward layers, and measured.
+
+    A configuration that is read in two ways counts once, by the better one (decoders of encoder-decoders are measured
+    alone, their whole is not); wrong is what is wrong in one of them.
+    """
+    order = (WRONG, MEASURED, REFUSED, WITHOUT, APART)
+    statuses: dict[str, str] = {}
+    for own in outcomes:
+        statuses[own.model_type] = min(statuses.get(own.model_type, APART), own.status, key=order.index)
+    n = {status: list(statuses.values()).count(status) for status in order}
+    n_with = len(statuses) - n[APART] - n[WITHOUT]
+    ways = [own.status for own in outcomes if own.status not in (APART, WITHOUT)]
+    wrong = f", {n[WRONG]} wrongly" if n[WRONG] else ""
     return (
-        f"transformers {transformers.__version__}: {len(outcomes)} configurations, {counts[APART]} of which run on no "
-        f"text by themselves, {counts[WITHOUT]} have no feed-forward layers, {n_with} have; of these "
-        f"{counts[MEASURED]} are measured ({share:.0f} %){wrong}."
+        f"transformers {transformers.__version__}: {len(statuses)} configurations, {n[APART]} of which are no language "
+        f"models of text by themselves, {n[WITHOUT]} have no feed-forward layers, {n_with} have; of these "
+        f"{n[MEASURED]} are measured ({100 * n[MEASURED] / max(1, n_with):.0f} %){wrong}. Some are read in two ways, "
+        f"causal and masked: {ways.count(MEASURED)} of {len(ways)} ways are measured."
     )
 
 

@@ -57,7 +57,7 @@ def test_a_traceback_and_a_deviation_count_as_wrong(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(coverage, "deviations", fail)
     broken = coverage.cover("llama", "causal")
     assert (broken.status, broken.reason) == (coverage.WRONG, "IndexError: by intent")
-    assert "of these 0 are measured (0 %), 2 wrongly" in coverage.counted([wrong, broken])
+    assert "of these 0 are measured (0 %), 1 wrongly" in coverage.counted([wrong, broken])
 
 
 def test_the_table_names_every_configuration_of_the_installed_version() -> None:
@@ -68,17 +68,17 @@ def test_the_table_names_every_configuration_of_the_installed_version() -> None:
 def test_the_sentence_counts_what_the_table_has() -> None:
     outcomes = [
         coverage.Outcome("a", "causal", coverage.MEASURED, "", "kv_cache", 1e-6, 2e-6),
+        coverage.Outcome("a", "masked", coverage.REFUSED, "is odd"),
         coverage.Outcome("b", "masked", coverage.REFUSED, "is odd"),
         coverage.Outcome("c", "causal", coverage.WITHOUT, coverage.NO_LAYERS),
         coverage.Outcome("d", "causal", coverage.APART, "is not built"),
     ]
     lines = coverage.table(outcomes)
-    sentence = " ".join(lines[: lines.index("")])
-    assert (
-        "4 configurations, 1 of which run on no text by themselves, 1 have no feed-forward layers, 2 have" in sentence
-    )
-    assert "1 are measured (50 %)." in sentence
+    sentences = " ".join(lines[: lines.index("")])
+    assert "4 configurations, 1 of which are no language models of text by themselves, 1 have no" in sentences
+    assert "2 have; of these 1 are measured (50 %)." in sentences
+    assert sentences.endswith("1 of 3 ways are measured.")
     assert "| kv_cache | last token | 1e-06 | 2e-06 | `a` |" in lines
-    assert "| `b`, masked | is odd |" in lines
+    assert "| `a`, masked, `b`, masked | is odd |" in lines
     readme = "a - b\n<!-- coverage -->\n-\n<!-- /coverage -->\n"
     assert coverage.written(readme, lines[:1]) == f"a - b\n<!-- coverage -->\n{lines[0]}\n<!-- /coverage -->\n"
