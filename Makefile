@@ -8,7 +8,7 @@ S3 ?= .s3
 ROUNDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test test-faults check format families settings bench s3-up s3-down lock clean
+.PHONY: help setup model demo scan test test-faults check format families coverage settings bench s3-up s3-down lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ format: $(READY) ## format and sort imports
 
 families: $(READY) ## compare every model family with the textbook way, and write the table of families in neg_service/models
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_table
+
+coverage: $(READY) ## measure a tiny model of every configuration of transformers, and write what is measured into neg_service/models
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage --write
 
 settings: $(READY) ## write the reference of settings into conf/README.md
 	$(BIN)/python -m tests.settings_reference

@@ -154,7 +154,7 @@ def _experts(deviations: dict[str, float], allowed: dict[str, float]) -> list[tu
 
 def _places(model: LanguageModel, basis: str) -> str:
     """Where neurons are in the first layer of each kind, by the names that the model gives to modules."""
-    from neg_service.models.feed_forward import HookPoint
+    from neg_service.models.hook_points import HookPoint
 
     own, found = model.feed_forward, []
     firsts = {layer: own.layer_neurons.index(layer) for layer in own.layer_neurons}

@@ -356,6 +356,8 @@ def _why_not(row: tuple[Any, Any, Any], sizes: Sequence[LayerNeurons]) -> str:
         if expert == NO_EXPERT:
             return f"{name} needs an expert, (layer, neuron, expert): layer {layer} has {there}"
         return f"{name} does not exist; layer {layer} has {there}"
+    if not own.n_mlp:
+        return f"{name} does not exist; layer {layer} has no feed-forward neurons"
     is_equal = len(set(sizes)) == 1
     whose = "neurons" if is_equal else f"layer {layer} neurons"
     return f"{name} does not exist; the model has layers 0 to {len(sizes) - 1} and {whose} 0 to {own.n_mlp - 1}"

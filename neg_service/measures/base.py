@@ -21,7 +21,7 @@ import pyarrow as pa
 from neg_service.config import NeuronsConfig, checked_layers, typed
 from neg_service.errors import ConfigurationError
 from neg_service.layer_neurons import LayerNeurons, layers_of_sizes
-from neg_service.measures.choice import check_whole_layers, described
+from neg_service.measures.choice import check_whole_layers, described, layers_with_neurons
 from neg_service.schema import Table
 from neg_service.settings import check_fields
 
@@ -168,12 +168,12 @@ class Measure(ABC, Generic[OptionsT]):
 
         basis = getattr(self.options, "basis", None)
         if basis is not None:
-            check_basis(basis, info.is_gated, info.architecture)
+            check_basis(basis, info.is_gated, info.architecture, info.offers_gate)
         if not self.MEASURES_SINGLE_NEURONS:
             check_whole_layers(neurons, self.name)
         if not self.TAKES_NEURONS_BY_TASK and neurons.choose == "list" and getattr(neurons.list, "tasks", None):
             raise ConfigurationError(f"measure={self.name} takes the same for all tasks", setting="neurons.list")
-        checked_layers(neurons, info.n_layers)
+        layers_with_neurons(neurons, layers_of_model(info))
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """The options that decide the numbers; they go into the run's fingerprint."""

@@ -40,13 +40,31 @@ from neg_service.settings import check_fields
 from neg_service.slots import Slots
 
 
+def layers_with_neurons(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> list[int]:
+    """The chosen layers, some of which may have no neurons: layers of a hybrid may be attention or a recurrence alone.
+
+    Raises:
+        ConfigurationError: see `checked_layers`; none of them has any.
+    """
+    layers, sizes = checked_layers(config, len(neurons_by_layer)), layers_of_sizes(neurons_by_layer)
+    if config.choose != "list" and not any(sizes[layer].total for layer in layers):
+        some = [layer for layer, own in enumerate(sizes) if own.total]
+        raise ConfigurationError(
+            f"has no layer with feed-forward neurons; there are some in {', '.join(map(str, some[:8]))}"
+            + (" and others" if len(some) > 8 else ""),
+            setting="neurons.layers",
+            value=config.layers,
+        )
+    return layers
+
+
 def check_choice(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> None:
     """Refuse a choice that the model cannot give.
 
     Raises:
         ConfigurationError: unknown words, an empty choice, more neurons than there are, one that does not exist.
     """
-    layers = checked_layers(config, len(neurons_by_layer))
+    layers = layers_with_neurons(config, neurons_by_layer)
     check_fields("neurons", config, ("choose", "per", "over", "seed"))
     if config.choose in ("sample", "top"):
         sizes = layers_of_sizes(neurons_by_layer)

@@ -222,7 +222,9 @@ class Interventions:
         if experts is None:
             return
         chosen_tk = routing[experts.module].expert_tk
-        chosen_rk = chosen_tk if len(chosen_tk) == 1 else chosen_tk[position_r.to(chosen_tk.device)]
+        # Where rows grew behind the experts, these ran for one row alone.
+        place_r = position_r if len(chosen_tk) > int(position_r[-1]) else position_r[:1]
+        chosen_rk = chosen_tk[place_r.to(chosen_tk.device)]
         expected_k = torch.from_numpy(self.routing.of_layer(layer)).to(chosen_rk.device)
         if (chosen_rk != expected_k).any():
             raise NonFiniteError(

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.measures.batching import budget_of
+from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import Floats, gradients
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
@@ -92,7 +93,9 @@ def neurgrad(
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
     encoded = encoded_texts(model, prompts, targets)
-    chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
+    chosen = layers_with_neurons(
+        NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.layer_neurons
+    )
     model.ensure_checked()
     budget = budget_of(model, batch_bytes, batch_tokens)
     wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]

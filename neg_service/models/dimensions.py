@@ -20,6 +20,19 @@ def vocabulary(model: PreTrainedModel) -> tuple[int | None, int | None]:
     )
 
 
+def attention_heads(config: Any) -> int:
+    """How many heads attention has, the most where layers differ; 0 of a model without attention."""
+    return _most(config.get_text_config(), "num_attention_heads", "num_heads") or 0
+
+
+def _most(config: Any, *names: str) -> int | None:
+    """A number of a configuration by the first of its names that is there, the largest of all layers."""
+    # Where layers differ, a configuration refuses to name the one that all have.
+    parts = list(getattr(config, "per_layer_config", None) or [config])
+    found = [getattr(part, name, None) for part in parts for name in names]
+    return max((int(own) for own in found if own), default=None)
+
+
 def token_values(config: Any, n_neurons: int) -> int:
     """About how many values a token of a row holds at once: a layer's neurons and hidden states, with copies."""
     return 6 * n_neurons + 12 * int(config.get_text_config().hidden_size)
@@ -52,9 +65,9 @@ def slope_values(config: Any, n_layers: int, n_neurons: int) -> int:
 def frozen_values(config: Any, n_layers: int, n_neurons: int) -> int:
     """About how many values a token of a prefix takes while it runs: keys and values of all layers, and one layer's."""
     text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    groups = int(getattr(text, "num_key_value_heads", None) or heads)
-    size = int(getattr(text, "head_dim", None) or int(text.hidden_size) // heads)
+    heads = attention_heads(config)
+    groups = _most(text, "num_key_value_heads") or heads
+    size = _most(text, "head_dim") or int(text.hidden_size) // max(1, heads)
     return 2 * n_layers * groups * size + token_values(config, n_neurons)
 
 

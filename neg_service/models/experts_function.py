@@ -105,7 +105,18 @@ def _swish_plus_one(limit: str, alpha: str) -> Gate:
     return apply
 
 
+def _in_float32(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return module.act_fn(gate.float()), up.float()
+
+
+def _soft_capped(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    own, gate, up = module.act_fn, gate.float(), up.float()
+    return own.gate_softcap(gate) * torch.sigmoid(gate), own.up_softcap(up)
+
+
 _GATES: dict[str, Gate] = {
+    "BeamExperts": _in_float32,
+    "Inkling2Experts": _soft_capped,
     "GptOssExperts": _swish_plus_one("limit", "alpha"),
     "OpenAIPrivacyFilterExperts": _swish_plus_one("limit", "alpha"),
     "MiniMaxM3VLExperts": _swish_plus_one("swiglu_limit", "swiglu_alpha"),
@@ -202,7 +213,8 @@ class _Run:
             assert apply is not None
             act, factor = apply(module, gate, up)
             act, factor = self.at("gate", act, factor)
-            hidden = act * factor
+            # Some gate in float32.
+            hidden = (act * factor).to(product.dtype)
         (hidden,) = self.at("hidden", hidden)
         return hidden
 

@@ -8,111 +8,71 @@ Four tensors are called "the neuron" in the literature; the *basis* says which:
 | `hidden` | act(gate(x)) * up(x)                  | act(up(x))                  |
 | `gate`   | act(gate(x))                          | refused                     |
 
-A new architecture is a row of `LAYOUTS`. What is not in the table is refused by the name of its MLP class, never
-guessed: a wrong tensor gives plausible numbers. Refused by name as well is what would fit the table and mislead: layers
-that share one set of weights; several MLPs in a layer.
+Where an MLP has a norm before its down projection (BitNet), `hidden` is what the norm reads. `gate` is refused as well
+where the activation is no module (LFM2), so that nothing could be put in its place.
+
+A new architecture is a row of `LAYOUTS` (`layouts.py`). What is not in the table is refused by the name of its MLP
+class, never guessed: a wrong tensor gives plausible numbers. Refused by name as well is what would fit the table and
+mislead (`_REFUSED`).
 
 A layer has an MLP, or experts, of which each token uses some (`experts.py`), or both: then the MLP is always on. Each
-of the two is a *site*, where neurons pass by: the MLP's, or those of a token's chosen experts side by side.
+of the two is a *site*, where neurons pass by: the MLP's, or those of a token's chosen experts side by side. A layer of
+a hybrid may have neither. Where layers share an MLP's modules, a hook knows which layer runs.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neg_service.errors import ConfigurationError, ModelError
 from neg_service.layer_neurons import LayerNeurons
+from neg_service.models import layouts
 from neg_service.models.experts import ExpertsPoint, check_experts, is_experts, n_chosen_of, n_neurons_of
 from neg_service.models.experts_function import is_gated, n_experts_of
+from neg_service.models.hook_points import HookPoint
+from neg_service.models.layers import find_layers
+from neg_service.models.layouts import LAYOUTS, Function, Layout, layout_of
 from neg_service.settings import BASES
 
 K = TypeVar("K")
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Names of the modules inside an MLP, or inside the layer where that has no module `mlp`.
-
-    fused: one projection gives gate and up, in this order.
-    """
-
-    up: str
-    act: str
-    down: str
-    gate: str | None = None
-    fused: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.gate, self.up, self.act, self.down) if name)
-
-    @property
-    def is_gated(self) -> bool:
-        return self.gate is not None or self.fused
-
-
-LAYOUTS = (
-    Layout(gate="gate_proj", up="up_proj", act="act_fn", down="down_proj"),  # Llama, Qwen, Mistral, Gemma, OLMo, ...
-    Layout(gate="gate_proj", up="up_proj", act="activation_fn", down="down_proj"),  # Llama 4
-    Layout(up="input_linear", act="activation", down="output_linear", fused=True),  # Granite MoE, shared
-    Layout(up="gate_up_proj", act="activation_fn", down="down_proj", fused=True),  # Phi-3 and 4, GLM-4
-    Layout(up="Wi", act="act", down="Wo", fused=True),  # ModernBERT
-    Layout(up="up_proj", act="act_fn", down="down_proj"),  # Nemotron, Arcee, Apertus
-    Layout(up="c_fc", act="act", down="c_proj"),  # GPT-2, GPT-Neo, StarCoder
-    Layout(up="fc_in", act="act", down="fc_out"),  # GPT-J, CodeGen
-    Layout(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),  # GPT-NeoX (Pythia), Falcon
-    Layout(up="dense_h_to_4h", act="gelu_impl", down="dense_4h_to_h"),  # BLOOM
-    Layout(up="fc1", act="activation_fn", down="fc2"),  # Phi; in the layer itself: OPT
-    Layout(up="ffn.up_proj", act="ffn.act", down="ffn.down_proj"),  # MPT
-    # BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa.
-    Layout(up="intermediate.dense", act="intermediate.intermediate_act_fn", down="output.dense"),
-    Layout(up="ffn.lin1", act="ffn.activation", down="ffn.lin2"),  # DistilBERT
-)
-
 # Modules that hold experts, of whatever kind.
 _OTHER_EXPERTS = re.compile("Experts|(MoE|Moe|MoeBlock|MoEBlock|Mixture)$")
+# Parts of a layer that are no MLP, whatever modules they have inside.
+_NO_MLP = re.compile("Attention|Mixer|Norm|Dropout")
+_AROUND_MLP = re.compile("(Norm|Router)$")
+_ONE_FOR_ALL = "runs one layer's weights as several layers, so that a neuron has several activations"
 # What no name inside an MLP would show.
 _REFUSED = {
-    "albert": "runs one layer's weights as all of its layers, so that a neuron has several activations",
-    "mobilebert": "has several MLPs a layer",
+    "albert": _ONE_FOR_ALL,
+    "blt": "has no one stack of layers: its middle one runs on patches of several bytes, not on tokens",
+    "cpmant": "puts tokens of its own before a prompt",
+    "flaubert": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
+    "funnel": "pools tokens on the way up, so that a neuron acts on several at once",
+    "hrm_text": _ONE_FOR_ALL,
     "longcat_flash": "has several MLPs a layer, and experts that do nothing",
+    "longformer": "pads prompts to whole windows, so that its layers see other tokens",
+    "mobilebert": "has several MLPs a layer",
+    "perceiver": "has no layers on tokens: its layers run on latents",
+    "prophetnet": "runs several streams of tokens through its MLPs, one for each token that it predicts",
+    "reformer": "has reversible layers, which run once more on the way back",
+    "rwkv": "has no feed-forward layers: its channel mixing also reads the token before",
+    "squeezebert": "has convolutions in the place of its MLPs' projections",
+    "xlm": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
+    "xlnet": "looks at later tokens too, so that its last token predicts none",
+    "yoso": "chooses by random hashes what its attention looks at, so that no two passes are equal",
 }
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """Where a layer's neurons pass by: a slice of the last axis of a module's input or output."""
-
-    module: nn.Module
-    side: Literal["input", "output"]
-    start: int
-    size: int
-
-    def neurons(self, x: Tensor) -> Tensor:
-        """The neurons [..., N] within the tensor that passes by."""
-        return x[..., self.start : self.start + self.size]
-
-    def register(self, visit: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
-        """Let `visit` see the whole tensor, and replace it, whenever it passes by; gives what takes it back."""
-
-        def on_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            changed = visit(inputs[0])
-            return None if changed is None else (changed, *inputs[1:])
-
-        def on_output(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return visit(output)
-
-        if self.side == "input":
-            return self.module.register_forward_pre_hook(on_input).remove
-        return self.module.register_forward_hook(on_output).remove
+# Of models of images and text: what names the layers that do not run on text alone. They have no neurons then.
+_OF_IMAGES_ALONE = {"mllama_text_model": "cross_attention_layers"}
 
 
 Point = HookPoint | ExpertsPoint
@@ -127,25 +87,43 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP of a layer, with the names inside it and how many neurons it has."""
+    """The MLP of a layer, with the names inside it and how many neurons it has.
+
+    within: its layer, where other layers have the same modules. added: see `Layout`.
+    """
 
     module: nn.Module
     layout: Layout
     n_neurons: int
+    within: nn.Module | None = None
+    added: nn.Module | None = None
 
     def point(self, basis: str) -> HookPoint:
         """Where its neurons of a basis are."""
+        layout = self.layout
         if basis == "gate":
-            return HookPoint(self.module.get_submodule(self.layout.act), "output", 0, self.n_neurons)
-        if basis == "hidden" or not self.layout.is_gated:
-            return HookPoint(self.module.get_submodule(self.layout.down), "input", 0, self.n_neurons)
-        start = self.n_neurons if self.layout.fused else 0
-        return HookPoint(self.module.get_submodule(self.layout.up), "output", start, self.n_neurons)
+            assert layout.act is not None
+            return self._output(layout.act)
+        if basis == "hidden" or not layout.is_gated:
+            down = self.module.get_submodule(layout.norm or layout.down)
+            return HookPoint(down, "input", 0, self.n_neurons, self.within)
+        point = self._output(layout.up, self.n_neurons if layout.fused else 0)
+        return replace(point, added=self.added)
+
+    def activated(self) -> tuple[HookPoint, Function]:
+        """Where the activated values are, of a gate or of plain neurons, or what they are made of, and how."""
+        if self.layout.act is not None:
+            return self._output(self.layout.act), lambda x: x
+        assert self.layout.function is not None
+        return self._output(self.layout.gate or self.layout.up), self.layout.function
 
     @property
-    def act(self) -> HookPoint:
-        """Where the activated values are, of a gate or of plain neurons."""
-        return HookPoint(self.module.get_submodule(self.layout.act), "output", 0, self.n_neurons)
+    def parts(self) -> list[nn.Module]:
+        """The modules at which its neurons can be seen."""
+        return [self.module.get_submodule(name) for name in self.layout.names]
+
+    def _output(self, name: str, start: int = 0) -> HookPoint:
+        return HookPoint(self.module.get_submodule(name), "output", start, self.n_neurons, self.within)
 
 
 @dataclass(frozen=True)
@@ -212,13 +190,18 @@ class FeedForward:
         """Whether all MLPs and experts have a gate."""
         return all(mlp.layout.is_gated for mlp in self.mlps if mlp) and all(map(is_gated, self.experts_modules))
 
+    @property
+    def offers_gate(self) -> bool:
+        """Whether all of these gates' activations can be seen and replaced."""
+        return self.is_gated and all(mlp.layout.act for mlp in self.mlps if mlp)
+
     def sites(self, basis: str, layers: Iterable[int] | None = None) -> dict[Site, Point]:
         """Where the neurons of a basis pass by: by layer, its experts before its MLP.
 
         Raises:
             ConfigurationError: an unknown basis, or `gate` where an MLP has none.
         """
-        check_basis(basis, self.is_gated, self._class_name)
+        self.check_basis(basis)
         found: dict[Site, Point] = {}
         for layer in range(self.n_layers) if layers is None else layers:
             if (experts := self.experts[layer]) is not None:
@@ -233,16 +216,16 @@ class FeedForward:
         Raises:
             ConfigurationError: see `check_basis`.
         """
-        check_basis(basis, self.is_gated, self._class_name)
+        check_basis(basis, self.is_gated, self._class_name, self.offers_gate)
 
     @property
     def _class_name(self) -> str:
-        plain = next((mlp for mlp in self.mlps if mlp and not mlp.layout.is_gated), None)
+        plain = next((mlp for mlp in self.mlps if mlp and not (mlp.layout.is_gated and mlp.layout.act)), None)
         some = plain or next(own for own in (*self.mlps, *self.experts) if own)
         return type(some.module).__name__
 
 
-def check_basis(basis: str, is_gated: bool, whose: str) -> None:
+def check_basis(basis: str, is_gated: bool, whose: str, offers_gate: bool = True) -> None:
     """Refuse a basis that is unknown, or that the MLPs of `whose` do not have.
 
     Raises:
@@ -252,32 +235,56 @@ def check_basis(basis: str, is_gated: bool, whose: str) -> None:
         raise ConfigurationError(setting="measure.basis", value=basis, allowed=f"one of {', '.join(BASES)}")
     if basis == "gate" and not is_gated:
         raise ConfigurationError(f"{whose} has no gate; use paper or hidden", setting="measure.basis", value="gate")
+    if basis == "gate" and not offers_gate:
+        raise ConfigurationError(
+            f"the activation of a gate of {whose} is no module, so that nothing can be put in its place; use paper or "
+            "hidden",
+            setting="measure.basis",
+            value="gate",
+        )
 
 
 def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     """Find the MLP and the experts of every layer, on a loaded model or on one without weights (meta device).
 
     Raises:
-        ModelError: layers not found, or an MLP or experts whose neurons are not known, naming their class.
+        ModelError: layers not found, none with an MLP, or an MLP or experts whose neurons are not known, naming their
+            class.
     """
-    name = type(model).__name__
+    name, config = type(model).__name__, model.config.get_text_config()
     if reason := _REFUSED.get(model.config.model_type):
-        raise ModelError(f"{name} {reason}: choose another model.source", change="model.source")
-    layers, config = _layers(model), model.config.get_text_config()
-    mlps, experts = [], []
+        raise _refusal(f"{name} {reason}")
+    layers = find_layers(model)[1]
+    if len(set(map(id, layers))) < len(layers):
+        raise _refusal(f"{name} {_ONE_FOR_ALL}")
+    silent = getattr(config, _OF_IMAGES_ALONE.get(config.model_type, ""), None) or ()
+    mlps: list[Mlp | None] = []
+    experts: list[Experts | None] = []
     for index, layer in enumerate(layers):
         whose = f"layer {index} of {name}"
-        own = _experts(layer, whose, config)
+        own = None if index in silent else _experts(layer, whose, config)
+        mlp = None if index in silent else _mlp(layer, index, whose, None if own is None else own.module)
         experts.append(own)
-        mlps.append(_mlp(layer, whose, None if own is None else own.module))
-    acts = [id(mlp.module.get_submodule(mlp.layout.act)) for mlp in mlps if mlp]
-    if len(set(acts)) < len(acts):
-        raise ModelError(
-            f"the layers of {name} share one activation module, so their neurons cannot be told apart; choose "
-            "another model.source",
-            change="model.source",
-        )
-    return FeedForward(layers, tuple(mlps), tuple(experts))
+        mlps.append(mlp)
+    if not any(mlps) and not any(experts):
+        raise _refusal(f"{name} has no feed-forward layers")
+    modules = [own.module for own in experts if own]
+    if len(set(map(id, modules))) < len(modules):
+        raise _refusal(f"layers of {name} share one set of experts")
+    return FeedForward(layers, _told_apart(layers, mlps), tuple(experts))
+
+
+def _refusal(reason: str) -> ModelError:
+    return ModelError(f"{reason}: choose another model.source", change="model.source")
+
+
+def _told_apart(layers: nn.ModuleList, mlps: list[Mlp | None]) -> tuple[Mlp | None, ...]:
+    """Where layers share modules of their MLPs, each with its layer."""
+    users = Counter(id(part) for mlp in mlps if mlp for part in mlp.parts)
+    return tuple(
+        replace(mlp, within=layer) if mlp and any(users[id(part)] > 1 for part in mlp.parts) else mlp
+        for layer, mlp in zip(layers, mlps, strict=True)
+    )
 
 
 @contextmanager
@@ -292,15 +299,6 @@ def hooks(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None]
         yield
 
 
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    n_layers = model.config.get_text_config().num_hidden_layers
-    # Of a model of images and text, the part that reads text.
-    for module in model.base_model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise ModelError(f"{type(model).__name__} has no list of {n_layers} layers; its neurons are not known")
-
-
 def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
     """The experts of a layer, if it has some."""
     found = [part for part in layer.modules() if is_experts(part)]
@@ -309,65 +307,55 @@ def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
         # What holds the weights, if its name says so, before what holds that.
         other = min(others, key=lambda part: "Experts" not in type(part).__name__, default=None)
         if other is not None:
-            raise ModelError(
-                f"the experts of {whose} ({type(other).__name__}) are not known: choose another model.source",
-                change="model.source",
-            )
+            raise _refusal(f"the experts of {whose} ({type(other).__name__}) are not known")
         return None
     if len(found) > 1:
-        raise ModelError(f"{whose} has several sets of experts: choose another model.source", change="model.source")
+        names = ", ".join(type(part).__name__ for part in found)
+        raise _refusal(f"{whose} has several sets of experts ({names})")
     (module,) = found
     check_experts(module, whose)
     n_chosen = n_chosen_of(module, layer, config)
     if n_chosen is None:
-        raise ModelError(
-            f"{whose}: nothing tells how many of its experts ({type(module).__name__}) a token uses: choose another "
-            "model.source",
-            change="model.source",
+        raise _refusal(
+            f"{whose}: nothing tells how many of its experts ({type(module).__name__}) a token uses",
         )
     return Experts(module, n_experts_of(module), n_chosen, n_neurons_of(module))
 
 
-def _mlp(layer: nn.Module, whose: str, experts: nn.Module | None) -> Mlp | None:
-    """The layer's MLP, or None of a layer that has experts alone; some (OPT) have its parts in the layer itself."""
-    usual = getattr(layer, "mlp", layer)
-    assert isinstance(usual, nn.Module)
-    if (layout := next((row for row in LAYOUTS if _has(usual, row)), None)) is not None:
-        return _mlp_of(usual, layout)
+def _mlp(layer: nn.Module, index: int, whose: str, experts: nn.Module | None) -> Mlp | None:
+    """The layer's MLP; some (OPT) have its parts in the layer itself.
+
+    None of a layer that has experts alone, or attention or a recurrence alone.
+    """
+    usual = getattr(layer, "mlp", None)
+    usual = usual if isinstance(usual, nn.Module) else layer
+    if (layout := layout_of(usual)) is not None:
+        return _mlp_of(usual, layout, index)
     found: list[Mlp] = []
     # Beside experts it has a name of its own in each architecture; and so where layers have no module `mlp`.
     if experts is not None or usual is layer:
-        inside = set() if experts is None else set(experts.modules())
-        plain = [row for row in LAYOUTS if not any("." in name for name in row.names)]
+        # Norms and routers may have small MLPs of their own.
+        others = [part for part in layer.modules() if part is experts or _AROUND_MLP.search(type(part).__name__)]
+        inside = {own for part in others for own in part.modules()}
         for part in layer.modules():
-            layout = next((row for row in plain if part not in inside and _has(part, row)), None)
+            layout = None if part in inside else layout_of(part, is_whole=False)
             if layout is not None:
-                found.append(_mlp_of(part, layout))
+                found.append(_mlp_of(part, layout, index))
     if len(found) > 1:
-        names = ", ".join(type(own.module).__name__ for own in found)
-        raise ModelError(f"{whose} has several MLPs ({names}): choose another model.source", change="model.source")
-    if found or experts is not None:
+        raise _refusal(f"{whose} has several MLPs ({', '.join(type(own.module).__name__ for own in found)})")
+    is_without = usual is layer and all(_NO_MLP.search(type(part).__name__) for part in layer.children())
+    if found or experts is not None or is_without:
         return found[0] if found else None
     known = "; ".join("/".join(row.names) for row in LAYOUTS)
-    raise ModelError(
-        f"the neurons of {type(usual).__name__} ({whose}) are not known; known are MLPs made of {known}: choose "
-        "another model.source",
-        change="model.source",
+    raise _refusal(
+        f"the neurons of {type(usual).__name__} ({whose}) are not known; known are MLPs made of {known}",
     )
 
 
-def _mlp_of(module: nn.Module, layout: Layout) -> Mlp:
-    return Mlp(module, layout, _input_size(module.get_submodule(layout.down)))
-
-
-def _has(mlp: nn.Module, layout: Layout) -> bool:
-    modules = dict(mlp.named_modules())
-    return all(name in modules for name in layout.names)
-
-
-def _input_size(down: nn.Module) -> int:
-    if isinstance(down, nn.Linear):
-        return down.in_features
-    # GPT-2's Conv1D keeps its weight transposed and names only its output size.
-    weight = down.get_parameter("weight")
-    return weight.shape[0]
+def _mlp_of(module: nn.Module, layout: Layout, layer: int) -> Mlp:
+    added = None
+    if layout.added is not None:
+        # By the model's own table: which of them is the layer's.
+        places: Any = module.layer_dic
+        added = module.get_submodule(f"{layout.added}.{places[layer]}")
+    return Mlp(module, layout, layouts.n_neurons_of(module, layout), added=added)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -34,6 +34,8 @@ class ModelInfo:
     n_parameters: int
     is_gated: bool
     is_masked: bool
+    # Whether the activations of all gates can be seen, so that there is the basis `gate`.
+    offers_gate: bool = field(default=True, kw_only=True)
     # Values that a row of interventions carries: for its one token, or its first of several.
     row_values: int
     # Rows of the embedding and of the vocabulary head, which may be more than the tokenizer has tokens.
@@ -103,6 +105,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         context_length=context_length(model),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_gated=found.is_gated,
+        offers_gate=found.offers_gate,
         is_masked=is_masked,
         row_values=row_values(model.config, found.n_neurons),
         gradient_row_values=sum(kept_values(*sizes, found.is_gated)) + slope_values(*sizes),

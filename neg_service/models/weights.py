@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -40,6 +39,7 @@ from neg_service.models.folder import (
     stored_tensors,
     weight_files,
 )
+from neg_service.models.layers import find_layers
 from neg_service.models.quantized import PLAIN_DTYPES, Quantization, plain_tensors, state_of
 
 log = logging.getLogger(__name__)
@@ -239,12 +239,12 @@ class _About:
     @classmethod
     def of(cls, model: PreTrainedModel, names: Collection[str]) -> _About:
         prefix = f"{model.base_model_prefix}."
-        layer = re.compile(rf"(^|\.){re.escape(_path_of_layers(model).rsplit('.', 1)[-1])}\.(\d+)\.")
+        path, layers = find_layers(model)
+        layer = re.compile(rf"(^|\.){re.escape(path.rsplit('.', 1)[-1])}\.(\d+)\.")
         found = [(_text_layer(layer, name), name) for name in names]
         with_evidence = {
             int(own.group(2)) for own, name in found if own and name[own.end() :].split(".", 1)[0] in _OF_MORE_TOKENS
         }
-        n_layers = model.config.get_text_config().num_hidden_layers
         return cls(
             prefix=prefix,
             body=frozenset(name for name, _ in model.base_model.named_children()),
@@ -254,7 +254,7 @@ class _About:
                 if name and not f"{name}.".startswith(prefix) and any(True for _ in own.parameters(recurse=False))
             ),
             layer=layer,
-            further=frozenset(own for own in with_evidence if own >= n_layers),
+            further=frozenset(own for own in with_evidence if own >= len(layers)),
             ignored=_patterns_that_are_ignored(model),
         )
 
@@ -315,14 +315,6 @@ def _is_causal(mask: torch.Tensor) -> bool:
         # The same along every diagonal.
         and torch.equal(mask[1:, 1:], mask[:-1, :-1])
     )
-
-
-def _path_of_layers(model: PreTrainedModel) -> str:
-    n_layers = model.config.get_text_config().num_hidden_layers
-    decoder = model.base_model.get_decoder()
-    layers = next(own for own in decoder.modules() if isinstance(own, nn.ModuleList) and len(own) == n_layers)
-    path: str = next(name for name, own in model.named_modules() if own is layers)
-    return path
 
 
 def _patterns_that_are_ignored(model: PreTrainedModel) -> re.Pattern[str] | None:

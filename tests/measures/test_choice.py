@@ -48,6 +48,20 @@ def choose(**given: Any) -> list[list[int]]:
     return found.tolist()
 
 
+@pytest.mark.parametrize("choose", ["all", "sample", "top"])
+def test_layers_without_neurons_are_refused_only_where_no_other_is_chosen(choose: Any) -> None:
+    hybrid = [0, 40, LayerNeurons(0, 2, 20, 1), 0]
+    for layers in ([0], [0, 3]):
+        with refused(ConfigurationError, "neurons.layers", layers, "there are some in 1, 2"):
+            check_choice(NeuronsConfig(layers, choose=choose, count=5), hybrid)
+    check_choice(NeuronsConfig([0, 1], choose=choose, count=5), hybrid)
+
+
+def test_a_sample_of_a_hybrid_is_drawn_from_layers_that_have_neurons() -> None:
+    drawn = chosen_neurons(NeuronsConfig(choose="sample", count=5, per="layer"), [0, 40, 0, 30])
+    assert Counter(drawn.layer.tolist()) == {1: 5, 3: 5}
+
+
 def test_all_neurons_of_all_or_some_layers() -> None:
     assert choose() == [[layer, n] for layer in range(3) for n in range(40)]
     assert choose(layers=[2]) == [[2, n] for n in range(40)]

@@ -55,15 +55,15 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
         (hf.BartConfig(vocab_size=97, d_model=24), ("model.source", ANY, r"\(bart\) is an encoder-decoder")),
         (
             hf.MambaConfig(vocab_size=97, hidden_size=24, num_hidden_layers=2),
-            (None, ANY, "MambaForCausalLM has layers of the kinds linear_attention"),
+            ("model.source", ANY, "MambaForCausalLM has no feed-forward layers: choose"),
         ),
         (
             hf.RwkvConfig(vocab_size=97, hidden_size=24, num_hidden_layers=2),
-            (None, ANY, "RwkvForCausalLM has a recurrent state"),
+            ("model.source", ANY, "RwkvForCausalLM has no feed-forward layers: its channel mixing"),
         ),
         (
             hf.AlbertConfig(**TINY, embedding_size=8),
-            ("model.source", ANY, "AlbertForMaskedLM runs one layer's weights as all of its layers"),
+            ("model.source", ANY, "AlbertForMaskedLM runs one layer's weights as several layers"),
         ),
         (
             hf.MobileBertConfig(vocab_size=97, num_hidden_layers=2),

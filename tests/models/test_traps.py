@@ -28,7 +28,8 @@ from neg_service.models.engines import prefix_attention, shared_prefix
 from neg_service.models.engines.frozen_cache import _FrozenAttention
 from neg_service.models.engines.full_sequence import FullSequenceRows
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
-from neg_service.models.feed_forward import HookPoint, Mlp, Site
+from neg_service.models.feed_forward import Mlp, Site
+from neg_service.models.hook_points import HookPoint
 from neg_service.models.start_at_layer import start_at_layer
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tokens import encode
@@ -79,8 +80,8 @@ def test_padding_that_is_attended_to(family: str, monkeypatch: pytest.MonkeyPatc
 def test_padding_that_is_attended_to_in_whole_sequences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = FullSequenceRows.__init__
 
-    def blind(self: Any, *args: Any) -> None:
-        real(self, *args)
+    def blind(self: Any, *args: Any, **options: Any) -> None:
+        real(self, *args, **options)
         self._visible_bt = torch.ones_like(self._visible_bt)
 
     monkeypatch.setattr(FullSequenceRows, "__init__", blind)

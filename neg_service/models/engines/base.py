@@ -30,7 +30,14 @@ from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
 from neg_service.models.batches import Group, group_by_prefix
-from neg_service.models.dimensions import frozen_values, kept_values, row_values, slope_values, token_values
+from neg_service.models.dimensions import (
+    attention_heads,
+    frozen_values,
+    kept_values,
+    row_values,
+    slope_values,
+    token_values,
+)
 from neg_service.models.experts import own_experts, plain_experts
 from neg_service.models.feed_forward import FeedForward
 
@@ -180,7 +187,7 @@ class LoadedModel:
         return self._wide * tokens * (values + self._attention_values(attended))
 
     def _attention_values(self, attended: int) -> int:
-        return 3 * int(self.module.config.get_text_config().num_attention_heads) * attended
+        return 3 * attention_heads(self.module.config) * attended
 
     @property
     def _wide(self) -> int:

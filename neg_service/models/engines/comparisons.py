@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from neg_service.models.dimensions import context_length
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError, Rows
-from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.engines.full_sequence import UnpaddedEngine
 from neg_service.models.experts_function import summed, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
@@ -126,7 +126,7 @@ def neurons_deviation(model: LoadedModel, ids: tuple[int, ...]) -> float:
     """The input of MLPs' down projections against what it should be made of: the activation, times up if gated."""
     mlps = {Site(layer): mlp for layer, mlp in enumerate(model.feed_forward.mlps) if mlp}
     points: dict[str, dict[Site, Point]] = {
-        "act": {site: mlp.act for site, mlp in mlps.items()},
+        "act": {site: mlp.activated()[0] for site, mlp in mlps.items()},
         "paper": {site: mlp.point("paper") for site, mlp in mlps.items()},
         "hidden": {site: mlp.point("hidden") for site, mlp in mlps.items()},
     }
@@ -139,7 +139,7 @@ def neurons_deviation(model: LoadedModel, ids: tuple[int, ...]) -> float:
         plain_logits(model, ids)
     worst = 0.0
     for site, mlp in mlps.items():
-        rebuilt = seen["act", site]
+        rebuilt = mlp.activated()[1](seen["act", site])
         if mlp.layout.is_gated:
             rebuilt = rebuilt * seen["paper", site]
         worst = max(worst, deviation_of(rebuilt, seen["hidden", site]))
@@ -271,7 +271,7 @@ def finite_difference_deviation(engine: Engine, ids: Sequence[int], tolerance: f
         site: _SiteCheck(gradient_rn[0].double().cpu(), draw)
         for site, gradient_rn in zip(points, found.gradient_srn, strict=True)
     }
-    plain = FullSequenceEngine(model).rows([ids])
+    plain = UnpaddedEngine(model).rows([ids])
     for change in _LOG_P_STEPS:
         unsure = {site: own for site, own in checked.items() if not own.best <= _CLEARLY * tolerance}
         shifts = {site: own.step(change) * own.sign_n for site, own in unsure.items()}

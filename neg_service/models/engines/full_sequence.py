@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,12 @@ class FullSequenceEngine(Engine):
     """Rows of whole prompts; a prompt's targets are read from one row.
 
     Prompts of masked models run together, padded to the longest, which their attention masks are made for. Causal ones
-    run one by one: states of recurrent layers go on through padding.
+    run one by one and without a mask, for states of recurrent layers go on through padding.
     """
 
     name = "full_sequence"
     row_is = "a whole prompt"
-    reads_at = (MASK_TOKEN, LAST_TOKEN)
+    reads_at: ClassVar[tuple[str, ...]] = (MASK_TOKEN, LAST_TOKEN)
     shares_prefixes = False
     targets_share_rows = True
 
@@ -69,11 +69,23 @@ class FullSequenceEngine(Engine):
                     f"{self.model.name}: its engine ({self.name}) runs whole prompts as rows, which are shifted and "
                     f"read at one token: ask for targets of one token, at the prompt's mask token"
                 )
-        return FullSequenceRows(self.model, [prompt.row for prompt in prompts])
+        return FullSequenceRows(self.model, [prompt.row for prompt in prompts], is_padded=self.runs_prompts_together)
 
     def row_sizes(self, n_tokens: int) -> RowSizes:
         """See `Engine`."""
         return self.model.row_sizes(n_tokens, n_tokens)
+
+
+class UnpaddedEngine(FullSequenceEngine):
+    """The same for masked models in which padding changes what is computed (convolutions, Fourier transforms)."""
+
+    name = "full_sequence_unpadded"
+    row_is = "a whole prompt, one prompt at a time"
+    reads_at = (MASK_TOKEN,)
+
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__(model)
+        self.runs_prompts_together = False
 
 
 class FullSequenceRows:
@@ -81,10 +93,10 @@ class FullSequenceRows:
 
     targets_share_rows = True
 
-    def __init__(self, model: LoadedModel, rows: Sequence[Row]) -> None:
+    def __init__(self, model: LoadedModel, rows: Sequence[Row], *, is_padded: bool) -> None:
         longest = max(len(row.ids) for row in rows)
         self.tokens, self.sizes = longest, model.row_sizes(longest, longest)
-        self._model = model
+        self._model, self._is_padded = model, is_padded
         ids = [[*row.ids, *[0] * (longest - len(row.ids))] for row in rows]
         self._ids_bt = torch.tensor(ids, device=model.device)
         length_b1 = torch.tensor([[len(row.ids)] for row in rows], device=model.device)
@@ -97,8 +109,10 @@ class FullSequenceRows:
         of_row = self._prompt_of_row(counts)
         of_row_there = of_row.to(self._ids_bt.device)
         is_masked = self._model.mask_token is not None
-        # With a mask of its own an implementation of attention may take another way than the plain model.
-        options = {"attention_mask": self._visible_bt[of_row_there]} if is_masked else {"use_cache": False}
+        options: dict[str, Any] = {} if is_masked else {"use_cache": False}
+        # With a mask of its own an implementation of attention may take another way than without.
+        if self._is_padded:
+            options["attention_mask"] = self._visible_bt[of_row_there]
         reading = _reading_in_body if is_masked else _reading_at_head
         with reading(module, self._read_b[of_row]), self._model.own_experts(), exact_head_gradient(module):
             logits: Tensor = module(self._ids_bt[of_row_there], **options).logits

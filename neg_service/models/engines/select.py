@@ -15,7 +15,7 @@ from neg_service.errors import ModelError, one_line
 from neg_service.memory import is_out_of_memory
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
 from neg_service.models.engines.comparisons import CHECK_TOKENS
-from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.engines.full_sequence import FullSequenceEngine, UnpaddedEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.recurrent_state import RecurrentStateEngine
 from neg_service.models.engines.self_check import SelfCheck, check_engine, check_plain, name_of
@@ -27,6 +27,7 @@ ENGINES: tuple[type[Engine], ...] = (
     KeyValueCacheEngine,
     RecurrentStateEngine,
     FullSequenceEngine,
+    UnpaddedEngine,
 )
 
 

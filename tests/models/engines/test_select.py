@@ -14,7 +14,7 @@ from neg_service import LanguageModel
 from neg_service.errors import ModelError
 from neg_service.models.engines import frozen_cache, full_sequence, shared_prefix
 from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN, Engine
-from neg_service.models.engines.full_sequence import FullSequenceEngine
+from neg_service.models.engines.full_sequence import FullSequenceEngine, UnpaddedEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.select import candidates
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
@@ -109,7 +109,7 @@ def test_attention_that_depends_on_the_length_of_a_prompt_needs_an_engine_that_a
 def test_what_is_read_at_a_kind_of_token_has_the_engines_that_read_there() -> None:
     fitting = {kind for kind, refusal in candidates(model_of("Llama 2").model, LAST_TOKEN).items() if not refusal}
     assert fitting == {SharedPrefixEngine, KeyValueCacheEngine, FullSequenceEngine}
-    assert candidates(model_of("BERT").model, MASK_TOKEN) == {FullSequenceEngine: None}
+    assert candidates(model_of("BERT").model, MASK_TOKEN) == {FullSequenceEngine: None, UnpaddedEngine: None}
 
 
 def test_another_copy_of_a_model_runs_by_the_engine_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
