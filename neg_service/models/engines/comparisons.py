@@ -323,7 +323,7 @@ def _log_p_of_shifts(
 
     with hooks({site: points[site] for site in shift}, move):
         logits_rv = plain.run([2 * len(shift)])
-    log_p_r = logits_rv.double().log_softmax(-1)[:, target].tolist()
+    log_p_r = logits_rv.double().log_softmax(-1)[:, target].cpu().tolist()
     return {site: (log_p_r[row], log_p_r[row + 1]) for site, row in rows.items()}
 
 
