@@ -30,6 +30,8 @@ PLAIN = (
     "CodeGen", "Falcon", "Falcon, new decoder", "Falcon, ALiBi", "BLOOM", "MPT",
 )  # fmt: skip
 
+PLAIN_HYBRIDS = ("Nemotron-H",)
+
 SWEPT = [(2, 39), (0, 5), (1, 17)]
 SHIFTS = [-2.0, 0.1]
 # Two neurons of one layer and one each of others, so that edits meet each other on the way up.
@@ -44,7 +46,8 @@ EDITS: list[dict[str, Any]] = [
 
 def bases_of(family: str) -> tuple[str, ...]:
     """The bases that a family has."""
-    return BASES[:2] if family in PLAIN else BASES
+    # LFM2's gate is activated by a function, which no hook sees.
+    return BASES[:2] if family in (*PLAIN, *PLAIN_HYBRIDS, "LFM2") else BASES
 
 
 @functools.cache
@@ -78,6 +81,17 @@ def readout(ids: Sequence[int], is_masked: bool) -> int:
     return list(ids).index(MASK) if is_masked else len(ids) - 1
 
 
+def layers_with_mlps(model: LanguageModel) -> list[int]:
+    """Which layers have neurons; the oracle counts these alone."""
+    return [layer for layer, mlp in enumerate(model.feed_forward.mlps) if mlp]
+
+
+def in_model(model: LanguageModel, neurons: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neurons as the model counts layers."""
+    layers = layers_with_mlps(model)
+    return [(layers[layer], neuron) for layer, neuron in neurons]
+
+
 def neurgrad_deviation(
     family: str, basis: str, lengths: Sequence[int], header: int = 0, dtype: torch.dtype = torch.float32
 ) -> float:
@@ -96,7 +110,7 @@ def neurgrad_deviation(
         EncodedPrompt(Prompt(str(i), "-", tuple(map(str, own))), ids, tuple(own))
         for i, (ids, own) in enumerate(zip(prompts, targets, strict=True))
     ]
-    layers = list(range(model.feed_forward.n_layers))
+    layers = layers_with_mlps(model)
     found = dict(gradients(model, encoded, [range(len(own)) for own in targets], basis, layers, Budget(2**28)))
     worst = 0.0
     for i, (ids, own) in enumerate(zip(prompts, targets, strict=True)):
@@ -119,7 +133,8 @@ def sweep_deviation(family: str, basis: str, length: int = 9) -> float:
     # Truly float64, for the engine and for the oracle: many architectures cast to float32 on their own.
     with in_precision(model.model, model.feed_forward.layers, torch.float64):
         model.forget_prefixes()
-        found = neg_service.neg(model, text, "w7" if model.is_masked else " w7", SWEPT, SHIFTS, basis)
+        asked = in_model(model, SWEPT)
+        found = neg_service.neg(model, text, "w7" if model.is_masked else " w7", asked, SHIFTS, basis)
         before = oracle.probability_with_shift(model.model, ids, 7, basis, 0, 0, 0.0, place)
         for i, (layer, neuron) in enumerate(SWEPT):
             sign = -1 if activation[layer, neuron] < 0 else 1
@@ -144,7 +159,8 @@ def joint_deviation(family: str, basis: str, lengths: Sequence[int] = (6, 3)) ->
     # `suppress` asks for gradients, for which the whole model has to be in one precision.
     copied = LanguageModel(reference, model.tokenizer)
     copied.adopt(model.ensure_checked())
-    found = neg_service.intervene(copied, texts, names, EDITS, basis=basis, answers=[2, None])
+    edits = [{**edit, "neurons": in_model(model, edit["neurons"])} for edit in EDITS]
+    found = neg_service.intervene(copied, texts, names, edits, basis=basis, answers=[2, None])
     for p, ids in enumerate(prompts):
         place = readout(ids, model.is_masked)
         for e, after in enumerate(probabilities_by_hand(reference, ids, targets[p], EDITS, [2, 0][p], place, basis)):

@@ -34,6 +34,7 @@ _NEURONS = {
         "hidden": ("output_linear", "input"),
         "gate": ("activation", "output"),
     },
+    "Lfm2MLP": {"paper": ("w3", "output"), "hidden": ("w2", "input")},
     "Llama4TextMLP": {**_GATED, "gate": ("activation_fn", "output")},
     "ModernBertMLP": {"paper": ("Wi", "second half of output"), "hidden": ("Wo", "input"), "gate": ("act", "output")},
 }
@@ -43,7 +44,7 @@ _PLAIN = {
     **dict.fromkeys(("GPTNeoXMLP", "FalconMLP", "BloomMLP"), ("dense_4h_to_h", "input")),
     **dict.fromkeys(("GPTJMLP", "CodeGenMLP"), ("fc_out", "input")),
     **dict.fromkeys(("OPTDecoderLayer", "PhiMLP"), ("fc2", "input")),
-    "NemotronMLP": ("down_proj", "input"),
+    **dict.fromkeys(("NemotronMLP", "NemotronHMLP"), ("down_proj", "input")),
     "MptBlock": ("ffn.down_proj", "input"),
     "TransformerBlock": ("ffn.lin2", "input"),
     **dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer"), ("intermediate", "output")),
@@ -72,19 +73,23 @@ def neuron_module(mlp: nn.Module, basis: str) -> tuple[nn.Module, str]:
     return mlp.get_submodule(name), side
 
 
+# What stands in its place in layers without one.
+_NO_MLPS = ("NemotronHMamba2Mixer", "NemotronHAttention")
 # What the MLP is called in a layer, where that is not `mlp`.
 _MLPS = {
-    **dict.fromkeys(("BambaForCausalLM", "FalconH1ForCausalLM", "JambaForCausalLM"), "feed_forward"),
+    **dict.fromkeys(("BambaForCausalLM", "FalconH1ForCausalLM", "JambaForCausalLM", "Lfm2ForCausalLM"), "feed_forward"),
+    "NemotronHForCausalLM": "mixer",
     "GraniteMoeHybridForCausalLM": "shared_mlp",
     "RecurrentGemmaForCausalLM": "mlp_block",
 }
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The MLP of each layer, or the layer where that is not a module of its own."""
+    """The MLP of each layer that has one, or the layer where that is not a module of its own."""
     name = type(model).__name__
     layers = model.get_submodule(_LAYERS.get(name, "model.layers"))
-    return [getattr(layer, _MLPS.get(name, "mlp"), layer) for layer in layers]
+    mlps = [getattr(layer, _MLPS.get(name, "mlp"), layer) for layer in layers]
+    return [mlp for mlp in mlps if type(mlp).__name__ not in _NO_MLPS]
 
 
 def gradients(

@@ -335,6 +335,24 @@ HYBRIDS: dict[str, Family] = {
         mamba_d_state=5,
         mamba_dt_rank=4,
     ),
+    "LFM2": _recurrent(
+        hf.Lfm2Config,
+        **_GROUPED,
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+        conv_L_cache=3,
+    ),
+    "Nemotron-H": _recurrent(
+        hf.NemotronHConfig,
+        **_GROUPED,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention", "mlp"],
+        head_dim=4,
+        ssm_state_size=5,
+        mamba_num_heads=6,
+        mamba_head_dim=8,
+        n_groups=2,
+        chunk_size=CHUNK,
+    ),
     "RecurrentGemma": _causal_sequence(
         hf.RecurrentGemmaConfig,
         **{

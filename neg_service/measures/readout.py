@@ -126,6 +126,9 @@ class Readout:
                 "cap; differences cannot be read: choose another model.source",
                 change="model.source",
             )
+        if logits_v.dtype != expected_v.dtype:
+            # Some models (Nemotron-H) round logits to float32 whatever their precision.
+            logits_v = expected_v
         return Baseline(
             who=who,
             logits_v=logits_v,
