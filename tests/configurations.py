@@ -103,7 +103,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "neomme": {"head_dim": 2 * _HEAD},
     "qwen4_exp_text": _INDEXER,
     "reformer": {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (16, 16)},
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 16, "max_inference_chunksize": 16},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 16, "max_inference_chunksize": 32},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 2 * _HIDDEN, "attention_head_dim": 4 * _HEAD, "layers_block_type": _HYBRID},
     "zamba2": {

@@ -74,7 +74,9 @@ def frozen_values(config: Any, n_layers: int, n_neurons: int) -> int:
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens of a prompt: positions that there are, and for which rotary angles are the same in every pass."""
     config = model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    # xLSTM runs its layers again for each chunk of a longer prompt, so that a neuron acts several times.
+    names = ("max_position_embeddings", "max_seq_len", "max_inference_chunksize")
+    limits = [getattr(config, name, None) for name in names]
     # Beyond its original context `longrope` takes other angles for a whole pass, so that one prompt changes another's.
     # `dynamic` does so beyond max_position_embeddings.
     rope = getattr(config, "rope_parameters", None) or {}

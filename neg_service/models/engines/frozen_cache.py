@@ -79,7 +79,7 @@ def positions(module: nn.Module, start: int, count: int) -> dict[str, Tensor]:
 
 def state_values(cache: Cache) -> int:
     """How many values the states of a layer have, the most of all layers."""
-    return max(sum(state.numel() for state in _states(layer)) for layer in cache.layers)
+    return max((sum(state.numel() for state in _states(layer)) for layer in cache.layers), default=0)
 
 
 class FrozenCache(Cache):  # type: ignore[misc]
