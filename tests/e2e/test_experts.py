@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 import neg_service
+from jobs.entry import composed
+from jobs.scan import scan
 from neg_service import LanguageModel
+from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError
 from neg_service.report.console import describe_tables
 from neg_service.storage.reader import Run
-from tests.e2e.commands import in_order, job, refused, scan_config
+from tests.e2e.commands import in_order, refused, scan_config
 from tests.here import scan_here
 from tests.mixtures import tiny_mixture
 from tests.refusals import refused as refused_with
@@ -155,8 +159,9 @@ def test_a_scan_by_ray_gives_the_same(source: tuple[str, list[str]], tmp_path: P
     if source[0] == "Mixtral":
         pytest.skip("one of them is enough")
     settings = ["measure=sweep", "measure.shifts=[-1,1]", "neurons=sample", "neurons.count=1"]
-    done = job("scan", *source[1], *settings, f"storage.uri={tmp_path / 'ray'}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    # Ray of its own, as for the command.
+    assert scan(composed("scan", [*source[1], *settings, f"storage.uri={tmp_path / 'ray'}"], ScanConfig)) == 0
+    assert not ray.is_initialized()
     (place,) = (tmp_path / "ray").iterdir()
     by_ray = in_order(neg_service.open_run(place).table("sweep").to_table())
     here = in_order(scanned(source, tmp_path, *settings).table("sweep").to_table())
