@@ -97,10 +97,10 @@ def results_of(running: Running) -> Run:
 def test_a_stopped_job_leaves_nothing_and_submitted_twice_goes_on_once_as_its_metrics_say(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:
-    asked = arguments(tiny_directory, tmp_path, 50, "once")
+    asked = [*arguments(tiny_directory, tmp_path, 50, "once"), "cluster.replicas.max=1"]
     cluster.gate.touch()
-    # With room for one replica, it waits at the gate when it has done some.
-    stopped = submitted(cluster, *asked, "cluster.replicas.max=1")
+    # With one replica, it waits at the gate when it has done some.
+    stopped = submitted(cluster, *asked)
     uri = stopped.wait_for(r"I results: (\S+)")[1]
 
     def stored() -> int:

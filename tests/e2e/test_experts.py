@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 import neg_service
+from jobs.entry import composed
+from jobs.scan import scan
 from neg_service import LanguageModel
+from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError
 from neg_service.report.console import describe_tables
 from neg_service.storage.reader import Run
-from tests.e2e.commands import in_order, job, refused, scan_config
+from tests.e2e.commands import in_order, refused, scan_config
 from tests.here import scan_here
 from tests.mixtures import tiny_mixture
 from tests.refusals import refused as refused_with
@@ -181,8 +185,9 @@ MEASURES = [
 )
 def test_a_scan_by_ray_gives_the_same(family: str, settings: list[str], tmp_path: Path) -> None:
     own = saved(family, tmp_path)
-    done = job("scan", *own, *settings, f"storage.uri={tmp_path / 'ray'}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    # Ray of its own, as for the command.
+    assert scan(composed("scan", [*own, *settings, f"storage.uri={tmp_path / 'ray'}"], ScanConfig)) == 0
+    assert not ray.is_initialized()
     (place,) = (own for own in (tmp_path / "ray").iterdir() if "ranking" not in own.name)
     by_ray, here = neg_service.open_run(place), scanned((family, own), tmp_path / "here", *settings)
     assert by_ray.tables == here.tables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 import ray
 from hydra import compose, initialize_config_dir
 
+import neg_service
 from jobs.entry import CONF, composed
 from jobs.probe import ProbeConfig, probe
 from jobs.tasks import TasksConfig, tasks
@@ -53,12 +55,25 @@ def test_a_probe_and_again(
         "probe.suppress_by=200",
         "cluster.replicas.max=1",
     ]
-    done = job("probe", *asked, "probe.studies=[efficiency]")
+    efficiency = [*asked, "probe.studies=[efficiency]"]
+    # Of three scans in this process two are lost, which the command does again.
+    with monkeypatch.context() as patch:
+        patch.setattr("neg_service.cluster.scan.run", run_here)
+        assert probe(composed("probe", efficiency, ProbeConfig)) == 0
+    before = capsys.readouterr().out
+    place = Path(before.rsplit("results: ", 1)[1].strip()).parent
+    lost = [run for split in ("valid", "test") for run in place.glob(f"model-imdb-{split}-*")]
+    assert len(lost) == 2
+    for run in lost:
+        shutil.rmtree(run)
+    done = job("probe", *efficiency)
     assert done.returncode == 0, done.stderr[-2000:]
     for expected in ("classification  imdb", "100.0 (1)", "efficiency: "):
         assert expected in done.stdout, done.stdout
+    assert done.stdout == before
+    assert [neg_service.open_run(run).done() for run in lost] == [{0, 1}] * 2
     # The same settings find all scans done, compute nothing, and write the same.
-    assert probe(composed("probe", [*asked, "probe.studies=[efficiency]"], ProbeConfig)) == 0
+    assert probe(composed("probe", efficiency, ProbeConfig)) == 0
     assert not ray.is_initialized()
     assert capsys.readouterr().out == done.stdout
 

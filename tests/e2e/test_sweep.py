@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from ray.cluster_utils import Cluster
 
 import neg_service
+from jobs.demo import demo
 from jobs.entry import composed
 from jobs.scan import scan
 from neg_service.config import ScanConfig
 from neg_service.measures.builtin.aggregate_importance import total
-from tests.e2e.commands import environment, in_order, job, refused, scan_config
+from tests.e2e.commands import in_order, refused, scan_config
 from tests.here import scan_here
 
 pytestmark = pytest.mark.ray
 KEYS = ["prompt_id", "target_index", "layer", "neuron"]
+SWEPT = ["measure=sweep", "neurons=sample", "neurons.count=6", "measure.keep_curves=true"]
 
 
 @pytest.fixture(scope="module")
@@ -48,53 +49,58 @@ def scanned(*arguments: str) -> int:
     return scan(composed("scan", list(arguments), ScanConfig))
 
 
-@pytest.mark.usefixtures("joined")
-def test_shards_and_replicas_change_nothing_and_the_noise_is_in_run_json(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "neg_service")
-    sweep = [*arguments, "measure=sweep", "neurons=sample", "neurons.count=6", "measure.keep_curves=true"]
-    scan_here(scan_config(*sweep, f"storage.uri={tmp_path / 'one'}", "job.shard_size=5"))
-    many = ["job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1"]
-    assert scanned(*sweep, f"storage.uri={tmp_path / 'two'}", *many) == 0
-    assert re.search(r"neurons +18 for each target: 180 values", capsys.readouterr().out)
-    assert "5 of 5 shards to do" in caplog.text
-    assert "on up to 2 replicas" in caplog.text
+def test_shards_change_nothing_and_the_noise_is_in_run_json(arguments: list[str], tmp_path: Path) -> None:
     tables = []
-    for name in ("one", "two"):
-        tables.append(table_of(tmp_path / name, "sweep"))
-        (run,) = (tmp_path / name).iterdir()
-        about = json.loads((run / "run.json").read_text())["about"]
-        assert about["engine"] == "shared_prefix"
-        noise = about["calibration"]["noise"]
+    for size in (5, 1):
+        run = scan_here(scan_config(*arguments, *SWEPT, f"storage.uri={tmp_path}/{size}", f"job.shard_size={size}"))
+        assert run.n_shards == 5 // size
+        assert run.about["engine"] == "shared_prefix"
+        noise = run.about["calibration"]["noise"]
         assert noise["reference"] == "float64"
         assert 0 < noise["sigma"] < 1e-5
-    assert tables[0].select(KEYS) == tables[1].select(KEYS)
-    for column in ("neg", "r", "r2", "max_abs_delta_p", "neurgrad", "activation"):
-        np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-3, atol=1e-8, err_msg=column)
+        tables.append(table_of(tmp_path / str(size), "sweep"))
+    require_the_same(*tables)
     np.testing.assert_allclose(tables[0]["resolution"], tables[1]["resolution"], rtol=1e-3)
     # A value at its very limit may fall on either side; here there is none.
     for column in ("is_resolved", "signs_agree"):
         assert tables[0][column] == tables[1][column]
-    assert tables[0]["delta_p"].type.list_size == 40
 
 
 @pytest.mark.usefixtures("joined")
-def test_all_replicas_go_by_one_calibration(
-    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_replicas_change_nothing_and_all_go_by_one_calibration(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "neg_service")
-    code = scanned(
-        *arguments, "measure=sweep", "measure.name=tests.moody_sweep", "neurons=sample", "neurons.count=2",
-        "job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1", f"storage.uri={tmp_path}",
-    )  # fmt: skip
-    assert code == 0
+    here = scan_here(scan_config(*arguments, *SWEPT, f"storage.uri={tmp_path / 'here'}"))
+    # On replicas the noise is not the same from one to the other.
+    many = ["measure.name=tests.moody_sweep", "job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1"]
+    assert scanned(*arguments, *SWEPT, *many, f"storage.uri={tmp_path / 'many'}") == 0
+    assert re.search(r"neurons +18 for each target: 180 values", capsys.readouterr().out)
+    assert "5 of 5 shards to do" in caplog.text
+    assert "on up to 2 replicas" in caplog.text
     assert "replica 1 is ready" in caplog.text
-    table = table_of(tmp_path, "sweep")
-    assert table.num_rows == 5 * 2 * 6
+    table, expected = (table_of(tmp_path / name, "sweep") for name in ("many", "here"))
+    require_the_same(table, expected)
+    (run,) = (tmp_path / "many").iterdir()
+    about = json.loads((run / "run.json").read_text())["about"]
+    assert about["engine"] == "shared_prefix"
+    noise, own = about["calibration"]["noise"], here.about["calibration"]["noise"]
+    assert noise["reference"] == "float64"
+    assert noise["sigma"] > own["sigma"]
     # In units of the probability the resolution is the noise times what the grid makes of it: the same in all shards.
     ratio = np.asarray(table["resolution"]) / np.asarray(table["probability"])
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+    # What all of them go by is what run.json says.
+    resolution = np.asarray(expected["resolution"]) * noise["sigma"] / own["sigma"]
+    np.testing.assert_allclose(table["resolution"], resolution, rtol=1e-3)
+
+
+def require_the_same(one: pa.Table, other: pa.Table) -> None:
+    """All but what the noise decides."""
+    assert one.select(KEYS) == other.select(KEYS)
+    for column in ("neg", "r", "r2", "max_abs_delta_p", "neurgrad", "activation"):
+        np.testing.assert_allclose(one[column], other[column], rtol=1e-3, atol=1e-8, err_msg=column)
+    assert one["delta_p"].type.list_size == 40
 
 
 @pytest.mark.usefixtures("joined")
@@ -160,22 +166,25 @@ def test_what_cannot_be_done_is_refused_when_it_is_planned(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("joined")
 def test_the_demo_shows_neurons_straight_curves_and_plots(
-    arguments: list[str], tmp_path: Path, joined: Cluster
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A command of its own; each of its two scans joins the cluster that is there.
-    small = [f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
-    done = job("demo", *arguments, *small, env=environment(RAY_ADDRESS=joined.address))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("its strongest neurons") == 3
-    assert re.search(r"linear +[\d.]+ % have \|r\| >= 0.95", done.stdout)
-    assert re.search(r"NEG and NeurGrad +correlation [\d.-]+, [\d.]+ % of signs agree", done.stdout)
-    assert re.search(r"NEG and gradient +correlation [\d.-]+", done.stdout)
-    plots = re.findall(r"plot: (.+\.png)", done.stdout)
+    asked = [*arguments, f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
+    # The first of its two scans is done already; the sweep is done by a replica.
+    scan_here(scan_config(*asked))
+    assert demo(composed("demo", asked, ScanConfig)) == 0
+    shown = capsys.readouterr().out
+    assert "this run was finished already" in shown
+    assert shown.count("its strongest neurons") == 3
+    assert re.search(r"linear +[\d.]+ % have \|r\| >= 0.95", shown)
+    assert re.search(r"NEG and NeurGrad +correlation [\d.-]+, [\d.]+ % of signs agree", shown)
+    assert re.search(r"NEG and gradient +correlation [\d.-]+", shown)
+    plots = re.findall(r"plot: (.+\.png)", shown)
     assert [Path(plot).name for plot in plots] == ["neurgrad_over_layers.png", "neg_against_neurgrad.png"]
     assert all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
-    (report,) = re.findall(r"report: (.+\.html)", done.stdout)
+    (report,) = re.findall(r"report: (.+\.html)", shown)
     assert "strongest neurons of each prompt" in Path(report).read_text()
     sweep = table_of(tmp_path, "sweep").to_pandas()
-    shown = float(re.search(r"linear +([\d.]+) %", done.stdout)[1])  # type: ignore[index]
-    assert shown == pytest.approx(100 * (sweep.r.abs() >= 0.95).mean(), abs=0.06)
+    linear = float(re.search(r"linear +([\d.]+) %", shown)[1])  # type: ignore[index]
+    assert linear == pytest.approx(100 * (sweep.r.abs() >= 0.95).mean(), abs=0.06)

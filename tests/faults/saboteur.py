@@ -9,7 +9,8 @@ What happens, and when, stands in a JSON file that $NEG_FAULTS names, as a list 
 `exit` ends the process at once, `exhaust` asks for more memory than there is. `hold` tells the process's id and then
 sleeps, so that somebody can do something to it; `sleep` sleeps for `seconds`. An order without a shard holds for all of
 them, and every time; one with a shard is carried out once. The driver loads this module too, and nothing happens to it,
-because it computes and puts no parts.
+because it computes and puts no parts. In replicas storage is asked again five times as soon as otherwise: the pauses
+after dozens of requests that fail would be most of a test.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +26,18 @@ from typing import Any
 
 import psutil
 import pyarrow as pa
+from tenacity import wait_random_exponential
 
 from neg_service.measures.base import ShardInput
 from neg_service.measures.builtin.neurgrad import NeurGrad
+from neg_service.storage import retries
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import shard_of
 from neg_service.storage.s3 import S3Store
 
 VARIABLE = "NEG_FAULTS"
 PROMPTS_A_SHARD = 2
+SHORT_PAUSE = wait_random_exponential(multiplier=0.2, min=0.1, max=6)
 
 
 class SabotagedNeurGrad(NeurGrad):
@@ -95,3 +100,5 @@ def _sabotaged(put: Callable[[Any, str, bytes], None]) -> Callable[[Any, str, by
 
 S3Store.put = _sabotaged(S3Store.put)  # type: ignore[method-assign]
 LocalStore.put = _sabotaged(LocalStore.put)  # type: ignore[method-assign]
+if "pytest" not in sys.modules:
+    retries._PAUSE = SHORT_PAUSE

@@ -20,6 +20,8 @@ from neg_service.storage.stores import open_store
 from tests.e2e.commands import Running
 from tests.faults.conftest import N_SHARDS, Disturbed, Orders, meanwhile, signalled
 from tests.faults.proxy import FAULTS, Proxy, Seen
+from tests.faults.saboteur import SHORT_PAUSE
+from tests.here import scan_here
 from tests.refusals import refused
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
@@ -90,8 +92,9 @@ def test_the_server_killed_and_started_again_under_load(
 
 
 def test_connections_reset_delayed_refused_cut_and_replies_lost(
-    disturbed: Disturbed, invariant: Invariant, moments: random.Random
+    disturbed: Disturbed, invariant: Invariant, moments: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("neg_service.storage.retries._PAUSE", SHORT_PAUSE)
     direct = disturbed.endpoint_url
     assert direct is not None
 
@@ -116,7 +119,7 @@ def test_connections_reset_delayed_refused_cut_and_replies_lost(
 def test_damage_is_named_and_repaired(
     disturbed: Disturbed, invariant: Invariant, moments: random.Random, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    disturbed.scan()
+    scan_here(disturbed.config())
     store = open_store(disturbed.run_uri, disturbed.endpoint_url)
     # What is exchanged, cut, lost and flipped is drawn; no shard suffers twice, so that each is named for what it is.
     flipped, cut, lost, one, other = moments.sample(range(N_SHARDS), 5)
@@ -154,7 +157,8 @@ def test_damage_is_named_and_repaired(
 
     with refused(ConfigurationError, "repair", "no", allowed="true or false"):
         verify(composed("verify", [*where, "repair=no"], VerifyConfig))
-    code = verify(composed("verify", [*where, "repair=true", "cluster.cpus_per_replica=1"], VerifyConfig))
+    one_replica = ["cluster.replicas=1", "cluster.cpus_per_replica=1"]
+    code = verify(composed("verify", [*where, "repair=true", *one_replica], VerifyConfig))
     repaired = capsys.readouterr()
     assert code == 0, repaired.out + repaired.err
     assert re.search(r"computing again: shards .*\(5\)", repaired.out)
