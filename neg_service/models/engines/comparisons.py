@@ -234,12 +234,15 @@ def _slopes_of_layers(
     def enter(index: int) -> Any:
         def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, Tensor):
+            if not isinstance(hidden, Tensor) or n_tokens not in hidden.shape[:-1]:
                 return None
-            of_tokens = hidden.reshape(n_tokens, -1)
-            leaves[index] = of_tokens.new_zeros(1, of_tokens.shape[1], requires_grad=True)
+            # Where there are several streams their axis stands before that of the tokens, or behind it.
+            axis = hidden.shape.index(n_tokens)
+            of_tokens = hidden.movedim(axis, 0)
+            leaves[index] = hidden.new_zeros(1, of_tokens[0].numel(), requires_grad=True)
             at = torch.tensor([place], device=hidden.device)
-            moved = of_tokens.index_add(0, at, leaves[index]).view_as(hidden)
+            moved = of_tokens.reshape(n_tokens, -1).index_add(0, at, leaves[index])
+            moved = moved.view(of_tokens.shape).movedim(0, axis)
             return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
         return hook
@@ -343,23 +346,22 @@ def starts_and_expansion(engine: Engine, ids: Sequence[int], tolerance: float) -
         rows.run([1])
     plain = rows.run([2])
 
-    def agrees(first: int, hidden: Tensor | None, n_rows: int, points: Mapping[Site, Point]) -> bool:
-        started = nullcontext() if hidden is None else start_at_layer(layers, first, hidden, structures)
+    def agrees(first: int | None, n_rows: int, points: Mapping[Site, Point]) -> bool:
         try:
+            started: Any = nullcontext()
+            if first is not None:
+                hidden = inputs[first] if n_rows == 1 else rows.expand_rows(inputs[first], n_rows)
+                started = start_at_layer(layers, first, hidden, structures)
             with started, hooks(points, lambda _site, x: rows.expand_rows(x, 2).clone()):
                 found = rows.run([n_rows])
         except (TypeError, AttributeError, LookupError, ValueError, RuntimeError):
             return False
         return found.shape == plain.shape and deviation_of(found, plain) <= tolerance
 
-    starts = len(inputs) == len(layers) and all(
-        agrees(first, rows.expand_rows(inputs[first], 2), 2, {}) for first in range(1, len(layers))
-    )
+    starts = len(inputs) == len(layers) and all(agrees(first, 2, {}) for first in range(1, len(layers)))
     sites = engine.model.feed_forward.sites("paper").items()
     # Where passes may begin at a layer, that is enough of one.
-    expanding = {
-        site for site, point in sites if agrees(site.layer, inputs[site.layer] if starts else None, 1, {site: point})
-    }
+    expanding = {site for site, point in sites if agrees(site.layer if starts else None, 1, {site: point})}
     return starts, frozenset(expanding)
 
 
