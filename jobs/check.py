@@ -75,6 +75,7 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "dequantised": model.dequantised and asdict(model.dequantised),
         "engine": chosen.engine.name,
         "row_is": chosen.engine.row_is,
+        "rows_are_prompts": chosen.engine.rows_are_prompts,
         "rejected": chosen.rejected,
         "checked": checked.tried,
         "starts_at_layers": checked.starts_at_layers,
@@ -114,6 +115,8 @@ def describe(found: dict[str, Any]) -> str:
         f"{found['engine']}: a row is {found['row_is']}",
         *(f"not {name}: {reason}" for name, reason in found["rejected"].items()),
     ]
+    if found["rows_are_prompts"] and found["read_at"] == "last token":
+        engine.append("slow: a prompt of 100 tokens takes about 100 times the work of rows of one token")
     if not found["starts_at_layers"]:
         engine.append("an intervention runs all layers, not only those from its own on")
     if not found["supports_late_expansion"]:

@@ -46,7 +46,7 @@ def describe_plan(prepared: Prepared) -> str:
                 f"{info.name}: {info.architecture}, {info.described_neurons}",
             ),
             ("identity", info.identity),
-            ("engine", f"{info.engine}, unless the self-check chooses another: a row is {info.row_is}"),
+            ("engine", _engine(prepared)),
             (
                 "prompts",
                 f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",
@@ -64,6 +64,16 @@ def describe_plan(prepared: Prepared) -> str:
             ("results", prepared.uri),
         ]
     )
+
+
+def _engine(prepared: Prepared) -> str:
+    """The engine that the configuration admits; of rows that are whole prompts, how much work that is."""
+    info, encoding = prepared.info, prepared.encoding
+    found = f"{info.engine}, unless the self-check chooses another: a row is {info.row_is}"
+    if not info.rows_are_prompts:
+        return found
+    samples = [len(encoding[i].ids) for i in sorted({0, len(encoding) // 2, len(encoding) - 1})]
+    return f"{found}, of {sum(samples) / len(samples):.0f} tokens: so many times the work of a row of one token"
 
 
 def _ranking(prepared: Prepared) -> list[tuple[str, str]]:

@@ -46,6 +46,7 @@ class ModelInfo:
     # The fastest engine that its configuration admits, and what a row of it is; the self-check may choose another.
     engine: str = ""
     row_is: str = ""
+    rows_are_prompts: bool = False
     # What neurons each layer has; left out, as many in each, without experts.
     layer_neurons: tuple[LayerNeurons, ...] = ()
     # What its weights are made from, where its checkpoint is a quantised one.
@@ -113,6 +114,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         n_output_ids=n_output_ids,
         engine=engine.name,
         row_is=engine.row_is,
+        rows_are_prompts=engine.rows_are_prompts,
         layer_neurons=found.layer_neurons,
         dequantised=quantization.dequantised(tensors) if quantization else None,
     )

@@ -17,6 +17,7 @@ from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.config import ScanConfig, typed
 from neg_service.prompts.tokens import encode
+from tests.tiny_models import tiny_model
 
 
 class Stop(Exception):
@@ -103,3 +104,22 @@ def test_the_scan_that_ranks_neurons_is_planned_and_shown(asked: dict[str, Any])
     assert "18 gradients, 1 shards" in line
     assert prepared.ranking.uri in line
     assert prepare(typed(ScanConfig, asked)).ranking is None
+
+
+def test_a_plan_says_by_which_engine_and_how_much_work_a_row_is(asked: dict[str, Any], tmp_path: Path) -> None:
+    def engine(source: Path) -> str:
+        prepared = prepare(typed(ScanConfig, {**asked, "model": {"source": str(source)}}))
+        (line,) = [line for line in describe_plan(prepared).splitlines() if line.strip().startswith("engine")]
+        return line.split("engine", 1)[1].strip()
+
+    said = "shared_prefix, unless the self-check chooses another: a row is the last token, over a prefix that all rows"
+    assert engine(Path(asked["model"]["source"])).startswith(said)
+    model = tiny_model("Doge")
+    # No engine but that of whole sequences takes blocks of tokens.
+    model.model.config.attention_type = "block_sparse"
+    model.model.save_pretrained(tmp_path / "blocks")
+    model.tokenizer.save_pretrained(tmp_path / "blocks")
+    assert engine(tmp_path / "blocks") == (
+        "full_sequence, unless the self-check chooses another: a row is a whole prompt, of 2 tokens: so many times the "
+        "work of a row of one token"
+    )

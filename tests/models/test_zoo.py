@@ -146,6 +146,10 @@ def padding_that_is_attended_to(patch: Patch) -> None:
     patch.setattr(prefix_attention.RowPass, "_hidden_keys", lambda self, window, device: (None, None))
 
 
+def nothing_but_nan(patch: Patch) -> None:
+    in_rows(patch, lambda m: hooked(m.model.layers[1], lambda out: torch.full_like(out, torch.nan)))
+
+
 def shared_prefix_in_another_order(patch: Patch) -> None:
     real = shared_prefix.run_prefix
 
@@ -267,6 +271,7 @@ PASSES: list[tuple[Callable[[Patch], None], str, str]] = [
     (view_without("scaling", lambda view: 1.1 * view.scaling), "Llama 3", OFF_LOGITS),
     (positions_by_row_index, "GPT-2", OFF_LOGITS),
     (padding_that_is_attended_to, "Llama 2", OFF_LOGITS),
+    (nothing_but_nan, "Llama 2", OFF_LOGITS),
     (shared_prefix_in_another_order, "OLMo", OFF_LOGITS),
     (neurons_of_another_token, "Llama 2", "neurons at the readout position are"),
     (shared_expert_left_out, "DeepSeek 3", OFF_LOGITS),

@@ -259,6 +259,7 @@ class Engine(ABC):
     """How a model's rows are run.
 
     name: as runs record it and people are told; nothing else is decided by it. row_is: a row, for a person.
+    rows_are_prompts: a row is a whole prompt, which costs as many times one token's work as it has tokens.
     reads_at: at which tokens it can read. shares_prefixes: prompts' common beginnings may run once for all.
     runs_prompts_together: rows of several prompts may be in one batch.
     targets_share_rows: a prompt's targets are read, and differentiated, from one row.
@@ -266,6 +267,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     row_is: ClassVar[str]
+    rows_are_prompts: ClassVar[bool] = False
     reads_at: ClassVar[tuple[str, ...]]
     shares_prefixes: ClassVar[bool]
     runs_prompts_together: bool

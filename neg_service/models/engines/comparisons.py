@@ -8,6 +8,7 @@ Axes: R rows, N neurons of a site, F features.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -366,6 +367,8 @@ def starts_and_expansion(engine: Engine, ids: Sequence[int], tolerance: float) -
 
 
 def deviation_of(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, against the largest expected value."""
+    """The largest difference, against the largest expected value; infinite where either has NaN."""
     scale = expected.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((found.double() - expected.double()).abs().max() / scale)
+    deviation = float((found.double() - expected.double()).abs().max() / scale)
+    # The larger of NaN and a number may be the number.
+    return math.inf if math.isnan(deviation) else deviation

@@ -41,6 +41,7 @@ class FullSequenceEngine(Engine):
 
     name = "full_sequence"
     row_is = "a whole prompt"
+    rows_are_prompts = True
     reads_at: ClassVar[tuple[str, ...]] = (MASK_TOKEN, LAST_TOKEN)
     shares_prefixes = False
     targets_share_rows = True
