@@ -59,7 +59,7 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
     checked = chosen.check
     # Models with experts are checked in float32, whatever their precision.
     checked_in = torch.promote_types(model.dtype, torch.float32) if own.has_experts else model.dtype
-    bases = BASES if own.is_gated else BASES[:2]
+    bases = BASES if own.offers_gate else BASES[:2]
     return {
         "model": model.name,
         "identity": model.identity,

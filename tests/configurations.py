@@ -165,6 +165,9 @@ def fill(model: hf.PreTrainedModel) -> None:
             parameter.normal_(0, 0.5 if is_convolution else 1 / math.sqrt(parameter.shape[-1]))
         elif name.endswith("bias") and "dt" not in name:
             parameter.normal_(0, 0.1)
+        elif name.endswith("self_attn.A"):
+            # Doge's keys would all be worth the same.
+            parameter.normal_(0, 0.5)
     for name, buffer in model.named_buffers():
         # Routers add it before they choose.
         if "correction_bias" in name:

@@ -103,7 +103,7 @@ def cover(model_type: str, read_as: str) -> Outcome:
             neurgrad, intervention = deviations(measured)
     except ModelError as error:
         reason = _short(str(error), type(model).__name__)
-        status = WITHOUT if NO_LAYERS in reason else APART if "the plain model does not run" in reason else REFUSED
+        status = WITHOUT if NO_LAYERS in reason else REFUSED
         return Outcome(model_type, read_as, status, reason)
     except _FAILURES as error:
         return Outcome(model_type, read_as, WRONG, f"{type(error).__name__}: {_one_line(error)}")

@@ -1,4 +1,4 @@
-"""Every dense family against the textbook way: what tests assert, and what the table of families shows."""
+"""Every dense family and hybrid against the textbook way: what tests assert, and what the table of families shows."""
 
 from __future__ import annotations
 

@@ -31,9 +31,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.config import NeuronsConfig, checked_layers
+from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, told_by_parameters
 from neg_service.measures.batching import budget_of, in_parts, named
+from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import encoded_texts, slots_by_layer
@@ -108,7 +109,9 @@ def integrated_gradients(
     """
     check_steps(m)
     encoded = encoded_texts(model, prompts, targets)
-    chosen = checked_layers(NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.n_layers)
+    chosen = layers_with_neurons(
+        NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.layer_neurons
+    )
     model.ensure_checked()
     budget = budget_of(model, batch_bytes, batch_tokens)
     wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]
@@ -168,12 +171,14 @@ def integrals(
             prompt, own = prompts[index], tuple(wanted[index])
             interventions = Interventions(model, prompt, basis, prompt.ids[: group.shared])
             tokens = [prompt.target_ids[k] for k in own]
-            by_layer = [_integral(interventions, layer, tokens, m, budget) for layer in layers]
+            # Some layers of a hybrid have no neurons.
+            integrated = [layer for layer in layers if interventions.sites([layer])]
+            by_layer = [_integral(interventions, layer, tokens, m, budget) for layer in integrated]
             is_finite = [bool(found.isfinite().all()) for found in by_layer]
             if not all(is_finite):
                 raise NonFiniteError(
                     f"{named(prompt, model)}: NaN or infinity in logits or gradients with the neurons of layer "
-                    f"{layers[is_finite.index(False)]} between zero and what they are; try another model.dtype"
+                    f"{integrated[is_finite.index(False)]} between zero and what they are; try another model.dtype"
                 )
             sites = interventions.sites(layers)
             activations = [interventions.activation[site].float().cpu() for site in sites]

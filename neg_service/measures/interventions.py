@@ -15,7 +15,7 @@ Axes: K targets, I interventions, R rows of a batch, M neurons of several sites,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -179,13 +179,8 @@ class Interventions:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
             return changes[site](flat(copied), position_r.to(x.device)).view_as(copied)
 
-        # Where layers hand each other more than their outputs, all of them run for every row.
-        first = layer if self._starts_at_layers else 0
-        stored = self._inputs[first]
-        if not is_late:
-            stored = self.rows.expand_rows(stored, n_rows)
         with (
-            start_at_layer(self._layers, first, stored, self._output_structures),
+            self._starting_at(layer, 1 if is_late else n_rows),
             hooks({site: self.points[site] for site in changes}, change_copy),
         ):
             return self.rows.run([1 if is_late else n_rows])
@@ -193,9 +188,17 @@ class Interventions:
     @torch.no_grad()
     def run_baseline(self, layer: int, n_rows: int) -> None:
         """Run `n_rows` equal rows from a layer on and drop them: the least that interventions there can cost."""
-        stored = self.rows.expand_rows(self._inputs[layer], n_rows)
-        with start_at_layer(self._layers, layer, stored, self._output_structures):
+        with self._starting_at(layer, n_rows):
             self.rows.run([n_rows])
+
+    def _starting_at(self, layer: int, n_rows: int) -> AbstractContextManager[None]:
+        """Let passes of some rows begin at a layer; where layers hand on more than their outputs, all of them run."""
+        if layer == 0 or not self._starts_at_layers:
+            return nullcontext()
+        stored = self._inputs[layer]
+        if n_rows > 1:
+            stored = self.rows.expand_rows(stored, n_rows)
+        return start_at_layer(self._layers, layer, stored, self._output_structures)
 
     @torch.no_grad()
     def _run(self, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -39,8 +39,9 @@ _CPU_ROWS = 8
 
 # What configurations call the cap c of logits that end as c·tanh(z/c).
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
-# A factor that is so close to one is one: its logits say so to a few digits fewer than they have.
-_NEARLY_ONE = 1e-5
+# A factor that is so close to one is one: its logits say so to a few digits fewer than they have. In low precision that
+# is a share of what rounding does to one of them.
+_NEARLY_ONE, _SHARE_OF_ROUNDING = 1e-5, 0.2
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Readout:
         config = model.model.config.get_text_config()
         self._cap: float | None = next((own for own in (getattr(config, name, None) for name in _CAPS) if own), None)
         self._tolerance = LOGIT_TOLERANCE[model.dtype]
+        self._nearly_one = max(_NEARLY_ONE, _SHARE_OF_ROUNDING * torch.finfo(model.dtype).eps)
 
     @contextmanager
     def watching(self) -> Iterator[list[Tensor]]:
@@ -140,15 +142,16 @@ class Readout:
         )
 
     def _factor(self, head_v: Tensor, logits_v: Tensor) -> float:
-        """From the head's output to logits, before a soft cap, as the largest logit says that no cap has flattened."""
+        """From the head's output to logits, before a soft cap, as the logits say that no cap has flattened."""
         wanted_v = logits_v
         if self._cap is not None:
             inside_v = logits_v.double() / self._cap
             wanted_v = self._cap * torch.atanh(torch.where(inside_v.abs() <= 0.5, inside_v, 0))
-        largest = wanted_v.abs().argmax()
-        factor = float(wanted_v[largest].double() / head_v[largest].double())
-        # Where nothing is to be had of it, the comparison that follows tells.
-        return factor if math.isfinite(factor) and abs(factor - 1) > _NEARLY_ONE else 1.0
+        # Of all of them, so that what low precision rounds averages out. Where nothing is to be had of it, the
+        # comparison that follows tells.
+        given_v = torch.where(wanted_v == 0, 0, head_v.double())
+        factor = float(given_v @ wanted_v.double() / (given_v @ given_v))
+        return factor if math.isfinite(factor) and abs(factor - 1) > self._nearly_one else 1.0
 
     def delta_log_p(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
         """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it.

@@ -86,6 +86,9 @@ def context_length(model: PreTrainedModel) -> int | None:
     # Up to here the temperature that Llama 4 takes by a token's number in its row is 1; see `steady_temperature`.
     if getattr(config, "attn_temperature_tuning", None):
         limits.append(int(config.floor_scale) - 1)
+    # BigBird's blocks are dense up to here, and once it has seen so short a prompt it stays so.
+    if getattr(config, "attention_type", None) == "block_sparse":
+        limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
     for module_name, module in model.named_modules():
         # RoBERTa numbers positions from behind the one that stands for padding.
         if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -308,7 +308,7 @@ _fp4_blocks = partial(_scaled_weight, lambda _settings: [(1, 32)], is_fp4=True)
 _groups = partial(_scaled_weight, _sizes_of_groups)
 _rows = partial(_scaled_weight, lambda _settings: [])
 _ANY, _WEIGHT, _PACKED = r"(?P<stem>.+)", r"(?P<stem>.+\.weight)", r"(?P<stem>.+\.weight)_packed"
-_SCALE = "{stem}_scale_inv {module}.scale {module}.qscale_weight"
+_SCALE = "{stem}_scale_inv {stem}_scale {module}.scale {module}.qscale_weight"
 _ZERO = "{stem}_zero_point"
 _OF_QWEIGHT = {"weight": "{stem}.qweight", "zero": "{stem}.qzeros", "scale": "{stem}.scales"}
 _STATES = "{stem}.quant_state.bitsandbytes__nf4 {stem}.quant_state.bitsandbytes__fp4"

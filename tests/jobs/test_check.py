@@ -47,6 +47,13 @@ def test_the_table_says_what_a_scan_would_do(tmp_path: Path, capsys: pytest.Capt
         assert re.search(line, table), (line, table)
 
 
+def test_a_gate_that_no_hook_sees_is_no_basis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checked(saved("LFM2", tmp_path), "json=true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["engine"] == "recurrent_state"
+    assert sorted(found["bases"]) == ["hidden", "paper"]
+
+
 @pytest.mark.parametrize("asked", ["json=true", "job.log=json"])
 def test_the_same_as_json(asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(saved("ModernBERT", tmp_path), asked, "model.dtype=bfloat16") == 0

@@ -10,15 +10,18 @@ import inspect
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.bamba import modeling_bamba
 
+import neg_service
 from neg_service import LanguageModel
+from neg_service.errors import ConfigurationError
 from neg_service.models.engines import frozen_cache, recurrent_state
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.recurrent_state import RecurrentStateEngine
-from tests import families
+from tests import families, oracle
 from tests.families import (
     HYBRID_NEURGRAD_TOLERANCE,
     JOINT_TOLERANCE,
@@ -27,6 +30,7 @@ from tests.families import (
     model_of,
     neurgrad_deviation,
 )
+from tests.refusals import refused
 from tests.tiny_models import CHUNK, HYBRIDS, tiny_model
 
 RECURRENT = [family for family, own in HYBRIDS.items() if own.engine is RecurrentStateEngine]
@@ -63,6 +67,24 @@ def test_a_sweep_equals_a_full_forward_pass_an_intervention(family: str, basis: 
 @pytest.mark.parametrize(("family", "basis"), BASES)
 def test_joint_interventions_equal_full_forward_passes(family: str, basis: str) -> None:
     assert joint_deviation(family, basis) <= JOINT_TOLERANCE
+
+
+def test_layers_without_neurons_are_left_out_by_every_measure() -> None:
+    model, prompt, layers = model_of("Nemotron-H"), "w3 w14 w9", [1, 3, 5]
+    shape = (1, 1, 6, 40)
+    for found in (
+        neg_service.neurgrad(model, [prompt], [[" w7"]]).neurgrad,
+        neg_service.integrated_gradients(model, [prompt], [[" w7"]], m=3).integrated_gradients,
+    ):
+        assert found.shape == shape
+        assert np.isfinite(found[0, 0, layers]).all()
+        assert np.isnan(np.delete(found[0, 0], layers, 0)).all()
+    _, slopes, activation = oracle.gradients(families.float64_of("Nemotron-H"), (3, 14, 9), [7], "paper")
+    found = neg_service.neurgrad(model, [prompt], [[" w7"]]).neurgrad[0, 0, layers]
+    expected = slopes[0] * np.where(activation < 0, -1, 1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    with refused(ConfigurationError, "layers", says="no layer with feed-forward neurons"):
+        neg_service.neurgrad(model, [prompt], [[" w7"]], layers=[0, 2])
 
 
 @pytest.mark.parametrize("length", [64, 65, 66, 130])

@@ -3,7 +3,7 @@
 For target k of a prompt, at the readout position:  d log p[k] / d a[l, n],  in log probability per activation unit.
 
 Where a row is one token, each target is a row of its own, and a sum over independent rows is differentiated. Where a
-row is a whole prompt (masked models), a prompt's targets share one row, and the backward pass alone is run for all of
+row is a whole prompt, a prompt's targets share one row, and the backward pass alone is run for all of
 them, vectorised. Nothing is averaged in either.
 
 Axes: B prompts, K targets of a prompt (the most), R rows: one a (prompt, target), N neurons of a site, F features, V

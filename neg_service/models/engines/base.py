@@ -5,13 +5,13 @@ prefix: one of them has its neurons shifted, and logits are read behind one or m
 
 | question                                | a row                                      | shifted   | read           |
 |-----------------------------------------|--------------------------------------------|-----------|----------------|
-| today, of a causal model                | the last token                             | it        | it             |
+| today, of a causal model                | the last token, or the whole prompt        | the last  | the last       |
 | today, of a masked model                | the whole prompt                           | its mask  | its mask       |
 | to come: answers of several tokens      | the last token, and the answers behind it  | the first | all but leaves |
 | to come: a shift at an earlier position | the tokens from that position on           | the first | the last       |
 
 An engine refuses rows that it cannot run (`Engine.prepare`). What runs once for a prefix that prompts share is the
-engine's own affair: keys and values today, the states of recurrent layers likewise.
+engine's own affair: keys and values today; states of recurrent layers are not shared.
 
 Axes: R rows, V vocabulary, F features.
 """

@@ -32,7 +32,7 @@ CHECK_TOKENS = 13
 # What limits of attention are for a moment, so that the few tokens of a check meet them.
 SHORT_LIMIT = 5
 # What a configuration or a layer calls the number of tokens that are seen at most.
-_LIMIT = re.compile("window|attention_chunk|index_topk|topk_tokens")
+_LIMIT = re.compile("(window|attention_chunk|index_topk|topk_tokens)(?!.*(_layers|_pattern)$)")
 # What recurrent layers call the blocks in which they go through a prompt. Some cut it so without a name for it.
 _BLOCK, _UNNAMED_BLOCK, _LONGEST_BLOCK = re.compile("(chunk|block)_size$"), 64, 512
 # By how much log p is to change; by how much neurons move at the most for that, and where they are said to change

@@ -27,7 +27,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from neg_service.models.engines.base import LoadedModel
+from neg_service.models.engines.base import LoadedModel, MismatchError
 
 # What a layer with states knows of them, apart from keys and values.
 _OF_STATES = (
@@ -159,6 +159,16 @@ class _FrozenIndexed(_FrozenAttention, DynamicIndexedLayer):  # type: ignore[mis
         DynamicIndexedLayer.__init__(self)
         self._take_attention(own)
         self.indexer_keys, self.is_indexer_initialized = own.indexer_keys, True
+        self._of_prefix = own.indexer_position_ids
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Positions of the prefix, where a model keeps them."""
+        return getattr(self, "_of_prefix", None)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, _positions: Tensor | None) -> None:
+        """Nothing: those of a pass are not kept."""
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         rows = len(indexer_key_states)
@@ -200,8 +210,13 @@ def _frozen(layer: Any) -> Any:
         return _FrozenBoth(layer) if has_keys else _FrozenStates(layer)
     if isinstance(layer, DynamicIndexedLayer) and layer.indexer_keys is not None:
         return _FrozenIndexed(layer)
+    # Some layers go by what the index of another chose.
+    if has_keys and (_is_plain_attention(layer) or isinstance(layer, DynamicIndexedLayer)):
+        return _FrozenAttention(layer)
+    if any(isinstance(own, Tensor) for own in vars(layer).values()):
+        raise MismatchError(f"what {type(layer).__name__} keeps in a cache is not known")
     # What holds nothing stands for a layer that has nothing to keep.
-    return _FrozenAttention(layer) if has_keys else layer
+    return layer
 
 
 def _is_plain_attention(layer: Any) -> bool:

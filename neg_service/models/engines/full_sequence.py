@@ -68,7 +68,7 @@ class FullSequenceEngine(Engine):
             if prompt.prefix or not row.is_chain or row.read != (row.shifted,):
                 raise ModelError(
                     f"{self.model.name}: its engine ({self.name}) runs whole prompts as rows, which are shifted and "
-                    f"read at one token: ask for targets of one token, at the prompt's mask token"
+                    f"read at one token: ask for targets of one token, at the prompt's {self.model.read_at}"
                 )
         return FullSequenceRows(self.model, [prompt.row for prompt in prompts], is_padded=self.runs_prompts_together)
 

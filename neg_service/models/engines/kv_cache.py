@@ -1,4 +1,4 @@
-"""The slow engine that fits every causal attention: rows of a batch over a repeated key/value cache.
+"""The engine for attention of its own kind: rows of a batch over a repeated key/value cache.
 
 Some architectures (GPT-J, Falcon, BLOOM, MPT, GPT-Neo) compute attention in code of their own, with position biases
 that `prefix_attention.py` knows nothing of. They know transformers' cache, though: the tokens before the last run once

@@ -157,7 +157,7 @@ def _limiting(bias_h: Tensor, low: float, high: float) -> Any:
 
     def limit(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         n = len(bias_h)
-        steps = torch.clamp(output[..., -n:], low - bias_h, high - bias_h)
+        steps = torch.clamp(output[..., -n:], low - bias_h, high - bias_h).to(output.dtype)
         return torch.cat([output[..., :-n], steps], -1)
 
     return limit

@@ -173,7 +173,7 @@ def _check_logits(engine: Engine, ids: tuple[int, ...]) -> tuple[float, list[str
     if has_states(model.module):
         longer = spread_ids(model, longer_than_a_block(model))
         logits = max(logits, logits_deviation(engine, longer))
-        tried.append(f"the same with {_lengths(engine, longer)} tokens: the blocks of recurrent layers are shorter")
+        tried.append(f"the same with {_lengths(engine, longer)} tokens, for layers that go through a prompt in blocks")
     return logits, tried
 
 
@@ -188,6 +188,8 @@ def _tried_of_neurons(model: LoadedModel, has_gradients: bool) -> Iterator[str]:
     if has_gradients:
         yield "gradients at the input of every layer against those of the plain model's own pass"
         yield "small shifts of all neurons of each layer, in the plain model, against what gradients say"
+    else:
+        yield "no gradients: in low precision their differences drown in rounding"
 
 
 def _lengths(engine: Engine, ids: tuple[int, ...]) -> str:
