@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -18,9 +21,10 @@ from neg_service.cluster.actors import RayActors
 from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.failures import Attempt, Limits
 from neg_service.cluster.gcs import UnreachableNodes
-from neg_service.cluster.messages import Destination, Shard, ShardResult
+from neg_service.cluster.messages import Destination, LogStyle, Shard, ShardResult, WorkerInfo
 from neg_service.cluster.observer import Observer
 from neg_service.cluster.pool import ReplicaHandle, TimedCall
+from neg_service.cluster.replica import ACTOR_OPTIONS, Replica
 from neg_service.cluster.resources import ReplicaSize
 from neg_service.cluster.scaling import Capacity
 from neg_service.errors import ModelError, NegServiceError
@@ -288,3 +292,31 @@ def test_the_module_of_the_actor_imports_no_torch() -> None:
     """Ray imports it in two threads at once, which torch does not survive."""
     code = "import sys, neg_service.cluster.replica; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Talking:
+    """A worker that says something of every shard."""
+
+    def start(self) -> WorkerInfo:
+        return WorkerInfo("cpu")
+
+    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
+        logging.getLogger("neg_service.talking").info("at work")
+        return {"words": pa.table({"number": [shard.index]})}
+
+
+def test_a_replicas_own_log_says_run_replica_and_shard(tmp_path: Path) -> None:
+    store = Destination(str(tmp_path), None, "a")
+    actor = (
+        ray.remote(Replica).options(num_cpus=1, **ACTOR_OPTIONS).remote(Talking, store, LogStyle("json", "a-run", 4))
+    )
+    pid = ray.get(actor.start.remote()).pid
+    for index in (0, 7):
+        ray.get(actor.run.remote(Shard(index, ())))
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+    # What a process writes reaches its file at once; Ray names the file after the process.
+    (file,) = folder.glob(f"worker-*-{pid}.err")
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
+    said = [line for line in lines if line["message"] == "at work"]
+    assert [(line["run"], line["replica"], line["shard"]) for line in said] == [("a-run", 4, 0), ("a-run", 4, 7)]
+    ray.kill(actor)

@@ -1,19 +1,10 @@
-"""Logs as JSON objects, in processes of their own."""
+"""Logs as JSON objects, in a process of their own; a replica's are in `test_driver.py`, which has a cluster."""
 
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
-from pathlib import Path
-
-import pyarrow as pa
-import pytest
-import ray
-
-from neg_service.cluster.messages import Destination, LogStyle, Shard, WorkerInfo
-from neg_service.cluster.replica import ACTOR_OPTIONS, Replica
 
 CODE = """
 import logging
@@ -39,33 +30,3 @@ def test_each_line_is_an_object_that_says_what_it_is_about() -> None:
     assert (after["run"], after["replica"]) == ("a-run", 5)
     assert "shard" not in after
     assert before["time"].startswith("20")
-
-
-class Talking:
-    """A worker that says something of every shard."""
-
-    def start(self) -> WorkerInfo:
-        return WorkerInfo("cpu")
-
-    def compute(self, shard: Shard, batch_scale: float) -> dict[str, pa.Table]:
-        logging.getLogger("neg_service.talking").info("at work")
-        return {"words": pa.table({"number": [shard.index]})}
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_a_replicas_own_log_says_run_replica_and_shard(tmp_path: Path) -> None:
-    store = Destination(str(tmp_path), None, "a")
-    actor = (
-        ray.remote(Replica).options(num_cpus=1, **ACTOR_OPTIONS).remote(Talking, store, LogStyle("json", "a-run", 4))
-    )
-    pid = ray.get(actor.start.remote()).pid
-    for index in (0, 7):
-        ray.get(actor.run.remote(Shard(index, ())))
-    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
-    # What a process writes reaches its file at once; Ray names the file after the process.
-    (file,) = folder.glob(f"worker-*-{pid}.err")
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
-    said = [line for line in lines if line["message"] == "at work"]
-    assert [(line["run"], line["replica"], line["shard"]) for line in said] == [("a-run", 4, 0), ("a-run", 4, 7)]
-    ray.kill(actor)
