@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import astuple
+from unittest.mock import patch
 
 from neg_service.cluster.messages import WorkerSpec
 from neg_service.cluster.plan import shards_of
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.replica import scan_worker
 from neg_service.cluster.scan import Summary
-from neg_service.config import ScanConfig
+from neg_service.config import ModelConfig, ScanConfig
+from neg_service.models.engines.select import Selection
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.loading import loaded
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import note, write_or_match
 from neg_service.storage.stores import open_store
+
+# By what a model is and how it is loaded: what its self-check found.
+_CHECKED: dict[tuple[str, ...], Selection] = {}
 
 
 def scan_here(config: ScanConfig, shards: int | None = None) -> Run:
@@ -43,7 +50,8 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
         # The first, a middle and the last, as on a cluster.
         samples = [prepared.encoding[i] for i in sorted({0, len(prepared.encoding) // 2, len(prepared.encoding) - 1})]
         worker = scan_worker(WorkerSpec(config, prepared.info.identity, 1, samples))
-        info = worker.start()
+        with patch("neg_service.cluster.worker.loaded", _loaded):
+            info = worker.start()
         calibration = worker.calibrate()
         note(store, {"calibration": calibration, "engine": info.engine, "runs_on": info.runs_on})
         computing = time.monotonic()
@@ -65,3 +73,14 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
         seconds=time.monotonic() - began,
         bytes_now=written,
     )
+
+
+def _loaded(settings: ModelConfig) -> LanguageModel:
+    """A model as the worker loads it; in one process the same one is checked once."""
+    model = loaded(settings)
+    key = (str(model.identity), type(model.model).__name__, str(model.dtype), str(model.devices))
+    if key in _CHECKED:
+        model.adopt(_CHECKED[key])
+    else:
+        _CHECKED[key] = model.ensure_checked()
+    return model
