@@ -191,12 +191,12 @@ class _Loader:
         own: dict[str, list[tuple[str, int]]] = {}
         seen: set[str] = set()
         for split in reversed(self._examples):
-            examples = self._examples[split]
-            own[split] = [(split, i) for i in self._order[split] if examples[i].question not in seen]
-            if left_out := len(examples) - len(own[split]):
-                left = f"{left_out} of {len(examples)} rows of {split} are in a later split too, and left out"
+            questions = [example.question for example in self._examples[split]]
+            own[split] = [(split, i) for i in self._order[split] if questions[i] not in seen]
+            if left_out := len(questions) - len(own[split]):
+                left = f"{left_out} of {len(questions)} rows of {split} are in a later split too, and left out"
                 _say(f"{self._task.name}: {left}")
-            seen |= {example.question for example in examples}
+            seen.update(questions)
         if "valid" in own and not own["valid"] and own.get("train"):
             held_out = len(own["train"]) // _HELD_OUT
             own["valid"], own["train"] = own["train"][:held_out], own["train"][held_out:]

@@ -15,6 +15,7 @@ from neg_service import LanguageModel
 from neg_service.cluster.prepare import prepare
 from neg_service.config import DatasetConfig, JobConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError, PromptError
+from neg_service.prompts import mceval8k
 from neg_service.prompts.mceval8k import as_masked, load_tasks
 from neg_service.prompts.prompt import MASK, Prompt
 from neg_service.prompts.sources import load_dataset
@@ -305,7 +306,18 @@ def test_masked_models_are_asked_for_the_word_at_a_mask() -> None:
 @pytest.mark.model
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published rows are not at hand")
 @pytest.mark.parametrize("task", TASKS)
-def test_published_rows_become_prompts_with_one_token_a_label(smollm2: LanguageModel, task: str) -> None:
+def test_published_rows_become_prompts_with_one_token_a_label(
+    smollm2: LanguageModel, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Thousands of rows are read once for all templates.
+    read, rows = mceval8k._Loader._published, dict[str, Any]()
+
+    def published(self: Any, split: str) -> Any:
+        if split not in rows:
+            rows[split] = read(self, split)
+        return rows[split]
+
+    monkeypatch.setattr(mceval8k._Loader, "_published", published)
     for template in templates_of(TASKS[task]):
         prompts = load_tasks(DatasetConfig(source=str(SHARED), task=task, template=template, limit=20))
         for encoded in encode(smollm2.tokenizer, prompts, smollm2.context_length):
