@@ -72,6 +72,7 @@ def test_twenty_thousand_neurons_of_a_file_lie_beside_a_small_run_json(config: S
     table = pa.table({"layer": [layer for layer, _ in many], "neuron": [n for _, n in many]})
     pyarrow.csv.write_csv(table, tmp_path / "mine.csv")
     config.model.source, config.job.limit = str(tmp_path / "wide"), 1
+    config.measure = {"name": "sweep", "shifts": [1.0]}
     config = listed(config, str(tmp_path / "mine.csv"))
     run = scan_here(config)
     place = Path(run.uri)

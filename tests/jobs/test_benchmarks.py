@@ -56,7 +56,7 @@ def test_the_other_ways_to_gradients_compute_the_same() -> None:
 def test_the_coarse_grid_is_as_exact_as_is_said(smollm2: LanguageModel) -> None:
     prompts = load()[::160]
     draw = np.random.default_rng(1)
-    neurons = NeuronSet.of_layers({layer: draw.choice(1536, 8, replace=False) for layer in range(0, 30, 5)})
+    neurons = NeuronSet.of_layers({layer: draw.choice(1536, 3, replace=False) for layer in range(0, 30, 5)})
     neg_error, r_error = [], []
     for prompt in encode(smollm2.tokenizer, prompts, None):
         interventions = Interventions(smollm2, prompt, "paper")

@@ -170,9 +170,10 @@ def test_the_old_name_of_the_librarys_parameter_is_told_and_changes_nothing(fami
     model = tiny_model(family, torch.float64)
     text = "w3 w96" if model.is_masked else "w3 w4"
     others = [[{"neurons": [(1, 2)], "shift": 1.0}]] if measure == "intervene" else []
+    steps = {"m": 3} if measure == "integrated_gradients" else {}
 
     def run(**given: int) -> Any:
-        found = getattr(neg_service, measure)(model, [text, text], [[" w7", " w8"]] * 2, *others, **given)
+        found = getattr(neg_service, measure)(model, [text, text], [[" w7", " w8"]] * 2, *others, **steps, **given)
         return getattr(found, "delta_p" if measure == "intervene" else measure)
 
     whole = run()

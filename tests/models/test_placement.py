@@ -40,7 +40,7 @@ def everything_measured(model: LanguageModel) -> dict[str, np.ndarray]:
     encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
     neurons = NeuronsConfig(choose="list", list=[[0, 3], [1, 17], [2, 39]])
     sweep = measure_of({"name": "sweep", "shifts": [-1.0, 1.0]})
-    swept = measured_shard(sweep, model, prompts, neurons, sweep.calibrate(model, encoded, neurons))["sweep"]
+    swept = measured_shard(sweep, model, prompts, neurons, sweep.calibrate(model, encoded[:1], neurons))["sweep"]
     edits = [{"neurons": [(0, 3), (2, 39)], "suppress": 0.5}, {"neurons": [(1, 17)], "scale": 0}]
     return {
         "neurgrad": neg_service.neurgrad(model, texts, targets).neurgrad,
