@@ -43,7 +43,12 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scanned(server: Server, tiny_directory: Path, words: Path) -> tuple[str, list[str], list[str]]:
     """The URI of a finished run, the settings of its scan, and all that was printed."""
     arguments = [f"model.source={tiny_directory}", f"dataset.source={words}", f"storage.uri=s3://{BUCKET}/results"]
-    arguments += [f"storage.endpoint_url={server.endpoint_url}", "cluster.replicas=1", "job.shard_size=2"]
+    arguments += [
+        f"storage.endpoint_url={server.endpoint_url}",
+        "cluster.replicas=1",
+        "cluster.cpus_per_replica=1",
+        "job.shard_size=2",
+    ]
     done = job("scan", *arguments, env=environment(**credentials(server.writer)))
     assert done.returncode == 0, done.stderr
     (uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
