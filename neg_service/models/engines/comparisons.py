@@ -36,8 +36,9 @@ _LIMIT = re.compile("(window|attention_chunk|index_topk|topk_tokens)(?!.*(_layer
 # What recurrent layers call the blocks in which they go through a prompt. Some cut it so without a name for it.
 _BLOCK, _UNNAMED_BLOCK, _LONGEST_BLOCK = re.compile("(chunk|block)_size$"), 64, 512
 # By how much log p is to change; by how much neurons move at the most for that, and where they are said to change
-# nothing; and what rounding alone makes of a difference of two log p in float32.
-_LOG_P_STEPS, _LARGEST_STEP, _STEP_OF_NOTHING, _ROUNDING = (1e-2, 1e-3, 1e-4), 1.0, 1e-2, 5e-6
+# nothing; and what rounding alone makes of a difference of two log p in float32, with logits up to `_LOGITS`.
+_LOG_P_STEPS, _LARGEST_STEP, _STEP_OF_NOTHING = (1e-2, 1e-3, 1e-4), 1.0, 1e-2
+_ROUNDING, _LOGITS = 5e-6, 20
 # What share of the tolerance leaves no doubt.
 _CLEARLY = 0.1
 
@@ -266,17 +267,20 @@ def finite_difference_deviation(engine: Engine, ids: Sequence[int], tolerance: f
     enough.
     """
     model = engine.model
+    logits_v = plain_logits(model, ids)
     # Not the most probable token: where that is certain, nothing moves its log p.
-    target = int(plain_logits(model, ids).topk(2).indices[1])
+    target = int(logits_v.topk(2).indices[1])
+    # Of larger logits float32 has fewer digits behind the point.
+    unit = max(1.0, float(logits_v.abs().max()) / _LOGITS)
     points = model.feed_forward.sites("paper")
     found = target_gradients(engine.rows([ids]), [[target, 0]], points)
     draw = torch.Generator().manual_seed(0)
     checked = {
-        site: _SiteCheck(gradient_rn[0].double().cpu(), draw)
+        site: _SiteCheck(gradient_rn[0].double().cpu(), draw, _ROUNDING * unit)
         for site, gradient_rn in zip(points, found.gradient_srn, strict=True)
     }
     plain = UnpaddedEngine(model).rows([ids])
-    for change in _LOG_P_STEPS:
+    for change in (step * unit for step in _LOG_P_STEPS):
         unsure = {site: own for site, own in checked.items() if not own.best <= _CLEARLY * tolerance}
         shifts = {site: own.step(change) * own.sign_n for site, own in unsure.items()}
         for site, (up, down) in _log_p_of_shifts(plain, points, shifts, target).items():
@@ -287,10 +291,11 @@ def finite_difference_deviation(engine: Engine, ids: Sequence[int], tolerance: f
 class _SiteCheck:
     """What is said of a site's neurons [N], moved together by equal amounts up or down, and how well it agreed.
 
-    best: the smallest deviation of all steps tried.
+    best: the smallest deviation of all steps tried. rounding: what it alone makes of a difference of two log p.
     """
 
-    def __init__(self, slope_n: Tensor, draw: torch.Generator) -> None:
+    def __init__(self, slope_n: Tensor, draw: torch.Generator, rounding: float) -> None:
+        self._rounding = rounding
         self.sign_n = torch.randint(0, 2, slope_n.shape, generator=draw).double() * 2 - 1
         self.best = float("inf")
         self._norm, self._expected = float(slope_n.norm()), float(slope_n @ self.sign_n)
@@ -302,7 +307,7 @@ class _SiteCheck:
     def compare(self, difference: float, change: float) -> None:
         """Take note of what a step up and one down made of log p, the one less the other."""
         way = 2 * self.step(change)
-        off = max(0.0, abs(difference - way * self._expected) - _ROUNDING)
+        off = max(0.0, abs(difference - way * self._expected) - self._rounding)
         agrees = off / (way * self._norm) if self._norm else float("inf")
         self.best = min(self.best, agrees if off else 0.0)
 
