@@ -33,7 +33,7 @@ scan: model ## python -m jobs.scan with ARGS="..."
 
 # Two processes, each with one thread: most of the time goes to Ray's and Python's starting.
 test: check model ## checks, then all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
 	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults tests/e2e/test_experts.py tests/e2e/test_kill.py tests/e2e/test_cluster.py tests/e2e/test_elastic.py tests/storage/test_s3.py tests/storage/test_s3_results.py -m "" -v

@@ -87,7 +87,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     if getattr(config, "attn_temperature_tuning", None):
         limits.append(int(config.floor_scale) - 1)
     # BigBird's blocks are dense up to here, and once it has seen so short a prompt it stays so.
-    if getattr(config, "attention_type", None) == "block_sparse":
+    if getattr(config, "attention_type", None) == "block_sparse" and hasattr(config, "num_random_blocks"):
         limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
     for module_name, module in model.named_modules():
         # RoBERTa numbers positions from behind the one that stands for padding.
