@@ -31,7 +31,7 @@ demo: model ## scan the facts with the default model; prints, plots and names th
 scan: model ## python -m jobs.scan with ARGS="..."
 	$(BIN)/python -m jobs.scan $(ARGS)
 
-# Two processes, each with one thread: most of the time goes to Ray's and Python's starting.
+# Four processes on two cores, each with one thread: half of the time they wait, for Ray and for storage.
 test: check model ## checks, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
