@@ -31,9 +31,9 @@ demo: model ## scan the facts with the default model; prints, plots and names th
 scan: model ## python -m jobs.scan with ARGS="..."
 	$(BIN)/python -m jobs.scan $(ARGS)
 
-# Four processes on two cores, each with one thread: half of the time they wait, for Ray and for storage.
+# Three processes on two cores, each with one thread: a third of the time they wait, for Ray and for storage.
 test: check model ## checks, then all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
 	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults tests/e2e/test_experts.py tests/e2e/test_kill.py tests/e2e/test_cluster.py tests/e2e/test_elastic.py tests/storage/test_s3.py tests/storage/test_s3_results.py -m "" -v
