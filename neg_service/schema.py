@@ -29,7 +29,8 @@ Neurons = int | Sequence[LayerSize]
 
 # 3: what a tokenizer adds stands once; the resolution of one-sided grids has the baseline row's error.
 # 4: neurons are (layer, expert, neuron); tables, columns and engines have the field's names (`former_names.py`).
-SCHEMA_VERSION = 4
+# 5: sweeps say how far NEG may be off, and how many shifts they ran.
+SCHEMA_VERSION = 5
 
 # What tables say of themselves, in the metadata of their schema: run.json and each part carry it.
 _TABLE_KEY = b"neg_service.table"
@@ -268,7 +269,8 @@ def prompt_tables(has_experts: bool) -> dict[str, Table]:
 def sweep(n_shifts: int | None = None, has_experts: bool = False) -> pa.Schema:
     """One row for each prompt, target, layer and neuron: NEG by intervention, and what it is to be compared with.
 
-    With `n_shifts`, the whole curve too: `delta_p` [S], at the shifts that run.json names.
+    With `n_shifts`, the whole curve too: `delta_p` [S], at the shifts that run.json names; of the adaptive grid as
+    measured at those that were run, and as fitted between them.
     """
     fields = [
         *_KEY,
@@ -285,10 +287,14 @@ def sweep(n_shifts: int | None = None, has_experts: bool = False) -> pa.Schema:
         pa.field("activation", pa.float32(), nullable=False),
         # Probability per unit of |activation|, or of the activation where `shift` is signed.
         pa.field("neg", pa.float32(), nullable=False),
+        # How far `neg` may be off that of the whole grid without rounding, an estimate in its unit: of the shifts that
+        # were left out, or three standard deviations of the noise, whichever is larger. And how many shifts were run.
+        pa.field("neg_error", pa.float32(), nullable=False),
+        pa.field("n_shifts", pa.int32(), nullable=False),
         # Pearson correlation of (shift, change of probability); R² of the fit through the origin.
         pa.field("r", pa.float32(), nullable=False),
         pa.field("r2", pa.float32(), nullable=False),
-        # The largest |Δp| over the shifts; of the coarse grid, over the curve that it interpolates.
+        # The largest |Δp| over the shifts; where some were left out, over the curve that is fitted between them.
         pa.field("max_abs_delta_p", pa.float32(), nullable=False),
         # The estimates: NeurGrad, in probability per unit of |activation|, which predicts `neg` of magnitudes; and the
         # plain gradient, per unit of the activation, which predicts it where `shift` is signed.

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from jobs.benchmarks import neurgrad, ways
 from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.measures.batching import budget_of
+from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.neg import sweep_prompt
 from neg_service.measures.shifts import Sweep, full_grid
 from neg_service.models.engines.base import LoadedModel
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine

@@ -1,4 +1,4 @@
-"""An intervention's time against the floor, the textbook way and an expert's way; and what the coarse grid costs.
+"""An intervention's time against the floor, the textbook way and an expert's way; and what grids of fewer shifts cost.
 
 All ways take turns in one process. Prefixes, caches and the baseline pass are made ready before a clock starts: over
 the thousands of interventions of a sweep they cost nothing. The engine's time is that of a whole sweep of neurons,
@@ -24,11 +24,13 @@ from neg_service import load_model, neg
 from neg_service.config import NeuronsConfig
 from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import chosen_neurons
+from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.neg import sweep_prompt
-from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
+from neg_service.measures.noise import sigma_of
+from neg_service.measures.shifts import AdaptiveGrid, Grid, Sweep, adaptive_grid, coarse_grid, full_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
+from neg_service.models.precision import in_precision
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.facts import load
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -51,7 +53,8 @@ class Settings:
     tokens: list[int]
     neurons: int
     textbook: int
-    coarse_neurons: int
+    grid_neurons: int
+    exact_neurons: int
     headline: bool
 
 
@@ -78,11 +81,21 @@ def run(settings: Settings) -> dict[str, Any]:
                 ratios[f"{name}, over engine"] = ratio(values, engine)
         result["ratios"][f"{tokens} tokens"] = ratios
         result["bars"] += _bars(tokens, ratios)
-    result["coarse_grid"] = _coarse(settings, model)
-    if engine_seconds:
-        result["arithmetic"] = _arithmetic(model, engine_seconds[0])
+    if settings.grid_neurons:
+        result["grids"] = grids = _grids(settings, model)
+        faster = grids["full grid over adaptive"]["median"]
+        result["bars"].append(bar("whole sweep of a prompt, full grid over adaptive", faster, 10, at_most=False))
+        shifts = grids["errors"]["adaptive"]["shifts a neuron"]
+        for own in result["ratios"].values():
+            # An expert runs the whole grid.
+            own["expert with 40 shifts, over adaptive, a neuron"] = round(
+                own["expert, over engine"]["median"] * 40 / shifts, 1
+            )
+        if engine_seconds:
+            result["arithmetic"] = _arithmetic(model, engine_seconds[0], shifts)
     if settings.headline:
-        result["headline"] = _headline(model)
+        result["headline"] = headline = _headline(model)
+        result["bars"].append(bar("all neurons of a prompt, seconds", headline["seconds"], 90, at_most=True))
     result["note"] = "what is over the engine is over the mean of its bottom, middle and top layer"
     return result
 
@@ -156,29 +169,78 @@ def _timed(way: Callable[[], Sized]) -> float:
     return (time.perf_counter() - began) / len(done)
 
 
-def _coarse(settings: Settings, model: LanguageModel) -> dict[str, Any]:
-    """The coarse grid's error against the full one, over all layers and facts of different certainty."""
-    sample = NeuronsConfig(choose="sample", count=settings.coarse_neurons)
-    neurons = chosen_neurons(sample, model.feed_forward.layer_neurons)
-    prompts = load()[:: len(load()) // 4][:4]
-    neg_error, r_error = [], []
-    for prompt in encode(model.tokenizer, prompts, model.context_length, model=model):
+def _grids(settings: Settings, model: LanguageModel) -> dict[str, Any]:
+    """The adaptive and the coarse grid against the full one: how fast, and how far off the full grid in float64."""
+    few, more = (
+        chosen_neurons(NeuronsConfig(choose="sample", count=count), model.feed_forward.layer_neurons)
+        for count in (settings.exact_neurons, settings.grid_neurons)
+    )
+    grids = {"full": full_grid(), "adaptive": adaptive_grid(), "coarse": coarse_grid()}
+    facts = load()
+    prompts = list(encode(model.tokenizer, facts[:: len(facts) // 4][:4], model.context_length, model=model))
+    seconds: dict[str, list[float]] = {name: [] for name in grids}
+    for prompt in prompts:
         interventions = Interventions(model, prompt, "paper")
-        full, coarse = (
-            sweep_prompt(interventions, neurons, Sweep(grid), budget_of(model), False).linearity_nk
-            for grid in (full_grid(), coarse_grid())
-        )
-        neg_error.append(((coarse.neg - full.neg) / full.neg).abs().flatten())
-        r_error.append((coarse.r - full.r).abs().flatten())
-    errors = {"relative error of NEG": torch.cat(neg_error), "error of r": torch.cat(r_error)}
-    found: dict[str, Any] = {"shifts": coarse_grid().shifts.tolist(), "curves": len(errors["error of r"])}
-    for name, error in errors.items():
-        quantiles = error.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
-        found[name] = {at: float(f"{q:.2g}") for at, q in zip(("median", "90 %", "99 %"), quantiles, strict=True)}
-    return found
+        for name, grid in grids.items():
+            began = time.perf_counter()
+            sweep_prompt(interventions, more, Sweep(grid), budget_of(model), False, sigma=sigma_of(model, "paper"))
+            seconds[name].append(time.perf_counter() - began)
+            sys.stderr.write(f"{name} grid, {len(more)} neurons: {seconds[name][-1]:.3g} s\n")
+    errors = _errors(model, prompts, few, grids)
+    speed = {f"full grid over {name}": ratio(seconds["full"], seconds[name]) for name in ("adaptive", "coarse")}
+    return {
+        "neurons": len(more),
+        "seconds": {name: figure(own, "s") for name, own in seconds.items()},
+        **speed,
+    } | errors
 
 
-def _arithmetic(model: LanguageModel, seconds: float) -> dict[str, Any]:
+def _errors(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronSet, grids: dict[str, Grid | AdaptiveGrid]
+) -> dict[str, Any]:
+    """Of each grid, over all targets: errors of NEG and r against the full grid in float64, and how often they hold."""
+    sigma = sigma_of(model, "paper")
+    found: dict[str, list[dict[str, torch.Tensor]]] = {name: [] for name in grids}
+    for prompt in prompts:
+        with in_precision(model.model, model.feed_forward.layers, torch.float64):
+            exact = _swept(model, prompt, neurons, grids["full"], 0.0)
+        for name, grid in grids.items():
+            own = _swept(model, prompt, neurons, grid, sigma)
+            off = (own["neg"] - exact["neg"]).abs()
+            found[name].append(
+                {
+                    "relative error of NEG": off / exact["neg"].abs(),
+                    "error of r": (own["r"] - exact["r"]).abs(),
+                    "error over stated error": off / own["error"],
+                    "shifts a neuron": own["n_shifts"].double(),
+                }
+            )
+    at = torch.tensor([0.5, 0.9, 0.98, 0.99], dtype=torch.float64)
+    told: dict[str, Any] = {"against the full grid in float64, neurons": len(neurons)}
+    for name, parts in found.items():
+        joined = {key: torch.cat([part[key].flatten() for part in parts]) for key in parts[0]}
+        told[name] = {"shifts a neuron": round(float(joined.pop("shifts a neuron").mean()), 2)} | {
+            key: dict(zip(("median", "90 %", "98 %", "99 %"), map(_short, own.quantile(at).tolist()), strict=True))
+            for key, own in joined.items()
+        }
+    return {"errors": told}
+
+
+def _swept(
+    model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, grid: Grid | AdaptiveGrid, sigma: float
+) -> dict[str, torch.Tensor]:
+    interventions = Interventions(model, prompt, "paper")
+    swept = sweep_prompt(interventions, neurons, Sweep(grid), budget_of(model), False, sigma=sigma).evaluated
+    p_k = interventions.probability_k.double()
+    error = swept.error(sigma * p_k, torch.float32)
+    return {"neg": swept.linearity_nk.neg, "r": swept.linearity_nk.r, "error": error, "n_shifts": swept.n_shifts_n}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _arithmetic(model: LanguageModel, seconds: float, shifts: float) -> dict[str, Any]:
     """What a whole sweep costs on larger models, from the measured seconds an intervention by multiplications."""
     config = model.model.config
     own = {
@@ -191,13 +253,15 @@ def _arithmetic(model: LanguageModel, seconds: float) -> dict[str, Any]:
         "vocab": config.vocab_size,
     }
     small, large = _multiplications(own), _multiplications(LLAMA_3B)
-    interventions = LLAMA_3B["layers"] * LLAMA_3B["neurons"] * 40
+    neurons, neurons_3b = own["layers"] * own["neurons"], LLAMA_3B["layers"] * LLAMA_3B["neurons"]
     return {
         "note": "arithmetic, not measured: the same multiplications a second as here",
-        "this model, all neurons, 40 shifts, hours": round(seconds * own["layers"] * own["neurons"] * 40 / 3600, 2),
+        "this model, all neurons, 40 shifts, minutes": round(seconds * neurons * 40 / 60, 1),
+        "this model, all neurons, adaptive grid, minutes": round(seconds * neurons * shifts / 60, 2),
         "Llama-3.2-3B, milliseconds an intervention": round(1e3 * seconds * large / small, 2),
-        "Llama-3.2-3B, all neurons, 40 shifts, hours": round(seconds * large / small * interventions / 3600, 1),
-        "Llama-3.2-3B, all neurons, coarse grid, hours": round(seconds * large / small * interventions / 36000, 1),
+        "Llama-3.2-3B, all neurons, adaptive grid, hours": round(
+            seconds * large / small * neurons_3b * shifts / 3600, 1
+        ),
     }
 
 
@@ -209,14 +273,15 @@ def _multiplications(sizes: dict[str, int]) -> float:
 
 
 def _headline(model: LanguageModel) -> dict[str, Any]:
-    """Every neuron of the model on one prompt, with 40 shifts, by the library's one call."""
+    """NEG of every neuron of the model on one prompt, by the library's one call."""
     began = time.perf_counter()
     found = neg(model, "The capital of France is", " Paris")
     seconds = time.perf_counter() - began
+    interventions = int(found.n_shifts.sum())
     return {
         "neurons": len(found.neurons),
-        "interventions": found.delta_p.size,
-        "minutes": round(seconds / 60, 2),
-        "milliseconds an intervention": round(1e3 * seconds / found.delta_p.size, 3),
+        "shifts a neuron": round(interventions / len(found.neurons), 2),
+        "seconds": round(seconds, 1),
+        "milliseconds an intervention": round(1e3 * seconds / interventions, 3),
         "share of neurons with |r| >= 0.95": round(float((np.abs(found.r) >= 0.95).mean()), 4),
     }

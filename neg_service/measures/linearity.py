@@ -34,11 +34,23 @@ class Linearity:
     max_abs_delta_p: Tensor
 
 
-def linearity(grid: Grid, delta_p: Tensor) -> Linearity:
-    """Evaluate curves Δp [..., S]; results [...], float64."""
+def evaluated_curves(grid: Grid, delta_p: Tensor, slope: Tensor | None = None) -> Tensor:
+    """Curves on the shifts that are evaluated [..., G], float64, from those that were run, Δp [..., S].
+
+    slope: of the curves at zero [...], for a grid that uses it.
+    """
     curve = delta_p.double()
     if grid.interpolation is not None:
         curve = curve @ torch.from_numpy(grid.interpolation).to(curve.device).T
+    if grid.slope is not None:
+        assert slope is not None
+        curve = curve + slope.double()[..., None] * torch.from_numpy(grid.slope).to(curve.device)
+    return curve
+
+
+def linearity(grid: Grid, delta_p: Tensor, slope: Tensor | None = None) -> Linearity:
+    """Evaluate curves Δp [..., S], with their slopes at zero [...] where the grid uses them; results [...], float64."""
+    curve = evaluated_curves(grid, delta_p, slope)
     shifts_g = torch.from_numpy(grid.evaluated).to(curve.device)
     neg = curve @ shifts_g / (shifts_g @ shifts_g)
     centred_g = shifts_g - shifts_g.mean()

@@ -8,20 +8,18 @@ Source: Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 241
 
 Where a layer has experts, its neurons exist for a prompt whose readout token the router gave to their expert; others do
 nothing, so that their NEG is 0. A shift may have layers above choose other experts: `routing_changed` says for which
-share of a neuron's shifts, and a coarse grid, whose interpolation would not see where the curve breaks, is then run in
-full.
+share of a neuron's shifts.
 
-Axes: n neurons asked for, S shifts, K targets.
+Axes: n neurons asked for, S shifts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,12 +28,10 @@ from neg_service.errors import ConfigurationError, PromptError, told_by_paramete
 from neg_service.layer_neurons import ALWAYS_ON, LayerNeurons
 from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import checked_neurons
-from neg_service.measures.gradients import signed_by
+from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.linearity import Linearity, linearity
-from neg_service.measures.shifts import Doubles, Grid, Sweep, check_shift, chosen_grid, given_grid
-from neg_service.models.batches import Budget
-from neg_service.models.feed_forward import Site
+from neg_service.measures.noise import sigma_of
+from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, chosen_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
 from neg_service.prompts.prompt import Prompt, check_prompts
@@ -47,10 +43,13 @@ class NegResult:
     """NEG of neurons for one target of one prompt.
 
     neurons: [n, 2] layer and index, as they were asked for; of a model with experts [n, 3], with the expert behind, -1
-    of an MLP that every token uses. shifts: [S] activation units. delta_p: [n, S] probability.
+    of an MLP that every token uses. shifts: [S] activation units. delta_p: [n, S] probability; of the adaptive grid as
+    measured at the shifts that were run, and as fitted between them.
     neg, r, r2: [n]. activation: [n] at the readout position. probability: without a shift, 0..1.
     is_routed: [n], whether the readout token used the neuron's expert. routing_changed: [n], the share of its shifts
     for which a layer above chose other experts, 0..1.
+    error: [n], how far NEG may be off that of the whole grid without rounding, an estimate: of the shifts that were
+    left out, or three standard deviations of the noise, whichever is larger. n_shifts: [n], how many were run.
     """
 
     neurons: Ints
@@ -63,6 +62,8 @@ class NegResult:
     probability: float
     is_routed: NDArray[np.bool_]
     routing_changed: Doubles
+    error: Doubles
+    n_shifts: Ints
 
 
 @told_by_parameters(model__source="model", dataset__source="prompt", neurons__list="neurons")
@@ -75,7 +76,8 @@ def neg(
     basis: str = "paper",
     shift: str = "magnitude",
     batch_bytes: int | None = None,
-    grid: str = "full",
+    grid: str = "adaptive",
+    tolerance: float = TOLERANCE,
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
 
@@ -84,14 +86,15 @@ def neg(
         prompt: a text.
         target: what follows it verbatim; one token there.
         neurons: (layer, index) pairs, or (layer, index, expert) triples where a layer has experts, -1 for its MLP that
-            is always on; or `all` that act on the prompt, which takes as many milliseconds as neurons times shifts,
-            and more.
-        shifts: the grid; +-0.1, +-0.2, ... +-2.0 if not given.
+            is always on; or `all` that act on the prompt.
+        shifts: a grid of your own, all of which are run; +-0.1, +-0.2, ... +-2.0 if not given.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         shift: `magnitude` or `signed`.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
             itself when memory ends, and recovers; never changes the results.
-        grid: `full`, or `coarse`: 4 shifts, from which NEG, r and R² of the full grid are interpolated.
+        grid: `adaptive`: of the full grid as many shifts as each neuron needs, 2 for most; `full`; or `coarse`: 4
+            shifts, from which NEG, r and R² of the full grid are interpolated.
+        tolerance: of the adaptive grid, the share of |NEG| that it may be off; or the resolution, if that is larger.
 
     Raises:
         PromptError: the prompt or the target is unusable.
@@ -104,7 +107,7 @@ def neg(
     asked = [Prompt("0", prompt, (target,))]
     check_prompts(asked)
     check_shift(shift)
-    sweep = Sweep(chosen_grid(grid, shifts), basis, shift)
+    sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift)
     asked_rows = _asked_rows(neurons, model.feed_forward.layer_neurons)
     (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model)
     model.ensure_checked()
@@ -116,139 +119,30 @@ def neg(
         slots = interventions.slots(list(interventions.points))
         asked_rows = slots.rows_at(np.arange(slots.m))
     chosen, place_n = NeuronSet.distinct(asked_rows)
-    found = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True)
-    assert found.delta_p_nsk is not None
+    sigma = sigma_of(model, basis, budget)
+    swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, sigma=sigma)
+    found, probability = swept.evaluated, interventions.probability_k.double()
+    assert found.curve_nsk is not None
     names_n3 = np.stack([chosen.layer, chosen.neuron, np.maximum(chosen.expert, ALWAYS_ON)], 1)
+
+    def column(values: Tensor) -> NDArray[Any]:
+        ours: NDArray[Any] = (values[:, 0] if values.ndim > 1 else values).cpu().numpy()[place_n]
+        return ours
+
     return NegResult(
         neurons=(names_n3 if model.feed_forward.has_experts else names_n3[:, :2])[place_n],
         shifts=sweep.grid.shifts,
-        delta_p=found.delta_p_nsk[..., 0].cpu().numpy()[place_n],
-        neg=found.linearity_nk.neg[:, 0].cpu().numpy()[place_n],
-        r=found.linearity_nk.r[:, 0].cpu().numpy()[place_n],
-        r2=found.linearity_nk.r2[:, 0].cpu().numpy()[place_n],
-        activation=found.activation_n.cpu().numpy()[place_n],
-        probability=float(interventions.probability_k[0]),
-        is_routed=found.is_routed_n[place_n],
-        routing_changed=found.routing_changed_n.cpu().numpy()[place_n],
+        delta_p=found.curve_nsk[..., 0].cpu().numpy()[place_n],
+        neg=column(found.linearity_nk.neg),
+        r=column(found.linearity_nk.r),
+        r2=column(found.linearity_nk.r2),
+        activation=column(swept.activation_n),
+        probability=float(probability[0]),
+        is_routed=swept.is_routed_n[place_n],
+        routing_changed=column(found.routing_changed_n),
+        error=column(found.error(sigma * probability, interventions.probability_k.dtype)),
+        n_shifts=column(found.n_shifts_n),
     )
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep of one prompt found, float64 on the model's device, in the order of the set.
-
-    delta_p_nsk: the curves, None where they were not to be kept. is_routed_n, routing_changed_n: see `NegResult`.
-    is_full_n: whether a curve was run in full in the place of being interpolated.
-    """
-
-    linearity_nk: Linearity
-    activation_n: Tensor
-    delta_p_nsk: Tensor | None
-    is_routed_n: NDArray[np.bool_]
-    routing_changed_n: Tensor
-    is_full_n: Tensor
-
-
-def sweep_prompt(
-    interventions: Interventions,
-    neurons: NeuronSet,
-    sweep: Sweep,
-    budget: Budget,
-    keep_curves: bool,
-    on_done: Callable[[int], None] = lambda n: None,
-) -> SweepResult:
-    """Sweep neurons for all targets, site by site; curves never leave the device.
-
-    `on_done` is told how many neurons each site brought.
-
-    Raises:
-        DoesNotFit: one intervention does not fit.
-        NonFiniteError: NaN or infinity after an intervention.
-    """
-    device, probability_k = interventions.device, interventions.probability_k.double()
-    sites = interventions.sites(neurons.layers)
-    place_n = interventions.slots(sites).places_of(neurons)
-    n, k, s = len(neurons), len(probability_k), len(sweep.grid.shifts)
-    # Neurons of experts that were not chosen keep their zeros.
-    values = {name: torch.zeros(n, k, dtype=torch.float64, device=device) for name in _VALUES}
-    activation_n, changed_n = (torch.zeros(n, dtype=torch.float64, device=device) for _ in range(2))
-    delta_p_nsk = torch.zeros(n, s, k, dtype=torch.float64, device=device) if keep_curves else None
-    start = 0
-    for site in sites:
-        activation_m = interventions.activation[site]
-        stop = start + len(activation_m)
-        of_set = np.flatnonzero((place_n >= start) & (place_n < stop))
-        if len(of_set):
-            own_n = torch.from_numpy(place_n[of_set] - start).to(device)
-            found = swept(interventions, site, own_n, sweep, budget)
-            of_set_n = torch.from_numpy(of_set).to(device)
-            for name, own_nk in values.items():
-                own_nk[of_set_n] = getattr(found.linearity_nk, name)
-            activation_n[of_set_n] = activation_m.to(device)[own_n].double()
-            changed_n[of_set_n] = found.routing_changed_n
-            if delta_p_nsk is not None:
-                delta_p_nsk[of_set_n] = found.delta_p_nsk
-            on_done(len(of_set))
-        start = stop
-    is_full_n = (changed_n > 0) & (sweep.grid.interpolation is not None)
-    return SweepResult(Linearity(**values), activation_n, delta_p_nsk, place_n >= 0, changed_n, is_full_n)
-
-
-_VALUES = tuple(own.name for own in fields(Linearity))
-
-
-@dataclass(frozen=True)
-class SweptSite:
-    """Of neurons of one site: what their curves say, their curves, and for which share of shifts routing changed."""
-
-    linearity_nk: Linearity
-    delta_p_nsk: Tensor
-    routing_changed_n: Tensor
-
-
-def swept(interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget) -> SweptSite:
-    """Sweep neurons of one site; a curve that an interpolation cannot be trusted with is run in full."""
-    device, probability_k = interventions.device, interventions.probability_k.double()
-
-    def run(grid: Grid, own_n: Tensor) -> tuple[Tensor, Tensor]:
-        log_p_nsk, changed_ns = curves(interventions, site, own_n, replace(sweep, grid=grid), budget)
-        if changed_ns is None:
-            changed_ns = torch.zeros(log_p_nsk.shape[:2], dtype=torch.bool)
-        return probability_k * log_p_nsk.to(device).double().expm1(), changed_ns.to(device).double().mean(1)
-
-    grid = sweep.grid
-    is_interpolated = grid.interpolation is not None
-    if is_interpolated and interventions.has_experts:
-        # Layers above choose other experts at large shifts first, of which some lie beyond those that are run.
-        ends = np.setdiff1d([grid.evaluated.min(), grid.evaluated.max()], grid.shifts)
-        grid = given_grid(np.concatenate([grid.shifts, ends]))
-    delta_p_nsk, changed_n = run(grid, neurons_n)
-    delta_p_nsk = delta_p_nsk[:, : len(sweep.grid.shifts)]
-    found = linearity(sweep.grid, delta_p_nsk.mT)
-    again = changed_n.nonzero()[:, 0]
-    if is_interpolated and len(again):
-        full = given_grid(sweep.grid.evaluated)
-        curve_nsk, changed_n[again] = run(full, neurons_n[again])
-        in_full = linearity(full, curve_nsk.mT)
-        for name in _VALUES:
-            getattr(found, name)[again] = getattr(in_full, name)
-    return SweptSite(found, delta_p_nsk, changed_n)
-
-
-def curves(
-    interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget
-) -> tuple[Tensor, Tensor | None]:
-    """Δ log p [n, S, K] of neurons of one site, and where routing changed [n, S]; batches are filled across neurons."""
-    activations = interventions.activation[site]
-    activation_n = activations[neurons_n.to(activations.device)]
-    shifts_s = torch.from_numpy(sweep.grid.shifts).to(activations.device)
-    moved_ns = shifts_s.expand(len(neurons_n), -1)
-    if sweep.shift == "magnitude":
-        moved_ns = signed_by(activation_n[:, None], moved_ns)
-    numbers_i = neurons_n.repeat_interleave(len(shifts_s))
-    delta_ik, changed_i = interventions.delta_log_p(site, numbers_i, moved_ns.flatten(), budget)
-    n, s = moved_ns.shape
-    return delta_ik.view(n, s, -1), None if changed_i is None else changed_i.view(n, s)
 
 
 def _asked_rows(neurons: Any, layer_neurons: Sequence[LayerNeurons]) -> Neurons | None:

@@ -20,25 +20,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from neg_service.config import NeuronsConfig
 from neg_service.errors import NonFiniteError, OutOfMemory
-from neg_service.measures.batching import named
+from neg_service.measures.batching import budget_of, named
+from neg_service.measures.choice import chosen_neurons
+from neg_service.measures.curves import curves
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import linearity
-from neg_service.measures.neg import curves
-from neg_service.measures.shifts import Grid, Sweep
+from neg_service.measures.shifts import AdaptiveGrid, Grid, Sweep, adaptive_grid
 from neg_service.models.batches import Budget
+from neg_service.models.engines.comparisons import check_ids
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import in_precision
 from neg_service.neurons import NeuronSet
-from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 _LAYERS, _NEURONS_A_LAYER = 4, 4
+# Of calls of the library: targets whose errors are measured, and what was found, by model and basis.
+_TARGETS = 3
+_SIGMAS: WeakKeyDictionary[LanguageModel, dict[str, float]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,9 @@ def measure_noise(
     Raises:
         NonFiniteError, OutOfMemory: no prompt is left; what was wrong with the last one.
     """
+    if isinstance(sweep.grid, AdaptiveGrid):
+        sweep = replace(sweep, grid=sweep.grid.calibration)
+    assert isinstance(sweep.grid, Grid)
     own_dtype = model.dtype
     reference = torch.float64 if own_dtype in (torch.float32, torch.float64) else torch.float32
     n_neurons = 0
@@ -123,6 +133,28 @@ def measure_noise(
         resolved=float(is_resolved.double().mean()),
         signs_agree=float(agree.double().mean()) if len(agree) else None,
     )
+
+
+def sigma_of(model: LanguageModel, basis: str, budget: Budget | None = None) -> float:
+    """The standard deviation of the error of Δ log p, for calls of the library; measured once for a model and basis.
+
+    On the tokens of the self-check, so that no result depends on what was asked before. In float64 there is no finer
+    reference, and it is 0.
+
+    Raises:
+        NonFiniteError, OutOfMemory: as `measure_noise`.
+    """
+    if model.dtype == torch.float64:
+        return 0.0
+    known = _SIGMAS.setdefault(model, {})
+    if basis not in known:
+        ids = check_ids(model.engine.model)
+        targets = ids[:_TARGETS]
+        prompt = EncodedPrompt(Prompt("of the self-check", "-", ("-",) * len(targets)), ids, targets)
+        neurons = chosen_neurons(NeuronsConfig(), model.feed_forward.layer_neurons)
+        sweep = Sweep(adaptive_grid(), basis)
+        known[basis] = measure_noise(model, [prompt], neurons, sweep, budget or budget_of(model)).sigma
+    return known[basis]
 
 
 def _delta_log_p(

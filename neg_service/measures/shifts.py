@@ -1,7 +1,8 @@
 """Shifts: which ones a neuron is swept over, and whether its magnitude or it itself moves.
 
-A grid is full (every step up to a range), coarse (four shifts, from which the full grid's curve is interpolated) or
-given. What is made of the curve over it: `linearity.py`.
+A grid is full (every step up to a range), adaptive (few of these shifts, more where a curve needs them:
+`adaptive.py`), coarse (four shifts, from which the full grid's curve is interpolated) or given. What is made of the
+curve over it: `linearity.py`.
 
 Axes: S shifts that are run, G shifts of the curve that is evaluated.
 """
@@ -19,10 +20,15 @@ from neg_service.errors import ConfigurationError
 
 Doubles = NDArray[np.float64]
 
-GRIDS = ("full", "coarse")
+GRIDS = ("adaptive", "full", "coarse")
 SHIFTS = ("magnitude", "signed")
 # Where the coarse grid runs a curve, in units of the largest shift.
 COARSE_NODES = (-0.9, -0.5, 0.5, 0.9)
+# Where each stage runs a curve beside the stages before it, in units of the largest shift.
+NODES = (1.0, 0.75, 0.4)
+TOLERANCE = 1e-3
+# A grid that is hardly larger than the last stage before it is run as it is.
+_LEAST_SHIFTS = 10
 # Beyond these, the square of a shift is no number any more, or so many shifts are no sweep.
 _SMALLEST, _LARGEST, _MOST = 1e-100, 1e100, 100_000
 
@@ -32,12 +38,14 @@ class Grid:
     """Shifts to run.
 
     shifts: [S] those that are run. evaluated: [G] those of the curve that NEG, r and R² are of. interpolation: [G, S]
-    from a curve that was run to the curve that is evaluated; None where they are the same.
+    from a curve that was run to the curve that is evaluated; None where they are the same. slope: [G] what a curve's
+    slope at zero adds to that, for each unit of it; None where the slope is not used.
     """
 
     shifts: Doubles
     evaluated: Doubles
     interpolation: Doubles | None = None
+    slope: Doubles | None = None
 
     @property
     def weights(self) -> Doubles:
@@ -55,14 +63,56 @@ class Grid:
         weights = self.weights
         return float(np.sqrt((weights**2).sum() + weights.sum() ** 2))
 
+    def noise_gain_of(self, n_shifts: int) -> float:
+        """The same of a curve of which so many shifts were run: in the place of an interpolation perhaps all."""
+        return self.noise_gain if n_shifts < len(self.evaluated) else Grid(self.evaluated, self.evaluated).noise_gain
+
+
+@dataclass(frozen=True)
+class AdaptiveGrid:
+    """A full grid of which each neuron runs as many shifts as it needs.
+
+    full: all of them. stages: which are run first, each a polynomial for the full grid. tolerance: the share of |NEG|
+    that it may be off; what noise leaves unknown anyway is allowed as well.
+    """
+
+    full: Grid
+    stages: tuple[Grid, ...]
+    tolerance: float
+
+    @property
+    def shifts(self) -> Doubles:
+        """[G], those that may be run."""
+        return self.full.shifts
+
+    @property
+    def evaluated(self) -> Doubles:
+        """[G], those that NEG, r and R² are of."""
+        return self.full.shifts
+
+    @property
+    def calibration(self) -> Grid:
+        """The shifts of the first two stages without slopes: enough to say what rounding does to a curve."""
+        return _interpolated(self.stages[1].shifts, self.evaluated)
+
+    def noise_gain_of(self, n_shifts: int) -> float:
+        """`Grid.noise_gain` of the stage that has so many shifts."""
+        stages = (*self.stages, self.full)
+        return next(stage.noise_gain for stage in stages if len(stage.shifts) >= n_shifts)
+
 
 @dataclass(frozen=True)
 class Sweep:
     """How a neuron is swept: over which shifts, of which tensor, and whether its magnitude or it itself moves."""
 
-    grid: Grid
+    grid: Grid | AdaptiveGrid
     basis: str = "paper"
     shift: str = "magnitude"
+
+    @property
+    def uses_slope(self) -> bool:
+        """Whether curves that are not run in full are evaluated, or their errors estimated, with their slopes."""
+        return isinstance(self.grid, AdaptiveGrid) or self.grid.interpolation is not None
 
 
 def check_shift(shift: str) -> None:
@@ -116,12 +166,28 @@ def coarse_grid(max_shift: float = 2.0, step: float = 0.1) -> Grid:
     return _interpolated(max_shift * np.array(COARSE_NODES), full.evaluated)
 
 
-def range_grid(largest: float) -> Grid:
-    """40 shifts up to ±`largest`, evaluated from curves that are run at half and at the whole of it.
+def adaptive_grid(max_shift: float = 2.0, step: float = 0.1, tolerance: float = TOLERANCE) -> Grid | AdaptiveGrid:
+    """Of the full grid as many shifts as a neuron needs; of a grid with fewer than ten, all.
 
-    Ranges that double share shifts: 1, 2 and 4 take eight in all.
+    Raises:
+        ConfigurationError: as `full_grid`, and for a tolerance that is not from 0 to 1.
     """
-    return _interpolated(largest * np.array([-1.0, -0.5, 0.5, 1.0]), full_grid(largest, largest / 20).evaluated)
+    if not 0 <= tolerance <= 1:
+        raise ConfigurationError(setting="measure.tolerance", value=tolerance, allowed="a share of |NEG| from 0 to 1")
+    return adapted(full_grid(max_shift, step), tolerance)
+
+
+def adapted(full: Grid, tolerance: float = TOLERANCE) -> Grid | AdaptiveGrid:
+    """The same of a grid that is symmetric, in ascending order."""
+    half = len(full.shifts) // 2
+    if 2 * half < _LEAST_SHIFTS:
+        return full
+    places = [max(1, round(node * half)) for node in NODES]
+    stages = []
+    for n in range(1, len(places) + 1):
+        up = full.shifts[half:][np.array(sorted(places[:n])) - 1]
+        stages.append(with_slope(np.concatenate([-up[::-1], up]), full.shifts))
+    return AdaptiveGrid(full, tuple(stages), tolerance)
 
 
 def _interpolated(nodes: Doubles, evaluated: Doubles) -> Grid:
@@ -129,6 +195,15 @@ def _interpolated(nodes: Doubles, evaluated: Doubles) -> Grid:
     # Lagrange's polynomials, the origin's left out: its value is 0.
     basis = [math.prod((evaluated - other) / (node - other) for other in points if other != node) for node in nodes]
     return Grid(nodes, evaluated, np.stack(basis, 1))
+
+
+def with_slope(nodes: Doubles, evaluated: Doubles) -> Grid:
+    """The polynomial through a curve's points at `nodes`, through the origin, and with the curve's slope there."""
+    # Hermite's polynomials: Lagrange's times the shift once more, which has them leave the slope alone.
+    lagrange = _interpolated(nodes, evaluated).interpolation
+    assert lagrange is not None
+    basis = lagrange * (evaluated[:, None] / nodes)
+    return Grid(nodes, evaluated, basis, evaluated - basis @ nodes)
 
 
 def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
@@ -160,18 +235,26 @@ def given_grid(shifts: Sequence[float] | Doubles) -> Grid:
     return Grid(grid, grid)
 
 
-def chosen_grid(name: str, shifts: Sequence[float] | None = None, max_shift: float = 2.0, step: float = 0.1) -> Grid:
-    """The grid `full` or `coarse` over a range, or given shifts in the place of both.
+def chosen_grid(
+    name: str, shifts: Sequence[float] | None = None, max_shift: float = 2.0, step: float = 0.1,
+    tolerance: float = TOLERANCE,
+) -> Grid | AdaptiveGrid:  # fmt: skip
+    """The grid `adaptive`, `full` or `coarse` over a range, or given shifts, all of which are run.
 
     Raises:
         ConfigurationError: an unknown name, shifts together with `coarse`, or what the grids themselves refuse.
     """
     if name not in GRIDS:
         raise ConfigurationError(setting="measure.grid", value=name, allowed=f"one of {', '.join(GRIDS)}")
-    if shifts is None:
-        return full_grid(max_shift, step) if name == "full" else coarse_grid(max_shift, step)
-    if name != "full":
-        raise ConfigurationError(
-            "places its own shifts; use measure.grid=full with measure.shifts", setting="measure.grid", value=name
-        )
-    return given_grid(shifts)
+    adaptive = adaptive_grid(max_shift, step, tolerance) if name == "adaptive" else None
+    if shifts is not None:
+        if name == "coarse":
+            raise ConfigurationError(
+                "places its own shifts; leave it out, and measure.shifts are all run",
+                setting="measure.grid",
+                value=name,
+            )
+        return given_grid(shifts)
+    if adaptive is not None:
+        return adaptive
+    return full_grid(max_shift, step) if name == "full" else coarse_grid(max_shift, step)

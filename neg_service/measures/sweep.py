@@ -24,11 +24,10 @@ from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.measures.base import ShardInput
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
+from neg_service.measures.curves import SweepResult, sweep_prompt
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.neg import SweepResult, sweep_prompt
-from neg_service.measures.noise import resolution
-from neg_service.measures.shifts import Sweep, given_grid
+from neg_service.measures.shifts import Sweep
 from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
@@ -64,7 +63,7 @@ def sweep_rows(
                 # Of a list each is told, also where a prompt does not use its expert.
                 own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
-            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, progress.add)
+            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, sigma, progress.add)
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
@@ -92,18 +91,19 @@ def _table(
 ) -> pa.Table:
     """Rows by target, then neuron."""
     model = shard.model
-    n, k = found.linearity_nk.neg.shape
-    neg_kn = found.linearity_nk.neg.T
+    evaluated, noise_k = found.evaluated, sigma * probability_k.double()
+    values = evaluated.linearity_nk
+    n, k = values.neg.shape
+    neg_kn = values.neg.T
     gradient_kn = signed_by(found.activation_n, neurgrad_kn)
     estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
-    own, full = (resolution(grid, sigma) for grid in (sweep.grid, given_grid(sweep.grid.evaluated)))
-    resolution_kn = probability_k[:, None] * torch.where(found.is_full_n, full, own).to(probability_k.dtype)
+    resolution_kn = evaluated.resolution(noise_k).T
     is_resolved = _column(neg_kn.abs() > resolution_kn)
     curves = {}
-    if found.delta_p_nsk is not None:
-        curves["delta_p"] = fixed_size(found.delta_p_nsk.permute(2, 0, 1).float().cpu().numpy())
+    if evaluated.curve_nsk is not None:
+        curves["delta_p"] = fixed_size(evaluated.curve_nsk.permute(2, 0, 1).float().cpu().numpy())
     return table_of(
-        schema.sweep(None if found.delta_p_nsk is None else len(sweep.grid.shifts), model.feed_forward.has_experts),
+        schema.sweep(None if evaluated.curve_nsk is None else len(sweep.grid.shifts), model.feed_forward.has_experts),
         k * n,
         **key_columns(prompt, np.repeat(np.arange(k), n)),
         **mlp_columns(np.tile(neurons.layer, k), np.tile(neurons.expert, k)),
@@ -114,15 +114,17 @@ def _table(
         probability=_column(probability_k[:, None].expand(k, n)),
         activation=_column(found.activation_n.expand(k, n)),
         neg=_column(neg_kn),
-        r=_column(found.linearity_nk.r.T),
-        r2=_column(found.linearity_nk.r2.T),
-        max_abs_delta_p=_column(found.linearity_nk.max_abs_delta_p.T),
+        neg_error=_column(evaluated.error(noise_k, probability_k.dtype).T),
+        n_shifts=np.tile(evaluated.n_shifts_n.cpu().numpy().astype(np.int32), k),
+        r=_column(values.r.T),
+        r2=_column(values.r2.T),
+        max_abs_delta_p=_column(values.max_abs_delta_p.T),
         neurgrad=_column(neurgrad_kn),
         gradient=_column(gradient_kn),
         resolution=_column(resolution_kn),
         is_resolved=is_resolved,
         is_routed=np.tile(found.is_routed_n, k),
-        routing_changed=_column(found.routing_changed_n.expand(k, n)),
+        routing_changed=_column(evaluated.routing_changed_n.expand(k, n)),
         signs_agree=pa.array(_column(neg_kn.sign() == estimate_kn.sign()), mask=~is_resolved),
         **curves,
     )

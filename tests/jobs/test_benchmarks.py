@@ -11,12 +11,9 @@ from omegaconf import OmegaConf
 
 from jobs.bench import bench
 from jobs.benchmarks import ways
-from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
+from jobs.benchmarks.sweep import LLAMA_3B, _bars, _errors, _multiplications
 from neg_service.errors import ConfigurationError
-from neg_service.measures.interventions import Interventions
-from neg_service.measures.neg import sweep_prompt
-from neg_service.measures.shifts import Sweep, coarse_grid, full_grid
-from neg_service.models.batches import Budget
+from neg_service.measures.shifts import adaptive_grid, coarse_grid, full_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.facts import load
@@ -53,23 +50,22 @@ def test_the_other_ways_to_gradients_compute_the_same() -> None:
 
 
 @pytest.mark.model
-def test_the_coarse_grid_is_as_exact_as_is_said(smollm2: LanguageModel) -> None:
-    prompts = load()[::160]
+def test_the_grids_of_fewer_shifts_are_as_exact_as_is_said(smollm2: LanguageModel) -> None:
+    facts = load()
+    prompts = list(encode(smollm2.tokenizer, [facts[0], facts[-1]], None))
     draw = np.random.default_rng(1)
-    neurons = NeuronSet.of_layers({layer: draw.choice(1536, 3, replace=False) for layer in range(0, 30, 5)})
-    neg_error, r_error = [], []
-    for prompt in encode(smollm2.tokenizer, prompts, None):
-        interventions = Interventions(smollm2, prompt, "paper")
-        full, coarse = (
-            sweep_prompt(interventions, neurons, Sweep(grid), Budget(2**28), keep_curves=False).linearity_nk
-            for grid in (full_grid(), coarse_grid())
-        )
-        neg_error.append(((coarse.neg - full.neg) / full.neg).abs().flatten())
-        r_error.append((coarse.r - full.r).abs().flatten())
-    neg, r = np.concatenate(neg_error), np.concatenate(r_error)
-    assert np.median(neg) < 2e-4
-    assert np.quantile(neg, 0.95) < 1e-2
-    assert np.quantile(r, 0.95) < 2e-3
+    neurons = NeuronSet.of_layers({layer: draw.choice(1536, 5, replace=False) for layer in range(0, 30, 5)})
+    told = _errors(
+        smollm2, prompts, neurons, {"adaptive": adaptive_grid(), "coarse": coarse_grid(), "full": full_grid()}
+    )
+    adaptive, coarse, full = (told["errors"][name] for name in ("adaptive", "coarse", "full"))
+    assert adaptive["shifts a neuron"] <= 3.5
+    assert adaptive["error over stated error"]["98 %"] <= 1
+    assert full["error over stated error"]["98 %"] <= 1
+    assert adaptive["relative error of NEG"]["median"] < 2e-4
+    assert adaptive["error of r"]["98 %"] < 3e-3
+    assert coarse["relative error of NEG"]["median"] < 3e-4
+    assert coarse["error of r"]["90 %"] < 2e-3
 
 
 def test_what_an_installation_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

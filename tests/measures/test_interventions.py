@@ -60,7 +60,9 @@ def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypat
 
 def test_every_batch_has_an_baseline_row_and_layers_below_do_not_run() -> None:
     model = tiny_model("Llama 2")
-    model.ensure_checked()
+    # Measures the noise, too.
+    neg_service.neg(model, "w3 w14 w15", " w7", [(1, 2)], [1.0])
+    model.forget_prefixes()
     ran: list[tuple[int, int]] = []
     for index, layer in enumerate(model.feed_forward.layers):
         layer.register_forward_pre_hook(lambda _m, i, index=index: ran.append((index, i[0].shape[1])))

@@ -66,7 +66,7 @@ def test_sigma_is_the_spread_of_the_error_against_float64() -> None:
     noise = measure_noise(model, [encoded], NeuronSet.from_pairs(pairs), Sweep(full_grid()), Budget(10**7))
     error = []
     for own in (model, exact):
-        result = neg_service.neg(own, PROMPTS[0].text, " w7", pairs)
+        result = neg_service.neg(own, PROMPTS[0].text, " w7", pairs, grid="full")
         error.append(np.log1p(result.delta_p / result.probability))
     # The reference here lets norms round to float32, as the model's own code says; that of the check does not.
     assert noise.sigma == pytest.approx(np.std(error[0] - error[1]), rel=0.5)

@@ -132,7 +132,7 @@ def test_the_identity_names_the_grid_by_its_shifts() -> None:
     ("options", "neurons", "refusal"),
     [
         ({"shift": "up"}, {}, ("measure.shift", "up")),
-        ({"grid": "fine"}, {}, ("measure.grid", "fine", "full or coarse")),
+        ({"grid": "fine"}, {}, ("measure.grid", "fine", "adaptive, full, coarse")),
         ({"grid": "coarse", "shifts": [1.0]}, {}, ("measure.grid", "coarse", "places its own shifts")),
         ({"shifts": [0.0]}, {}, ("measure.shifts", ANY, "0 is no shift")),
         ({"shifts": "1,2"}, {}, ("measure.shifts", "1,2", "a list")),
@@ -160,9 +160,11 @@ def test_measures_of_whole_layers_refuse_single_neurons() -> None:
 
 
 def test_the_cost_counts_interventions_and_curves() -> None:
-    cost = sweep_of().cost(INFO, NeuronsConfig(choose="sample", count=5), 4.0)
-    assert cost.rows == 15 * 40
     five = NeuronsConfig(choose="sample", count=5)
+    cost = sweep_of(grid="full").cost(INFO, five, 4.0)
+    assert cost.rows == 15 * 40
+    # Of the adaptive grid about three and a half shifts a neuron.
+    assert sweep_of().cost(INFO, five, 4.0).rows == 53
     with_curves = sweep_of(keep_curves=True).cost(INFO, five, 4.0)
     assert with_curves.bytes["sweep"] - cost.bytes["sweep"] == 4 * 40 * 15 * 4
     assert "delta_p" in sweep_of(keep_curves=True).tables(INFO)["sweep"].schema.names

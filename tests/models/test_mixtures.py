@@ -219,14 +219,16 @@ def test_a_neuron_of_an_expert_that_was_not_chosen_has_no_neg() -> None:
     assert edited.delta_p[0, 0, 0] == 0 != edited.delta_p[0, 1, 0]
 
 
-def test_a_coarse_grid_is_run_in_full_where_routing_changes() -> None:
+def test_what_is_interpolated_is_run_in_full_where_routing_changes() -> None:
     model = model_of("Mixtral")
     neurons = neg_service.neg(model, "w3 w14 w9", " w7", "all", [-1.8, -1.0, 1.0, 1.8])
     changed = neurons.routing_changed > 0
     assert changed.any()
     assert not changed.all()
     asked = neurons.neurons.tolist()
-    coarse, full = (neg_service.neg(model, "w3 w14 w9", " w7", asked, grid=grid) for grid in ("coarse", "full"))
+    coarse, full, adaptive = (
+        neg_service.neg(model, "w3 w14 w9", " w7", asked, grid=grid) for grid in ("coarse", "full", "adaptive")
+    )
     again = coarse.routing_changed > 0
     np.testing.assert_allclose(coarse.neg[again], full.neg[again], rtol=1e-3, atol=1e-9)
     np.testing.assert_allclose(coarse.r[again], full.r[again], atol=1e-3)
@@ -234,6 +236,9 @@ def test_a_coarse_grid_is_run_in_full_where_routing_changes() -> None:
     # Also where experts change beyond the largest shift that an interpolation needs.
     at_ends = neg_service.neg(model, "w3 w14 w9", " w7", asked, [-2.0, 2.0]).routing_changed > 0
     assert again[at_ends].all()
+    assert (adaptive.n_shifts[adaptive.routing_changed > 0] == 40).all()
+    assert (adaptive.routing_changed > 0)[at_ends].all()
+    assert (adaptive.n_shifts < 40).any()
     assert coarse.shifts.tolist() == [-1.8, -1.0, 1.0, 1.8]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
-from neg_service.measures.shifts import GRIDS, SHIFTS, Grid, Sweep, chosen_grid
+from neg_service.measures.shifts import GRIDS, SHIFTS, TOLERANCE, AdaptiveGrid, Grid, Sweep, chosen_grid
 from neg_service.schema import Table
 from neg_service.settings import basis_setting, setting
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo
     from neg_service.models.language_model import LanguageModel
     from neg_service.prompts.prompt import EncodedPrompt, Prompt
+
+
+# How many shifts the adaptive grid takes for a neuron on SmolLM2, and on mixtures, where choices of experts change.
+_SHIFTS, _SHIFTS_OF_EXPERTS = 3.5, 20
 
 
 @dataclass
@@ -31,13 +36,17 @@ class SweepOptions:
     basis: str = basis_setting()
     shift: str = setting("magnitude", "a -> a + shift*sign(a); or signed: a -> a + shift", allowed=SHIFTS)
     grid: str = setting(
-        "full",
-        "every step up to max_shift; or coarse: 4 shifts, from which the full grid's curve is interpolated",
+        "adaptive",
+        "of every step up to max_shift as many as a neuron needs; full: all of them; coarse: 4 shifts, from which the "
+        "full grid's curve is interpolated",
         allowed=GRIDS,
+    )
+    tolerance: float = setting(
+        TOLERANCE, "of the adaptive grid: the share of |NEG| that it may be off, or the resolution, if that is larger"
     )
     max_shift: float = setting(2.0, "the largest shift, in units of activation")
     step: float = setting(0.1, "between shifts")
-    shifts: Any = setting(None, "a list of shifts of your own, in the place of max_shift and step")
+    shifts: Any = setting(None, "a list of shifts of your own, all run, in the place of max_shift and step")
     keep_curves: bool = setting(False, "store the change of probability at each shift, 4 bytes for each shift and row")
     # The old name of cluster.batch_bytes.
     batch_bytes: Any = None
@@ -65,6 +74,11 @@ class NeuronSweep(Measure[SweepOptions]):
         options = self.options
         found: dict[str, Any] = {"name": options.name, "basis": options.basis, "shift": options.shift}
         found |= {"grid": options.grid, "shifts": self.grid().shifts.tolist(), "keep_curves": options.keep_curves}
+        grid = self.grid()
+        if isinstance(grid, AdaptiveGrid):
+            return found | {"tolerance": options.tolerance, "nodes": [stage.shifts.tolist() for stage in grid.stages]}
+        # What is run in full is the same run, however it was asked for.
+        found["grid"] = "full" if grid.interpolation is None else "coarse"
         if options.grid == "coarse":
             found |= {"max_shift": options.max_shift, "step": options.step}
         return found
@@ -79,12 +93,15 @@ class NeuronSweep(Measure[SweepOptions]):
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
         """A row of numbers for each target and neuron, an intervention for each neuron and shift."""
         grid = self.grid()
-        # Where experts may change the two ends of an interpolated curve are run as well, at the least.
-        n_shifts = len(grid.shifts) + 2 * (grid.interpolation is not None and has_experts(info))
+        if isinstance(grid, AdaptiveGrid):
+            n_shifts = _SHIFTS_OF_EXPERTS if has_experts(info) else _SHIFTS
+        else:
+            # Where experts may change the two ends of an interpolated curve are run as well, at the least.
+            n_shifts = len(grid.shifts) + 2 * (grid.interpolation is not None and has_experts(info))
         n = count_of(neurons, layers_of_model(info))
         # Eight numbers, and the key and marks of a row, which compress to little.
         row = 120 + (4 * len(grid.shifts) if self.options.keep_curves else 0)
-        return Cost({**prompt_bytes(info), "sweep": int(row * n * n_targets)}, n * n_shifts, "interventions")
+        return Cost({**prompt_bytes(info), "sweep": int(row * n * n_targets)}, math.ceil(n * n_shifts), "interventions")
 
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
@@ -110,7 +127,7 @@ class NeuronSweep(Measure[SweepOptions]):
     def _sweep(self) -> Sweep:
         return Sweep(self.grid(), self.options.basis, self.options.shift)
 
-    def grid(self) -> Grid:
+    def grid(self) -> Grid | AdaptiveGrid:
         """The shifts.
 
         Raises:
@@ -121,4 +138,4 @@ class NeuronSweep(Measure[SweepOptions]):
             raise ConfigurationError(
                 setting="measure.shifts", value=options.shifts, allowed="a list of numbers such as [-1,1]"
             )
-        return chosen_grid(options.grid, options.shifts, options.max_shift, options.step)
+        return chosen_grid(options.grid, options.shifts, options.max_shift, options.step, options.tolerance)

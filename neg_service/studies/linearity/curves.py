@@ -1,20 +1,18 @@
 """How linear neurons are, from curves of Δp over shifts; and how strong they are, layer by layer.
 
-Whether a curve counts as linear says `schema.LINEAR`. Ranges of shifts are evaluated on 40 shifts each, which for a
-range are interpolated from four that were run (`measures/linearity.py`), so that a wide range is not evaluated on fewer
-points than a narrow one. Curves that are all noise are left out and counted.
+Whether a curve counts as linear says `schema.LINEAR`. Each range of shifts is a sweep of its own over 40 shifts, so
+that a wide range is not evaluated on fewer points than a narrow one. Curves of noise alone are left out and counted.
 
-Axes: I curves, S shifts that were run.
+Axis: I curves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from neg_service.measures.shifts import range_grid
 from neg_service.schema import LINEAR
 from neg_service.studies.linearity.quality import Booleans, Doubles, Integers
 from neg_service.studies.tables import Row, Rows
@@ -22,34 +20,28 @@ from neg_service.studies.tables import Row, Rows
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def shifts_of_ranges(ranges: Sequence[float]) -> list[float]:
-    """The shifts that have to be run for all ranges, in ascending order."""
-    return sorted({float(shift) for largest in ranges for shift in range_grid(largest).shifts})
+# Of a range as many shifts as the paper's.
+_SHIFTS_UP = 20
+
+
+def sweep_of_range(largest: float) -> dict[str, Any]:
+    """The settings of a sweep over 40 shifts up to ±`largest`."""
+    return {"name": "sweep", "grid": "adaptive", "max_shift": largest, "step": largest / _SHIFTS_UP}
 
 
 def by_range(
-    shifts: Sequence[float], delta_p_is: Doubles, layer_i: Integers, ranges: Sequence[float], noise_i: Doubles
+    largest: float, r_i: Doubles, r2_i: Doubles, max_abs_delta_p_i: Doubles, layer_i: Integers, noise_i: Doubles
 ) -> Rows:
-    """How linear curves are: a row for each range and layer, and for each range over all layers (`layer` is None).
+    """How linear curves are over a range: a row for each layer, and one over all of them (`layer` is None).
 
-    noise_i: [I] what the largest |Δp| of a range has to exceed, or the curve is left out there.
+    noise_i: [I] what the largest |Δp| has to exceed, or the curve is left out.
     """
-    # It imports torch, which the console and the report do without: they need only LINEAR.
-    from neg_service.measures.linearity import evaluate
-
-    position = {shift: index for index, shift in enumerate(shifts)}
-    rows = []
-    for largest in ranges:
-        grid = range_grid(largest)
-        fits = evaluate(grid, delta_p_is[:, [position[float(shift)] for shift in grid.shifts]])
-        moves = fits["max_abs_delta_p"] > noise_i
-        for layer, chosen in _layers(layer_i):
-            counted = chosen & moves
-            rows.append(
-                {"range": float(largest), "layer": layer}
-                | _linear(fits["r"][counted], fits["r2"][counted], int((chosen & ~moves).sum()))
-            )
-    return rows
+    moves = max_abs_delta_p_i > noise_i
+    return [
+        {"range": float(largest), "layer": layer}
+        | _linear(r_i[chosen & moves], r2_i[chosen & moves], int((chosen & ~moves).sum()))
+        for layer, chosen in _layers(layer_i)
+    ]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ class LinearityOptions:
     )
     seed: int = setting(0, "of the prompts, neurons and sets that are drawn", least=0)
     basis: str = basis_setting()
-    grid: str = setting("full", "40 shifts for each curve; or coarse: 4, interpolated", allowed=GRIDS)
+    grid: str = setting(
+        "adaptive", "of 40 shifts as many as a curve needs; full: all; coarse: 4, interpolated", allowed=GRIDS
+    )
     keep: str = setting(
         "answer", "estimates of right answers; or all: of all targets, for prompts without answers", allowed=KEEP
     )

@@ -40,7 +40,7 @@ def linearity_sections(study: StudyResults) -> list[Section]:
 
 
 # Ranges reach further than NEG does, whose run they are not to be taken for; they are in the study's own tables.
-LINEARITY_VIEW = StudyView("study", linearity_sections, shows_run=lambda purpose: purpose != "ranges")
+LINEARITY_VIEW = StudyView("study", linearity_sections, shows_run=lambda purpose: not purpose.startswith("range-"))
 
 
 def _estimators(tables: Mapping[str, pa.Table], options: Mapping[str, Any]) -> Section:

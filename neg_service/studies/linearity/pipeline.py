@@ -3,7 +3,7 @@
 1. NeurGrad of all prompts says which of them the model answers rightly; the study is about those, as in the paper.
 2. A sweep of sampled neurons measures NEG by intervention, with NeurGrad and the plain gradient of the same neurons.
 3. Integrated gradients of the same prompts.
-4. A sweep over several ranges of shifts, on fewer prompts.
+4. A sweep over each of several ranges of shifts, on fewer prompts.
 5. Joint interventions on sets of the sampled neurons, against what their NEGs predict.
 
 `selection.py` chooses the prompts, `triples.py` reads NEGs and their estimates from the runs, `tables.py` makes tables
@@ -20,15 +20,16 @@ from typing import Any, ParamSpec, TypeVar
 from neg_service.config import NeuronsConfig, ScanConfig
 from neg_service.errors import ConfigurationError
 from neg_service.storage.reader import Run
-from neg_service.studies.linearity.curves import shifts_of_ranges
+from neg_service.studies.linearity.curves import sweep_of_range
 from neg_service.studies.linearity.options import LinearityOptions, check_options
 from neg_service.studies.linearity.selection import select_prompts, spread_over
 from neg_service.studies.linearity.tables import (
     additivity_table,
+    curves_table,
     estimators_table,
     linearity_tables,
     points_table,
-    ranges_tables,
+    range_table,
     sets_of,
 )
 from neg_service.studies.linearity.triples import Triples, integrals_of, triples_of
@@ -79,9 +80,12 @@ def run_linearity(options: LinearityOptions, scans: StudyScans) -> StudyTables:
         tables.extend(name, rows)
 
     few = spread_over(ids, options.range_prompts)
-    of_ranges, shown_curves = ranges_tables(run("ranges", _of_prompts(planned["ranges"], few)), options.ranges)
-    tables.extend("ranges", of_ranges)
-    tables.extend("curves", shown_curves)
+    for largest in options.ranges:
+        purpose = _purpose_of(largest)
+        of_range = run(purpose, _of_prompts(planned[purpose], few))
+        tables.extend("ranges", range_table(of_range, largest))
+        if largest == max(options.ranges):
+            tables.extend("curves", curves_table(of_range))
     _add_sets(tables, options, scans, triples, lambda settings: run("sets", _of_prompts(settings, ids)))
     tables.extend("points", points_table(triples, options.seed))
     return tables
@@ -107,18 +111,24 @@ def _planned(options: LinearityOptions, scans: StudyScans) -> dict[str, ScanConf
     def settings(own_neurons: NeuronsConfig, **measure: Any) -> ScanConfig:
         return scans.settings_of({**measure, "basis": options.basis}, own_neurons)
 
-    shifts = shifts_of_ranges(options.ranges)
     planned = {
         "neurgrad": settings(whole, name="neurgrad", keep=options.keep),
         "sweep": settings(sample, name="sweep", grid=options.grid),
         "integrated_gradients": settings(
             whole, name="integrated_gradients", steps=options.steps, keep=options.keep
         ),
-        "ranges": settings(sample, name="sweep", shifts=shifts, keep_curves=True),
     }  # fmt: skip
+    for largest in options.ranges:
+        # Of the widest, some curves are shown.
+        sweep = sweep_of_range(largest) | {"keep_curves": largest == max(options.ranges)}
+        planned[_purpose_of(largest)] = settings(sample, **sweep)
     if "integrated_gradients" not in options.estimators:
         del planned["integrated_gradients"]
     return planned
+
+
+def _purpose_of(largest: float) -> str:
+    return f"range-{largest:g}"
 
 
 def _add_sets(

@@ -83,22 +83,27 @@ def linearity_tables(triples: Triples) -> dict[str, Rows]:
     }
 
 
-def ranges_tables(run: Run, ranges: Sequence[float]) -> tuple[Rows, Rows]:
-    """How linear curves are over each range, and a few of them, from a sweep of all ranges' shifts."""
+def range_table(run: Run, largest: float) -> Rows:
+    """How linear curves are over a range, from a sweep of its own."""
+    names = ["layer", "r", "r2", "max_abs_delta_p", "resolution", "n_shifts"]
+    table, _ = routed_rows(run, names)
+    layer, r, r2, moved, resolution, n_shifts = (table[name].to_numpy().astype(np.float64) for name in names)
+    noise = noise_of_changes(run, resolution, n_shifts)
+    return by_range(largest, r, r2, moved, layer.astype(np.int64), noise)
+
+
+def curves_table(run: Run) -> Rows:
+    """A few curves to look at, from a sweep that kept them."""
     names = ["prompt_id", "target", "layer", "expert", "neuron", "neurgrad", "probability", "resolution", "delta_p"]
     table, routing = routed_rows(run, names)
     if routing is None:
         names.remove("expert")
     shifts = run.config["measure"]["shifts"]
     curves = table["delta_p"].combine_chunks().flatten().to_numpy().reshape(-1, len(shifts)).astype(np.float64)
-    layer = table["layer"].to_numpy().astype(np.int64)
-    noise = noise_of_changes(run, table["resolution"].to_numpy().astype(np.float64))
-    rows = by_range(shifts, curves, layer, ranges, noise)
-    shown = [
+    return [
         {name: table[name][index].as_py() for name in names} | {"shifts": [float(shift) for shift in shifts]}
-        for index in _curves_to_show(layer, curves)
+        for index in _curves_to_show(table["layer"].to_numpy().astype(np.int64), curves)
     ]
-    return rows, shown
 
 
 def _curves_to_show(layer_i: NDArray[np.int64], delta_p_is: Doubles) -> list[int]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from neg_service import schema
 from neg_service.measures.builtin.baselines import random_draw
-from neg_service.measures.shifts import chosen_grid, given_grid
+from neg_service.measures.shifts import AdaptiveGrid, Grid, adapted, coarse_grid, given_grid
 from neg_service.storage.reader import Run, reading
 from neg_service.studies.linearity.curves import CurveRouting
 from neg_service.studies.linearity.quality import Booleans, Doubles, Integers
@@ -65,7 +65,7 @@ def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
     """The triples of a sweep, with those estimates that came with it; `seed` is of the estimator `random`."""
     names = [
         "prompt_id", "target", "target_index", "layer", "expert", "neuron", "neg", "r", "r2", "resolution",
-        "is_resolved", "neurgrad", "gradient", "activation",
+        "n_shifts", "is_resolved", "neurgrad", "gradient", "activation",
     ]  # fmt: skip
     table, routing = routed_rows(sweep, names)
     keys = [name for name in ("prompt_id", "target_index", "layer", "expert", "neuron") if name in table.column_names]
@@ -98,7 +98,7 @@ def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
         neg=column("neg"),
         r=column("r"),
         r2=column("r2"),
-        noise=noise_of_changes(sweep, column("resolution")),
+        noise=noise_of_changes(sweep, column("resolution"), column("n_shifts")),
         is_resolved=table["is_resolved"].to_numpy(),
         estimates={name: values for name, values in made.items() if name in estimators},
         routing=routing,
@@ -124,14 +124,22 @@ def routed_rows(sweep: Run, names: Sequence[str]) -> tuple[pa.Table, CurveRoutin
     return table.select(there), routing
 
 
-def noise_of_changes(sweep: Run, resolution_i: Doubles) -> Doubles:
-    """What a single |Δp| has to exceed, from the resolution of the NEGs, which are weighted sums of several."""
+def noise_of_changes(sweep: Run, resolution_i: Doubles, n_shifts_i: Doubles) -> Doubles:
+    """What a single |Δp| has to exceed, from the resolution of the NEGs, which are weighted sums of several.
+
+    n_shifts_i: how many each NEG is of.
+    """
     measure = sweep.config["measure"]
+    full = given_grid(measure["shifts"])
+    grid: Grid | AdaptiveGrid = full
     if measure["grid"] == "coarse":
-        grid = chosen_grid("coarse", None, measure["max_shift"], measure["step"])
-    else:
-        grid = given_grid(measure["shifts"])
-    return resolution_i / grid.noise_gain
+        grid = coarse_grid(measure["max_shift"], measure["step"])
+    elif measure["grid"] == "adaptive":
+        grid = adapted(full, measure["tolerance"])
+    counts, place_i = np.unique(n_shifts_i, return_inverse=True)
+    gains = np.array([grid.noise_gain_of(int(count)) for count in counts])
+    noise_i: Doubles = resolution_i / gains[place_i]
+    return noise_i
 
 
 def _random(triples: Triples, seed: int) -> Doubles:

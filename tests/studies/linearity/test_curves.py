@@ -5,34 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neg_service.measures.shifts import range_grid
-from neg_service.studies.linearity.curves import by_layer, by_range, histogram, shifts_of_ranges
-
-RANGES = [0.5, 1.0, 2.0, 4.0, 10.0]
+from neg_service.measures.shifts import chosen_grid
+from neg_service.studies.linearity.curves import by_layer, by_range, histogram, sweep_of_range
 
 
-def test_ranges_share_their_shifts() -> None:
-    shifts = shifts_of_ranges(RANGES)
-    assert shifts == sorted({sign * s for s in (0.25, 0.5, 1, 2, 4, 5, 10) for sign in (-1, 1)})
+def test_the_straight_are_counted_by_layer_and_what_does_nothing_is_left_out() -> None:
+    r, r2 = np.array([1.0, 0.2, -0.96, 0.0]), np.array([1.0, 0.1, 0.9, 0.0])
+    rows = by_range(2.0, r, r2, np.array([0.2, 4.0, 3.0, 0.1]), np.array([0, 1, 2, 2]), np.full(4, 0.15))
+    found = {row["layer"]: row for row in rows}
+    assert {row["range"] for row in rows} == {2.0}
+    assert [found[layer]["share_linear"] for layer in range(3)] == [1, 0, 1]
+    assert (found[2]["n"], found[2]["n_without_effect"]) == (1, 1)
+    assert (found[2]["r_q50"], found[2]["r2_q50"]) == (0.96, 0.9)
+    assert (found[None]["n"], found[None]["n_without_effect"]) == (3, 1)
 
 
-def test_a_line_is_linear_everywhere_and_a_parabola_nowhere_and_a_bend_only_near_zero() -> None:
-    shifts = np.array(shifts_of_ranges(RANGES))
-    # s + s^3/8 is a line near 0 and a cubic far out; four shifts and the origin hold a cubic exactly.
-    curves = np.stack([0.1 * shifts, shifts**2, shifts + shifts**3 / 8, 0 * shifts])
-    rows = by_range(list(shifts), curves, np.array([0, 1, 2, 2]), RANGES, np.zeros(4))
-    found = {(row["range"], row["layer"]): row for row in rows}
-    for largest in RANGES:
-        assert found[largest, 0]["share_linear"] == 1
-        assert found[largest, 0]["r2_q50"] == pytest.approx(1)
-        assert found[largest, 1]["share_linear"] == 0
-        judged = range_grid(largest).evaluated
-        expected = np.corrcoef(judged, judged + judged**3 / 8)[0, 1]
-        assert found[largest, 2]["r_q50"] == pytest.approx(expected)
-        assert (found[largest, 2]["n"], found[largest, 2]["n_without_effect"]) == (1, 1)
-        assert found[largest, None]["n"] == 3
-    assert found[0.5, 2]["share_linear"] == 1
-    assert found[10.0, 2]["share_linear"] == 0
+def test_a_range_has_forty_shifts() -> None:
+    settings = sweep_of_range(10.0)
+    assert chosen_grid(settings["grid"], None, settings["max_shift"], settings["step"]).shifts.tolist() == [
+        s / 2 for s in range(-20, 21) if s
+    ]
 
 
 def test_layers_say_how_strong_and_how_positive_their_neurons_are() -> None:
@@ -51,10 +43,3 @@ def test_layers_say_how_strong_and_how_positive_their_neurons_are() -> None:
 def test_a_histogram_counts_every_value() -> None:
     bins = histogram(np.array([-3.0, 0.0, 0.01, 0.5, 1.0]), 10)
     assert [one["n"] for one in bins] == [3, 0, 0, 0, 0, 1, 0, 0, 0, 1]
-
-
-def test_what_is_below_the_noise_of_a_range_is_left_out_there_alone() -> None:
-    shifts = np.array(shifts_of_ranges(RANGES))
-    rows = by_range(list(shifts), 0.1 * shifts[None], np.array([0]), RANGES, np.array([0.15]))
-    kept = {row["range"]: row["n"] for row in rows if row["layer"] is None}
-    assert kept == {0.5: 0, 1.0: 0, 2.0: 1, 4.0: 1, 10.0: 1}

@@ -24,7 +24,7 @@ from tests.refusals import refused
         ({"sets": [2, 2]}, ("study.sets", "[2, 2]", "one is named twice")),
         ({"sets": [0]}, ("study.sets", "0", "at least 1")),
         ({"answered": "rightly"}, ("study.answered", "rightly", "right or all")),
-        ({"grid": "fine"}, ("study.grid", "fine", "full or coarse")),
+        ({"grid": "fine"}, ("study.grid", "fine", "adaptive, full, coarse")),
         ({"ranges": [0.0]}, ("study.ranges", "[0.0]")),
         ({"ranges": [-1]}, ("study.ranges", "[-1]", "positive numbers")),
         ({"ranges": []}, ("study.ranges", "[]", "positive numbers, at least one")),

@@ -110,7 +110,7 @@ def test_some_of_them_are_drawn_and_ranges_are_spread_over_them(
         assert list(ids) == sorted(ids)
         assert set(ids) <= {"p20", "p21", "p22", "p23"}
     found = study(config, replace(SMALL, range_prompts=2))
-    assert found.prompts("ranges") == ["p20", "p22"]
+    assert found.prompts("range-1") == ["p20", "p22"]
 
 
 def test_all_neurons_and_prompts_without_answers(tmp_path: Path, tiny_directory: Path) -> None:

@@ -1,0 +1,123 @@
+"""Curves of Δp over shifts, measured: neurons swept site by site, and what their curves say.
+
+A grid's shifts are all run, or, of the adaptive grid, as many as a neuron needs (`adaptive.py`). What is made of a
+curve: `linearity.py`. How a shift's effect is had at the price of the remaining layers: `interventions.py`.
+
+A shift may have layers above choose other experts, and its curve is then broken: what would be interpolated is run in
+full where any of the shifts that were run did so. For that the ends of a grid are always run.
+
+Axes: n neurons asked for, S shifts that are run, G shifts of the curve that is evaluated, K targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neg_service.measures.adaptive import Evaluated, evaluate_in_stages
+from neg_service.measures.gradients import signed_by
+from neg_service.measures.interventions import Interventions
+from neg_service.measures.shifts import Doubles, Sweep, given_grid
+from neg_service.models.batches import Budget
+from neg_service.models.feed_forward import Site
+from neg_service.neurons import NeuronSet
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep of one prompt found, float64 on the model's device, in the order of the set.
+
+    activation_n: at the readout position. is_routed_n: whether the readout token used the neuron's expert.
+    """
+
+    evaluated: Evaluated
+    activation_n: Tensor
+    is_routed_n: NDArray[np.bool_]
+
+
+def sweep_prompt(
+    interventions: Interventions,
+    neurons: NeuronSet,
+    sweep: Sweep,
+    budget: Budget,
+    keep_curves: bool,
+    neurgrad_km: Tensor | None = None,
+    sigma: float = 0.0,
+    on_done: Callable[[int], None] = lambda n: None,
+) -> SweepResult:
+    """Sweep neurons for all targets, site by site; curves never leave the device.
+
+    neurgrad_km: of the layers of these neurons, as `Interventions.neurgrad` gives it; computed if it is needed and not
+    given. sigma: standard deviation of the error of Δ log p, which the adaptive grid does not refine beyond. `on_done`
+    is told how many neurons each site brought.
+
+    Raises:
+        DoesNotFit: one intervention does not fit.
+        NonFiniteError: NaN or infinity after an intervention.
+    """
+    device, probability_k = interventions.device, interventions.probability_k.double()
+    sites = interventions.sites(neurons.layers)
+    place_n = interventions.slots(sites).places_of(neurons)
+    n, k = len(neurons), len(probability_k)
+    # Neurons of experts that were not chosen keep their zeros.
+    found = Evaluated.of_nothing(n, k, len(sweep.grid.shifts) if keep_curves else None, device)
+    activation_n = torch.zeros(n, dtype=torch.float64, device=device)
+    if neurgrad_km is None and sweep.uses_slope:
+        neurgrad_km = interventions.neurgrad(neurons.layers, budget)
+    start = 0
+    for site in sites:
+        activation_m = interventions.activation[site].to(device)
+        stop = start + len(activation_m)
+        of_set = np.flatnonzero((place_n >= start) & (place_n < stop))
+        if len(of_set):
+            own_n = torch.from_numpy(place_n[of_set] - start).to(device)
+            of_set_n = torch.from_numpy(of_set).to(device)
+            activation_n[of_set_n] = activation_m[own_n].double()
+            slope_nk = torch.full((len(of_set), k), torch.nan, dtype=torch.float64, device=device)
+            if neurgrad_km is not None:
+                slope_nk = neurgrad_km[:, start:stop][:, own_n].T.double()
+                if sweep.shift == "signed":
+                    slope_nk = signed_by(activation_m[own_n, None], slope_nk)
+            found.put(of_set_n, swept(interventions, site, own_n, slope_nk, sweep, sigma, budget, keep_curves))
+            on_done(len(of_set))
+        start = stop
+    return SweepResult(found, activation_n, place_n >= 0)
+
+
+def swept(
+    interventions: Interventions, site: Site, neurons_n: Tensor, slope_nk: Tensor, sweep: Sweep, sigma: float,
+    budget: Budget, keep_curves: bool,
+) -> Evaluated:  # fmt: skip
+    """Sweep neurons of one site."""
+    device, probability_k = interventions.device, interventions.probability_k.double()
+
+    def run(shifts: Doubles, own_m: Tensor) -> tuple[Tensor, Tensor]:
+        some = replace(sweep, grid=given_grid(shifts))
+        log_p_msk, changed_ms = curves(interventions, site, neurons_n[own_m], some, budget)
+        if changed_ms is None:
+            changed_ms = torch.zeros(log_p_msk.shape[:2], dtype=torch.bool)
+        return probability_k * log_p_msk.to(device).double().expm1(), changed_ms.to(device)
+
+    noise_k = sigma * probability_k
+    return evaluate_in_stages(sweep.grid, run, slope_nk, noise_k, keep_curves, interventions.has_experts)
+
+
+def curves(
+    interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget
+) -> tuple[Tensor, Tensor | None]:
+    """Δ log p [n, S, K] of neurons of one site, and where routing changed [n, S]; batches are filled across neurons."""
+    activations = interventions.activation[site]
+    activation_n = activations[neurons_n.to(activations.device)]
+    shifts_s = torch.from_numpy(sweep.grid.shifts).to(activations.device)
+    moved_ns = shifts_s.expand(len(neurons_n), -1)
+    if sweep.shift == "magnitude":
+        moved_ns = signed_by(activation_n[:, None], moved_ns)
+    numbers_i = neurons_n.repeat_interleave(len(shifts_s))
+    delta_ik, changed_i = interventions.delta_log_p(site, numbers_i, moved_ns.flatten(), budget)
+    n, s = moved_ns.shape
+    return delta_ik.view(n, s, -1), None if changed_i is None else changed_i.view(n, s)
