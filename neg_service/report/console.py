@@ -187,6 +187,10 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     routing = _CurvesOfExperts() if "is_routed" in run.schemas[run.tables[-1]].names else None
     only = None if routing is None else pc.field("is_routed")
     columns_read += [] if routing is None else ["routing_changed"]
+    # Older runs do not say it.
+    tells_shifts = "n_shifts" in run.schemas[run.tables[-1]].names
+    columns_read += ["n_shifts"] if tells_shifts else []
+    n_run = 0
     with_neurgrad, with_gradient = Correlation(), Correlation()
     for batch in run.table(run.tables[-1], columns_read, only).to_batches():
         r, neg, neurgrad, gradient = (batch[name].to_numpy().astype(np.float64) for name in columns_read[:4])
@@ -194,6 +198,7 @@ def agreement(run: Run) -> list[tuple[str, str]]:
         linear += int((np.abs(r) >= LINEAR).sum())
         agree += pc.sum(batch["signs_agree"]).as_py() or 0
         resolved += pc.sum(batch["is_resolved"]).as_py() or 0
+        n_run += (pc.sum(batch["n_shifts"]).as_py() or 0) if tells_shifts else 0
         with_neurgrad.add(neg, neurgrad)
         with_gradient.add(neg, gradient)
         if routing is not None:
@@ -203,7 +208,7 @@ def agreement(run: Run) -> list[tuple[str, str]]:
     # A neuron that moves by the shift itself is predicted by the plain gradient.
     is_signed = run.config["measure"].get("shift") == "signed"
     return [
-        ("curves", f"{n}: a neuron and a target each, of {_shifts(run.config['measure'])}"),
+        ("curves", f"{n}: a neuron and a target each, of {_shifts(run.config['measure'], n_run / n if n else 0)}"),
         ("linear", f"{_percent(linear, n)} have |r| >= {LINEAR}"),
         *([] if routing is None else routing.lines(run.table(run.tables[-1]).count_rows() - n)),
         ("NEG and NeurGrad", f"correlation {with_neurgrad.value:.4f}{'' if is_signed else signs}"),
@@ -237,10 +242,13 @@ class _CurvesOfExperts:
         return lines
 
 
-def _shifts(measure: Mapping[str, Any]) -> str:
+def _shifts(measure: Mapping[str, Any], run_on_average: float) -> str:
     shifts = measure["shifts"]
-    interpolated = ", interpolated between them" if measure.get("grid") == "coarse" else ""
-    return f"{len(shifts)} shifts up to ±{max(map(abs, shifts)):g}{interpolated}"
+    beside = {
+        "coarse": ", interpolated between them",
+        "adaptive": f", of which {run_on_average:.1f} were run on average",
+    }.get(measure.get("grid", ""), "")
+    return f"{len(shifts)} shifts up to ±{max(map(abs, shifts)):g}{beside}"
 
 
 def _error_of(noise: Mapping[str, Any]) -> str:
