@@ -71,10 +71,12 @@ def test_replicas_change_nothing_and_all_go_by_one_calibration(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "neg_service")
-    here = scan_here(scan_config(*arguments, *SWEPT, f"storage.uri={tmp_path / 'here'}"))
+    # All shifts, so that there is work for two, and one resolution for all.
+    arguments = [*arguments, *SWEPT, "measure.grid=full"]
+    here = scan_here(scan_config(*arguments, f"storage.uri={tmp_path / 'here'}"))
     # On replicas the noise is not the same from one to the other.
     many = ["measure.name=tests.moody_sweep", "job.shard_size=1", "cluster.replicas=2", "cluster.cpus_per_replica=1"]
-    assert scanned(*arguments, *SWEPT, *many, f"storage.uri={tmp_path / 'many'}") == 0
+    assert scanned(*arguments, *many, f"storage.uri={tmp_path / 'many'}") == 0
     assert re.search(r"neurons +18 for each target: 180 values", capsys.readouterr().out)
     assert "5 of 5 shards to do" in caplog.text
     assert "on up to 2 replicas" in caplog.text

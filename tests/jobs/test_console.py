@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,10 +79,10 @@ def test_a_scan_is_planned_from_the_wheel(installation: Installation, tiny_direc
     (installation.folder / "words.jsonl").write_text('{"prompt": "w1 w2", "targets": [" w3", " w4"]}\n')
     settings = [f"model.source={tiny_directory}", "dataset.source=words.jsonl", "measure=sweep", "neurons=sample"]
     said = installation.run("neg-scan", *settings, "job.dry_run=true")
-    # Two targets, 20 neurons of each of 3 layers, 40 shifts.
+    # 20 neurons of each of 3 layers, of about three and a half shifts, which both targets share.
     assert "1 with 2 targets" in said
     assert "20 of each layer" in said
-    assert "2400" in said
+    assert re.search(r"interventions +210\n", said)
 
 
 def test_what_is_sent_to_a_cluster_runs_there(installation: Installation) -> None:

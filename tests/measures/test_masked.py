@@ -33,7 +33,8 @@ TEXT = "w3 w14 w96 w9 w26 w5 w35 w8"
 
 def test_layers_below_an_intervention_do_not_run() -> None:
     model = tiny_model("BERT")
-    model.ensure_checked()
+    # Measures the noise, too.
+    neg_service.neg(model, TEXT, "w7", [(2, 0)], [1.0])
     ran: list[int] = []
     for index, layer in enumerate(model.feed_forward.layers):
         layer.register_forward_pre_hook(lambda _m, _a, index=index: ran.append(index))
