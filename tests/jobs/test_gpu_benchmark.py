@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from jobs.benchmarks import gpu
-from jobs.benchmarks.gpu import Settings, checks, process
+from jobs.benchmarks.gpu import Settings, checks, process, speed
 from jobs.benchmarks.gpu.__main__ import settings_of
 from jobs.benchmarks.gpu.pacing import Way, ratio_of, take_turns
 from jobs.benchmarks.gpu.shapes import SHAPES, random_model
@@ -22,6 +22,8 @@ from jobs.benchmarks.gpu.subject import Subject
 from jobs.benchmarks.isolated import Outcome, Task, one_after_the_other
 from neg_service.errors import ConfigurationError
 from neg_service.measures.interventions import Interventions
+from neg_service.models.language_model import LanguageModel
+from tests.devices import pretended
 from tests.e2e.commands import ROOT, environment
 from tests.refusals import refused
 
@@ -88,6 +90,15 @@ def test_every_part_gives_its_figures(shape: str, settings: Settings) -> None:
     }  # fmt: skip
     layers = {one["name"].rpartition(", ")[2] for one in gpu._bars({shape: found})}
     assert layers == {"gradients: engine over floor", "layer 0", "layer 1", "layer 2"}
+
+
+def test_all_ways_run_where_the_model_lies(subject: Subject, settings: Settings) -> None:
+    selection = subject.model.ensure_checked()
+    with pretended():
+        model = LanguageModel(subject.model.model.to("meta:0"))
+        model.adopt(selection)
+        found = speed.gradients(Subject("tiny", model, settings))
+    assert [own for own in found["milliseconds"].values() if "failed" in own] == []
 
 
 def test_a_part_that_fails_is_told_and_others_go_on(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ class Settings:
     device: str
     shapes: list[str]
     dtypes: list[str]
+    threads: int
     repeats: int
     seconds: float
     part_seconds: float

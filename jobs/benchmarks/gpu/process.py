@@ -18,7 +18,7 @@ from jobs.benchmarks.gpu.subject import Subject
 from jobs.benchmarks.isolated import Tell
 from neg_service.measures.batching import budget_of
 from neg_service.models.batches import return_cached_memory, without_frames
-from neg_service.models.loading import checked_dtype
+from neg_service.models.loading import checked_dtype, set_threads
 from neg_service.models.placement import checked_devices
 
 Part = Callable[[Subject], dict[str, Any]]
@@ -43,6 +43,7 @@ def measure_shape(tell: Tell, shape: str, settings: Settings, is_first: bool) ->
     """
     end = time.monotonic() + settings.seconds
     device = checked_devices(settings.device)[0]
+    set_threads(settings.threads)
     torch.set_float32_matmul_precision("highest")
     if is_first:
         _tell_part(tell, "processor", lambda: checks.processor(device))

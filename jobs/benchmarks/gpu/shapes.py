@@ -100,7 +100,7 @@ def random_model(shape: str, device: Any, dtype: Any) -> Any:
 
     name, sizes = SHAPES[shape]
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**sizes)
+    config = getattr(transformers, name)(**sizes, bos_token_id=1, eos_token_id=2)
     with torch.device(device):
         module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     with torch.no_grad():
