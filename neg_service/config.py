@@ -16,9 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from neg_service.errors import ConfigurationError
 from neg_service.settings import check_fields, must_be, setting
 
@@ -215,6 +212,10 @@ def typed(cls: type[T], values: Any, where: str = "") -> T:
     Raises:
         ConfigurationError: an unknown key, a wrong type, or a value that is missing, by its full key.
     """
+    # Here and not above: models are measured by the library without the command line's packages.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         given = OmegaConf.create(values)
         # A merge would silently keep the default where `???` asks for a value.
@@ -353,6 +354,8 @@ def device_names(device: Any) -> list[str]:
 
 def plain(values: Any) -> dict[str, Any]:
     """Hydra's configuration, or any mapping, as plain dictionaries and lists."""
+    from omegaconf import OmegaConf
+
     if isinstance(values, Mapping) and not OmegaConf.is_config(values):
         return dict(values)
     result = OmegaConf.to_container(values, resolve=True)

@@ -146,16 +146,17 @@ def _gradients(settings: Settings, model: LanguageModel, plain: LoadedModel) -> 
     return {
         "gradients": partial(timed, partial(neurgrad.engine, model, data), settings.prompts),
         "gradients, floor": partial(timed, floor, settings.prompts),
-        "gradients, textbook": partial(timed, partial(_textbook_gradients, model.model, *few), _TEXTBOOK_PROMPTS),
+        "gradients, textbook": partial(timed, partial(textbook_gradients, model.model, *few), _TEXTBOOK_PROMPTS),
     }
 
 
-def _textbook_gradients(model: Any, prompts: ways.Ids, targets: ways.Ids) -> list[Tensor]:
+def textbook_gradients(model: Any, prompts: ways.Ids, targets: ways.Ids) -> list[Tensor]:
     """Whole sequences with a graph that begins at the experts' inputs, one prompt at a time."""
     results = []
     for ids, own in zip(prompts, targets, strict=True):
         with torch.enable_grad(), _inputs_of_experts(model) as inputs:
-            log_p = model(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1).logits[0, -1].log_softmax(-1)
+            inputs_t = torch.tensor([list(ids)], device=model.device)
+            log_p = model(inputs_t, use_cache=False, logits_to_keep=1).logits[0, -1].log_softmax(-1)
             for token in own:
                 slopes = torch.autograd.grad(log_p[token], inputs, retain_graph=token != own[-1])
                 results.append(torch.stack([slope[0, -1] for slope in slopes]))
@@ -184,7 +185,7 @@ def _interventions(settings: Settings, model: LanguageModel, plain: LoadedModel)
     ids = tuple(draw.integers(0, settings.vocabulary, settings.header_tokens).tolist())
     prompt = EncodedPrompt(Prompt("0", "-", ("-",)), ids, (5,))
     interventions, sweep = Interventions(model, prompt, "paper"), Sweep(full_grid())
-    floors = _Floor(plain, ids)
+    floors = Floor(plain, ids)
     found: dict[str, Callable[[], float]] = {}
     for layer in (0, settings.layers // 2, settings.layers - 1):
         expert = int(interventions.routing.of_layer(layer)[0])
@@ -201,7 +202,7 @@ def _interventions(settings: Settings, model: LanguageModel, plain: LoadedModel)
     return found
 
 
-class _Floor:
+class Floor:
     """The last token through the remaining layers and the head, in many rows, by the library's own experts."""
 
     def __init__(self, plain: LoadedModel, ids: Sequence[int]) -> None:
@@ -210,17 +211,21 @@ class _Floor:
         with torch.no_grad(), keep_inputs(self._layers) as (self._inputs, self._structures):
             self._rows.run([1])
 
-    @torch.no_grad()
     def seconds(self, layer: int) -> float:
         """Of a row, with the number of rows that is best."""
         found = []
         for n in FLOOR_ROWS:
             began = time.perf_counter()
-            stored = self._rows.expand_rows(self._inputs[layer], n)
-            with start_at_layer(self._layers, layer, stored, self._structures):
-                self._rows.run([n])
+            self.run(layer, n)
             found.append((time.perf_counter() - began) / n)
         return min(found)
+
+    @torch.no_grad()
+    def run(self, layer: int, n: int) -> None:
+        """Run `n` rows from a layer on."""
+        stored = self._rows.expand_rows(self._inputs[layer], n)
+        with start_at_layer(self._layers, layer, stored, self._structures):
+            self._rows.run([n])
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def floor(loaded: LoadedModel, prompts: Ids, header: int, batch: int) -> None:
         with running(model, PrefixPass(prefix)):
             inputs = packed(model, own, [range(header, header + len(ids)) for ids in own])
             hidden = model.base_model(**inputs).last_hidden_state
-        ends = torch.tensor(list(accumulate(prefix.own_lengths))) - 1
+        ends = torch.tensor(list(accumulate(prefix.own_lengths)), device=hidden.device) - 1
         model.get_output_embeddings()(hidden[0, ends])
 
 
@@ -49,7 +49,7 @@ def floor(loaded: LoadedModel, prompts: Ids, header: int, batch: int) -> None:
 def plain_forward(model: PreTrainedModel, prompts: Ids, batch: int) -> None:
     """One forward pass of the full prompts, padded, nothing measured."""
     for start in range(0, len(prompts), batch):
-        inputs = _padded(prompts[start : start + batch])
+        inputs = _padded(model, prompts[start : start + batch])
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         last = inputs["attention_mask"].sum(1) - 1
         model.get_output_embeddings()(hidden[range(len(last)), last])
@@ -62,7 +62,7 @@ def textbook(model: PreTrainedModel, prompts: Ids, targets: Ids, batch: int) -> 
         part, own = prompts[start : start + batch], targets[start : start + batch]
         seen: dict[int, Tensor] = {}
         with torch.enable_grad(), hooks(_hook_points(model), _capturing(seen)):
-            inputs = _padded(part)
+            inputs = _padded(model, part)
             last = inputs["attention_mask"].sum(1) - 1
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
             log_p = model.get_output_embeddings()(hidden[range(len(part)), last]).log_softmax(-1)
@@ -81,11 +81,11 @@ def expert(model: PreTrainedModel, prompts: Ids, targets: Ids) -> list[Tensor]:
     for ids, own in zip(prompts, targets, strict=True):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model.base_model(torch.tensor([ids[:-1]]), past_key_values=cache, use_cache=True)
+            model.base_model(torch.tensor([ids[:-1]], device=model.device), past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(own))
         seen: dict[int, Tensor] = {}
         with torch.enable_grad(), hooks(_hook_points(model), _capturing(seen)):
-            rows = torch.tensor([[ids[-1]]] * len(own))
+            rows = torch.tensor([[ids[-1]]] * len(own), device=model.device)
             log_p = model(rows, past_key_values=cache, use_cache=True).logits[:, -1].log_softmax(-1)
             chosen = log_p[range(len(own)), list(own)]
             slopes = torch.autograd.grad(chosen.sum(), [seen[layer] for layer in sorted(seen)])
@@ -106,10 +106,10 @@ def _capturing(seen: dict[int, Tensor]) -> Any:
     return capture
 
 
-def _padded(prompts: Ids) -> dict[str, Tensor]:
+def _padded(model: PreTrainedModel, prompts: Ids) -> dict[str, Tensor]:
     longest = max(map(len, prompts))
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in prompts])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in prompts])
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in prompts], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in prompts], device=model.device)
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -141,14 +141,14 @@ def textbook_interventions(
     for start in range(0, len(shifted), batch):
         part = shifted[start : start + batch]
         layer, neuron = part[0][:2]
-        shift_r = torch.tensor([shift for *_, shift in part])
+        shift_r = torch.tensor([shift for *_, shift in part], device=model.device)
 
         def shift(_layer: int, x: Tensor, neuron: int = neuron, shift_r: Tensor = shift_r) -> Tensor:
-            x[:, -1, neuron] += shift_r
+            x[:, -1, neuron] += shift_r.to(x.dtype)
             return x
 
         with hooks({layer: points[layer]}, shift):
-            inputs = torch.tensor([list(ids)] * len(part))
+            inputs = torch.tensor([list(ids)] * len(part), device=model.device)
             last = model(inputs, use_cache=False, logits_to_keep=logits).logits[:, -1]
         probabilities += last.softmax(-1)[:, target].tolist()
     return probabilities
@@ -158,21 +158,23 @@ class Cached:
     """An expert's interventions: a key/value cache of the prompt, a row an intervention, all layers."""
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int], rows: int) -> None:
-        self._model, self._last = model, torch.tensor([[ids[-1]]] * rows)
+        self._model, self._last = model, torch.tensor([[ids[-1]]] * rows, device=model.device)
         self._cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model.base_model(torch.tensor([list(ids[:-1])]), past_key_values=self._cache, use_cache=True)
+            prefix = torch.tensor([list(ids[:-1])], device=model.device)
+            model.base_model(prefix, past_key_values=self._cache, use_cache=True)
         self._cache.batch_repeat_interleave(rows)
 
     @torch.no_grad()
     def interventions(self, target: int, shifted: Shifted) -> list[float]:
         """One batch of as many interventions as there are rows, all in one layer; the target's probabilities."""
         layer = shifted[0][0]
-        neuron_r = torch.tensor([neuron for _, neuron, _ in shifted])
-        shift_r = torch.tensor([shift for *_, shift in shifted])
+        device = self._last.device
+        neuron_r = torch.tensor([neuron for _, neuron, _ in shifted], device=device)
+        shift_r = torch.tensor([shift for *_, shift in shifted], device=device)
 
         def shift(_layer: int, x: Tensor) -> Tensor:
-            x[torch.arange(len(x)), -1, neuron_r] += shift_r
+            x[torch.arange(len(x), device=device), -1, neuron_r] += shift_r.to(x.dtype)
             return x
 
         with hooks({layer: _hook_points(self._model)[layer]}, shift):
