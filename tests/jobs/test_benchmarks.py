@@ -10,8 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from jobs.bench import bench
-from jobs.benchmarks import ways
-from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications
+from jobs.benchmarks import neurgrad, ways
+from jobs.benchmarks.figures import FAST, OFF
+from jobs.benchmarks.sweep import LLAMA_3B, _bars, _multiplications, _ratios
 from neg_service.errors import ConfigurationError
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neg import sweep_prompt
@@ -102,3 +103,39 @@ def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.
     monkeypatch.setattr("neg_service.models.engines.shared_prefix.run_prefix", None)
     fell = families_speed.run(settings)["bars"][0]
     assert (fell["name"], fell["reached"]) == ("families that fell off their engine: Llama 2", False)
+
+
+def test_prompts_of_any_number() -> None:
+    shape = {"header_tokens": 3, "least_own_tokens": 40, "most_own_tokens": 110, "targets": 2}
+    for count in (1, 2, 9, 16):
+        settings = neurgrad.Settings("", "", 1, 1, prompts=count, **shape)
+        prompts, targets = neurgrad.data_of(settings, 500)
+        assert len(prompts) == len(targets) == count
+        lengths = [len(ids) - 3 for ids in prompts]
+        # Every two have the same mean, so that ways that run few of them compare with those that run all.
+        assert all(a + b == 150 for a, b in zip(lengths[::2], lengths[1::2], strict=False))
+        assert all(0 < few <= count for few in neurgrad._counts(settings).values())
+
+
+def test_with_onednn_the_engine_without_it_is_compared_too() -> None:
+    layers = (0, 1)
+    of_layer = {"engine": 1.0, f"engine{OFF}": 2.0, "floor": 1.5, f"floor{FAST}": 0.8}
+    seconds = {
+        f"{name.split(',')[0]}, layer {i}{name[len(name.split(',')[0]) :]}": [own]
+        for name, own in of_layer.items()
+        for i in layers
+    }
+    others = {"textbook, one at a time": [100.0], "expert": [3.0], f"expert{FAST}": [2.0]}
+    found = _ratios(seconds | others, [1.0], layers)
+    assert found[f"engine{OFF}, over engine"]["median"] == 2
+    assert found[f"expert{FAST}, over engine"]["median"] == 2
+    assert found["engine over floor, layer 1"]["median"] == 0.6667
+    assert found[f"engine over floor{FAST}, layer 1"]["median"] == 1.25
+    bars = {one["name"]: one for one in _bars(30, found)}
+    assert sorted(bars) == sorted(
+        [f"engine over floor, layer {i}, 30 tokens" for i in layers]
+        + ["textbook, one at a time, over engine, 30 tokens", "expert, over engine, 30 tokens"]
+        + [f"engine{OFF}, over engine, 30 tokens"]
+    )
+    plain = {name: own for name, own in (seconds | others).items() if FAST not in name and OFF not in name}
+    assert not any("oneDNN" in name or OFF in name for name in _ratios(plain, [1.0], layers))
