@@ -139,3 +139,26 @@ def test_with_onednn_the_engine_without_it_is_compared_too() -> None:
     )
     plain = {name: own for name, own in (seconds | others).items() if FAST not in name and OFF not in name}
     assert not any("oneDNN" in name or OFF in name for name in _ratios(plain, [1.0], layers))
+
+
+@pytest.mark.parametrize("product", ["torch", "onednn"])
+def test_what_the_gradients_benchmark_makes_of_its_turns(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of eight run in two of three repeats, and are the faster textbook way in the first."""
+    seconds = {neurgrad.ONE: [40.0, 30.0, 30.0], neurgrad.EIGHT: [20.0, 60.0], f"engine{OFF}": [2.0, 2.0, 2.0]}
+
+    def turns(prepared: dict[str, object], repeats: int, seldom: list[str]) -> tuple[dict[str, list[float]], ...]:
+        assert (repeats, seldom) == (3, [neurgrad.EIGHT])
+        n_turns = {name: 2 if name in seldom else 3 for name in prepared}
+        found = {name: seconds.get(name, [1.0] * n) for name, n in n_turns.items()}
+        return found, {name: [100.0 if name == neurgrad.EIGHT else 10.0] * n for name, n in n_turns.items()}
+
+    monkeypatch.setattr(neurgrad, "taking_turns", turns)
+    monkeypatch.setattr(neurgrad, "chosen_product", lambda *_: {"name": product})
+    found = neurgrad.run(neurgrad.Settings("", "", 1, 3, 3, 40, 110, 2, 9))
+    textbook = found["ratios"]["textbook over engine"]
+    assert (textbook["min"], textbook["median"], textbook["max"]) == (20, 30, 30)
+    assert found["ratios"]["memory, engine over textbook in batches of 8"]["median"] == 0.1
+    gain = {one["name"]: one for one in found["bars"]}.get(f"engine{OFF}, over engine")
+    assert (gain is not None) is (product == "onednn")
+    assert (f"expert{FAST}" in found["seconds_a_prompt"]) is (product == "onednn")
+    assert gain is None or (gain["value"], gain["reached"]) == (2, True)
