@@ -73,6 +73,7 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
         "dtype": str(model.dtype).removeprefix("torch."),
         "devices": [str(device) for device in model.devices],
         "dequantised": model.dequantised and asdict(model.dequantised),
+        "cpu_product": model.cpu_product and model.cpu_product.as_dict(),
         "engine": chosen.engine.name,
         "row_is": chosen.engine.row_is,
         "rows_are_prompts": chosen.engine.rows_are_prompts,
@@ -131,6 +132,7 @@ def describe(found: dict[str, Any]) -> str:
         ("context", f"{found['context_tokens']} tokens" if found["context_tokens"] else "no limit given"),
         ("precision", f"{found['dtype']} on {', '.join(found['devices'])}"),
         *([("weights", dequantised_text(found["dequantised"]))] if found["dequantised"] else []),
+        *([("products", _product(found["cpu_product"]))] if found["cpu_product"] else []),
         ("engine", "\n".join(engine)),
         ("checked", "\n".join(found["checked"])),
         ("row logits", f"{deviations['row_logits']:.1e} off the plain forward pass, at most {allowed['row_logits']:g}"),
@@ -146,6 +148,11 @@ def describe(found: dict[str, Any]) -> str:
         ("seconds", f"{found['load_seconds']:.1f} to load, {found['check_seconds']:.1f} to check"),
     ]
     return f"{aligned(rows)}\n\nThis model can be measured."
+
+
+def _product(found: dict[str, Any]) -> str:
+    gain = f" (oneDNN {found['gain']:.2f} times as fast as PyTorch's own way)" if "gain" in found else ""
+    return f"{found['name']}, {found['reason']}{gain}"
 
 
 def _experts(deviations: dict[str, float], allowed: dict[str, float]) -> list[tuple[str, str]]:

@@ -36,6 +36,12 @@ class ModelConfig:
         "auto", "`auto`, `cpu`, `cuda`, or several that share the layers: `[cuda:0,cuda:1]`", kind=str | list[str]
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    cpu_product: str = setting(
+        "auto",
+        "what multiplies matrices in float32 on a CPU; `auto`: PyTorch's own way, or oneDNN where it is measured to be "
+        "clearly faster",
+        allowed=("auto", "torch", "onednn"),
+    )
 
 
 @dataclass

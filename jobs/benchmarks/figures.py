@@ -8,11 +8,15 @@ from __future__ import annotations
 import multiprocessing
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+# What the names of ways end with that multiply otherwise than those without: where it is chosen, the engine has oneDNN
+# and the ways beside it have not.
+FAST, OFF = ", with oneDNN", ", with PyTorch's own product"
 
 
 def figure(values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -37,11 +41,12 @@ def all_reached(bars: Sequence[dict[str, Any]]) -> bool:
 
 
 def taking_turns(
-    ways: dict[str, Callable[[], Callable[[], float]]], repeats: int
+    ways: dict[str, Callable[[], Callable[[], float]]], repeats: int, seldom: Collection[str] = ()
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Run each way in a process of its own, one after the other, `repeats` rounds after one that is not counted.
 
-    `ways[name]()` gets a way ready in its process; what it gives runs once and returns its figure.
+    `ways[name]()` gets a way ready in its process; what it gives runs once and returns its figure. What takes long is
+    `seldom` run, in every other repeat from the first on, and gets warm on its own.
 
     Returns:
         The figures of each way, and the peak memory of its process in MiB, of each repeat.
@@ -59,6 +64,8 @@ def taking_turns(
     peaks: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, pipe in pipes.items():
+            if name in seldom and turn % 2 == 0:
+                continue
             pipe.send("run")
             value, peak = pipe.recv()
             sys.stderr.write(f"{'warm-up' if turn == 0 else f'repeat {turn} of {repeats}'}: {name} {value:.4g}\n")

@@ -1,6 +1,7 @@
 """An intervention's time against the floor, the textbook way and an expert's way; and what grids of fewer shifts cost.
 
-All ways take turns in one process. Prefixes, caches and the baseline pass are made ready before a clock starts: over
+All ways take turns in one process. The engine multiplies as `model.cpu_product` would have it, the others as PyTorch
+does by itself. Prefixes, caches and the baseline pass are made ready before a clock starts: over
 the thousands of interventions of a sweep they cost nothing. The engine's time is that of a whole sweep of neurons,
 curves evaluated and all.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from jobs.benchmarks import ways
-from jobs.benchmarks.figures import bar, figure, ratio
+from jobs.benchmarks.figures import FAST, OFF, bar, figure, ratio
 from neg_service import load_model, neg
 from neg_service.config import NeuronsConfig
 from neg_service.measures.batching import budget_of
@@ -56,29 +57,33 @@ class Settings:
     grid_neurons: int
     exact_neurons: int
     headline: bool
+    cpu_product: str = "auto"
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measure; the result's `bars` say what was reached."""
     set_threads(settings.threads)
-    model = load_model(settings.model, device="cpu")
+    model = load_model(settings.model, device="cpu", cpu_product=settings.cpu_product)
+    product = model.cpu_product
+    is_fast = product is not None and product.name == "onednn"
+    # The other ways are what a user of plain PyTorch has.
+    plain = load_model(settings.model, device="cpu", cpu_product="torch") if is_fast else model
     layers = [0, model.feed_forward.n_layers // 2, model.feed_forward.n_layers - 1]
-    result: dict[str, Any] = {"milliseconds_an_intervention": {}, "ratios": {}, "bars": []}
+    result: dict[str, Any] = {
+        "cpu_product": {} if product is None else product.as_dict(),
+        "milliseconds_an_intervention": {},
+        "ratios": {},
+        "bars": [],
+    }
     engine_seconds: list[float] = []
     for tokens in settings.tokens:
-        seconds = _take_turns(_ways_of(settings, model, tokens, layers), settings.repeats, f"{tokens} tokens")
+        seconds = _take_turns(_ways_of(settings, model, plain, tokens, layers), settings.repeats, f"{tokens} tokens")
         result["milliseconds_an_intervention"][f"{tokens} tokens"] = {
             name: figure([1e3 * value for value in values], "ms") for name, values in seconds.items()
         }
         engine = [sum(own) / len(layers) for own in zip(*(seconds[f"engine, layer {i}"] for i in layers), strict=True)]
         engine_seconds.append(min(engine))
-        ratios = {
-            f"engine over floor, layer {i}": ratio(seconds[f"engine, layer {i}"], seconds[f"floor, layer {i}"])
-            for i in layers
-        }
-        for name, values in seconds.items():
-            if not name.startswith(("engine", "floor")):
-                ratios[f"{name}, over engine"] = ratio(values, engine)
+        ratios = _ratios(seconds, engine, layers)
         result["ratios"][f"{tokens} tokens"] = ratios
         result["bars"] += _bars(tokens, ratios)
     if settings.grid_neurons:
@@ -100,15 +105,36 @@ def run(settings: Settings) -> dict[str, Any]:
     return result
 
 
+def _ratios(seconds: dict[str, list[float]], engine: list[float], layers: Sequence[int]) -> dict[str, Any]:
+    """`engine`: its seconds in each repeat, the mean of the layers."""
+    found = {
+        f"engine over floor, layer {i}": ratio(seconds[f"engine, layer {i}"], seconds[f"floor, layer {i}"])
+        for i in layers
+    }
+    for name, values in seconds.items():
+        if not name.startswith(("engine", "floor")):
+            found[f"{name}, over engine"] = ratio(values, engine)
+    if f"engine, layer {layers[0]}{OFF}" in seconds:
+        for i in layers:
+            fast, off = f"floor, layer {i}{FAST}", f"engine, layer {i}{OFF}"
+            found[f"engine over floor{FAST}, layer {i}"] = ratio(seconds[f"engine, layer {i}"], seconds[fast])
+            found[f"{off}, over engine"] = ratio(seconds[off], seconds[f"engine, layer {i}"])
+        own = zip(*(seconds[f"engine, layer {i}{OFF}"] for i in layers), strict=True)
+        found[f"engine{OFF}, over engine"] = ratio([sum(values) / len(layers) for values in own], engine)
+    return found
+
+
 def _bars(tokens: int, ratios: dict[str, Any]) -> list[dict[str, Any]]:
     found = [
         bar(f"{name}, {tokens} tokens", value["median"], 1.2, at_most=True)
         for name, value in ratios.items()
-        if name.startswith("engine over floor")
+        if name.startswith("engine over floor,") and FAST not in name
     ]
     textbook = 60 if tokens < 300 else 400
     for name, least in (("textbook, one at a time, over engine", textbook), ("expert, over engine", 1.5)):
         found.append(bar(f"{name}, {tokens} tokens", ratios[name]["median"], least, at_most=False))
+    if (name := f"engine{OFF}, over engine") in ratios:
+        found.append(bar(f"{name}, {tokens} tokens", ratios[name]["median"], 1.6, at_most=False))
     return found
 
 
@@ -126,39 +152,49 @@ def _take_turns(ways_of: dict[str, Callable[[], float]], repeats: int, what: str
 
 
 def _ways_of(
-    settings: Settings, model: LanguageModel, tokens: int, layers: Sequence[int]
+    settings: Settings, model: LanguageModel, plain: LanguageModel, tokens: int, layers: Sequence[int]
 ) -> dict[str, Callable[[], float]]:
     """Each way as a function that gives its seconds an intervention."""
     draw = random.Random(0)
     ids = tuple(draw.randrange(model.model.config.vocab_size) for _ in range(tokens))
     prompt = EncodedPrompt(Prompt("0", "-", ("-",)), ids, (draw.randrange(model.model.config.vocab_size),))
-    interventions = Interventions(model, prompt, "paper")
+    of_engine, of_plain = (Interventions(own, prompt, "paper") for own in (model, plain))
     sweep = Sweep(full_grid())
     shifts = sweep.grid.shifts.tolist()
     middle, target = layers[1], prompt.target_ids[0]
 
-    def engine(layer: int) -> range:
+    def engine(interventions: Interventions, layer: int) -> range:
         neurons = NeuronSet.of_layers({layer: np.arange(settings.neurons)})
-        budget = budget_of(model)
-        sweep_prompt(interventions, neurons, sweep, budget, keep_curves=False)
+        sweep_prompt(interventions, neurons, sweep, budget_of(model), keep_curves=False)
         return range(settings.neurons * len(shifts))
 
-    def floor(layer: int) -> float:
+    def floor(interventions: Interventions, layer: int) -> float:
         return min(_timed(partial(ways.remaining_layers, interventions, layer, rows)) for rows in FLOOR_ROWS)
+
+    one = [(middle, n, 1.0) for n in range(settings.textbook)]
+    batch = [(middle, 0, shift) for shift in shifts]
+    many = [(middle, n, shift) for n in range(EXPERT_ROWS // len(shifts)) for shift in shifts]
+
+    def textbook(own: LanguageModel, rows: list[tuple[int, int, float]], size: int, logits: int) -> float:
+        return _timed(partial(ways.textbook_interventions, own.model, ids, target, rows, size, logits))
+
+    def expert(own: LanguageModel) -> Callable[[], float]:
+        return partial(_timed, partial(ways.Cached(own.model, ids, EXPERT_ROWS).interventions, target, many))
 
     found: dict[str, Callable[[], float]] = {}
     for layer in layers:
-        found[f"engine, layer {layer}"] = partial(_timed, partial(engine, layer))
-        found[f"floor, layer {layer}"] = partial(floor, layer)
-    textbook = partial(ways.textbook_interventions, model.model, ids, target)
-    one = [(middle, n, 1.0) for n in range(settings.textbook)]
-    found["textbook, one at a time"] = partial(_timed, partial(textbook, one, 1, 0))
-    found["textbook, one at a time, last logits only"] = partial(_timed, partial(textbook, one, 1, 1))
-    batch = [(middle, 0, shift) for shift in shifts]
-    found["textbook, batched over shifts, last logits only"] = partial(_timed, partial(textbook, batch, len(batch), 1))
-    many = [(middle, n, shift) for n in range(EXPERT_ROWS // len(shifts)) for shift in shifts]
-    expert = ways.Cached(model.model, ids, EXPERT_ROWS)
-    found["expert"] = partial(_timed, partial(expert.interventions, target, many))
+        found[f"engine, layer {layer}"] = partial(_timed, partial(engine, of_engine, layer))
+        found[f"floor, layer {layer}"] = partial(floor, of_plain, layer)
+        if plain is not model:
+            found[f"engine, layer {layer}{OFF}"] = partial(_timed, partial(engine, of_plain, layer))
+            found[f"floor, layer {layer}{FAST}"] = partial(floor, of_engine, layer)
+    found["textbook, one at a time"] = partial(textbook, plain, one, 1, 0)
+    found["textbook, one at a time, last logits only"] = partial(textbook, plain, one, 1, 1)
+    found["textbook, batched over shifts, last logits only"] = partial(textbook, plain, batch, len(batch), 1)
+    found["expert"] = expert(plain)
+    if plain is not model:
+        found[f"textbook, one at a time{FAST}"] = partial(textbook, model, one, 1, 0)
+        found[f"expert{FAST}"] = expert(model)
     return found
 
 

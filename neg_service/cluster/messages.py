@@ -6,8 +6,9 @@ This module imports nothing else of the cluster, and neither Ray nor torch, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from neg_service.config import ScanConfig
 from neg_service.prompts.prompt import EncodedPrompt
@@ -56,11 +57,13 @@ class WorkerSpec:
 class WorkerInfo:
     """What a worker says when it is ready: what it runs on, and what it found out about its model.
 
-    engine: how the model's rows are run, see `models/engines/`.
+    engine: how the model's rows are run, see `models/engines/`. cpu_product: what multiplies its matrices and what that
+    gains, see `models/cpu_product.py`; None where there is no choice.
     """
 
     runs_on: str
     engine: str = ""
+    cpu_product: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

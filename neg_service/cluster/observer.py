@@ -99,6 +99,8 @@ class RunObserver(Observer):
             return
         self._is_first = False
         self._notes.add(engine=info.worker.engine, runs_on=info.worker.runs_on)
+        if info.worker.cpu_product is not None:
+            self._notes.add(cpu_product=dict(info.worker.cpu_product))
         if self._calibration is not None:
             self._notes.add(calibration=self._calibration)
             with self._metrics.waits():

@@ -29,6 +29,8 @@ from neg_service.models.room import auto_batch_bytes
 
 log = logging.getLogger(__name__)
 
+_PRODUCT = "cpu_product"
+
 
 class ScanWorker:
     """Runs a measure on a language model."""
@@ -61,7 +63,10 @@ class ScanWorker:
         self._measure.budget = self._budget = Budget(self._batch_bytes())
         log.info("a batch takes up to %.0f MiB of memory", self._budget.bytes / 2**20)
         devices = ", ".join(f"{device} ({processor_name(device)})" for device in self._model.devices)
-        return WorkerInfo(f"{devices}, {self._threads} threads", chosen.engine.name)
+        product = self._model.cpu_product
+        return WorkerInfo(
+            f"{devices}, {self._threads} threads", chosen.engine.name, None if product is None else product.as_dict()
+        )
 
     def _batch_bytes(self) -> int:
         asked, gpus = batch_size(self._config), self._config.cluster.gpus_per_replica
@@ -70,14 +75,19 @@ class ScanWorker:
         return bytes_of_tokens(self._model, asked.value) if asked.unit == "tokens" else asked.value
 
     def calibrate(self) -> dict[str, Any]:
-        """Calibrate the measure on the samples."""
-        return self._measure.calibrate(self._model, self._samples, self._config.neurons)
+        """Calibrate the measure on the samples, and say with which product, where it is not PyTorch's own."""
+        found = self._measure.calibrate(self._model, self._samples, self._config.neurons)
+        product = self._model.cpu_product
+        return {**found, _PRODUCT: product.name} if found and product and product.name != "torch" else found
 
     def compute(
         self, shard: Shard, batch_scale: float, calibration: Mapping[str, Any] = MappingProxyType({})
     ) -> dict[str, pa.Table]:
         """Measure a shard."""
         # A shard that failed for memory runs in small batches without making all later ones small.
+        if calibration:
+            # Products differ in their rounding: what was found of one's noise holds for that one.
+            self._model.use_product(calibration.get(_PRODUCT, "torch"))
         budget = self._budget if batch_scale == 1 else self._budget.scaled(batch_scale)
         shard_input = ShardInput(
             self._model, shard.prompts, neurons=self._config.neurons, budget=budget, calibration=calibration

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from neg_service.models.onednn import Product, product_of
+
 try:
     from transformers.integrations import moe
 except ImportError:
@@ -159,12 +161,12 @@ class _Pairs:
         """The reverse."""
         return torch.empty_like(x_sf).index_copy(0, self._order, x_sf).view(self.t, self.k, -1)
 
-    def linear(self, x_sf: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    def linear(
+        self, x_sf: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool, product: Product
+    ) -> Tensor:
         """Each pair's product with its expert's matrix."""
         parts = [
-            nn.functional.linear(
-                part, weight[expert].T if is_transposed else weight[expert], None if bias is None else bias[expert]
-            )
+            product(part, weight[expert].T if is_transposed else weight[expert], None if bias is None else bias[expert])
             for expert, part in zip(self.experts, torch.split(x_sf, self._counts), strict=True)
         ]
         return torch.cat(parts)
@@ -202,7 +204,7 @@ class _Run:
         has_gate = is_gated(module)
         name = "gate_up_proj" if has_gate else "up_proj"
         bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
-        product = self.slots.linear(x_sh, getattr(module, name), bias, self._is_transposed)
+        product = self.slots.linear(x_sh, getattr(module, name), bias, self._is_transposed, product_of(module))
         if not has_gate:
             (hidden,) = self.at("paper", module.act_fn(product))
         else:
@@ -222,7 +224,7 @@ class _Run:
         """What the layer's experts give for each token [T, H], by the router's weights."""
         module = self.module
         bias = module.down_proj_bias if getattr(module, "has_bias", False) else None
-        out_sh = self.slots.linear(hidden_sn, module.down_proj, bias, self._is_transposed)
+        out_sh = self.slots.linear(hidden_sn, module.down_proj, bias, self._is_transposed, product_of(module))
         if getattr(module, "has_post_expert_norm", False):
             out_sh = module.post_expert_norm(out_sh)
         out_sh = out_sh * self.slots.of_experts(self.weight_tk[..., None])

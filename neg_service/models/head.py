@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from neg_service.models.onednn import Product, product_of
+
 # So short a sum has an error of 1e-6 in any order. On SmolLM2 the product takes a fifth longer for it, which is about a
 # hundredth of all that NeurGrad does.
 _PART = 512
@@ -42,7 +44,7 @@ def exact_head_gradient(model: PreTrainedModel) -> Iterator[None]:
         return
 
     def replace(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        found: Tensor = _Head.apply(inputs[0], module.weight, output.detach())  # type: ignore[no-untyped-call]
+        found: Tensor = _Head.apply(inputs[0], module.weight, output.detach(), product_of(module))  # type: ignore[no-untyped-call]
         return found
 
     handle = head.register_forward_hook(replace)
@@ -56,21 +58,22 @@ class _Head(torch.autograd.Function):
     """A head's output, given as it is, with a way back of its own."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight_vf: Tensor, output: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight_vf: Tensor, output: Tensor, product: Product) -> Tensor:
         # The weight is frozen; as an attribute it costs no memory.
-        ctx.weight_vf, ctx.device = weight_vf, hidden.device
+        ctx.weight_vf, ctx.device, ctx.product = weight_vf, hidden.device, product
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
-        return product_in_parts(slope.to(ctx.weight_vf.device), ctx.weight_vf).to(ctx.device), None, None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
+        found = product_in_parts(slope.to(ctx.weight_vf.device), ctx.weight_vf, ctx.product)
+        return found.to(ctx.device), None, None, None
 
 
-def product_in_parts(slope_rv: Tensor, weight_vf: Tensor) -> Tensor:
+def product_in_parts(slope_rv: Tensor, weight_vf: Tensor, product: Product = nn.functional.linear) -> Tensor:
     """`slope_rv @ weight_vf` in parts of the vocabulary, which are added in float64; in the precision of the slopes."""
     total_rf = slope_rv.new_zeros(*slope_rv.shape[:-1], weight_vf.shape[1], dtype=torch.float64)
     for slope_rp, weight_pf in zip(torch.split(slope_rv, _PART, -1), torch.split(weight_vf, _PART), strict=True):
-        total_rf += slope_rp @ weight_pf
+        total_rf += product(slope_rp, weight_pf.T, None)
     return total_rf.to(slope_rv.dtype)
 
 

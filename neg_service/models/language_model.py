@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from neg_service.errors import ModelError
 from neg_service.models.batches import Group
 from neg_service.models.configuration import is_masked_architecture
+from neg_service.models.cpu_product import CpuProduct
 from neg_service.models.dimensions import context_length, row_values, steady_temperature, vocabulary
 from neg_service.models.engines.base import Engine, LoadedModel, Rows
 from neg_service.models.engines.select import Selection, select_engine
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
+from neg_service.models.onednn import use_onednn
 from neg_service.models.quantized import Dequantised
 
 log = logging.getLogger(__name__)
@@ -37,8 +40,12 @@ class LanguageModel:
         name: str = "model",
         identity: str = "unknown",
         dequantised: Dequantised | None = None,
+        cpu_product: CpuProduct | None = None,
     ) -> None:
-        """Wrap a loaded model; its parameters are frozen. `dequantised`: what they were made from, if quantised.
+        """Wrap a loaded model; its parameters are frozen.
+
+        dequantised: what they were made from, if quantised. cpu_product: what was chosen to multiply them, where there
+        is a choice.
 
         Raises:
             ModelError: an architecture whose neurons are not known, or a masked model without a mask token.
@@ -50,6 +57,7 @@ class LanguageModel:
         self.name = name
         self.identity = identity
         self.dequantised = dequantised
+        self.cpu_product = cpu_product
         self.feed_forward: FeedForward = find_feed_forward(model)
         self.is_masked = is_masked_architecture(type(model).__name__)
         self.n_input_ids, self.n_output_ids = vocabulary(model)
@@ -99,12 +107,32 @@ class LanguageModel:
             ModelError: see `select_engine`.
         """
         if self._selection is None:
-            self._selection = select_engine(self._loaded)
+            self._selection = self._selected()
             for name, reason in self._selection.rejected.items():
                 log.info(
                     "%s: runs as %s, which is slower than %s: %s", self.name, self._selection.engine.name, name, reason
                 )
         return self._selection
+
+    def _selected(self) -> Selection:
+        try:
+            return select_engine(self._loaded)
+        except ModelError as refusal:
+            if self.cpu_product is None or self.cpu_product.name == "torch":
+                raise
+            log.warning("%s: checked again without oneDNN, with which it was refused: %s", self.name, refusal)
+        use_onednn(self.model, False)
+        self.cpu_product = CpuProduct("torch", "with oneDNN the model fails its self-check")
+        return select_engine(self._loaded)
+
+    def use_product(self, name: str) -> None:
+        """Multiply by `torch` or `onednn`, as another copy of this model did; by `onednn` only where it is right."""
+        own = self.cpu_product
+        if own is None or own.name == name or (name == "onednn" and not own.is_right):
+            return
+        log.info("%s: matrix products on the CPU: %s, as the run began", self.name, name)
+        use_onednn(self.model, name == "onednn")
+        self.cpu_product = replace(own, name=name, reason="as the run began")
 
     def adopt(self, selection: Selection) -> None:
         """Run rows by the engine that another copy of this model chose; nothing is checked again."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from neg_service.config import ModelConfig
 from neg_service.errors import ConfigurationError, ModelError, told_by_parameters
 from neg_service.models.configuration import auto_class_of, guarded, read_config, without_weights
+from neg_service.models.cpu_product import choose_product, require_known_product
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.folder import LocalModel, damaged_json
 from neg_service.models.inspection import require_measurable
@@ -34,6 +35,7 @@ def load_model(
     dtype: str = "float32",
     device: str | Sequence[str] = "auto",
     trust_remote_code: bool = False,
+    cpu_product: str = "auto",
 ) -> LanguageModel:
     """Load a causal or masked language model for measuring.
 
@@ -44,20 +46,23 @@ def load_model(
         device: a torch device, or `auto`: a GPU if there is one. Several, `["cuda:0", "cuda:1"]`, share the layers of
             a model that is too large for one.
         trust_remote_code: run Python code that comes with the model; off unless asked for.
+        cpu_product: what multiplies matrices in float32 on a CPU: `torch`, `onednn`, or `auto`: what is
+            measured to be faster (`cpu_product.py`).
 
     Raises:
         ModelError: nothing usable at `source`, files that the model would not take as they are, or an architecture
             whose neurons are not known.
-        ConfigurationError: an unknown dtype or a device that is not there.
+        ConfigurationError: an unknown dtype or product, or a device that is not there.
     """
     # Whatever is no text or path is refused where it is looked for.
-    return loaded(ModelConfig(cast(str, source), revision, dtype, device, trust_remote_code))
+    return loaded(ModelConfig(cast(str, source), revision, dtype, device, trust_remote_code, cpu_product))
 
 
 def loaded(settings: ModelConfig) -> LanguageModel:
     """`load_model` for those who have settings, under whose keys it refuses what cannot be."""
     chosen_dtype = checked_dtype(settings.dtype)
     devices = checked_devices(settings.device)
+    require_known_product(settings.cpu_product)
     trust_remote_code = settings.trust_remote_code
     local = fetch(settings.source, settings.revision, trust_remote_code=trust_remote_code)
     source = os.fsdecode(settings.source)
@@ -90,6 +95,7 @@ def loaded(settings: ModelConfig) -> LanguageModel:
         name=local.name,
         identity=local.identity,
         dequantised=quantization.dequantised(tensors) if quantization else None,
+        cpu_product=choose_product(model, settings.cpu_product) if devices[0].type == "cpu" else None,
     )
 
 

@@ -64,6 +64,12 @@ def test_the_first_replica_says_what_the_run_runs_on(tmp_path: Path) -> None:
     assert run.about == {"began": "now", "engine": "shared prefix", "runs_on": "a CPU", "calibration": {}}
 
 
+def test_what_multiplies_is_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path, calibration={})
+    run.observer.replica_ready(ReplicaInfo(1, "here", WorkerInfo("a CPU", "kv_cache", {"name": "onednn", "gain": 2.0})))
+    assert run.about["cpu_product"] == {"name": "onednn", "gain": 2.0}
+
+
 def test_what_is_to_be_calibrated_is_kept_with_what_was_found_before(tmp_path: Path) -> None:
     run = Run(tmp_path, calibration=None)
     run.observer.replica_ready(READY)

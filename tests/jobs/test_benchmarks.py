@@ -10,8 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from jobs.bench import bench
-from jobs.benchmarks import ways
-from jobs.benchmarks.sweep import LLAMA_3B, _bars, _errors, _multiplications
+from jobs.benchmarks import neurgrad, ways
+from jobs.benchmarks.figures import FAST, OFF
+from jobs.benchmarks.sweep import LLAMA_3B, _bars, _errors, _multiplications, _ratios
 from neg_service.errors import ConfigurationError
 from neg_service.measures.shifts import adaptive_grid, coarse_grid, full_grid
 from neg_service.models.language_model import LanguageModel
@@ -98,3 +99,62 @@ def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.
     monkeypatch.setattr("neg_service.models.engines.shared_prefix.run_prefix", None)
     fell = families_speed.run(settings)["bars"][0]
     assert (fell["name"], fell["reached"]) == ("families that fell off their engine: Llama 2", False)
+
+
+def test_prompts_of_any_number() -> None:
+    shape = {"header_tokens": 3, "least_own_tokens": 40, "most_own_tokens": 110, "targets": 2}
+    for count in (1, 2, 9, 16):
+        settings = neurgrad.Settings("", "", 1, 1, prompts=count, **shape)
+        prompts, targets = neurgrad.data_of(settings, 500)
+        assert len(prompts) == len(targets) == count
+        lengths = [len(ids) - 3 for ids in prompts]
+        # Every two have the same mean, so that ways that run few of them compare with those that run all.
+        assert all(a + b == 150 for a, b in zip(lengths[::2], lengths[1::2], strict=False))
+        assert all(0 < few <= count for few in neurgrad._counts(settings).values())
+
+
+def test_with_onednn_the_engine_without_it_is_compared_too() -> None:
+    layers = (0, 1)
+    of_layer = {"engine": 1.0, f"engine{OFF}": 2.0, "floor": 1.5, f"floor{FAST}": 0.8}
+    seconds = {
+        f"{name.split(',')[0]}, layer {i}{name[len(name.split(',')[0]) :]}": [own]
+        for name, own in of_layer.items()
+        for i in layers
+    }
+    others = {"textbook, one at a time": [100.0], "expert": [3.0], f"expert{FAST}": [2.0]}
+    found = _ratios(seconds | others, [1.0], layers)
+    assert found[f"engine{OFF}, over engine"]["median"] == 2
+    assert found[f"expert{FAST}, over engine"]["median"] == 2
+    assert found["engine over floor, layer 1"]["median"] == 0.6667
+    assert found[f"engine over floor{FAST}, layer 1"]["median"] == 1.25
+    bars = {one["name"]: one for one in _bars(30, found)}
+    assert sorted(bars) == sorted(
+        [f"engine over floor, layer {i}, 30 tokens" for i in layers]
+        + ["textbook, one at a time, over engine, 30 tokens", "expert, over engine, 30 tokens"]
+        + [f"engine{OFF}, over engine, 30 tokens"]
+    )
+    plain = {name: own for name, own in (seconds | others).items() if FAST not in name and OFF not in name}
+    assert not any("oneDNN" in name or OFF in name for name in _ratios(plain, [1.0], layers))
+
+
+@pytest.mark.parametrize("product", ["torch", "onednn"])
+def test_what_the_gradients_benchmark_makes_of_its_turns(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of eight run in two of three repeats, and are the faster textbook way in the first."""
+    seconds = {neurgrad.ONE: [40.0, 30.0, 30.0], neurgrad.EIGHT: [20.0, 60.0], f"engine{OFF}": [2.0, 2.0, 2.0]}
+
+    def turns(prepared: dict[str, object], repeats: int, seldom: list[str]) -> tuple[dict[str, list[float]], ...]:
+        assert (repeats, seldom) == (3, [neurgrad.EIGHT])
+        n_turns = {name: 2 if name in seldom else 3 for name in prepared}
+        found = {name: seconds.get(name, [1.0] * n) for name, n in n_turns.items()}
+        return found, {name: [100.0 if name == neurgrad.EIGHT else 10.0] * n for name, n in n_turns.items()}
+
+    monkeypatch.setattr(neurgrad, "taking_turns", turns)
+    monkeypatch.setattr(neurgrad, "chosen_product", lambda *_: {"name": product})
+    found = neurgrad.run(neurgrad.Settings("", "", 1, 3, 3, 40, 110, 2, 9))
+    textbook = found["ratios"]["textbook over engine"]
+    assert (textbook["min"], textbook["median"], textbook["max"]) == (20, 30, 30)
+    assert found["ratios"]["memory, engine over textbook in batches of 8"]["median"] == 0.1
+    gain = {one["name"]: one for one in found["bars"]}.get(f"engine{OFF}, over engine")
+    assert (gain is not None) is (product == "onednn")
+    assert (f"expert{FAST}" in found["seconds_a_prompt"]) is (product == "onednn")
+    assert gain is None or (gain["value"], gain["reached"]) == (2, True)

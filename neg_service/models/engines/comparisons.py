@@ -24,6 +24,7 @@ from neg_service.models.engines.full_sequence import UnpaddedEngine
 from neg_service.models.experts_function import summed, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
+from neg_service.models.onednn import plain_products
 from neg_service.models.precision import at_least_float32
 from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
 
@@ -63,7 +64,7 @@ def plain_logits(model: LoadedModel, ids: Sequence[int], *, shows_experts: bool 
     """Logits of the model's own pass; `shows_experts`: with own code for its experts, whose neurons then pass by."""
     # Every position's logits, because not every architecture can be asked for one alone.
     inputs = torch.tensor([list(ids)], device=model.device)
-    with model.own_experts() if shows_experts else model.plain_experts():
+    with plain_products(), model.own_experts() if shows_experts else model.plain_experts():
         logits: Tensor = model.module(inputs, **_without_cache(model)).logits
     return logits[0, readout(model, ids)]
 
@@ -214,7 +215,7 @@ def gradient_deviation(engine: Engine, ids: Sequence[int]) -> float:
 
     def plain() -> Tensor:
         inputs = torch.tensor([list(ids)], device=model.device)
-        with model.plain_experts():
+        with plain_products(), model.plain_experts():
             logits: Tensor = model.module(inputs, **_without_cache(model)).logits
         return logits[:, readout(model, ids)]
 
