@@ -28,7 +28,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from neg_service.errors import ConfigurationError, ModelError, one_line
 from neg_service.models.folder import CONFIG, LocalModel, require_plain_files
-from neg_service.models.gguf_file import unpack as _unpack_gguf
 from neg_service.models.library_log import hear_libraries
 from neg_service.places import refuse_credentials, without_credentials
 
@@ -208,6 +207,13 @@ def _from_gguf(name: str, sha256: str, provide: Callable[[Path], Path]) -> Local
                 _unpack_gguf(provide(Path(scratch)), unpacked)
                 unpacked.rename(directory)
     return LocalModel(directory, name, f"gguf-sha256:{sha256}")
+
+
+def _unpack_gguf(file: Path, target: Path) -> None:
+    # Here and not above: other models are read where the package gguf is not installed.
+    from neg_service.models.gguf_file import unpack
+
+    unpack(file, target)
 
 
 def _download_default(scratch: Path) -> Path:

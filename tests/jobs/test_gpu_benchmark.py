@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from jobs.benchmarks import gpu
-from jobs.benchmarks.gpu import Settings, checks, process, speed
+from jobs.benchmarks.gpu import Settings, checks, pacing, process, speed
 from jobs.benchmarks.gpu.__main__ import settings_of
 from jobs.benchmarks.gpu.pacing import Way, ratio_of, take_turns
 from jobs.benchmarks.gpu.shapes import SHAPES, random_model
@@ -62,7 +62,7 @@ def without_other_packages(arguments: list[str]) -> dict[str, Any]:
 
 _PROGRAM = """
 import json, sys
-for name in ("ray", "hydra", "omegaconf", "antlr4", "s3fs", "tenacity", "tabulate"):
+for name in ("ray", "hydra", "omegaconf", "antlr4", "s3fs", "tenacity", "tabulate", "gguf"):
     sys.modules[name] = None
 from jobs.benchmarks.gpu.__main__ import settings_of
 settings = settings_of(sys.argv[1:])
@@ -97,15 +97,22 @@ def test_all_ways_run_where_the_model_lies(subject: Subject, settings: Settings)
     with pretended():
         model = LanguageModel(subject.model.model.to("meta:0"))
         model.adopt(selection)
-        found = speed.gradients(Subject("tiny", model, settings))
-    assert [own for own in found["milliseconds"].values() if "failed" in own] == []
+        elsewhere = Subject("tiny", model, settings)
+        found = speed.gradients(elsewhere)["milliseconds"]
+        others = take_turns(speed._other_gradients(elsewhere), torch.device("meta:0"), 1, 0.0, "test")
+    assert [own for own in found.values() if "failed" in own] == []
+    assert [own.failed for own in others.values()] == [None] * 4
 
 
 def test_a_part_that_fails_is_told_and_others_go_on(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_subject: Subject) -> dict[str, Any]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
-    monkeypatch.setattr(process, "PARTS", {"first": fails, "second": lambda own: {"title": own.title}})
+    monkeypatch.setattr(
+        process,
+        "PARTS",
+        {"first": process.Part(fails, 1), "second": process.Part(lambda own: {"title": own.title}, 1)},
+    )
     found = measured_here("tiny", settings)
     assert gpu._failures({"tiny": found}) == [
         "tiny, float32, first: RuntimeError: CUDA error: an illegal memory access was encountered"
@@ -168,17 +175,78 @@ def test_ways_take_turns_with_as_many_items_as_fit() -> None:
     calls: list[tuple[str, int]] = []
     ways = {
         "one": Way(lambda n: calls.append(("one", n)), (1, 8)),
-        "same": Way(lambda n: calls.append(("same", n)), as_many_as="one"),
+        "same": Way({"a": lambda n: calls.append(("same", n))}, as_many_as="one"),
+        "slow": Way(lambda n: calls.append(("slow", n)), (3,), is_slow=True),
         "none": Way(lambda n: torch.zeros(2) @ torch.zeros(3), (1,)),
     }
     found = take_turns(ways, CPU, 2, 1.0, "test")
-    assert calls == [("one", 1), ("one", 1), ("same", 8), ("one", 8), ("same", 8), ("one", 8), ("same", 8)]
+    # Eight is more than four times one.
+    assert calls == [("one", 1), ("same", 1), ("slow", 3), *[("one", 1), ("same", 1)] * 2]
     assert found["none"].told()["failed"].startswith("RuntimeError: ")
     assert len(ratio_of(found["one"], found["same"])) == 4
     with pytest.raises(ValueError, match="has no ratio"):
         ratio_of(found["one"], found["none"])
     # Whose time is over runs once all the same, with the least.
-    assert [own.count for own in take_turns(ways, CPU, 2, 0.0, "test").values()] == [1, 1, 1]
+    assert [len(own.seconds) for own in take_turns(ways, CPU, 2, 0.0, "test").values()] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("launch", "item", "calls"),
+    [
+        # The share is 0.5 s. Launching is all that a pass costs: as many as there are, in three calls.
+        (0.4, 0.0, [8, 32, 128]),
+        # 8 take 0.44, 32 take 0.56: too long, but no more than four times as long as a call that was within its share.
+        (0.4, 0.005, [8, 32]),
+        # The line through 0.18 and 0.42 says that 64 would take 0.74.
+        (0.1, 0.01, [8, 32]),
+        # 8 take 0.14 and 32 take 0.26: 64 are within it, 128 are not.
+        (0.1, 0.005, [8, 32, 64]),
+        # A first call may have loaded kernels; no more than these are run where they take too long again.
+        (0.6, 0.0, [8, 8]),
+    ],
+)
+def test_as_many_items_as_measured_calls_allow(
+    launch: float, item: float, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[int] = []
+
+    def measured(_device: torch.device, call: Callable[[], Any]) -> tuple[float, None]:
+        call()
+        return launch + item * run[-1], None
+
+    monkeypatch.setattr(pacing, "measured", measured)
+    way = Way(run.append, (8, 16, 32, 64, 128))
+    found = take_turns({"way": way}, CPU, 1, 1.5, "test")["way"]
+    assert run == [*calls, calls[-1]]
+    assert found.seconds == [pytest.approx((launch + item * calls[-1]) / calls[-1])]
+
+
+def test_of_variants_the_fastest_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[str] = []
+    monkeypatch.setattr(pacing, "measured", lambda _device, call: (call(), None))
+
+    def variant(name: str, seconds: float) -> Callable[[int], float]:
+        return lambda _n: run.append(name) or seconds
+
+    ways = {
+        "one": Way(lambda _n: 0.1, (4,)),
+        "floor": Way({"few": variant("few", 0.3), "many": variant("many", 0.2)}, as_many_as="one"),
+    }
+    found = take_turns(ways, CPU, 1, 9.0, "test")["floor"]
+    assert run == ["few", "many", "many"]
+    assert (found.told()["variant"], found.count, found.seconds) == ("many", 4, [0.05])
+
+
+def test_parts_share_the_time_that_is_left(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"first": process.Part(lambda own: {"may take": own.seconds}, 1)}
+    parts["second"] = process.Part(parts["first"].measure, 3)
+    monkeypatch.setattr(process, "PARTS", parts)
+    found = measured_here("tiny", Settings(**vars(settings) | {"seconds": 60.0, "part_seconds": 100.0}))["float32"]
+    # The model took some of it, the first part nothing.
+    assert 40 < found["second"]["may take"] <= 60
+    assert found["first"]["may take"] == pytest.approx(found["second"]["may take"] / 4, rel=0.01)
+    limited = measured_here("tiny", Settings(**vars(settings) | {"seconds": 60.0, "part_seconds": 0.5}))["float32"]
+    assert limited["second"]["may take"] == 0.5
 
 
 def test_a_process_that_hangs_or_dies_costs_only_itself() -> None:

@@ -1,8 +1,8 @@
 """All that somebody with a GPU needs to know, in one command: how fast, in how much memory, how exact, how robust.
 
 Models of the shapes of real ones are made on the device with random weights; nothing is downloaded. Each shape has a
-process and a limit on its time, each part a time that it aims at, and what fails is told in the place of its figures.
-Nothing here imports torch: this process never touches the device.
+process and a limit on its time, each part a share of what is left of that, and what fails is told in the place of its
+figures. Nothing here imports torch: this process never touches the device.
 
 Needs neither Ray nor Hydra: `python -m jobs.benchmarks.gpu KEY=VALUE` is the same with nothing but torch, transformers,
 numpy and pyarrow (`__main__.py`).
@@ -56,7 +56,7 @@ def run(settings: Settings) -> dict[str, Any]:
         for place, shape in enumerate(settings.shapes)
     }
     # A part that has begun may need longer than it aims at.
-    outcomes = one_after_the_other(tasks, settings.seconds + 2 * settings.part_seconds)
+    outcomes = one_after_the_other(tasks, settings.seconds + 4 * settings.part_seconds)
     shapes = {name: _by_dtype(outcome) for name, outcome in outcomes.items()}
     processor = next((own.pop("processor") for own in shapes.values() if "processor" in own), None)
     failed = _failures(shapes)

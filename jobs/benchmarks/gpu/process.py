@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,16 +22,26 @@ from neg_service.models.batches import return_cached_memory, without_frames
 from neg_service.models.loading import checked_dtype, set_threads
 from neg_service.models.placement import checked_devices
 
-Part = Callable[[Subject], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured of a model, and its share of the time: about the seconds that it takes where there is enough."""
+
+    measure: Callable[[Subject], dict[str, Any]]
+    share: float
+
+
+# What matters most comes first, and what others' slow ways take last.
 PARTS: Mapping[str, Part] = {
-    "gradients": speed.gradients,
-    "interventions": speed.interventions,
-    "accuracy": checks.accuracy,
-    "foreseen memory": checks.foreseen_memory,
-    "memory ends": checks.memory_ends,
-    "batch invariance": checks.batch_invariance,
-    "batch sizes": speed.batch_sizes,
-    "engines": speed.engines,
+    "gradients": Part(speed.gradients, 5),
+    "interventions": Part(speed.interventions, 5),
+    "accuracy": Part(checks.accuracy, 3),
+    "foreseen memory": Part(checks.foreseen_memory, 2),
+    "memory ends": Part(checks.memory_ends, 2),
+    "batch invariance": Part(checks.batch_invariance, 2.5),
+    "engines": Part(speed.engines, 5),
+    "batch sizes": Part(speed.batch_sizes, 3),
+    "other ways": Part(speed.other_ways, 3.5),
 }
 # What no CPU has: an allocator whose peak is known, and a limit on it.
 OF_GPUS = ("foreseen memory", "memory ends")
@@ -53,15 +64,19 @@ def measure_shape(tell: Tell, shape: str, settings: Settings, is_first: bool) ->
         subjects: list[Subject] = []
 
         _tell_part(tell, f"{dtype}: model", partial(_make, subjects, shape, settings, device, dtype))
-        for part, measure in PARTS.items() if subjects else ():
-            step = f"{dtype}: {part}"
-            if part in OF_GPUS and device.type != "cuda":
-                tell(step, {"left out": "of a CPU no peak of memory is known, and no limit can be set"})
-            elif time.monotonic() + settings.part_seconds > own_end:
-                tell(step, {"left out": f"no time was left of benchmark.seconds={settings.seconds:g}"})
+        shares = [part.share for part in PARTS.values()]
+        for step, (name, part) in enumerate(PARTS.items()) if subjects else ():
+            left = own_end - time.monotonic()
+            if name in OF_GPUS and device.type != "cuda":
+                found = {"left out": "of a CPU no peak of memory is known, and no limit can be set"}
+            elif left <= 0:
+                found = {"left out": f"no time was left of benchmark.seconds={settings.seconds:g}"}
             else:
-                _tell_part(tell, step, partial(measure, subjects[0]))
+                subjects[0].seconds = min(settings.part_seconds, left * part.share / sum(shares[step:]))
+                _tell_part(tell, f"{dtype}: {name}", partial(part.measure, subjects[0]))
                 subjects[0].model.forget_prefixes()
+                continue
+            tell(f"{dtype}: {name}", found)
         subjects.clear()
         gc.collect()
         return_cached_memory()

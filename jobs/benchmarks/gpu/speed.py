@@ -1,8 +1,12 @@
-"""How fast: the engine against the floor, the textbook and an expert's way; by batch size; every engine that fits."""
+"""How fast: the engine against the floor; by batch size; every engine that fits; last the slow ways of others.
+
+Engine and floor take turns on the same prompts, or with as many rows, because on a GPU a pass costs nearly the same
+whether it holds few of them or many.
+"""
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -22,110 +26,142 @@ from neg_service.models.engines.base import LoadedModel, MismatchError
 from neg_service.models.engines.select import Selection, candidates
 from neg_service.models.engines.self_check import check_engine
 
-# Of one floor so many rows, of the other as many as the time allows.
-_FEW_ROWS, _MANY_ROWS = 256, (1024, 4096, 16384)
-# The engine gets so much more time than others: it has to fill batches.
-_ENGINE_WEIGHT = 4.0
+# Of the floor the best of these numbers of rows, and of prompts with all that there are, is taken.
+_FLOOR_ROWS, _FLOOR_PROMPTS = (1024, 4096, 16384), 16
+# Of the part's time, what layers get: rows go through all layers above.
+_BOTTOM, _MIDDLE, _TOP = 3.0, 2.0, 1.0
 _EXPERT_ROWS = 160
-_SCALES = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1)
+_SCALES = (1 / 64, 1 / 16, 1 / 4, 1)
+# Least prompts, and neurons, of a call.
+_PROMPTS, _NEURONS = 8, 4
 
 
 def gradients(subject: Subject) -> dict[str, Any]:
-    """Milliseconds a prompt of the gradients of all neurons for all targets; the slow ways run fewer prompts."""
-    model, (prompts, targets), most = subject.model, subject.data, subject.settings.prompts
-    header = subject.settings.header_tokens
-    floor = _without_own_experts(subject)
-
-    def textbook(n: int, batch: int) -> None:
-        if model.feed_forward.has_experts:
-            experts.textbook_gradients(model.model, prompts[:n], targets[:n])
-        else:
-            ways.textbook(model.model, prompts[:n], targets[:n], batch)
+    """Milliseconds a prompt of the gradients of all neurons for all targets, beside the floor on the same prompts."""
+    model, prompts, most = subject.model, subject.data[0], subject.settings.prompts
+    plain = _without_own_experts(subject)
 
     def engine(n: int) -> None:
         model.forget_prefixes()
         subject.gradients(range(n), budget_of(model))
 
-    many = _up_to(most, (8, 32, 128))
-    ways_of = {
-        "engine": Way(engine, many, weight=_ENGINE_WEIGHT),
-        # Of every four prompts lengths have the same mean.
-        "textbook, one prompt at a time": Way(lambda n: textbook(n, 1), (4,)),
-    }
-    if not model.feed_forward.has_experts:
-        ways_of["textbook, batches of 8"] = Way(lambda n: textbook(n, 8), (8,))
-        ways_of["expert"] = Way(lambda n: _drop(ways.expert(model.model, prompts[:n], targets[:n])), (4,))
-    ways_of["plain forward, batches of 8"] = Way(lambda n: ways.plain_forward(model.model, prompts[:n], 8), (8,))
-
-    def run_floor(batch: int, n: int) -> None:
+    def floor(batch: int, n: int) -> None:
         model.forget_prefixes()
-        ways.floor(floor, prompts[:n], header, batch)
+        ways.floor(plain, prompts[:n], subject.settings.header_tokens, batch)
 
-    for batch in (16, most):
-        ways_of[f"floor, batches of {batch}"] = Way(partial(run_floor, batch), as_many_as="engine")
-    found = _turns(subject, ways_of, "gradients")
-    floors = [own for name, own in found.items() if name.startswith("floor")]
-    return _told(found, {"engine over floor": (found["engine"], _fastest(floors))}, found["engine"])
+    floors = {f"batches of {batch}": partial(floor, batch) for batch in (_FLOOR_PROMPTS, most)}
+    found = _turns(
+        subject,
+        {
+            "engine": Way(engine, _doublings(_PROMPTS, most), weight=2),
+            "floor": Way(floors, as_many_as="engine"),
+        },
+        "gradients",
+    )
+    subject.engine["gradients"] = found["engine"]
+    return _told(found, {"engine over floor": (found["engine"], found["floor"])})
 
 
 def interventions(subject: Subject) -> dict[str, Any]:
-    """Milliseconds an intervention in the first, the middle and the last layer."""
-    model, ids, target = subject.model, subject.prompt.ids, subject.prompt.target_ids[0]
+    """Milliseconds an intervention in the first, the middle and the last layer, beside the floor with as many rows."""
+    model = subject.model
     own, sweep = Interventions(model, subject.prompt, "paper"), Sweep(full_grid())
-    shifts = sweep.grid.shifts.tolist()
+    n_shifts = len(sweep.grid.shifts)
     if model.feed_forward.has_experts:
-        run_floor: Callable[[int, int], Any] = experts.Floor(_without_own_experts(subject), ids).run
+        run_rows: Callable[[int, int], Any] = experts.Floor(_without_own_experts(subject), subject.prompt.ids).run
     else:
-        run_floor = partial(ways.remaining_layers, own)
+        run_rows = partial(ways.remaining_layers, own)
 
     def engine(layer: int, n: int) -> None:
-        chosen = first_neurons(own, layer, n // len(shifts))
+        chosen = first_neurons(own, layer, n // n_shifts)
         sweep_prompt(own, chosen, sweep, budget_of(model), keep_curves=False)
 
+    def floor(layer: int, batch: int, n: int) -> None:
+        for start in range(0, n, batch):
+            run_rows(layer, min(batch, n - start))
+
     most = min(subject.settings.neurons, *(len(x) for x in own.activation.values()))
-    counts = tuple(len(shifts) * n for n in _up_to(most, (4, 16, 64, 256)))
+    counts = tuple(n_shifts * n for n in _doublings(_NEURONS, most))
     ways_of: dict[str, Way] = {}
-    for layer in subject.layers.values():
-        ways_of[f"engine, layer {layer}"] = Way(partial(engine, layer), counts, weight=_ENGINE_WEIGHT)
-        for name, rows in (("few", (_FEW_ROWS,)), ("many", _MANY_ROWS)):
-            ways_of[f"floor, layer {layer}, {name} rows"] = Way(partial(run_floor, layer), rows)
-    ways_of |= _slow_interventions(subject, ids, target, shifts)
+    for layer, weight in zip(subject.layers.values(), (_BOTTOM, _MIDDLE, _TOP), strict=True):
+        ways_of[f"engine, layer {layer}"] = Way(partial(engine, layer), counts, weight=weight)
+        floors = {f"batches of {batch}": partial(floor, layer, batch) for batch in _FLOOR_ROWS}
+        ways_of[f"floor, layer {layer}"] = Way(floors, as_many_as=f"engine, layer {layer}", weight=weight)
     found = _turns(subject, ways_of, "interventions")
-    pairs: dict[str, tuple[Timed, Timed]] = {}
-    for layer in subject.layers.values():
-        floors = [one for name, one in found.items() if name.startswith(f"floor, layer {layer},")]
-        pairs[f"engine over floor, layer {layer}"] = found[f"engine, layer {layer}"], _fastest(floors)
-    return _told(found, pairs, found[f"engine, layer {subject.layers['middle']}"])
+    subject.engine["interventions"] = found[f"engine, layer {subject.layers['middle']}"]
+    pairs = {
+        f"engine over floor, layer {layer}": (found[f"engine, layer {layer}"], found[f"floor, layer {layer}"])
+        for layer in subject.layers.values()
+    }
+    return _told(found, pairs)
 
 
-def _slow_interventions(subject: Subject, ids: tuple[int, ...], target: int, shifts: list[float]) -> dict[str, Way]:
-    module, layer = subject.model.model, subject.layers["middle"]
+def other_ways(subject: Subject) -> dict[str, Any]:
+    """The textbook way, an expert's and a plain forward pass: one call each, over what the engine took before."""
+    found = _turns(subject, _other_gradients(subject) | _other_interventions(subject), "other ways", repeats=1)
+    pairs = {}
+    for name, own in found.items():
+        engine = subject.engine.get(name.partition(":")[0])
+        if engine is not None and engine.seconds:
+            pairs[f"{name}, over engine"] = own, engine
+    return _told(found, pairs)
+
+
+def _other_gradients(subject: Subject) -> dict[str, Way]:
+    module, (prompts, targets) = subject.model.model, subject.data
+    plain_forward = Way(lambda n: ways.plain_forward(module, prompts[:n], n), (8,), is_slow=True)
     if subject.model.feed_forward.has_experts:
-        # Without hooks, which cost nothing beside a pass.
-        return {"textbook, one at a time": Way(lambda n: [_plain_pass(module, ids) for _ in range(n)], (1, 4, 16))}
+        textbook = Way(
+            lambda n: _drop(experts.textbook_gradients(module, prompts[:n], targets[:n])), (1, 4), is_slow=True
+        )
+        return {
+            "gradients: textbook, one prompt at a time": textbook,
+            "gradients: plain forward, in a batch": plain_forward,
+        }
 
-    def textbook(batch: int, n: int) -> None:
-        shifted = [(layer, place // len(shifts), shifts[place % len(shifts)]) for place in range(n)]
-        ways.textbook_interventions(module, ids, target, shifted, batch, 1 if batch > 1 else 0)
+    def alone(n: int) -> None:
+        ways.textbook(module, prompts[:n], targets[:n], 1)
 
-    kept: list[ways.Cached] = []
-
-    def expert(n: int) -> None:
-        if not kept:
-            kept.append(ways.Cached(module, ids, n))
-        kept[0].interventions(target, [(layer, place // 40, shifts[place % 40]) for place in range(n)])
+    def together(n: int) -> None:
+        ways.textbook(module, prompts[:n], targets[:n], n)
 
     return {
-        "textbook, one at a time": Way(partial(textbook, 1), (1, 4, 16)),
-        "textbook, 40 shifts in a batch": Way(partial(textbook, len(shifts)), (len(shifts),)),
-        "expert": Way(expert, (_EXPERT_ROWS,)),
+        "gradients: textbook, one prompt at a time": Way(alone, (1, 4), is_slow=True),
+        "gradients: textbook, in a batch": Way(together, (2, 4, 8), is_slow=True),
+        "gradients: expert": Way(lambda n: _drop(ways.expert(module, prompts[:n], targets[:n])), (1, 4), is_slow=True),
+        "gradients: plain forward, in a batch": plain_forward,
+    }
+
+
+def _other_interventions(subject: Subject) -> dict[str, Way]:
+    module, layer = subject.model.model, subject.layers["middle"]
+    ids, target, shifts = subject.prompt.ids, subject.prompt.target_ids[0], full_grid().shifts.tolist()
+    alone = "interventions: textbook, one at a time"
+    if subject.model.feed_forward.has_experts:
+        # Without hooks, which cost nothing beside a pass.
+        return {alone: Way(lambda n: [_plain_pass(module, ids) for _ in range(n)], (1, 4, 16), is_slow=True)}
+
+    def shifted(n: int) -> list[tuple[int, int, float]]:
+        return [(layer, place // len(shifts), shifts[place % len(shifts)]) for place in range(n)]
+
+    def textbook(batch: int | None, n: int) -> None:
+        ways.textbook_interventions(module, ids, target, shifted(n), batch or n, 1 if batch is None else 0)
+
+    return {
+        alone: Way(partial(textbook, 1), (1, 4, 16), is_slow=True),
+        "interventions: textbook, a neuron's shifts in a batch": Way(
+            partial(textbook, None), (10, len(shifts)), is_slow=True
+        ),
+        "interventions: expert": Way(
+            lambda n: ways.Cached(module, ids, n).interventions(target, shifted(n)), (_EXPERT_ROWS,), is_slow=True
+        ),
     }
 
 
 def batch_sizes(subject: Subject) -> dict[str, Any]:
     """What gradients and interventions take with parts of the memory that a batch takes by itself."""
     own, whole = Interventions(subject.model, subject.prompt, "paper"), budget_of(subject.model).bytes
-    prompts = _up_to(subject.settings.prompts, (8, 32))
+    prompts = _doublings(_PROMPTS, subject.settings.prompts)
     middle = subject.layers["middle"]
 
     def gradients_in(size: int, n: int) -> None:
@@ -139,13 +175,14 @@ def batch_sizes(subject: Subject) -> dict[str, Any]:
         size = max(1, int(whole * scale))
         name = f"{size / 2**20:.3g} MiB"
         ways_of[f"gradients, {name}"] = Way(partial(gradients_in, size), prompts)
-        ways_of[f"interventions, {name}"] = Way(partial(interventions_in, size), (160, 1280, 10240))
-    return _told(_turns(subject, ways_of, "batch sizes"), {}, None)
+        ways_of[f"interventions, {name}"] = Way(partial(interventions_in, size), _doublings(160, 10240))
+    return _told(_turns(subject, ways_of, "batch sizes", repeats=1), {})
 
 
 def engines(subject: Subject) -> dict[str, Any]:
     """Every engine that takes the model: whether it passes the self-check, and its time; why the others do not."""
     model, chosen = subject.model, subject.model.ensure_checked()
+    began = time.monotonic()
     found: dict[str, Any] = {}
     ways_of: dict[str, Way] = {}
     for kind, refusal in candidates(model.model, model._loaded.read_at).items():
@@ -173,10 +210,12 @@ def engines(subject: Subject) -> dict[str, Any]:
             subject.run_interventions(own, subject.layers["middle"], n, budget_of(model))
 
         found[kind.name] = {"self-check": {"logits": selection.check.logits, "gradients": selection.check.gradients}}
-        ways_of[f"{kind.name}: gradients"] = Way(gradients_by, (1, 8))
-        ways_of[f"{kind.name}: interventions"] = Way(interventions_by, (1, 8, 40, 160, 1280))
+        ways_of[f"{kind.name}: gradients"] = Way(gradients_by, (1, 2, 4, 8))
+        ways_of[f"{kind.name}: interventions"] = Way(interventions_by, _doublings(5, 1280))
+    # What their self-checks leave.
+    subject.seconds -= time.monotonic() - began
     try:
-        timed = _turns(subject, ways_of, "engines")
+        timed = _turns(subject, ways_of, "engines", repeats=1)
     finally:
         model.adopt(chosen)
     for name, one in timed.items():
@@ -185,31 +224,21 @@ def engines(subject: Subject) -> dict[str, Any]:
     return found
 
 
-def _turns(subject: Subject, ways_of: dict[str, Way], what: str) -> dict[str, Timed]:
-    settings = subject.settings
+def _turns(subject: Subject, ways_of: dict[str, Way], what: str, repeats: int | None = None) -> dict[str, Timed]:
+    repeats = subject.settings.repeats if repeats is None else repeats
     return take_turns(
-        ways_of, subject.device, settings.repeats, settings.part_seconds, f"{subject.title}, {what} (ms an item)"
+        ways_of, subject.device, repeats, max(0.0, subject.seconds), f"{subject.title}, {what} (ms an item)"
     )
 
 
-def _told(found: dict[str, Timed], pairs: dict[str, tuple[Timed, Timed]], engine: Timed | None) -> dict[str, Any]:
-    """Figures of all ways, and ratios: those given, and of all that is neither engine nor floor over the engine."""
-    pairs = dict(pairs)
-    if engine is not None:
-        for name, own in found.items():
-            if not name.startswith(("engine", "floor")):
-                pairs[f"{name}, over engine"] = own, engine
+def _told(found: dict[str, Timed], pairs: dict[str, tuple[Timed, Timed]]) -> dict[str, Any]:
+    """Figures of all ways, and ratios of the pairs of which none failed."""
     ratios = {
         name: ratio_of(over, under)
         for name, (over, under) in pairs.items()
         if over.failed is None and under.failed is None
     }
     return {"milliseconds": {name: own.told() for name, own in found.items()}, "ratios": ratios}
-
-
-def _fastest(floors: list[Timed]) -> Timed:
-    """By the sum of its repeats; one that failed only where all did."""
-    return min(floors, key=lambda own: math.inf if own.failed is not None else sum(own.seconds) / len(own.seconds))
 
 
 def _without_own_experts(subject: Subject) -> LoadedModel:
@@ -224,8 +253,11 @@ def _plain_pass(module: Any, ids: tuple[int, ...]) -> None:
     module(torch.tensor([list(ids)], device=module.device), use_cache=False, logits_to_keep=1)
 
 
-def _up_to(most: int, counts: tuple[int, ...]) -> tuple[int, ...]:
-    return (*(n for n in counts if n < most), most)
+def _doublings(least: int, most: int) -> tuple[int, ...]:
+    found = [least]
+    while 2 * found[-1] < most:
+        found.append(2 * found[-1])
+    return (*(n for n in found if n < most), most)
 
 
 def _drop(_result: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from jobs.benchmarks import neurgrad
 from jobs.benchmarks.gpu import Settings
+from jobs.benchmarks.gpu.pacing import Timed
 from neg_service.measures.gradients import PromptGradients, gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
@@ -22,11 +23,16 @@ from neg_service.prompts.prompt import EncodedPrompt, Prompt
 
 @dataclass
 class Subject:
-    """A model in one precision, and what it is asked."""
+    """A model in one precision, and what it is asked.
+
+    seconds: what the part that runs may take. engine: what the engine took in parts that ran, by part.
+    """
 
     shape: str
     model: LanguageModel
     settings: Settings
+    seconds: float = 0.0
+    engine: dict[str, Timed] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
