@@ -15,8 +15,8 @@ import torch
 from jobs.benchmarks.gpu.pacing import measured
 from jobs.benchmarks.gpu.subject import Subject
 from neg_service.measures.batching import budget_of
+from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.neg import sweep_prompt
 from neg_service.measures.noise import measure_noise
 from neg_service.measures.shifts import Sweep, coarse_grid, given_grid
 from neg_service.models.batches import PATIENCE, Budget
@@ -201,7 +201,7 @@ def _negs(subject: Subject, neurons: NeuronSet, sweep: Sweep, dtype: torch.dtype
     with nullcontext() if is_own else in_precision(model.model, model.feed_forward.layers, dtype):
         interventions = Interventions(model, subject.prompt, sweep.basis)
         found = sweep_prompt(interventions, neurons, sweep, budget_of(model), keep_curves=False)
-    return found.linearity_nk.neg.cpu().numpy()
+    return found.evaluated.linearity_nk.neg.cpu().numpy()
 
 
 def _errors(found: Any, exact: Any) -> dict[str, Any]:

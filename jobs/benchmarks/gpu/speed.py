@@ -18,8 +18,8 @@ from jobs.benchmarks import experts, ways
 from jobs.benchmarks.gpu.pacing import FAILURES, Timed, Way, ratio_of, reason_of, take_turns
 from jobs.benchmarks.gpu.subject import Subject, first_neurons
 from neg_service.measures.batching import budget_of
+from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.neg import sweep_prompt
 from neg_service.measures.shifts import Sweep, full_grid
 from neg_service.models.batches import Budget, without_frames
 from neg_service.models.engines.base import LoadedModel, MismatchError
