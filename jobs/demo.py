@@ -81,7 +81,7 @@ def _sweep(prepared: Prepared) -> Summary:
             job=replace(config.job, limit=min(SWEPT_PROMPTS, len(prepared.prompts)), shard_size=1, resume=None),
         )
     )
-    print(f"\nNEG by intervention: {sweep.plan.n_rows} interventions on {sweep.plan.n_prompts} prompts")
+    print(f"\nNEG by intervention: about {sweep.plan.n_rows} interventions on {sweep.plan.n_prompts} prompts")
     summary = run(sweep)
     results = open_run(summary.uri, config.storage.endpoint_url)
     print(aligned([*agreement(results), ("results", summary.uri)]))
