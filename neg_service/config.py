@@ -39,6 +39,19 @@ class ModelConfig:
         "auto", "`auto`, `cpu`, `cuda`, or several that share the layers: `[cuda:0,cuda:1]`", kind=str | list[str]
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    engine: str = setting(
+        "auto",
+        "how rows of prompts are run: the best that fits the model, or one of `neg_service/models/README.md`",
+        allowed=(
+            "auto", "differences", "shared_prefix", "kv_cache", "recurrent_state", "full_sequence",
+            "full_sequence_unpadded",
+        ),
+    )  # fmt: skip
+    products: str = setting(
+        "exact",
+        "how NEG's differences are multiplied with weights in bfloat16: with float32's digits, or rounded to bfloat16",
+        allowed=("exact", "fast"),
+    )
 
 
 @dataclass

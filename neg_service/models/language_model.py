@@ -18,7 +18,8 @@ from neg_service.models.batches import Group
 from neg_service.models.configuration import is_masked_architecture
 from neg_service.models.dimensions import context_length, row_values, steady_temperature, vocabulary
 from neg_service.models.engines.base import Engine, LoadedModel, Rows
-from neg_service.models.engines.select import Selection, select_engine
+from neg_service.models.engines.difference_products import EXACT
+from neg_service.models.engines.select import AUTO, Selection, select_engine
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
 from neg_service.models.quantized import Dequantised
@@ -37,8 +38,12 @@ class LanguageModel:
         name: str = "model",
         identity: str = "unknown",
         dequantised: Dequantised | None = None,
+        engine: str = AUTO,
+        products: str = EXACT,
     ) -> None:
         """Wrap a loaded model; its parameters are frozen. `dequantised`: what they were made from, if quantised.
+
+        engine, products: see `load_model`.
 
         Raises:
             ModelError: an architecture whose neurons are not known, or a masked model without a mask token.
@@ -54,6 +59,7 @@ class LanguageModel:
         self.is_masked = is_masked_architecture(type(model).__name__)
         self.n_input_ids, self.n_output_ids = vocabulary(model)
         self.mask_token: int | None = mask_token_of(tokenizer, name, self.n_input_ids) if self.is_masked else None
+        self._engine, self._products = engine, products
         self._selection: Selection | None = None
 
     @property
@@ -99,11 +105,9 @@ class LanguageModel:
             ModelError: see `select_engine`.
         """
         if self._selection is None:
-            self._selection = select_engine(self._loaded)
+            self._selection = select_engine(self._loaded, self._engine)
             for name, reason in self._selection.rejected.items():
-                log.info(
-                    "%s: runs as %s, which is slower than %s: %s", self.name, self._selection.engine.name, name, reason
-                )
+                log.info("%s: runs as %s, not as %s: %s", self.name, self._selection.engine.name, name, reason)
         return self._selection
 
     def adopt(self, selection: Selection) -> None:
@@ -121,8 +125,8 @@ class LanguageModel:
     def forget_prefixes(self) -> None:
         """Free the memory of shared prefixes that are kept for prompts to come."""
         if self._selection is not None:
-            self._selection.engine.prefixes.forget()
+            self._selection.engine.forget()
 
     @property
     def _loaded(self) -> LoadedModel:
-        return LoadedModel(self.model, self.feed_forward, self.mask_token, self.name)
+        return LoadedModel(self.model, self.feed_forward, self.mask_token, self.name, self._products)
