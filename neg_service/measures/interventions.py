@@ -7,8 +7,8 @@ self-check finds out) run the whole layer for each row. Row 0 of every batch is 
 moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
 
 An engine of difference arithmetic (`models/engines/differences.py`) runs no such rows: each is its difference from the
-prompt's one row without a shift, which is computed in float32 or better whatever the model's precision. Then the
-probabilities and activations here are that row's, too.
+prompt's one row without a shift, which is computed in float64 whatever the model's precision. Then probabilities and
+activations here are that row's, too.
 
 Neurons of a layer's experts and of its MLP pass by at two *sites*. An intervention does not change which experts its
 own layer chose; layers above may choose others, and each intervention says whether they did.
@@ -105,8 +105,9 @@ class Interventions:
             else:
                 head_v, logits_v = self._differences.head_v, self._differences.logits_v
                 self.activation, self.routing = self._differences.activation, PromptRouting()
-        self._baseline = self._readout.baseline(head_v, logits_v, self._who)
-        self.probability_k = self._baseline.p_v[self._target_ids].to(self.device)
+        baseline = self._readout.baseline(head_v, logits_v, self._who)
+        self.probability_k = baseline.p_v[self._target_ids].to(self.device)
+        self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
 
     @torch.no_grad()
     def _run_once(self) -> tuple[Tensor, Tensor, dict[Site, Tensor], PromptRouting]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,11 @@ class Baseline:
     reference: int
     factor: float
     uncapped_v: Tensor
+
+    def to(self, dtype: torch.dtype) -> Baseline:
+        """The same in another precision."""
+        logits_v, p_v, uncapped_v = (own.to(dtype) for own in (self.logits_v, self.p_v, self.uncapped_v))
+        return replace(self, logits_v=logits_v, p_v=p_v, uncapped_v=uncapped_v)
 
 
 class Readout:
@@ -194,7 +199,8 @@ class Readout:
         relative_rv = delta_rv - delta_rv[:, baseline.reference, None]
         target_rk = relative_rv[:, list(target_ids)]
         # expm1 of the reference is zero exactly, so it needs no leaving out.
-        rest_r = relative_rv.expm1_() @ baseline.p_v
+        # By sums of sums: a product with p adds the whole vocabulary up one by one, which costs digits (`head.py`).
+        rest_r = relative_rv.expm1_().mul_(baseline.p_v).sum(1)
         found_rk = target_rk - rest_r.log1p()[:, None]
         is_beyond_r = ~found_rk.isfinite().all(1)
         if is_beyond_r.any():

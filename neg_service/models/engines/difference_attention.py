@@ -21,6 +21,7 @@ from neg_service.models.engines import difference_functions as functions
 from neg_service.models.engines.base import MismatchError
 from neg_service.models.engines.difference_trace import Trace
 from neg_service.models.engines.prefix_attention import FrozenPrefix, RowPass, View
+from neg_service.models.precision import float32_as_asked
 
 # Exponentials of differences are kept below this power of e.
 _MOST = 60.0
@@ -41,7 +42,8 @@ class TracedPass:
         if any(x.ndim != 4 or len(x) != 1 or x.shape[2] != n_rows for x in (query, key, value)):
             raise MismatchError(f"attention is given rows as {tuple(query.shape)}, which has no rule for differences")
         row = self._plain.attend(layer, (rows[0], rows[1], rows[2]), view)
-        own = _Attention(rows, *self._of_prefix(layer, view, rows[1]), view)
+        with float32_as_asked():
+            own = _Attention(rows, *self._of_prefix(layer, view, rows[1]), view, self._trace.dtype)
         shape = (1, n_rows, *row.shape[2:])
         slot = self._trace.step(own.difference, query, key, value)
         return self._trace.made(row, slot, shape, query.dtype)
@@ -72,37 +74,36 @@ class TracedPass:
 class _Attention:
     """One layer's attention of the row without a shift: what its differences need to know.
 
-    What only takes a product with one row is worked out anew in each pass: for each prompt and layer it would take as
-    much memory as the keys and values of all query heads.
+    Values less the output are worked out anew in each pass: they would take the memory of all query heads' values.
     """
 
-    def __init__(self, rows: list[Tensor], keys: list[Tensor], values: list[Tensor], view: View) -> None:
-        self._keys, self._values, self._scaling, self._cap = keys, values, view.scaling, view.softcap
-        query, self._key_gd, self._value_gd = (x[0, :, 0] for x in rows)
-        self._g, self._n = len(self._key_gd), len(query) // len(self._key_gd)
-        self._query_gnd = query.view(self._g, self._n, -1)
-        score_gns = self._query_gnd @ self._all_keys().mT * view.scaling
+    def __init__(
+        self, rows: list[Tensor], keys: list[Tensor], values: list[Tensor], view: View, dtype: torch.dtype
+    ) -> None:
+        self._scaling, self._cap = view.scaling, view.softcap
+        query, key_gd, value_gd = (x[0, :, 0] for x in rows)
+        keys_gsd, values_gsd = (
+            torch.cat([*known, own[:, None]], 1) for known, own in ((keys, key_gd), (values, value_gd))
+        )
+        self._g, self._n = len(key_gd), len(query) // len(key_gd)
+        query_gnd = query.view(self._g, self._n, -1)
+        score_gns = query_gnd @ keys_gsd.mT * view.scaling
         self._capped = None
         if view.softcap is not None:
-            self._capped = functions.tanh((score_gns / view.softcap)[:, :, None])
+            self._capped = functions.tanh((score_gns / view.softcap)[:, :, None], dtype)
             score_gns = torch.tanh(score_gns / view.softcap) * view.softcap
-        # In float64: errors of what is the same in all rows do not average out.
-        score_gns, self._p_sink = score_gns.double(), None
-        if view.sinks is not None:
-            sink_gn1 = view.sinks.detach().view(self._g, self._n, 1).double()
-            p_gns = torch.cat([score_gns, sink_gn1], -1).softmax(-1)
-            self._p_sink = p_gns[..., -1:].to(query.dtype)
-            p_gns = p_gns[..., :-1]
-        else:
+        self._p_sink = None
+        if view.sinks is None:
             p_gns = score_gns.softmax(-1)
-        self._p_gns = p_gns.to(query.dtype)
-        self._out_gnd = (p_gns @ self._all_values().double()).to(query.dtype)
-
-    def _all_keys(self) -> Tensor:
-        return torch.cat([*self._keys, self._key_gd[:, None]], 1)
-
-    def _all_values(self) -> Tensor:
-        return torch.cat([*self._values, self._value_gd[:, None]], 1)
+        else:
+            sink_gn1 = view.sinks.detach().view(self._g, self._n, 1).to(score_gns.dtype)
+            p_gns = torch.cat([score_gns, sink_gn1], -1).softmax(-1)
+            self._p_sink = p_gns[..., -1:].to(dtype)
+            p_gns = p_gns[..., :-1]
+        out_gnd = p_gns @ values_gsd
+        self._keys_gsd, self._values_gsd, self._query_gnd, self._p_gns, self._out_gnd = (
+            own.to(dtype) for own in (keys_gsd, values_gsd, query_gnd, p_gns, out_gnd)
+        )
 
     def difference(self, n_rows: int, d_query: Tensor | None, d_key: Tensor | None, d_value: Tensor | None) -> Tensor:
         """do [1, R, H, D] of dq [1, H, R, D], dk and dv [1, G, R, D], each None where it is zero."""
@@ -122,7 +123,7 @@ class _Attention:
             return do_gnrd.reshape(1, g * n, n_rows, -1).transpose(1, 2)
         s = e_gnrs.shape[-1]
         # [G, N, S, D+1]: each value less the output, times its p; and p itself, for m.
-        weighted = self._p_gns[..., None] * (self._all_values()[:, None] - self._out_gnd[:, :, None])
+        weighted = self._p_gns[..., None] * (self._values_gsd[:, None] - self._out_gnd[:, :, None])
         weighted = torch.cat([weighted, self._p_gns[..., None]], -1)
         found = torch.bmm(e_gnrs.reshape(g * n, n_rows, s), weighted.view(g * n, s, -1)).view(g, n, n_rows, -1)
         above, total = found[..., :-1], 1 + found[..., -1:]
@@ -138,9 +139,9 @@ class _Attention:
         g, n = self._g, self._n
         query_gn1d = self._query_gnd[:, :, None]
         if d_query is None:
-            ds_gnrs = self._key_gd.new_zeros(g, n, n_rows, self._p_gns.shape[-1])
+            ds_gnrs = self._keys_gsd.new_zeros(g, n, n_rows, self._p_gns.shape[-1])
         else:
-            keys_gds = (self._all_keys() * self._scaling).mT
+            keys_gds = (self._keys_gsd * self._scaling).mT
             ds_gxs = torch.bmm(d_query[0].reshape(g, n * n_rows, -1), keys_gds)
             ds_gnrs = ds_gxs.view(g, n, n_rows, -1)
         if d_key is not None:

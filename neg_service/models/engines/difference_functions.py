@@ -1,8 +1,8 @@
 """Differences of elementwise functions, f(a + d) - f(a), to the last digits of d however small d is.
 
 Subtracting the two values loses the digits that they share. Each function here is rewritten so that nothing nearly
-equal is subtracted, and what depends on `a` alone, the row without a shift, is worked out once, in float64. Each takes
-`a` and gives a function of d; both are float32 or float64, a broadcasts against d, and d is not written to.
+equal is subtracted, and what depends on `a` alone, the row without a shift, is worked out once. Each takes `a`, in
+float64, and the precision of differences, and gives a function of d; a broadcasts against d, and d is not written to.
 
     swish, x·σ(g(x)) with q = exp(-g(a)), e = expm1(-dg):     (d - e·a·q/(1+q)) / (1 + q + q·e)
     tanh:      tanh(d)·(1 - tanh(a)·tanh(a + d)), and σ(x) = (1 + tanh(x/2))/2
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 # From a difference d to that of the values.
 Difference = Callable[[Tensor], Tensor]
+# From those of two operands, of which one may have none.
+DifferenceOfTwo = Callable[[Tensor | None, Tensor | None], Tensor]
 
 # How large g(a) may be, how large the exponent of exp(-dg), and that of exp(-g(a) - dg): float32 holds these, and what
 # is beyond them changes nothing.
@@ -55,35 +57,33 @@ def in_blocks(function: Callable[..., Tensor], a: Tensor, *parts: Tensor) -> Ten
     return found
 
 
-def silu(a: Tensor) -> Difference:
+def silu(a: Tensor, dtype: torch.dtype) -> Difference:
     """x·σ(x)."""
-    return _swish(a, a.double(), lambda d: d, nn.functional.silu)
+    return _swish(a, a, lambda d: d, nn.functional.silu, dtype)
 
 
-def gelu(a: Tensor, approximate: str = "none") -> Difference:
+def gelu(a: Tensor, dtype: torch.dtype, approximate: str = "none") -> Difference:
     """x·Φ(x), or its approximation by tanh, which is x·σ(2·√(2/π)·(x + 0.044715·x³))."""
     plain = partial(nn.functional.gelu, approximate=approximate)
     if approximate == "none":
-        return partial(_gelu, a)
-    scale, wide = 2 * _SQRT_2_PI, a.double()
+        return _gelu(a, dtype)
+    scale = 2 * _SQRT_2_PI
     # scale·(d + c·((a+d)³ - a³)) = d·(scale + scale·c·(3a² + 3a·d + d²))
-    square, linear = (scale * (1 + 3 * _CUBIC * wide**2)).to(a.dtype), (3 * scale * _CUBIC * wide).to(a.dtype)
+    squared, linear = (scale * (1 + 3 * _CUBIC * a**2)).to(dtype), (3 * scale * _CUBIC * a).to(dtype)
 
     def inner(d: Tensor) -> Tensor:
-        return torch.addcmul(square, d, linear + (scale * _CUBIC) * d).mul_(d)
+        return torch.addcmul(squared, d, linear + (scale * _CUBIC) * d).mul_(d)
 
-    return _swish(a, scale * (wide + _CUBIC * wide**3), inner, plain)
+    return _swish(a, scale * (a + _CUBIC * a**3), inner, plain, dtype)
 
 
-def _swish(a: Tensor, inner: Tensor, inner_difference: Difference, plain: Difference) -> Difference:
-    """x·σ(g(x)), of g(a) in float64 and the difference of g; `plain` is the function itself."""
-    wide = a.double()
+def _swish(a: Tensor, inner: Tensor, inner_difference: Difference, plain: Difference, dtype: torch.dtype) -> Difference:
+    """x·σ(g(x)), of g(a) and the difference of g; `plain` is the function itself."""
     if inner.abs().amax() > _FAR:
-        return lambda d: (plain(wide + d) - plain(wide)).to(d.dtype)
+        return lambda d: (plain(a + d) - plain(a)).to(d.dtype)
     q = torch.exp(-inner)
-    c = (wide * q / (1 + q)).to(a.dtype)
-    one_q, q = (1 + q).to(a.dtype), q.to(a.dtype)
-    most = (_MOST_OF_BOTH + inner).clamp(max=_MOST).to(a.dtype)
+    c, one_q, most = ((a * q / (1 + q)), 1 + q, (_MOST_OF_BOTH + inner).clamp(max=_MOST))
+    c, one_q, q, most = (own.to(dtype) for own in (c, one_q, q, most))
 
     def difference(d: Tensor) -> Tensor:
         e = torch.minimum(inner_difference(d).neg(), most).expm1_()
@@ -93,103 +93,136 @@ def _swish(a: Tensor, inner: Tensor, inner_difference: Difference, plain: Differ
     return partial(in_blocks, difference, a)
 
 
-def _gelu(a: Tensor, d: Tensor) -> Tensor:
+def _gelu(a: Tensor, dtype: torch.dtype) -> Difference:
+    own, before = a.to(dtype), torch.erf(a * math.sqrt(0.5)).to(dtype)
+
     def difference(d: Tensor) -> Tensor:
-        after = a + d
+        after = own + d
         # By erfc, which keeps the digits of what is nearly zero.
         found = torch.erfc(after * -math.sqrt(0.5)).mul_(0.5).mul_(d)
         density = torch.zeros_like(d)
         for place, weight in _GAUSS:
             density.add_(
-                torch.add(a, d, alpha=place).square_().mul_(-0.5).exp_(), alpha=weight / math.sqrt(2 * math.pi)
+                torch.add(own, d, alpha=place).square_().mul_(-0.5).exp_(), alpha=weight / math.sqrt(2 * math.pi)
             )
         near = density.mul_(d)
-        far = (torch.erf(after.mul_(math.sqrt(0.5))) - torch.erf(a * math.sqrt(0.5))).mul_(0.5)
-        return found.addcmul_(a, torch.where(d.abs() <= _NEAR, near, far))
+        far = (torch.erf(after.mul_(math.sqrt(0.5))) - before).mul_(0.5)
+        return found.addcmul_(own, torch.where(d.abs() <= _NEAR, near, far))
 
-    return in_blocks(difference, a, d)
-
-
-def tanh(a: Tensor) -> Difference:
-    before = a.double().tanh().to(a.dtype)
-    return partial(in_blocks, lambda d: torch.tanh(a + d).mul_(-before).add_(1).mul_(torch.tanh(d)), a)
+    return partial(in_blocks, difference, a)
 
 
-def sigmoid(a: Tensor) -> Difference:
-    of_tanh = tanh(a / 2)
+def tanh(a: Tensor, dtype: torch.dtype) -> Difference:
+    own, before = a.to(dtype), a.tanh().to(dtype)
+
+    def difference(d: Tensor) -> Tensor:
+        return torch.tanh(own + d).mul_(-before).add_(1).mul_(torch.tanh(d))
+
+    return partial(in_blocks, difference, a)
+
+
+def sigmoid(a: Tensor, dtype: torch.dtype) -> Difference:
+    of_tanh = tanh(a / 2, dtype)
     return lambda d: of_tanh(d / 2).mul_(0.5)
 
 
-def relu(a: Tensor) -> Difference:
-    is_on = a > 0
-    # From above zero down to it at the most; from below only what rises above it.
-    return partial(in_blocks, lambda d: torch.where(is_on, torch.maximum(d, -a), (a + d).clamp_(min=0)), a)
+def relu(a: Tensor, dtype: torch.dtype) -> Difference:
+    is_on, own = a > 0, a.to(dtype)
+
+    def difference(d: Tensor) -> Tensor:
+        # From above zero down to it at the most; from below only what rises above it.
+        return torch.where(is_on, torch.maximum(d, -own), (own + d).clamp_(min=0))
+
+    return partial(in_blocks, difference, a)
 
 
-def clamp(a: Tensor, low: float | None, high: float | None) -> Difference:
+def clamp(a: Tensor, dtype: torch.dtype, low: float | None, high: float | None) -> Difference:
     inside = a.clamp(low, high)
-    beyond = a - inside
-    least, most = (None if end is None else end - inside for end in (low, high))
+    beyond = (a - inside).to(dtype)
+    least, most = (None if end is None else (end - inside).to(dtype) for end in (low, high))
     return lambda d: (d + beyond).clamp(least, most)
 
 
-def power(a: Tensor, exponent: float) -> Difference | None:
+def power(a: Tensor, dtype: torch.dtype, exponent: float) -> Difference | None:
     """Of 1, 2, 3, 1/2 and -1/2; None of others."""
-    rules: dict[float, Callable[[Tensor], Difference]] = {
-        1: lambda _: lambda d: d.clone(),
+    rules: dict[float, Callable[[Tensor, torch.dtype], Difference]] = {
+        1: lambda _a, _dtype: torch.clone,
         2: square,
-        3: lambda a: lambda d: (d * (d + 3 * a)).add_(3 * a * a).mul_(d),
+        3: _cube,
         0.5: sqrt,
         -0.5: rsqrt,
     }
-    return None if exponent not in rules else rules[exponent](a)
+    return None if exponent not in rules else rules[exponent](a, dtype)
 
 
-def square(a: Tensor) -> Difference:
-    twice = 2 * a
+def square(a: Tensor, dtype: torch.dtype) -> Difference:
+    twice = (2 * a).to(dtype)
     return partial(in_blocks, lambda d: (d + twice).mul_(d), a)
 
 
-def sqrt(a: Tensor) -> Difference:
-    before = a.sqrt()
-    return lambda d: d / ((a + d).sqrt() + before)
+def _cube(a: Tensor, dtype: torch.dtype) -> Difference:
+    thrice, square_thrice = (3 * a).to(dtype), (3 * a * a).to(dtype)
+    return lambda d: (d + thrice).mul_(d).add_(square_thrice).mul_(d)
 
 
-def rsqrt(a: Tensor) -> Difference:
-    before = a.rsqrt()
+def sqrt(a: Tensor, dtype: torch.dtype) -> Difference:
+    own, before = a.to(dtype), a.sqrt().to(dtype)
+    return lambda d: d / ((own + d).sqrt_() + before)
+
+
+def rsqrt(a: Tensor, dtype: torch.dtype) -> Difference:
+    own, before = a.to(dtype), a.rsqrt().to(dtype)
 
     def difference(d: Tensor) -> Tensor:
-        t = d / a
-        s = (1 + t).sqrt()
+        t = d / own
+        s = (1 + t).sqrt_()
         return t.mul_(before).neg_().div_(s * (1 + s))
 
     return difference
 
 
-def exp(a: Tensor) -> Difference:
-    before = a.exp()
+def exp(a: Tensor, dtype: torch.dtype) -> Difference:
+    before = a.exp().to(dtype)
     return lambda d: torch.expm1(d).mul_(before)
 
 
-def product(a: Tensor, d_a: Tensor, b: Tensor, d_b: Tensor) -> Tensor:
-    """(a + d_a)·(b + d_b) - a·b = d_a·(b + d_b) + a·d_b; all broadcast, and one of the d's may have less features."""
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> DifferenceOfTwo:
+    """(a + d_a)·(b + d_b) - a·b = d_a·(b + d_b) + a·d_b, of differences with as many features or one."""
+    own, other = a.to(dtype), b.to(dtype)
 
     def difference(d_a: Tensor, d_b: Tensor) -> Tensor:
-        return torch.mul(d_a, b + d_b).addcmul_(a, d_b)
+        return torch.mul(d_a, other + d_b).addcmul_(own, d_b)
 
-    if d_a.shape == d_b.shape:
-        return in_blocks(difference, a, d_a, d_b)
-    return difference(d_a, d_b)
+    def of_known(d_a: Tensor | None, d_b: Tensor | None) -> Tensor:
+        if d_a is not None and d_b is not None:
+            return in_blocks(difference, a, d_a, d_b) if d_a.shape == d_b.shape else difference(d_a, d_b)
+        return d_a * other if d_a is not None else _known(d_b) * own
+
+    return of_known
 
 
-def quotient(a: Tensor, d_a: Tensor | None, b: Tensor, d_b: Tensor) -> Tensor:
+def quotient(a: Tensor, b: Tensor, dtype: torch.dtype) -> DifferenceOfTwo:
     """(a + d_a)/(b + d_b) - a/b = (d_a - (a/b)·d_b)/(b + d_b)."""
-    above = d_b * (-a / b)
-    return (above if d_a is None else above + d_a) / (b + d_b)
+    minus, below = (-a / b).to(dtype), b.to(dtype)
+
+    def difference(d_a: Tensor | None, d_b: Tensor | None) -> Tensor:
+        if d_b is None:
+            return _known(d_a) / below
+        above = d_b * minus
+        return (above if d_a is None else above + d_a) / (below + d_b)
+
+    return difference
 
 
-def softmax(p: Tensor) -> Difference:
+def _known(d: Tensor | None) -> Tensor:
+    # A step has at least one difference.
+    assert d is not None
+    return d
+
+
+def softmax(p: Tensor, dtype: torch.dtype) -> Difference:
     """Of probabilities p [..., S] over the last axis: p·(e - m)/(1 + m), e = expm1(d), m = Σ p·e."""
+    p = p.to(dtype)
 
     def difference(d: Tensor) -> Tensor:
         # What is added to all scores changes nothing, and keeps exponentials finite.
@@ -200,32 +233,31 @@ def softmax(p: Tensor) -> Difference:
     return difference
 
 
-def layer_norm(a: Tensor, weight: Tensor | None, eps: float) -> Difference:
+def layer_norm(a: Tensor, dtype: torch.dtype, weight: Tensor | None, eps: float) -> Difference:
     """(x - mean)/√(variance + eps), times a weight, over the last axis."""
-    wide = a.double()
-    centred = wide - wide.mean(-1, keepdim=True)
-    return _scaled_to_one(centred.to(a.dtype), centred.square().mean(-1, keepdim=True) + eps, weight, is_centred=True)
+    return _scaled_to_one(a - a.mean(-1, keepdim=True), dtype, weight, eps, is_centred=True)
 
 
-def rms_norm(a: Tensor, weight: Tensor | None, eps: float) -> Difference:
+def rms_norm(a: Tensor, dtype: torch.dtype, weight: Tensor | None, eps: float) -> Difference:
     """x/√(mean of squares + eps), times a weight, over the last axis."""
-    return _scaled_to_one(a, a.double().square().mean(-1, keepdim=True) + eps, weight, is_centred=False)
+    return _scaled_to_one(a, dtype, weight, eps, is_centred=False)
 
 
-def _scaled_to_one(a: Tensor, mean: Tensor, weight: Tensor | None, *, is_centred: bool) -> Difference:
+def _scaled_to_one(a: Tensor, dtype: torch.dtype, weight: Tensor | None, eps: float, *, is_centred: bool) -> Difference:
     """d·r' + a·(r' - r) of r = mean^(-1/2), where the mean of squares changes by that of d·(d + 2a)."""
-    scale = mean.rsqrt().to(a.dtype)
-    twice, mean = 2 * a, mean.to(a.dtype)
+    mean = a.square().mean(-1, keepdim=True) + eps
     weighted = a if weight is None else a * weight
+    twice, scale, weighted, mean = (own.to(dtype) for own in (2 * a, mean.rsqrt(), weighted, mean))
+    factor = None if weight is None else weight.to(dtype)
 
     def difference(d: Tensor) -> Tensor:
         if is_centred:
             d = d - d.mean(-1, keepdim=True)
         t = (d + twice).mul_(d).mean(-1, keepdim=True).div_(mean)
-        s = (1 + t).sqrt()
+        s = (1 + t).sqrt_()
         found = d * (scale / s)
-        if weight is not None:
-            found = found.mul_(weight)
+        if factor is not None:
+            found = found.mul_(factor)
         return found.addcmul_(weighted, t.mul_(-scale).div_(s * (1 + s)))
 
     return partial(in_blocks, difference, a)

@@ -59,8 +59,12 @@ class Shifts:
 
 @dataclass
 class Program:
-    """The steps in their order, and the slot of the hidden states that the vocabulary head reads."""
+    """The steps in their order, and the slot of the hidden states that the vocabulary head reads.
 
+    dtype: the precision of differences.
+    """
+
+    dtype: torch.dtype
     steps: list[Step | SiteStep] = field(default_factory=list)
     n_slots: int = 0
     output: int | None = None
@@ -98,7 +102,9 @@ class Program:
         for step, frees in zip(self.steps[start:], self._frees[start:], strict=True):
             if isinstance(step, SiteStep):
                 before = None if step.before is None else values[step.before]
-                values[step.out] = before if step.site not in shifts else _shifted(step, before, n_rows, shifts)
+                values[step.out] = (
+                    before if step.site not in shifts else _shifted(step, before, n_rows, shifts, self.dtype)
+                )
             else:
                 given = [values[slot] for slot in step.slots]
                 if any(own is not None for own in given):
@@ -115,15 +121,17 @@ def _slots_of(step: Step | SiteStep) -> Sequence[int]:
     return () if step.before is None else (step.before,)
 
 
-def _shifted(step: SiteStep, before: Tensor | None, n_rows: int, shifts: Mapping[Site, Shifts]) -> Tensor:
+def _shifted(
+    step: SiteStep, before: Tensor | None, n_rows: int, shifts: Mapping[Site, Shifts], dtype: torch.dtype
+) -> Tensor:
     """The differences at a site with its shifts added."""
     own = shifts[step.site]
     if before is None:
         shape = (*step.shape[: step.axis], n_rows, *step.shape[step.axis + 1 :])
-        changed = step.row.new_zeros(shape)
+        changed = step.row.new_zeros(shape, dtype=dtype)
     else:
         changed = before.clone(memory_format=torch.contiguous_format)
-    device, dtype = changed.device, changed.dtype
+    device = changed.device
     # Each row has one token, so that rows are all that there is beside the features.
     neurons = step.point.neurons(changed.view(n_rows, -1))
     place = (own.rows_i.to(device), own.neurons_i.to(device))
@@ -133,10 +141,10 @@ def _shifted(step: SiteStep, before: Tensor | None, n_rows: int, shifts: Mapping
 
 @dataclass(frozen=True)
 class Differences:
-    """One prompt, ready for shifts of single neurons; all of it in the precision of the row without a shift.
+    """One prompt, ready for shifts of single neurons.
 
-    head_v, logits_v: the vocabulary head's output without a shift, and the model's logits [V]. activation: of each
-    site's neurons at the readout position [N], where the layer is.
+    head_v, logits_v: the vocabulary head's output without a shift, and the model's logits [V], in float64. activation:
+    of each site's neurons at the readout position [N], where the layer is, in float64.
     """
 
     head_v: Tensor
@@ -146,9 +154,14 @@ class Differences:
     _head: nn.Linear
     _product: Product
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of differences."""
+        return self._program.dtype
+
     def run(self, n_rows: int, shifts: Mapping[Site, Shifts]) -> Tensor:
         """Differences of the head's output [R, V], its bias not among them."""
         d_re = self._program.run(n_rows, shifts)
         if d_re is None:
-            return self.head_v.new_zeros(n_rows, len(self.head_v))
+            return self.head_v.new_zeros(n_rows, len(self.head_v), dtype=self.dtype)
         return self._product(d_re, self._head.weight, False)

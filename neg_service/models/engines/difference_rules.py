@@ -95,13 +95,16 @@ def _rsub(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
 def _mul(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     a, b, shape, dtype = _operands(trace, args, kwargs, func.__name__)
 
-    def multiplied(_n: int, d_a: Tensor | None, d_b: Tensor | None) -> Tensor:
-        if d_a is not None and d_b is not None:
-            return functions.product(a, d_a, b, d_b)
-        found: Tensor = d_b * a if d_a is None else d_a * b
-        return found
+    x, y = map(_traced, args)
+    if x is not None and y is not None and x.slot is not None and y.slot is not None:
+        of_both = functions.product(a, b, trace.dtype)
+        slot = trace.step(lambda _n, d_a, d_b: of_both(d_a, d_b), x, y)
+    else:
+        changed, factor = (x, b) if y is None or y.slot is None else (y, a)
+        factor = trace.kept(factor)
+        slot = trace.step(lambda _n, d: d * factor, changed)
 
-    found = trace.made(a * b, trace.step(multiplied, *map(_traced, args)), shape, dtype)
+    found = trace.made(a * b, slot, shape, dtype)
     return _in_place(func, args, found) if func.__name__ in ("mul_", "__imul__") else found
 
 
@@ -109,14 +112,14 @@ def _mul(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
 def _div(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     a, b, shape, dtype = _operands(trace, args, kwargs, func.__name__)
 
-    def divided(_n: int, d_a: Tensor | None, d_b: Tensor | None) -> Tensor:
-        if d_b is None:
-            assert d_a is not None
-            found: Tensor = d_a / b
-            return found
-        return functions.quotient(a, d_a, b, d_b)
-
-    found = trace.made(a / b, trace.step(divided, *map(_traced, args)), shape, dtype)
+    x, y = map(_traced, args)
+    if y is None or y.slot is None:
+        below = trace.kept(b)
+        slot = trace.step(lambda _n, d: d / below, x)
+    else:
+        of_both = functions.quotient(torch.as_tensor(a), b, trace.dtype)
+        slot = trace.step(lambda _n, d_a, d_b: of_both(d_a, d_b), x, y)
+    found = trace.made(a / b, slot, shape, dtype)
     return _in_place(func, args, found) if func.__name__ in ("div_", "__itruediv__") else found
 
 
@@ -199,12 +202,12 @@ def _elementwise(trace: Trace, x: Any, row: Tensor, difference: functions.Differ
     return trace.made(row, trace.step(lambda _n, d: difference(d), x), x.shape, x.dtype)
 
 
-def _of(plain: Callable[[Tensor], Tensor], difference: Callable[[Tensor], functions.Difference]) -> Rule:
+def _of(plain: Callable[[Tensor], Tensor], difference: Callable[[Tensor, torch.dtype], functions.Difference]) -> Rule:
     """The rule of a function of one argument."""
 
     def rule(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
         x, in_place = _given(args, kwargs, "input", "inplace")
-        found = _elementwise(trace, x, plain(x.row), difference(x.row), func.__name__)
+        found = _elementwise(trace, x, plain(x.row), difference(x.row, trace.dtype), func.__name__)
         return _in_place(func, args, found) if in_place or func.__name__.endswith("_") else found
 
     return rule
@@ -219,7 +222,7 @@ for _name, _plain, _difference in (
     ("sqrt", torch.sqrt, functions.sqrt),
     ("rsqrt", torch.rsqrt, functions.rsqrt),
     ("exp", torch.exp, functions.exp),
-    ("neg", torch.neg, lambda _: torch.neg),
+    ("neg", torch.neg, lambda _a, _dtype: torch.neg),
 ):
     RULES[_name] = RULES[f"{_name}_"] = _of(_plain, _difference)
 RULES["__neg__"] = RULES["neg"]
@@ -230,14 +233,18 @@ def _pow(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     x, exponent = _given(args, kwargs, "input", "exponent")
     if isinstance(exponent, Tensor):
         raise no_rule("a power that is a tensor")
-    return _elementwise(trace, x, x.row**exponent, functions.power(x.row, exponent), f"the power of {exponent}")
+    return _elementwise(
+        trace, x, x.row**exponent, functions.power(x.row, trace.dtype, exponent), f"the power of {exponent}"
+    )
 
 
 @_rule("gelu")
 def _gelu(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
     x, approximate = _given(args, kwargs, "input", "approximate")
     kind = approximate or "none"
-    return _elementwise(trace, x, nn.functional.gelu(x.row, approximate=kind), functions.gelu(x.row, kind), "gelu")
+    return _elementwise(
+        trace, x, nn.functional.gelu(x.row, approximate=kind), functions.gelu(x.row, trace.dtype, kind), "gelu"
+    )
 
 
 @_rule("clamp", "clip", "clamp_")
@@ -245,7 +252,7 @@ def _clamp(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     x, low, high = _given(args, kwargs, "input", "min", "max")
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         raise no_rule("clamp between tensors")
-    found = _elementwise(trace, x, x.row.clamp(low, high), functions.clamp(x.row, low, high), "clamp")
+    found = _elementwise(trace, x, x.row.clamp(low, high), functions.clamp(x.row, trace.dtype, low, high), "clamp")
     return _in_place(func, args, found) if func.__name__ == "clamp_" else found
 
 
@@ -254,9 +261,8 @@ def _softmax(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
     x, dim, _stacklevel, dtype = _given(args, kwargs, "input", "dim", "_stacklevel", "dtype")
     if dim not in (-1, x.ndim - 1):
         raise no_rule("softmax over another axis than the last")
-    # In float64: errors of what all rows share do not average out.
-    p = x.row.double().softmax(-1).to(x.row.dtype)
-    difference = functions.softmax(p)
+    p = x.row.softmax(-1)
+    difference = functions.softmax(p, trace.dtype)
     return trace.made(p, trace.step(lambda _n, d: difference(d), x), x.shape, dtype or x.dtype)
 
 
@@ -268,7 +274,7 @@ def _layer_norm(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
     weight, bias = (None if own is None else own.detach().to(x.row.dtype) for own in (weight, bias))
     eps = 1e-5 if eps is None else eps
     row = nn.functional.layer_norm(x.row, shape, weight, bias, eps)
-    return _elementwise(trace, x, row, functions.layer_norm(x.row, weight, eps), "layer_norm")
+    return _elementwise(trace, x, row, functions.layer_norm(x.row, trace.dtype, weight, eps), "layer_norm")
 
 
 @_rule("rms_norm")
@@ -280,4 +286,4 @@ def _rms_norm(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
     # By the dtype that the code believes.
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     row = nn.functional.rms_norm(x.row, shape, weight, eps)
-    return _elementwise(trace, x, row, functions.rms_norm(x.row, weight, eps), "rms_norm")
+    return _elementwise(trace, x, row, functions.rms_norm(x.row, trace.dtype, weight, eps), "rms_norm")

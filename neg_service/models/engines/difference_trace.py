@@ -6,8 +6,8 @@ row, and leaves a step in a `Program`. What has no rule is refused; so is whatev
 (a choice of experts), because it is a function without a rule, or gives something without an axis of rows. The number
 of rows is a prime that divides no size of the model, so that shapes tell what is rows.
 
-Casts are nominal: code is told the dtype that it asked for, and nothing is rounded. So the row is as precise as the
-pass that it is traced in, and differences are as precise as the row.
+Casts are nominal: code is told the dtype that it asked for, and nothing is rounded. The row is in float64, because its
+errors are the same in all rows and do not average out; of it steps keep what they need in the precision of differences.
 
 Axes: R rows, F features.
 """
@@ -25,6 +25,7 @@ from neg_service.models.engines.base import MismatchError
 from neg_service.models.engines.difference_products import Product
 from neg_service.models.engines.difference_program import Program, Run, SiteStep, Step
 from neg_service.models.feed_forward import Point, Site
+from neg_service.models.precision import float32_as_asked
 
 # What the rows are so many of, while a pass is traced.
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061)
@@ -81,7 +82,7 @@ class Traced(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function by its rule."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", str(func))
-        with DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass(), float32_as_asked():
             if name == "__get__":
                 asked = getattr(getattr(func, "__self__", None), "__name__", "?")
                 if asked in _PROPERTIES:
@@ -110,12 +111,20 @@ class Trace:
     """A program that is being written.
 
     rows: how many there are while it is. product: what multiplies differences with weights; weights_dtype: what these
-    are kept in, whatever the pass runs in.
+    are kept in, whatever the pass runs in. dtype: the precision of differences.
     """
 
-    def __init__(self, rules: Mapping[str, Rule], rows: int, product: Product, weights_dtype: torch.dtype) -> None:
-        self.rules, self.rows, self.product, self.weights_dtype = rules, rows, product, weights_dtype
-        self.program = Program()
+    def __init__(
+        self,
+        rules: Mapping[str, Rule],
+        rows: int,
+        product: Product,
+        weights_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ) -> None:
+        self.rules, self.rows, self.product = rules, rows, product
+        self.weights_dtype, self.dtype = weights_dtype, dtype
+        self.program = Program(dtype)
         # Tables of angles meet each layer.
         self._narrowed: dict[Any, tuple[Tensor, Tensor]] = {}
 
@@ -184,6 +193,10 @@ class Trace:
         # Detached: another precision of a parameter lasts no longer than the pass (`precision.py`).
         x = self.narrowed(x.detach())
         return x.to(like.dtype) if x.is_floating_point() and x.ndim else x
+
+    def kept(self, x: Any) -> Any:
+        """What a step keeps of the row, or a number, in the precision of differences."""
+        return x.to(self.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     def sized(self, value: Any, n_rows: int) -> Any:
         """Shapes and the like with another number of rows."""

@@ -46,7 +46,7 @@ class DifferencesEngine(SharedPrefixEngine):
         super().__init__(model)
         self._product = product_of(model.products)
         self._weights_dtype = model.dtype
-        # Of a model in low precision: the prefixes in float32.
+        # In float64, in which rows without a shift are computed.
         self._precise_prefixes: KeptPrefixes[SharedPrefix] = KeptPrefixes()
         self._traced_rows = primes_for(size for own in model.module.parameters() for size in own.shape)
 
@@ -68,16 +68,18 @@ class DifferencesEngine(SharedPrefixEngine):
     def differences(self, rows: Rows, prompt: Ids, shared: Ids, points: Mapping[Site, Point]) -> Differences:
         """See `Engine`."""
         split = self.split(prompt)
-        if self.model.dtype in (torch.float32, torch.float64):
+        if self.model.dtype == torch.float64:
             assert isinstance(rows, SharedPrefixRows)
-            return self._traced(split, rows.prefix, points)
-        with in_precision(self.model.module, self.model.feed_forward.layers, torch.float32):
+            return self._traced(split, rows.prefix, points, torch.float64)
+        with in_precision(self.model.module, self.model.feed_forward.layers, torch.float64):
             known = self._precise_prefixes.of(shared, lambda ids: run_shared_prefix(self.model, ids))
-            return self._traced(split, run_prefix(self.model, [prompt], known), points)
+            return self._traced(split, run_prefix(self.model, [prompt], known), points, torch.float32)
 
-    def _traced(self, split: SplitPrompt, prefix: FrozenPrefix, points: Mapping[Site, Point]) -> Differences:
+    def _traced(
+        self, split: SplitPrompt, prefix: FrozenPrefix, points: Mapping[Site, Point], dtype: torch.dtype
+    ) -> Differences:
         module, head = self.model.module, self.model.module.get_output_embeddings()
-        trace = Trace(RULES, self._traced_rows, self._product, self._weights_dtype)
+        trace = Trace(RULES, self._traced_rows, self._product, self._weights_dtype, dtype)
         outputs: list[Tensor] = []
         ends: list[int | None] = []
 

@@ -14,23 +14,26 @@ from neg_service.models.engines import difference_functions as functions
 from neg_service.models.engines.difference_products import product_of
 
 NEW_GELU = partial(nn.functional.gelu, approximate="tanh")
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] = {
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Any]]] = {
     "silu": (nn.functional.silu, functions.silu),
     "gelu": (nn.functional.gelu, functions.gelu),
     "gelu by tanh": (NEW_GELU, partial(functions.gelu, approximate="tanh")),
     "tanh": (torch.tanh, functions.tanh),
     "sigmoid": (torch.sigmoid, functions.sigmoid),
     "relu": (torch.relu, functions.relu),
-    "clamp": (lambda x: x.clamp(-1, 2), lambda a: functions.clamp(a, -1, 2)),
-    "clamp from above": (lambda x: x.clamp(max=0.5), lambda a: functions.clamp(a, None, 0.5)),
-    "cube": (lambda x: x**3, lambda a: functions.power(a, 3)),
+    "clamp": (lambda x: x.clamp(-1, 2), lambda a, t: functions.clamp(a, t, -1, 2)),
+    "clamp from above": (lambda x: x.clamp(max=0.5), lambda a, t: functions.clamp(a, t, None, 0.5)),
+    "cube": (lambda x: x**3, lambda a, t: functions.power(a, t, 3)),
     "square": (torch.square, functions.square),
     "exp": (torch.exp, functions.exp),
-    "softmax": (lambda x: x.softmax(-1), lambda a: functions.softmax(a.double().softmax(-1).float())),
-    "layer norm": (lambda x: nn.functional.layer_norm(x, x.shape[-1:]), lambda a: functions.layer_norm(a, None, 1e-5)),
+    "softmax": (lambda x: x.softmax(-1), lambda a, t: functions.softmax(a.softmax(-1), t)),
+    "layer norm": (
+        lambda x: nn.functional.layer_norm(x, x.shape[-1:]),
+        lambda a, t: functions.layer_norm(a, t, None, 1e-5),
+    ),
     "rms norm": (
         lambda x: nn.functional.rms_norm(x, x.shape[-1:], None, 1e-6),
-        lambda a: functions.rms_norm(a, None, 1e-6),
+        lambda a, t: functions.rms_norm(a, t, None, 1e-6),
     ),
 }  # fmt: skip
 
@@ -40,12 +43,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]]
 def test_a_difference_of_any_size_has_all_digits(name: str, size: float) -> None:
     plain, difference = FUNCTIONS[name]
     draw = torch.Generator().manual_seed(0)
-    a = 3 * torch.randn(1, 400, generator=draw)
+    a = 3 * torch.randn(1, 400, generator=draw, dtype=torch.float64)
     # Of exponentials float32 holds no larger ones.
     d = (min(size, 3.0) if name == "exp" else size) * torch.randn(50, 400, generator=draw)
     # The plain difference in float64 has lost less than ten of its sixteen digits.
-    expected = plain(a.double() + d.double()) - plain(a.double())
-    found = difference(a)(d).double()
+    expected = plain(a + d.double()) - plain(a)
+    found = difference(a, torch.float32)(d).double()
     # Of all features of a row: a product with weights adds them up.
     allowed = 2e-6 if size < 10 or name not in ("softmax", "exp") else 2e-5
     deviation = (found - expected).norm(dim=1) / expected.norm(dim=1)
@@ -53,30 +56,37 @@ def test_a_difference_of_any_size_has_all_digits(name: str, size: float) -> None
 
 
 @pytest.mark.parametrize(("name", "kept"), [("sqrt", functions.sqrt), ("rsqrt", functions.rsqrt)])
-def test_a_difference_of_roots_has_all_digits(name: str, kept: Callable[[Tensor], functions.Difference]) -> None:
-    a = torch.linspace(0.01, 100, 500)[None]
+def test_a_difference_of_roots_has_all_digits(name: str, kept: Callable[..., functions.Difference]) -> None:
+    a = torch.linspace(0.01, 100, 500, dtype=torch.float64)[None]
     for size in (1e-8, 1e-4, 0.5, 50.0):
-        d = size * a.expand(3, -1)
+        d = (size * a.expand(3, -1)).float()
         expected = getattr(a.double() + d.double(), name)() - getattr(a.double(), name)()
-        torch.testing.assert_close(kept(a)(d).double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(kept(a, torch.float32)(d).double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("name", "far"), [("silu", 300.0), ("gelu by tanh", 30.0), ("gelu", 300.0)])
 def test_activations_far_from_zero_are_right(name: str, far: float) -> None:
     plain, difference = FUNCTIONS[name]
-    a = torch.tensor([[-far, -50.0, 0.0, 50.0, far]])
+    a = torch.tensor([[-far, -50.0, 0.0, 50.0, far]], dtype=torch.float64)
     d = torch.tensor([[-2 * far], [-50.0], [-1e-3], [1e-3], [50.0], [2 * far]]).expand(-1, 5).contiguous()
     expected = plain(a.double() + d.double()) - plain(a.double())
-    torch.testing.assert_close(difference(a)(d).double(), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(difference(a, torch.float32)(d).double(), expected, rtol=1e-5, atol=1e-9)
 
 
 def test_rows_in_blocks_are_what_they_are_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, d = torch.randn(1, 1, 3, 8), torch.randn(1, 50, 3, 8)
-    whole = functions.silu(a)(d), functions.rms_norm(a, torch.ones(8), 1e-6)(d)
+    a, d = torch.randn(1, 1, 3, 8).double(), torch.randn(1, 50, 3, 8)
+
+    def both(a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            functions.silu(a, torch.float32)(d),
+            functions.rms_norm(a, torch.float32, torch.ones(a.shape[-1]), 1e-6)(d),
+        )
+
+    whole = both(a, d)
     monkeypatch.setattr(functions, "_BLOCK", 60)
-    torch.testing.assert_close((functions.silu(a)(d), functions.rms_norm(a, torch.ones(8), 1e-6)(d)), whole)
+    torch.testing.assert_close(both(a, d), whole)
     # Also where rows are not the first axis, and not next to each other in memory.
-    strided = functions.silu(a.transpose(1, 2))(d.transpose(1, 2))
+    strided = both(a.transpose(1, 2), d.transpose(1, 2))[0]
     torch.testing.assert_close(strided.transpose(1, 2), whole[0])
 
 
