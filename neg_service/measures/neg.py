@@ -138,7 +138,8 @@ class SweepResult:
     """What a sweep of one prompt found, float64 on the model's device, in the order of the set.
 
     delta_p_nsk: the curves, None where they were not to be kept. is_routed_n, routing_changed_n: see `NegResult`.
-    is_full_n: whether a curve was run in full in the place of being interpolated.
+    is_full_n: whether a curve was run in full in the place of being interpolated. row_gain_n: where errors are a share
+    of each row's own effect, what that share is multiplied with; see `noise.py`.
     """
 
     linearity_nk: Linearity
@@ -147,6 +148,7 @@ class SweepResult:
     is_routed_n: NDArray[np.bool_]
     routing_changed_n: Tensor
     is_full_n: Tensor
+    row_gain_n: Tensor | None = None
 
 
 def sweep_prompt(
@@ -173,6 +175,7 @@ def sweep_prompt(
     values = {name: torch.zeros(n, k, dtype=torch.float64, device=device) for name in _VALUES}
     activation_n, changed_n = (torch.zeros(n, dtype=torch.float64, device=device) for _ in range(2))
     delta_p_nsk = torch.zeros(n, s, k, dtype=torch.float64, device=device) if keep_curves else None
+    row_gain_n: Tensor | None = None
     start = 0
     for site in sites:
         activation_m = interventions.activation[site]
@@ -186,12 +189,15 @@ def sweep_prompt(
                 own_nk[of_set_n] = getattr(found.linearity_nk, name)
             activation_n[of_set_n] = activation_m.to(device)[own_n].double()
             changed_n[of_set_n] = found.routing_changed_n
+            if found.row_gain_n is not None:
+                row_gain_n = torch.zeros_like(activation_n) if row_gain_n is None else row_gain_n
+                row_gain_n[of_set_n] = found.row_gain_n
             if delta_p_nsk is not None:
                 delta_p_nsk[of_set_n] = found.delta_p_nsk
             on_done(len(of_set))
         start = stop
     is_full_n = (changed_n > 0) & (sweep.grid.interpolation is not None)
-    return SweepResult(Linearity(**values), activation_n, delta_p_nsk, place_n >= 0, changed_n, is_full_n)
+    return SweepResult(Linearity(**values), activation_n, delta_p_nsk, place_n >= 0, changed_n, is_full_n, row_gain_n)
 
 
 _VALUES = tuple(own.name for own in fields(Linearity))
@@ -199,22 +205,28 @@ _VALUES = tuple(own.name for own in fields(Linearity))
 
 @dataclass(frozen=True)
 class SweptSite:
-    """Of neurons of one site: what their curves say, their curves, and for which share of shifts routing changed."""
+    """Of neurons of one site: what their curves say, their curves, and for which share of shifts routing changed.
+
+    row_gain_n: see `SweepResult`.
+    """
 
     linearity_nk: Linearity
     delta_p_nsk: Tensor
     routing_changed_n: Tensor
+    row_gain_n: Tensor | None
 
 
 def swept(interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget) -> SweptSite:
     """Sweep neurons of one site; a curve that an interpolation cannot be trusted with is run in full."""
     device, probability_k = interventions.device, interventions.probability_k.double()
 
-    def run(grid: Grid, own_n: Tensor) -> tuple[Tensor, Tensor]:
-        log_p_nsk, changed_ns = curves(interventions, site, own_n, replace(sweep, grid=grid), budget)
+    def run(grid: Grid, own_n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        log_p_nsk, changed_ns, spread_ns = curves(interventions, site, own_n, replace(sweep, grid=grid), budget)
         if changed_ns is None:
             changed_ns = torch.zeros(log_p_nsk.shape[:2], dtype=torch.bool)
-        return probability_k * log_p_nsk.to(device).double().expm1(), changed_ns.to(device).double().mean(1)
+        row_gain_n = None if spread_ns is None else row_gain(sweep.grid, spread_ns.to(device))
+        changed_n = changed_ns.to(device).double().mean(1)
+        return probability_k * log_p_nsk.to(device).double().expm1(), changed_n, row_gain_n
 
     grid = sweep.grid
     is_interpolated = grid.interpolation is not None
@@ -222,23 +234,26 @@ def swept(interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sw
         # Layers above choose other experts at large shifts first, of which some lie beyond those that are run.
         ends = np.setdiff1d([grid.evaluated.min(), grid.evaluated.max()], grid.shifts)
         grid = given_grid(np.concatenate([grid.shifts, ends]))
-    delta_p_nsk, changed_n = run(grid, neurons_n)
+    delta_p_nsk, changed_n, row_gain_n = run(grid, neurons_n)
     delta_p_nsk = delta_p_nsk[:, : len(sweep.grid.shifts)]
     found = linearity(sweep.grid, delta_p_nsk.mT)
     again = changed_n.nonzero()[:, 0]
     if is_interpolated and len(again):
         full = given_grid(sweep.grid.evaluated)
-        curve_nsk, changed_n[again] = run(full, neurons_n[again])
+        curve_nsk, changed_n[again], _ = run(full, neurons_n[again])
         in_full = linearity(full, curve_nsk.mT)
         for name in _VALUES:
             getattr(found, name)[again] = getattr(in_full, name)
-    return SweptSite(found, delta_p_nsk, changed_n)
+    return SweptSite(found, delta_p_nsk, changed_n, row_gain_n)
 
 
 def curves(
     interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget
-) -> tuple[Tensor, Tensor | None]:
-    """Δ log p [n, S, K] of neurons of one site, and where routing changed [n, S]; batches are filled across neurons."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Δ log p [n, S, K] of neurons of one site, where routing changed, and how far logits spread, [n, S] both.
+
+    The latter two are None where there is nothing of the kind (`Changes`). Batches are filled across neurons.
+    """
     activations = interventions.activation[site]
     activation_n = activations[neurons_n.to(activations.device)]
     shifts_s = torch.from_numpy(sweep.grid.shifts).to(activations.device)
@@ -246,9 +261,19 @@ def curves(
     if sweep.shift == "magnitude":
         moved_ns = signed_by(activation_n[:, None], moved_ns)
     numbers_i = neurons_n.repeat_interleave(len(shifts_s))
-    delta_ik, changed_i = interventions.delta_log_p(site, numbers_i, moved_ns.flatten(), budget)
+    delta_ik, changed_i, spread_i = interventions.changes(site, numbers_i, moved_ns.flatten(), budget)
     n, s = moved_ns.shape
-    return delta_ik.view(n, s, -1), None if changed_i is None else changed_i.view(n, s)
+    changed_ns, spread_ns = (None if own is None else own.view(n, s) for own in (changed_i, spread_i))
+    return delta_ik.view(n, s, -1), changed_ns, spread_ns
+
+
+def row_gain(grid: Grid, spread_ns: Tensor) -> Tensor:
+    """What errors that are a share of each row's spread are multiplied with in a NEG [n]: Σ_s |w_s|·spread_s.
+
+    As if all errors of a curve had one sign: they come from what the rows of a neuron have in common.
+    """
+    weights_s = torch.from_numpy(np.abs(grid.weights)).to(spread_ns.device)
+    return spread_ns[:, : len(weights_s)].double() @ weights_s
 
 
 def _asked_rows(neurons: Any, layer_neurons: Sequence[LayerNeurons]) -> Neurons | None:

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig
+from neg_service.errors import ModelError
 from neg_service.measures.base import ShardInput
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neg import SweepResult, sweep_prompt
-from neg_service.measures.noise import resolution
+from neg_service.measures.noise import resolution, row_resolution
 from neg_service.measures.shifts import Sweep, given_grid
 from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
 from neg_service.neurons import NeuronSet
@@ -40,11 +41,15 @@ _SPEAK_SECONDS = 30.0
 
 
 def sweep_rows(
-    shard: ShardInput, sweep: Sweep, sigma: float, keep_curves: bool
+    shard: ShardInput, sweep: Sweep, sigma: float, keep_curves: bool, *, is_per_row: bool = False
 ) -> Iterator[tuple[int, dict[str, pa.Table]]]:
     """The tables `prompts` and `sweep` of each prompt, by its index.
 
-    sigma: standard deviation of the error of Δ log p, see `noise.py`.
+    sigma: standard deviation of the error of Δ log p, or, where it is per row, of its share of how far a row's logits
+    spread; see `noise.py`.
+
+    Raises:
+        ModelError: the noise of the run was measured with an engine of another kind.
     """
     model, neurons = shard.model, shard.neurons
     sizes = model.feed_forward
@@ -66,9 +71,17 @@ def sweep_rows(
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, progress.add)
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
+            if is_per_row and found.row_gain_n is None:
+                raise ModelError(
+                    f"{model.name} runs as {model.engine.name}, and the run's noise was measured with difference "
+                    "arithmetic: begin a new run, or set model.engine",
+                    change="model.engine",
+                )
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
-            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma)
+            table = _table(
+                shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma, is_per_row
+            )
             of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
             yield index, {**of_prompt, "sweep": table}
 
@@ -89,6 +102,7 @@ def _table(
     neurgrad_kn: Tensor,
     probability_k: Tensor,
     sigma: float,
+    is_per_row: bool,
 ) -> pa.Table:
     """Rows by target, then neuron."""
     model = shard.model
@@ -96,8 +110,12 @@ def _table(
     neg_kn = found.linearity_nk.neg.T
     gradient_kn = signed_by(found.activation_n, neurgrad_kn)
     estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
-    own, full = (resolution(grid, sigma) for grid in (sweep.grid, given_grid(sweep.grid.evaluated)))
-    resolution_kn = probability_k[:, None] * torch.where(found.is_full_n, full, own).to(probability_k.dtype)
+    if is_per_row and found.row_gain_n is not None:
+        resolution_n = row_resolution(found.row_gain_n, sigma)
+    else:
+        own, full = (resolution(grid, sigma) for grid in (sweep.grid, given_grid(sweep.grid.evaluated)))
+        resolution_n = torch.where(found.is_full_n, full, own)
+    resolution_kn = probability_k[:, None] * resolution_n.to(probability_k.dtype)
     is_resolved = _column(neg_kn.abs() > resolution_kn)
     curves = {}
     if found.delta_p_nsk is not None:

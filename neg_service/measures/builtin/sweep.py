@@ -103,8 +103,10 @@ class NeuronSweep(Measure[SweepOptions]):
         """Rows by target, then neuron."""
         from neg_service.measures.sweep import sweep_rows
 
-        sigma = float(shard.calibration["noise"]["sigma"])
-        return sweep_rows(shard, self._sweep, sigma, self.options.keep_curves)
+        noise = shard.calibration["noise"]
+        # Runs that were begun before noise was measured per row go on with what was.
+        is_per_row = bool(noise.get("is_per_row", False))
+        return sweep_rows(shard, self._sweep, float(noise["sigma"]), self.options.keep_curves, is_per_row=is_per_row)
 
     @property
     def _sweep(self) -> Sweep:

@@ -4,7 +4,8 @@ Subtracting the two values loses the digits that they share. Each function here 
 equal is subtracted, and what depends on `a` alone, the row without a shift, is worked out once. Each takes `a`, in
 float64, and the precision of differences, and gives a function of d; a broadcasts against d, and d is not written to.
 
-    swish, x·σ(g(x)) with q = exp(-g(a)), e = expm1(-dg):     (d - e·a·q/(1+q)) / (1 + q + q·e)
+    swish, x·σ(g(x)), where g(a) ≥ 0 with q = exp(-g(a)), e = expm1(-dg):     (d - e·c) / (1 + q + q·e), c = a·q/(1+q)
+        where it is negative with q = exp(g(a)), e = expm1(dg):               (q·d + e·(q·d + c)) / (1 + q + q·e)
     tanh:      tanh(d)·(1 - tanh(a)·tanh(a + d)), and σ(x) = (1 + tanh(x/2))/2
     GELU, x·Φ(x):     d·Φ(a + d) + a·∫ of the normal density from a to a + d, by three Gauss points
     1/√x with t = d/a, s = √(1+t):     -a^(-1/2)·t / (s·(1+s))
@@ -29,9 +30,8 @@ Difference = Callable[[Tensor], Tensor]
 # From those of two operands, of which one may have none.
 DifferenceOfTwo = Callable[[Tensor | None, Tensor | None], Tensor]
 
-# How large g(a) may be, how large the exponent of exp(-dg), and that of exp(-g(a) - dg): float32 holds these, and what
-# is beyond them changes nothing.
-_FAR, _MOST, _MOST_OF_BOTH = 40.0, 87.0, 80.0
+# How large g(a) may be, and exponents of e: products of both stay within float32, and what is beyond changes nothing.
+_FAR, _MOST = 40.0, 80.0
 # Up to where three Gauss points are exact to 2e-9; beyond, the density's integral is not small against its ends.
 _NEAR = 0.25
 _GAUSS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18))
@@ -81,14 +81,16 @@ def _swish(a: Tensor, inner: Tensor, inner_difference: Difference, plain: Differ
     """x·σ(g(x)), of g(a) and the difference of g; `plain` is the function itself."""
     if inner.abs().amax() > _FAR:
         return lambda d: (plain(a + d) - plain(a)).to(d.dtype)
-    q = torch.exp(-inner)
-    c, one_q, most = ((a * q / (1 + q)), 1 + q, (_MOST_OF_BOTH + inner).clamp(max=_MOST))
-    c, one_q, q, most = (own.to(dtype) for own in (c, one_q, q, most))
+    # By exponentials of what is negative, so that 1 + q + q·e never is a difference of large numbers.
+    is_negative, q = inner < 0, torch.exp(-inner.abs())
+    sign, c = torch.where(is_negative, 1.0, -1.0), a * q / (1 + q)
+    of_d, of_both, of_e = torch.where(is_negative, q, 1.0), torch.where(is_negative, q, 0.0), sign * c
+    sign, one_q, q, of_d, of_both, of_e = (own.to(dtype) for own in (sign, 1 + q, q, of_d, of_both, of_e))
 
     def difference(d: Tensor) -> Tensor:
-        e = torch.minimum(inner_difference(d).neg(), most).expm1_()
+        e = (inner_difference(d) * sign).clamp_(max=_MOST).expm1_()
         below = torch.addcmul(one_q, q, e)
-        return torch.addcmul(d, c, e, value=-1).div_(below)
+        return torch.addcmul(of_e, of_both, d).mul_(e).addcmul_(of_d, d).div_(below)
 
     return partial(in_blocks, difference, a)
 

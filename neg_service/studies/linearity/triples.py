@@ -131,6 +131,10 @@ def noise_of_changes(sweep: Run, resolution_i: Doubles) -> Doubles:
         grid = chosen_grid("coarse", None, measure["max_shift"], measure["step"])
     else:
         grid = given_grid(measure["shifts"])
+    if sweep.about["calibration"]["noise"].get("is_per_row"):
+        # Errors grow with effects, which grow with shifts: what those of the largest have.
+        share = float(np.abs(grid.evaluated).max() / (np.abs(grid.weights) @ np.abs(grid.shifts)))
+        return resolution_i * share
     return resolution_i / grid.noise_gain
 
 
