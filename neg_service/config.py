@@ -42,6 +42,19 @@ class ModelConfig:
         "clearly faster",
         allowed=("auto", "torch", "onednn"),
     )
+    engine: str = setting(
+        "auto",
+        "how rows of prompts are run: the best that fits the model, or one of `neg_service/models/README.md`",
+        allowed=(
+            "auto", "differences", "shared_prefix", "kv_cache", "recurrent_state", "full_sequence",
+            "full_sequence_unpadded",
+        ),
+    )  # fmt: skip
+    products: str = setting(
+        "exact",
+        "how NEG's differences are multiplied with weights in bfloat16: with float32's digits, or rounded to bfloat16",
+        allowed=("exact", "fast"),
+    )
 
 
 @dataclass

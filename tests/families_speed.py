@@ -24,9 +24,9 @@ from jobs.benchmarks.figures import bar, figure, ratio
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
+from neg_service.models.engines.differences import DifferencesEngine
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
-from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.feed_forward import Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
@@ -34,7 +34,7 @@ from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests.tiny_models import FAMILIES, MASK, VOCABULARY, tiny_model
 
 # The least speed-up of each engine, gradients and interventions: far below what is measured, far above no gain.
-LEAST = {SharedPrefixEngine: (3.0, 4.0), KeyValueCacheEngine: (0.8, 4.0), FullSequenceEngine: (2.5, 4.0)}
+LEAST = {DifferencesEngine: (3.0, 4.0), KeyValueCacheEngine: (0.8, 4.0), FullSequenceEngine: (2.5, 4.0)}
 NEURON = 5
 
 

@@ -41,7 +41,10 @@ def change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], 
 
 
 # What a notebook calls the settings of a model.
-_PARAMETERS = {f"model.{name}": name for name in ("source", "revision", "dtype", "device", "trust_remote_code")}
+_PARAMETERS = {
+    f"model.{name}": name
+    for name in ("source", "revision", "dtype", "device", "trust_remote_code", "engine", "products")
+}
 
 
 def refusal_of(directory: Path) -> str:

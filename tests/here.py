@@ -68,7 +68,8 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
 def _loaded(settings: ModelConfig) -> LanguageModel:
     """A model as the worker loads it; in one process the same one is checked once."""
     model = loaded(settings)
-    key = (str(model.identity), type(model.model).__name__, str(model.dtype), str(model.devices))
+    settings_of_engine = (settings.engine, settings.products)
+    key = (str(model.identity), type(model.model).__name__, str(model.dtype), str(model.devices), *settings_of_engine)
     if key in _CHECKED:
         model.adopt(_CHECKED[key])
     else:

@@ -13,7 +13,7 @@ from tests.configurations import model_types
 @pytest.mark.parametrize(
     ("model_type", "read_as", "engine"),
     [
-        ("llama", "causal", "shared_prefix"),
+        ("llama", "causal", "differences"),
         ("lfm2", "causal", "recurrent_state"),
         ("zamba2", "causal", "recurrent_state"),
         ("nemotron_h", "causal", "recurrent_state"),

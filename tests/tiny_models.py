@@ -17,10 +17,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from neg_service.models.engines.base import Engine
+from neg_service.models.engines.differences import DifferencesEngine
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.recurrent_state import RecurrentStateEngine
-from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.language_model import LanguageModel
 
 VOCABULARY = 97
@@ -57,7 +57,7 @@ class Family:
 
 
 def _shared_prefix(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
-    return Family(lambda: config(**options), SharedPrefixEngine, attention)
+    return Family(lambda: config(**options), DifferencesEngine, attention)
 
 
 def _kv_cache(config: type[hf.PreTrainedConfig], attention: str = "sdpa", **options: Any) -> Family:
@@ -135,7 +135,7 @@ FAMILIES: dict[str, Family] = {
             boi_token_index=91,
             eoi_token_index=92,
         ),
-        SharedPrefixEngine,
+        DifferencesEngine,
         "sdpa",
     ),
     "Phi": _shared_prefix(hf.PhiConfig, **{**_PLAIN, "num_attention_heads": 3}, partial_rotary_factor=0.5),
@@ -370,7 +370,9 @@ HYBRIDS: dict[str, Family] = {
 }
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
+def tiny_model(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, engine: str = "auto", products: str = "exact"
+) -> LanguageModel:
     """A family's tiny model, with weights so large that neurons matter, and a tokenizer of one word a token."""
     torch.manual_seed(seed)
     family = {**FAMILIES, **HYBRIDS}[name]
@@ -385,7 +387,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
             elif parameter_name.endswith("self_attn.A"):
                 # Doge's keys would all be worth the same.
                 parameter.normal_(0, 0.5)
-    return LanguageModel(model.to(dtype), tiny_tokenizer(), name=name)
+    return LanguageModel(model.to(dtype), tiny_tokenizer(), name=name, engine=engine, products=products)
 
 
 def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:

@@ -23,11 +23,12 @@ from jobs.benchmarks import ways
 from jobs.benchmarks.figures import FAST, OFF, bar, figure, ratio
 from neg_service import load_model, neg
 from neg_service.config import NeuronsConfig
+from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import chosen_neurons
 from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.noise import sigma_of
+from neg_service.measures.noise import row_noise
 from neg_service.measures.shifts import AdaptiveGrid, Grid, Sweep, adaptive_grid, coarse_grid, full_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
@@ -219,7 +220,7 @@ def _grids(settings: Settings, model: LanguageModel) -> dict[str, Any]:
         interventions = Interventions(model, prompt, "paper")
         for name, grid in grids.items():
             began = time.perf_counter()
-            sweep_prompt(interventions, more, Sweep(grid), budget_of(model), False, sigma=sigma_of(model, "paper"))
+            sweep_prompt(interventions, more, Sweep(grid), budget_of(model), False, noise=row_noise(model, "paper"))
             seconds[name].append(time.perf_counter() - began)
             sys.stderr.write(f"{name} grid, {len(more)} neurons: {seconds[name][-1]:.3g} s\n")
     errors = _errors(model, prompts, few, grids)
@@ -235,13 +236,13 @@ def _errors(
     model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronSet, grids: dict[str, Grid | AdaptiveGrid]
 ) -> dict[str, Any]:
     """Of each grid, over all targets: errors of NEG and r against the full grid in float64, and how often they hold."""
-    sigma = sigma_of(model, "paper")
+    noise = row_noise(model, "paper")
     found: dict[str, list[dict[str, torch.Tensor]]] = {name: [] for name in grids}
     for prompt in prompts:
         with in_precision(model.model, model.feed_forward.layers, torch.float64):
-            exact = _swept(model, prompt, neurons, grids["full"], 0.0)
+            exact = _swept(model, prompt, neurons, grids["full"], RowNoise())
         for name, grid in grids.items():
-            own = _swept(model, prompt, neurons, grid, sigma)
+            own = _swept(model, prompt, neurons, grid, noise)
             off = (own["neg"] - exact["neg"]).abs()
             found[name].append(
                 {
@@ -263,12 +264,12 @@ def _errors(
 
 
 def _swept(
-    model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, grid: Grid | AdaptiveGrid, sigma: float
+    model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, grid: Grid | AdaptiveGrid, noise: RowNoise
 ) -> dict[str, torch.Tensor]:
     interventions = Interventions(model, prompt, "paper")
-    swept = sweep_prompt(interventions, neurons, Sweep(grid), budget_of(model), False, sigma=sigma).evaluated
+    swept = sweep_prompt(interventions, neurons, Sweep(grid), budget_of(model), False, noise=noise).evaluated
     p_k = interventions.probability_k.double()
-    error = swept.error(sigma * p_k, torch.float32)
+    error = swept.error(noise.sigma * p_k, torch.float32)
     return {"neg": swept.linearity_nk.neg, "r": swept.linearity_nk.r, "error": error, "n_shifts": swept.n_shifts_n}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neg_service.cluster.messages import Shard
-from neg_service.config import BatchSize, ScanConfig
+from neg_service.config import BatchSize, ModelConfig, ScanConfig
 from neg_service.memory import OLD_TOKENS, busy_bytes
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, digest
 from neg_service.prompts.sources import dataset_name
@@ -100,12 +100,18 @@ def identity_of(
 
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"identity": info.identity, "dtype": config.model.dtype},
+        "model": {"identity": info.identity, "dtype": config.model.dtype, **_engine_settings(config.model)},
         "prompts": {"sha256": digest(prompts), "count": plan.n_prompts},
         "measure": measure,
         "neurons": identity_of_choice(config.neurons, info.n_layers),
         "plan": {"shard_size": plan.shard_size, "shards": plan.n_shards},
     }
+
+
+def _engine_settings(model: ModelConfig) -> dict[str, str]:
+    """What was asked for beside the usual: other engines, and other products, give other digits."""
+    usual, names = ModelConfig(), ("engine", "products")
+    return {name: getattr(model, name) for name in names if getattr(model, name) != getattr(usual, name)}
 
 
 def run_name(config: ScanConfig, info: ModelInfo, measure: str) -> str:

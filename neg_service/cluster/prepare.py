@@ -26,7 +26,7 @@ from neg_service.measures.base import Measure
 from neg_service.measures.choice import resolved, with_list_read
 from neg_service.models.folder import LocalModel
 from neg_service.models.inspection import ModelInfo, inspect_model, mask_token_of
-from neg_service.models.loading import checked_dtype, load_tokenizer
+from neg_service.models.loading import check_engine_settings, checked_dtype, load_tokenizer
 from neg_service.models.source import DEFAULT, fetch
 from neg_service.neurons import NeuronSet
 from neg_service.places import absolute, below, local_path, parent_of, without_credentials
@@ -127,6 +127,7 @@ def _resolve(config: ScanConfig) -> tuple[ScanConfig, str]:
         dataset=_with_absolute_paths(config.dataset),
     )
     checked_dtype(config.model.dtype)
+    check_engine_settings(config.model)
     return _with_files_read(config), place
 
 

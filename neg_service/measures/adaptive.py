@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,12 +46,27 @@ _TRUSTED = 0.05
 
 
 @dataclass(frozen=True)
+class RowNoise:
+    """How far the Δ log p of a row is off: the standard deviation of its error; see `noise.py`.
+
+    is_per_row: `sigma` is a share of what the row's logits moved by.
+    """
+
+    sigma: float = 0.0
+    is_per_row: bool = False
+
+
+NO_NOISE = RowNoise()
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """What curves say, float64.
 
     linearity_nk: NEG and how straight the curve is. truncation_nk: how far NEG may be off, beside noise; NaN where that
-    is not known. n_shifts_n: how many were run. noise_gain_n: see `Grid.noise_gain`. routing_changed_n: the share of
-    shifts for which a layer above chose other experts. curve_nsk: Δp at the grid's shifts, None if it was not wanted.
+    is not known. n_shifts_n: how many were run. noise_gain_n: see `Grid.noise_gain` and `row_gain`.
+    routing_changed_n: the share of shifts for which a layer above chose other experts. curve_nsk: Δp at the grid's
+    shifts, None if it was not wanted.
     """
 
     linearity_nk: Linearity
@@ -74,13 +89,13 @@ class Evaluated:
         return cls(Linearity(**values), zeros(n, k), n_run, zeros(n), zeros(n), curve)
 
     def resolution(self, noise_k: Tensor) -> Tensor:
-        """The smallest |NEG| whose sign is known [n, K]; see `noise.py`. noise_k: standard deviation of a Δp."""
+        """The smallest |NEG| whose sign is known [n, K]; see `noise.py`. noise_k: σ of a `RowNoise` in units of p."""
         return 2 * self.noise_gain_n[:, None] * noise_k
 
     def error(self, noise_k: Tensor, dtype: torch.dtype) -> Tensor:
         """How far NEG may be off that of the full grid without rounding [n, K]; NaN where it is not known.
 
-        dtype: in which differences are read.
+        dtype: that rows are worked out in.
         """
         noise_nk = _NOISES * self.noise_gain_n[:, None] * noise_k
         rounding_nk = _ROUNDINGS * torch.finfo(dtype).eps * self.linearity_nk.neg.abs()
@@ -96,23 +111,51 @@ class Evaluated:
                 ours[place_m] = theirs
 
 
-# Runs shifts [s] of some neurons [m]: gives Δp [m, s, K], float64, and where a layer above chose other experts [m, s].
-Run = Callable[[Doubles, Tensor], tuple[Tensor, Tensor]]
+@dataclass(frozen=True)
+class Swept:
+    """Of neurons and shifts: Δp [m, s, K], float64; where a layer above chose other experts [m, s]; and what a row's
+    logits moved by [m, s], where errors are a share of it."""
+
+    delta_p_msk: Tensor
+    changed_ms: Tensor
+    spread_ms: Tensor | None = None
+
+    def beside(self, other: Swept) -> Swept:
+        """The same with more shifts."""
+        spread = None
+        if self.spread_ms is not None and other.spread_ms is not None:
+            spread = torch.cat([self.spread_ms, other.spread_ms], 1)
+        return Swept(
+            torch.cat([self.delta_p_msk, other.delta_p_msk], 1),
+            torch.cat([self.changed_ms, other.changed_ms], 1),
+            spread,
+        )
+
+    def take(self, neurons: Any, shifts: Any) -> Swept:
+        """Some neurons, some shifts."""
+        spread = None if self.spread_ms is None else self.spread_ms[neurons][:, shifts]
+        return Swept(self.delta_p_msk[neurons][:, shifts], self.changed_ms[neurons][:, shifts], spread)
+
+
+# Runs shifts [s] of some neurons [m].
+Run = Callable[[Doubles, Tensor], Swept]
 
 
 def evaluate_in_stages(
-    grid: Grid | AdaptiveGrid, run: Run, slope_nk: Tensor, noise_k: Tensor, keep_curves: bool, has_experts: bool
-) -> Evaluated:
+    grid: Grid | AdaptiveGrid, run: Run, slope_nk: Tensor, noise_k: Tensor, keep_curves: bool, has_experts: bool,
+    is_per_row: bool = False,
+) -> Evaluated:  # fmt: skip
     """Run the curves of neurons, each in as many stages as it needs, and say what they are.
 
-    slope_nk: of the curves at zero, in the direction of the shifts; NaN where it is not known. noise_k: the standard
-    deviation of Δp, of each target. has_experts: whether shifts may have layers above choose other experts; what is not
-    run in full is then watched at both ends of the grid, and run in full where any shift did so.
+    slope_nk: of the curves at zero, in the direction of the shifts; NaN where it is not known. noise_k: σ of a
+    `RowNoise` in units of each target's probability; is_per_row: see there. has_experts: whether shifts may have layers
+    above choose other experts; what is not run in full is then watched at both ends of the grid, and run in full where
+    any shift did so.
     """
     n, k = slope_nk.shape
     kept = Evaluated.of_nothing(n, k, len(grid.shifts) if keep_curves else None, slope_nk.device)
     left_m = torch.arange(n, device=slope_nk.device)
-    ran = _Ran.nothing(n, k, slope_nk.device)
+    ran: _Ran | None = None
     # NEG of the last stage, and its difference to the stage before.
     before_mk, step_mk = None, None
     stages = _stages(grid)
@@ -121,22 +164,24 @@ def evaluate_in_stages(
         wanted = stage.shifts
         if has_experts and not is_last:
             wanted = np.union1d(wanted, [stage.evaluated.min(), stage.evaluated.max()])
-        ran = ran.with_those(wanted, partial(_of_some, run, left_m))
-        slope_mk, delta_p_mks = slope_nk[left_m], ran.at(stage.shifts).mT
+        ran = _with_those(ran, wanted, left_m, run)
+        of_stage = ran.at(stage.shifts)
+        slope_mk, delta_p_mks = slope_nk[left_m], of_stage.delta_p_msk.mT
         found = linearity(stage, delta_p_mks, slope_mk)
-        gain = stage.noise_gain
+        gain_m = _gain(stage, of_stage, is_per_row)
         if is_last:
             truncation_mk = torch.zeros_like(slope_mk)
             is_done_m = torch.ones(len(left_m), dtype=torch.bool, device=slope_nk.device)
         else:
             truncation_mk = _truncation(grid, stage, delta_p_mks, slope_mk, found.neg, before_mk, step_mk)
-            is_done_m = _suffices(grid, truncation_mk, found.neg, 2 * gain * noise_k) & ~ran.changed_ms.any(1)
-        changed_m = ran.changed_ms.double().mean(1)
+            is_done_m = _suffices(grid, truncation_mk, found.neg, 2 * gain_m[:, None] * noise_k)
+            is_done_m &= ~ran.swept.changed_ms.any(1)
+        changed_m = ran.swept.changed_ms.double().mean(1)
         results = Evaluated(
             found,
             truncation_mk,
             torch.full_like(left_m, len(ran.shifts)),
-            torch.full_like(changed_m, gain),
+            gain_m,
             changed_m,
             _curve(grid, stage, ran, slope_mk) if keep_curves else None,
         )
@@ -149,8 +194,21 @@ def evaluate_in_stages(
     return kept
 
 
-def _of_some(run: Run, own_m: Tensor, shifts: Doubles) -> tuple[Tensor, Tensor]:
-    return run(shifts, own_m)
+def row_gain(grid: Grid, spread_ms: Tensor) -> Tensor:
+    """What errors that are a share of each row's spread are multiplied with in a NEG [m]: Σ_s |w_s|·spread_s.
+
+    As if all errors of a curve had one sign: they come from what the rows of a neuron have in common.
+    """
+    weights_s = torch.from_numpy(np.abs(grid.weights)).to(spread_ms.device)
+    return spread_ms.double() @ weights_s
+
+
+def _gain(stage: Grid, swept: Swept, is_per_row: bool) -> Tensor:
+    """With what a row's noise is multiplied in a NEG [m]."""
+    if not is_per_row:
+        return torch.full_like(swept.delta_p_msk[:, 0, 0], stage.noise_gain)
+    assert swept.spread_ms is not None
+    return row_gain(stage, swept.spread_ms)
 
 
 def _stages(grid: Grid | AdaptiveGrid) -> tuple[Grid, ...]:
@@ -162,8 +220,8 @@ def _stages(grid: Grid | AdaptiveGrid) -> tuple[Grid, ...]:
 def _curve(grid: Grid | AdaptiveGrid, stage: Grid, ran: _Ran, slope_mk: Tensor) -> Tensor:
     """Δp at the grid's shifts [m, S, K]: as it was run, and between these shifts as it is evaluated."""
     if isinstance(grid, AdaptiveGrid):
-        return evaluated_curves(stage, ran.at(stage.shifts).mT, slope_mk).mT
-    return ran.at(grid.shifts)
+        return evaluated_curves(stage, ran.at(stage.shifts).delta_p_msk.mT, slope_mk).mT
+    return ran.at(grid.shifts).delta_p_msk
 
 
 def _suffices(grid: Grid | AdaptiveGrid, truncation_mk: Tensor, neg_mk: Tensor, resolution_k: Tensor) -> Tensor:
@@ -209,34 +267,23 @@ def _coefficients(stage: Grid, delta_p_mks: Tensor, slope_mk: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Ran:
-    """What was run of some neurons so far: shifts [s], Δp [m, s, K], where a layer above chose other experts [m, s]."""
+    """What was run of some neurons so far, and at which shifts [s]."""
 
     shifts: Doubles
-    delta_p_msk: Tensor
-    changed_ms: Tensor
+    swept: Swept
 
-    @classmethod
-    def nothing(cls, m: int, k: int, device: torch.device) -> _Ran:
-        delta_p_msk = torch.zeros(m, 0, k, dtype=torch.float64, device=device)
-        return cls(np.zeros(0), delta_p_msk, torch.zeros(m, 0, dtype=torch.bool, device=device))
-
-    def with_those(self, wanted: Doubles, run: Callable[[Doubles], tuple[Tensor, Tensor]]) -> _Ran:
-        """The same with more shifts, of which those that were not run yet are."""
-        new = wanted[~np.isin(wanted, self.shifts)]
-        if not len(new):
-            return self
-        delta_p_msk, changed_ms = run(new)
-        return _Ran(
-            np.concatenate([self.shifts, new]),
-            torch.cat([self.delta_p_msk, delta_p_msk], 1),
-            torch.cat([self.changed_ms, changed_ms], 1),
-        )
-
-    def at(self, shifts: Doubles) -> Tensor:
-        """Δp [m, S, K] at shifts that were run, in their order."""
-        place = [int(np.flatnonzero(self.shifts == shift)[0]) for shift in shifts]
-        return self.delta_p_msk[:, place]
+    def at(self, shifts: Doubles) -> Swept:
+        """Some of the shifts, in their order."""
+        return self.swept.take(slice(None), [int(np.flatnonzero(self.shifts == shift)[0]) for shift in shifts])
 
     def of(self, is_wanted_m: Tensor) -> _Ran:
         """Those of some neurons."""
-        return _Ran(self.shifts, self.delta_p_msk[is_wanted_m], self.changed_ms[is_wanted_m])
+        return _Ran(self.shifts, self.swept.take(is_wanted_m, slice(None)))
+
+
+def _with_those(ran: _Ran | None, wanted: Doubles, own_m: Tensor, run: Run) -> _Ran:
+    """What was run of some neurons, with those of the shifts that are wanted that were not run yet."""
+    if ran is None:
+        return _Ran(wanted, run(wanted, own_m))
+    new = wanted[~np.isin(wanted, ran.shifts)]
+    return _Ran(np.concatenate([ran.shifts, new]), ran.swept.beside(run(new, own_m))) if len(new) else ran

@@ -19,13 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.measures.adaptive import Evaluated, evaluate_in_stages
+from neg_service.measures.adaptive import NO_NOISE, Evaluated, RowNoise, Swept, evaluate_in_stages
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.shifts import Doubles, Sweep, given_grid
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import Site
 from neg_service.neurons import NeuronSet
+
+# Two shifts that tell a slope, as a share of the largest: what the curve bends there is a ten-thousandth of what it
+# bends at the largest, and differences of float32 have digits enough.
+_SMALL = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,21 @@ def sweep_prompt(
     budget: Budget,
     keep_curves: bool,
     neurgrad_km: Tensor | None = None,
-    sigma: float = 0.0,
+    noise: RowNoise = NO_NOISE,
     on_done: Callable[[int], None] = lambda n: None,
 ) -> SweepResult:
     """Sweep neurons for all targets, site by site; curves never leave the device.
 
     neurgrad_km: of the layers of these neurons, as `Interventions.neurgrad` gives it; computed if it is needed and not
-    given. sigma: standard deviation of the error of Δ log p, which the adaptive grid does not refine beyond. `on_done`
-    is told how many neurons each site brought.
+    given. noise: of the engine's rows, which the adaptive grid does not refine beyond. `on_done` is told how many
+    neurons each site brought.
 
     Raises:
+        ModelError: the noise is of difference arithmetic, and the engine is not.
         DoesNotFit: one intervention does not fit.
         NonFiniteError: NaN or infinity after an intervention.
     """
+    interventions.require_kind_of_noise(noise)
     device, probability_k = interventions.device, interventions.probability_k.double()
     sites = interventions.sites(neurons.layers)
     place_n = interventions.slots(sites).places_of(neurons)
@@ -83,34 +89,54 @@ def sweep_prompt(
                 slope_nk = neurgrad_km[:, start:stop][:, own_n].T.double()
                 if sweep.shift == "signed":
                     slope_nk = signed_by(activation_m[own_n, None], slope_nk)
-            found.put(of_set_n, swept(interventions, site, own_n, slope_nk, sweep, sigma, budget, keep_curves))
+            found.put(of_set_n, swept(interventions, site, own_n, slope_nk, sweep, noise, budget, keep_curves))
             on_done(len(of_set))
         start = stop
     return SweepResult(found, activation_n, place_n >= 0)
 
 
 def swept(
-    interventions: Interventions, site: Site, neurons_n: Tensor, slope_nk: Tensor, sweep: Sweep, sigma: float,
+    interventions: Interventions, site: Site, neurons_n: Tensor, slope_nk: Tensor, sweep: Sweep, noise: RowNoise,
     budget: Budget, keep_curves: bool,
 ) -> Evaluated:  # fmt: skip
     """Sweep neurons of one site."""
     device, probability_k = interventions.device, interventions.probability_k.double()
 
-    def run(shifts: Doubles, own_m: Tensor) -> tuple[Tensor, Tensor]:
+    def run(shifts: Doubles, own_m: Tensor) -> Swept:
         some = replace(sweep, grid=given_grid(shifts))
-        log_p_msk, changed_ms = curves(interventions, site, neurons_n[own_m], some, budget)
+        log_p_msk, changed_ms, spread_ms = curves(interventions, site, neurons_n[own_m], some, budget)
         if changed_ms is None:
             changed_ms = torch.zeros(log_p_msk.shape[:2], dtype=torch.bool)
-        return probability_k * log_p_msk.to(device).double().expm1(), changed_ms.to(device)
+        return Swept(
+            probability_k * log_p_msk.to(device).double().expm1(),
+            changed_ms.to(device),
+            None if spread_ms is None else spread_ms.to(device),
+        )
 
-    noise_k = sigma * probability_k
-    return evaluate_in_stages(sweep.grid, run, slope_nk, noise_k, keep_curves, interventions.has_experts)
+    n_slope = 0
+    if sweep.uses_slope and not interventions.gradients_are_exact:
+        slope_nk, n_slope = _measured_slopes(run, sweep.grid.evaluated.max(), len(neurons_n)), 2
+    found = evaluate_in_stages(
+        sweep.grid, run, slope_nk, noise.sigma * probability_k, keep_curves, interventions.has_experts,
+        noise.is_per_row and interventions.errors_are_shares,
+    )  # fmt: skip
+    return replace(found, n_shifts_n=found.n_shifts_n + n_slope)
+
+
+def _measured_slopes(run: Callable[[Doubles, Tensor], Swept], largest: float, n: int) -> Tensor:
+    """Slopes at zero [n, K] by two small shifts, where gradients are of lower precision than differences."""
+    small = _SMALL * largest
+    found = run(np.array([-small, small]), torch.arange(n))
+    return (found.delta_p_msk[:, 1] - found.delta_p_msk[:, 0]) / (2 * small)
 
 
 def curves(
     interventions: Interventions, site: Site, neurons_n: Tensor, sweep: Sweep, budget: Budget
-) -> tuple[Tensor, Tensor | None]:
-    """Δ log p [n, S, K] of neurons of one site, and where routing changed [n, S]; batches are filled across neurons."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Δ log p [n, S, K] of neurons of one site, where routing changed, and how far logits spread, [n, S] both.
+
+    The latter two are None where there is nothing of the kind (`Changes`). Batches are filled across neurons.
+    """
     activations = interventions.activation[site]
     activation_n = activations[neurons_n.to(activations.device)]
     shifts_s = torch.from_numpy(sweep.grid.shifts).to(activations.device)
@@ -118,6 +144,7 @@ def curves(
     if sweep.shift == "magnitude":
         moved_ns = signed_by(activation_n[:, None], moved_ns)
     numbers_i = neurons_n.repeat_interleave(len(shifts_s))
-    delta_ik, changed_i = interventions.delta_log_p(site, numbers_i, moved_ns.flatten(), budget)
+    delta_ik, changed_i, spread_i = interventions.changes(site, numbers_i, moved_ns.flatten(), budget)
     n, s = moved_ns.shape
-    return delta_ik.view(n, s, -1), None if changed_i is None else changed_i.view(n, s)
+    changed_ns, spread_ns = (None if own is None else own.view(n, s) for own in (changed_i, spread_i))
+    return delta_ik.view(n, s, -1), changed_ns, spread_ns

@@ -169,7 +169,7 @@ def integrals(
     for group in model.groups([prompt.ids for prompt in prompts]):
         for index in group.members:
             prompt, own = prompts[index], tuple(wanted[index])
-            interventions = Interventions(model, prompt, basis, prompt.ids[: group.shared])
+            interventions = Interventions(model, prompt, basis, prompt.ids[: group.shared], by_rows=True)
             tokens = [prompt.target_ids[k] for k in own]
             # Some layers of a hybrid have no neurons.
             integrated = [layer for layer in layers if interventions.sites([layer])]

@@ -6,6 +6,10 @@ runs once, because only there do rows begin to differ. Architectures whose layer
 self-check finds out) run the whole layer for each row. Row 0 of every batch is not shifted: another batch shape alone
 moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
 
+An engine of difference arithmetic (`models/engines/differences.py`) runs no such rows: each is its difference from the
+prompt's one row without a shift, which is computed in float64 whatever the model's precision. Then probabilities and
+activations here are that row's, too.
+
 Neurons of a layer's experts and of its MLP pass by at two *sites*. An intervention does not change which experts its
 own layer chose; layers above may choose others, and each intervention says whether they did.
 
@@ -16,19 +20,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from neg_service.errors import DoesNotFit, NonFiniteError
+from neg_service.errors import DoesNotFit, ModelError, NonFiniteError
+from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.batching import in_parts, named
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
-from neg_service.measures.routing import routing_of_rows, slots_of
+from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.memory import is_out_of_memory
 from neg_service.models.batches import Budget, without_frames
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows
+from neg_service.models.engines.difference_program import Differences, Shifts
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
@@ -39,6 +46,19 @@ from neg_service.slots import Slots
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
+class Changes(NamedTuple):
+    """What interventions did.
+
+    log_p_ik: Δ log p of every target [I, K]. is_rerouted_i: whether a layer above chose other experts [I]; None of a
+    model without. spread_i: the root mean square of what logits moved by [I], which the error of Δ log p is a constant
+    share of; None where that error is about the same for all.
+    """
+
+    log_p_ik: Tensor
+    is_rerouted_i: Tensor | None = None
+    spread_i: Tensor | None = None
+
+
 class Interventions:
     """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
 
@@ -47,8 +67,18 @@ class Interventions:
     routing: the experts that the readout token used.
     """
 
-    def __init__(self, model: LanguageModel, prompt: EncodedPrompt, basis: str, shared: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: EncodedPrompt,
+        basis: str,
+        shared: Sequence[int] = (),
+        *,
+        by_rows: bool = False,
+    ) -> None:
         """Run the prompt once; `shared` are first tokens that it shares with others, and that run only once for all.
+
+        by_rows: run rows and not their differences, for measures that change more than single neurons.
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
@@ -56,7 +86,8 @@ class Interventions:
             ModelError: the model fails its self-check, or does to its logits what no difference passes through.
         """
         self._who = named(prompt, model)
-        self._feed_forward = model.feed_forward
+        self._feed_forward, self._model_dtype = model.feed_forward, model.dtype
+        self._engine_name = model.engine.name
         self.points: dict[Site, Point] = model.feed_forward.sites(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
@@ -66,24 +97,76 @@ class Interventions:
         self.device = model.device
         with self.naming_memory("its tokens do"):
             self.rows: Rows = model.rows([prompt.ids], shared)
-        captured: dict[Site, Tensor] = {}
+        self._differences: Differences | None = None
+        self._stored: tuple[list[Tensor], list[Any]] | None = None
+        with self.naming_memory("its tokens do"):
+            if not by_rows:
+                self._differences = model.engine.differences(self.rows, prompt.ids, shared, self.points)
+            if self._differences is None:
+                head_v, logits_v, self.activation, self.routing = self._run_once()
+            else:
+                head_v, logits_v = self._differences.head_v, self._differences.logits_v
+                self.activation, self.routing = self._differences.activation, PromptRouting()
+        baseline = self._readout.baseline(head_v, logits_v, self._who)
+        self.probability_k = baseline.p_v[self._target_ids].to(self.device)
+        self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
 
-        with torch.no_grad(), self.naming_memory("its tokens do"), ExitStack() as stack:
-            self._inputs, self._output_structures = stack.enter_context(keep_inputs(self._layers))
+    @torch.no_grad()
+    def _run_once(self) -> tuple[Tensor, Tensor, dict[Site, Tensor], PromptRouting]:
+        """Run one row and store the input of each layer; the head's output, logits, activations, and routing."""
+        captured: dict[Site, Tensor] = {}
+        with ExitStack() as stack:
+            self._stored = stack.enter_context(keep_inputs(self._layers))
             stack.enter_context(hooks(self.points, lambda site, x: captured.update({site: x})))
             routing = stack.enter_context(watching_routing())
             head_rv = stack.enter_context(self._readout.watching())
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
-        self._baseline = self._readout.baseline(head_rv[0][0], logits_rv[0], self._who)
-        self.probability_k = self._baseline.p_v[self._target_ids].to(self.device)
-        self.activation = {site: point.neurons(flat(captured[site])[place])[0] for site, point in self.points.items()}
-        (self.routing,) = routing_of_rows(self._feed_forward, routing, place)
+        activation = {site: point.neurons(flat(captured[site])[place])[0] for site, point in self.points.items()}
+        (own,) = routing_of_rows(self._feed_forward, routing, place)
+        return head_rv[0][0], logits_rv[0], activation, own
+
+    @property
+    def _layer_inputs(self) -> tuple[list[Tensor], list[Any]]:
+        """The input of each layer, and what else its output holds."""
+        if self._stored is None:
+            self._run_once()
+        assert self._stored is not None
+        return self._stored
 
     @property
     def has_experts(self) -> bool:
         """Whether any layer has experts, so that a shift may change which ones run."""
         return self._feed_forward.has_experts
+
+    @property
+    def errors_are_shares(self) -> bool:
+        """Whether the error of a row is a share of what it moves, as difference arithmetic has it."""
+        return self._differences is not None
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """The precision that rows, or their differences, are worked out in, at the least."""
+        return torch.promote_types(self._model_dtype, torch.float32)
+
+    @property
+    def gradients_are_exact(self) -> bool:
+        """Whether gradients have the digits that interventions have: not where differences of weights in low precision
+        are worked out in a higher one."""
+        return self._differences is None or self._model_dtype in (torch.float32, torch.float64)
+
+    def require_kind_of_noise(self, noise: RowNoise) -> None:
+        """See that noise is not that of difference arithmetic where there is none; the reverse is on the safe side.
+
+        Raises:
+            ModelError: it is.
+        """
+        if noise.is_per_row and not self.errors_are_shares:
+            raise ModelError(
+                f"{self._who}: runs as {self._engine_name}, and the run's noise was measured with difference "
+                "arithmetic: begin a new run, or set model.engine",
+                change="model.engine",
+            )
 
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """Those of some layers."""
@@ -110,8 +193,8 @@ class Interventions:
             for layer in layers:
                 self._require_same_experts(layer, found.routing, found.place_r)
             signed = [
-                signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
-                for slope_kn, activation_kn in zip(found.gradient_srn, found.activation_srn, strict=True)
+                signed_by(self.activation[site], slope_kn).to(self.device, self.probability_k.dtype)
+                for site, slope_kn in zip(points, found.gradient_srn, strict=True)
             ]
             return torch.cat(signed, 1)
 
@@ -143,27 +226,36 @@ class Interventions:
     def delta_log_p(
         self, site: Site, neurons_i: Tensor, shifts_i: Tensor, budget: Budget
     ) -> tuple[Tensor, Tensor | None]:
-        """Δ log p of every target [I, K] when neuron `neurons_i[i]` of a site is moved by `shifts_i[i]`.
+        """Δ log p of every target [I, K], and whether a layer above chose other experts [I]; see `changes`."""
+        found = self.changes(site, neurons_i, shifts_i, budget)
+        return found.log_p_ik, found.is_rerouted_i
 
-        Beside it, whether a layer above chose other experts [I]; None of a model without experts. Neurons are counted
-        from the site's first. `shifts_i` are added to the activation as they are; signs are the caller's business.
-        Batches are filled evenly.
+    def changes(self, site: Site, neurons_i: Tensor, shifts_i: Tensor, budget: Budget) -> Changes:
+        """What moving neuron `neurons_i[i]` of a site by `shifts_i[i]` does.
+
+        Neurons are counted from the site's first. `shifts_i` are added to the activation as they are; signs are the
+        caller's business. Batches are filled evenly.
 
         Raises:
             DoesNotFit: one intervention beside the baseline row does not fit.
             NonFiniteError: NaN or infinity after an intervention.
         """
 
-        def run(part: range) -> tuple[Tensor, Tensor | None]:
+        def run(part: range) -> Changes:
             own = slice(part.start, part.stop)
             return self._run(site, neurons_i[own], shifts_i[own])
 
         size = self.rows.sizes.run
         with self.naming_memory("one intervention does"):
-            # Beside the baseline row.
+            # Beside the baseline row, or what differences of a few rows take while they are worked out.
             parts = [found for _, found in in_parts([size] * len(shifts_i), run, budget, size)]
-        changed = [own for _, own in parts if own is not None]
-        return torch.cat([found for found, _ in parts]), torch.cat(changed) if changed else None
+        changed = [own.is_rerouted_i for own in parts if own.is_rerouted_i is not None]
+        spread = [own.spread_i for own in parts if own.spread_i is not None]
+        return Changes(
+            torch.cat([own.log_p_ik for own in parts]),
+            torch.cat(changed) if changed else None,
+            torch.cat(spread) if spread else None,
+        )
 
     def run_from(self, layer: int, n_rows: int, changes: Mapping[Site, Change]) -> Tensor:
         """Logits [R, V] of rows that begin at a layer, with what `changes` make of the tensors of some of its sites.
@@ -195,13 +287,19 @@ class Interventions:
         """Let passes of some rows begin at a layer; where layers hand on more than their outputs, all of them run."""
         if layer == 0 or not self._starts_at_layers:
             return nullcontext()
-        stored = self._inputs[layer]
+        inputs, output_structures = self._layer_inputs
+        stored = inputs[layer]
         if n_rows > 1:
             stored = self.rows.expand_rows(stored, n_rows)
-        return start_at_layer(self._layers, layer, stored, self._output_structures)
+        return start_at_layer(self._layers, layer, stored, output_structures)
 
     @torch.no_grad()
-    def _run(self, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> Changes:
+        if self._differences is not None:
+            rows_r = torch.arange(len(shifts_r), device=shifts_r.device)
+            dz_rv = self._differences.run(len(shifts_r), {site: Shifts(rows_r, neurons_r, shifts_r)})
+            log_p_rk, spread_r = self._readout.differences_read(self._baseline, dz_rv, self._target_ids)
+            return Changes(log_p_rk, None, spread_r)
         n_rows = len(shifts_r) + 1
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
@@ -213,7 +311,7 @@ class Interventions:
             self.run_from(site.layer, n_rows, {site: shift})
         self._require_same_experts(site.layer, routing, self.rows.positions([n_rows]))
         found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
-        return found, self._routing_changed(site.layer, routing, n_rows)
+        return Changes(found, self._routing_changed(site.layer, routing, n_rows))
 
     def _require_same_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> None:
         """See that a pass used the experts whose neurons are counted: in another batch rounding may choose others.

@@ -30,7 +30,7 @@ from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import checked_neurons
 from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.noise import sigma_of
+from neg_service.measures.noise import row_noise
 from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, chosen_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
@@ -119,8 +119,8 @@ def neg(
         slots = interventions.slots(list(interventions.points))
         asked_rows = slots.rows_at(np.arange(slots.m))
     chosen, place_n = NeuronSet.distinct(asked_rows)
-    sigma = sigma_of(model, basis, budget)
-    swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, sigma=sigma)
+    noise = row_noise(model, basis, budget)
+    swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise)
     found, probability = swept.evaluated, interventions.probability_k.double()
     assert found.curve_nsk is not None
     names_n3 = np.stack([chosen.layer, chosen.neuron, np.maximum(chosen.expert, ALWAYS_ON)], 1)
@@ -140,7 +140,7 @@ def neg(
         probability=float(probability[0]),
         is_routed=swept.is_routed_n[place_n],
         routing_changed=column(found.routing_changed_n),
-        error=column(found.error(sigma * probability, interventions.probability_k.dtype)),
+        error=column(found.error(noise.sigma * probability, interventions.row_dtype)),
         n_shifts=column(found.n_shifts_n),
     )
 

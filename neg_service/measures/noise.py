@@ -1,16 +1,25 @@
 """How exact a sweep is: its noise, measured against a higher precision on a few neurons before it starts.
 
-What is left of rounding after the difference readout happens inside the layers. Its standard deviation σ, in Δ log p,
-says which NEGs mean anything. With w_s the weights with which a curve is summed up to its NEG (Σ_s w_s·Δp_s),
+Which NEGs mean anything depends on how rows are run. With w_s the weights with which a curve is summed up to its NEG
+(Σ_s w_s·Δp_s), in probability per activation unit, a NEG below its resolution has no known sign:
+
+*By difference arithmetic* an error is a share ε of what it is an error of. It is measured as that of Δ log p against
+ρ, the root mean square of what a row's logits moved by, and is about the same for weak and strong neurons. Errors of
+one neuron's rows come from what they have in common, and are taken to add up:
+
+    resolution = 2 · p · ε · Σ_s |w_s|·ρ_s
+
+*By rows that are subtracted* what is left of rounding has about the same size in all rows, σ in Δ log p:
 
     resolution = 2 · p · σ · √(Σ_s w_s² + (Σ_s w_s)²)      which is 2·p·σ/√(Σ_s δ_s²) where all shifts of a symmetric
                                                            grid are run
 
-in probability per activation unit: a NEG below it has no known sign. The second sum is the baseline row's error, which
-all shifts of a curve share; over a symmetric grid it cancels. Measured on SmolLM2-135M (80 neurons of five layers, two
-prompts, two targets, float32 against float64, 2026-11), half of σ² is that row's, and 95 to 98 % of NEGs are off by
-less than their resolution, with symmetric, one-sided and skewed grids and with a single shift; without it, 75 % with
-shifts 0.1 to 2.0. The reference is float64 for a model in float32, and float32 for a model in a lower precision.
+The second sum is the baseline row's error, which all shifts of a curve share; over a symmetric grid it cancels.
+Measured on SmolLM2-135M (80 neurons of five layers, two prompts, two targets, float32 against float64, 2026-11), half
+of σ² is that row's, and 95 to 98 % of NEGs are off by less than their resolution, with symmetric, one-sided and skewed
+grids and with a single shift; without it, 75 % with shifts 0.1 to 2.0.
+
+The reference is float64 over the same weights; for rows in low precision, which are far from it, float32.
 
 Axes: n neurons, S shifts, K targets.
 """
@@ -29,6 +38,7 @@ from torch import Tensor
 
 from neg_service.config import NeuronsConfig
 from neg_service.errors import NonFiniteError, OutOfMemory
+from neg_service.measures.adaptive import RowNoise, row_gain
 from neg_service.measures.batching import budget_of, named
 from neg_service.measures.choice import chosen_neurons
 from neg_service.measures.curves import curves
@@ -45,15 +55,16 @@ from neg_service.prompts.prompt import EncodedPrompt, Prompt
 _LAYERS, _NEURONS_A_LAYER = 4, 4
 # Of calls of the library: targets whose errors are measured, and what was found, by model and basis.
 _TARGETS = 3
-_SIGMAS: WeakKeyDictionary[LanguageModel, dict[str, float]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[LanguageModel, dict[str, RowNoise]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Noise:
     """Of a sweep in `dtype` against `reference`, over `n_neurons` neurons on `n_prompts` prompts, all targets.
 
-    sigma: standard deviation of the error of Δ log p. neg_error: median relative error of NEG. resolved: share of NEGs
-    above the resolution; signs_agree: share of these whose sign is the reference's. None where there are none.
+    sigma: standard deviation of the error of Δ log p, where `is_per_row` as a share of how far a row's logits spread.
+    neg_error: median relative error of NEG. resolved: share of NEGs above the resolution; signs_agree: share of these
+    whose sign is the reference's. None where there are none.
     """
 
     dtype: str
@@ -64,11 +75,17 @@ class Noise:
     neg_error: float | None
     resolved: float
     signs_agree: float | None
+    is_per_row: bool = False
 
 
 def resolution(grid: Grid, sigma: float) -> float:
     """The smallest NEG whose sign is known, in units of the target's probability: times p it is a NEG."""
     return 2 * sigma * grid.noise_gain
+
+
+def row_resolution(row_gain_n: Tensor, sigma: float) -> Tensor:
+    """The same where errors are a share of each row's spread [n]; `row_gain_n` is `row_gain`'s."""
+    return 2 * sigma * row_gain_n
 
 
 def measure_noise(
@@ -86,17 +103,19 @@ def measure_noise(
         sweep = replace(sweep, grid=sweep.grid.calibration)
     assert isinstance(sweep.grid, Grid)
     own_dtype = model.dtype
-    reference = torch.float64 if own_dtype in (torch.float32, torch.float64) else torch.float32
+    is_exact = own_dtype in (torch.float32, torch.float64) or model.engine.refines is not None
+    reference = torch.float64 if is_exact else torch.float32
     n_neurons = 0
     errors: list[Tensor] = []
+    row_gains: list[Tensor] = []
     relative: list[Tensor] = []
     own_negs: list[Tensor] = []
     true_negs: list[Tensor] = []
     for place, prompt in enumerate(prompts):
         try:
             few = _few_that_act(model, prompt, neurons, sweep.basis)
-            own_nsk, _, own_acts_n = _delta_log_p(model, prompt, few, sweep, own_dtype, budget)
-            true_nsk, p_k, true_acts_n = _delta_log_p(model, prompt, few, sweep, reference, budget)
+            own_nsk, spread_ns, _, own_acts_n = _delta_log_p(model, prompt, few, sweep, own_dtype, budget)
+            true_nsk, _, p_k, true_acts_n = _delta_log_p(model, prompt, few, sweep, reference, budget)
         except (NonFiniteError, OutOfMemory):
             if errors or place + 1 < len(prompts):
                 continue
@@ -112,7 +131,12 @@ def measure_noise(
             )
         own_nsk, true_nsk = own_nsk[acts_n], true_nsk[acts_n]
         n_neurons = max(n_neurons, len(own_nsk))
-        errors.append((own_nsk - true_nsk).flatten())
+        error_nsk = own_nsk - true_nsk
+        if spread_ns is not None:
+            # A neuron that moves no logit has no error either.
+            error_nsk = torch.where(spread_ns[acts_n][..., None] > 0, error_nsk / spread_ns[acts_n][..., None], 0.0)
+            row_gains.append(row_gain(sweep.grid, spread_ns[acts_n]).repeat_interleave(own_nsk.shape[2]))
+        errors.append(error_nsk.flatten())
         # In units of p, so that prompts and targets compare.
         own_nk, true_nk = (linearity(sweep.grid, (p_k * x.expm1()).mT).neg / p_k for x in (own_nsk, true_nsk))
         relative.append(((own_nk - true_nk) / true_nk).abs().flatten())
@@ -121,7 +145,8 @@ def measure_noise(
     own, true = torch.cat(own_negs), torch.cat(true_negs)
     sigma = float(torch.cat(errors).square().mean().sqrt())
     neg_error = float(torch.cat(relative).nanmedian())
-    is_resolved = own.abs() > resolution(sweep.grid, sigma)
+    least = row_resolution(torch.cat(row_gains), sigma) if row_gains else resolution(sweep.grid, sigma)
+    is_resolved = own.abs() > least
     agree = (own.sign() == true.sign())[is_resolved]
     return Noise(
         dtype=_name(own_dtype),
@@ -132,11 +157,12 @@ def measure_noise(
         neg_error=neg_error if math.isfinite(neg_error) else None,
         resolved=float(is_resolved.double().mean()),
         signs_agree=float(agree.double().mean()) if len(agree) else None,
+        is_per_row=bool(row_gains),
     )
 
 
-def sigma_of(model: LanguageModel, basis: str, budget: Budget | None = None) -> float:
-    """The standard deviation of the error of Δ log p, for calls of the library; measured once for a model and basis.
+def row_noise(model: LanguageModel, basis: str, budget: Budget | None = None) -> RowNoise:
+    """How far rows are off, for calls of the library; measured once for a model and basis.
 
     On the tokens of the self-check, so that no result depends on what was asked before. In float64 there is no finer
     reference, and it is 0.
@@ -145,24 +171,25 @@ def sigma_of(model: LanguageModel, basis: str, budget: Budget | None = None) -> 
         NonFiniteError, OutOfMemory: as `measure_noise`.
     """
     if model.dtype == torch.float64:
-        return 0.0
-    known = _SIGMAS.setdefault(model, {})
+        return RowNoise()
+    known = _KNOWN.setdefault(model, {})
     if basis not in known:
         ids = check_ids(model.engine.model)
         targets = ids[:_TARGETS]
         prompt = EncodedPrompt(Prompt("of the self-check", "-", ("-",) * len(targets)), ids, targets)
         neurons = chosen_neurons(NeuronsConfig(), model.feed_forward.layer_neurons)
         sweep = Sweep(adaptive_grid(), basis)
-        known[basis] = measure_noise(model, [prompt], neurons, sweep, budget or budget_of(model)).sigma
+        found = measure_noise(model, [prompt], neurons, sweep, budget or budget_of(model))
+        known[basis] = RowNoise(found.sigma, found.is_per_row)
     return known[basis]
 
 
 def _delta_log_p(
     model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, sweep: Sweep, dtype: torch.dtype, budget: Budget
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Δ log p [n, S, K], p [K] and whether neurons act on the prompt [n], in float64 on the CPU.
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Δ log p [n, S, K], how far logits spread [n, S], p [K] and whether neurons act on the prompt [n].
 
-    The model computes in `dtype`.
+    In float64 on the CPU; the model computes in `dtype`. Spreads are None where errors do not depend on them.
     """
     layers = model.feed_forward.layers
     with nullcontext() if dtype == model.dtype else in_precision(model.model, layers, dtype):
@@ -170,15 +197,20 @@ def _delta_log_p(
         sites = interventions.sites(neurons.layers)
         place_n, p_k = interventions.slots(sites).places_of(neurons), interventions.probability_k.double().cpu()
         found_nsk = torch.zeros(len(neurons), len(sweep.grid.shifts), len(p_k), dtype=torch.float64)
+        spread_ns: Tensor | None = None
         start = 0
         for site in sites:
             stop = start + len(interventions.activation[site])
             of_set = np.flatnonzero((place_n >= start) & (place_n < stop))
             if len(of_set):
                 own_n = torch.from_numpy(place_n[of_set] - start)
-                found_nsk[of_set] = curves(interventions, site, own_n, sweep, budget)[0].cpu().double()
+                own_nsk, _, own_ns = curves(interventions, site, own_n, sweep, budget)
+                found_nsk[of_set] = own_nsk.cpu().double()
+                if own_ns is not None:
+                    spread_ns = found_nsk.new_zeros(found_nsk.shape[:2]) if spread_ns is None else spread_ns
+                    spread_ns[of_set] = own_ns.cpu().double()
             start = stop
-        return found_nsk, p_k, torch.from_numpy(place_n >= 0)
+        return found_nsk, spread_ns, p_k, torch.from_numpy(place_n >= 0)
 
 
 def _few_that_act(model: LanguageModel, prompt: EncodedPrompt, neurons: NeuronSet, basis: str) -> NeuronSet:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,11 @@ class Baseline:
     reference: int
     factor: float
     uncapped_v: Tensor
+
+    def to(self, dtype: torch.dtype) -> Baseline:
+        """The same in another precision."""
+        logits_v, p_v, uncapped_v = (own.to(dtype) for own in (self.logits_v, self.p_v, self.uncapped_v))
+        return replace(self, logits_v=logits_v, p_v=p_v, uncapped_v=uncapped_v)
 
 
 class Readout:
@@ -159,27 +164,43 @@ class Readout:
         Raises:
             NonFiniteError: NaN or infinity after an intervention.
         """
-        # On a CPU a few rows at a time: they stay in the processor's cache from step to step.
-        at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
-        parts = torch.split(difference_rv, at_once)
-        return torch.cat([self._delta_log_p(baseline, part, target_ids) for part in parts])
-
-    def _delta_log_p(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
-        delta_rv = at_least_float32(difference_rv)
         bias = getattr(self._head, "bias", None)
         if bias is not None:
             # The head added it to the differences too. What rounding that leaves is far below that of the layers.
-            delta_rv = delta_rv.sub_(bias)
+            difference_rv = at_least_float32(difference_rv).sub_(bias)
+        return self.differences_read(baseline, difference_rv, target_ids)[0]
+
+    def differences_read(
+        self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Δ log p of the targets [R, K], from differences of the head's output without its bias; may overwrite them.
+
+        Beside it the root mean square of each row's differences of logits [R].
+
+        Raises:
+            NonFiniteError: NaN or infinity after an intervention.
+        """
+        # On a CPU a few rows at a time: they stay in the processor's cache from step to step.
+        at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
+        parts = [self._delta_log_p(baseline, part, target_ids) for part in torch.split(difference_rv, at_once)]
+        return torch.cat([found for found, _ in parts]), torch.cat([spread for _, spread in parts])
+
+    def _delta_log_p(
+        self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        delta_rv = at_least_float32(difference_rv)
         if baseline.factor != 1:
             delta_rv = delta_rv.mul_(baseline.factor)
         if self._cap is not None:
             after_rv = torch.tanh((baseline.uncapped_v + delta_rv) / self._cap)
             slope_rv = 1 - torch.tanh(baseline.uncapped_v / self._cap) * after_rv
             delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(slope_rv)
+        spread_r = torch.linalg.vector_norm(delta_rv, dim=1) / math.sqrt(delta_rv.shape[1])
         relative_rv = delta_rv - delta_rv[:, baseline.reference, None]
         target_rk = relative_rv[:, list(target_ids)]
         # expm1 of the reference is zero exactly, so it needs no leaving out.
-        rest_r = relative_rv.expm1_() @ baseline.p_v
+        # By sums of sums: a product with p adds the whole vocabulary up one by one, which costs digits (`head.py`).
+        rest_r = relative_rv.expm1_().mul_(baseline.p_v).sum(1)
         found_rk = target_rk - rest_r.log1p()[:, None]
         is_beyond_r = ~found_rk.isfinite().all(1)
         if is_beyond_r.any():
@@ -189,4 +210,4 @@ class Readout:
             found_rk[is_beyond_r] = (after_rv - before_v)[:, list(target_ids)]
             if not found_rk.isfinite().all():
                 raise NonFiniteError(f"{baseline.who}: NaN or infinity in logits after an intervention")
-        return found_rk
+        return found_rk, spread_r

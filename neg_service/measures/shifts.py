@@ -63,9 +63,14 @@ class Grid:
         weights = self.weights
         return float(np.sqrt((weights**2).sum() + weights.sum() ** 2))
 
-    def noise_gain_of(self, n_shifts: int) -> float:
-        """The same of a curve of which so many shifts were run: in the place of an interpolation perhaps all."""
-        return self.noise_gain if n_shifts < len(self.evaluated) else Grid(self.evaluated, self.evaluated).noise_gain
+    @property
+    def share_of_largest(self) -> float:
+        """The error of a NEG over that of the largest Δp, where errors are a share of effects, as large as shifts."""
+        return float((np.abs(self.weights) @ np.abs(self.shifts)) / np.abs(self.evaluated).max())
+
+    def stage_of(self, n_shifts: int) -> Grid:
+        """What a curve was evaluated by of which so many shifts were run: in the place of an interpolation all."""
+        return self if n_shifts < len(self.evaluated) else Grid(self.evaluated, self.evaluated)
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,10 @@ class AdaptiveGrid:
         """The shifts of the first two stages without slopes: enough to say what rounding does to a curve."""
         return _interpolated(self.stages[1].shifts, self.evaluated)
 
-    def noise_gain_of(self, n_shifts: int) -> float:
-        """`Grid.noise_gain` of the stage that has so many shifts."""
-        stages = (*self.stages, self.full)
-        return next(stage.noise_gain for stage in stages if len(stage.shifts) >= n_shifts)
+    def stage_of(self, n_shifts: int) -> Grid:
+        """What a curve was evaluated by of which so many shifts were run, two of them perhaps for its slope."""
+        stages = [stage for stage in (*self.stages, self.full) if len(stage.shifts) <= n_shifts]
+        return stages[-1]
 
 
 @dataclass(frozen=True)

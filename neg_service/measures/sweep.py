@@ -22,6 +22,7 @@ from torch import Tensor
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig
+from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.base import ShardInput
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
 from neg_service.measures.curves import SweepResult, sweep_prompt
@@ -39,11 +40,12 @@ _SPEAK_SECONDS = 30.0
 
 
 def sweep_rows(
-    shard: ShardInput, sweep: Sweep, sigma: float, keep_curves: bool
+    shard: ShardInput, sweep: Sweep, noise: RowNoise, keep_curves: bool
 ) -> Iterator[tuple[int, dict[str, pa.Table]]]:
     """The tables `prompts` and `sweep` of each prompt, by its index.
 
-    sigma: standard deviation of the error of Δ log p, see `noise.py`.
+    Raises:
+        ModelError: the noise of the run was measured with an engine of another kind.
     """
     model, neurons = shard.model, shard.neurons
     sizes = model.feed_forward
@@ -63,11 +65,11 @@ def sweep_rows(
                 # Of a list each is told, also where a prompt does not use its expert.
                 own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
-            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, sigma, progress.add)
+            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, noise, progress.add)
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
-            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, sigma)
+            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise)
             of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
             yield index, {**of_prompt, "sweep": table}
 
@@ -87,11 +89,11 @@ def _table(
     sweep: Sweep,
     neurgrad_kn: Tensor,
     probability_k: Tensor,
-    sigma: float,
+    noise: RowNoise,
 ) -> pa.Table:
     """Rows by target, then neuron."""
     model = shard.model
-    evaluated, noise_k = found.evaluated, sigma * probability_k.double()
+    evaluated, noise_k = found.evaluated, noise.sigma * probability_k.double()
     values = evaluated.linearity_nk
     n, k = values.neg.shape
     neg_kn = values.neg.T
@@ -114,7 +116,7 @@ def _table(
         probability=_column(probability_k[:, None].expand(k, n)),
         activation=_column(found.activation_n.expand(k, n)),
         neg=_column(neg_kn),
-        neg_error=_column(evaluated.error(noise_k, probability_k.dtype).T),
+        neg_error=_column(evaluated.error(noise_k, torch.promote_types(model.dtype, torch.float32)).T),
         n_shifts=np.tile(evaluated.n_shifts_n.cpu().numpy().astype(np.int32), k),
         r=_column(values.r.T),
         r2=_column(values.r2.T),

@@ -20,7 +20,8 @@ from neg_service.models.configuration import is_masked_architecture
 from neg_service.models.cpu_product import CpuProduct
 from neg_service.models.dimensions import context_length, row_values, steady_temperature, vocabulary
 from neg_service.models.engines.base import Engine, LoadedModel, Rows
-from neg_service.models.engines.select import Selection, select_engine
+from neg_service.models.engines.difference_products import EXACT
+from neg_service.models.engines.select import AUTO, Selection, select_engine
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
 from neg_service.models.onednn import use_onednn
@@ -41,11 +42,15 @@ class LanguageModel:
         identity: str = "unknown",
         dequantised: Dequantised | None = None,
         cpu_product: CpuProduct | None = None,
+        engine: str = AUTO,
+        products: str = EXACT,
     ) -> None:
         """Wrap a loaded model; its parameters are frozen.
 
         dequantised: what they were made from, if quantised. cpu_product: what was chosen to multiply them, where there
         is a choice.
+
+        engine, products: see `load_model`.
 
         Raises:
             ModelError: an architecture whose neurons are not known, or a masked model without a mask token.
@@ -62,6 +67,7 @@ class LanguageModel:
         self.is_masked = is_masked_architecture(type(model).__name__)
         self.n_input_ids, self.n_output_ids = vocabulary(model)
         self.mask_token: int | None = mask_token_of(tokenizer, name, self.n_input_ids) if self.is_masked else None
+        self._engine, self._products = engine, products
         self._selection: Selection | None = None
 
     @property
@@ -109,21 +115,19 @@ class LanguageModel:
         if self._selection is None:
             self._selection = self._selected()
             for name, reason in self._selection.rejected.items():
-                log.info(
-                    "%s: runs as %s, which is slower than %s: %s", self.name, self._selection.engine.name, name, reason
-                )
+                log.info("%s: runs as %s, not as %s: %s", self.name, self._selection.engine.name, name, reason)
         return self._selection
 
     def _selected(self) -> Selection:
         try:
-            return select_engine(self._loaded)
+            return select_engine(self._loaded, self._engine)
         except ModelError as refusal:
             if self.cpu_product is None or self.cpu_product.name == "torch":
                 raise
             log.warning("%s: checked again without oneDNN, with which it was refused: %s", self.name, refusal)
         use_onednn(self.model, False)
         self.cpu_product = CpuProduct("torch", "with oneDNN the model fails its self-check")
-        return select_engine(self._loaded)
+        return select_engine(self._loaded, self._engine)
 
     def use_product(self, name: str) -> None:
         """Multiply by `torch` or `onednn`, as another copy of this model did; by `onednn` only where it is right."""
@@ -149,8 +153,8 @@ class LanguageModel:
     def forget_prefixes(self) -> None:
         """Free the memory of shared prefixes that are kept for prompts to come."""
         if self._selection is not None:
-            self._selection.engine.prefixes.forget()
+            self._selection.engine.forget()
 
     @property
     def _loaded(self) -> LoadedModel:
-        return LoadedModel(self.model, self.feed_forward, self.mask_token, self.name)
+        return LoadedModel(self.model, self.feed_forward, self.mask_token, self.name, self._products)

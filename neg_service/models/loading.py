@@ -13,6 +13,7 @@ from neg_service.config import ModelConfig
 from neg_service.errors import ConfigurationError, ModelError, told_by_parameters
 from neg_service.models.configuration import auto_class_of, guarded, read_config, without_weights
 from neg_service.models.cpu_product import choose_product, require_known_product
+from neg_service.models.engines.difference_products import EXACT
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.folder import LocalModel, damaged_json
 from neg_service.models.inspection import require_measurable
@@ -22,6 +23,7 @@ from neg_service.models.placement import checked_devices, device_map, require_ro
 from neg_service.models.quantized import state_of, take_quantization
 from neg_service.models.source import fetch
 from neg_service.models.weights import rehearse, with_weights
+from neg_service.settings import check_fields
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +38,8 @@ def load_model(
     device: str | Sequence[str] = "auto",
     trust_remote_code: bool = False,
     cpu_product: str = "auto",
+    engine: str = "auto",
+    products: str = "exact",
 ) -> LanguageModel:
     """Load a causal or masked language model for measuring.
 
@@ -48,19 +52,25 @@ def load_model(
         trust_remote_code: run Python code that comes with the model; off unless asked for.
         cpu_product: what multiplies matrices in float32 on a CPU: `torch`, `onednn`, or `auto`: what is
             measured to be faster (`cpu_product.py`).
+        engine: how rows of prompts are run: `auto`, the best that passes the self-check, or the name of one; one that
+            does not fit is refused when the model is first measured.
+        products: how differences are multiplied with weights in bfloat16, in sweeps: `exact` or `fast`.
 
     Raises:
         ModelError: nothing usable at `source`, files that the model would not take as they are, or an architecture
             whose neurons are not known.
-        ConfigurationError: an unknown dtype or product, or a device that is not there.
+        ConfigurationError: an unknown dtype, product, engine or kind of products, or a device that is not there.
     """
     # Whatever is no text or path is refused where it is looked for.
-    return loaded(ModelConfig(cast(str, source), revision, dtype, device, trust_remote_code, cpu_product))
+    return loaded(
+        ModelConfig(cast(str, source), revision, dtype, device, trust_remote_code, cpu_product, engine, products)
+    )
 
 
 def loaded(settings: ModelConfig) -> LanguageModel:
     """`load_model` for those who have settings, under whose keys it refuses what cannot be."""
     chosen_dtype = checked_dtype(settings.dtype)
+    check_engine_settings(settings)
     devices = checked_devices(settings.device)
     require_known_product(settings.cpu_product)
     trust_remote_code = settings.trust_remote_code
@@ -96,6 +106,8 @@ def loaded(settings: ModelConfig) -> LanguageModel:
         identity=local.identity,
         dequantised=quantization.dequantised(tensors) if quantization else None,
         cpu_product=choose_product(model, settings.cpu_product) if devices[0].type == "cpu" else None,
+        engine=settings.engine,
+        products=settings.products,
     )
 
 
@@ -123,6 +135,22 @@ def checked_dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigurationError(setting="model.dtype", value=dtype, allowed=f"one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def check_engine_settings(settings: ModelConfig) -> None:
+    """Refuse an unknown engine, and products that do not exist for weights of the model's precision.
+
+    Raises:
+        ConfigurationError: naming what there is.
+    """
+    check_fields("model", settings, ("engine", "products"))
+    if settings.products != EXACT and settings.dtype != "bfloat16":
+        raise ConfigurationError(
+            f"there are others of weights in bfloat16 only, not in model.dtype={settings.dtype}",
+            setting="model.products",
+            value=settings.products,
+            allowed=EXACT,
+        )
 
 
 def set_threads(threads: int) -> None:

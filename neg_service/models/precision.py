@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +79,24 @@ def _converted(tensors: list[Tensor], dtype: torch.dtype) -> Callable[[], None]:
     return put_back
 
 
+@contextmanager
+def float32_as_asked() -> Iterator[None]:
+    """Let own code have float32 where it asks for it, also in a model that computes in float64 for a moment."""
+    before, _Float32IsFloat64.is_on = _Float32IsFloat64.is_on, False
+    try:
+        yield
+    finally:
+        _Float32IsFloat64.is_on = before
+
+
 class _Float32IsFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whatever asks for float32 gets float64."""
+    """Whatever asks for float32 gets float64, but for what runs in `float32_as_asked`."""
+
+    is_on: ClassVar[bool] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") is torch.float32:
+        if kwargs.get("dtype") is torch.float32 and self.is_on:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 

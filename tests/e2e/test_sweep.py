@@ -54,7 +54,7 @@ def test_shards_change_nothing_and_the_noise_is_in_run_json(arguments: list[str]
     for size in (5, 1):
         run = scan_here(scan_config(*arguments, *SWEPT, f"storage.uri={tmp_path}/{size}", f"job.shard_size={size}"))
         assert run.n_shards == 5 // size
-        assert run.about["engine"] == "shared_prefix"
+        assert run.about["engine"] == "differences"
         noise = run.about["calibration"]["noise"]
         assert noise["reference"] == "float64"
         assert 0 < noise["sigma"] < 1e-5
@@ -85,7 +85,7 @@ def test_replicas_change_nothing_and_all_go_by_one_calibration(
     require_the_same(table, expected)
     (run,) = (tmp_path / "many").iterdir()
     about = json.loads((run / "run.json").read_text())["about"]
-    assert about["engine"] == "shared_prefix"
+    assert about["engine"] == "differences"
     noise, own = about["calibration"]["noise"], here.about["calibration"]["noise"]
     assert noise["reference"] == "float64"
     assert noise["sigma"] > own["sigma"]

@@ -92,7 +92,7 @@ def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.
     few = {name: families_speed.FAMILIES[name] for name in ("Llama 2", "GPT-J", "BERT")}
     monkeypatch.setattr(families_speed, "FAMILIES", few)
     found = families_speed.run(settings)
-    assert [one["engine"] for one in found["families"].values()] == ["shared_prefix", "kv_cache", "full_sequence"]
+    assert [one["engine"] for one in found["families"].values()] == ["differences", "kv_cache", "full_sequence"]
     assert found["bars"][0] == {
         "name": "families that fell off their engine: none", "value": 0, "bar": "<= 0", "reached": True,
     }  # fmt: skip

@@ -33,7 +33,7 @@ NAME = "integrated_gradients"
 # Each engine; a layer that cannot grow rows at its neurons (OPT, BLOOM); one that brings grown rows to another axis
 # (GPT-2); a fused gate (Phi-3); a soft cap (Gemma 2); layers that cannot be begun at (DeBERTa 2).
 ENGINES = {
-    "shared_prefix": ["Llama 2", "GPT-2", "OPT", "Phi-3 and 4", "Gemma 2"],
+    "differences": ["Llama 2", "GPT-2", "OPT", "Phi-3 and 4", "Gemma 2"],
     "kv_cache": ["GPT-J", "BLOOM"],
     "full_sequence": ["BERT", "ModernBERT", "DeBERTa 2 and 3"],
 }

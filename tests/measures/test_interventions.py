@@ -34,7 +34,7 @@ def test_pressure_on_memory_never_stops_a_run_as_if_it_were_a_setting() -> None:
 
 
 def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("Llama 2", torch.float64)
+    model = tiny_model("Llama 2", torch.float64, engine="shared_prefix")
     model.ensure_checked()
     header = " ".join(f"w{i}" for i in range(1, 31))
     # Three prompts with a common beginning that is worth a pass of its own.
@@ -59,7 +59,7 @@ def test_rows_share_what_prompts_begin_with_and_targets_share_the_rows(monkeypat
 
 
 def test_every_batch_has_an_baseline_row_and_layers_below_do_not_run() -> None:
-    model = tiny_model("Llama 2")
+    model = tiny_model("Llama 2", engine="shared_prefix")
     # Measures the noise, too.
     neg_service.neg(model, "w3 w14 w15", " w7", [(1, 2)], [1.0])
     model.forget_prefixes()

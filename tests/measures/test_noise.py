@@ -13,15 +13,17 @@ import torch
 
 import neg_service
 from neg_service.config import NeuronsConfig
-from neg_service.errors import NonFiniteError, OutOfMemory
+from neg_service.errors import ModelError, NonFiniteError, OutOfMemory
 from neg_service.measures import interventions
 from neg_service.measures.noise import measure_noise, resolution
 from neg_service.measures.shifts import Sweep, full_grid
 from neg_service.models.batches import Budget
+from neg_service.models.precision import in_precision
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tokens import encode
 from tests.refusals import refused
+from tests.shards import measured_shard
 from tests.sweeps import PROMPTS, SHIFTS, sweep_of, swept
 from tests.tiny_models import tiny_model
 
@@ -43,7 +45,7 @@ def test_a_neg_below_the_resolution_has_no_sign() -> None:
 def test_noise_is_measured_and_low_precision_is_marked() -> None:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = tiny_model("Llama 2", dtype)
+        model = tiny_model("Llama 2", dtype, engine="shared_prefix")
         neurons = NeuronsConfig(choose="sample", count=9)
         encoded = list(encode(model.tokenizer, PROMPTS, None))
         found[dtype] = sweep_of().calibrate(model, encoded, neurons)["noise"]
@@ -59,7 +61,7 @@ def test_noise_is_measured_and_low_precision_is_marked() -> None:
 
 
 def test_sigma_is_the_spread_of_the_error_against_float64() -> None:
-    model = tiny_model("Llama 2")
+    model = tiny_model("Llama 2", engine="shared_prefix")
     exact = tiny_model("Llama 2", torch.float64)
     pairs = [(layer, n) for layer in range(3) for n in range(4)]
     (encoded,) = encode(model.tokenizer, [Prompt("a", PROMPTS[0].text, (" w7",))], None)
@@ -72,6 +74,46 @@ def test_sigma_is_the_spread_of_the_error_against_float64() -> None:
     assert noise.sigma == pytest.approx(np.std(error[0] - error[1]), rel=0.5)
     square = 2 * sum((s / 10) ** 2 for s in range(1, 21))
     assert resolution(full_grid(), 0.1) == pytest.approx(2 * 0.1 / np.sqrt(square))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products", "error"),
+    [(torch.float32, "exact", 1e-5), (torch.bfloat16, "exact", 1e-5), (torch.bfloat16, "fast", 2e-2)],
+)
+def test_of_differences_the_noise_is_a_share_of_each_row_and_resolved_negs_have_their_sign(
+    dtype: torch.dtype, products: str, error: float
+) -> None:
+    model = tiny_model("Llama 2", dtype, products=products)
+    encoded = list(encode(model.tokenizer, PROMPTS, None))
+    neurons = NeuronsConfig(choose="sample", count=9)
+    # More of them, and others.
+    swept_neurons = NeuronsConfig(choose="sample", count=20, seed=1)
+    noise = sweep_of(shifts=SHIFTS).calibrate(model, encoded, neurons)["noise"]
+    # Against float64 over the same weights, whatever their precision.
+    assert noise["is_per_row"]
+    assert noise["reference"] == "float64"
+    assert noise["sigma"] < error
+    assert noise["neg_error"] < error
+    found = measured_shard(sweep_of(shifts=SHIFTS), model, PROMPTS, swept_neurons, {"noise": noise})["sweep"]
+    with in_precision(model.model, model.feed_forward.layers, torch.float64):
+        exact = measured_shard(sweep_of(shifts=SHIFTS), model, PROMPTS, swept_neurons, {"noise": noise})["sweep"]
+    own, true, least = (np.array(own) for own in (found["neg"], exact["neg"], found["resolution"]))
+    np.testing.assert_array_equal(found["is_resolved"], np.abs(own) > least)
+    is_resolved = found["is_resolved"].to_numpy(zero_copy_only=False)
+    assert is_resolved.mean() > 0.9
+    assert (np.sign(own) == np.sign(true))[is_resolved].mean() >= 0.99
+    # It is neither far too small nor far too large.
+    assert (np.abs(own - true) < least + 1e-7 * np.abs(true)).mean() > 0.9
+    assert np.median(least / np.maximum(np.abs(own - true), 1e-12)) < 300
+    # Of weak neurons it is small, and not the same for all.
+    assert least.max() > 20 * least.min()
+
+
+def test_a_run_whose_noise_is_per_row_does_not_go_on_with_rows() -> None:
+    model = tiny_model("Llama 2", engine="shared_prefix")
+    noise = {"noise": {"sigma": 1e-6, "is_per_row": True}}
+    with refused(ModelError, "model.engine", says="runs as shared_prefix"):
+        measured_shard(sweep_of(shifts=SHIFTS), model, PROMPTS, NeuronsConfig(), noise)
 
 
 def test_prompts_with_bad_logits_are_named_and_skipped_by_the_noise_check() -> None:

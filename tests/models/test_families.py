@@ -139,12 +139,13 @@ def test_an_error_leaves_a_model_as_it_was(family: str) -> None:
     def fail(*_args: object) -> None:
         raise KeyError("in the last layer")
 
-    # In a gradient, in a sweep that resumes at layer 1, and in a joint intervention.
+    # In a gradient, before a sweep, in one that resumes at layer 1, and in a joint intervention.
     edits = [{"neurons": [(1, 5)], "shift": 1.0}]
-    interventions = Interventions(model, _encoded(model, text), "paper")
+    interventions = Interventions(model, _encoded(model, text), "paper", by_rows=True)
     handle = layers[-1].register_forward_pre_hook(fail)
     for broken in (
         measure,
+        lambda: Interventions(model, _encoded(model, text), "paper"),
         lambda: interventions.delta_log_p(Site(1), torch.tensor([5]), torch.tensor([1.0]), Budget(2**28)),
         lambda: neg_service.intervene(model, [text], targets, edits),
     ):

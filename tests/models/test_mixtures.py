@@ -158,8 +158,8 @@ def _changes(family: str) -> list[float]:
 
 
 def test_sinks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = prefix_attention._View
-    monkeypatch.setattr(prefix_attention, "_View", lambda *parts: real(*parts[:-1], None))
+    real = prefix_attention.View
+    monkeypatch.setattr(prefix_attention, "View", lambda *parts: real(*parts[:-1], None))
     assert is_seen(lambda: neurgrad_deviation("gpt-oss", "paper", LENGTHS))
     assert not isinstance(tiny_mixture("gpt-oss").engine, SharedPrefixEngine)
 

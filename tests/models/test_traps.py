@@ -21,13 +21,13 @@ import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
 from neg_service.measures.gradients import gradients
-from neg_service.measures.interventions import Interventions
+from neg_service.measures.interventions import Changes, Interventions
 from neg_service.measures.readout import Readout
 from neg_service.models.batches import Budget, group_by_prefix
 from neg_service.models.engines import prefix_attention, shared_prefix
+from neg_service.models.engines.differences import DifferencesEngine
 from neg_service.models.engines.frozen_cache import _FrozenAttention
 from neg_service.models.engines.full_sequence import FullSequenceRows
-from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.feed_forward import Mlp, Site
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.start_at_layer import start_at_layer
@@ -43,7 +43,7 @@ SEEN = 1e-3
 WINDOWED = [
     name
     for name, family in FAMILIES.items()
-    if family.engine is SharedPrefixEngine and getattr(family.config().get_text_config(), "sliding_window", None)
+    if family.engine is DifferencesEngine and getattr(family.config().get_text_config(), "sliding_window", None)
 ]
 ABSOLUTE_OR_ROTARY = ["GPT-2", "OPT", "Llama 2", "GPT-NeoX (Pythia)"]
 FUSED = ["Phi-3 and 4", "Phi-4-mini", "GLM", "GLM-4", "ModernBERT"]
@@ -72,7 +72,7 @@ def test_positions_shifted_by_padding(family: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("family", ["Llama 2", "GPT-2", "Gemma 2"])
 def test_padding_that_is_attended_to(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_attention.RowPass, "_hidden_keys", lambda self, window, device: (None, None))
+    monkeypatch.setattr(prefix_attention.RowPass, "hidden_keys", lambda self, window, device: (None, None))
     assert neurgrad_deviation(family, "paper", LENGTHS) > SEEN
 
 
@@ -183,8 +183,9 @@ def test_adding_to_the_residual_is_right_without_such_a_norm(monkeypatch: pytest
     assert sweep_deviation("Llama 2", "hidden") < 1e-6
 
 
-def _on_the_residual(self: Interventions, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> tuple[Tensor, None]:
+def _on_the_residual(self: Interventions, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> Changes:
     n_rows, own = len(shifts_r) + 1, self._layers[site.layer]
+    inputs, output_structures = self._layer_inputs
     columns_rd = own.get_submodule("mlp.down_proj").weight.T[neurons_r] * shifts_r[:, None]
 
     def add(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -193,12 +194,12 @@ def _on_the_residual(self: Interventions, site: Site, neurons_r: Tensor, shifts_
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = own.register_forward_hook(add)
-    stored = self.rows.expand_rows(self._inputs[site.layer], n_rows)
-    started = start_at_layer(self._layers, site.layer, stored, self._output_structures)
+    stored = self.rows.expand_rows(inputs[site.layer], n_rows)
+    started = start_at_layer(self._layers, site.layer, stored, output_structures)
     with torch.no_grad(), started, self._readout.differences([n_rows]) as head_rv:
         self.rows.run([n_rows])
     handle.remove()
-    return self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids), None
+    return Changes(self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids))
 
 
 def test_dropout_that_is_left_on() -> None:
@@ -244,8 +245,8 @@ def test_a_header_split_where_its_text_ends(smollm2: LanguageModel) -> None:
 
 
 def _change_the_view(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-    real = prefix_attention._View
-    monkeypatch.setattr(prefix_attention, "_View", lambda *given: change(real(*given)))
+    real = prefix_attention.View
+    monkeypatch.setattr(prefix_attention, "View", lambda *given: change(real(*given)))
 
 
 def _added(output: Any, column: torch.Tensor) -> Any:

@@ -128,13 +128,13 @@ def angles_of_the_wrong_layer_kind(patch: Patch) -> None:
 
 def view_without(name: str, value: Any = None) -> Callable[[Patch], None]:
     def spring(patch: Patch) -> None:
-        real = prefix_attention._View
+        real = prefix_attention.View
 
         def other(*given: Any) -> Any:
             view = real(*given)
             return view.__class__(**{**view.__dict__, name: value(view) if callable(value) else value})
 
-        patch.setattr(prefix_attention, "_View", other)
+        patch.setattr(prefix_attention, "View", other)
 
     return spring
 
@@ -145,7 +145,7 @@ def positions_by_row_index(patch: Patch) -> None:
 
 
 def padding_that_is_attended_to(patch: Patch) -> None:
-    patch.setattr(prefix_attention.RowPass, "_hidden_keys", lambda self, window, device: (None, None))
+    patch.setattr(prefix_attention.RowPass, "hidden_keys", lambda self, window, device: (None, None))
 
 
 def nothing_but_nan(patch: Patch) -> None:

@@ -118,10 +118,12 @@ class NeuronSweep(Measure[SweepOptions]):
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then neuron."""
+        from neg_service.measures.adaptive import RowNoise
         from neg_service.measures.sweep import sweep_rows
 
-        sigma = float(shard.calibration["noise"]["sigma"])
-        return sweep_rows(shard, self._sweep, sigma, self.options.keep_curves)
+        noise = shard.calibration["noise"]
+        of_rows = RowNoise(float(noise["sigma"]), bool(noise.get("is_per_row", False)))
+        return sweep_rows(shard, self._sweep, of_rows, self.options.keep_curves)
 
     @property
     def _sweep(self) -> Sweep:

@@ -19,7 +19,7 @@ Axes: R rows, V vocabulary, F features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -38,8 +38,9 @@ from neg_service.models.dimensions import (
     slope_values,
     token_values,
 )
+from neg_service.models.engines.difference_program import Differences
 from neg_service.models.experts import own_experts, plain_experts
-from neg_service.models.feed_forward import FeedForward
+from neg_service.models.feed_forward import FeedForward, Point, Site
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -121,12 +122,16 @@ class RowSizes:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What engines need of a model: its modules, where its neurons are, and its mask token if it is a masked one."""
+    """What engines need of a model: its modules, where its neurons are, and its mask token if it is a masked one.
+
+    products: how differences are multiplied with weights in low precision; see `difference_products.py`.
+    """
 
     module: PreTrainedModel
     feed_forward: FeedForward
     mask_token: int | None = None
     name: str = "model"
+    products: str = "exact"
 
     @property
     def read_at(self) -> str:
@@ -246,6 +251,16 @@ class KeptPrefixes(Generic[T]):
 
         return max((len(ids) for ids, _ in self._kept if serves(ids)), default=0)
 
+    def differences(self, rows: Rows, prompt: Ids, shared: Ids, points: Mapping[Site, Point]) -> Differences | None:
+        """A prompt, whose `rows` these are, for shifts of single neurons at `points` by difference arithmetic.
+
+        None of engines without it.
+
+        Raises:
+            MismatchError: the model is not as the engine needs it.
+        """
+        return None
+
     def forget(self) -> None:
         """Free their memory."""
         self._kept = []
@@ -263,6 +278,7 @@ class Engine(ABC):
     reads_at: at which tokens it can read. shares_prefixes: prompts' common beginnings may run once for all.
     runs_prompts_together: rows of several prompts may be in one batch.
     targets_share_rows: a prompt's targets are read, and differentiated, from one row.
+    refines: the engine of which it is a kind that runs shifts of single neurons better, and all else alike.
     """
 
     name: ClassVar[str]
@@ -272,6 +288,7 @@ class Engine(ABC):
     shares_prefixes: ClassVar[bool]
     runs_prompts_together: bool
     targets_share_rows: ClassVar[bool]
+    refines: ClassVar[type[Engine] | None] = None
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
@@ -315,6 +332,20 @@ class Engine(ABC):
     def shared_prefix(self, ids: Ids) -> Any:
         """What `run_shared` gives, of the last few prefixes without running them again."""
         return self.prefixes.of(ids, self.run_shared)
+
+    def differences(self, rows: Rows, prompt: Ids, shared: Ids, points: Mapping[Site, Point]) -> Differences | None:
+        """A prompt, whose `rows` these are, for shifts of single neurons at `points` by difference arithmetic.
+
+        None of engines without it.
+
+        Raises:
+            MismatchError: the model is not as the engine needs it.
+        """
+        return None
+
+    def forget(self) -> None:
+        """Free the memory of shared prefixes that are kept for prompts to come."""
+        self.prefixes.forget()
 
     def rows(self, prompts: Sequence[Ids], shared: Ids = ()) -> Rows:
         """Prompts' rows, each as `split` makes it."""

@@ -90,7 +90,7 @@ def logits_deviation(engine: Engine, ids: tuple[int, ...]) -> float:
         for _ in range(1 if n_shared else 2):
             for own_rv, plain_v in zip(torch.split(rows.run(counts), counts), plain, strict=True):
                 worst = max(worst, deviation_of(own_rv, plain_v))
-    engine.prefixes.forget()
+    engine.forget()
     return worst
 
 

@@ -57,14 +57,14 @@ class FrozenPrefix:
     values_bgtd: dict[int, Tensor] = field(default_factory=dict)
 
 
-class _Pass(Protocol):
-    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
+class AttentionPass(Protocol):
+    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: View) -> Tensor:
         """The attention output [1, tokens, H, D] of one layer."""
         ...
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """What a layer's attention does beyond a plain product."""
 
     scaling: float
@@ -76,7 +76,7 @@ class _View:
     sinks: Tensor | None = None
 
 
-_PASS: ContextVar[_Pass] = ContextVar("neg_service_pass")
+_PASS: ContextVar[AttentionPass] = ContextVar("neg_service_pass")
 
 
 def _attention(
@@ -96,7 +96,7 @@ def _attention(
         if beyond.get(name) is not None:
             raise ModelError(f"{type(module).__name__} has {name}, which rows over a shared prefix cannot express")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    view = _View(scaling, sliding_window, softcap, _chunk(module), s_aux)
+    view = View(scaling, sliding_window, softcap, _chunk(module), s_aux)
     layer: int = module.layer_idx  # type: ignore[assignment]
     return _PASS.get().attend(layer, (query, key, value), view), None
 
@@ -112,7 +112,7 @@ def _chunk(module: Any) -> int | None:
 
 
 @contextmanager
-def running(model: PreTrainedModel, attention_pass: _Pass) -> Iterator[None]:
+def running(model: PreTrainedModel, attention_pass: AttentionPass) -> Iterator[None]:
     """Let `attention_pass` be the model's attention, and put the model back as it was, also after an error."""
     before = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
@@ -162,7 +162,7 @@ class PrefixPass:
         self.packing = _Packing(prefix.own_lengths)
         self._masks: dict[tuple[int | None, int | None, torch.device], Tensor] = {}
 
-    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
+    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: View) -> Tensor:
         q_bhtd, k_bgtd, v_bgtd = (self.packing.pad(x) for x in qkv)
         self.prefix.keys_bgtd[layer], self.prefix.values_bgtd[layer] = _alone(k_bgtd), _alone(v_bgtd)
         shared = self.prefix.shared
@@ -172,7 +172,7 @@ class PrefixPass:
             v_bgtd = torch.cat([shared.values_gcd[layer].expand(b, -1, -1, -1), v_bgtd], 2)
         return self.packing.unpad(self._product(q_bhtd, k_bgtd, v_bgtd, view))
 
-    def _product(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, view: _View) -> Tensor:
+    def _product(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, view: View) -> Tensor:
         mask = self._mask(view, q_bhtd.device)
         heads_a_group = q_bhtd.shape[1] // k_bgsd.shape[1]
         if view.softcap is None and view.sinks is None:
@@ -197,7 +197,7 @@ class PrefixPass:
             return torch.cat([scores, sinks_bht1], -1).softmax(-1)[..., :-1].to(v_bhsd.dtype) @ v_bhsd
         return scores.softmax(-1).to(v_bhsd.dtype) @ v_bhsd
 
-    def _mask(self, view: _View, device: torch.device) -> Tensor | None:
+    def _mask(self, view: View, device: torch.device) -> Tensor | None:
         """Which of the C + T keys each of the T own tokens sees; None where that is plainly causal.
 
         Padding needs no mask: it lies behind every real token of its prompt.
@@ -226,13 +226,13 @@ class RowPass:
         self.packing = _Packing(rows)
         self._hidden: dict[tuple[int | None, int | None, torch.device], tuple[Tensor | None, Tensor | None]] = {}
 
-    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: _View) -> Tensor:
+    def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: View) -> Tensor:
         q_bhjd, k_bgjd, v_bgjd = (self.packing.pad(x) for x in qkv)
         b, h, j, d = q_bhjd.shape
         g = k_bgjd.shape[1]
         # The query heads that share a key/value head become one axis of rows, X = H/G * J.
         q_bgxd = (q_bhjd * view.scaling).reshape(b, g, h // g * j, d)
-        shared_hidden, own_hidden = self._hidden_keys(view, q_bhjd.device)
+        shared_hidden, own_hidden = self.hidden_keys(view, q_bhjd.device)
 
         scores: list[Tensor] = []
         values: list[Tensor] = []
@@ -269,7 +269,7 @@ class RowPass:
                 out_bgxd = out_bgxd + weight_bgxs @ value
         return self.packing.unpad(out_bgxd.reshape(b, h, j, -1))
 
-    def _hidden_keys(self, view: _View, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def hidden_keys(self, view: View, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Shared keys [B, C] and own keys [B, T] that a prompt's last token may not see; None: it sees all."""
         window, chunk = view.window, view.chunk
         if (window, chunk, device) not in self._hidden:

@@ -1,13 +1,14 @@
-"""Which engine runs a model: the fastest one that takes it and passes the self-check.
+"""Which engine runs a model: the fastest one that takes it and passes the self-check, or the one that is asked for.
 
 What its configuration rules out is refused without weights (`candidates`); the rest is tried on the loaded model
 (`select_engine`), where an engine that gives other numbers than the plain model is not used. Where none is left the
-model is refused.
+model is refused. An engine that refines another (`Engine.refines`) is tried once that one has passed, whose check holds
+for both; where it does not fit the other one stays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
@@ -15,6 +16,8 @@ from neg_service.errors import ModelError, one_line
 from neg_service.memory import is_out_of_memory
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
 from neg_service.models.engines.comparisons import CHECK_TOKENS
+from neg_service.models.engines.difference_check import differences_deviation
+from neg_service.models.engines.differences import DifferencesEngine
 from neg_service.models.engines.full_sequence import FullSequenceEngine, UnpaddedEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.recurrent_state import RecurrentStateEngine
@@ -23,6 +26,7 @@ from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 
 # The fastest first.
 ENGINES: tuple[type[Engine], ...] = (
+    DifferencesEngine,
     SharedPrefixEngine,
     KeyValueCacheEngine,
     RecurrentStateEngine,
@@ -30,10 +34,16 @@ ENGINES: tuple[type[Engine], ...] = (
     UnpaddedEngine,
 )
 
+AUTO = "auto"
+_DOES_NOT_RUN = (MemoryError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
+
 
 @dataclass(frozen=True)
 class Selection:
-    """The engine that was chosen, what the self-check found of it, and why each faster one is not it, by name."""
+    """The engine that was chosen, what the self-check found of it, and why each faster one is not it, by name.
+
+    Of one that would have refined the engine it says so, too.
+    """
 
     engine: Engine
     check: SelfCheck
@@ -48,34 +58,111 @@ def candidates(model: PreTrainedModel, read_at: str) -> dict[type[Engine], str |
     return {engine: engine.refusal(model) for engine in ENGINES if read_at in engine.reads_at}
 
 
-def select_engine(model: LoadedModel) -> Selection:
-    """Compare engines with the plain model on a few tokens, and choose the first that fits.
+def select_engine(model: LoadedModel, wanted: str = AUTO) -> Selection:
+    """Compare engines with the plain model on a few tokens, and choose the first that fits, or the one that is wanted.
 
     Raises:
         ModelError: no engine fits; for each, a deviation beyond its tolerance, or why it does not run.
     """
     check_plain(model)
+    tried = candidates(model.module, model.read_at)
+    finer = {kind.refines: kind for kind in tried if kind.refines is not None}
+    if wanted != AUTO:
+        tried = _asked_for(model, tried, wanted)
     rejected: dict[str, str] = {}
-    for kind, refusal in candidates(model.module, model.read_at).items():
+    for kind, refusal in tried.items():
+        if kind.refines is not None:
+            continue
         if refusal is not None:
             rejected[kind.name] = refusal
             continue
-        engine = kind(model)
-        try:
-            return Selection(engine, check_engine(engine), rejected)
-        except MismatchError as error:
-            rejected[kind.name] = str(error)
-        except (MemoryError, TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise ModelError(
-                    f"self-check of {name_of(model)}: the graph of {CHECK_TOKENS} tokens does not fit into the "
-                    f"memory of {model.device} beside the weights: use a larger device, or a smaller model.source "
-                    "or model.dtype",
-                    change="model.source",
-                ) from error
-            own = "" if model.module._supports_attention_backend else "its attention is code of its own; "
-            rejected[kind.name] = f"{own}does not run: {one_line(error)}"
+        found = _tried(kind(model), rejected)
+        if found is None:
+            continue
+        if kind in finer and wanted in (AUTO, finer[kind].name):
+            found = _refined(found, finer[kind])
+        if wanted not in (AUTO, found.engine.name):
+            rejected = found.rejected
+            break
+        return found
     reasons = "; ".join(f"{engine}: {reason}" for engine, reason in rejected.items())
+    if wanted != AUTO:
+        raise ModelError(
+            f"{name_of(model)}: {reasons}", setting="model.engine", value=wanted, allowed=f"{AUTO}, or one that fits"
+        )
     raise ModelError(
         f"self-check of {name_of(model)}: {reasons}: choose another model.source or model.dtype", change="model.source"
+    )
+
+
+def _asked_for(
+    model: LoadedModel, tried: dict[type[Engine], str | None], wanted: str
+) -> dict[type[Engine], str | None]:
+    """The engine that is wanted, and the one that it refines; what refuses it refuses both.
+
+    Raises:
+        ModelError: it does not read prompts where this model's are read.
+    """
+    asked = next((kind for kind in tried if kind.name == wanted), None)
+    if asked is None:
+        names = ", ".join(kind.name for kind in tried)
+        raise ModelError(
+            f"{name_of(model)} is read at its {model.read_at}", setting="model.engine", value=wanted,
+            allowed=f"{AUTO}, or one of {names}",
+        )  # fmt: skip
+    if (refusal := tried[asked]) is not None:
+        raise ModelError(
+            f"{name_of(model)}: {refusal}", setting="model.engine", value=wanted, allowed=f"{AUTO}, or one that fits"
+        )
+    return {asked.refines or asked: None}
+
+
+def _tried(engine: Engine, rejected: dict[str, str]) -> Selection | None:
+    """The engine if it fits; else why not goes to `rejected`.
+
+    Raises:
+        ModelError: the check does not fit into memory.
+    """
+    model = engine.model
+    try:
+        return Selection(engine, check_engine(engine), rejected)
+    except MismatchError as error:
+        rejected[engine.name] = str(error)
+    except _DOES_NOT_RUN as error:
+        if is_out_of_memory(error):
+            raise _too_large(model) from error
+        own = "" if model.module._supports_attention_backend else "its attention is code of its own; "
+        rejected[engine.name] = f"{own}does not run: {one_line(error)}"
+    return None
+
+
+def _refined(found: Selection, kind: type[Engine]) -> Selection:
+    """The selection with an engine of a finer kind, or, where that does not fit, with why not.
+
+    Raises:
+        ModelError: the check does not fit into memory.
+    """
+    model = found.engine.model
+    reason = kind.refusal(model.module)
+    if reason is None:
+        try:
+            engine = kind(model)
+            deviation, tried = differences_deviation(engine, found.engine)
+            check = replace(found.check, differences=deviation, tried=(*found.check.tried, tried))
+            return Selection(engine, check, found.rejected)
+        except MismatchError as error:
+            reason = str(error)
+        except _DOES_NOT_RUN as error:
+            if is_out_of_memory(error):
+                raise _too_large(model) from error
+            reason = f"does not run: {one_line(error)}"
+    return replace(found, rejected={**found.rejected, kind.name: reason})
+
+
+def _too_large(model: LoadedModel) -> ModelError:
+    return ModelError(
+        f"self-check of {name_of(model)}: the graph of {CHECK_TOKENS} tokens does not fit into the "
+        f"memory of {model.device} beside the weights: use a larger device, or a smaller model.source "
+        "or model.dtype",
+        change="model.source",
     )

@@ -63,6 +63,7 @@ class SelfCheck:
     gradients: of gradients at layers' inputs from the plain model's; None where precision is too low for one.
     finite_difference: of a finite difference from what the gradients say; None likewise.
     experts: of what own code makes of each layer's experts; None of a model without.
+    differences: of differences of logits by difference arithmetic from those of rows, in float64; None without it.
     tried: what was compared with what, for a person. late_expansion: the sites at whose neurons a layer's one row may
     become many. starts_at_layers: a pass may begin at any layer.
     """
@@ -76,6 +77,7 @@ class SelfCheck:
     late_expansion: frozenset[Site]
     starts_at_layers: bool
     tried: tuple[str, ...] = ()
+    differences: float | None = None
 
 
 def check_plain(model: LoadedModel) -> None:
@@ -112,7 +114,7 @@ def check_engine(engine: Engine) -> SelfCheck:
     with in_precision(module, layers, torch.float32) if is_other else nullcontext():
         found = _check_engine(engine, has_gradients=not is_low)
     # What runs on has to be of the model's own precision.
-    engine.prefixes.forget()
+    engine.forget()
     return found
 
 

@@ -77,19 +77,19 @@ class SharedPrefixEngine(Engine):
 
 
 class SharedPrefixRows:
-    """Rows of the last token of each prompt; see `Rows`."""
+    """Rows of the last token of each prompt; see `Rows`. prefix: what they attend to."""
 
     tokens = 1
     targets_share_rows = False
 
     def __init__(self, model: LoadedModel, prefix: FrozenPrefix) -> None:
         self._model = model
-        self._prefix = prefix
+        self.prefix = prefix
         self.sizes = model.row_sizes(1, 1 + len(prefix.shared.ids) + max(prefix.own_lengths))
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`."""
-        return run_last_tokens(self._model, self._prefix, counts)
+        return run_last_tokens(self._model, self.prefix, counts)
 
     def positions(self, counts: Sequence[int]) -> Tensor:
         """See `Rows`; rows travel packed, and nothing else with them."""

@@ -136,8 +136,11 @@ def noise_of_changes(sweep: Run, resolution_i: Doubles, n_shifts_i: Doubles) -> 
         grid = coarse_grid(measure["max_shift"], measure["step"])
     elif measure["grid"] == "adaptive":
         grid = adapted(full, measure["tolerance"])
+    is_per_row = bool(sweep.about["calibration"]["noise"].get("is_per_row"))
     counts, place_i = np.unique(n_shifts_i, return_inverse=True)
-    gains = np.array([grid.noise_gain_of(int(count)) for count in counts])
+    stages = [grid.stage_of(int(count)) for count in counts]
+    # Where errors are a share of effects they grow with shifts: what those of the largest have.
+    gains = np.array([stage.share_of_largest if is_per_row else stage.noise_gain for stage in stages])
     noise_i: Doubles = resolution_i / gains[place_i]
     return noise_i
 

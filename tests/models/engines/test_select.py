@@ -14,6 +14,7 @@ from neg_service import LanguageModel
 from neg_service.errors import ModelError
 from neg_service.models.engines import frozen_cache, full_sequence, shared_prefix
 from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN, Engine
+from neg_service.models.engines.differences import DifferencesEngine
 from neg_service.models.engines.full_sequence import FullSequenceEngine, UnpaddedEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.select import candidates
@@ -57,7 +58,7 @@ def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch, ca
     model = tiny_model("Llama 2")
     found = neg_service.neurgrad(model, ["w1 w2 w5 w9"], [[" w3"]])
     assert type(model.engine) is KeyValueCacheEngine
-    assert "runs as kv_cache, which is slower than shared_prefix: row logits are" in caplog.text
+    assert "runs as kv_cache, not as shared_prefix: row logits are" in caplog.text
     np.testing.assert_allclose(found.neurgrad, right.neurgrad, rtol=1e-3, atol=1e-6 * np.abs(right.neurgrad).max())
 
 
@@ -108,7 +109,7 @@ def test_attention_that_depends_on_the_length_of_a_prompt_needs_an_engine_that_a
 
 def test_what_is_read_at_a_kind_of_token_has_the_engines_that_read_there() -> None:
     fitting = {kind for kind, refusal in candidates(model_of("Llama 2").model, LAST_TOKEN).items() if not refusal}
-    assert fitting == {SharedPrefixEngine, KeyValueCacheEngine, FullSequenceEngine}
+    assert fitting == {DifferencesEngine, SharedPrefixEngine, KeyValueCacheEngine, FullSequenceEngine}
     assert candidates(model_of("BERT").model, MASK_TOKEN) == {FullSequenceEngine: None, UnpaddedEngine: None}
 
 

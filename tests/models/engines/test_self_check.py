@@ -29,10 +29,10 @@ def test_windows_that_a_short_prompt_never_meets_are_checked(monkeypatch: pytest
     # As of a checkpoint whose window is longer than any prompt of the self-check.
     model = tiny_model("Mistral")
     model.model.config.sliding_window = 4096
-    assert model.engine.name == "shared_prefix"
+    assert model.engine.name == "differences"
     assert model.model.config.sliding_window == 4096
-    real = prefix_attention._View
-    monkeypatch.setattr(prefix_attention, "_View", lambda scaling, window, softcap: real(scaling, None, softcap))
+    real = prefix_attention.View
+    monkeypatch.setattr(prefix_attention, "View", lambda scaling, window, softcap: real(scaling, None, softcap))
     blind = tiny_model("Mistral")
     blind.model.config.sliding_window = 4096
     assert blind.engine.name == "kv_cache"
@@ -100,7 +100,7 @@ def test_the_self_check_sees_a_shared_prefix_in_the_wrong_order(monkeypatch: pyt
 
 
 def test_the_self_check_sees_padding_that_is_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_attention.RowPass, "_hidden_keys", lambda self, window, device: (None, None))
+    monkeypatch.setattr(prefix_attention.RowPass, "hidden_keys", lambda self, window, device: (None, None))
     assert "row logits are" in _not_fitting("Llama 2")
 
 
