@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,20 @@ from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
+from neg_service.models.transfer import fetched, indices, sent
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
 Change = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of one batch: Δ log p [R, K], whether its layer used other experts [], and whether layers above did [R]."""
+
+    delta_rk: Tensor
+    other_experts: Tensor
+    routing_changed_r: Tensor | None
 
 
 class Interventions:
@@ -76,8 +87,12 @@ class Interventions:
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
         self._baseline = self._readout.baseline(head_rv[0][0], logits_rv[0], self._who)
-        self.probability_k = self._baseline.p_v[self._target_ids].to(self.device)
-        self.activation = {site: point.neurons(flat(captured[site])[place])[0] for site, point in self.points.items()}
+        p_v = self._baseline.p_v
+        self.probability_k = p_v[indices(self._target_ids, p_v.device)].to(self.device)
+        self.activation = {
+            site: point.neurons(flat(captured[site])[sent(place, captured[site].device)])[0]
+            for site, point in self.points.items()
+        }
         (self.routing,) = routing_of_rows(self._feed_forward, routing, place)
 
     @property
@@ -107,8 +122,8 @@ class Interventions:
 
         def run(part: range) -> Tensor:
             found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
-            for layer in layers:
-                self._require_same_experts(layer, found.routing, found.place_r)
+            if self.has_experts:
+                self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
             signed = [
                 signed_by(activation_kn, slope_kn).to(self.device, self.probability_k.dtype)
                 for slope_kn, activation_kn in zip(found.gradient_srn, found.activation_srn, strict=True)
@@ -154,16 +169,30 @@ class Interventions:
             NonFiniteError: NaN or infinity after an intervention.
         """
 
-        def run(part: range) -> tuple[Tensor, Tensor | None]:
+        def run(part: range) -> _Part:
             own = slice(part.start, part.stop)
             return self._run(site, neurons_i[own], shifts_i[own])
 
         size = self.rows.sizes.run
-        with self.naming_memory("one intervention does"):
+        with self.naming_memory("one intervention does"), self._without_waiting():
             # Beside the baseline row.
-            parts = [found for _, found in in_parts([size] * len(shifts_i), run, budget, size)]
-        changed = [own for _, own in parts if own is not None]
-        return torch.cat([found for found, _ in parts]), torch.cat(changed) if changed else None
+            parts = list(in_parts([size] * len(shifts_i), run, budget, size))
+            found = [own.delta_rk for _, own in parts]
+            # What a batch says of itself is asked for once, for all of them.
+            is_other = torch.stack([own.other_experts for _, own in parts])
+            is_read = torch.stack([own.isfinite().all() for own in found])
+            is_other, is_read = fetched([is_other, is_read])
+        self._require_same_experts({site.layer: is_other.any()})
+        with self.naming_memory("one intervention does"):
+            for place in (~is_read).nonzero()[:, 0].tolist():
+                # The same batch again, so that it gives the same numbers.
+                found[place] = run(parts[place][0]).delta_rk
+        changed = [own.routing_changed_r for _, own in parts if own.routing_changed_r is not None]
+        return torch.cat(found), torch.cat(changed) if changed else None
+
+    def _without_waiting(self) -> AbstractContextManager[None]:
+        """On a CPU there is no queue that could run empty."""
+        return nullcontext() if self.device.type == "cpu" else self._readout.without_waiting()
 
     def run_from(self, layer: int, n_rows: int, changes: Mapping[Site, Change]) -> Tensor:
         """Logits [R, V] of rows that begin at a layer, with what `changes` make of the tensors of some of its sites.
@@ -177,7 +206,7 @@ class Interventions:
 
         def change_copy(site: Site, x: Tensor) -> Tensor:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
-            return changes[site](flat(copied), position_r.to(x.device)).view_as(copied)
+            return changes[site](flat(copied), sent(position_r, x.device)).view_as(copied)
 
         with (
             self._starting_at(layer, 1 if is_late else n_rows),
@@ -201,39 +230,45 @@ class Interventions:
         return start_at_layer(self._layers, layer, stored, self._output_structures)
 
     @torch.no_grad()
-    def _run(self, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> _Part:
         n_rows = len(shifts_r) + 1
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
-            place = (position_r[1:], neurons_r.to(x_tf.device))
-            self.points[site].neurons(x_tf)[place] += shifts_r.to(x_tf.device, x_tf.dtype)
+            place = (position_r[1:], sent(neurons_r, x_tf.device))
+            self.points[site].neurons(x_tf)[place] += sent(shifts_r, x_tf.device).to(x_tf.dtype)
             return x_tf
 
         with self._readout.differences([n_rows]) as head_rv, watching_routing() as routing:
             self.run_from(site.layer, n_rows, {site: shift})
-        self._require_same_experts(site.layer, routing, self.rows.positions([n_rows]))
+        other_experts = self._other_experts(site.layer, routing, self.rows.positions([n_rows]))
         found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
-        return found, self._routing_changed(site.layer, routing, n_rows)
+        return _Part(found, other_experts, self._routing_changed(site.layer, routing, n_rows))
 
-    def _require_same_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> None:
-        """See that a pass used the experts whose neurons are counted: in another batch rounding may choose others.
+    def _require_same_experts(self, other_experts: Mapping[int, Tensor]) -> None:
+        """See that layers used the experts whose neurons are counted: in another batch rounding may choose others.
 
         Raises:
-            NonFiniteError: it did not.
+            NonFiniteError: a layer did not.
         """
+        layers = list(other_experts)
+        (is_other,) = fetched([torch.stack(list(other_experts.values()))])
+        for place in is_other.nonzero()[:1, 0].tolist():
+            raise NonFiniteError(
+                f"{self._who}: rounding has layer {layers[place]} choose other experts in another batch; use "
+                "model.dtype=float32"
+            )
+
+    def _other_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> Tensor:
+        """Whether a layer used other experts at some positions of a pass than those whose neurons are counted, []."""
         experts = self._feed_forward.experts[layer]
         if experts is None:
-            return
+            return torch.zeros((), dtype=torch.bool, device=self.device)
         chosen_tk = routing[experts.module].expert_tk
         # Where rows grew behind the experts, these ran for one row alone.
         place_r = position_r if len(chosen_tk) > int(position_r[-1]) else position_r[:1]
-        chosen_rk = chosen_tk[place_r.to(chosen_tk.device)]
-        expected_k = torch.from_numpy(self.routing.of_layer(layer)).to(chosen_rk.device)
-        if (chosen_rk != expected_k).any():
-            raise NonFiniteError(
-                f"{self._who}: rounding has layer {layer} choose other experts in another batch; use "
-                "model.dtype=float32"
-            )
+        chosen_rk = chosen_tk[sent(place_r, chosen_tk.device)]
+        expected_k = sent(torch.from_numpy(self.routing.of_layer(layer)), chosen_rk.device)
+        return (chosen_rk != expected_k).any().to(self.device)
 
     def _routing_changed(self, layer: int, routing: Mapping[nn.Module, Routing], n_rows: int) -> Tensor | None:
         """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1]."""
@@ -244,6 +279,6 @@ class Interventions:
         for experts in self._feed_forward.experts[layer + 1 :]:
             if experts is not None:
                 chosen = routing[experts.module].expert_tk
-                chosen_rk = chosen[position_r.to(chosen.device)]
+                chosen_rk = chosen[sent(position_r, chosen.device)]
                 changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(self.device)
         return changed
