@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, behind whatever the device has to do; the original may be written to at once."""
+    """A tensor of the CPU on a device, behind whatever the device has to do.
+
+    The original may be written to at once, unless it is pinned, as what `fetched` gives.
+    """
     # From memory that is not pinned drivers make a copy before they return.
     return x.to(device, non_blocking=True)
 
