@@ -8,15 +8,19 @@ that a GPU computes the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from neg_service.models import transfer
 
 DEVICES = "meta:0,meta:1"
 
@@ -74,6 +78,66 @@ class _FromData(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# What has a GPU's queue run empty, because the CPU needs a value: numbers, and sizes that follow from values.
+_OPS = torch.ops.aten
+_READS = {
+    _OPS._local_scalar_dense.default, _OPS.nonzero.default, _OPS._unique2.default, _OPS.unique_consecutive.default,
+    _OPS.masked_select.default, _OPS.equal.default, _OPS.is_nonzero.default, _OPS.bincount.default,
+}  # fmt: skip
+_INDEXES = {_OPS.index.Tensor, _OPS.index_put.default, _OPS.index_put_.default}
+_WAITS: list[list[str]] = []
+
+
+@contextmanager
+def counted_waits() -> Iterator[list[str]]:
+    """What the CPU waits for on pretended devices, as it would for a GPU: each time the operation, and where it stood.
+
+    A copy waits unless it is told not to; `models/transfer.py` waits once for all that it fetches.
+    """
+    waits: list[str] = []
+    _WAITS.append(waits)
+    real = transfer.wait_for
+
+    def wait_for(devices: Iterable[torch.device]) -> None:
+        waits.extend(f"wait_for {_caller()}" for device in devices if device.type != "cpu")
+        real(devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "wait_for", wait_for)
+        try:
+            yield waits
+        finally:
+            _WAITS.remove(waits)
+
+
+def _note_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    if not any(isinstance(x, Elsewhere) for x in tensors) and kwargs.get("device") in (None, torch.device("cpu")):
+        return
+    is_copy = func in (_OPS._to_copy.default, _OPS.copy_.default)
+    if is_copy:
+        places = {x.device for x in tensors} | ({torch.device(kwargs["device"])} if kwargs.get("device") else set())
+        does_wait = len({place.type for place in places}) > 1 and not kwargs.get("non_blocking")
+        does_wait = does_wait and not (func is _OPS.copy_.default and len(args) > 2 and args[2])
+    else:
+        # An index of the CPU is copied first; a mask says how many there are.
+        does_wait = func in _READS or (
+            func in _INDEXES and any(x.dtype == torch.bool or (x.device.type == "cpu" and x.ndim) for x in tensors[1:])
+        )
+    if does_wait:
+        for waits in _WAITS:
+            waits.append(f"{func} {_caller()}")
+
+
+def _caller() -> str:
+    own = [
+        frame
+        for frame in traceback.extract_stack()
+        if "/neg_service/" in frame.filename and "/tests/" not in frame.filename
+    ]
+    return f"{own[-1].filename.rpartition('/neg_service/')[2]}:{own[-1].lineno}" if own else "-"
+
+
 @contextmanager
 def pretended() -> Iterator[None]:
     """Let `meta:0` and `meta:1` hold values."""
@@ -82,6 +146,8 @@ def pretended() -> Iterator[None]:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if _WAITS:
+        _note_wait(func, args, kwargs)
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     asked = kwargs.pop("device", None)
     # As on GPUs: numbers on the CPU go anywhere, and so do indices.

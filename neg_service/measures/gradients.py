@@ -9,14 +9,17 @@ softmax is zero. How one backward pass gives all of it: `models/engines/backward
 
 NeurGrad is the gradient times the sign of the activation, +1 at zero: a silent neuron can only grow.
 
-Axes: K targets of a prompt, M neurons that act on it in the chosen layers, R rows: (prompt, target), V vocabulary;
+Axes: B prompts of a batch, K targets of a prompt, M neurons that act on it in the chosen layers, R rows: (prompt,
+target), V vocabulary;
 where all layers have the same number of neurons and no experts, L layers of N neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,13 +31,15 @@ from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures.batching import in_batches, named
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.models.batches import Budget
-from neg_service.models.engines.backward import target_gradients
+from neg_service.models.engines.backward import TargetGradients, target_gradients
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.language_model import LanguageModel
+from neg_service.models.transfer import fetched, indices, sent
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,61 +101,197 @@ def gradients(
     """Measure prompts in whatever order is cheapest; yields (index, result), each index once.
 
     `wanted[i]` are the indices of the targets of prompt i to differentiate; probabilities cover all targets.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a prompt's logits or gradients.
+        DoesNotFit: a prompt does not fit even alone.
     """
     points = model.feed_forward.sites(basis, layers)
 
-    def run(indices: Sequence[int], shared: tuple[int, ...]) -> list[PromptGradients]:
-        return _run_batch(model, [prompts[i] for i in indices], [wanted[i] for i in indices], points, shared)
+    def finish(batch: BatchGradients, _indices: Sequence[int]) -> list[PromptGradients]:
+        found = batch.fetched([batch.gradient_rm, batch.activation_bm])
+        gradient_rm, activation_bm = (own.numpy() for own in found.tensors)
+        # Copies: a view would keep the whole batch's array for as long as one prompt's result.
+        return [
+            PromptGradients(
+                targets, probability_k, gradient_rm[rows].copy(), activation_bm[b].copy(), batch.slots[b], routing
+            )
+            for b, (targets, rows, probability_k, routing) in enumerate(
+                zip(batch.targets, batch.rows, found.probability_bk, batch.routings, strict=True)
+            )
+        ]
+
+    return _batches(model, prompts, wanted, points, budget, finish)
+
+
+@dataclass(frozen=True)
+class PromptReduced:
+    """What a reduction left of one prompt's gradients: `values` as it gave them; for the rest see `PromptGradients`."""
+
+    targets: tuple[int, ...]
+    probability_k: Floats
+    values: tuple[NDArray[Any], ...]
+    slots: Slots
+    routing: PromptRouting
+
+
+# Of the prompt with an index, from its slots, its gradients [K, M] and activations [M] where the model computed them.
+Reduction = Callable[[int, Slots, Tensor, Tensor], Sequence[Tensor]]
+
+
+def reduced_gradients(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    wanted: Sequence[Sequence[int]],
+    basis: str,
+    layers: Sequence[int],
+    budget: Budget,
+    reduce: Reduction,
+) -> Iterator[tuple[int, PromptReduced]]:
+    """The same for measures that need less of a prompt than its gradients: what `reduce` gives is all that is fetched.
+
+    It runs where the model does; on an accelerator a prompt's gradients would take longer to fetch, and to be reduced
+    by the CPU, than to compute.
+    """
+    points = model.feed_forward.sites(basis, layers)
+
+    def finish(batch: BatchGradients, indices: Sequence[int]) -> list[PromptReduced]:
+        values_b = [
+            tuple(reduce(index, batch.slots[b], batch.gradient_rm[rows], batch.activation_bm[b]))
+            for b, (index, rows) in enumerate(zip(indices, batch.rows, strict=True))
+        ]
+        found = batch.fetched([value for own in values_b for value in own])
+        on_cpu = iter(found.tensors)
+        return [
+            PromptReduced(
+                batch.targets[b],
+                found.probability_bk[b],
+                tuple(_alone(next(on_cpu), value) for value in values_b[b]),
+                batch.slots[b],
+                batch.routings[b],
+            )
+            for b in range(len(indices))
+        ]
+
+    return _batches(model, prompts, wanted, points, budget, finish)
+
+
+def _batches(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    wanted: Sequence[Sequence[int]],
+    points: dict[Site, Point],
+    budget: Budget,
+    finish: Callable[[BatchGradients, Sequence[int]], list[T]],
+) -> Iterator[tuple[int, T]]:
+    def run(indices: Sequence[int], shared: tuple[int, ...]) -> list[T]:
+        batch = batch_gradients(model, [prompts[i] for i in indices], [wanted[i] for i in indices], points, shared)
+        return finish(batch, indices)
 
     n_targets = [len(own) for own in wanted]
     counts = [1] * len(prompts) if model.engine.targets_share_rows else n_targets
     return in_batches(model, prompts, counts, run, budget, n_targets)
 
 
-def _run_batch(
+@dataclass(frozen=True)
+class _Fetched:
+    tensors: list[Tensor]
+    probability_bk: list[Floats]
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """Of a batch of prompts, on the model's device.
+
+    who: names the prompts in messages. rows: where along R a prompt's targets are. gradient_rm: probability per
+    activation unit. activation_bm: of each prompt's readout position. finite_r: whether logits and gradients are.
+    probability_bk: of all targets of each prompt, of which it has `n_targets`; what is behind them means nothing.
+    """
+
+    who: list[str]
+    targets: list[tuple[int, ...]]
+    rows: list[slice]
+    n_targets: list[int]
+    gradient_rm: Tensor
+    activation_bm: Tensor
+    finite_r: Tensor
+    probability_bk: Tensor
+    slots: list[Slots]
+    routings: list[PromptRouting]
+
+    def fetched(self, tensors: Sequence[Tensor]) -> _Fetched:
+        """Tensors on the CPU, with the prompts' probabilities, by one wait.
+
+        Raises:
+            NonFiniteError: NaN or infinity in logits or gradients of a prompt.
+        """
+        finite_r, probability_bk, *found = fetched([self.finite_r, self.probability_bk, *tensors])
+        for who, rows in zip(self.who, self.rows, strict=True):
+            if not finite_r[rows].all():
+                raise NonFiniteError(f"{who}: NaN or infinity in logits or gradients; try another model.dtype")
+        p_bk = probability_bk.numpy()
+        return _Fetched(found, [p_bk[b, :n].copy() for b, n in enumerate(self.n_targets)])
+
+
+def batch_gradients(
     model: LanguageModel,
     prompts: Sequence[EncodedPrompt],
     wanted: Sequence[Sequence[int]],
     points: dict[Site, Point],
     shared: tuple[int, ...],
-) -> list[PromptGradients]:
+) -> BatchGradients:
+    """Differentiate some targets of prompts that all begin with the tokens `shared`."""
     target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, wanted, strict=True)]
     found = target_gradients(model.rows([prompt.ids for prompt in prompts], shared), target_ids, points)
-    log_p_rv = found.log_p_rv
-    finite_r = log_p_rv.isfinite().all(-1).cpu()
-    token_r = [token for own in target_ids for token in own]
-    p_r = log_p_rv[range(len(token_r)), token_r].exp().cpu().numpy()
-    # Layer by layer to the CPU: all of them on an accelerator would take the room of the next batch.
-    gradient_rm: Floats = torch.cat([slopes.float().cpu() for slopes in found.gradient_srn], 1).numpy()
-    activation_rm: Floats = torch.cat([values.float().cpu() for values in found.activation_srn], 1).numpy()
-    first_rows = np.cumsum([0, *map(len, target_ids[:-1])])
-    routings = routing_of_rows(model.feed_forward, found.routing, found.place_r[first_rows])
-    slots = None if model.feed_forward.has_experts else slots_of(model.feed_forward, PromptRouting(), points)
-    results, row = [], 0
-    for prompt, own, routing in zip(prompts, wanted, routings, strict=True):
-        ours = slice(row, row + len(own))
-        gradient_km = gradient_rm[ours] * p_r[ours, None]
-        # A copy: a view would keep the whole batch's array for as long as this prompt's result.
-        activation_m = activation_rm[row].copy()
-        if not (finite_r[ours].all() and np.isfinite(gradient_km).all()):
-            raise NonFiniteError(
-                f"{named(prompt, model)}: NaN or infinity in logits or gradients; try another model.dtype"
-            )
-        targets = torch.tensor(prompt.target_ids, device=log_p_rv.device)
-        results.append(
-            PromptGradients(
-                targets=tuple(own),
-                probability_k=log_p_rv[row, targets].detach().exp().cpu().numpy(),
-                gradient_km=gradient_km,
-                activation_m=activation_m,
-                slots=slots or slots_of(model.feed_forward, routing, points),
-                routing=routing,
-            )
-        )
-        row += len(own)
-    return results
+    device = found.log_p_rv.device
+    ends = np.cumsum([0, *map(len, target_ids)]).tolist()
+    first_b = indices(ends[:-1], device)
+    p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
+    most = max(len(prompt.target_ids) for prompt in prompts)
+    ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
+    gradient_rm, finite_r = _joined(found, p_r1)
+    routings = routing_of_rows(model.feed_forward, found.routing, found.place_r[ends[:-1]])
+    if model.feed_forward.has_experts:
+        slots = [slots_of(model.feed_forward, routing, points) for routing in routings]
+    else:
+        slots = [slots_of(model.feed_forward, PromptRouting(), points)] * len(prompts)
+    first_of = {own.device: sent(first_b, own.device) for own in found.activation_srn}
+    return BatchGradients(
+        who=[named(prompt, model) for prompt in prompts],
+        targets=[tuple(own) for own in wanted],
+        rows=[slice(*own) for own in pairwise(ends)],
+        n_targets=[len(prompt.target_ids) for prompt in prompts],
+        gradient_rm=gradient_rm,
+        activation_bm=torch.cat([own[first_of[own.device]].float().to(device) for own in found.activation_srn], 1),
+        finite_r=finite_r,
+        probability_bk=found.log_p_rv[first_b[:, None], ids_bk].exp(),
+        slots=slots,
+        routings=routings,
+    )
+
+
+def _alone(on_cpu: Tensor, value: Tensor) -> NDArray[Any]:
+    """What was fetched of a value, keeping alive neither a batch, where it is a view, nor pinned memory."""
+    is_whole = value is on_cpu and value.untyped_storage().nbytes() == value.nbytes
+    found: NDArray[Any] = on_cpu.numpy()
+    return found if is_whole else found.copy()
+
+
+def _joined(found: TargetGradients, p_r1: Tensor) -> tuple[Tensor, Tensor]:
+    """The sites' gradients of p side by side [R, M], and whether each row is finite, as its logits are.
+
+    The slopes of log p are freed on the way. What they become takes less than the graph did, which is gone by now.
+    """
+    widths = [slopes.shape[1] for slopes in found.gradient_srn]
+    finite_r = found.log_p_rv.isfinite().all(-1)
+    gradient_rm = p_r1.new_empty(len(p_r1), sum(widths))
+    for own_rn in torch.split(gradient_rm, widths, 1):
+        slope_rn = found.gradient_srn.pop(0)
+        torch.mul(slope_rn.float().to(p_r1.device), p_r1, out=own_rn)
+    # One pass over them, in the place of four: sums of what is finite and at most 1 a unit or so are finite, too.
+    return gradient_rm, finite_r & gradient_rm.sum(-1).isfinite()
 
 
 def signed_by(activation: Tensor, values: Tensor) -> Tensor:
     """`values` times the sign of `activation`, where the sign of zero is plus one: a silent neuron can only grow."""
-    return torch.where(activation < 0, -values, values)
+    return values * torch.where(activation < 0, -1.0, 1.0).to(values.dtype)

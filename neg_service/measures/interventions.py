@@ -40,6 +40,7 @@ from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
+from neg_service.models.transfer import fetched, indices, sent
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
@@ -51,12 +52,14 @@ class Changes(NamedTuple):
 
     log_p_ik: Δ log p of every target [I, K]. is_rerouted_i: whether a layer above chose other experts [I]; None of a
     model without. spread_i: the root mean square of what logits moved by [I], which the error of Δ log p is a constant
-    share of; None where that error is about the same for all.
+    share of; None where that error is about the same for all. used_others: of one batch with experts, whether its own
+    layer used others than those whose neurons are counted [].
     """
 
     log_p_ik: Tensor
     is_rerouted_i: Tensor | None = None
     spread_i: Tensor | None = None
+    used_others: Tensor | None = None
 
 
 class Interventions:
@@ -108,7 +111,7 @@ class Interventions:
                 head_v, logits_v = self._differences.head_v, self._differences.logits_v
                 self.activation, self.routing = self._differences.activation, PromptRouting()
         baseline = self._readout.baseline(head_v, logits_v, self._who)
-        self.probability_k = baseline.p_v[self._target_ids].to(self.device)
+        self.probability_k = baseline.p_v[indices(self._target_ids, baseline.p_v.device)].to(self.device)
         self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
 
     @torch.no_grad()
@@ -122,7 +125,10 @@ class Interventions:
             head_rv = stack.enter_context(self._readout.watching())
             logits_rv = self.rows.run([1])
         place = self.rows.positions([1])
-        activation = {site: point.neurons(flat(captured[site])[place])[0] for site, point in self.points.items()}
+        activation = {
+            site: point.neurons(flat(captured[site])[sent(place, captured[site].device)])[0]
+            for site, point in self.points.items()
+        }
         (own,) = routing_of_rows(self._feed_forward, routing, place)
         return head_rv[0][0], logits_rv[0], activation, own
 
@@ -190,8 +196,8 @@ class Interventions:
 
         def run(part: range) -> Tensor:
             found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
-            for layer in layers:
-                self._require_same_experts(layer, found.routing, found.place_r)
+            if self.has_experts:
+                self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
             signed = [
                 signed_by(self.activation[site], slope_kn).to(self.device, self.probability_k.dtype)
                 for site, slope_kn in zip(points, found.gradient_srn, strict=True)
@@ -246,16 +252,27 @@ class Interventions:
             return self._run(site, neurons_i[own], shifts_i[own])
 
         size = self.rows.sizes.run
-        with self.naming_memory("one intervention does"):
+        with self.naming_memory("one intervention does"), self._without_waiting():
             # Beside the baseline row, or what differences of a few rows take while they are worked out.
-            parts = [found for _, found in in_parts([size] * len(shifts_i), run, budget, size)]
-        changed = [own.is_rerouted_i for own in parts if own.is_rerouted_i is not None]
-        spread = [own.spread_i for own in parts if own.spread_i is not None]
-        return Changes(
-            torch.cat([own.log_p_ik for own in parts]),
-            torch.cat(changed) if changed else None,
-            torch.cat(spread) if spread else None,
-        )
+            parts = list(in_parts([size] * len(shifts_i), run, budget, size))
+            found = [own.log_p_ik for _, own in parts]
+            # What a batch says of itself is asked for once, for all of them.
+            nothing = torch.zeros((), dtype=torch.bool, device=self.device)
+            is_other = torch.stack([nothing if own.used_others is None else own.used_others for _, own in parts])
+            is_read = torch.stack([own.isfinite().all() for own in found])
+            is_other, is_read = fetched([is_other, is_read])
+        self._require_same_experts({site.layer: is_other.any()})
+        with self.naming_memory("one intervention does"):
+            for place in (~is_read).nonzero()[:, 0].tolist():
+                # The same batch again, so that it gives the same numbers.
+                found[place] = run(parts[place][0]).log_p_ik
+        changed = [own.is_rerouted_i for _, own in parts if own.is_rerouted_i is not None]
+        spread = [own.spread_i for _, own in parts if own.spread_i is not None]
+        return Changes(torch.cat(found), torch.cat(changed) if changed else None, torch.cat(spread) if spread else None)
+
+    def _without_waiting(self) -> AbstractContextManager[None]:
+        """On a CPU there is no queue that could run empty."""
+        return nullcontext() if self.device.type == "cpu" else self._readout.without_waiting()
 
     def run_from(self, layer: int, n_rows: int, changes: Mapping[Site, Change]) -> Tensor:
         """Logits [R, V] of rows that begin at a layer, with what `changes` make of the tensors of some of its sites.
@@ -269,7 +286,7 @@ class Interventions:
 
         def change_copy(site: Site, x: Tensor) -> Tensor:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
-            return changes[site](flat(copied), position_r.to(x.device)).view_as(copied)
+            return changes[site](flat(copied), sent(position_r, x.device)).view_as(copied)
 
         with (
             self._starting_at(layer, 1 if is_late else n_rows),
@@ -303,35 +320,41 @@ class Interventions:
         n_rows = len(shifts_r) + 1
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
-            place = (position_r[1:], neurons_r.to(x_tf.device))
-            self.points[site].neurons(x_tf)[place] += shifts_r.to(x_tf.device, x_tf.dtype)
+            place = (position_r[1:], sent(neurons_r, x_tf.device))
+            self.points[site].neurons(x_tf)[place] += sent(shifts_r, x_tf.device).to(x_tf.dtype)
             return x_tf
 
         with self._readout.differences([n_rows]) as head_rv, watching_routing() as routing:
             self.run_from(site.layer, n_rows, {site: shift})
-        self._require_same_experts(site.layer, routing, self.rows.positions([n_rows]))
+        other_experts = self._other_experts(site.layer, routing, self.rows.positions([n_rows]))
         found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
-        return Changes(found, self._routing_changed(site.layer, routing, n_rows))
+        return Changes(found, self._routing_changed(site.layer, routing, n_rows), None, other_experts)
 
-    def _require_same_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> None:
-        """See that a pass used the experts whose neurons are counted: in another batch rounding may choose others.
+    def _require_same_experts(self, other_experts: Mapping[int, Tensor]) -> None:
+        """See that layers used the experts whose neurons are counted: in another batch rounding may choose others.
 
         Raises:
-            NonFiniteError: it did not.
+            NonFiniteError: a layer did not.
         """
+        layers = list(other_experts)
+        (is_other,) = fetched([torch.stack(list(other_experts.values()))])
+        for place in is_other.nonzero()[:1, 0].tolist():
+            raise NonFiniteError(
+                f"{self._who}: rounding has layer {layers[place]} choose other experts in another batch; use "
+                "model.dtype=float32"
+            )
+
+    def _other_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> Tensor:
+        """Whether a layer used other experts at some positions of a pass than those whose neurons are counted, []."""
         experts = self._feed_forward.experts[layer]
         if experts is None:
-            return
+            return torch.zeros((), dtype=torch.bool, device=self.device)
         chosen_tk = routing[experts.module].expert_tk
         # Where rows grew behind the experts, these ran for one row alone.
         place_r = position_r if len(chosen_tk) > int(position_r[-1]) else position_r[:1]
-        chosen_rk = chosen_tk[place_r.to(chosen_tk.device)]
-        expected_k = torch.from_numpy(self.routing.of_layer(layer)).to(chosen_rk.device)
-        if (chosen_rk != expected_k).any():
-            raise NonFiniteError(
-                f"{self._who}: rounding has layer {layer} choose other experts in another batch; use "
-                "model.dtype=float32"
-            )
+        chosen_rk = chosen_tk[sent(place_r, chosen_tk.device)]
+        expected_k = sent(torch.from_numpy(self.routing.of_layer(layer)), chosen_rk.device)
+        return (chosen_rk != expected_k).any().to(self.device)
 
     def _routing_changed(self, layer: int, routing: Mapping[nn.Module, Routing], n_rows: int) -> Tensor | None:
         """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1]."""
@@ -342,6 +365,6 @@ class Interventions:
         for experts in self._feed_forward.experts[layer + 1 :]:
             if experts is not None:
                 chosen = routing[experts.module].expert_tk
-                chosen_rk = chosen[position_r.to(chosen.device)]
+                chosen_rk = chosen[sent(position_r, chosen.device)]
                 changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(self.device)
         return changed

@@ -25,7 +25,8 @@ from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import layers_with_neurons
-from neg_service.measures.gradients import Floats, gradients
+from neg_service.measures.gradients import Floats, reduced_gradients
+from neg_service.measures.reductions import all_neurons
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
 from neg_service.prompts.tokens import encode
@@ -110,11 +111,12 @@ def neurgrad(
         expert=slots.expert,
         neuron=slots.neuron,
     )
-    for index, found in gradients(model, encoded, wanted, basis, chosen, budget):
+    for index, found in reduced_gradients(model, encoded, wanted, basis, chosen, budget, all_neurons):
+        neurgrad_km, activation_m = found.values
         place = slots.places(index, found.slots)
         result.probability[index, : len(found.targets)] = found.probability_k
-        result.neurgrad[index][: len(found.targets), *place] = found.neurgrad_km
-        result.activation[index, *place] = found.activation_m
+        result.neurgrad[index][: len(found.targets), *place] = neurgrad_km
+        result.activation[index, *place] = activation_m
     return result
 
 

@@ -34,6 +34,7 @@ from neg_service.errors import ModelError, NonFiniteError
 from neg_service.models.engines.self_check import LOGIT_TOLERANCE
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
+from neg_service.models.transfer import indices
 
 _CPU_ROWS = 8
 
@@ -80,6 +81,7 @@ class Readout:
         config = model.model.config.get_text_config()
         self._cap: float | None = next((own for own in (getattr(config, name, None) for name in _CAPS) if own), None)
         self._tolerance = LOGIT_TOLERANCE[model.dtype]
+        self._reads_beyond = True
         self._nearly_one = max(_NEARLY_ONE, _SHARE_OF_ROUNDING * torch.finfo(model.dtype).eps)
 
     @contextmanager
@@ -112,6 +114,18 @@ class Readout:
                 yield seen
         finally:
             handle.remove()
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """Leave what float32's exponential does not hold NaN or infinite, for the caller to read again without this.
+
+        Otherwise a device is asked after each batch whether there is any, which has it run out of work.
+        """
+        self._reads_beyond = False
+        try:
+            yield
+        finally:
+            self._reads_beyond = True
 
     def baseline(self, head_v: Tensor, logits_v: Tensor, who: str) -> Baseline:
         """What the differences of a prompt refer to, from the head's output and the model's logits for it.
@@ -197,13 +211,13 @@ class Readout:
             delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(slope_rv)
         spread_r = torch.linalg.vector_norm(delta_rv, dim=1) / math.sqrt(delta_rv.shape[1])
         relative_rv = delta_rv - delta_rv[:, baseline.reference, None]
-        target_rk = relative_rv[:, list(target_ids)]
+        target_rk = relative_rv[:, indices(target_ids, relative_rv.device)]
         # expm1 of the reference is zero exactly, so it needs no leaving out.
         # By sums of sums: a product with p adds the whole vocabulary up one by one, which costs digits (`head.py`).
         rest_r = relative_rv.expm1_().mul_(baseline.p_v).sum(1)
         found_rk = target_rk - rest_r.log1p()[:, None]
         is_beyond_r = ~found_rk.isfinite().all(1)
-        if is_beyond_r.any():
+        if self._reads_beyond and is_beyond_r.any():
             # A logit moved by more than float32's exponential holds: nothing is nearly equal, so it may be subtracted.
             before_v = baseline.logits_v.log_softmax(-1)
             after_rv = (baseline.logits_v + delta_rv[is_beyond_r]).log_softmax(-1)

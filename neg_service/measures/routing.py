@@ -17,6 +17,7 @@ from neg_service import schema
 from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.models.experts_function import Routing
 from neg_service.models.feed_forward import FeedForward, Site
+from neg_service.models.transfer import fetched, sent
 from neg_service.neurons import Ints
 from neg_service.slots import Slots
 
@@ -50,14 +51,16 @@ def routing_of_rows(
     feed_forward: FeedForward, seen: Mapping[nn.Module, Routing], position_r: Tensor
 ) -> list[PromptRouting]:
     """What the tokens at some positions of a pass used, each."""
-    layers, experts, weights = [], [], []
+    layers: list[int] = []
+    chosen: list[Tensor] = []
     for layer, own in enumerate(feed_forward.experts):
         if own is not None:
             routing = seen[own.module]
-            place_r = position_r.to(routing.expert_tk.device)
+            place_r = sent(position_r, routing.expert_tk.device)
             layers.append(layer)
-            experts.append(routing.expert_tk[place_r].cpu().numpy())
-            weights.append(routing.weight_tk[place_r].float().cpu().numpy())
+            chosen += [routing.expert_tk[place_r], routing.weight_tk[place_r].float()]
+    values = [own.numpy() for own in fetched(chosen)]
+    experts, weights = values[::2], values[1::2]
     return [
         PromptRouting(tuple(layers), tuple(own[r] for own in experts), tuple(own[r] for own in weights))
         for r in range(len(position_r))

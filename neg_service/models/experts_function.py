@@ -140,13 +140,30 @@ def gate_of(module: nn.Module) -> Gate | None:
 
 
 class _Pairs:
-    """Pairs (token, chosen expert), in the order of the experts: all of one expert stand together."""
+    """Pairs (token, chosen expert), in the order of the experts: all of one expert stand together.
 
-    def __init__(self, expert_tk: Tensor) -> None:
-        self.t, self.k = expert_tk.shape
-        expert_s, self._order = expert_tk.flatten().sort(stable=True)
-        self.experts, counts = (own.tolist() for own in torch.unique_consecutive(expert_s, return_counts=True))
-        self._counts = counts
+    t, k: how many tokens there are, and experts of each. order_s: where each pair stands in the order of the tokens.
+    counts: how many pairs each expert has.
+    """
+
+    def __init__(self, t: int, k: int, order_s: Tensor, counts: list[int]) -> None:
+        self.t, self.k, self._order, self._counts = t, k, order_s, counts
+
+    @classmethod
+    def of(cls, expert_tk: Tensor, n_experts: int) -> _Pairs:
+        """The pairs of tokens that chose these experts."""
+        t, k = expert_tk.shape
+        expert_s, order_s = expert_tk.flatten().sort(stable=True)
+        counts_x = expert_s.new_zeros(n_experts).scatter_add(0, expert_s, torch.ones_like(expert_s))
+        # Products are made one expert after the other, so that their numbers are needed here: on an accelerator this
+        # waits for all that came before, once in a pass of a layer.
+        return cls(t, k, order_s, counts_x.cpu().tolist())
+
+    def repeated(self, n: int) -> _Pairs:
+        """Of one token, as `n` tokens with the same experts."""
+        token_n = torch.arange(n, device=self._order.device)
+        order_s = (self._order[:, None] + self.k * token_n).flatten()
+        return _Pairs(n, self.k, order_s, [n * count for count in self._counts])
 
     @property
     def token_s(self) -> Tensor:
@@ -167,7 +184,8 @@ class _Pairs:
         """Each pair's product with its expert's matrix."""
         parts = [
             product(part, weight[expert].T if is_transposed else weight[expert], None if bias is None else bias[expert])
-            for expert, part in zip(self.experts, torch.split(x_sf, self._counts), strict=True)
+            for expert, part in enumerate(torch.split(x_sf, self._counts))
+            if self._counts[expert]
         ]
         return torch.cat(parts)
 
@@ -178,7 +196,7 @@ class _Run:
     def __init__(self, module: nn.Module, expert_tk: Tensor, weight_tk: Tensor) -> None:
         self.module: Any = module
         self.expert_tk, self.weight_tk = expert_tk, weight_tk
-        self.slots = _Pairs(expert_tk)
+        self.slots = _Pairs.of(expert_tk, n_experts_of(module))
 
     def at(self, basis: str, x_sn: Tensor, *beside: Tensor) -> list[Tensor]:
         """What visits make of a basis' neurons; `beside` are grown with them."""
@@ -194,7 +212,7 @@ class _Run:
             return [before.of_experts(x.view(before.t, before.k, n)), *beside]
         # One token became several rows, which all go on through the same experts.
         self.expert_tk, self.weight_tk = (own.expand(len(x), -1) for own in (self.expert_tk, self.weight_tk))
-        self.slots = _Pairs(self.expert_tk)
+        self.slots = before.repeated(len(x))
         grown = [before.of_tokens(own).expand(len(x), -1, -1) for own in beside]
         return [self.slots.of_experts(own) for own in (x.view(len(x), before.k, n), *grown)]
 

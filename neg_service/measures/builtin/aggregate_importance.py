@@ -65,14 +65,14 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
 
     def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
         """One shard's sums, in float64, where the order of the prompts hardly changes them."""
-        from neg_service.measures.gradients import gradients
+        from neg_service.measures.gradients import reduced_gradients
+        from neg_service.measures.reductions import largest_size
 
         model, layers, basis = shard.model, shard.layers, self.options.basis
         wanted = [range(len(prompt.target_ids)) for prompt in shard.prompts]
         sums = Sums()
-        for _, found in gradients(model, shard.prompts, wanted, basis, layers, shard.budget):
-            # The sign that makes a gradient a NeurGrad does not change its magnitude.
-            sums.add(found.slots, np.abs(found.gradient_km).max(0))
+        for _, found in reduced_gradients(model, shard.prompts, wanted, basis, layers, shard.budget, largest_size):
+            sums.add(found.slots, found.values[0])
         slots, importance_m = sums.slots(), sums.values()
         table_schema = schema.aggregate_importance(layers_of_model(model.feed_forward))
         n = len(slots.size)

@@ -36,7 +36,7 @@ from neg_service.schema import Table
 from neg_service.settings import basis_setting, setting
 
 if TYPE_CHECKING:
-    from neg_service.measures.gradients import PromptGradients
+    from neg_service.measures.gradients import PromptReduced
     from neg_service.models.inspection import ModelInfo
 
 KEEP = (*targets.KEEP, "top_k")
@@ -107,12 +107,14 @@ class NeurGrad(Measure[NeurGradOptions]):
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Reduced at once, so that `top_k` never holds a shard's full gradients."""
-        from neg_service.measures.gradients import gradients
+        from neg_service.measures import reductions
+        from neg_service.measures.gradients import reduced_gradients
 
         layers, basis = shard.layers, self.options.basis
         wanted = [wanted_targets(prompt.prompt, self.options.keep) for prompt in shard.prompts]
         tables, sizes = _strongest if self._is_top_k else _values, shard.model.feed_forward
-        for index, found in gradients(shard.model, shard.prompts, wanted, basis, layers, shard.budget):
+        reduce = reductions.strongest(self.options.top_k) if self._is_top_k else reductions.all_neurons
+        for index, found in reduced_gradients(shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce):
             prompt = shard.prompts[index]
             own = tables(prompt, found, layers_of_model(sizes), self.options)
             yield index, {**prompt_tables(prompt, found.probability_k, found.routing, has_experts(sizes)), **own}
@@ -123,28 +125,27 @@ class NeurGrad(Measure[NeurGradOptions]):
 
 
 def _values(
-    prompt: EncodedPrompt, found: PromptGradients, layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
+    prompt: EncodedPrompt, found: PromptReduced, layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
 ) -> dict[str, pa.Table]:
-    slots, of_activations = found.slots, schema.activations(layer_neurons)
+    (neurgrad_km, activation_m), slots = found.values, found.slots
+    of_activations = schema.activations(layer_neurons)
     activations = table_of(
         of_activations,
         len(slots.size),
         prompt_id=prompt.prompt.id,
         **mlp_columns(slots.layer, slots.expert),
         basis=options.basis,
-        activation=lists(found.activation_m, slots.size, of_activations.field("activation").type),
+        activation=lists(activation_m, slots.size, of_activations.field("activation").type),
     )
     of_neurgrad, p_k = schema.neurgrad(layer_neurons), found.probability_k
-    neurgrad = target_layer_rows(of_neurgrad, prompt, found.targets, slots, options.basis, p_k, found.neurgrad_km)
+    neurgrad = target_layer_rows(of_neurgrad, prompt, found.targets, slots, options.basis, p_k, neurgrad_km)
     return {"activations": activations, "neurgrad": neurgrad}
 
 
 def _strongest(
-    prompt: EncodedPrompt, found: PromptGradients, _layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
+    prompt: EncodedPrompt, found: PromptReduced, _layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
 ) -> dict[str, pa.Table]:
-    neurgrad_km, k = found.neurgrad_km, len(found.targets)
-    # A stable sort of the negated magnitude: among equals the lower layer and neuron comes first.
-    best_kt = np.argsort(-np.abs(neurgrad_km), axis=1, kind="stable")[:, : options.top_k]
+    (best_kt, neurgrad_kt, activation_kt), k = found.values, len(found.targets)
     layer, expert, neuron = found.slots.rows_at(best_kt.ravel()).T
     table = table_of(
         schema.TOP_NEURONS,
@@ -155,7 +156,7 @@ def _strongest(
         neuron=neuron,
         basis=options.basis,
         probability=np.repeat(found.probability_k[list(found.targets)], options.top_k),
-        neurgrad=np.take_along_axis(neurgrad_km, best_kt, 1).ravel(),
-        activation=found.activation_m[best_kt.ravel()],
+        neurgrad=neurgrad_kt.ravel(),
+        activation=activation_kt.ravel(),
     )
     return {"top_neurons": table}

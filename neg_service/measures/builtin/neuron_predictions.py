@@ -31,6 +31,7 @@ from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tasks import task_of
 from neg_service.schema import Table
 from neg_service.settings import basis_setting
+from neg_service.slots import Slots
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo
@@ -174,7 +175,8 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """One row for each prompt; layers without a chosen neuron are not differentiated."""
-        from neg_service.measures.gradients import gradients
+        from neg_service.measures.gradients import reduced_gradients
+        from neg_service.measures.reductions import at_places
 
         model, prompts = shard.model, shard.prompts
         sizes = model.feed_forward
@@ -182,12 +184,16 @@ class NeuronPredictions(Measure[NeuronPredictionsOptions]):
         own_sets = {task: chosen.of_task(task) for task in {task_of(prompt.prompt.id) for prompt in prompts}}
         layers = sorted({layer for own in own_sets.values() for layer in own.layers})
         wanted = [range(len(prompt.target_ids)) for prompt in prompts]
-        for index, found in gradients(model, prompts, wanted, self.options.basis, layers, shard.budget):
+
+        def places(index: int, slots: Slots) -> NDArray[np.int64]:
+            return slots.places_of(own_sets[task_of(prompts[index].prompt.id)])
+
+        for index, found in reduced_gradients(
+            model, prompts, wanted, self.options.basis, layers, shard.budget, at_places(places)
+        ):
             prompt_id = prompts[index].prompt.id
-            place_s = found.slots.places_of(own_sets[task_of(prompt_id)])
-            is_routed_s = place_s >= 0
-            neurgrad_ks = np.where(is_routed_s, found.neurgrad_km[:, place_s], np.float32(0))
-            activation_s = np.where(is_routed_s, found.activation_m[place_s], np.float32(0))
+            is_routed_s = places(index, found.slots) >= 0
+            neurgrad_ks, activation_s = (np.where(is_routed_s, own, np.float32(0)) for own in found.values)
             row = predictions_row(prompt_id, predictions_of(neurgrad_ks, activation_s, is_routed_s))
             table = pa.Table.from_pylist([row], schema.NEURON_PREDICTIONS)
             of_prompt = prompt_tables(prompts[index], found.probability_k, found.routing, has_experts(sizes))

@@ -126,19 +126,23 @@ class SkillScores(Measure[SkillScoresOptions]):
 
     def measure(self, shard: ShardInput) -> dict[str, pa.Table]:
         """One shard's sums, a set for each of its tasks."""
-        from neg_service.measures.gradients import gradients
+        from neg_service.measures import reductions
+        from neg_service.measures.gradients import reduced_gradients
 
         prompts, layers, sizes = shard.prompts, shard.layers, shard.model.feed_forward
         wanted = [range(len(prompt.target_ids)) for prompt in prompts]
         own_tables: dict[int, dict[str, pa.Table]] = {}
         activations: dict[int, tuple[Slots, Floats]] = {}
         sums: dict[str, dict[str, Sums]] = defaultdict(lambda: defaultdict(Sums))
-        for index, found in gradients(shard.model, prompts, wanted, self.options.basis, layers, shard.budget):
-            prompt, neurgrad_km = prompts[index], found.neurgrad_km
+        # That there are answers is checked before.
+        reduce = reductions.scores([prompt.prompt.answer or 0 for prompt in prompts])
+        for index, found in reduced_gradients(
+            shard.model, prompts, wanted, self.options.basis, layers, shard.budget, reduce
+        ):
+            prompt, (*own, activation_m) = prompts[index], found.values
             own_tables[index] = prompt_tables(prompt, found.probability_k, found.routing, has_experts(sizes))
-            activations[index] = found.slots, found.activation_m
-            own = gradient_scores(neurgrad_km[None], np.array([prompt.prompt.answer]))
-            for name, values_m in own.items():
+            activations[index] = found.slots, activation_m
+            for name, values_m in zip(("polarity", "magnitude"), own, strict=True):
                 sums[task_of(prompt.prompt.id)][name].add(found.slots, values_m)
         parts = []
         for task, own_sums in sums.items():

@@ -24,6 +24,7 @@ from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
 from neg_service.models.precision import at_least_float32
 from neg_service.models.start_at_layer import flat
+from neg_service.models.transfer import indices, sent
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,14 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
     """Differentiate log p of `target_ids[b]`, the targets of prompt b, at the neurons of `points`, by site."""
     counts = [1 if rows.targets_share_rows else len(own) for own in target_ids]
     place_r = rows.positions(counts)
+    places: dict[torch.device, Tensor] = {}
     leaves: dict[Site, Tensor] = {}
     activations: dict[Site, Tensor] = {}
 
     def capture(site: Site, x: Tensor) -> Tensor:
-        place = place_r.to(x.device)
+        if x.device not in places:
+            places[x.device] = sent(place_r, x.device)
+        place = places[x.device]
         activations[site] = points[site].neurons(flat(x.detach().contiguous())[place])
         if len(place) * x.shape[-1] == x.numel():
             # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
@@ -63,12 +67,14 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
         if rows.targets_share_rows:
             prompt_r = torch.tensor([b for b, own in enumerate(target_ids) for _ in own])
             target_r = torch.tensor([k for own in target_ids for k in range(len(own))])
+            prompt_of = {device: sent(prompt_r, device) for device in {log_p.device, *places}}
+            target_of = {device: sent(target_r, device) for device in places}
             slopes_skrf = _for_each_target(log_p, target_ids, [leaves[site] for site in points])
-            slopes = [slope_krf[target_r, prompt_r] for slope_krf in slopes_skrf]
-            log_p, place_r = log_p[prompt_r], place_r[prompt_r]
-            activations = {site: own[prompt_r] for site, own in activations.items()}
+            slopes = [own_krf[target_of[own_krf.device], prompt_of[own_krf.device]] for own_krf in slopes_skrf]
+            log_p, place_r = log_p[prompt_of[log_p.device]], place_r[prompt_r]
+            activations = {site: own[prompt_of[own.device]] for site, own in activations.items()}
         else:
-            ids_r1 = torch.tensor([token for own in target_ids for token in own], device=log_p.device)[:, None]
+            ids_r1 = indices([token for own in target_ids for token in own], log_p.device)[:, None]
             # What the output does not depend on has a gradient too: zero.
             summed = log_p.gather(1, ids_r1).sum()
             slopes_srf = torch.autograd.grad(summed, [leaves[site] for site in points], materialize_grads=True)
@@ -93,8 +99,8 @@ def _for_each_target(
     summed_k = torch.stack(
         [
             log_p_bv[
-                torch.tensor([b for b, own in enumerate(target_ids) if k < len(own)], device=device),
-                torch.tensor([own[k] for own in target_ids if k < len(own)], device=device),
+                indices([b for b, own in enumerate(target_ids) if k < len(own)], device),
+                indices([own[k] for own in target_ids if k < len(own)], device),
             ].sum()
             for k in range(max(map(len, target_ids)))
         ]

@@ -29,6 +29,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from neg_service.errors import ModelError
 from neg_service.models.precision import at_least_float32
+from neg_service.models.transfer import indices, sent
 
 ATTENTION, CHUNKED = "neg_service_shared_prefix", "chunked_attention"
 
@@ -134,7 +135,7 @@ class _Packing:
 
     def slots(self, device: torch.device) -> Tensor:
         if self._slots_m.device != device:
-            self._slots_m = self._slots_m.to(device)
+            self._slots_m = sent(self._slots_m, device)
         return self._slots_m
 
     def pad(self, x_hmd: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ class RowPass:
         window, chunk = view.window, view.chunk
         if (window, chunk, device) not in self._hidden:
             c, lengths = len(self.prefix.shared.ids), self.prefix.own_lengths
-            length_b1 = torch.tensor(lengths, device=device)[:, None]
+            length_b1 = indices(lengths, device)[:, None]
             t = torch.arange(max(lengths), device=device)[None]
             own = t >= length_b1 if min(lengths) < max(lengths) else None
             shared = None
@@ -304,7 +305,7 @@ def _softcapped(scores: Tensor, softcap: float | None) -> Tensor:
 def packed(model: PreTrainedModel, ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[str, Any]:
     """A model's inputs: all rows' tokens one behind the other."""
     return {
-        "input_ids": torch.tensor([[i for row in ids for i in row]], device=model.device),
-        "position_ids": torch.tensor([[i for row in positions for i in row]], device=model.device),
+        "input_ids": indices([[i for row in ids for i in row]], model.device),
+        "position_ids": indices([[i for row in positions for i in row]], model.device),
         "use_cache": False,
     }
