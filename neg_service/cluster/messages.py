@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from neg_service.config import ScanConfig
+from neg_service.config import NeuronsConfig, ScanConfig
 from neg_service.prompts.prompt import EncodedPrompt
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A fixed, ordered slice of the prompts with their tokens: the unit of work, of retries and of storage."""
+    """A fixed, ordered slice of the prompts with their tokens: the unit of work, of retries and of storage.
+
+    neurons: in the place of those of the run, where only a sample of them is to be measured.
+    """
 
     index: int
     prompts: tuple[EncodedPrompt, ...]
+    neurons: NeuronsConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,6 @@ class ScanWorker:
         """Measure a shard."""
         # A shard that failed for memory runs in small batches without making all later ones small.
         budget = self._budget if batch_scale == 1 else self._budget.scaled(batch_scale)
-        shard_input = ShardInput(
-            self._model, shard.prompts, neurons=self._config.neurons, budget=budget, calibration=calibration
-        )
+        neurons = shard.neurons or self._config.neurons
+        shard_input = ShardInput(self._model, shard.prompts, neurons=neurons, budget=budget, calibration=calibration)
         return self._measure.tables_of(shard_input)
