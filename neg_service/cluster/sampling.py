@@ -149,21 +149,27 @@ def pieces(
 
 
 def prices(units_if: Floats, seconds_i: Floats) -> Floats:
-    """Prices [f], none negative, whose sums over units come nearest to the seconds, relative to these.
+    """Prices [f], none negative, whose sums over units come nearest to the seconds, relative to these sums.
 
-    Units that say the same about all pieces share one price: fewer prices are taken unless more explain better.
+    Relative to the seconds themselves, pieces that were slow by chance would count for less than those that were fast.
+    Units that say the same about all pieces share one price: more prices are taken only where they explain more.
     """
-    found = np.zeros(units_if.shape[1])
-    weighted_if, target_i = units_if / seconds_i[:, None], np.ones(len(seconds_i))
-    scale_f = np.maximum(weighted_if.max(0), 1e-300)
-    best, n_units = math.inf, units_if.shape[1]
-    for size in range(1, min(n_units, len(seconds_i)) + 1):
-        for chosen in itertools.combinations(range(n_units), size):
-            own = list(chosen)
-            price_f, *_ = np.linalg.lstsq(weighted_if[:, own] / scale_f[own], target_i, rcond=1e-6)
-            if (price_f < 0).any() or not price_f.any():
+    relative_to_i = seconds_i
+    for _ in range(3):
+        price_f = _nearest(units_if / relative_to_i[:, None], seconds_i / relative_to_i)
+        relative_to_i = np.maximum(units_if @ price_f, 1e-3 * seconds_i)
+    return price_f
+
+
+def _nearest(units_if: Floats, target_i: Floats) -> Floats:
+    n_units = units_if.shape[1]
+    scale_f, found, best = np.maximum(units_if.max(0), 1e-300), np.zeros(n_units), math.inf
+    for size in range(1, min(n_units, len(target_i)) + 1):
+        for own in map(list, itertools.combinations(range(n_units), size)):
+            price_f, *_ = np.linalg.lstsq(units_if[:, own] / scale_f[own], target_i, rcond=1e-6)
+            if (price_f < 0).any():
                 continue
-            off = float(np.square(weighted_if[:, own] @ (price_f / scale_f[own]) - target_i).sum())
+            off = float(np.square(units_if[:, own] @ (price_f / scale_f[own]) - target_i).sum())
             if off < 0.9 * best - 1e-12:
                 best, found = off, np.zeros(n_units)
                 found[own] = price_f / scale_f[own]
