@@ -2,8 +2,8 @@
 
 Replicas are started as the scan starts them: they load the model, check themselves and calibrate the measure, whose
 seconds count once. Then pieces of shards (`sampling.py`) are measured one after the other. A warm-up comes before
-them, in growing sizes, until a piece takes a second: it says how large pieces may be, and counts only for what the
-first of them took too long. All that is not a piece (reading the data, Ray, loading, the end) a scan does once, too.
+them, in growing sizes, until a piece takes a second: it says how large pieces may be, and of its first only that
+counts which it took too long. All that is not a piece (reading the data, Ray, loading, the end) a scan does once, too.
 
 Where the scan has several replicas on one node without GPUs, so many measure each piece at once: they share caches
 and memory, and one alone would be too fast.
@@ -232,11 +232,13 @@ def _whole(prepared: Prepared, sample: _Sample, elapsed: float, ranking: Forecas
     n_shards = prepared.plan.n_shards
     units = _units_by(prepared)
     shards = [units(Piece(own.start, len(own))) for own in _shards_looked_at(prepared)]
-    own = [units(one.piece) for one in sample.pieces]
-    found = extrapolate(sample.pieces, own, shards, n_shards, sample.n_replicas, overlaps=sample.overlaps)
     everything = [*sample.warm_up, *sample.pieces]
+    # The very first one is never what a piece takes.
+    measured = everything[1:]
+    own = [units(one.piece) for one in measured]
+    found = extrapolate(measured, own, shards, n_shards, sample.n_replicas, overlaps=sample.overlaps)
     n_bytes = extrapolate_bytes(everything, [units(one.piece) for one in everything], shards, n_shards)
-    beside = max(0.0, elapsed - sample.seconds) + _too_long(sample, own, units(sample.warm_up[0].piece))
+    beside = max(0.0, elapsed - sample.seconds) + _too_long(everything, own, units(everything[0].piece))
     as_replica = max(0.0, sample.ended - sample.launched - sample.seconds)
     places = {place for one in everything for place in range(one.piece.start, one.piece.start + one.piece.n_prompts)}
     return Forecast(
@@ -255,12 +257,12 @@ def _whole(prepared: Prepared, sample: _Sample, elapsed: float, ranking: Forecas
     )
 
 
-def _too_long(sample: _Sample, units_i: Sequence[Units], units: Units) -> float:
+def _too_long(measured: Sequence[Measured], units_i: Sequence[Units], units: Units) -> float:
     """What the first piece of all took longer than it would take by now; a scan's first shard does, too."""
-    found = prices(
-        np.array([own.of_time for own in units_i]), np.array([max(1e-9, one.seconds) for one in sample.pieces])
-    )
-    return max(0.0, sample.warm_up[0].seconds - float(np.array(units.of_time) @ found))
+    first, *others = measured
+    seconds_i = np.array([max(1e-9, one.seconds) for one in others])
+    found = prices(np.array([own.of_time for own in units_i]), seconds_i)
+    return max(0.0, first.seconds - float(np.array(units.of_time) @ found))
 
 
 def _units_by(prepared: Prepared) -> Callable[[Piece], Units]:

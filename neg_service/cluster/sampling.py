@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 CostOf = Callable[[int, float], Cost]
 # What is measured before anything else says how fast the machine is.
 _LEAST_SECONDS, _MOST_SECONDS, _SHARE = 8.0, 60.0, 0.05
-_PIECES, _MOST_PIECES = 6, 24
+_PIECES, _MOST_PIECES, _FACTORS = 6, 24, (0.5, 1.5)
 # A run of millions of shards is known well enough from so many of them.
 MOST_SHARDS = 1000
 
@@ -68,8 +68,8 @@ class Units:
 
     @property
     def of_time(self) -> list[float]:
-        """Along f."""
-        return [self.prompts, self.tokens, self.rows]
+        """Along f: the shard or piece itself, and what is in it."""
+        return [1.0, self.prompts, self.tokens, self.rows]
 
 
 def units_of(prompts: Sequence[EncodedPrompt], cost_of: CostOf, share: float, rows_are_prompts: bool) -> Units:
@@ -116,8 +116,8 @@ def spread(lengths: Sequence[int], count: int) -> list[int]:
     """The places of `count` prompts at even steps over the sorted lengths, the middle ones first."""
     order = np.argsort(np.asarray(lengths), kind="stable")
     steps = even_steps(len(order), min(count, len(order)))
-    # Long and short ones in turn, so that a trend of the machine's speed does not look like one of length.
-    turns = sorted(range(len(steps)), key=lambda i: (i % 2, i))
+    # Not in the order of their lengths, so that neither a trend of the machine's speed nor taking turns looks like it.
+    turns = sorted(range(len(steps)), key=lambda i: (i % 3, i))
     return [int(order[steps[i]]) for i in turns]
 
 
@@ -131,18 +131,20 @@ def pieces(
 ) -> list[Piece]:
     """Pieces that together take about so many seconds, where one prompt takes `prompt_seconds` on all neurons.
 
-    lengths: of the prompts of these shards, one after the other. can_share: a part of the neurons may be measured; so
-    it is where a prompt takes too long, and of each prompt two unequal parts, whose difference is the neurons' own.
+    Half of them are small, and half three times as large. lengths: of the prompts of these shards, one after the other.
+    can_share: a part of the neurons may be measured; so it is where a prompt takes too long, of each prompt two parts.
     """
     places = [(place, own) for own in shards for place in own]
     each = seconds / _PIECES
     if can_share and prompt_seconds > 2 * each:
         anchors = [places[i][0] for i in spread(lengths, _PIECES // 2)]
-        return [Piece(place, 1, factor * each / prompt_seconds) for place in anchors for factor in (0.5, 1.5)]
-    size = min(max(1, round(each / prompt_seconds)), max(map(len, shards)))
-    count = min(_MOST_PIECES, max(_PIECES, round(seconds / (size * prompt_seconds))))
+        return [Piece(place, 1, factor * each / prompt_seconds) for place in anchors for factor in _FACTORS]
+    largest = max(map(len, shards))
+    sizes = [min(largest, max(1, round(factor * each / prompt_seconds))) for factor in _FACTORS]
+    count = min(_MOST_PIECES, max(_PIECES, round(2 * seconds / (sum(sizes) * prompt_seconds))))
     found = []
-    for place, own in (places[i] for i in spread(lengths, count)):
+    for turn, i in enumerate(spread(lengths, count)):
+        (place, own), size = places[i], sizes[turn % 2]
         start = max(own.start, min(place - size // 2, own.stop - size))
         found.append(Piece(start, min(size, own.stop - start)))
     return list(dict.fromkeys(found))
@@ -186,15 +188,14 @@ def makespan(seconds_s: Iterable[float], n_replicas: int) -> float:
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """Of a whole scan: seconds from the first shard's beginning to the last one's end, and of all replicas together.
+    """Of a whole scan: seconds from the first shard's beginning to the last one's end.
 
-    low, high: of `seconds`, twice what leaving out one piece or the other makes of it.
+    low, high: two standard errors below and above, from what leaving out one piece or the other makes of it.
     """
 
     seconds: float
     low: float
     high: float
-    busy_seconds: float
 
 
 def extrapolate(
@@ -216,21 +217,21 @@ def extrapolate(
     seconds_i = np.maximum(1e-9, np.maximum(computing_i, encoding_i) if overlaps else computing_i + encoding_i)
     shard_sf = np.array([own.of_time for own in shards])
 
-    def total(kept: list[int]) -> tuple[float, float]:
+    def total(kept: list[int]) -> float:
         price_f = prices(units_if[kept], seconds_i[kept])
         seconds_s = np.maximum(0.0, shard_sf @ price_f)
         every = seconds_s if len(shards) == n_shards else seconds_s[np.arange(n_shards) * len(shards) // n_shards]
-        return makespan(every.tolist(), n_replicas), float(every.sum())
+        return makespan(every.tolist(), n_replicas)
 
     everything = list(range(len(measured)))
-    seconds, busy = total(everything)
+    seconds = total(everything)
     if len(measured) < 3:
-        return Extrapolated(seconds, seconds, seconds, busy)
-    without = np.array([total([i for i in everything if i != left])[0] for left in everything])
+        return Extrapolated(seconds, seconds, seconds)
+    without = np.array([total([i for i in everything if i != left]) for left in everything])
     n = len(without)
     # The jackknife's standard error.
     error = 2 * math.sqrt((n - 1) / n * float(np.square(without - without.mean()).sum()))
-    return Extrapolated(seconds, max(0.0, seconds - error), seconds + error, busy)
+    return Extrapolated(seconds, max(0.0, seconds - error), seconds + error)
 
 
 def extrapolate_bytes(

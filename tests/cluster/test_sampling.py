@@ -77,12 +77,10 @@ def test_shards_are_dealt_out_as_replicas_are_free(seconds: list[float], replica
 
 
 def test_a_sample_says_what_the_whole_takes_with_the_last_shard_alone() -> None:
-    # A token is 0.1 s; 5 shards of 20 tokens on 2 replicas: 3 of them one after the other.
-    own, measured = _tokens(10, 20, 40), _measured(1.0, 2.0, 4.0)
-    found = extrapolate(measured, own, _tokens(20), 5, 2)
-    assert found.seconds == pytest.approx(6)
-    assert found.busy_seconds == pytest.approx(10)
-    assert (found.low, found.high) == (pytest.approx(6), pytest.approx(6))
+    # A shard is 0.5 s and a token 0.1 s; 5 shards of 25 tokens on 2 replicas: 3 of them one after the other.
+    found = extrapolate(_measured(1.5, 2.5, 4.5), _tokens(10, 20, 40), _tokens(25), 5, 2)
+    assert found.seconds == pytest.approx(9)
+    assert (found.low, found.high) == (pytest.approx(9), pytest.approx(9))
 
 
 def test_pieces_that_disagree_make_the_interval_wide() -> None:
@@ -131,10 +129,10 @@ def test_prompts_are_drawn_evenly_over_their_sorted_lengths() -> None:
 
 def test_pieces_are_neighbours_within_a_shard() -> None:
     shards, lengths = [range(0, 8), range(8, 16), range(16, 20)], list(range(20))
-    # 0.1 s for a prompt: 1.8 s are 18 prompts, 3 in each of six pieces.
-    found = pieces(shards, lengths, 0.1, 1.8, can_share=True)
-    assert [own.n_prompts for own in found] == [3] * 6
-    assert all(any(own.start in shard and own.start + 2 in shard for shard in shards) for own in found)
+    # 0.1 s for a prompt: 2.4 s are 24 prompts, 4 in each of six pieces, or rather 2 and 6; the last shard has 4.
+    found = pieces(shards, lengths, 0.1, 2.4, can_share=True)
+    assert [own.n_prompts for own in found][:5] == [2, 6, 2, 6, 2]
+    assert all(any(own.start in shard and own.start + own.n_prompts <= shard.stop for shard in shards) for own in found)
     assert {own.share for own in found} == {1.0}
     # No piece is larger than a shard; more of them then.
     assert max(own.n_prompts for own in pieces(shards, lengths, 0.001, 1.8, can_share=False)) == 8
