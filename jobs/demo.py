@@ -15,6 +15,7 @@ from jobs.entry import EXIT_INCOMPLETE, start
 from jobs.report import write_report
 from jobs.scan import describe_plan, describe_summary
 from neg_service.config import NeuronsConfig, ScanConfig, typed
+from neg_service.errors import ConfigurationError
 from neg_service.places import below, parent_of
 from neg_service.prompts.prompt import Prompt
 from neg_service.report.console import agreement, aligned, columns, strongest
@@ -39,6 +40,8 @@ def demo(config: DictConfig) -> int:
     if prepared.config.job.dry_run:
         print(describe_plan(prepared))
         return 0
+    if prepared.config.job.forecast:
+        raise ConfigurationError("the demo is a scan and a sweep: ask jobs.scan", setting="job.forecast", value="true")
     summary = run(prepared)
     print(describe_summary(prepared, summary))
     results = open_run(summary.uri, prepared.config.storage.endpoint_url)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import time
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from jobs import forecasts
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from neg_service.config import ScanConfig, typed
-from neg_service.errors import StorageError
+from neg_service.errors import ConfigurationError, StorageError
 from neg_service.measures.choice import count_of
 from neg_service.places import literal, without_credentials
 from neg_service.report.console import aligned, bytes_text, describe_tables
@@ -21,17 +24,37 @@ if TYPE_CHECKING:
 
 def scan(config: DictConfig) -> int:
     """Run or continue the scan that the configuration describes."""
+    began = time.monotonic()
     # Slow to load: see `entry.py`.
     from neg_service.cluster.prepare import prepare
     from neg_service.cluster.scan import run
 
-    prepared = prepare(typed(ScanConfig, config))
+    asked = typed(ScanConfig, config)
+    if asked.job.dry_run and asked.job.forecast:
+        raise ConfigurationError(
+            "job.dry_run does nothing, and a forecast measures a sample: ask for one of them",
+            setting="job.forecast",
+            value="true",
+        )
+    prepared = prepare(asked)
     if prepared.config.job.dry_run:
         print(describe_plan(prepared))
+        return 0
+    if prepared.config.job.forecast:
+        _print_forecast(prepared, began)
         return 0
     summary = run(prepared)
     say(describe_summary(prepared, summary), prepared.config.job.log)
     return EXIT_INCOMPLETE if summary.failed else 0
+
+
+def _print_forecast(prepared: Prepared, began: float) -> None:
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.forecast import forecast
+
+    job = prepared.config.job
+    found = forecasts.as_json(forecast(prepared, began), job.price_per_hour, prepared.plan.total_bytes)
+    print(json.dumps(found) if job.log == "json" else forecasts.describe(found))
 
 
 def describe_plan(prepared: Prepared) -> str:

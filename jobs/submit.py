@@ -190,8 +190,12 @@ def _submission_id(job: str, prepared: Prepared | None, config: DictConfig, file
     """From the fingerprint; where it can only be known on the cluster, from what decides it."""
     from neg_service.cluster.submission import files_in
 
+    begin = "neg"
+    if job == "scan" and config.job.forecast:
+        # What has said how long the scan will take has not done it.
+        job, begin = "forecast", "neg-forecast"
     if prepared is not None:
-        return f"neg-{name_of(prepared.uri)}-{_digest([prepared.uri])}"
+        return f"{begin}-{name_of(prepared.uri)}-{_digest([prepared.uri])}"
     decides = {key: value for key, value in plain(config).items() if key not in ("cluster", "hydra")}
     # How a run is stored, shown and watched is not what it is.
     decides["job"] = {key: value for key, value in decides.get("job", {}).items() if key in _DECIDING}

@@ -205,6 +205,12 @@ class JobConfig:
     )
     resume: str | None = setting(None, "the URI of a run: refuse anything that would begin another one")
     dry_run: bool = setting(False, "print the plan and do nothing")
+    forecast: bool = setting(
+        False, "measure a small sample, say what the whole scan will take in hours, bytes and money, and store nothing"
+    )
+    price_per_hour: float | None = setting(
+        None, "of `job.forecast`: the price of one replica for one hour, in any currency", least=0
+    )
     progress_seconds: float = setting(10.0, "between progress lines where there is no terminal", least=0)
     log: str = setting(
         "text", "`json`: an object a line, with run, replica and shard, on stderr", allowed=("text", "json")

@@ -10,16 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from neg_service.config import ScanConfig
+from neg_service.config import NeuronsConfig, ScanConfig
 from neg_service.prompts.prompt import EncodedPrompt
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A fixed, ordered slice of the prompts with their tokens: the unit of work, of retries and of storage."""
+    """A fixed, ordered slice of the prompts with their tokens: the unit of work, of retries and of storage.
+
+    neurons: in the place of those of the run, where only a sample of them is to be measured.
+    """
 
     index: int
     prompts: tuple[EncodedPrompt, ...]
+    neurons: NeuronsConfig | None = None
 
 
 @dataclass(frozen=True)

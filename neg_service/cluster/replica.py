@@ -79,7 +79,10 @@ class Replica:
     def __init__(
         self, make_worker: Callable[[], Worker], destination: Destination | None, logs: LogStyle | None = None
     ) -> None:
-        """Cheap: the model is loaded in `start`, where an error reaches the driver as itself."""
+        """Cheap: the model is loaded in `start`, where an error reaches the driver as itself.
+
+        Without a destination parts are encoded, and their sizes told, but nothing is stored.
+        """
         self._make_worker = make_worker
         self._destination = destination
         self._logs = logs or LogStyle()
@@ -157,12 +160,12 @@ class Replica:
         sizes = {}
         with self._doing.one_more(storing=1), logging_shard(shard.index):
             for name in list(tables):
-                assert self._destination is not None
                 # Taken out, so that a table that is stored takes no memory any more.
-                table = tables.pop(name)
-                data = encode_part(name, table, self._destination.fingerprint, shard.index)
+                table, to = tables.pop(name), self._destination
+                data = encode_part(name, table, to.fingerprint if to else "", shard.index)
                 del table
-                self._store.put(part_key(name, shard.index), data)
+                if to is not None:
+                    self._store.put(part_key(name, shard.index), data)
                 sizes[name] = len(data)
                 del data
         waited = self._doing.waited_since_last_asked()

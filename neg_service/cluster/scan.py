@@ -257,13 +257,18 @@ def _observer(
 
 def _actors(prepared: Prepared, place: _Place, size: ReplicaSize, most: int | str) -> RayActors:
     config, storage = prepared.config, prepared.config.storage
-    config = replace(config, model=_on_own_devices(config.model, size))
-    spec = WorkerSpec(config, prepared.info.identity, int(size.cpus), _samples(prepared.encoding))
     destination = Destination(
         place.store.uri, storage.endpoint_url, prepared.fingerprint, storage.retry_timeout_seconds
     )
     logs = LogStyle(config.job.log, run_name_of(place.store.uri))
-    return RayActors(partial(scan_worker, spec), destination, size, most, logs)
+    return RayActors(partial(scan_worker, worker_spec(prepared, size)), destination, size, most, logs)
+
+
+def worker_spec(prepared: Prepared, size: ReplicaSize) -> WorkerSpec:
+    """What a replica of that size makes its worker from."""
+    config = prepared.config
+    config = replace(config, model=_on_own_devices(config.model, size))
+    return WorkerSpec(config, prepared.info.identity, int(size.cpus), _samples(prepared.encoding))
 
 
 def _on_own_devices(model: ModelConfig, size: ReplicaSize) -> ModelConfig:

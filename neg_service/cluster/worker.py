@@ -89,7 +89,6 @@ class ScanWorker:
             # Products differ in their rounding: what was found of one's noise holds for that one.
             self._model.use_product(calibration.get(_PRODUCT, "torch"))
         budget = self._budget if batch_scale == 1 else self._budget.scaled(batch_scale)
-        shard_input = ShardInput(
-            self._model, shard.prompts, neurons=self._config.neurons, budget=budget, calibration=calibration
-        )
+        neurons = shard.neurons or self._config.neurons
+        shard_input = ShardInput(self._model, shard.prompts, neurons=neurons, budget=budget, calibration=calibration)
         return self._measure.tables_of(shard_input)

@@ -146,6 +146,8 @@ def test_an_id_follows_what_decides_a_job_and_nothing_else(tmp_path: Path) -> No
     first = made()
     assert made("job.progress_seconds=1", "cluster.replicas.max=3", "job.log=json") == first
     assert made("job.limit=3") != first
+    # It would be taken for the scan that is done already.
+    assert made("job.forecast=true") != first
     assert made("storage.uri=s3://elsewhere") != first
     words.write_text("two")
     assert made() != first
