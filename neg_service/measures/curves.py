@@ -144,7 +144,7 @@ def curves(
     if sweep.shift == "magnitude":
         moved_ns = signed_by(activation_n[:, None], moved_ns)
     numbers_i = neurons_n.repeat_interleave(len(shifts_s))
-    delta_ik, changed_i, spread_i = interventions.changes(site, numbers_i, moved_ns.flatten(), budget)
+    delta_ik, changed_i, spread_i, _ = interventions.changes(site, numbers_i, moved_ns.flatten(), budget)
     n, s = moved_ns.shape
     changed_ns, spread_ns = (None if own is None else own.view(n, s) for own in (changed_i, spread_i))
     return delta_ik.view(n, s, -1), changed_ns, spread_ns
