@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # d [R, F] times the transpose of a weight [G, F], or a weight [F, G] as it is: [R, G], in d's precision.
 Product = Callable[[Tensor, Tensor, bool], Tensor]
@@ -37,7 +37,8 @@ def product_of(mode: str) -> Product:
 
 def plain_product(d_rf: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
     """Of tensors of one precision. To be replaced where a library has a faster product."""
-    return torch.mm(d_rf, weight if is_transposed else weight.mT)
+    # `linear`, because what converts large weights piece by piece for a moment (`in_precision`) knows it.
+    return torch.mm(d_rf, weight) if is_transposed else nn.functional.linear(d_rf, weight)
 
 
 def _exact(d_rf: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import neg_service
 from neg_service.errors import ModelError
+from neg_service.models import precision
 from neg_service.models.engines.base import MismatchError
 from neg_service.models.engines.difference_check import deviation_of_rows, differences_deviation
 from neg_service.models.engines.difference_program import Shifts
@@ -163,3 +164,12 @@ def test_rows_that_meet_are_refused() -> None:
     with pytest.raises(MismatchError, match="rows are mixed"):
         differences_deviation(engine, SharedPrefixEngine(model._loaded))
     assert isinstance(model.model.get_output_embeddings(), nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_are_converted_in_pieces_are_multiplied_with(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As those of large vocabularies are while the check computes in float64.
+    monkeypatch.setattr(precision, "PIECE_BYTES", 1000)
+    assert tiny_model("Llama 2", dtype).ensure_checked().rejected == {}
