@@ -44,7 +44,7 @@ class OwnCluster:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TMPDIR": self._place,
+            "RAY_TMPDIR": self._place, "RAY_prestart_worker_first_driver": "0",
             # Jobs find the tests' own measure.
             "PYTHONPATH": str(Path(__file__).parent.parent), "NEG_TEST_GATE": str(self.gate),
             "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1",

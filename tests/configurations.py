@@ -23,7 +23,7 @@ from tests.tiny_models import VOCABULARY
 # The first rule that fits a number's whole name; None leaves it, "least" takes the smaller of it and the number.
 _HIDDEN, _HEADS, _HEAD, _NEURONS, _RANK = 32, 4, 8, 48, 8
 _SIZES: tuple[tuple[str, int], ...] = (
-    (r".*vocab_size\w*", VOCABULARY),
+    (r".*(vocab_size\w*|_group_vocab)", VOCABULARY),
     (
         r"(hidden_size|hidden_size_global|d_model|n_embd|dim|emb_dim|embed_dim|embedding_size|embedding_dim|word_embed_proj_dim)",
         _HIDDEN,

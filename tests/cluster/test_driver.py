@@ -56,7 +56,7 @@ class Counting(Observer):
 def run(
     worker: FaultyWorker,
     tmp_path: Path,
-    replicas: int = 2,
+    replicas: int = 1,
     stall_seconds: float | None = None,
     observer: Counting | None = None,
     **more: Any,
@@ -76,7 +76,7 @@ def rows(tmp_path: Path, column: str) -> list[Any]:
 
 
 def test_a_quiet_run_does_each_shard_once(tmp_path: Path) -> None:
-    outcome, done = run(FaultyWorker(), tmp_path)
+    outcome, done = run(FaultyWorker(), tmp_path, replicas=2)
     assert outcome == Outcome(N_SHARDS, {})
     assert done == Counter(range(N_SHARDS))
     assert parts(tmp_path) == list(range(N_SHARDS))
@@ -93,7 +93,7 @@ def test_what_no_driver_can_read_fails_its_shard_and_no_replica(
 ) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
-    outcome, done = run(FaultyWorker(odd=True, once=str(marks)), tmp_path, replicas=1)
+    outcome, done = run(FaultyWorker(odd=True, once=str(marks)), tmp_path)
     assert outcome == Outcome(N_SHARDS, {})
     assert done == Counter(range(N_SHARDS))
     for says in (
@@ -114,7 +114,7 @@ def test_a_run_is_calibrated_once_also_for_replicas_that_come_late(tmp_path: Pat
     marks.mkdir()
     worker = FaultyWorker(kills=frozenset({2}), once=str(marks))
     observer = Counting(parts_in=tmp_path)
-    outcome, _ = run(worker, tmp_path, replicas=1, calibration=None, observer=observer)
+    outcome, _ = run(worker, tmp_path, calibration=None, observer=observer)
     assert outcome == Outcome(N_SHARDS, {})
     assert len(observer.found) == 1
     assert set(rows(tmp_path, "calibrated")) == {observer.found[0]["by"]}
@@ -130,7 +130,7 @@ def test_a_replica_that_fails_to_calibrate_leaves_it_to_another_and_what_was_not
     marks.mkdir()
     worker = FaultyWorker(calibrates=how, once=str(marks))
     # Another driver of the same run noted its own before.
-    outcome, _ = run(worker, tmp_path, calibration=None, observer=Counting(kept={"by": 7}))
+    outcome, _ = run(worker, tmp_path, replicas=2, calibration=None, observer=Counting(kept={"by": 7}))
     assert outcome == Outcome(N_SHARDS, {})
     assert set(rows(tmp_path, "calibrated")) == {7}
 
@@ -155,7 +155,7 @@ def test_a_non_finite_value_is_quarantined_at_once(tmp_path: Path) -> None:
     assert outcome.done == N_SHARDS - 1
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_a_killed_replica_is_replaced_and_nothing_is_lost(tmp_path: Path, replicas: int) -> None:
     outcome, done = run(FaultyWorker(kills=frozenset({1, 6}), once=str(tmp_path)), tmp_path, replicas)
     assert outcome == Outcome(N_SHARDS, {})
@@ -167,7 +167,7 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost(tmp_path: Path, replic
 
 @pytest.mark.slow
 def test_a_shard_that_kills_every_replica_takes_no_other_shard_with_it(tmp_path: Path) -> None:
-    outcome, _ = run(FaultyWorker(kills=frozenset({4})), tmp_path)
+    outcome, _ = run(FaultyWorker(kills=frozenset({4})), tmp_path, replicas=2)
     assert list(outcome.failed) == [4]
     assert "lost" in outcome.failed[4]
     assert outcome.done == N_SHARDS - 1
@@ -182,7 +182,7 @@ def test_a_wrong_configuration_stops_at_once_as_itself(tmp_path: Path) -> None:
 
 def test_replicas_that_die_at_the_start_end_the_run_instead_of_going_on_for_ever(tmp_path: Path) -> None:
     with refused(NegServiceError, says="no replica can be started, 3 tries failed"):
-        run(FaultyWorker(start_error="kill"), tmp_path, replicas=1)
+        run(FaultyWorker(start_error="kill"), tmp_path)
 
 
 def test_a_destination_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: py
     marks = tmp_path / "marks"
     marks.mkdir()
     worker = FaultyWorker(hangs=frozenset({3}), once=str(marks))
-    outcome, done = run(worker, tmp_path, stall_seconds=2)
+    outcome, done = run(worker, tmp_path, replicas=2, stall_seconds=2)
     assert outcome.done == N_SHARDS
     assert "and still computes" in caplog.text
     assert all(count == 1 for count in done.values())
@@ -215,7 +215,7 @@ def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: py
 
 def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # Each shard takes a small part of the silence that is borne, all of them together longer.
-    outcome, _ = run(FaultyWorker(seconds=1.5), tmp_path, stall_seconds=10)
+    outcome, _ = run(FaultyWorker(seconds=1.0), tmp_path, stall_seconds=10)
     assert outcome.done == N_SHARDS
     assert "is lost" not in caplog.text
 
@@ -279,7 +279,7 @@ def test_answers_that_are_lost_on_the_way_cost_no_replica(
         return answer
 
     monkeypatch.setattr("neg_service.cluster.driver.ray", SimpleNamespace(get=get, wait=ray.wait))
-    outcome, done = run(FaultyWorker(), tmp_path, replicas=1, calibration=None)
+    outcome, done = run(FaultyWorker(), tmp_path, calibration=None)
     assert outcome == Outcome(N_SHARDS, {})
     assert done == Counter(range(N_SHARDS))
     assert caplog.text.count("cannot be reached") > 3

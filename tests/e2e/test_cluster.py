@@ -30,11 +30,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[OwnCluster]:
-    """A head without CPUs, and two nodes of one."""
+    """A head without CPUs, and a node of one."""
     with own_cluster() as own:
         own.add(num_cpus=1)
-        own.add(num_cpus=1)
         yield own
+
+
+@pytest.fixture(scope="module")
+def two_nodes(cluster: OwnCluster) -> None:
+    """From here on, a second node of one CPU."""
+    cluster.add(num_cpus=1)
 
 
 def arguments(model: Path, place: Path, n_prompts: int, name: str) -> list[str]:
@@ -94,35 +99,20 @@ def results_of(running: Running) -> Run:
     return neg_service.open_run(running.wait_for(r"results\s+(\S+)")[1])
 
 
-def test_a_stopped_job_leaves_nothing_and_submitted_twice_goes_on_once_as_its_metrics_say(
+def test_a_job_submitted_twice_goes_on_once_as_its_metrics_say(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:
-    asked = [*arguments(tiny_directory, tmp_path, 50, "once"), "cluster.replicas.max=1"]
-    cluster.gate.touch()
-    # With one replica, it waits at the gate when it has done some.
-    stopped = submitted(cluster, *asked)
-    uri = stopped.wait_for(r"I results: (\S+)")[1]
-
-    def stored() -> int:
-        return len(list(Path(uri).glob("neurgrad/*.parquet")))
-
-    stopped.wait_for(r"(?m)^(?:[6-9]|1\d|20)/50 prompts")
-    (mine,) = running(cluster, "ray::Replica")
-    (job,) = (job["submission_id"] for job in told(cluster))
-    stop(cluster, job)
-    assert stopped.finish() != 0
-    eventually(lambda: not mine.is_running() and not running(cluster, "job.name=once"))
-    assert "interrupted; the same command continues from here" in told(cluster, f"{job}/logs")["logs"]
-    cluster.gate.unlink()
-    before = stored()
-    assert 5 < before < 50
-
+    asked = [*arguments(tiny_directory, tmp_path, 40, "once"), "cluster.replicas.max=1"]
     first = submitted(cluster, *asked, "--no-wait")
     second = submitted(cluster, *asked)
     assert first.finish() == 0
     name = first.output.strip().splitlines()[-1]
     assert name.startswith("neg-once-")
-    second.wait_for(r"I results: (\S+)")
+    uri = second.wait_for(r"I results: (\S+)")[1]
+
+    def stored() -> int:
+        return len(list(Path(uri).glob("neurgrad/*.parquet")))
+
     seen = []
     while second.process.poll() is None:
         earlier = stored()
@@ -131,21 +121,19 @@ def test_a_stopped_job_leaves_nothing_and_submitted_twice_goes_on_once_as_its_me
             prompts = cluster.metric("neg_prompts_total", Path(uri).name)
         except OSError:
             continue
-        total = sum(shards.values())
-        # The job that was stopped is seen for some seconds more, with the number of shards that it had.
-        if shards.get("done") and prompts and (seen or total == 50 - before):
-            seen.append((earlier - before, shards["done"], prompts[""], stored() - before, total))
+        if shards.get("done") and prompts:
+            seen.append((earlier, shards["done"], prompts[""], stored(), sum(shards.values())))
         time.sleep(0.5)
     assert second.finish() == 0, second.output
     assert f"job {name} is" in second.output
-    assert re.findall(r"(\d+) of 50 shards to do", second.output) == [str(50 - before)]
+    assert re.findall(r"(\d+) of 40 shards to do", second.output) == ["40"]
     run = neg_service.open_run(uri)
-    assert len(run.done()) == run.n_shards == 50
+    assert len(run.done()) == run.n_shards == 40
     # A metric is some seconds old when it is read, never ahead of what is stored, and the states add up to all shards.
     assert seen
     assert all(done <= after for _, done, _, after, _ in seen), seen
-    assert all(total == 50 - before for *_, total in seen), seen
-    assert all(prompts <= after + before for *_, prompts, after, _ in seen), seen
+    assert all(total == 40 for *_, total in seen), seen
+    assert all(prompts <= after for _, _, prompts, after, _ in seen), seen
     assert all(later[1] >= earlier[1] for earlier, later in pairwise(seen))
     # Exported every second, collected every second: what was stored four samples ago is known by now.
     assert all(now[1] >= before[0] for before, now in zip(seen, seen[6:], strict=False))
@@ -153,7 +141,33 @@ def test_a_stopped_job_leaves_nothing_and_submitted_twice_goes_on_once_as_its_me
     third = submitted(cluster, *asked)
     assert third.finish() == 0
     assert f"job {name} has done this already" in third.output
-    assert {own["submission_id"] for own in told(cluster)} == {job, name}
+    assert {own["submission_id"] for own in told(cluster)} == {name}
+
+
+@pytest.mark.faults
+def test_a_stopped_job_leaves_nothing_and_the_same_command_goes_on(
+    cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
+) -> None:
+    asked = [*arguments(tiny_directory, tmp_path, 50, "twice"), "cluster.replicas.max=1"]
+    cluster.gate.touch()
+    # With one replica, it waits at the gate when it has done some.
+    stopped = submitted(cluster, *asked)
+    uri = stopped.wait_for(r"I results: (\S+)")[1]
+    stopped.wait_for(r"(?m)^(?:[6-9]|1\d|20)/50 prompts")
+    (mine,) = running(cluster, "ray::Replica")
+    (job,) = (job["submission_id"] for job in told(cluster) if job["submission_id"].startswith("neg-twice-"))
+    stop(cluster, job)
+    assert stopped.finish() != 0
+    eventually(lambda: not mine.is_running() and not running(cluster, "job.name=twice"))
+    assert "interrupted; the same command continues from here" in told(cluster, f"{job}/logs")["logs"]
+    cluster.gate.unlink()
+    before = len(list(Path(uri).glob("neurgrad/*.parquet")))
+    assert 5 < before < 50
+    again = submitted(cluster, *asked)
+    assert again.finish() == 0, again.output
+    assert re.findall(r"(\d+) of 50 shards to do", again.output) == [str(50 - before)]
+    assert job not in again.output
+    assert len(neg_service.open_run(uri).done()) == 50
 
 
 @pytest.mark.faults
@@ -184,6 +198,7 @@ def test_what_a_cluster_refuses_is_told_in_one_line(cluster: OwnCluster, tiny_di
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("two_nodes")
 def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +236,7 @@ def test_rays_own_command_submits_and_a_stopped_job_leaves_nothing_and_continues
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("two_nodes")
 def test_small_replicas_share_a_gpu_and_get_as_many_threads_as_cpus(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +252,7 @@ def test_small_replicas_share_a_gpu_and_get_as_many_threads_as_cpus(
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("two_nodes")
 def test_the_node_of_the_driver_is_lost_and_the_same_command_continues(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:

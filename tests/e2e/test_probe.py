@@ -16,7 +16,6 @@ from jobs.entry import CONF, composed
 from jobs.probe import ProbeConfig, probe
 from jobs.tasks import TasksConfig, tasks
 from neg_service.errors import ConfigurationError
-from tests.e2e.commands import job
 from tests.here import run_here
 from tests.skills import PLANTED, PLANTED_WORDINGS, planted_model, planted_rows, write_split
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -56,7 +55,7 @@ def test_a_probe_and_again(
         "cluster.replicas.max=1",
     ]
     efficiency = [*asked, "probe.studies=[efficiency]"]
-    # Of three scans in this process two are lost, which the command does again.
+    # Of three scans in this process two are lost, which replicas do again.
     with monkeypatch.context() as patch:
         patch.setattr("neg_service.cluster.scan.run", run_here)
         assert probe(composed("probe", efficiency, ProbeConfig)) == 0
@@ -66,16 +65,17 @@ def test_a_probe_and_again(
     assert len(lost) == 2
     for run in lost:
         shutil.rmtree(run)
-    done = job("probe", *efficiency)
-    assert done.returncode == 0, done.stderr[-2000:]
+    # With Ray of its own, as the command has.
+    assert probe(composed("probe", efficiency, ProbeConfig)) == 0
+    shown = capsys.readouterr().out
     for expected in ("classification  imdb", "100.0 (1)", "efficiency: "):
-        assert expected in done.stdout, done.stdout
-    assert done.stdout == before
+        assert expected in shown, shown
+    assert shown == before
     assert [neg_service.open_run(run).done() for run in lost] == [{0, 1}] * 2
     # The same settings find all scans done, compute nothing, and write the same.
     assert probe(composed("probe", efficiency, ProbeConfig)) == 0
     assert not ray.is_initialized()
-    assert capsys.readouterr().out == done.stdout
+    assert capsys.readouterr().out == before
 
     # All studies need one scan more, for which this process will do.
     monkeypatch.setattr("neg_service.cluster.scan.run", run_here)
@@ -123,9 +123,10 @@ def test_tasks_are_listed_and_an_example_is_printed(settings: list[str], capsys:
     shown = capsys.readouterr().out
     assert "--- imdb, template default: 26 prompts of valid; this is imdb/valid/" in shown
     assert "the labels are the tokens 'w7', 'w8'" in shown
-    listed = job("tasks")
-    assert listed.stdout.count("\n") == 23
-    assert "amazon-review-multi       5  en, de, es, fr, zh" in listed.stdout
+    assert tasks(composed("tasks", [], TasksConfig)) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("\n") == 23
+    assert "amazon-review-multi       5  en, de, es, fr, zh" in listed
 
 
 def test_the_example_of_a_masked_model_has_its_mask(

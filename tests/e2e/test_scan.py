@@ -1,7 +1,7 @@
 """The scan as a person runs it: commands, exit codes, tables, what is printed, and what is refused.
 
-Two scans run as commands, one with Ray of its own, and most tests read what they left. What is no matter of processes
-runs in this one: refusals, plans, what is kept.
+One scan runs as a command with Ray of its own, and most tests read what it left. Others are driven by this process, on
+a cluster that they join, and what is no matter of processes runs in this one: refusals, plans, what is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jobs.scan import scan
 from neg_service.config import ScanConfig
 from neg_service.errors import NegServiceError
 from neg_service.report.console import accuracy, strongest
-from tests.e2e.commands import environment, in_order, job, refused, scan_config
+from tests.e2e.commands import in_order, job, refused, scan_config
 from tests.fakes import save_tiny_model
 from tests.here import scan_here
 
@@ -66,17 +66,13 @@ def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def otherwise(arguments: list[str], joined: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The log as JSON, and the run directory, of the same scan in other shards and batches on two replicas."""
+def otherwise(arguments: list[str], joined: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same scan in other shards and batches on two replicas."""
     place = tmp_path_factory.mktemp("otherwise")
-    done = job(
-        "scan", *arguments, f"storage.uri={place}", "job.shard_size=5", "cluster.replicas=2",
-        "cluster.cpus_per_replica=1", "cluster.batch_bytes=300000", "job.log=json", "job.progress_seconds=0",
-        env=environment(RAY_ADDRESS=joined.address),
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    other = ["job.shard_size=5", "cluster.replicas=2", "cluster.cpus_per_replica=1", "cluster.batch_bytes=300000"]
+    assert scanned(*arguments, f"storage.uri={place}", *other) == 0
     (run,) = place.iterdir()
-    return done.stderr, run
+    return run
 
 
 def scanned(*arguments: str) -> int:
@@ -201,25 +197,13 @@ def test_less_can_be_kept(keep: str, arguments: list[str], finished: tuple[str, 
         np.testing.assert_allclose(flat[rows.layer * 40 + rows.neuron], rows.neurgrad, rtol=1e-3)
 
 
-def test_the_shard_size_and_the_number_of_replicas_change_nothing(
-    finished: tuple[str, Path], otherwise: tuple[str, Path]
-) -> None:
+def test_the_shard_size_and_the_number_of_replicas_change_nothing(finished: tuple[str, Path], otherwise: Path) -> None:
     one, other = (
-        in_order(neg_service.open_run(str(path)).table("neurgrad").to_table()) for _, path in (finished, otherwise)
+        in_order(neg_service.open_run(str(path)).table("neurgrad").to_table()) for path in (finished[1], otherwise)
     )
     assert one.drop_columns(["neurgrad", "probability"]).equals(other.drop_columns(["neurgrad", "probability"]))
     a, b = (np.stack(table["neurgrad"].to_pandas().to_list()) for table in (one, other))
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-9)
-
-
-def test_logs_are_json_on_request(otherwise: tuple[str, Path]) -> None:
-    said = [json.loads(line) for line in otherwise[0].splitlines()]
-    assert {one["run"] for one in said} == {otherwise[1].name}
-    # The last prompt may be done before the second replica is ready, on a machine with much to do.
-    ready = [one for one in said if "is ready: pid" in one["message"]]
-    assert ready
-    assert {one["replica"] for one in ready} <= {0, 1}
-    assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
 
 
 def test_on_a_cluster_that_is_there_a_poisoned_prompt_quarantines_its_shard_and_the_rest_is_done(

@@ -26,8 +26,8 @@ from jobs.entry import composed
 from jobs.report import ReportConfig, report
 from jobs.study import StudyConfig, study
 from neg_service.errors import ConfigurationError
-from tests.e2e.commands import job
 from tests.here import run_here
+from tests.refusals import refused
 
 PROMPTS, NEURONS = 6, 8
 needs_browser = pytest.mark.skipif(
@@ -161,9 +161,9 @@ def test_what_cannot_be_reported_is_refused(arguments: list[str], message: str) 
 
 
 def test_the_command_refuses_a_study_before_it_scans(tiny_directory: Path, tmp_path: Path) -> None:
-    done = job("study", f"model.source={tiny_directory}", f"storage.uri={tmp_path / 'runs'}", "study.draws=0")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: study.draws=0: must be at least 1\n"
+    asked = [f"model.source={tiny_directory}", f"storage.uri={tmp_path / 'runs'}", "study.draws=0"]
+    with refused(ConfigurationError, "study.draws", "0", allowed="at least 1"):
+        study(composed("study", asked, StudyConfig))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,10 +15,13 @@ import neg_service
 from jobs.demo import demo
 from jobs.entry import composed
 from jobs.scan import scan
+from neg_service.cluster import scan as cluster_scan
+from neg_service.cluster.prepare import Prepared
+from neg_service.cluster.scan import Summary
 from neg_service.config import ScanConfig
 from neg_service.measures.builtin.aggregate_importance import total
 from tests.e2e.commands import in_order, refused, scan_config
-from tests.here import scan_here
+from tests.here import run_here, scan_here
 
 pytestmark = pytest.mark.ray
 KEYS = ["prompt_id", "target_index", "layer", "neuron"]
@@ -107,8 +110,20 @@ def require_the_same(one: pa.Table, other: pa.Table) -> None:
 
 @pytest.mark.usefixtures("joined")
 def test_the_strongest_over_the_data_set_are_ranked_first(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    by_ray = cluster_scan.run
+
+    def run(prepared: Prepared) -> Summary:
+        """The ranking, which is a scan as any other, in this process."""
+        is_ranking = prepared.identity["measure"]["name"] == "aggregate_importance"
+        return run_here(prepared) if is_ranking else by_ray(prepared)
+
+    monkeypatch.setattr(cluster_scan, "run", run)
     caplog.set_level(logging.INFO, "neg_service")
     top = ["measure=sweep", "neurons=top", "neurons.count=4", "neurons.over=dataset", "measure.grid=coarse"]
     asked = [*arguments, *top, f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
@@ -168,12 +183,12 @@ def test_what_cannot_be_done_is_refused_when_it_is_planned(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("joined")
 def test_the_demo_shows_neurons_straight_curves_and_plots(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [*arguments, f"storage.uri={tmp_path}", "cluster.replicas=1", "cluster.cpus_per_replica=1"]
-    # The first of its two scans is done already; the sweep is done by a replica.
+    monkeypatch.setattr("neg_service.cluster.scan.run", run_here)
+    asked = [*arguments, f"storage.uri={tmp_path}"]
+    # The first of its two scans is done already.
     scan_here(scan_config(*asked))
     assert demo(composed("demo", asked, ScanConfig)) == 0
     shown = capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""The faults that `make test` always runs: replicas, drivers, the server, the network between, and damaged objects."""
+"""Replicas, drivers, the server and the network between that fail, and damaged objects.
+
+`make test` runs all but what fails on the way to storage, which `tests/storage` has there without Ray.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,7 @@ def test_a_driver_killed_at_any_time_and_resumed_with_another_number_of_replicas
     invariant(disturbed)
 
 
+@pytest.mark.faults
 def test_the_server_killed_and_started_again_under_load(
     arguments: list[str], orders: Orders, invariant: Invariant, moments: random.Random, own_server: Server
 ) -> None:
@@ -91,6 +95,7 @@ def test_the_server_killed_and_started_again_under_load(
     invariant(disturbed)
 
 
+@pytest.mark.faults
 def test_connections_reset_delayed_refused_cut_and_replies_lost(
     disturbed: Disturbed, invariant: Invariant, moments: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:

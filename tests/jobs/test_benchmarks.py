@@ -55,7 +55,7 @@ def test_the_grids_of_fewer_shifts_are_as_exact_as_is_said(smollm2: LanguageMode
     facts = load()
     prompts = list(encode(smollm2.tokenizer, [facts[0], facts[-1]], None))
     draw = np.random.default_rng(1)
-    neurons = NeuronSet.of_layers({layer: draw.choice(1536, 5, replace=False) for layer in range(0, 30, 5)})
+    neurons = NeuronSet.of_layers({layer: draw.choice(1536, 5, replace=False) for layer in (12, 18, 24, 29)})
     told = _errors(
         smollm2, prompts, neurons, {"adaptive": adaptive_grid(), "coarse": coarse_grid(), "full": full_grid()}
     )

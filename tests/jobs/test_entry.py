@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 from jobs.entry import CONF
 from tests.e2e.commands import ROOT, environment
+from tests.jobs.forks import Forks
 
 # A command of its own, with the configuration of jobs.status and nothing that takes seconds to load. What it does is
 # Python, in its environment.
@@ -44,9 +46,27 @@ start("status", job, Settings)
 IN_A_TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 
 
+_FORKS: list[Forks] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks() -> Iterator[None]:
+    """Dozens of commands, for one that is loaded."""
+    with Forks() as forks:
+        _FORKS.append(forks)
+        yield
+        _FORKS.clear()
+
+
 def ran(does: str, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """What became of a command that does this."""
+    return _FORKS[0].run(PROGRAM, arguments, environment(DOES=does, PYTHONPATH=str(ROOT), **env), cwd or ROOT)
+
+
+def started(does: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The same in a process that is started for it."""
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], cwd=cwd or ROOT, text=True, capture_output=True, check=False,
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, text=True, capture_output=True, check=False,
         encoding="utf-8", env=environment(DOES=does, PYTHONPATH=str(ROOT), **env), timeout=200,
     )  # fmt: skip
 
@@ -71,7 +91,7 @@ UNFORESEEN = {
 
 @pytest.mark.parametrize("does", [next(iter(UNFORESEEN)), "class Panic(BaseException): pass\nraise Panic('rust')"])
 def test_whatever_comes_up_is_one_line_and_its_traceback_is_in_a_file(does: str, tmp_path: Path) -> None:
-    done = ran(does, "run=x", TMPDIR=str(tmp_path))
+    done = started(does, "run=x", TMPDIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     (file,) = tmp_path.glob("neg_service-traceback-*")
@@ -156,7 +176,7 @@ def test_our_own_errors_are_their_message_alone() -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
 def test_a_terminal_that_cannot_print_a_letter_gets_its_number(encoding: str) -> None:
-    done = ran("say('日本', 'text'); raise ConfigurationError('日本')", "run=x", PYTHONIOENCODING=encoding)
+    done = started("say('日本', 'text'); raise ConfigurationError('日本')", "run=x", PYTHONIOENCODING=encoding)
     assert done.returncode == 1
     assert r"\u65e5\u672c" in done.stdout
     assert done.stderr.startswith(r"error: \u65e5\u672c")

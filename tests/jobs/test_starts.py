@@ -61,9 +61,29 @@ def run_uri(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> s
     return scan_here(config).uri
 
 
-def test_help_loads_nothing_slow() -> None:
+Found = tuple[str, int, str, set[str]]
+MISTAKES = (["scan", "job.nam=x"], ["check", "model.sourc=x"], ["verify", "run=a,b"])
+READERS = ("status", "verify")
+
+
+@pytest.fixture(scope="module")
+def page(run_uri: str) -> Path:
+    """Where the report of the run is written."""
+    return Path(run_uri).parent.parent / "report"
+
+
+@pytest.fixture(scope="module")
+def turns(run_uri: str, page: Path) -> list[Found]:
+    """What came of help, mistakes and readers, in turn in one process: what is not loaded by then no one loads."""
+    asked = [[name, "--help"] for name in COMMANDS]
+    asked += [*MISTAKES, *([name, f"run={run_uri}"] for name in READERS)]
+    # The last, because it loads what draws.
+    return ran(*asked, ["report", f"runs=[{run_uri}]", f"out={page}"])
+
+
+def test_help_loads_nothing_slow(turns: list[Found]) -> None:
     assert {"scan", "status", "verify", "report", "submit", "drain"} <= set(COMMANDS)
-    found = ran(*([name, "--help"] for name in COMMANDS))
+    found = turns[: len(COMMANDS)]
     assert [name for name, *_ in found] == COMMANDS
     for name, code, printed, modules in found:
         assert code == 0
@@ -72,8 +92,8 @@ def test_help_loads_nothing_slow() -> None:
         assert not modules & set(SLOW), name
 
 
-def test_the_help_of_a_scan_says_what_each_setting_is() -> None:
-    ((_, _, printed, _),) = ran(["scan", "--help"])
+def test_the_help_of_a_scan_says_what_each_setting_is(turns: list[Found]) -> None:
+    printed = turns[COMMANDS.index("scan")][2]
     explained = set(re.findall(r"\b[a-z]+\.[a-z_]+\b", printed[: printed.index("Groups (GROUP=OPTION)")]))
     groups = {group: kind for group, kind in types_of(ScanConfig).items() if group != "measure"}
     settings = {f"{group}.{name}" for group, kind in groups.items() for name in types_of(kind)}
@@ -83,22 +103,25 @@ def test_the_help_of_a_scan_says_what_each_setting_is() -> None:
     assert asked - explained == set()
 
 
-def test_mistakes_on_the_command_line_are_told_before_anything_slow_is_loaded() -> None:
-    for command in (["scan", "job.nam=x"], ["check", "model.sourc=x"], ["verify", "run=a,b"]):
-        ((name, code, _, modules),) = ran(command)
+def test_mistakes_on_the_command_line_are_told_before_anything_slow_is_loaded(turns: list[Found]) -> None:
+    found = turns[len(COMMANDS) :][: len(MISTAKES)]
+    assert [name for name, *_ in found] == [name for name, *_ in MISTAKES]
+    for name, code, _, modules in found:
         assert code == 1
         assert not modules & set(SLOW), name
 
 
-def test_the_state_of_a_run_is_told_without_what_computed_it(run_uri: str) -> None:
-    for command in ("status", "verify"):
-        ((_, code, printed, modules),) = ran([command, f"run={run_uri}"])
+def test_the_state_of_a_run_is_told_without_what_computed_it(turns: list[Found], run_uri: str) -> None:
+    found = turns[-1 - len(READERS) : -1]
+    assert [name for name, *_ in found] == list(READERS)
+    for name, code, printed, modules in found:
         assert code == 0
         assert run_uri in printed
-        assert not modules & set(SLOW)
+        assert not modules & set(SLOW), name
 
 
-def test_a_report_is_made_without_what_computed_the_run(run_uri: str, tmp_path: Path) -> None:
-    ((_, code, printed, modules),) = ran(["report", f"runs=[{run_uri}]", f"out={tmp_path}/report"])
-    assert (code, printed.strip()) == (0, f"{tmp_path}/report/report.html")
+def test_a_report_is_made_without_what_computed_the_run(turns: list[Found], page: Path) -> None:
+    name, code, printed, modules = turns[-1]
+    assert (name, code, printed.strip()) == ("report", 0, f"{page}/report.html")
+    assert page.joinpath("report.html").is_file()
     assert not modules & {"torch", "transformers", "ray", "scipy", "sklearn", "s3fs"}

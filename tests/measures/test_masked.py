@@ -109,12 +109,13 @@ def test_the_masked_facts_are_scanned_like_any_data_set(tmp_path: Path) -> None:
     )
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
     asked = {"model": {"source": str(tmp_path)}, "dataset": {"source": "facts-masked"}}
-    for measure in ({"name": "neurgrad"}, {"name": "sweep", "shifts": [-1, 1]}):
-        prepared = prepare(typed(ScanConfig, {**asked, "measure": measure}))
+    sweep = {"measure": {"name": "sweep", "shifts": [-1, 1]}, "neurons": {"choose": "sample", "count": 5}}
+    for measured in ({"measure": {"name": "neurgrad"}}, sweep):
+        prepared = prepare(typed(ScanConfig, {**asked, **measured}))
         assert prepared.info.is_masked
         worker = ScanWorker(WorkerSpec(prepared.config, prepared.info.identity, 2, prepared.encoding[:1]))
         assert worker.start().engine == "full_sequence"
-        found = worker.compute(Shard(0, tuple(prepared.encoding[::100])), 1.0, worker.calibrate())
+        found = worker.compute(Shard(0, tuple(prepared.encoding[::200])), 1.0, worker.calibrate())
         assert {name: table.schema for name, table in found.items()} == prepared.tables
         (first, *_) = found["prompts"].to_pylist()
         assert first["prompt"] == "The capital of France is [MASK]."

@@ -81,12 +81,12 @@ def test_a_small_poke_moves_the_output_as_the_gradient_says(family: str) -> None
 @pytest.mark.model
 @pytest.mark.parametrize("basis", ["paper", "hidden", "gate"])
 def test_equals_the_oracle_on_the_default_model(smollm2: LanguageModel, smollm2_float64: nn.Module, basis: str) -> None:
-    # A header that is shared has nothing to do with the basis.
-    header = smollm2.tokenizer("Question and answer. " * (10 if basis == "paper" else 4))["input_ids"]
-    texts = ["The capital of France is", "Hello", "One two three four five six seven", "Water is"]
+    # More texts in one basis alone: what differs between them has nothing to do with it.
+    header = smollm2.tokenizer("Question and answer. " * 4)["input_ids"]
+    texts = ["The capital of France is", "Hello", "One two three four five six seven"]
     ids = [smollm2.tokenizer(text)["input_ids"] for text in (texts if basis == "paper" else texts[:2])]
-    prompts = [encoded(own, (260, 4200, 33)) for own in ids]
-    prompts += [encoded(header + own, (260, 4200)) for own in ids[:2]]
+    prompts = [encoded(own, (260, 4200)) for own in ids]
+    prompts += [encoded(header + own, (260,)) for own in ids[:2]]
     assert_equals_oracle(smollm2, prompts, basis, 1e-4, smollm2_float64)
 
 

@@ -139,11 +139,11 @@ def test_float32_keeps_its_digits_on_a_long_prompt(smollm2: LanguageModel, smoll
         f"{_WARES[i % 7]} by the river."
         for i in range(60)
     )
-    ids, targets = tuple(smollm2.tokenizer(text)["input_ids"][:1000]), (260, 4200)
-    assert len(ids) == 1000
+    ids, targets = tuple(smollm2.tokenizer(text)["input_ids"][:500]), (260, 4200)
+    assert len(ids) == 500
     expected = oracle.gradients_over_cache(smollm2_float64, ids, targets, "paper")
     layers = list(range(smollm2.feed_forward.n_layers))
     ((_, found),) = gradients(smollm2, [encoded(ids, targets)], [(0, 1)], "paper", layers, Budget(2**28))
-    # 4e-5 for both; with the vocabulary summed one token after the other 0.8e-4 and 1.3e-4.
+    # 5e-6 and 9e-6; with the vocabulary summed one token after the other 0.9e-4 and 1.3e-4.
     for k in range(len(targets)):
         assert relative(found.gradient_kln[k], expected[k]) < 6e-5

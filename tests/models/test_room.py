@@ -23,10 +23,14 @@ from tests.tiny_models import tiny_model
 
 TOKENS = 12
 FAMILIES = [
-    "Llama 2", "Gemma 2", "GPT-2", "GPT-J", "BERT", "DeBERTa 2 and 3",
-    # With states, indices of keys, whole sequences of a causal model, and experts.
-    "Qwen 3.5", "Bamba", "Falcon-H1", "Jamba", "DeepSeek 3.2, above its limit", "RecurrentGemma",
-    "Mixtral", "DeepSeek 3", "gpt-oss", "Granite 4 MoE",
+    "Llama 2", "GPT-2", "GPT-J", "BERT",
+    # With states, indices of keys, whole sequences of a causal model, and experts, also beside states.
+    "Qwen 3.5", "DeepSeek 3.2, above its limit", "RecurrentGemma", "gpt-oss", "Granite 4 MoE",
+    # Of the same kinds.
+    *(
+        pytest.param(own, marks=pytest.mark.faults)
+        for own in ("Gemma 2", "DeBERTa 2 and 3", "Bamba", "Falcon-H1", "Jamba", "Mixtral", "DeepSeek 3")
+    ),
 ]  # fmt: skip
 # By how much estimates may be too high: the family that needs the most of its kind decides for all.
 _GRAPH, _RUN = 4, 6
@@ -104,9 +108,9 @@ def test_rows_take_no_more_than_is_said_with_and_without_a_graph(family: str) ->
     def gradients(n: int) -> int:
         return peak_bytes(lambda: target_gradients(model.rows([ids]), [list(range(1, 1 + n))], points))
 
-    run = (rows(60) - rows(20)) / 40
+    run = (rows(30) - rows(10)) / 20
     assert run <= said.run <= _RUN * run
-    slope = (gradients(24) - gradients(8)) / 16
+    slope = (gradients(12) - gradients(4)) / 8
     assert slope <= (said.slopes if interventions.rows.targets_share_rows else said.graph + said.slopes)
 
 

@@ -24,11 +24,13 @@ from neg_service.storage.verify import verify
 from tests.s3 import acting_as
 from tests.storage.conftest import TABLES, identity, tables_of
 
-ODD = [
-    "exp#1", "exp?1", "exp;1", "exp%1", "exp%23", "a%2Fb", "a b", "a  b", "a\tb", "a+b", "a&b=c", "caf\u00e9",
-    "cafe\u0301", "a@b", "a:b", "a::b", "a*b", "a[b]", "a{b}", "a'b\"", " a", "a ", "~a", "...", "a$b",
+ODD = ["exp#1", "exp?1", "exp%23", "a%2Fb", "a  b", "a+b", "cafe\u0301", "a::b", "a[b]", " a", "..."]
+# `make test-faults` has these too.
+ODDER = [
+    "exp;1", "exp%1", "a b", "a\tb", "a&b=c", "caf\u00e9", "a@b", "a:b", "a*b", "a{b}", "a'b\"", "a ", "~a", "a$b",
     "\U0001f600", "a<b>&amp;",
 ]  # fmt: skip
+NAMES = [*ODD, *(pytest.param(own, marks=pytest.mark.faults) for own in ODDER)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started.stop()
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_is_found_again_under_the_key_that_was_typed(name: str, server: Server) -> None:
     raw = s3fs.S3FileSystem(endpoint_url=server.endpoint_url, use_listings_cache=False)
     uri = f"s3://{BUCKET}/runs/{name}/run{name}"
@@ -68,7 +70,7 @@ def test_a_run_is_found_again_under_the_key_that_was_typed(name: str, server: Se
     assert store.list("") == []
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", NAMES)
 def test_inputs_are_read_under_the_key_that_was_typed(name: str, server: Server) -> None:
     raw = s3fs.S3FileSystem(endpoint_url=server.endpoint_url)
     row = b'{"prompt": "w1", "targets": [" w2"]}'

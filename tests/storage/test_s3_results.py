@@ -19,6 +19,8 @@ import neg_service
 from infra.s3.server import BUCKET, Keys, Server
 from jobs.entry import composed
 from jobs.scan import scan
+from jobs.status import StatusConfig, status
+from jobs.verify import VerifyConfig, verify
 from neg_service import schema
 from neg_service.config import ScanConfig
 from neg_service.errors import DestinationError
@@ -41,7 +43,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scanned(server: Server, tiny_directory: Path, words: Path) -> tuple[str, list[str], list[str]]:
-    """The URI of a finished run, the settings of its scan, and all that was printed."""
+    """The URI of a finished run, the settings of its scan, and what it logged as JSON objects."""
     arguments = [f"model.source={tiny_directory}", f"dataset.source={words}", f"storage.uri=s3://{BUCKET}/results"]
     arguments += [
         f"storage.endpoint_url={server.endpoint_url}",
@@ -49,10 +51,21 @@ def scanned(server: Server, tiny_directory: Path, words: Path) -> tuple[str, lis
         "cluster.cpus_per_replica=1",
         "job.shard_size=2",
     ]
-    done = job("scan", *arguments, env=environment(**credentials(server.writer)))
-    assert done.returncode == 0, done.stderr
-    (uri,) = re.findall(r"results +(s3://\S+)", done.stdout)
-    return uri, arguments, [done.stdout, done.stderr]
+    as_json = ["job.log=json", "job.progress_seconds=0"]
+    done = job("scan", *arguments, *as_json, env=environment(**credentials(server.writer)))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    lines = done.stderr.splitlines()
+    (uri,) = re.findall(r"results +(s3://\S+)", json.loads(lines[-1])["message"])
+    return uri, arguments, lines
+
+
+@pytest.mark.ray
+def test_logs_are_json_on_request(scanned: tuple[str, list[str], list[str]]) -> None:
+    said = [json.loads(line) for line in scanned[2]]
+    assert {one["run"] for one in said} == {scanned[0].rpartition("/")[2]}
+    (ready,) = [one for one in said if "is ready: pid" in one["message"]]
+    assert ready["replica"] == 0
+    assert any(re.match(r"\d+/\d+ prompts", one["message"]) for one in said)
 
 
 @pytest.mark.ray
@@ -62,18 +75,19 @@ def test_a_scan_lands_in_s3_and_no_secret_is_anywhere(
 ) -> None:
     uri, arguments, printed = scanned
     began = time.time()
-    assert f'open_run("{uri}", "{server.endpoint_url}")' in printed[0]
+    assert f'open_run("{uri}", "{server.endpoint_url}")' in json.loads(printed[-1])["message"]
     run = neg_service.open_run(uri, server.endpoint_url)
     assert run.done() == {0, 1, 2}
     assert run.table("neurgrad").to_table().num_rows == 5 * 2 * 3
     assert scan(composed("scan", arguments, ScanConfig)) == 0
     again = capfd.readouterr()
     assert "this run was finished already" in again.out
-    env = environment(**credentials(server.writer))
     where = [f"run={uri}", f"storage.endpoint_url={server.endpoint_url}"]
-    asked = [job(name, *where, env=env) for name in ("status", "verify")]
-    assert [one.returncode for one in asked] == [0, 0]
-    everything = [*printed, *again, *(text for one in asked for text in (one.stdout, one.stderr))]
+    assert status(composed("status", where, StatusConfig)) == 0
+    assert verify(composed("verify", where, VerifyConfig)) == 0
+    asked = capfd.readouterr()
+    assert asked.out.count(uri) >= 2
+    everything = [*printed, *again, *asked]
     store = open_store(uri, server.endpoint_url)
     everything += [(store.get(entry.key) or b"").decode("latin-1") for entry in store.list("")]
     # What Ray keeps of its processes, too.
