@@ -48,6 +48,7 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
     """What there is to know of a checked model; deviations are relative, memory in bytes."""
     import torch
 
+    from neg_service.models.engines.difference_check import DIFFERENCES_TOLERANCE
     from neg_service.models.engines.self_check import (
         FINITE_DIFFERENCE_TOLERANCE,
         GRADIENT_TOLERANCE,
@@ -87,7 +88,8 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
             "at_readout": checked.at_readout,
             "gradients": checked.gradients,
             "finite_difference": checked.finite_difference,
-        },
+        }
+        | ({} if checked.differences is None else {"differences": checked.differences}),
         "allowed": {"row_logits": LOGIT_TOLERANCE[checked_in], "neurons": LOGIT_TOLERANCE[checked_in]}
         | ({} if checked.experts is None else {"experts": LOGIT_TOLERANCE[checked_in]})
         | {"at_readout": READOUT_FACTOR * LOGIT_TOLERANCE[checked_in]}
@@ -95,7 +97,8 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
             {}
             if checked.finite_difference is None
             else {"gradients": GRADIENT_TOLERANCE, "finite_difference": FINITE_DIFFERENCE_TOLERANCE}
-        ),
+        )
+        | ({} if checked.differences is None else {"differences": DIFFERENCES_TOLERANCE}),
         "weights_bytes": sum(weight.nbytes for weight in model.model.parameters()),
         "peak_bytes": _peak_bytes(model),
         "load_seconds": load_seconds,
@@ -144,6 +147,7 @@ def describe(found: dict[str, Any]) -> str:
         *_experts(deviations, allowed),
         ("gradients", gradients),
         ("small shifts", finite_difference),
+        *_differences(deviations, allowed),
         ("memory", f"{bytes_text(found['weights_bytes'])} of weights; {peak} at the most so far"),
         ("seconds", f"{found['load_seconds']:.1f} to load, {found['check_seconds']:.1f} to check"),
     ]
@@ -160,6 +164,13 @@ def _experts(deviations: dict[str, float], allowed: dict[str, float]) -> list[tu
         return []
     off, most = deviations["experts"], allowed["experts"]
     return [("experts", f"{off:.1e} off the modeling code's own loop, in float32, at most {most:g}")]
+
+
+def _differences(deviations: dict[str, float], allowed: dict[str, float]) -> list[tuple[str, str]]:
+    if "differences" not in deviations:
+        return []
+    off, most = deviations["differences"], allowed["differences"]
+    return [("differences", f"{off:.1e} off those of rows, in float64, at most {most:g}")]
 
 
 def _places(model: LanguageModel, basis: str) -> str:

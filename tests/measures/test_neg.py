@@ -154,8 +154,8 @@ def test_float32_is_as_exact_as_promised(
             changes = oracle.changes_with_shifts(double.model, ids, target_id, "paper", layer, [(neuron, 1.0)])
             np.testing.assert_allclose(single.delta_p[[i], 0], changes, rtol=1e-6, atol=1e-12 * single.probability)
     assert least <= found.probability <= most
-    assert np.median(np.abs(found.neg / exact.neg - 1)) <= 1e-4
-    assert np.abs(found.delta_p - exact.delta_p).max() <= 5e-6
+    assert np.median(np.abs(found.neg / exact.neg - 1)) <= 5e-6
+    assert np.abs(found.delta_p - exact.delta_p).max() <= 1e-6
 
 
 def test_nothing_of_a_sweep_stays_in_the_model() -> None:

@@ -2,6 +2,7 @@
 
 | engine                   | a row is                                          | for                               |
 |--------------------------|---------------------------------------------------|-----------------------------------|
+| `differences`            | its difference from the row without a shift       | shifts of single neurons, exactly |
 | `shared_prefix`          | the last token over a prefix that all rows share  | causal attention, fast            |
 | `kv_cache`               | the last token over a cache that each row repeats | attention of other kinds          |
 | `recurrent_state`        | the last token, a step from a frozen state        | recurrent layers                  |

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 Product = Callable[[Tensor, Tensor, bool], Tensor]
 
 EXACT, FAST = "exact", "fast"
-# So many of a weight's values are converted at a time: they stay in a processor's cache, and pay off over the rows.
-_TILE = 2**18
+# About so many of a weight's values are converted at a time. Smaller pieces make products slower than they save memory.
+_TILE = 2**20
 
 
 def product_of(mode: str) -> Product:
@@ -73,7 +73,8 @@ def _in_tiles(d_rf: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
     """With the weight converted to d's precision, a few of its outputs at a time."""
     weight_gf = weight.mT if is_transposed else weight
     found_rg = d_rf.new_empty(len(d_rf), len(weight_gf))
-    at_once = max(1, _TILE // weight_gf.shape[1]) if d_rf.device.type == "cpu" else len(weight_gf)
+    n_tiles = -(-weight_gf.numel() // _TILE)
+    at_once = -(-len(weight_gf) // n_tiles)
     for start in range(0, len(weight_gf), at_once):
         tile = weight_gf[start : start + at_once].to(d_rf.dtype)
         torch.mm(d_rf, tile.mT, out=found_rg[:, start : start + at_once])
