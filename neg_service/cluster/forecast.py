@@ -12,6 +12,7 @@ and memory, and one alone would be too fast.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from neg_service.cluster.sampling import (
     sample_seconds,
     spread,
     units_of,
+    whole_prompts,
 )
 from neg_service.cluster.scan import worker_spec
 from neg_service.config import most_replicas
@@ -155,7 +157,11 @@ def _replicas(prepared: Prepared, size: ReplicaSize) -> tuple[int, int]:
     asked = min(n_shards, replica_count(most_replicas(prepared.config.cluster), size, there))
     room = min(n_shards, replica_count("auto", size, there))
     if room < asked:
-        log.warning("there is room for %d of %d replicas now: the forecast is for all of them", room, asked)
+        address = prepared.config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+        # To Ray on this machine no node is added, and who has no room there waits for ever.
+        n_replicas = room if address == "local" else asked
+        log.warning("there is room for %d of %d replicas now: a forecast for %d", room, asked, n_replicas)
+        asked = n_replicas
     together = 1 if size.gpus else min(asked, max(replica_count("auto", size, [node]) for node in there))
     return asked, max(1, together)
 
@@ -179,10 +185,14 @@ class _Sampling:
         prompt_seconds = self._warm_up(*middle, can_share)
         whole = prompt_seconds * self._prepared.plan.n_prompts
         found = pieces(shards, lengths, prompt_seconds, sample_seconds(whole), can_share)
-        for number, piece in enumerate(found, 1):
-            one = self._measure(piece)
-            self._sample.pieces.append(one)
-            log.info("forecast: sample %d of %d, %s: %.1f s", number, len(found), _described(piece), one.seconds)
+        done = self._sample.pieces
+        while len(done) < len(found):
+            piece = found[len(done)]
+            done.append(self._measure(piece))
+            what = "forecast: sample %d of %d, %s: %.1f s"
+            log.info(what, len(done), len(found), _described(piece), done[-1].seconds)
+            if len(done) == 2:
+                found[2:] = whole_prompts(found[2:], *done)
 
     def _start(self) -> None:
         limit = self._prepared.config.cluster.start_seconds

@@ -68,8 +68,12 @@ class Units:
 
     @property
     def of_time(self) -> list[float]:
-        """Along f: the shard or piece itself, and what is in it."""
-        return [1.0, self.prompts, self.tokens, self.rows]
+        """Along f: what is in a shard or piece, then itself.
+
+        Of units that say the same the first gets the price: where each piece has one prompt, what is there once is a
+        prompt's and no shard's, which may have many.
+        """
+        return [self.prompts, self.tokens, self.rows, 1.0]
 
 
 def units_of(prompts: Sequence[EncodedPrompt], cost_of: CostOf, share: float, rows_are_prompts: bool) -> Units:
@@ -148,6 +152,16 @@ def pieces(
         start = max(own.start, min(place - size // 2, own.stop - size))
         found.append(Piece(start, min(size, own.stop - start)))
     return list(dict.fromkeys(found))
+
+
+def whole_prompts(rest: Sequence[Piece], small: Measured, large: Measured) -> list[Piece]:
+    """The pieces that are left, on all neurons where a part of them, three times as large, took hardly longer.
+
+    So it is where few neurons of many layers are measured: each layer's pass costs what its weights cost.
+    """
+    if large.piece.share >= 1 or large.seconds > 1.5 * small.seconds:
+        return list(rest)
+    return list(dict.fromkeys(replace(piece, share=1.0) for piece in rest))
 
 
 def prices(units_if: Floats, seconds_i: Floats) -> Floats:
@@ -242,7 +256,7 @@ def extrapolate_bytes(
     for table in measured[0].bytes:
         raw_i = np.array([own.raw_bytes.get(table, own.rows) for own in units_i], np.float64)
         bytes_i = np.array([one.bytes[table] for one in measured], np.float64)
-        of_part, of_byte = prices(np.stack([np.ones(len(raw_i)), raw_i], 1), np.maximum(1.0, bytes_i))
+        of_byte, of_part = prices(np.stack([raw_i, np.ones(len(raw_i))], 1), np.maximum(1.0, bytes_i))
         raw = sum(own.raw_bytes.get(table, own.rows) for own in shards) * n_shards / len(shards)
         found[table] = round(of_part * n_shards + of_byte * raw)
     return found

@@ -124,6 +124,17 @@ def test_the_last_shard_is_one_replicas_and_a_warm_up_counts_once(arguments: lis
     assert found.n_bytes == pytest.approx(run_here(prepared).bytes_now, rel=0.1)
 
 
+@pytest.mark.parametrize(("address", "n_replicas"), [(None, 2), ("head:6379", 3)])
+@pytest.mark.usefixtures("here")
+def test_replicas_without_room_count_where_nodes_may_come(
+    arguments: list[str], address: str | None, n_replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = [*arguments, "cluster.replicas.max=9", *([f"cluster.address={address}"] * bool(address))]
+    # Of nine three have a shard, and the two nodes have room for two.
+    assert module._replicas(prepare(scan_config(*settings)), ReplicaSize(1, 0, 1)) == (n_replicas, 1)
+
+
 @pytest.mark.usefixtures("here")
 def test_a_part_of_the_neurons_says_what_all_of_them_take(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from neg_service.cluster.sampling import (
     sample_seconds,
     spread,
     units_of,
+    whole_prompts,
 )
 from neg_service.config import NeuronsConfig
 from neg_service.layer_neurons import LayerNeurons
@@ -145,6 +146,23 @@ def test_a_prompt_that_takes_too_long_is_measured_on_two_parts_of_its_neurons() 
     assert [own.n_prompts for own in found] == [1] * 6
     # Where the neurons follow from the prompt, all of them are measured.
     assert {own.share for own in pieces([range(0, 9)], [5] * 9, 20.0, 6.0, can_share=False)} == {1.0}
+
+
+def test_where_each_piece_is_one_prompt_what_is_there_once_is_the_prompts() -> None:
+    # 2 s and 1 s for each 100 rows, on parts of a prompt's neurons; a shard of 8 prompts of 500 rows each.
+    units = [Units(1, 5, rows) for rows in (100, 200, 300)]
+    found = extrapolate(_measured(3.0, 4.0, 5.0), units, [Units(8, 40, 4000)], 1, 1)
+    assert found.seconds == pytest.approx(8 * (2 + 5))
+
+
+def test_where_a_part_takes_as_long_as_a_larger_one_prompts_are_measured_whole() -> None:
+    rest = [Piece(place, 1, share) for place in (4, 7) for share in (0.05, 0.15)]
+    small = Measured(Piece(1, 1, 0.05), 2.0)
+    assert whole_prompts(rest, small, Measured(Piece(1, 1, 0.15), 5.0)) == rest
+    assert whole_prompts(rest, small, Measured(Piece(1, 1, 0.15), 2.5)) == [Piece(4, 1), Piece(7, 1)]
+    # Of all neurons there is no part.
+    whole = [Piece(1, 2), Piece(4, 2)]
+    assert whole_prompts(whole, Measured(Piece(1, 2), 2.0), Measured(Piece(1, 2), 2.0)) == whole
 
 
 @pytest.mark.parametrize(("whole", "sampled"), [(3, 3), (100, 8), (400, 20), (1e6, 60)])
