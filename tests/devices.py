@@ -40,6 +40,10 @@ class Elsewhere(Tensor):
         made.raw = raw
         return made
 
+    def data_ptr(self) -> int:
+        """Where the values lie, by which tensors are told apart."""
+        return self.raw.data_ptr()
+
     @property
     def data(self) -> Tensor:
         """The same values, without history."""
