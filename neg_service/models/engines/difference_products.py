@@ -17,6 +17,7 @@ Axes: R rows, F features of the difference, G features of the product.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -62,7 +63,18 @@ def _fast(d_rf: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:
 
 def _has_float32_sums(d_rf: Tensor, weight: Tensor) -> bool:
     # A difference of float16 weights may be smaller than float16 reaches.
-    return weight.is_cuda and weight.dtype == torch.bfloat16 and d_rf.dtype == torch.float32
+    is_bfloat16 = weight.dtype == torch.bfloat16 and d_rf.dtype == torch.float32
+    return weight.is_cuda and is_bfloat16 and _cuda_gives_float32()
+
+
+@functools.cache
+def _cuda_gives_float32() -> bool:
+    """Whether this torch multiplies bfloat16 into float32, which older ones do not."""
+    few = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    try:
+        return bool(torch.mm(few, few, out_dtype=torch.float32).dtype == torch.float32)
+    except (TypeError, RuntimeError):
+        return False
 
 
 def _float32_sums(d_rf: Tensor, weight: Tensor, is_transposed: bool) -> Tensor:

@@ -2,9 +2,9 @@
 
 A weak neuron moves a hidden state by less than float32 rounds it to, so that rows which are computed and then
 subtracted have few digits in common with the truth. Here a row is its difference all the way: nothing nearly equal is
-subtracted, and what rounding there is is relative to the difference. In float32 NEG is some five times more exact in
-the median, fifty times in the worst of a hundred, and with weights in bfloat16 as exact as with float32, as long as
-the row without a shift is computed in float32, which it is.
+subtracted, and what rounding there is is relative to the difference. NEG is a few hundred times more exact than by
+rows in float32, and with weights in bfloat16 it is as exact as with float32. The row without a shift is computed in
+float64, whatever the model's precision: its errors would be the same in all rows.
 
 This is for interventions on single neurons. Gradients, joint edits and all else run as in `shared_prefix.py`, of which
 this engine is a kind. One prompt at a time is traced (`difference_trace.py`); the program that this leaves
