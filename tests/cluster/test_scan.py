@@ -112,7 +112,9 @@ def test_a_plan_says_by_which_engine_and_how_much_work_a_row_is(asked: dict[str,
         (line,) = [line for line in describe_plan(prepared).splitlines() if line.strip().startswith("engine")]
         return line.split("engine", 1)[1].strip()
 
-    said = "shared_prefix, unless the self-check chooses another: a row is the last token, over a prefix that all rows"
+    said = (
+        "differences, unless the self-check chooses another: a row is the last token's difference from the row without"
+    )
     assert engine(Path(asked["model"]["source"])).startswith(said)
     model = tiny_model("Doge")
     # No engine but that of whole sequences takes blocks of tokens.

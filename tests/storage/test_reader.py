@@ -78,7 +78,7 @@ def test_a_neuron_of_a_sweep_is_its_rows(tmp_path: Path) -> None:
     names = [field.name for field in schema.sweep() if field.type == pa.float32()]
     rows = [
         {"prompt_id": "p", "target_index": 0, "target": "a", "layer": layer, "neuron": neuron, "is_resolved": True}
-        | {"basis": "paper", "shift": "magnitude", "dtype": "float32"}
+        | {"basis": "paper", "shift": "magnitude", "dtype": "float32", "n_shifts": 2}
         | dict.fromkeys(names, layer + neuron / 10)
         for layer in range(2)
         for neuron in range(3)
