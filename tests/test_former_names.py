@@ -98,7 +98,8 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (place / "rows.jsonl").write_text('{"prompt": "w1 w2", "targets": [" w3", " w4"], "answer": " w3"}\n')
     measure, neurons = MEASURES[request.param]
     config = ScanConfig(
-        model=ModelConfig(source=str(tiny_directory)),
+        # Of before, when there was no difference arithmetic.
+        model=ModelConfig(source=str(tiny_directory), engine="shared_prefix"),
         dataset=DatasetConfig(source=str(place / "rows.jsonl")),
         measure=measure,
         neurons=neurons,
