@@ -251,12 +251,16 @@ def extrapolate(
 def extrapolate_bytes(
     measured: Sequence[Measured], units_i: Sequence[Units], shards: Sequence[Units], n_shards: int
 ) -> dict[str, int]:
-    """Bytes of each table as stored: what a part has anyhow, and what it has for each byte before compression."""
+    """Bytes of each table as stored: what a part has anyhow, and what it has for each byte before compression.
+
+    Unlike of seconds, large pieces count for more: small parts, whose pages hold few rows, compress worse than shards.
+    """
     found = {}
     for table in measured[0].bytes:
         raw_i = np.array([own.raw_bytes.get(table, own.rows) for own in units_i], np.float64)
-        bytes_i = np.array([one.bytes[table] for one in measured], np.float64)
-        of_byte, of_part = prices(np.stack([raw_i, np.ones(len(raw_i))], 1), np.maximum(1.0, bytes_i))
+        bytes_i = np.array([max(1, one.bytes[table]) for one in measured], np.float64)
+        largest = bytes_i.max()
+        of_byte, of_part = largest * _nearest(np.stack([raw_i, np.ones(len(raw_i))], 1), bytes_i / largest)
         raw = sum(own.raw_bytes.get(table, own.rows) for own in shards) * n_shards / len(shards)
         found[table] = round(of_part * n_shards + of_byte * raw)
     return found
