@@ -76,10 +76,17 @@ class OwnCluster:
         """All processes of the cluster that are alive."""
         return psutil.Process(self._process.pid).children(recursive=True)
 
-    def metric(self, name: str, run: str) -> dict[str, float]:
-        """What Prometheus would read of a metric: its values for a run, by the label `state` if there is one."""
+    def metrics_for(self, run: str, *names: str) -> list[dict[str, float]]:
+        """What Prometheus would read at once of metrics: their values for a run, by the label `state` if they have it.
+
+        Each time that it is asked, Ray's agent makes the text of all that it has.
+        """
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
+        return [self._values(lines, name, run) for name in names]
+
+    @staticmethod
+    def _values(lines: list[str], name: str, run: str) -> dict[str, float]:
         mine = [line for line in lines if line.startswith(f"ray_{name}{{") and f'run="{run}"' in line]
         states = [re.search(r'state="(\w+)"', line) for line in mine]
         return {
