@@ -32,8 +32,9 @@ DifferenceOfTwo = Callable[[Tensor | None, Tensor | None], Tensor]
 
 # How large g(a) may be, and exponents of e: products of both stay within float32, and what is beyond changes nothing.
 _FAR, _MOST = 40.0, 80.0
-# Up to where three Gauss points are exact to 2e-9; beyond, the density's integral is not small against its ends.
-_NEAR = 0.25
+# Up to where three Gauss points are exact, to 2e-9 and to 1e-14; beyond, the density's integral is not small against
+# its ends, whose difference then has its digits.
+_NEAR = {torch.float32: 0.25, torch.float64: 0.03}
 _GAUSS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 8 / 18), (0.5 + math.sqrt(0.15), 5 / 18))
 _CUBIC, _SQRT_2_PI = 0.044715, math.sqrt(2 / math.pi)
 # On a CPU so many values at a time: they stay in the processor's cache from step to step.
@@ -109,7 +110,7 @@ def _gelu(a: Tensor, dtype: torch.dtype) -> Difference:
             )
         near = density.mul_(d)
         far = (torch.erf(after.mul_(math.sqrt(0.5))) - before).mul_(0.5)
-        return found.addcmul_(own, torch.where(d.abs() <= _NEAR, near, far))
+        return found.addcmul_(own, torch.where(d.abs() <= _NEAR[dtype], near, far))
 
     return partial(in_blocks, difference, a)
 
