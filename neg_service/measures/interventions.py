@@ -1,14 +1,14 @@
 """Interventions on single neurons: what a shift does to the targets' probabilities, for very many shifts at once.
 
-For one prompt, a row of a batch is one (neuron, shift) of one layer. All rows start from the stored input of their
-layer, so that the layers below never run again (`models/start_at_layer.py`); and up to its neurons the layer itself
-runs once, because only there do rows begin to differ. Architectures whose layers cannot grow rows on the way (the
-self-check finds out) run the whole layer for each row. Row 0 of every batch is not shifted: another batch shape alone
-moves logits by more than a weak neuron does. Probabilities are never subtracted (`readout.py`).
+For one prompt, a row of a batch is one (neuron, shift). All rows of a layer start from its stored input, so that the
+layers below never run again (`models/start_at_layer.py`); and up to its neurons the layer itself runs once, because
+only there do rows begin to differ. Architectures whose layers cannot grow rows on the way (the self-check finds out)
+run the whole layer for each row. Row 0 of every batch is not shifted: another batch shape alone moves logits by more
+than a weak neuron does. Probabilities are never subtracted (`readout.py`).
 
 An engine of difference arithmetic (`models/engines/differences.py`) runs no such rows: each is its difference from the
 prompt's one row without a shift, which is computed in float64 whatever the model's precision. Then probabilities and
-activations here are that row's, too.
+activations here are that row's, too. Its batches hold rows of several layers, which join on the way up.
 
 Neurons of a layer's experts and of its MLP pass by at two *sites*. An intervention does not change which experts its
 own layer chose; layers above may choose others, and each intervention says whether they did.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from neg_service.errors import DoesNotFit, ModelError, NonFiniteError
 from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.batching import in_parts, named
+from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
@@ -45,21 +46,6 @@ from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
 Change = Callable[[Tensor, Tensor], Tensor]
-
-
-class Changes(NamedTuple):
-    """What interventions did.
-
-    log_p_ik: Δ log p of every target [I, K]. is_rerouted_i: whether a layer above chose other experts [I]; None of a
-    model without. spread_i: the root mean square of what logits moved by [I], which the error of Δ log p is a constant
-    share of; None where that error is about the same for all. used_others: of one batch with experts, whether its own
-    layer used others than those whose neurons are counted [].
-    """
-
-    log_p_ik: Tensor
-    is_rerouted_i: Tensor | None = None
-    spread_i: Tensor | None = None
-    used_others: Tensor | None = None
 
 
 class Interventions:
@@ -233,42 +219,42 @@ class Interventions:
         self, site: Site, neurons_i: Tensor, shifts_i: Tensor, budget: Budget
     ) -> tuple[Tensor, Tensor | None]:
         """Δ log p of every target [I, K], and whether a layer above chose other experts [I]; see `changes`."""
-        found = self.changes(site, neurons_i, shifts_i, budget)
+        found = self.changes([Moved(site, neurons_i, shifts_i)], budget)
         return found.log_p_ik, found.is_rerouted_i
 
-    def changes(self, site: Site, neurons_i: Tensor, shifts_i: Tensor, budget: Budget) -> Changes:
-        """What moving neuron `neurons_i[i]` of a site by `shifts_i[i]` does.
+    def changes(self, moved: Sequence[Moved], budget: Budget) -> Changes:
+        """What interventions at some sites do, which are given in the order of `sites`; I of all, one after the other.
 
-        Neurons are counted from the site's first. `shifts_i` are added to the activation as they are; signs are the
-        caller's business. Batches are filled evenly.
+        Batches are filled evenly: across sites by an engine whose rows may begin at any, else site by site.
 
         Raises:
             DoesNotFit: one intervention beside the baseline row does not fit.
             NonFiniteError: NaN or infinity after an intervention.
         """
+        together = [moved] if self._differences is not None else [[own] for own in moved]
+        return joined([self._changes_of_batches(own, budget) for own in together])
 
+    def _changes_of_batches(self, moved: Sequence[Moved], budget: Budget) -> Changes:
         def run(part: range) -> Changes:
-            own = slice(part.start, part.stop)
-            return self._run(site, neurons_i[own], shifts_i[own])
+            return self._run(cut(moved, part))
 
-        size = self.rows.sizes.run
+        size, n = self.rows.sizes.run, sum(len(own.shifts_i) for own in moved)
         with self.naming_memory("one intervention does"), self._without_waiting():
             # Beside the baseline row, or what differences of a few rows take while they are worked out.
-            parts = list(in_parts([size] * len(shifts_i), run, budget, size))
-            found = [own.log_p_ik for _, own in parts]
+            parts = list(in_parts([size] * n, run, budget, size))
+            found = [own for _, own in parts]
             # What a batch says of itself is asked for once, for all of them.
             nothing = torch.zeros((), dtype=torch.bool, device=self.device)
-            is_other = torch.stack([nothing if own.used_others is None else own.used_others for _, own in parts])
-            is_read = torch.stack([own.isfinite().all() for own in found])
+            is_other = torch.stack([nothing if own.used_others is None else own.used_others for own in found])
+            is_read = torch.stack([own.log_p_ik.isfinite().all() for own in found])
             is_other, is_read = fetched([is_other, is_read])
-        self._require_same_experts({site.layer: is_other.any()})
+        # Where rows have experts, all are of one site.
+        self._require_same_experts({moved[0].site.layer: is_other.any()})
         with self.naming_memory("one intervention does"):
             for place in (~is_read).nonzero()[:, 0].tolist():
                 # The same batch again, so that it gives the same numbers.
-                found[place] = run(parts[place][0]).log_p_ik
-        changed = [own.is_rerouted_i for _, own in parts if own.is_rerouted_i is not None]
-        spread = [own.spread_i for _, own in parts if own.spread_i is not None]
-        return Changes(torch.cat(found), torch.cat(changed) if changed else None, torch.cat(spread) if spread else None)
+                found[place] = run(parts[place][0])
+        return joined(found)
 
     def _without_waiting(self) -> AbstractContextManager[None]:
         """On a CPU there is no queue that could run empty."""
@@ -311,12 +297,19 @@ class Interventions:
         return start_at_layer(self._layers, layer, stored, output_structures)
 
     @torch.no_grad()
-    def _run(self, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> Changes:
+    def _run(self, moved: Sequence[Moved]) -> Changes:
         if self._differences is not None:
-            rows_r = torch.arange(len(shifts_r), device=shifts_r.device)
-            dz_rv = self._differences.run(len(shifts_r), {site: Shifts(rows_r, neurons_r, shifts_r)})
-            log_p_rk, spread_r = self._readout.differences_read(self._baseline, dz_rv, self._target_ids)
+            shifts: dict[Site, Shifts] = {}
+            n = 0
+            for site, neurons_r, shifts_r in moved:
+                rows_r = torch.arange(n, n + len(shifts_r), device=shifts_r.device)
+                n += len(shifts_r)
+                shifts[site] = Shifts(rows_r, neurons_r, shifts_r, n)
+            log_p_rk, spread_r = self._readout.differences_read(
+                self._baseline, self._differences.run(n, shifts), self._differences.product, self._target_ids
+            )
             return Changes(log_p_rk, None, spread_r)
+        ((site, neurons_r, shifts_r),) = moved
         n_rows = len(shifts_r) + 1
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:

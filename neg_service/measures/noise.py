@@ -41,7 +41,7 @@ from neg_service.errors import NonFiniteError, OutOfMemory
 from neg_service.measures.adaptive import RowNoise, row_gain
 from neg_service.measures.batching import budget_of, named
 from neg_service.measures.choice import chosen_neurons
-from neg_service.measures.curves import curves
+from neg_service.measures.curves import Sites, curves
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.linearity import linearity
 from neg_service.measures.shifts import AdaptiveGrid, Grid, Sweep, adaptive_grid
@@ -194,22 +194,19 @@ def _delta_log_p(
     layers = model.feed_forward.layers
     with nullcontext() if dtype == model.dtype else in_precision(model.model, layers, dtype):
         interventions = Interventions(model, prompt, sweep.basis)
-        sites = interventions.sites(neurons.layers)
-        place_n, p_k = interventions.slots(sites).places_of(neurons), interventions.probability_k.double().cpu()
+        sites = Sites.of(interventions, neurons.layers)
+        place_n = interventions.slots(sites.sites).places_of(neurons)
+        p_k = interventions.probability_k.double().cpu()
         found_nsk = torch.zeros(len(neurons), len(sweep.grid.shifts), len(p_k), dtype=torch.float64)
         spread_ns: Tensor | None = None
-        start = 0
-        for site in sites:
-            stop = start + len(interventions.activation[site])
-            of_set = np.flatnonzero((place_n >= start) & (place_n < stop))
-            if len(of_set):
-                own_n = torch.from_numpy(place_n[of_set] - start)
-                own_nsk, _, own_ns = curves(interventions, site, own_n, sweep, budget)
-                found_nsk[of_set] = own_nsk.cpu().double()
-                if own_ns is not None:
-                    spread_ns = found_nsk.new_zeros(found_nsk.shape[:2]) if spread_ns is None else spread_ns
-                    spread_ns[of_set] = own_ns.cpu().double()
-            start = stop
+        in_order = np.argsort(place_n, kind="stable")
+        in_order = in_order[place_n[in_order] >= 0]
+        if len(in_order):
+            own_nsk, _, own_ns = curves(interventions, sites, place_n[in_order], sweep, budget)
+            found_nsk[in_order] = own_nsk.cpu().double()
+            if own_ns is not None:
+                spread_ns = found_nsk.new_zeros(found_nsk.shape[:2])
+                spread_ns[in_order] = own_ns.cpu().double()
         return found_nsk, spread_ns, p_k, torch.from_numpy(place_n >= 0)
 
 

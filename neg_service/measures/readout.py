@@ -23,7 +23,7 @@ Axes: R rows, V vocabulary, K targets, E hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -36,7 +36,9 @@ from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
 from neg_service.models.transfer import indices
 
+# On a CPU so many rows at a time, or so many tokens and values: they stay in the processor's cache.
 _CPU_ROWS = 8
+_CPU_TOKENS, _CPU_VALUES = 1024, 2**19
 
 # What configurations call the cap c of logits that end as c·tanh(z/c).
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
@@ -173,7 +175,7 @@ class Readout:
         return factor if math.isfinite(factor) and abs(factor - 1) > self._nearly_one else 1.0
 
     def delta_log_p(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
-        """Δ log p of the targets [R, K], from the head's output for rows of differences; may overwrite it.
+        """Δ log p of the targets [R, K], from the head's output for rows of differences; may take its bias off it.
 
         Raises:
             NonFiniteError: NaN or infinity after an intervention.
@@ -182,46 +184,72 @@ class Readout:
         if bias is not None:
             # The head added it to the differences too. What rounding that leaves is far below that of the layers.
             difference_rv = at_least_float32(difference_rv).sub_(bias)
-        return self.differences_read(baseline, difference_rv, target_ids)[0]
+        # On a CPU a few rows at a time: they stay in the processor's cache from step to step.
+        at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
+        whole = [slice(0, difference_rv.shape[1])]
+
+        def read(part_rv: Tensor) -> Tensor:
+            return self._read(baseline, lambda own: part_rv[:, own], whole, target_ids)[0]
+
+        return torch.cat([read(part_rv) for part_rv in torch.split(difference_rv, at_once)])
 
     def differences_read(
-        self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Δ log p of the targets [R, K], from differences of the head's output without its bias; may overwrite them.
+        self, baseline: Baseline, hidden_re: Tensor, product: Callable[[Tensor, Tensor], Tensor],
+        target_ids: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Δ log p of the targets [R, K], from differences of the hidden states that the head reads.
 
-        Beside it the root mean square of each row's differences of logits [R].
+        Beside it the root mean square of each row's differences of logits [R]. product: of hidden states with some rows
+        of the head's weight; on a CPU of so few that what it gives is read before it leaves the processor's cache.
 
         Raises:
             NonFiniteError: NaN or infinity after an intervention.
         """
-        # On a CPU a few rows at a time: they stay in the processor's cache from step to step.
-        at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
-        parts = [self._delta_log_p(baseline, part, target_ids) for part in torch.split(difference_rv, at_once)]
-        return torch.cat([found for found, _ in parts]), torch.cat([spread for _, spread in parts])
+        weight_ve = self._head.get_parameter("weight")
+        n = len(weight_ve)
+        at_once = max(_CPU_TOKENS, _CPU_VALUES // len(hidden_re)) if hidden_re.device.type == "cpu" else n
+        parts = [slice(start, min(start + at_once, n)) for start in range(0, n, at_once)]
+        return self._read(baseline, lambda own: product(hidden_re, weight_ve[own]), parts, target_ids)
 
-    def _delta_log_p(
-        self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        delta_rv = at_least_float32(difference_rv)
-        if baseline.factor != 1:
-            delta_rv = delta_rv.mul_(baseline.factor)
-        if self._cap is not None:
-            after_rv = torch.tanh((baseline.uncapped_v + delta_rv) / self._cap)
-            slope_rv = 1 - torch.tanh(baseline.uncapped_v / self._cap) * after_rv
-            delta_rv = torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(slope_rv)
-        spread_r = torch.linalg.vector_norm(delta_rv, dim=1) / math.sqrt(delta_rv.shape[1])
-        relative_rv = delta_rv - delta_rv[:, baseline.reference, None]
-        target_rk = relative_rv[:, indices(target_ids, relative_rv.device)]
-        # expm1 of the reference is zero exactly, so it needs no leaving out.
-        # By sums of sums: a product with p adds the whole vocabulary up one by one, which costs digits (`head.py`).
-        rest_r = relative_rv.expm1_().mul_(baseline.p_v).sum(1)
+    def _read(
+        self, baseline: Baseline, at: Callable[[slice | Tensor], Tensor], parts: Sequence[slice],
+        target_ids: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same of what `at` gives of the head's output at some tokens; parts: all tokens."""
+        few = indices([baseline.reference, *target_ids], baseline.p_v.device)
+        few_rk = self._logits(baseline, at(few), few)
+        reference_r1, target_rk = few_rk[:, :1], few_rk[:, 1:] - few_rk[:, :1]
+        rests, squares = [], []
+        for part in parts:
+            delta_rv = self._logits(baseline, at(part), part)
+            squares.append(torch.linalg.vector_norm(delta_rv, dim=1).square())
+            relative_rv = delta_rv - reference_r1
+            if part.start <= baseline.reference < part.stop:
+                # Exactly, however another product rounds it.
+                relative_rv[:, baseline.reference - part.start] = 0
+            # By sums of sums: a product with p adds the whole vocabulary up one by one, which costs digits (`head.py`).
+            rests.append(relative_rv.expm1_().mul_(baseline.p_v[part]).sum(1))
+        rest_r, square_r = torch.stack(rests).sum(0), torch.stack(squares).sum(0)
         found_rk = target_rk - rest_r.log1p()[:, None]
         is_beyond_r = ~found_rk.isfinite().all(1)
         if self._reads_beyond and is_beyond_r.any():
             # A logit moved by more than float32's exponential holds: nothing is nearly equal, so it may be subtracted.
             before_v = baseline.logits_v.log_softmax(-1)
-            after_rv = (baseline.logits_v + delta_rv[is_beyond_r]).log_softmax(-1)
+            delta_rv = torch.cat([self._logits(baseline, at(part)[is_beyond_r], part) for part in parts], 1)
+            after_rv = (baseline.logits_v + delta_rv).log_softmax(-1)
             found_rk[is_beyond_r] = (after_rv - before_v)[:, list(target_ids)]
             if not found_rk.isfinite().all():
                 raise NonFiniteError(f"{baseline.who}: NaN or infinity in logits after an intervention")
-        return found_rk, spread_r
+        return found_rk, (square_r / len(baseline.p_v)).sqrt()
+
+    def _logits(self, baseline: Baseline, difference_rv: Tensor, tokens: slice | Tensor) -> Tensor:
+        """Differences of logits of some tokens, from those of the head's output."""
+        delta_rv = at_least_float32(difference_rv)
+        if baseline.factor != 1:
+            delta_rv = delta_rv * baseline.factor
+        if self._cap is None:
+            return delta_rv
+        before_v = baseline.uncapped_v[tokens]
+        after_rv = torch.tanh((before_v + delta_rv) / self._cap)
+        slope_rv = 1 - torch.tanh(before_v / self._cap) * after_rv
+        return torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(slope_rv)

@@ -101,17 +101,17 @@ def test_when_memory_ends_batches_shrink_and_rows_stay_the_same(monkeypatch: pyt
     whole = swept(model, NeuronsConfig(choose="sample", count=4))["sweep"]
     real, sizes = interventions.Interventions._run, []
 
-    def small_memory(self: Any, site: Any, neurons_r: torch.Tensor, shifts_r: torch.Tensor) -> Any:
-        sizes.append(len(shifts_r))
-        if len(shifts_r) > 3:
+    def small_memory(self: Any, moved: Any) -> Any:
+        sizes.append(sum(len(own.shifts_i) for own in moved))
+        if sizes[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, site, neurons_r, shifts_r)
+        return real(self, moved)
 
     monkeypatch.setattr(interventions.Interventions, "_run", small_memory)
     shrunk = swept(model, NeuronsConfig(choose="sample", count=4))["sweep"]
     np.testing.assert_allclose(shrunk["neg"], whole["neg"], rtol=1e-6)
     # Halved at the first prompt, and remembered for the next ones; tried again after 16 batches that fitted, then 32.
-    assert [size for size in sizes if size > 3] == [16, 8, 4, 4, 4]
+    assert [size for size in sizes if size > 3] == [48, 24, 12, 6, 6]
 
     monkeypatch.setattr(interventions.Interventions, "_run", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
     with refused(OutOfMemory, setting=None, says="prompt '.' .* one intervention does not fit"):

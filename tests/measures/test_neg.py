@@ -88,7 +88,11 @@ def test_neither_the_batch_nor_the_company_nor_the_order_changes_results(monkeyp
     assert whole.delta_p.shape == (120, 40)
     sizes: list[int] = []
     real = Interventions._run
-    monkeypatch.setattr(Interventions, "_run", lambda self, *given: sizes.append(len(given[2])) or real(self, *given))
+    monkeypatch.setattr(
+        Interventions,
+        "_run",
+        lambda self, *given: sizes.append(sum(len(own.shifts_i) for own in given[0])) or real(self, *given),
+    )
     row = model.rows([IDS]).sizes.run
     small = neg_service.neg(model, TEXT, TARGET, NEURONS, batch_bytes=int(3.9 * row))
     # Three rows fit, of which one is not shifted.

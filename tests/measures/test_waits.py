@@ -92,7 +92,11 @@ def test_effects_beyond_the_range_of_exponentials_are_read_again(monkeypatch: py
     pairs, shifts = [(2, 3), (1, 4)], [-30.0, 30.0]
     runs: list[int] = []
     real = Interventions._run
-    monkeypatch.setattr(Interventions, "_run", lambda self, *given: runs.append(len(given[2])) or real(self, *given))
+    monkeypatch.setattr(
+        Interventions,
+        "_run",
+        lambda self, *given: runs.append(sum(len(own.shifts_i) for own in given[0])) or real(self, *given),
+    )
 
     def measured(model: LanguageModel) -> neg_service.NegResult:
         model.ensure_checked()

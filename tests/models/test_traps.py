@@ -8,7 +8,7 @@ layers) are tested where the refusal is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ from torch import Tensor
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
+from neg_service.measures.changes import Changes, Moved, joined
 from neg_service.measures.gradients import gradients
-from neg_service.measures.interventions import Changes, Interventions
+from neg_service.measures.interventions import Interventions
 from neg_service.measures.readout import Readout
 from neg_service.models.batches import Budget, group_by_prefix
 from neg_service.models.engines import prefix_attention, shared_prefix
@@ -188,7 +189,11 @@ def test_adding_to_the_residual_is_right_without_such_a_norm(monkeypatch: pytest
     assert sweep_deviation("Llama 2", "hidden") < 1e-6
 
 
-def _on_the_residual(self: Interventions, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> Changes:
+def _on_the_residual(self: Interventions, moved: Sequence[Moved]) -> Changes:
+    return joined([_of_site(self, *own) for own in moved])
+
+
+def _of_site(self: Interventions, site: Site, neurons_r: Tensor, shifts_r: Tensor) -> Changes:
     n_rows, own = len(shifts_r) + 1, self._layers[site.layer]
     inputs, output_structures = self._layer_inputs
     columns_rd = own.get_submodule("mlp.down_proj").weight.T[neurons_r] * shifts_r[:, None]

@@ -59,7 +59,8 @@ def deviation_of_rows(engine: Engine, rows_of: Engine, ids: Ids, shared: Ids, po
     moved_srn = dict(_moves({site: len(own) for site, own in found.activation.items()}))
     n_rows = 1 + _ROWS_A_SITE * len(points)
     expected_rv = _by_rows(rows_of, ids, shared, points, moved_srn, n_rows)
-    own_rv = found.run(n_rows, {site: _shifts(*own) for site, own in moved_srn.items()}).double()
+    d_re = found.run(n_rows, {site: _shifts(*own) for site, own in moved_srn.items()})
+    own_rv = found.product(d_re, engine.model.module.get_output_embeddings().weight).double()
     largest = expected_rv[0].abs().amax()
     expected_rv = expected_rv[1:] - expected_rv[:1]
     scale_r = expected_rv.abs().amax(1).clamp_min(_LEAST * largest)
@@ -81,7 +82,7 @@ def _moves(sizes: dict[Site, int]) -> Iterable[tuple[Site, tuple[int, Tensor]]]:
 def _shifts(first: int, by_rn: Tensor) -> Shifts:
     n_rows, n = by_rn.shape
     rows_i = torch.arange(first, first + n_rows).repeat_interleave(n)
-    return Shifts(rows_i, torch.arange(n).repeat(n_rows), by_rn.flatten())
+    return Shifts(rows_i, torch.arange(n).repeat(n_rows), by_rn.flatten(), first + n_rows)
 
 
 def _by_rows(

@@ -66,6 +66,8 @@ class Traced(Tensor):
         """A tensor without storage of its own."""
         self: Traced = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=row.device)
         self.tracer, self.row, self.slot = tracer, row, slot
+        if slot is not None:
+            tracer.program.axes[slot] = next((i for i, size in enumerate(shape) if size == tracer.rows), None)
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

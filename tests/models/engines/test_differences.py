@@ -16,7 +16,7 @@ from neg_service.errors import ModelError
 from neg_service.models import precision
 from neg_service.models.engines.base import MismatchError
 from neg_service.models.engines.difference_check import deviation_of_rows, differences_deviation
-from neg_service.models.engines.difference_program import Shifts
+from neg_service.models.engines.difference_program import Shifts, Step
 from neg_service.models.engines.difference_rules import RULES
 from neg_service.models.engines.difference_trace import Trace, primes_for
 from neg_service.models.engines.differences import DifferencesEngine
@@ -144,6 +144,31 @@ def test_rows_do_not_change_each_other_and_the_layers_below_do_not_run() -> None
             object.__setattr__(step, "run", lambda *given: ran.append(given))
     torch.testing.assert_close(found.run(50, {Site(1): Shifts(rows_r, neurons_r, shifts_r)}), together)
     assert not ran
+
+
+def test_rows_of_all_layers_make_up_one_batch_at_the_price_of_each_ones_own_layers() -> None:
+    model = tiny_model("Qwen 3")
+    engine, points = DifferencesEngine(model._loaded), model.feed_forward.sites("paper")
+    found = engine.differences(engine.rows([IDS]), IDS, (), points)
+    of_site = {}
+    for site, at, n_rows in ((Site(0), range(7), 7), (Site(1), range(7, 12), 12), (Site(2), range(12, 32), 32)):
+        of_site[site] = Shifts(torch.tensor(at), torch.randint(40, (len(at),)), torch.randn(len(at)), n_rows)
+    seen: list[int] = []
+    for step in found._program.steps:
+        if isinstance(step, Step):
+            run = lambda n_rows, *given, own=step.run: seen.append(n_rows) or own(n_rows, *given)  # noqa: E731
+            object.__setattr__(step, "run", run)
+    together = found.run(32, of_site)
+    assert sorted(set(seen)) == [7, 12, 32]
+    for site, own in of_site.items():
+        alone = Shifts(torch.arange(len(own.rows_i)), own.neurons_i, own.shifts_i)
+        expected = found.run(len(own.rows_i), {site: alone})
+        torch.testing.assert_close(together[own.rows_i], expected, rtol=1e-4, atol=1e-7)
+    # Where what is met at a site has no axis of rows alone, all run from the lowest site on.
+    found._program._mixes_at_sites = True
+    seen.clear()
+    torch.testing.assert_close(found.run(32, of_site), together, rtol=1e-4, atol=1e-7)
+    assert set(seen) == {32}
 
 
 def test_the_number_of_rows_divides_no_size() -> None:
