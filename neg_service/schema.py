@@ -1,4 +1,4 @@
-"""The Arrow schema of every table, with units; and `Table`, which says of a table what its readers have to know.
+"""The Arrow schema of every table, with units. What a table says of itself besides: `table.py`.
 
 All values are float32: NEGs go below 1e-7, where float16 is already zero. Each row names its basis, because two
 results of different bases must never be mixed. Axes: P prompts, K targets of a prompt, L layers, N neurons of a
@@ -12,17 +12,33 @@ Tables of models with experts have what others lack: `routing`, and columns that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from neg_service.errors import ConfigurationError
-from neg_service.former_names import former_columns
 from neg_service.layer_neurons import LayerSize, layers_of_sizes
+from neg_service.table import (
+    ESTIMATES,
+    NO_UNIT,
+    PER_ACTIVATION,
+    PER_MAGNITUDE,
+    PROBABILITY,
+    Table,
+    is_list,
+    under_present_names,
+)
+
+__all__ = [
+    "ESTIMATES",
+    "NO_UNIT",
+    "PER_ACTIVATION",
+    "PER_MAGNITUDE",
+    "PROBABILITY",
+    "Table",
+    "is_list",
+    "under_present_names",
+]
 
 # How many neurons each layer has, or one number for all.
 Neurons = int | Sequence[LayerSize]
@@ -31,95 +47,6 @@ Neurons = int | Sequence[LayerSize]
 # 4: neurons are (layer, expert, neuron); tables, columns and engines have the field's names (`former_names.py`).
 # 5: sweeps say how far NEG may be off, and how many shifts they ran.
 SCHEMA_VERSION = 5
-
-# What tables say of themselves, in the metadata of their schema: run.json and each part carry it.
-_TABLE_KEY = b"neg_service.table"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, and what its reader, the console and the report know of it.
-
-    title: what people call its values. unit: of them, empty where they have none. values: the column that holds values
-    of neurons, None of a table without; in rows that name a `layer` and a `neuron` it is a number, in rows that name a
-    `layer` alone a list with a number for each of the layer's neurons. note: what a value says, in a sentence.
-    """
-
-    schema: pa.Schema
-    title: str = ""
-    unit: str = ""
-    values: str | None = None
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        """Refuse a description that no reader could follow."""
-        if self.values is None:
-            return
-        names = self.schema.names
-        if self.values not in names or "layer" not in names:
-            raise ConfigurationError(f"table {self.title!r}: has no column {self.values!r}, or no column 'layer'")
-        if not (self.is_by_neuron or is_list(self.schema.field(self.values).type)):
-            raise ConfigurationError(
-                f"table {self.title!r}: column {self.values!r} must be a list, a number for each neuron of a "
-                f"layer; or there must be a column 'neuron'"
-            )
-
-    @property
-    def is_by_neuron(self) -> bool:
-        """Whether a row is of one neuron; otherwise of all of a layer."""
-        return "neuron" in self.schema.names
-
-    @property
-    def label(self) -> str:
-        """Title and unit."""
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
-    def described(self) -> pa.Schema:
-        """The schema, which says all of this in its metadata."""
-        said = {name: value for name, value in asdict(self).items() if name != "schema" and value}
-        metadata = {**(self.schema.metadata or {}), _TABLE_KEY: json.dumps(said, ensure_ascii=False).encode()}
-        return self.schema.with_metadata(metadata)
-
-    @classmethod
-    def of(cls, name: str, schema: pa.Schema) -> Table:
-        """What a schema says of table `name`; of runs that were written before tables said it, what is known here."""
-        said: dict[str, Any]
-        if _TABLE_KEY in (schema.metadata or {}):
-            said = json.loads(schema.metadata[_TABLE_KEY])
-        else:
-            title, unit, values = _WRITTEN_BEFORE.get(name, (name, "", None))
-            said = {"title": title, "unit": unit, "values": values if {values, "layer"} <= set(schema.names) else None}
-        return cls(schema, **{key: said[key] for key in ("title", "unit", "values", "note") if key in said})
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a column's values are lists, of one size or of several."""
-    return bool(pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind))
-
-
-# Units of values of neurons.
-PER_MAGNITUDE = "probability a unit of |activation|"
-PER_ACTIVATION = "probability a unit of activation"
-PROBABILITY = "probability"
-NO_UNIT = "no unit"
-# Columns that estimate NEG: what people call them, and their unit.
-ESTIMATES = {
-    "neurgrad": ("NeurGrad", PER_MAGNITUDE),
-    "integrated_gradients": ("integrated gradients", PROBABILITY),
-    "gradient": ("gradient", PER_ACTIVATION),
-    "gradient_x_activation": ("gradient × activation", PROBABILITY),
-    "activation": ("activation", NO_UNIT),
-    "random": ("random draw", NO_UNIT),
-}
-# Tables of runs that say nothing of their tables: title, unit, values.
-_WRITTEN_BEFORE: dict[str, tuple[str, str, str | None]] = {
-    **{name: (title, unit, name) for name, (title, unit) in ESTIMATES.items()},
-    "activations": ("activation", NO_UNIT, "activation"),
-    "top_neurons": ("NeurGrad", PER_MAGNITUDE, "neurgrad"),
-    "sweep": ("NEG", PER_MAGNITUDE, "neg"),
-    "aggregate_importance": ("aggregate importance", PER_MAGNITUDE, "aggregate_importance"),
-    "skill_scores": ("score", NO_UNIT, "values"),
-}
 
 PROMPTS = pa.schema(
     [
@@ -159,6 +86,8 @@ _KEY = [
     pa.field("target", pa.string(), nullable=False),
     pa.field("is_answer", pa.bool_()),
 ]
+# What is measured where it is not the probability: `log_odds`, `logit against 1`...
+READOUT = pa.field("readout", pa.string(), nullable=False)
 _LAYER = [
     pa.field("layer", pa.int16(), nullable=False),
     # Null of a layer's only MLP; -1 of the MLP that is always on beside experts.
@@ -174,26 +103,17 @@ def _of_each_neuron(name: str, kind: pa.DataType, n_neurons: Neurons) -> pa.Fiel
     return pa.field(name, lists, nullable=False)
 
 
-def under_present_names(table: str, schema: pa.Schema) -> pa.Schema:
-    """A stored schema with the present names of its columns."""
-    names = {before: now for now, before in former_columns(table, schema.names).items()}
-    if not names:
-        return schema
-    metadata = dict(schema.metadata or {})
-    if _TABLE_KEY in metadata:
-        said = json.loads(metadata[_TABLE_KEY])
-        said["values"] = names.get(said.get("values"), said.get("values"))
-        metadata[_TABLE_KEY] = json.dumps(said, ensure_ascii=False).encode()
-    return pa.schema([own.with_name(names.get(own.name, own.name)) for own in schema], metadata)
+def neurgrad(n_neurons: Neurons, is_of_probability: bool = True) -> pa.Schema:
+    """One row for each prompt, target and layer. `neurgrad` [N]: probability per unit of |activation|.
 
-
-def neurgrad(n_neurons: Neurons) -> pa.Schema:
-    """One row for each prompt, target and layer. `neurgrad` [N]: probability per unit of |activation|."""
+    Of another readout rows name it, and are in its unit.
+    """
     return pa.schema(
         [
             *_KEY,
             *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
+            *([] if is_of_probability else [READOUT]),
             pa.field("probability", pa.float32(), nullable=False),
             _of_each_neuron("neurgrad", pa.float32(), n_neurons),
         ]
@@ -261,16 +181,24 @@ TOP_NEURONS = pa.schema(
 )
 
 
+def top_neurons(is_of_probability: bool = True) -> pa.Schema:
+    """One row for each prompt, target and rank; see above, and `neurgrad`."""
+    if is_of_probability:
+        return TOP_NEURONS
+    return TOP_NEURONS.insert(TOP_NEURONS.get_field_index("probability"), READOUT)
+
+
 def prompt_tables(has_experts: bool) -> dict[str, Table]:
     """The tables of a prompt itself: `prompts`, and `routing` of models with experts."""
     return {"prompts": Table(PROMPTS), **({"routing": Table(ROUTING)} if has_experts else {})}
 
 
-def sweep(n_shifts: int | None = None, has_experts: bool = False) -> pa.Schema:
+def sweep(n_shifts: int | None = None, has_experts: bool = False, is_of_probability: bool = True) -> pa.Schema:
     """One row for each prompt, target, layer and neuron: NEG by intervention, and what it is to be compared with.
 
     With `n_shifts`, the whole curve too: `delta_p` [S], at the shifts that run.json names; of the adaptive grid as
-    measured at those that were run, and as fitted between them.
+    measured at those that were run, and as fitted between them. Of another readout than the probability rows name it,
+    all is in its unit in the place of probability, and changes are called `delta`.
     """
     fields = [
         *_KEY,
@@ -295,7 +223,7 @@ def sweep(n_shifts: int | None = None, has_experts: bool = False) -> pa.Schema:
         pa.field("r", pa.float32(), nullable=False),
         pa.field("r2", pa.float32(), nullable=False),
         # The largest |Δp| over the shifts; where some were left out, over the curve that is fitted between them.
-        pa.field("max_abs_delta_p", pa.float32(), nullable=False),
+        pa.field("max_abs_delta_p" if is_of_probability else "max_abs_delta", pa.float32(), nullable=False),
         # The estimates: NeurGrad, in probability per unit of |activation|, which predicts `neg` of magnitudes; and the
         # plain gradient, per unit of the activation, which predicts it where `shift` is signed.
         pa.field("neurgrad", pa.float32(), nullable=False),
@@ -315,8 +243,16 @@ def sweep(n_shifts: int | None = None, has_experts: bool = False) -> pa.Schema:
             pa.field("routing_changed", pa.float32(), nullable=False),
         ]
     if n_shifts is not None:
-        fields.append(pa.field("delta_p", pa.list_(pa.float32(), n_shifts), nullable=False))
+        name = "delta_p" if is_of_probability else "delta"
+        fields.append(pa.field(name, pa.list_(pa.float32(), n_shifts), nullable=False))
+    if not is_of_probability:
+        fields.insert([own.name for own in fields].index("probability"), READOUT)
     return pa.schema(fields)
+
+
+def change_columns(own: pa.Schema) -> tuple[str, str]:
+    """What a sweep calls the largest change, and the curve: of probabilities, or of another readout."""
+    return ("max_abs_delta", "delta") if "max_abs_delta" in own.names else ("max_abs_delta_p", "delta_p")
 
 
 def aggregate_importance(n_neurons: Neurons) -> pa.Schema:

@@ -152,6 +152,13 @@ def probability_with_shift(
     position: int = -1,
 ) -> float:
     """The target's probability when one neuron is moved by `shift` at a position: a full forward pass."""
+    return float(logits_with_shift(model, ids, basis, layer, neuron, shift, position).softmax(-1)[target])
+
+
+def logits_with_shift(
+    model: nn.Module, ids: Sequence[int], basis: str, layer: int, neuron: int, shift: float, position: int = -1
+) -> Tensor:
+    """Logits [V] at a position where one neuron is moved by `shift` there: a full forward pass."""
     module, side = neuron_module(layers_of(model)[layer], basis)
 
     def finite_difference(x: Tensor) -> Tensor:
@@ -166,8 +173,7 @@ def probability_with_shift(
         handle = module.register_forward_hook(lambda _m, _i, output: finite_difference(output))
     try:
         with torch.no_grad():
-            logits = _logits(model, ids)[position]
-            return float(logits.softmax(-1)[target])
+            return _logits(model, ids)[position]
     finally:
         handle.remove()
 

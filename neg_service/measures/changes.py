@@ -28,13 +28,15 @@ class Moved(NamedTuple):
 class Changes(NamedTuple):
     """What interventions did.
 
-    log_p_ik: Δ log p of every target [I, K]. is_rerouted_i: whether a layer above chose other experts [I]; None of a
-    model without. spread_i: the root mean square of what logits moved by [I], which the error of Δ log p is a constant
-    share of; None where that error is about the same for all. used_others: of one batch with experts, whether its own
+    log_p_ik, logit_ik: Δ log p and Δz of every target [I, K]. is_rerouted_i: whether a layer above chose other experts
+    [I]; None of a model without. spread_i: the root mean square of what logits moved by [I], which the error of Δ log p
+    is a constant share of; None where that error is about the same for all. used_others: of one batch with experts,
+    whether its own
     layer used others than those whose neurons are counted [].
     """
 
     log_p_ik: Tensor
+    logit_ik: Tensor
     is_rerouted_i: Tensor | None = None
     spread_i: Tensor | None = None
     used_others: Tensor | None = None
@@ -57,6 +59,7 @@ def joined(parts: Sequence[Changes]) -> Changes:
     spread = [own.spread_i for own in parts if own.spread_i is not None]
     return Changes(
         torch.cat([own.log_p_ik for own in parts]),
+        torch.cat([own.logit_ik for own in parts]),
         torch.cat(changed) if changed else None,
         torch.cat(spread) if spread else None,
     )

@@ -24,6 +24,8 @@ from neg_service.measures.adaptive import NO_NOISE, Evaluated, RowNoise, Swept, 
 from neg_service.measures.changes import Moved
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
+from neg_service.measures.outputs import Output
+from neg_service.measures.readouts import PLAIN
 from neg_service.measures.shifts import Doubles, Sweep, given_grid
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import Site
@@ -58,12 +60,14 @@ def sweep_prompt(
     neurgrad_km: Tensor | None = None,
     noise: RowNoise = NO_NOISE,
     on_done: Callable[[int], None] = lambda n: None,
+    output: Output | None = None,
 ) -> SweepResult:
     """Sweep neurons for all targets; curves never leave the device.
 
-    neurgrad_km: of the layers of these neurons, as `Interventions.neurgrad` gives it; computed if it is needed and not
-    given. noise: of the engine's rows, which the adaptive grid does not refine beyond. `on_done` is told how many
-    neurons each group of sites brought.
+    output: what is measured of the targets; their probabilities where it is not given. neurgrad_km: of the layers of
+    these neurons, as `Interventions.neurgrad` gives it; computed if it is needed and not given. noise: of the engine's
+    rows, which the adaptive grid does not refine beyond. `on_done` is told how many neurons each group of sites
+    brought.
 
     Raises:
         ModelError: the noise is of difference arithmetic, and the engine is not.
@@ -71,15 +75,17 @@ def sweep_prompt(
         NonFiniteError: NaN or infinity after an intervention.
     """
     interventions.require_kind_of_noise(noise)
-    device, probability_k = interventions.device, interventions.probability_k.double()
+    device = interventions.device
+    output = output or Output(PLAIN, len(interventions.probability_k))
+    interventions.require_values(output)
     sites = Sites.of(interventions, neurons.layers)
     place_n = interventions.slots(sites.sites).places_of(neurons)
-    n, k = len(neurons), len(probability_k)
+    n, k = len(neurons), len(output.kept)
     # Neurons of experts that were not chosen keep their zeros.
     found = Evaluated.of_nothing(n, k, len(sweep.grid.shifts) if keep_curves else None, device)
     activation_n = torch.zeros(n, dtype=torch.float64, device=device)
     if neurgrad_km is None and sweep.uses_slope:
-        neurgrad_km = interventions.neurgrad(neurons.layers, budget)
+        neurgrad_km = interventions.neurgrad(neurons.layers, budget, output)
     activation_m = torch.cat([interventions.activation[site].to(device) for site in sites.sites])
     in_order = np.argsort(place_n, kind="stable")
     for own in _groups(in_order[place_n[in_order] >= 0], place_n, sites):
@@ -90,7 +96,8 @@ def sweep_prompt(
             slope_nk = neurgrad_km[:, own_n].T.double()
             if sweep.shift == "signed":
                 slope_nk = signed_by(activation_m[own_n, None], slope_nk)
-        found.put(of_set_n, swept(interventions, sites, place_n[own], slope_nk, sweep, noise, budget, keep_curves))
+        values = swept(interventions, sites, place_n[own], slope_nk, sweep, noise, budget, keep_curves, output)
+        found.put(of_set_n, values)
         on_done(len(own))
     return SweepResult(found, activation_n, place_n >= 0)
 
@@ -128,19 +135,19 @@ def _groups(in_order: NDArray[np.int64], place_n: NDArray[np.int64], sites: Site
 
 def swept(
     interventions: Interventions, sites: Sites, place_n: NDArray[np.int64], slope_nk: Tensor, sweep: Sweep,
-    noise: RowNoise, budget: Budget, keep_curves: bool,
+    noise: RowNoise, budget: Budget, keep_curves: bool, output: Output,
 ) -> Evaluated:  # fmt: skip
     """Sweep the neurons at some places, which ascend."""
-    device, probability_k = interventions.device, interventions.probability_k.double()
+    device, p_k, rest_k = interventions.device, interventions.probability_k.double(), interventions.rest_k
 
     def run(shifts: Doubles, own_m: Tensor) -> Swept:
         some = replace(sweep, grid=given_grid(shifts))
         (own_m,) = fetched([own_m])
-        log_p_msk, changed_ms, spread_ms = curves(interventions, sites, place_n[own_m.numpy()], some, budget)
+        log_p_msk, logit_msk, changed_ms, spread_ms = curves(interventions, sites, place_n[own_m.numpy()], some, budget)
         if changed_ms is None:
             changed_ms = torch.zeros(log_p_msk.shape[:2], dtype=torch.bool)
         return Swept(
-            probability_k * log_p_msk.to(device).double().expm1(),
+            output.change(log_p_msk.to(device), logit_msk.to(device), p_k, rest_k),
             changed_ms.to(device),
             None if spread_ms is None else spread_ms.to(device),
         )
@@ -149,7 +156,7 @@ def swept(
     if sweep.uses_slope and not interventions.gradients_are_exact:
         slope_nk, n_slope = _measured_slopes(run, sweep.grid.evaluated.max(), len(place_n)), 2
     found = evaluate_in_stages(
-        sweep.grid, run, slope_nk, noise.sigma * probability_k, keep_curves, interventions.has_experts,
+        sweep.grid, run, slope_nk, noise.sigma * output.noise(p_k, rest_k), keep_curves, interventions.has_experts,
         noise.is_per_row and interventions.errors_are_shares,
     )  # fmt: skip
     return replace(found, n_shifts_n=found.n_shifts_n + n_slope)
@@ -164,10 +171,11 @@ def _measured_slopes(run: Callable[[Doubles, Tensor], Swept], largest: float, n:
 
 def curves(
     interventions: Interventions, sites: Sites, place_n: NDArray[np.int64], sweep: Sweep, budget: Budget
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Δ log p [n, S, K] of neurons at ascending places, where routing changed, and how far logits spread, [n, S] both.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Δ log p and Δz [n, S, K] of neurons at ascending places.
 
-    The latter two are None where there is nothing of the kind (`Changes`). Batches are filled across neurons.
+    Then where routing changed, and how far logits spread, [n, S] both; None where there is nothing of the kind
+    (`Changes`). Batches are filled across neurons.
     """
     n, s = len(place_n), len(sweep.grid.shifts)
     moved = []
@@ -178,6 +186,6 @@ def curves(
         if sweep.shift == "magnitude":
             moved_ns = signed_by(activations[neurons_n][:, None], moved_ns)
         moved.append(Moved(site, neurons_n.repeat_interleave(s), moved_ns.flatten()))
-    delta_ik, changed_i, spread_i, _ = interventions.changes(moved, budget)
+    log_p_ik, logit_ik, changed_i, spread_i, _ = interventions.changes(moved, budget)
     changed_ns, spread_ns = (None if own is None else own.view(n, s) for own in (changed_i, spread_i))
-    return delta_ik.view(n, s, -1), changed_ns, spread_ns
+    return log_p_ik.view(n, s, -1), logit_ik.view(n, s, -1), changed_ns, spread_ns

@@ -29,6 +29,8 @@ from torch import Tensor
 from neg_service.errors import ModelError, NonFiniteError
 from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures.batching import in_batches, named
+from neg_service.measures.outputs import Output
+from neg_service.measures.readouts import PLAIN, Readouts
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import TargetGradients, target_gradients
@@ -121,7 +123,7 @@ def gradients(
             )
         ]
 
-    return _batches(model, prompts, wanted, points, budget, finish)
+    return _batches(model, prompts, wanted, points, budget, finish, PLAIN)
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,12 @@ def reduced_gradients(
     layers: Sequence[int],
     budget: Budget,
     reduce: Reduction,
+    readouts: Readouts = PLAIN,
 ) -> Iterator[tuple[int, PromptReduced]]:
-    """The same for measures that need less of a prompt than its gradients: what `reduce` gives is all that is fetched.
+    """The same for measures that need less of a prompt than its gradients, and of other readouts, too.
 
-    It runs where the model does; on an accelerator a prompt's gradients would take longer to fetch, and to be reduced
-    by the CPU, than to compute.
+    What `reduce` gives is all that is fetched. It runs where the model does; on an accelerator a prompt's gradients
+    would take longer to fetch, and to be reduced by the CPU, than to compute.
     """
     points = model.feed_forward.sites(basis, layers)
 
@@ -173,7 +176,7 @@ def reduced_gradients(
             for b in range(len(indices))
         ]
 
-    return _batches(model, prompts, wanted, points, budget, finish)
+    return _batches(model, prompts, wanted, points, budget, finish, readouts)
 
 
 def _batches(
@@ -183,12 +186,18 @@ def _batches(
     points: dict[Site, Point],
     budget: Budget,
     finish: Callable[[BatchGradients, Sequence[int]], list[T]],
+    readouts: Readouts,
 ) -> Iterator[tuple[int, T]]:
     def run(indices: Sequence[int], shared: tuple[int, ...]) -> list[T]:
-        batch = batch_gradients(model, [prompts[i] for i in indices], [wanted[i] for i in indices], points, shared)
+        own = [prompts[i] for i in indices]
+        batch = batch_gradients(model, own, [wanted[i] for i in indices], points, shared, readouts)
         return finish(batch, indices)
 
-    n_targets = [len(own) for own in wanted]
+    # What a target is compared with is differentiated, too.
+    n_targets = [
+        len(prompt.target_ids) if readouts.is_contrast else len(own)
+        for prompt, own in zip(prompts, wanted, strict=True)
+    ]
     counts = [1] * len(prompts) if model.engine.targets_share_rows else n_targets
     return in_batches(model, prompts, counts, run, budget, n_targets)
 
@@ -204,8 +213,9 @@ class BatchGradients:
     """Of a batch of prompts, on the model's device.
 
     who: names the prompts in messages. rows: where along R a prompt's targets are. gradient_rm: probability per
-    activation unit. activation_bm: of each prompt's readout position. finite_r: whether logits and gradients are.
-    probability_bk: of all targets of each prompt, of which it has `n_targets`; what is behind them means nothing.
+    activation unit, or the readout's unit. activation_bm: of each prompt's readout position. finite_r: whether logits
+    and gradients are. probability_bk: of all targets of each prompt, of which it has `n_targets`; what is behind them
+    means nothing.
     """
 
     who: list[str]
@@ -239,17 +249,37 @@ def batch_gradients(
     wanted: Sequence[Sequence[int]],
     points: dict[Site, Point],
     shared: tuple[int, ...],
+    readouts: Readouts = PLAIN,
 ) -> BatchGradients:
     """Differentiate some targets of prompts that all begin with the tokens `shared`."""
-    target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, wanted, strict=True)]
-    found = target_gradients(model.rows([prompt.ids for prompt in prompts], shared), target_ids, points)
+    outputs = [Output.of(readouts, prompt.prompt) for prompt in prompts]
+    wanted = [[k for k in own if k in output.kept] for own, output in zip(wanted, outputs, strict=True)]
+    run_of = [range(len(prompt.target_ids)) for prompt in prompts] if readouts.is_contrast else wanted
+    target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, run_of, strict=True)]
+    of_logits = outputs[0].differentiates_logits
+    rows_of = model.rows([prompt.ids for prompt in prompts], shared)
+    found = target_gradients(rows_of, target_ids, points, of_logits=of_logits)
     device = found.log_p_rv.device
     ends = np.cumsum([0, *map(len, target_ids)]).tolist()
     first_b = indices(ends[:-1], device)
     p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
     most = max(len(prompt.target_ids) for prompt in prompts)
     ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
-    gradient_rm, finite_r = _joined(found, p_r1)
+    parts = [slice(*own) for own in pairwise(ends)]
+    if readouts.is_plain:
+        gradient_rm, finite_r = _joined(found, p_r1)
+    else:
+        rest_r = found.log_p_rv.exp().double().sum(1) - p_r1[:, 0].double()
+        slope_rm, finite_r = _joined(found, torch.ones_like(p_r1))
+        finite_r = torch.cat([finite_r[own].all().expand(len(of)) for own, of in zip(parts, wanted, strict=True)])
+        gradient_rm = torch.cat(
+            [
+                output.gradients(slope_rm[own], p_r1[own, 0].double(), rest_r[own])[_places(of, output)]
+                for own, of, output in zip(parts, wanted, outputs, strict=True)
+            ]
+        )
+        finite_r &= gradient_rm.sum(-1).isfinite()
+        parts = [slice(*own) for own in pairwise(np.cumsum([0, *map(len, wanted)]).tolist())]
     routings = routing_of_rows(model.feed_forward, found.routing, found.place_r[ends[:-1]])
     if model.feed_forward.has_experts:
         slots = [slots_of(model.feed_forward, routing, points) for routing in routings]
@@ -259,7 +289,7 @@ def batch_gradients(
     return BatchGradients(
         who=[named(prompt, model) for prompt in prompts],
         targets=[tuple(own) for own in wanted],
-        rows=[slice(*own) for own in pairwise(ends)],
+        rows=parts,
         n_targets=[len(prompt.target_ids) for prompt in prompts],
         gradient_rm=gradient_rm,
         activation_bm=torch.cat([own[first_of[own.device]].float().to(device) for own in found.activation_srn], 1),
@@ -268,6 +298,12 @@ def batch_gradients(
         slots=slots,
         routings=routings,
     )
+
+
+def _places(wanted: Sequence[int], output: Output) -> slice | list[int]:
+    """Where the values of some targets stand among those that `Output.gradients` gives."""
+    # Without a contrast only the wanted ones were differentiated.
+    return [output.kept.index(k) for k in wanted] if output.readouts.is_contrast else slice(None)
 
 
 def _alone(on_cpu: Tensor, value: Tensor) -> NDArray[Any]:

@@ -30,7 +30,9 @@ from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.batching import in_parts, named
 from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.gradients import signed_by
+from neg_service.measures.outputs import Output
 from neg_service.measures.readout import Readout
+from neg_service.measures.readouts import PLAIN
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.memory import is_out_of_memory
 from neg_service.models.batches import Budget, without_frames
@@ -51,7 +53,8 @@ Change = Callable[[Tensor, Tensor], Tensor]
 class Interventions:
     """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
 
-    probability_k: of each target without a shift [K], at least float32, on the model's device.
+    probability_k: of each target without a shift [K], at least float32, on the model's device. rest_k: of all other
+    tokens [K], float64.
     activation: of each site's neurons at the readout position, on the layer's device; points: where they are.
     routing: the experts that the readout token used.
     """
@@ -97,7 +100,10 @@ class Interventions:
                 head_v, logits_v = self._differences.head_v, self._differences.logits_v
                 self.activation, self.routing = self._differences.activation, PromptRouting()
         baseline = self._readout.baseline(head_v, logits_v, self._who)
-        self.probability_k = baseline.p_v[indices(self._target_ids, baseline.p_v.device)].to(self.device)
+        p_v, at_k = baseline.p_v, indices(self._target_ids, baseline.p_v.device)
+        self.probability_k = p_v[at_k].to(self.device)
+        # As exact as the probabilities are, also where one is nearly 1.
+        self.rest_k = (p_v.double().sum() - p_v[at_k].double()).to(self.device)
         self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
 
     @torch.no_grad()
@@ -160,6 +166,15 @@ class Interventions:
                 change="model.engine",
             )
 
+    def require_values(self, output: Output) -> None:
+        """See that what is to be measured has a value.
+
+        Raises:
+            NonFiniteError: log-odds of a target whose probability leaves nothing to others.
+        """
+        if not output.noise(self.probability_k.double(), self.rest_k).isfinite().all():
+            raise NonFiniteError(f"{self._who}: a target's probability is 1 to all digits, which has no log-odds")
+
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """Those of some layers."""
         wanted = set(layers)
@@ -169,19 +184,21 @@ class Interventions:
         """The neurons at some sites that act on the prompt, in the order in which their values stand."""
         return slots_of(self._feed_forward, self.routing, sites)
 
-    def neurgrad(self, layers: Sequence[int], budget: Budget) -> Tensor:
-        """NeurGrad [K, M] of the layers' neurons, over the same prefix; probability per unit of |activation|.
+    def neurgrad(self, layers: Sequence[int], budget: Budget, output: Output | None = None) -> Tensor:
+        """NeurGrad [C, M] of the layers' neurons, over the same prefix; of the probability where no output is given.
 
-        M is that of `slots(sites(layers))`.
+        Per unit of |activation|. M is that of `slots(sites(layers))`.
 
         Raises:
             NonFiniteError: NaN or infinity in a gradient.
             DoesNotFit: one target's gradients do not fit.
         """
         points = {site: self.points[site] for site in self.sites(layers)}
+        output = output or Output(PLAIN, len(self._target_ids))
 
         def run(part: range) -> Tensor:
-            found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
+            ids = [self._target_ids[part.start : part.stop]]
+            found = target_gradients(self.rows, ids, points, of_logits=output.differentiates_logits)
             if self.has_experts:
                 self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
             signed = [
@@ -194,7 +211,7 @@ class Interventions:
         own, beside = (sizes.slopes, sizes.graph) if shares else (sizes.graph + sizes.slopes, 0)
         with self.naming_memory("the gradients of one of its targets do"):
             parts = [found for _, found in in_parts([own] * len(self._target_ids), run, budget, beside)]
-        neurgrad_km = torch.cat(parts) * self.probability_k[:, None]
+        neurgrad_km = output.gradients(torch.cat(parts), self.probability_k.double(), self.rest_k)
         if not neurgrad_km.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
         return neurgrad_km
@@ -305,10 +322,10 @@ class Interventions:
                 rows_r = torch.arange(n, n + len(shifts_r), device=shifts_r.device)
                 n += len(shifts_r)
                 shifts[site] = Shifts(rows_r, neurons_r, shifts_r, n)
-            log_p_rk, spread_r = self._readout.differences_read(
+            read = self._readout.differences_read(
                 self._baseline, self._differences.run(n, shifts), self._differences.product, self._target_ids
             )
-            return Changes(log_p_rk, None, spread_r)
+            return Changes(read.log_p_rk, read.logit_rk, None, read.spread_r)
         ((site, neurons_r, shifts_r),) = moved
         n_rows = len(shifts_r) + 1
 
@@ -320,8 +337,9 @@ class Interventions:
         with self._readout.differences([n_rows]) as head_rv, watching_routing() as routing:
             self.run_from(site.layer, n_rows, {site: shift})
         other_experts = self._other_experts(site.layer, routing, self.rows.positions([n_rows]))
-        found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
-        return Changes(found, self._routing_changed(site.layer, routing, n_rows), None, other_experts)
+        read = self._readout.rows_read(self._baseline, head_rv[0][1:], self._target_ids)
+        changed = self._routing_changed(site.layer, routing, n_rows)
+        return Changes(read.log_p_rk, read.logit_rk, changed, None, other_experts)
 
     def _require_same_experts(self, other_experts: Mapping[int, Tensor]) -> None:
         """See that layers used the experts whose neurons are counted: in another batch rounding may choose others.

@@ -31,6 +31,8 @@ from neg_service.measures.choice import checked_neurons
 from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.noise import row_noise
+from neg_service.measures.outputs import Output
+from neg_service.measures.readouts import Readouts
 from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, chosen_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
@@ -41,6 +43,8 @@ from neg_service.prompts.tokens import encode
 @dataclass(frozen=True)
 class NegResult:
     """NEG of neurons for one target of one prompt.
+
+    Of another readout than the probability all that is in units of probability is in its unit, but for `probability`.
 
     neurons: [n, 2] layer and index, as they were asked for; of a model with experts [n, 3], with the expert behind, -1
     of an MLP that every token uses. shifts: [S] activation units. delta_p: [n, S] probability; of the adaptive grid as
@@ -78,6 +82,8 @@ def neg(
     batch_bytes: int | None = None,
     grid: str = "adaptive",
     tolerance: float = TOLERANCE,
+    readout: str = "probability",
+    against: str | None = None,
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
 
@@ -95,6 +101,8 @@ def neg(
         grid: `adaptive`: of the full grid as many shifts as each neuron needs, 2 for most; `full`; or `coarse`: 4
             shifts, from which NEG, r and R² of the full grid are interpolated.
         tolerance: of the adaptive grid, the share of |NEG| that it may be off; or the resolution, if that is larger.
+        readout: what of the target is measured: `probability`, `log_probability`, `log_odds` or `logit`; `outputs.py`.
+        against: of the latter two, the target that it is compared with; what follows the prompt as it does.
 
     Raises:
         PromptError: the prompt or the target is unusable.
@@ -104,7 +112,10 @@ def neg(
     """
     if not isinstance(prompt, str) or not isinstance(target, str):
         raise PromptError("neg takes one prompt and one target, each a text; neurgrad and intervene take lists")
-    asked = [Prompt("0", prompt, (target,))]
+    readouts = Readouts.checked(readout, against)
+    if against is not None and (against == target or not isinstance(against, str)):
+        raise ConfigurationError(setting="against", value=repr(against), allowed="a text that is not the target's")
+    asked = [Prompt("0", prompt, (target,) if against is None else (target, against))]
     check_prompts(asked)
     check_shift(shift)
     sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift)
@@ -120,8 +131,10 @@ def neg(
         asked_rows = slots.rows_at(np.arange(slots.m))
     chosen, place_n = NeuronSet.distinct(asked_rows)
     noise = row_noise(model, basis, budget)
-    swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise)
+    output = Output(readouts, len(encoded.target_ids), None if against is None else 1)
+    swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise, output=output)
     found, probability = swept.evaluated, interventions.probability_k.double()
+    noise_k = noise.sigma * output.noise(probability, interventions.rest_k)
     assert found.curve_nsk is not None
     names_n3 = np.stack([chosen.layer, chosen.neuron, np.maximum(chosen.expert, ALWAYS_ON)], 1)
 
@@ -140,7 +153,7 @@ def neg(
         probability=float(probability[0]),
         is_routed=swept.is_routed_n[place_n],
         routing_changed=column(found.routing_changed_n),
-        error=column(found.error(noise.sigma * probability, interventions.row_dtype)),
+        error=column(found.error(noise_k, interventions.row_dtype)),
         n_shifts=column(found.n_shifts_n),
     )
 

@@ -26,6 +26,7 @@ from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import Floats, reduced_gradients
+from neg_service.measures.readouts import Readouts, check_readouts
 from neg_service.measures.reductions import all_neurons
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
@@ -40,7 +41,7 @@ class NeurGradResult:
     """NeurGrad of a list of prompts; prompts with fewer targets than K are padded with NaN.
 
     probability: [P, K] float32, 0..1.
-    neurgrad: [P, K, L, N] float32, probability per unit of |activation|.
+    neurgrad: [P, K, L, N] float32, probability per unit of |activation|; of another readout, in its unit.
     activation: [P, L, N] float32, at each prompt's last token.
     n_targets: [P], how many of the K are real.
     layers: the layer numbers along L.
@@ -70,6 +71,8 @@ def neurgrad(
     layers: Sequence[int] | None = None,
     batch_bytes: int | None = None,
     batch_tokens: int | None = None,
+    readout: str = "probability",
+    against: int | str | None = None,
 ) -> NeurGradResult:
     """NeurGrad of every feed-forward neuron for every target of every prompt, at the prompt's last token.
 
@@ -83,9 +86,12 @@ def neurgrad(
         layers: layer numbers from 0; all layers if not given.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
             itself when memory ends, and recovers; never changes the results. batch_tokens: its old name and unit.
+        readout: what of a target is measured: `probability`, `log_probability`, `log_odds` or `logit`; `outputs.py`.
+        against: of the latter two, what each target is compared with: `others`, all other targets of its prompt; or
+            one of them, by its place or its text.
 
     Returns:
-        Arrays on the CPU, in the order of `prompts`.
+        Arrays on the CPU, in the order of `prompts`. NaN of the target that others are compared with.
 
     Raises:
         PromptError: an empty prompt, one beyond the model's context, or a target that is not one token.
@@ -93,7 +99,9 @@ def neurgrad(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
+    readouts = Readouts.checked(readout, against)
     encoded = encoded_texts(model, prompts, targets)
+    check_readouts(readouts, [prompt.prompt for prompt in encoded])
     chosen = layers_with_neurons(
         NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.layer_neurons
     )
@@ -111,11 +119,12 @@ def neurgrad(
         expert=slots.expert,
         neuron=slots.neuron,
     )
-    for index, found in reduced_gradients(model, encoded, wanted, basis, chosen, budget, all_neurons):
+    for index, found in reduced_gradients(model, encoded, wanted, basis, chosen, budget, all_neurons, readouts):
         neurgrad_km, activation_m = found.values
         place = slots.places(index, found.slots)
-        result.probability[index, : len(found.targets)] = found.probability_k
-        result.neurgrad[index][: len(found.targets), *place] = neurgrad_km
+        result.probability[index, : len(wanted[index])] = found.probability_k
+        for k, own_m in zip(found.targets, neurgrad_km, strict=True):
+            result.neurgrad[index][k, *place] = own_m
         result.activation[index, *place] = activation_m
     return result
 

@@ -202,7 +202,7 @@ def _delta_log_p(
         in_order = np.argsort(place_n, kind="stable")
         in_order = in_order[place_n[in_order] >= 0]
         if len(in_order):
-            own_nsk, _, own_ns = curves(interventions, sites, place_n[in_order], sweep, budget)
+            own_nsk, _, _, own_ns = curves(interventions, sites, place_n[in_order], sweep, budget)
             found_nsk[in_order] = own_nsk.cpu().double()
             if own_ns is not None:
                 spread_ns = found_nsk.new_zeros(found_nsk.shape[:2])

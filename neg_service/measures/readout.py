@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,14 @@ class Baseline:
         """The same in another precision."""
         logits_v, p_v, uncapped_v = (own.to(dtype) for own in (self.logits_v, self.p_v, self.uncapped_v))
         return replace(self, logits_v=logits_v, p_v=p_v, uncapped_v=uncapped_v)
+
+
+class Read(NamedTuple):
+    """What rows of differences say: Δ log p and Δz of the targets [R, K], and the root mean square of all Δz [R]."""
+
+    log_p_rk: Tensor
+    logit_rk: Tensor
+    spread_r: Tensor
 
 
 class Readout:
@@ -175,7 +184,11 @@ class Readout:
         return factor if math.isfinite(factor) and abs(factor - 1) > self._nearly_one else 1.0
 
     def delta_log_p(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Tensor:
-        """Δ log p of the targets [R, K], from the head's output for rows of differences; may take its bias off it.
+        """Δ log p of the targets [R, K]; see `rows_read`."""
+        return self.rows_read(baseline, difference_rv, target_ids).log_p_rk
+
+    def rows_read(self, baseline: Baseline, difference_rv: Tensor, target_ids: Sequence[int]) -> Read:
+        """What rows of differences of the head's output say [R, V]; may take its bias off them.
 
         Raises:
             NonFiniteError: NaN or infinity after an intervention.
@@ -188,19 +201,20 @@ class Readout:
         at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
         whole = [slice(0, difference_rv.shape[1])]
 
-        def read(part_rv: Tensor) -> Tensor:
-            return self._read(baseline, lambda own: part_rv[:, own], whole, target_ids)[0]
+        def read(part_rv: Tensor) -> Read:
+            return self._read(baseline, lambda own: part_rv[:, own], whole, target_ids)
 
-        return torch.cat([read(part_rv) for part_rv in torch.split(difference_rv, at_once)])
+        parts = [read(part_rv) for part_rv in torch.split(difference_rv, at_once)]
+        return Read(*(torch.cat(own) for own in zip(*parts, strict=True)))
 
     def differences_read(
         self, baseline: Baseline, hidden_re: Tensor, product: Callable[[Tensor, Tensor], Tensor],
         target_ids: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Δ log p of the targets [R, K], from differences of the hidden states that the head reads.
+    ) -> Read:  # fmt: skip
+        """What differences of the hidden states that the head reads say [R, E].
 
-        Beside it the root mean square of each row's differences of logits [R]. product: of hidden states with some rows
-        of the head's weight; on a CPU of so few that what it gives is read before it leaves the processor's cache.
+        product: of hidden states with some rows of the head's weight; on a CPU of so few that what it gives is read
+        before it leaves the processor's cache.
 
         Raises:
             NonFiniteError: NaN or infinity after an intervention.
@@ -214,7 +228,7 @@ class Readout:
     def _read(
         self, baseline: Baseline, at: Callable[[slice | Tensor], Tensor], parts: Sequence[slice],
         target_ids: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> Read:  # fmt: skip
         """The same of what `at` gives of the head's output at some tokens; parts: all tokens."""
         few = indices([baseline.reference, *target_ids], baseline.p_v.device)
         few_rk = self._logits(baseline, at(few), few)
@@ -240,7 +254,7 @@ class Readout:
             found_rk[is_beyond_r] = (after_rv - before_v)[:, list(target_ids)]
             if not found_rk.isfinite().all():
                 raise NonFiniteError(f"{baseline.who}: NaN or infinity in logits after an intervention")
-        return found_rk, (square_r / len(baseline.p_v)).sqrt()
+        return Read(found_rk, few_rk[:, 1:], (square_r / len(baseline.p_v)).sqrt())
 
     def _logits(self, baseline: Baseline, difference_rv: Tensor, tokens: slice | Tensor) -> Tensor:
         """Differences of logits of some tokens, from those of the head's output."""

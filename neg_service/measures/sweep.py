@@ -28,6 +28,8 @@ from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neu
 from neg_service.measures.curves import SweepResult, sweep_prompt
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
+from neg_service.measures.outputs import Output
+from neg_service.measures.readouts import Readouts
 from neg_service.measures.shifts import Sweep
 from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
 from neg_service.neurons import NeuronSet
@@ -40,7 +42,7 @@ _SPEAK_SECONDS = 30.0
 
 
 def sweep_rows(
-    shard: ShardInput, sweep: Sweep, noise: RowNoise, keep_curves: bool
+    shard: ShardInput, sweep: Sweep, noise: RowNoise, keep_curves: bool, readouts: Readouts
 ) -> Iterator[tuple[int, dict[str, pa.Table]]]:
     """The tables `prompts` and `sweep` of each prompt, by its index.
 
@@ -57,7 +59,8 @@ def sweep_rows(
         for index in group.members:
             prompt = shard.prompts[index]
             interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
-            neurgrad_km = interventions.neurgrad(layers, shard.budget)
+            output = Output.of(readouts, prompt.prompt)
+            neurgrad_km = interventions.neurgrad(layers, shard.budget, output)
             slots = interventions.slots(interventions.sites(layers))
             own = _of_prompt(neurons, slots, neurgrad_km) if chosen is None else chosen
             place_n = slots.places_of(own)
@@ -65,11 +68,14 @@ def sweep_rows(
                 # Of a list each is told, also where a prompt does not use its expert.
                 own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
-            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, noise, progress.add)
+            found = sweep_prompt(
+                interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, noise, progress.add, output
+            )
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
-            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise)
+            noise_k = noise.sigma * output.noise(interventions.probability_k.double(), interventions.rest_k)
+            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise_k, output)
             of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
             yield index, {**of_prompt, "sweep": table}
 
@@ -89,11 +95,11 @@ def _table(
     sweep: Sweep,
     neurgrad_kn: Tensor,
     probability_k: Tensor,
-    noise: RowNoise,
+    noise_k: Tensor,
+    output: Output,
 ) -> pa.Table:
     """Rows by target, then neuron."""
-    model = shard.model
-    evaluated, noise_k = found.evaluated, noise.sigma * probability_k.double()
+    model, evaluated, kept = shard.model, found.evaluated, np.array(output.kept)
     values = evaluated.linearity_nk
     n, k = values.neg.shape
     neg_kn = values.neg.T
@@ -101,26 +107,32 @@ def _table(
     estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
     resolution_kn = evaluated.resolution(noise_k).T
     is_resolved = _column(neg_kn.abs() > resolution_kn)
+    is_plain = output.readouts.is_plain
     curves = {}
     if evaluated.curve_nsk is not None:
-        curves["delta_p"] = fixed_size(evaluated.curve_nsk.permute(2, 0, 1).float().cpu().numpy())
+        curves["delta_p" if is_plain else "delta"] = fixed_size(
+            evaluated.curve_nsk.permute(2, 0, 1).float().cpu().numpy()
+        )
     return table_of(
-        schema.sweep(None if evaluated.curve_nsk is None else len(sweep.grid.shifts), model.feed_forward.has_experts),
+        schema.sweep(
+            None if evaluated.curve_nsk is None else len(sweep.grid.shifts), model.feed_forward.has_experts, is_plain
+        ),
         k * n,
-        **key_columns(prompt, np.repeat(np.arange(k), n)),
+        **key_columns(prompt, np.repeat(kept, n)),
         **mlp_columns(np.tile(neurons.layer, k), np.tile(neurons.expert, k)),
         neuron=np.tile(neurons.neuron, k),
         basis=sweep.basis,
         shift=sweep.shift,
         dtype=str(model.dtype).removeprefix("torch."),
-        probability=_column(probability_k[:, None].expand(k, n)),
+        readout=output.readouts.label,
+        probability=_column(probability_k[list(output.kept), None].expand(k, n)),
         activation=_column(found.activation_n.expand(k, n)),
         neg=_column(neg_kn),
         neg_error=_column(evaluated.error(noise_k, torch.promote_types(model.dtype, torch.float32)).T),
         n_shifts=np.tile(evaluated.n_shifts_n.cpu().numpy().astype(np.int32), k),
         r=_column(values.r.T),
         r2=_column(values.r2.T),
-        max_abs_delta_p=_column(values.max_abs_delta_p.T),
+        **{"max_abs_delta_p" if is_plain else "max_abs_delta": _column(values.max_abs_delta_p.T)},
         neurgrad=_column(neurgrad_kn),
         gradient=_column(gradient_kn),
         resolution=_column(resolution_kn),

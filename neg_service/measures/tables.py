@@ -63,10 +63,12 @@ def target_layer_rows(
     basis: str,
     probability_k: NDArray[np.float32],
     values_km: NDArray[np.float32],
+    **columns: Any,
 ) -> pa.Table:
     """Rows by target, then layer and expert, with a value of each neuron in the schema's last column.
 
-    `targets` are indices into the prompt's, along the first axis of the values; `probability_k` is of all its targets.
+    `targets` are indices into the prompt's, along the first axis of the values; `probability_k` is of all its targets;
+    `columns`: what the schema has besides, the same in all rows.
     """
     k, repeats = len(targets), len(slots.size)
     name = table_schema.names[-1]
@@ -77,6 +79,7 @@ def target_layer_rows(
         **mlp_columns(np.tile(slots.layer, k), np.tile(slots.expert, k)),
         basis=basis,
         probability=np.repeat(probability_k[list(targets)], repeats),
+        **columns,
         **{name: lists(values_km, np.tile(slots.size, k), table_schema.field(name).type)},
     )
 

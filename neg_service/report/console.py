@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from neg_service.layer_neurons import NO_EXPERT, LayerNeurons
 from neg_service.report.cells import lists_in
-from neg_service.schema import LINEAR
+from neg_service.schema import LINEAR, change_columns
 from neg_service.storage.reader import Run
 
 
@@ -47,7 +47,7 @@ def dequantised_text(found: Mapping[str, Any]) -> str:
 
 # The columns of rows of single neurons from which `agreement` is made, and those that stand beside it in a report.
 _COMPARED = ("r", "neg", "neurgrad", "gradient", "is_resolved", "signs_agree")
-_BESIDE = ("layer", "neuron", "activation", "r2", "max_abs_delta_p")
+_BESIDE = ("layer", "neuron", "activation", "r2")
 # What fits into memory at once; larger tables are for a reader that streams.
 _SUMMARISED_ROWS = 5_000_000
 
@@ -177,7 +177,9 @@ class Correlation:
 def is_of_curves(run: Run, name: str) -> bool:
     """Whether a table is of curves over shifts, a neuron in each row, with estimates beside NEG and known noise."""
     has_noise = "noise" in run.about.get("calibration", {})
-    return {*_COMPARED, *_BESIDE} <= {*run.schemas[name].names} and "shifts" in run.config["measure"] and has_noise
+    names = run.schemas[name].names
+    has_changes = change_columns(run.schemas[name])[0] in names
+    return {*_COMPARED, *_BESIDE} <= {*names} and has_changes and "shifts" in run.config["measure"] and has_noise
 
 
 def agreement(run: Run) -> list[tuple[str, str]]:

@@ -223,8 +223,8 @@ def bars_over_layers(counts: Mapping[int, int], label: str) -> Draw:
     return draw
 
 
-def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
-    """Δp over shifts of a few neurons, with the line that an estimate predicts."""
+def curves(rows: Rows, estimate: str = "neurgrad", what: str = "probability") -> Draw:
+    """The change of a value over shifts of a few neurons, with the line that an estimate predicts."""
 
     def draw(figure: Figure, theme: Theme) -> None:
         n_columns = min(3, len(rows))
@@ -232,7 +232,7 @@ def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
             axes = figure.add_subplot(-(-len(rows) // n_columns), n_columns, number + 1)
             shifts = np.array([*row["shifts"], 0.0])
             order = np.argsort(shifts)
-            values = np.array([*row["delta_p"], 0.0])[order]
+            values = np.array([*(row["delta_p"] if "delta_p" in row else row["delta"]), 0.0])[order]
             axes.plot(shifts[order], values, "o-", markersize=3, color=theme.cycle[0])
             near = np.abs(shifts[order]) <= 2
             axes.plot(shifts[order][near], row[estimate] * shifts[order][near], "--", color=theme.cycle[1])
@@ -244,7 +244,7 @@ def curves(rows: Rows, estimate: str = "neurgrad") -> Draw:
             axes.tick_params(labelsize=8)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
             if number % n_columns == 0:
-                axes.set_ylabel("change of probability", fontsize=9)
+                axes.set_ylabel(f"change, {what}" if what != "probability" else "change of probability", fontsize=9)
             if number >= len(rows) - n_columns:
                 axes.set_xlabel("shift, units of |activation|", fontsize=9)
 

@@ -129,10 +129,10 @@ def test_a_part_for_which_no_time_is_left_is_left_out(settings: Settings) -> Non
 def _out_of_memory_beyond(rows: int) -> Iterator[None]:
     run = Interventions._run
 
-    def too_many(self: Interventions, site: Any, neurons_r: Any, shifts_r: Any) -> Any:
-        if len(shifts_r) > rows:
+    def too_many(self: Interventions, moved: Any) -> Any:
+        if sum(len(own.shifts_i) for own in moved) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return run(self, site, neurons_r, shifts_r)
+        return run(self, moved)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Interventions, "_run", too_many)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from neg_service import memory
+from neg_service.measures.changes import Moved
 from neg_service.measures.interventions import Interventions
 from neg_service.memory import BUSY_BYTES, available_bytes, busy_bytes
 from neg_service.models import room
@@ -103,7 +104,7 @@ def test_rows_take_no_more_than_is_said_with_and_without_a_graph(family: str) ->
     site = next((own for own in points if own.is_experts), Site(0))
 
     def rows(n: int) -> int:
-        return peak_bytes(lambda: interventions._run(site, torch.arange(n) % 14, torch.ones(n)))
+        return peak_bytes(lambda: interventions._run([Moved(site, torch.arange(n) % 14, torch.ones(n))]))
 
     def gradients(n: int) -> int:
         return peak_bytes(lambda: target_gradients(model.rows([ids]), [list(range(1, 1 + n))], points))

@@ -29,6 +29,7 @@ from neg_service.measures.base import (
     n_slots,
     prompt_bytes,
 )
+from neg_service.measures.readouts import Readouts, against_setting, check_readouts, readout_setting
 from neg_service.measures.tables import key_columns, lists, mlp_columns, prompt_tables, table_of, target_layer_rows
 from neg_service.measures.targets import check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -54,6 +55,8 @@ class NeurGradOptions:
         allowed=KEEP,
     )
     top_k: int = setting(100, "neurons of each (prompt, target), for keep: top_k", least=1)
+    readout: str = readout_setting()
+    against: Any = against_setting()
 
 
 class NeurGrad(Measure[NeurGradOptions]):
@@ -66,6 +69,7 @@ class NeurGrad(Measure[NeurGradOptions]):
         """Refuse to keep answers that there are not, or more neurons than there are, too."""
         super().validate(info, neurons, prompts)
         check_keep(self.options.keep, KEEP, prompts)
+        check_readouts(self._readouts, prompts, self.options.keep)
         in_all = n_slots(info, checked_layers(neurons, info.n_layers))
         if self._is_top_k and self.options.top_k > in_all:
             raise ConfigurationError(
@@ -79,20 +83,24 @@ class NeurGrad(Measure[NeurGradOptions]):
         given = self.configuration()
         if not self._is_top_k:
             del given["top_k"]
-        return given
+        del given["readout"], given["against"]
+        return given | self._readouts.fingerprint()
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts`, then values: `activations` and `neurgrad`, or `top_neurons`."""
-        title, unit = schema.ESTIMATES["neurgrad"]
+        (title, unit), readouts = schema.ESTIMATES["neurgrad"], self._readouts
+        title, unit = readouts.title(title), readouts.unit(unit)
         if self._is_top_k:
-            top = Table(schema.TOP_NEURONS, title, unit, "neurgrad")
+            top = Table(schema.top_neurons(readouts.is_plain), title, unit, "neurgrad")
             return {**schema.prompt_tables(has_experts(sizes)), "top_neurons": top}
-        note = "A neuron that fires by one unit stronger changes the probability by about so much."
+        note = f"A neuron that fires by one unit stronger changes the {readouts.words} by about so much."
         activations = schema.activations(layers_of_model(sizes))
         return {
             **schema.prompt_tables(has_experts(sizes)),
             "activations": Table(activations, *schema.ESTIMATES["activation"], "activation"),
-            "neurgrad": Table(schema.neurgrad(layers_of_model(sizes)), title, unit, "neurgrad", note),
+            "neurgrad": Table(
+                schema.neurgrad(layers_of_model(sizes), readouts.is_plain), title, unit, "neurgrad", note
+            ),
         }
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
@@ -114,10 +122,16 @@ class NeurGrad(Measure[NeurGradOptions]):
         wanted = [wanted_targets(prompt.prompt, self.options.keep) for prompt in shard.prompts]
         tables, sizes = _strongest if self._is_top_k else _values, shard.model.feed_forward
         reduce = reductions.strongest(self.options.top_k) if self._is_top_k else reductions.all_neurons
-        for index, found in reduced_gradients(shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce):
+        for index, found in reduced_gradients(
+            shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce, self._readouts
+        ):
             prompt = shard.prompts[index]
-            own = tables(prompt, found, layers_of_model(sizes), self.options)
+            own = tables(prompt, found, layers_of_model(sizes), self.options, self._readouts)
             yield index, {**prompt_tables(prompt, found.probability_k, found.routing, has_experts(sizes)), **own}
+
+    @property
+    def _readouts(self) -> Readouts:
+        return Readouts.checked(self.options.readout, self.options.against)
 
     @property
     def _is_top_k(self) -> bool:
@@ -125,7 +139,11 @@ class NeurGrad(Measure[NeurGradOptions]):
 
 
 def _values(
-    prompt: EncodedPrompt, found: PromptReduced, layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
+    prompt: EncodedPrompt,
+    found: PromptReduced,
+    layer_neurons: Sequence[LayerNeurons],
+    options: NeurGradOptions,
+    readouts: Readouts,
 ) -> dict[str, pa.Table]:
     (neurgrad_km, activation_m), slots = found.values, found.slots
     of_activations = schema.activations(layer_neurons)
@@ -137,24 +155,31 @@ def _values(
         basis=options.basis,
         activation=lists(activation_m, slots.size, of_activations.field("activation").type),
     )
-    of_neurgrad, p_k = schema.neurgrad(layer_neurons), found.probability_k
-    neurgrad = target_layer_rows(of_neurgrad, prompt, found.targets, slots, options.basis, p_k, neurgrad_km)
+    of_neurgrad, p_k = schema.neurgrad(layer_neurons, readouts.is_plain), found.probability_k
+    neurgrad = target_layer_rows(
+        of_neurgrad, prompt, found.targets, slots, options.basis, p_k, neurgrad_km, readout=readouts.label
+    )
     return {"activations": activations, "neurgrad": neurgrad}
 
 
 def _strongest(
-    prompt: EncodedPrompt, found: PromptReduced, _layer_neurons: Sequence[LayerNeurons], options: NeurGradOptions
+    prompt: EncodedPrompt,
+    found: PromptReduced,
+    _layer_neurons: Sequence[LayerNeurons],
+    options: NeurGradOptions,
+    readouts: Readouts,
 ) -> dict[str, pa.Table]:
     (best_kt, neurgrad_kt, activation_kt), k = found.values, len(found.targets)
     layer, expert, neuron = found.slots.rows_at(best_kt.ravel()).T
     table = table_of(
-        schema.TOP_NEURONS,
+        schema.top_neurons(readouts.is_plain),
         best_kt.size,
         **key_columns(prompt, np.repeat(found.targets, options.top_k)),
         rank=np.tile(np.arange(options.top_k), k),
         **mlp_columns(layer, expert),
         neuron=neuron,
         basis=options.basis,
+        readout=readouts.label,
         probability=np.repeat(found.probability_k[list(found.targets)], options.top_k),
         neurgrad=neurgrad_kt.ravel(),
         activation=activation_kt.ravel(),

@@ -14,6 +14,7 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
+from neg_service.measures.readouts import Readouts, against_setting, check_readouts, readout_setting
 from neg_service.measures.shifts import GRIDS, SHIFTS, TOLERANCE, AdaptiveGrid, Grid, Sweep, chosen_grid
 from neg_service.schema import Table
 from neg_service.settings import basis_setting, setting
@@ -47,6 +48,8 @@ class SweepOptions:
     max_shift: float = setting(2.0, "the largest shift, in units of activation")
     step: float = setting(0.1, "between shifts")
     shifts: Any = setting(None, "a list of shifts of your own, all run, in the place of max_shift and step")
+    readout: str = readout_setting()
+    against: Any = against_setting()
     keep_curves: bool = setting(False, "store the change of probability at each shift, 4 bytes for each shift and row")
     # The old name of cluster.batch_bytes.
     batch_bytes: Any = None
@@ -63,6 +66,7 @@ class NeuronSweep(Measure[SweepOptions]):
         """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
         self.grid()
+        check_readouts(self._readouts, prompts)
         check_choice(neurons, layers_of_model(info))
 
     def least_batch_bytes(self, info: ModelInfo) -> int:
@@ -74,6 +78,7 @@ class NeuronSweep(Measure[SweepOptions]):
         options = self.options
         found: dict[str, Any] = {"name": options.name, "basis": options.basis, "shift": options.shift}
         found |= {"grid": options.grid, "shifts": self.grid().shifts.tolist(), "keep_curves": options.keep_curves}
+        found |= self._readouts.fingerprint()
         grid = self.grid()
         if isinstance(grid, AdaptiveGrid):
             return found | {"tolerance": options.tolerance, "nodes": [stage.shifts.tolist() for stage in grid.stages]}
@@ -86,8 +91,10 @@ class NeuronSweep(Measure[SweepOptions]):
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `sweep`."""
         n_shifts = len(self.grid().shifts) if self.options.keep_curves else None
-        unit = schema.PER_ACTIVATION if self.options.shift == "signed" else schema.PER_MAGNITUDE
-        swept = Table(schema.sweep(n_shifts, has_experts(sizes)), "NEG", unit, "neg")
+        readouts = self._readouts
+        unit = readouts.unit(schema.PER_ACTIVATION if self.options.shift == "signed" else schema.PER_MAGNITUDE)
+        of_sweep = schema.sweep(n_shifts, has_experts(sizes), readouts.is_plain)
+        swept = Table(of_sweep, readouts.title("NEG"), unit, "neg")
         return {**schema.prompt_tables(has_experts(sizes)), "sweep": swept}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
@@ -123,7 +130,11 @@ class NeuronSweep(Measure[SweepOptions]):
 
         noise = shard.calibration["noise"]
         of_rows = RowNoise(float(noise["sigma"]), bool(noise.get("is_per_row", False)))
-        return sweep_rows(shard, self._sweep, of_rows, self.options.keep_curves)
+        return sweep_rows(shard, self._sweep, of_rows, self.options.keep_curves, self._readouts)
+
+    @property
+    def _readouts(self) -> Readouts:
+        return Readouts.checked(self.options.readout, self.options.against)
 
     @property
     def _sweep(self) -> Sweep:

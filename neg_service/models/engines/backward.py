@@ -29,7 +29,8 @@ from neg_service.models.transfer import indices, sent
 
 @dataclass(frozen=True)
 class TargetGradients:
-    """For each (prompt, target), prompt by prompt: log p of the vocabulary [R, V], and by site d log p / d a and a.
+    """For each (prompt, target), prompt by prompt: log p of the vocabulary [R, V], and by site d log p / d a and a
+    (of logits where these are differentiated).
 
     Each site's [R, N] lies where its layer does. routing: of the pass, by module; place_r: where in it rows are read.
     """
@@ -41,8 +42,13 @@ class TargetGradients:
     place_r: Tensor
 
 
-def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Mapping[Site, Point]) -> TargetGradients:
-    """Differentiate log p of `target_ids[b]`, the targets of prompt b, at the neurons of `points`, by site."""
+def target_gradients(
+    rows: Rows, target_ids: Sequence[Sequence[int]], points: Mapping[Site, Point], *, of_logits: bool = False
+) -> TargetGradients:
+    """Differentiate log p of `target_ids[b]`, the targets of prompt b, at the neurons of `points`, by site.
+
+    of_logits: differentiate their logits in its place.
+    """
     counts = [1 if rows.targets_share_rows else len(own) for own in target_ids]
     place_r = rows.positions(counts)
     places: dict[torch.device, Tensor] = {}
@@ -63,20 +69,22 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
         return x.reshape(-1, x.shape[-1]).index_add(0, place, leaves[site]).view_as(x)
 
     with torch.enable_grad(), watching_routing() as routing, hooks(points, capture):
-        log_p = log_softmax(at_least_float32(rows.run(counts)))
+        logits = at_least_float32(rows.run(counts))
+        log_p = log_softmax(logits)
+        differentiated = logits if of_logits else log_p
         if rows.targets_share_rows:
             prompt_r = torch.tensor([b for b, own in enumerate(target_ids) for _ in own])
             target_r = torch.tensor([k for own in target_ids for k in range(len(own))])
             prompt_of = {device: sent(prompt_r, device) for device in {log_p.device, *places}}
             target_of = {device: sent(target_r, device) for device in places}
-            slopes_skrf = _for_each_target(log_p, target_ids, [leaves[site] for site in points])
+            slopes_skrf = _for_each_target(differentiated, target_ids, [leaves[site] for site in points])
             slopes = [own_krf[target_of[own_krf.device], prompt_of[own_krf.device]] for own_krf in slopes_skrf]
             log_p, place_r = log_p[prompt_of[log_p.device]], place_r[prompt_r]
             activations = {site: own[prompt_of[own.device]] for site, own in activations.items()}
         else:
             ids_r1 = indices([token for own in target_ids for token in own], log_p.device)[:, None]
             # What the output does not depend on has a gradient too: zero.
-            summed = log_p.gather(1, ids_r1).sum()
+            summed = differentiated.gather(1, ids_r1).sum()
             slopes_srf = torch.autograd.grad(summed, [leaves[site] for site in points], materialize_grads=True)
             slopes = [flat(slope.contiguous()) for slope in slopes_srf]
     return TargetGradients(
@@ -89,16 +97,16 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
 
 
 def _for_each_target(
-    log_p_bv: Tensor, target_ids: Sequence[Sequence[int]], leaves: Sequence[Tensor]
+    value_bv: Tensor, target_ids: Sequence[Sequence[int]], leaves: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """d log p[k] / d leaf [K, B, F] of each leaf [B, F], or [B, 1, F] where prompts are their mask tokens alone.
+    """d value[k] / d leaf [K, B, F] of each leaf [B, F], or [B, 1, F] where prompts are their mask tokens alone.
 
     For a prompt with fewer targets the rest is zero.
     """
-    device = log_p_bv.device
+    device = value_bv.device
     summed_k = torch.stack(
         [
-            log_p_bv[
+            value_bv[
                 indices([b for b, own in enumerate(target_ids) if k < len(own)], device),
                 indices([own[k] for own in target_ids if k < len(own)], device),
             ].sum()

@@ -139,7 +139,7 @@ class Curves:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Rows of a sweep that kept its curves."""
-        layers, size = batch["layer"].to_numpy(), batch["max_abs_delta_p"].to_numpy()
+        layers, size = batch["layer"].to_numpy(), batch[schema.change_columns(batch.schema)[0]].to_numpy()
         for layer in np.unique(layers).tolist():
             own = np.flatnonzero(layers == layer)
             place = int(own[size[own].argmax()])

@@ -26,21 +26,24 @@ from neg_service.report.sections.accumulators import (
     strongest_grid,
     strongest_rows,
 )
-from neg_service.schema import PER_ACTIVATION, PER_MAGNITUDE
+from neg_service.schema import change_columns
 from neg_service.storage.reader import Run
+from neg_service.table import Table
 
 _MOST_EDITS = 200
 
 
 def sweep_section(run: Run, table: str, number: int) -> Section:
     """Of interventions on single neurons."""
-    shown = [*neuron_cells(run), "neg", "r", "max_abs_delta_p", "activation"]
+    of_table = Table.of(table, run.schemas[table])
+    largest, curve = change_columns(of_table.schema)
+    shown = [*neuron_cells(run), "neg", "r", largest, "activation"]
     only_right, of = rows_of(run)
     with_experts = "is_routed" in run.schemas[table].names
     if with_experts:
         only_right &= pc.field("is_routed")
-    has_curves = "delta_p" in run.schemas[table].names
-    columns = ["prompt_id", "target", *shown, "r2", "neurgrad", "gradient", *["delta_p"] * has_curves]
+    has_curves = curve in run.schemas[table].names
+    columns = ["prompt_id", "target", *shown, "r2", "neurgrad", "gradient", *[curve] * has_curves]
     kept, sample, curves = Strength(), Sample(), Curves(run)
     for batch in run.table(table, columns, only_right).to_batches(batch_size=8192):
         if not batch.num_rows:
@@ -54,22 +57,23 @@ def sweep_section(run: Run, table: str, number: int) -> Section:
                 kept.keep((row["prompt_id"], row["target"]), abs(row["neg"]), row)
         if has_curves:
             curves.add(batch)
-    is_signed = run.config["measure"].get("shift") == "signed"
-    unit = PER_ACTIVATION if is_signed else PER_MAGNITUDE
+    is_signed, unit = run.config["measure"].get("shift") == "signed", of_table.unit
+    # In the unit of the table's values, a shift's taken off.
+    what = unit.split(" a unit")[0]
     four = "{:.4f}".format
     grid = strongest_grid(
         run, kept, "The strongest swept neurons of each prompt",
         f"NEG is the measured slope ({unit}) for {of}; r says how straight the curve is; beside it the largest change "
-        f"of the probability over the shifts.{f' {EXPERTS_NOTE}' * with_experts}",
+        f"over the shifts, in {what}.{f' {EXPERTS_NOTE}' * with_experts}",
         {
-            **neuron_cells(run), "neg": "{:+.3e}".format, "r": four, "max_abs_delta_p": "{:.2e}".format,
+            **neuron_cells(run), "neg": "{:+.3e}".format, "r": four, largest: "{:.2e}".format,
             "activation": "{:+.3f}".format,
         },
-        {"neg": "NEG", "max_abs_delta_p": "largest change of p"}, f"swept-{number}",
+        {"neg": of_table.title, largest: f"largest change, {what}"}, f"swept-{number}",
     )  # fmt: skip
     points = sample.rows()
     pictures = [
-        kept.heat_map(number, "NEG", unit, of, "a layer's swept neurons"),
+        kept.heat_map(number, of_table.title, unit, of, "a layer's swept neurons"),
         Picture(
             f"sweep-{number}", "NEG against NeurGrad and the plain gradient",
             f"A point is a neuron on a prompt, {len(points)} drawn at random; on the grey diagonal an estimate is "
@@ -82,23 +86,23 @@ def sweep_section(run: Run, table: str, number: int) -> Section:
             is_wide=True,
         ),
     ]  # fmt: skip
-    pictures += _curves_shown(curves.rows(), number, is_signed=is_signed)
+    pictures += _curves_shown(curves.rows(), number, what, is_signed=is_signed)
     caption = "Of all targets, and of all curves, those below the noise among them."
     facts = Grid("Linearity and agreement", caption, ("what", "found"), agreement(run))
     return Section(f"run-{number}", f"NEG by intervention: {run.name}", "", [facts, grid], pictures)
 
 
-def _curves_shown(rows: list[Row], number: int, *, is_signed: bool) -> list[Picture]:
+def _curves_shown(rows: list[Row], number: int, what: str, *, is_signed: bool) -> list[Picture]:
     """A picture of a few curves; none of a sweep that did not keep them."""
     if not rows:
         return []
     return [
         Picture(
             f"curves-{number}", "A few neurons",
-            "Change of the probability over shifts of one neuron (points), the strongest of several layers; the "
+            f"Change over shifts of one neuron (points), in {what}, the strongest of several layers; the "
             f"dashed line is what {'the gradient' if is_signed else 'NeurGrad'} predicts.",
             "Curves of probability over shifts for a few neurons",
-            drawn(figures.curves(rows, "gradient" if is_signed else "neurgrad"), (10, 5.6)), is_wide=True,
+            drawn(figures.curves(rows, "gradient" if is_signed else "neurgrad", what), (10, 5.6)), is_wide=True,
         )
     ]  # fmt: skip
 

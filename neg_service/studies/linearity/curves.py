@@ -30,18 +30,40 @@ def sweep_of_range(largest: float) -> dict[str, Any]:
 
 
 def by_range(
-    largest: float, r_i: Doubles, r2_i: Doubles, max_abs_delta_p_i: Doubles, layer_i: Integers, noise_i: Doubles
-) -> Rows:
+    largest: float, r_i: Doubles, r2_i: Doubles, max_abs_delta_p_i: Doubles, layer_i: Integers, noise_i: Doubles,
+    log_odds_r_i: Doubles,
+) -> Rows:  # fmt: skip
     """How linear curves are over a range: a row for each layer, and one over all of them (`layer` is None).
 
-    noise_i: [I] what the largest |Δp| has to exceed, or the curve is left out.
+    noise_i: [I] what the largest |Δp| has to exceed, or the curve is left out. log_odds_r_i: [I] r of the same curves
+    in log-odds; NaN of one that has none.
     """
     moves = max_abs_delta_p_i > noise_i
     return [
         {"range": float(largest), "layer": layer}
         | _linear(r_i[chosen & moves], r2_i[chosen & moves], int((chosen & ~moves).sum()))
+        | _in_log_odds(r_i[chosen & moves], log_odds_r_i[chosen & moves])
         for layer, chosen in _layers(layer_i)
     ]
+
+
+def r_in_log_odds(shifts_s: Doubles, delta_p_is: Doubles, probability_i: Doubles) -> Doubles:
+    """Pearson's r of shifts and the change of log-odds [I]; 0 where nothing changes, NaN where log-odds have no value.
+
+    delta_p_is: [I, S] changes of probabilities that are probability_i [I] without a shift.
+    """
+    p_i1 = probability_i[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change_is = np.log1p(delta_p_is / p_i1) - np.log1p(-delta_p_is / (1 - p_i1))
+        centred_is, centred_s = change_is - change_is.mean(1, keepdims=True), shifts_s - shifts_s.mean()
+        size_i = np.sqrt((centred_is**2).sum(1) * (centred_s @ centred_s))
+        return np.where(size_i == 0, 0.0, (centred_is @ centred_s) / size_i)
+
+
+def _in_log_odds(r: Doubles, log_odds_r: Doubles) -> Row:
+    """How many curves are linear in log-odds, and straighter than in probability; comparisons with NaN are false."""
+    straighter = float((np.abs(log_odds_r) > np.abs(r)).mean()) if len(r) else None
+    return {"share_linear_log_odds": _share_linear(log_odds_r), "share_straighter_log_odds": straighter}
 
 
 @dataclass(frozen=True)

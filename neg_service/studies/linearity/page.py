@@ -124,7 +124,10 @@ def _linearity(tables: Mapping[str, pa.Table]) -> Section:
         f" Up to ±{row['range']:g}: {100 * row['share_linear']:.1f} %." for row in ends
     )
     text += routing_text(tables["layers"].to_pylist())
-    head = ("shifts up to ±", "linear, %", "|r|, lowest 5 %", "|r|, median", "R², median", "curves")
+    head = (
+        "shifts up to ±", "linear, %", "|r|, lowest 5 %", "|r|, median", "R², median", "linear in log-odds, %",
+        "straighter in log-odds, %", "curves",
+    )  # fmt: skip
     rows = [range_cells(row) for row in whole]
     histogram = tables["histogram"].to_pylist()
     panels = {
@@ -135,8 +138,8 @@ def _linearity(tables: Mapping[str, pa.Table]) -> Section:
         "linearity", "How linear neurons are", text,
         [
             Grid(
-                "Linearity by range", "Each range is evaluated on 40 shifts, interpolated from four that were run.",
-                head, rows, numeric=range(6),
+                "Linearity by range", "Each range is evaluated on 40 shifts. In log-odds: of the same curves.",
+                head, rows, numeric=range(len(head)),
             )
         ],
         _pictures_of_curves(ranges, tables["curves"].to_pylist(), panels),

@@ -119,8 +119,8 @@ def _planned(options: LinearityOptions, scans: StudyScans) -> dict[str, ScanConf
         ),
     }  # fmt: skip
     for largest in options.ranges:
-        # Of the widest, some curves are shown.
-        sweep = sweep_of_range(largest) | {"keep_curves": largest == max(options.ranges)}
+        # They are judged in log-odds, too, and of the widest some are shown.
+        sweep = sweep_of_range(largest) | {"keep_curves": True}
         planned[_purpose_of(largest)] = settings(sample, **sweep)
     if "integrated_gradients" not in options.estimators:
         del planned["integrated_gradients"]

@@ -59,6 +59,9 @@ def range_cells(row: Row) -> tuple[str, ...]:
         f"{row['r_q05']:.4f}",
         f"{row['r_q50']:.4f}",
         f"{row['r2_q50']:.4f}",
+        # Older studies do not say it.
+        percent(row.get("share_linear_log_odds")),
+        percent(row.get("share_straighter_log_odds")),
         str(row["n"]),
     )
 
@@ -126,7 +129,10 @@ def _estimators(table: pa.Table) -> str:
 
 def _ranges(table: pa.Table) -> str:
     lines = [range_cells(row) for row in table.to_pylist() if row["layer"] is None and row["n"]]
-    head = ("shifts up to", "linear %", "|r|, 5 %", "|r|, median", "R2, median", "curves")
+    head = (
+        "shifts up to", "linear %", "|r|, 5 %", "|r|, median", "R2, median", "linear in log-odds %",
+        "straighter there %", "curves",
+    )  # fmt: skip
     return f"linear: |r| >= {LINEAR}, of curves whose NEG differs from zero\n" + columns(head, lines)
 
 

@@ -12,13 +12,14 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from neg_service import schema
 from neg_service.layer_neurons import NO_EXPERT
 from neg_service.neurons import rows_of
 from neg_service.storage.reader import Run, reading
-from neg_service.studies.linearity.curves import by_layer, by_range, histogram
+from neg_service.studies.linearity.curves import by_layer, by_range, histogram, r_in_log_odds
 from neg_service.studies.linearity.quality import Doubles, Estimated, Quality, quality
 from neg_service.studies.linearity.triples import Triples, noise_of_changes, routed_rows
 from neg_service.studies.tables import Row, Rows, expert_or_none
@@ -84,12 +85,19 @@ def linearity_tables(triples: Triples) -> dict[str, Rows]:
 
 
 def range_table(run: Run, largest: float) -> Rows:
-    """How linear curves are over a range, from a sweep of its own."""
-    names = ["layer", "r", "r2", "max_abs_delta_p", "resolution", "n_shifts"]
-    table, _ = routed_rows(run, names)
-    layer, r, r2, moved, resolution, n_shifts = (table[name].to_numpy().astype(np.float64) for name in names)
+    """How linear curves are over a range, in probability and in log-odds, from a sweep of its own."""
+    names = ["layer", "r", "r2", "max_abs_delta_p", "resolution", "n_shifts", "probability"]
+    table, _ = routed_rows(run, [*names, "delta_p"])
+    layer, r, r2, moved, resolution, n_shifts, p = (table[name].to_numpy().astype(np.float64) for name in names)
     noise = noise_of_changes(run, resolution, n_shifts)
-    return by_range(largest, r, r2, moved, layer.astype(np.int64), noise)
+    shifts = np.array(run.config["measure"]["shifts"], np.float64)
+    log_odds_r = r_in_log_odds(shifts, _curves_of(table, len(shifts)), p)
+    return by_range(largest, r, r2, moved, layer.astype(np.int64), noise, log_odds_r)
+
+
+def _curves_of(table: pa.Table, n_shifts: int) -> Doubles:
+    curves: Doubles = table["delta_p"].combine_chunks().flatten().to_numpy().reshape(-1, n_shifts).astype(np.float64)
+    return curves
 
 
 def curves_table(run: Run) -> Rows:
@@ -99,7 +107,7 @@ def curves_table(run: Run) -> Rows:
     if routing is None:
         names.remove("expert")
     shifts = run.config["measure"]["shifts"]
-    curves = table["delta_p"].combine_chunks().flatten().to_numpy().reshape(-1, len(shifts)).astype(np.float64)
+    curves = _curves_of(table, len(shifts))
     return [
         {name: table[name][index].as_py() for name in names} | {"shifts": [float(shift) for shift in shifts]}
         for index in _curves_to_show(table["layer"].to_numpy().astype(np.int64), curves)
