@@ -31,8 +31,7 @@ class Changes(NamedTuple):
     log_p_ik, logit_ik: Δ log p and Δz of every target [I, K]. is_rerouted_i: whether a layer above chose other experts
     [I]; None of a model without. spread_i: the root mean square of what logits moved by [I], which the error of Δ log p
     is a constant share of; None where that error is about the same for all. used_others: of one batch with experts,
-    whether its own
-    layer used others than those whose neurons are counted [].
+    whether its own layer used others than those whose neurons are counted [].
     """
 
     log_p_ik: Tensor
