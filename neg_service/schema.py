@@ -188,6 +188,25 @@ def top_neurons(is_of_probability: bool = True) -> pa.Schema:
     return TOP_NEURONS.insert(TOP_NEURONS.get_field_index("probability"), READOUT)
 
 
+# One row for each prompt, target, layer and token of the prompt: NeurGrad there of the layer's strongest neuron, and
+# all of them summed up.
+POSITIONS = pa.schema(
+    [
+        *_KEY,
+        *_LAYER,
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("basis", pa.string(), nullable=False),
+        pa.field("probability", pa.float32(), nullable=False),
+        # Which token from 0, and what it says by itself.
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("token", pa.string(), nullable=False),
+        pa.field("neurgrad", pa.float32(), nullable=False),
+        # Σ |NeurGrad| over the layer's neurons that act on the token, in the same unit.
+        pa.field("total", pa.float32(), nullable=False),
+    ]
+)
+
+
 def prompt_tables(has_experts: bool) -> dict[str, Table]:
     """The tables of a prompt itself: `prompts`, and `routing` of models with experts."""
     return {"prompts": Table(PROMPTS), **({"routing": Table(ROUTING)} if has_experts else {})}

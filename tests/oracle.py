@@ -150,15 +150,26 @@ def probability_with_shift(
     neuron: int,
     shift: float,
     position: int = -1,
+    read: int | None = None,
 ) -> float:
-    """The target's probability when one neuron is moved by `shift` at a position: a full forward pass."""
-    return float(logits_with_shift(model, ids, basis, layer, neuron, shift, position).softmax(-1)[target])
+    """The target's probability when one neuron is moved by `shift` at a position: a full forward pass.
+
+    read: where the answer is read; there, too, where it is not given.
+    """
+    return float(logits_with_shift(model, ids, basis, layer, neuron, shift, position, read).softmax(-1)[target])
 
 
 def logits_with_shift(
-    model: nn.Module, ids: Sequence[int], basis: str, layer: int, neuron: int, shift: float, position: int = -1
+    model: nn.Module,
+    ids: Sequence[int],
+    basis: str,
+    layer: int,
+    neuron: int,
+    shift: float,
+    position: int = -1,
+    read: int | None = None,
 ) -> Tensor:
-    """Logits [V] at a position where one neuron is moved by `shift` there: a full forward pass."""
+    """Logits [V] at `read` when one neuron is moved by `shift` at a position: a full forward pass."""
     module, side = neuron_module(layers_of(model)[layer], basis)
 
     def finite_difference(x: Tensor) -> Tensor:
@@ -173,7 +184,7 @@ def logits_with_shift(
         handle = module.register_forward_hook(lambda _m, _i, output: finite_difference(output))
     try:
         with torch.no_grad():
-            return _logits(model, ids)[position]
+            return _logits(model, ids)[position if read is None else read]
     finally:
         handle.remove()
 

@@ -106,6 +106,28 @@ def strength_heat_map(share_lb: Doubles, layers: Sequence[int], edges_b: Doubles
     return draw
 
 
+def position_map(total_lt: Doubles, first_layer: int, tokens: Sequence[str], unit: str) -> Draw:
+    """Sizes by layer (rows, the first at the bottom) and token of a prompt (columns); what is zero stays blank."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        shown = np.where(total_lt > 0, total_lt, np.nan)
+        colours = mpl.colormaps["GnBu" if theme is LIGHT else "viridis"]
+        if np.isfinite(shown).any():
+            most = float(np.nanmax(shown))
+            # Six decades say enough.
+            norm = LogNorm(max(float(np.nanmin(shown)), most * 1e-6), most * 1.0001)
+            places = np.arange(first_layer, first_layer + len(shown) + 1) - 0.5
+            mesh = axes.pcolormesh(np.arange(len(tokens) + 1) - 0.5, places, shown, cmap=colours, norm=norm)
+            figure.colorbar(mesh, ax=axes, label=unit)
+        labels = [_drawable(token.replace(" ", "␣").replace("\n", "⏎"))[:16] for token in tokens]
+        axes.set_xticks(range(len(tokens)), labels, rotation=60, ha="right", fontsize=8, parse_math=False)
+        axes.set_ylabel("layer")
+        axes.grid(visible=False)
+
+    return draw
+
+
 def scatter_of_estimates(points: Rows, estimators: Sequence[tuple[str, str, str]]) -> Draw:
     """NEG against each estimator (column, name, unit); those whose unit is no slope have axes of their own."""
     neg = np.array([row["neg"] for row in points])

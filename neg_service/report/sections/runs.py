@@ -25,6 +25,7 @@ from neg_service.report.sections.accumulators import (
 )
 from neg_service.report.sections.experts import ExpertStrength
 from neg_service.report.sections.interventions import edits_section, sweep_section
+from neg_service.report.sections.positions import is_of_positions, positions_section
 from neg_service.schema import Table
 from neg_service.storage.reader import Run, reading
 
@@ -46,6 +47,8 @@ def _sections(run: Run, number: int) -> list[Section]:
             return [sweep_section(run, name, number)]
         if "edit" in run.schemas[name].names and "edits" in run.config["measure"]:
             return [edits_section(run, name, number)]
+        if is_of_positions(run.schemas[name].names):
+            return [positions_section(run, name, number)]
     for name in run.values_of_neurons:
         keys = set(run.schemas[name].names) - {run.described[name].values}
         if {"prompt_id", "target"} <= keys:
