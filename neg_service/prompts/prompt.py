@@ -17,15 +17,22 @@ from neg_service.errors import PromptError
 # What a prompt may write for the mask token of any masked model.
 MASK = "[MASK]"
 
+# Of a conversation, each with its role and what it says.
+Messages = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, the targets that may follow it verbatim, and the index of the right one, if known."""
+    """A text, the targets that may follow it verbatim, and the index of the right one, if known.
+
+    messages: what a chat template made the text of, which then has all special tokens that it needs; see `chat.py`.
+    """
 
     id: str
     text: str
     targets: tuple[str, ...]
     answer: int | None = None
+    messages: Messages | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,11 @@ def digest(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over the content of prompts in order; the identity of a data set."""
     sha = hashlib.sha256()
     for prompt in prompts:
-        sha.update(json.dumps(asdict(prompt), sort_keys=True, ensure_ascii=False).encode())
+        content = asdict(prompt)
+        if prompt.messages is None:
+            # As it was before prompts could have messages.
+            del content["messages"]
+        sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
         sha.update(b"\n")
     return sha.hexdigest()
 
