@@ -30,7 +30,7 @@ from neg_service.models.loading import check_engine_settings, checked_dtype, loa
 from neg_service.models.source import DEFAULT, fetch
 from neg_service.neurons import NeuronSet
 from neg_service.places import absolute, below, local_path, parent_of, without_credentials
-from neg_service.prompts.chat import Chat, MakeChat, chat_of, template_text
+from neg_service.prompts.chat import Chat, MakeChat, chat_of, no_chats, template_text
 from neg_service.prompts.encoding import Encode, Encoding, Ids
 from neg_service.prompts.facts import BUILT_IN
 from neg_service.prompts.hub import revision_of
@@ -189,11 +189,7 @@ def _chat_of(dataset: DatasetConfig, info: ModelInfo, tokenizer: Callable[[], tu
         ConfigurationError: it has no chats, no template, or the settings of the template are wrong.
     """
     if info.is_masked:
-        raise ConfigurationError(
-            f"{info.name} ({info.architecture}) is a masked model, which reads no chats: leave out dataset.chat and "
-            "messages, or choose a causal model",
-            change="model.source",
-        )
+        raise no_chats(f"{info.name} ({info.architecture})")
     return chat_of(tokenizer()[0], info.name, dataset.chat_template, dataset.chat_arguments)
 
 

@@ -18,13 +18,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from neg_service.contents import text_of
 from neg_service.errors import ConfigurationError, ModelError, PromptError, one_line, shortened
 from neg_service.inputs import read_input
 from neg_service.places import without_credentials
-from neg_service.prompts.prompt import Messages, Prompt
+from neg_service.prompts.prompt import Asked, Messages, Prompt, is_conversation
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,18 @@ class Chat:
 MakeChat = Callable[[], Chat]
 
 
+class Chatting(Protocol):
+    """What is used of a model: a `LanguageModel`."""
+
+    tokenizer: Any
+    mask_token: int | None
+
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        ...
+
+
 def chat_of(
     tokenizer: Any, model: str, template: str | None = None, arguments: Mapping[str, Any] | None = None
 ) -> Chat:
@@ -198,19 +210,42 @@ def messages_of(who: str, value: Any, where: str | None = None) -> Messages:
     return tuple(found)
 
 
-def prompt_of(
-    who: str, asked: str | Sequence[Mapping[str, str]], targets: Sequence[str], answer: int | None, chat: MakeChat
-) -> Prompt:
-    """A prompt from a text, or from messages, which `chat` makes a text of; it is called for these alone.
+def prompts_of(
+    model: Chatting,
+    asked: Sequence[Asked],
+    targets: Sequence[Sequence[str]],
+    answers: Sequence[int | None] | None = None,
+) -> list[Prompt]:
+    """Prompts from texts, and from messages, which the model's chat template makes texts of; ids are their numbers.
 
     Raises:
         PromptError: messages that are none, or that the template refuses.
-        ModelError: see `chat_of`.
+        ModelError: the model has no template, or is a masked one.
     """
-    if isinstance(asked, str):
-        return Prompt(who, asked, tuple(targets), answer)
-    messages = messages_of(who, asked)
-    return Prompt(who, chat().text(who, messages), tuple(targets), answer, messages)
+    chat = cache(lambda: _chat_of_model(model))
+    prompts = []
+    for index, (one, own) in enumerate(zip(asked, targets, strict=True)):
+        answer = answers[index] if answers is not None else None
+        if isinstance(one, str) or not is_conversation(one):
+            prompts.append(Prompt(str(index), str(one), tuple(own), answer))
+            continue
+        messages = messages_of(str(index), one)
+        prompts.append(Prompt(str(index), chat().text(str(index), messages), tuple(own), answer, messages))
+    return prompts
+
+
+def _chat_of_model(model: Chatting) -> Chat:
+    if model.mask_token is not None:
+        raise no_chats(model.name)
+    return chat_of(model.tokenizer, model.name)
+
+
+def no_chats(model: str) -> ModelError:
+    """What is said of a masked model."""
+    return ModelError(
+        f"{model} is a masked model, which reads no chats: leave out messages and dataset.chat, or choose a causal one",
+        change="model.source",
+    )
 
 
 def in_json(messages: Messages) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from neg_service.errors import PromptError, nearest, one_line
+from neg_service.errors import NOT_GIVEN, PromptError, nearest, one_line
 from neg_service.places import absolute, is_here
 from neg_service.redaction import without_secrets
 from neg_service.refusals import is_silence
@@ -71,6 +71,7 @@ def open_data_set(source: str, subset: str | None, split: Any) -> HubTable:
     library = _library(source)
     # Each retry would be announced over two lines; what came of it is told below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     library.disable_progress_bars()
     if is_here(source):
         place, revision = absolute(source), None
@@ -140,8 +141,9 @@ def _chosen_split(source: str, split: Any, splits: Sequence[str]) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
     if not isinstance(split, str):
+        given = NOT_GIVEN if split is None else split
         raise PromptError(
-            f"{source} has {', '.join(splits)}", setting="dataset.split", value=split, allowed="one split"
+            f"{source} has {', '.join(splits)}", setting="dataset.split", value=given, allowed="one split"
         )
     # As the library writes them, splits may be added and cut: train[:100]+test.
     for part in split.split("+"):
@@ -156,7 +158,8 @@ def _chosen_split(source: str, split: Any, splits: Sequence[str]) -> str:
 
 
 def _refusal(source: str, subset: str | None, error: Exception) -> PromptError:
-    words = without_secrets(one_line(error)).rstrip(".")
+    # Of an error while it reads a file the library says that there was one.
+    words = without_secrets(one_line(error.__cause__ or error)).rstrip(".")
     if isinstance(error, ValueError) and ("BuilderConfig" in str(error) or "onfig name" in str(error)):
         names = re.search(r"\[.*\]", " ".join(str(error).split()))
         known = f"it has {names[0]}" if names else words
