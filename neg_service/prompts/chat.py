@@ -156,7 +156,7 @@ def chat_of(
             raise ConfigurationError(
                 f"the chat template of {model} does not read {name!r}", setting="dataset.chat_arguments", value=given
             )
-    if "strftime_now" in text and not given:
+    if "strftime_now" in text and not any("date" in name for name in given):
         _tell_of_date(model)
     return Chat(tokenizer, model, text, given)
 

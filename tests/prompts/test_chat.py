@@ -247,6 +247,17 @@ def test_what_a_template_leaves_out_is_told_once(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_template_that_writes_the_date_is_told_of_and_can_be_told_a_date(caplog: pytest.LogCaptureFixture) -> None:
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    own = tokenizer(dated + "{{ date_string }}" + CHATML)
+    with caplog.at_level(logging.WARNING):
+        told = chat_of(own, "told a date", None, {"date_string": "26 Jul 2024"})
+        assert told.text("x", SAID).startswith("26 Jul 2024<|im_start|>")
+        assert not caplog.records
+        chat_of(own, "told none")
+    assert "writes today's date: a run of another day has other prompts" in caplog.text
+
+
 def test_a_template_is_a_text_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(CHATML)
     assert template_text(str(tmp_path / "own.jinja")) == template_text(CHATML) == CHATML
