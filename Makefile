@@ -73,7 +73,7 @@ s3-down: $(READY) ## end it; its data stay
 lock: ## write requirements.lock anew from pyproject.toml's ranges, in an empty environment
 	rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock
 	$(VENV)/lock/bin/pip install --quiet torch==2.13.0 setuptools
-	$(VENV)/lock/bin/pip install --quiet '.[compute,probe,report,dev]'
+	$(VENV)/lock/bin/pip install --quiet '.[compute,datasets,probe,report,dev]'
 	$(VENV)/lock/bin/pip freeze --all --exclude pip --exclude neg-service | sed 's/+cpu$$//' > requirements.lock
 	rm -rf $(VENV)/lock build
 

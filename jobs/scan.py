@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from jobs import forecasts
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from neg_service.config import ScanConfig, typed
-from neg_service.errors import ConfigurationError, StorageError
+from neg_service.errors import ConfigurationError, StorageError, shortened
 from neg_service.measures.choice import count_of
 from neg_service.places import literal, without_credentials
 from neg_service.report.console import aligned, bytes_text, describe_tables
@@ -74,6 +74,7 @@ def describe_plan(prepared: Prepared) -> str:
                 "prompts",
                 f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",
             ),
+            *_chat(prepared),
             ("measure", ", ".join(f"{key}={_short(value)}" for key, value in prepared.identity["measure"].items())),
             ("neurons", _neurons(prepared)),
             (plan.rows_are, f"{plan.n_rows}"),
@@ -97,6 +98,12 @@ def _engine(prepared: Prepared) -> str:
         return found
     samples = [len(encoding[i].ids) for i in sorted({0, len(encoding) // 2, len(encoding) - 1})]
     return f"{found}, of {sum(samples) / len(samples):.0f} tokens: so many times the work of a row of one token"
+
+
+def _chat(prepared: Prepared) -> list[tuple[str, str]]:
+    """The first of the prompts that a chat template wrote, as the model reads it."""
+    first = prepared.prompts[0]
+    return [] if first.messages is None else [("chat", f"{first.id!r} is read as {shortened(first.text)}")]
 
 
 def _ranking(prepared: Prepared) -> list[tuple[str, str]]:

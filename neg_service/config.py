@@ -59,14 +59,16 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    """Which prompts: `facts`, a JSONL, Parquet or CSV file at any fsspec URI, or tasks of MCEval8K.
+    """Which prompts: `facts`, a JSONL, Parquet or CSV file at any fsspec URI, the hub's, or tasks of MCEval8K.
 
     With `task`, `source` is the hub's or a directory's MCEval8K (`prompts/mceval8k.py`), and `limit` and what follows
     say how its rows become prompts.
     """
 
     source: str = setting(
-        "facts", "`facts`, `facts-masked` (for masked models), or a `.jsonl`, `.parquet` or `.csv` file, path or URI"
+        "facts",
+        "`facts`, `facts-masked` (for masked models); a `.jsonl`, `.parquet` or `.csv` file, path or URI; or a data "
+        "set of the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`, or a folder with its files",
     )
     too_long: str = setting(
         "error", "prompts beyond the model's context: refuse, or leave out and count", allowed=("error", "skip")
@@ -80,9 +82,18 @@ class DatasetConfig:
     ids: Any = setting(None, "only the prompts of these ids, in the order of the data set", kind=str | list[str] | None)
     columns: Any = setting(
         None,
-        "what a file calls `prompt`, `targets`, `answer`, `id` and `group`, such as `{id: uuid}`",
+        "what a file calls `prompt`, `messages`, `targets`, `answer`, `id` and `group`, such as `{id: uuid}`; `''` of "
+        "one that is not to be read",
         kind=dict[str, str] | None,
     )
+    chat: bool = setting(False, "put each prompt into the model's chat template, as one message of the user")
+    chat_template: str | None = setting(
+        None, "a Jinja file, path or URI, or the text of a chat template itself, in the place of the model's own"
+    )
+    chat_arguments: Any = setting(
+        None, "what else the chat template is told, such as `{enable_thinking: false}`", kind=dict[str, Any] | None
+    )
+    subset: str | None = setting(None, "which subset of a data set of the hub, where it has several")
     choices: int = setting(
         4, "of a file's rows with an answer and no targets: how many targets, of which one is the answer"
     )
@@ -91,7 +102,11 @@ class DatasetConfig:
         " ", "between a prompt and such a target, unless the prompt ends with a space; `''` for masked models"
     )
     task: Any = setting(None, "tasks of MCEval8K: one, a list, or `all`", kind=str | list[str] | None)
-    split: Any = setting("valid", "of tasks: one or a list", kind=str | list[str])
+    split: Any = setting(
+        None,
+        "of tasks: one or a list, `valid` if not given; of a data set of the hub: one, where it has several",
+        kind=str | list[str] | None,
+    )
     limit: int | None = setting(None, "rows of each task and split")
     balanced: str | None = setting(
         None, "the same number of rows for each label, by drawing fewer or more", allowed=("down", "up")

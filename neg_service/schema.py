@@ -63,6 +63,16 @@ PROMPTS = pa.schema(
     ]
 )
 
+# What a chat template made a prompt of, in order: the last column of `prompts` of a run whose prompts are of templates;
+# `prompt` is then the text that the template made.
+_MESSAGES = pa.field(
+    "messages",
+    pa.list_(
+        pa.struct([pa.field("role", pa.string(), nullable=False), pa.field("content", pa.string(), nullable=False)])
+    ),
+    nullable=False,
+)
+
 # One row for each prompt and layer that has experts: those that its readout token used, ascending, and the router's
 # weights; of Llama 4, whose router scales what experts read, 1.
 ROUTING = pa.schema(
@@ -93,6 +103,11 @@ _LAYER = [
     # Null of a layer's only MLP; -1 of the MLP that is always on beside experts.
     pa.field("expert", pa.int16()),
 ]
+
+
+def with_messages(schemas: dict[str, pa.Schema]) -> dict[str, pa.Schema]:
+    """The tables of a run whose prompts a chat template wrote: `prompts` says what each was made of."""
+    return {name: own.append(_MESSAGES) if name == "prompts" else own for name, own in schemas.items()}
 
 
 def _of_each_neuron(name: str, kind: pa.DataType, n_neurons: Neurons) -> pa.Field:

@@ -94,14 +94,18 @@ def identity_of(
     measure: dict[str, Any],
     prompts: Sequence[Prompt],
     plan: Plan,
+    source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the numbers, and nothing else; what a run's fingerprint is made of."""
+    """Everything that decides the numbers, and nothing else; what a run's fingerprint is made of.
+
+    source: of prompts, what more is to be known of where they come from.
+    """
     from neg_service.measures.choice import identity_of_choice
 
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {"identity": info.identity, "dtype": config.model.dtype, **_engine_settings(config.model)},
-        "prompts": {"sha256": digest(prompts), "count": plan.n_prompts},
+        "prompts": {"sha256": digest(prompts), "count": plan.n_prompts, **(source or {})},
         "measure": measure,
         "neurons": identity_of_choice(config.neurons, info.n_layers),
         "plan": {"shard_size": plan.shard_size, "shards": plan.n_shards},

@@ -9,7 +9,7 @@ the run, so that it can be planned once more from its URI alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
-from neg_service.config import DatasetConfig, ScanConfig, batch_size, check, check_batch_bytes, typed
+from neg_service.config import DatasetConfig, ModelConfig, ScanConfig, batch_size, check, check_batch_bytes, typed
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.measures import measure_of
 from neg_service.measures.base import Measure
@@ -30,10 +30,13 @@ from neg_service.models.loading import check_engine_settings, checked_dtype, loa
 from neg_service.models.source import DEFAULT, fetch
 from neg_service.neurons import NeuronSet
 from neg_service.places import absolute, below, local_path, parent_of, without_credentials
+from neg_service.prompts.chat import Chat, MakeChat, chat_of, no_chats, template_text
 from neg_service.prompts.encoding import Encode, Encoding, Ids
+from neg_service.prompts.facts import BUILT_IN
+from neg_service.prompts.hub import revision_of
 from neg_service.prompts.mceval8k import as_masked
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts
-from neg_service.prompts.sources import BUILT_IN, load_dataset
+from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.store import PromptFile
 from neg_service.prompts.tokens import Skips, encode
 from neg_service.schema import SCHEMA_VERSION
@@ -84,13 +87,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Prompts and a model's files. about: what was left out of the data set."""
+    """Prompts and a model's files. about: what was left out of the data set. identity: what more identifies it."""
 
     prompts: Sequence[Prompt]
     encoding: Encoding
     local: LocalModel
     info: ModelInfo
     about: dict[str, Any]
+    identity: dict[str, Any]
 
 
 def prepare(config: ScanConfig) -> Prepared:
@@ -124,7 +128,7 @@ def _resolve(config: ScanConfig) -> tuple[ScanConfig, str]:
     config = replace(
         config,
         model=replace(config.model, source=_full(config.model.source)),
-        dataset=_with_absolute_paths(config.dataset),
+        dataset=_with_full_paths(config.dataset),
     )
     checked_dtype(config.model.dtype)
     check_engine_settings(config.model)
@@ -139,15 +143,13 @@ def _with_files_read(config: ScanConfig) -> ScanConfig:
 
 def _load(config: ScanConfig) -> _Loaded:
     """The data set and the model's files, without weights; encoded where that decides what stays."""
-    prompts: Sequence[Prompt] = load_dataset(config.dataset, config.job.limit)
+    model = cache(partial(_model_of, config.model))
+    tokenizer = cache(lambda: tokenizer_of(*model(), config))
+    # Of data sets that have no messages nobody asks for a template.
+    chat = cache(lambda: _chat_of(config.dataset, model()[1], tokenizer))
+    prompts = load_dataset(config.dataset, config.job.limit, chat)
     check_prompts(prompts)
-    local = fetch(
-        config.model.source,
-        config.model.revision,
-        with_weights=False,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    info = inspect_model(local, config.model.trust_remote_code, check_files=True)
+    local, info = model()
     if config.dataset.source == "facts-masked" and not info.is_masked:
         raise ConfigurationError(
             f"its prompts have masks to fill, and {info.name} ({info.architecture}) is a causal model: use "
@@ -157,10 +159,11 @@ def _load(config: ScanConfig) -> _Loaded:
         )
     if config.dataset.task is not None and info.is_masked:
         prompts = [as_masked(prompt) for prompt in prompts]
+    identity = _identity_of_source(config.dataset, chat if prompts[0].messages is not None else None)
     skips = Skips(config.dataset.not_one_token == "skip", config.dataset.too_long == "skip")
-    encode_with = _encoder(local, info, config, skips)
+    encode_with = _encoder(tokenizer, info, skips)
     if not (skips.not_one_token or skips.too_long):
-        return _Loaded(prompts, Encoding(prompts, encode_with), local, info, {})
+        return _Loaded(prompts, Encoding(prompts, encode_with), local, info, {}, identity)
     ids = Ids()
 
     def kept_prompts() -> Iterator[Prompt]:
@@ -170,12 +173,38 @@ def _load(config: ScanConfig) -> _Loaded:
 
     kept = PromptFile(kept_prompts())
     about = _tell_skipped(skips, len(prompts), info)
-    return _Loaded(kept, Encoding(kept, encode_with, ids), local, info, about)
+    return _Loaded(kept, Encoding(kept, encode_with, ids), local, info, about, identity)
 
 
-def _encoder(local: LocalModel, info: ModelInfo, config: ScanConfig, skips: Skips) -> Encode:
+def _model_of(asked: ModelConfig) -> tuple[LocalModel, ModelInfo]:
+    """The files of a model without its weights, and what they say of it."""
+    local = fetch(asked.source, asked.revision, with_weights=False, trust_remote_code=asked.trust_remote_code)
+    return local, inspect_model(local, asked.trust_remote_code, check_files=True)
+
+
+def _chat_of(dataset: DatasetConfig, info: ModelInfo, tokenizer: Callable[[], tuple[Any, int | None]]) -> Chat:
+    """How the model's chats are written.
+
+    Raises:
+        ConfigurationError: it has no chats, no template, or the settings of the template are wrong.
+    """
+    if info.is_masked:
+        raise no_chats(f"{info.name} ({info.architecture})")
+    return chat_of(tokenizer()[0], info.name, dataset.chat_template, dataset.chat_arguments)
+
+
+def _identity_of_source(dataset: DatasetConfig, chat: MakeChat | None) -> dict[str, Any]:
+    """What of a data set goes into a run's identity beside the prompts themselves."""
+    found: dict[str, Any] = {}
+    if dataset.source not in BUILT_IN and (revision := revision_of(dataset.source)) is not None:
+        found["revision"] = revision
+    if chat is not None:
+        found["chat"] = {"wraps_prompts": dataset.chat, **chat().identity()}
+    return found
+
+
+def _encoder(tokenizer: Callable[[], tuple[Any, int | None]], info: ModelInfo, skips: Skips) -> Encode:
     """Encodes prompts for a model, whose tokenizer is loaded when the first are asked for."""
-    tokenizer = cache(partial(tokenizer_of, local, info, config))
 
     def encode_with(prompts: Iterable[Prompt]) -> Iterator[EncodedPrompt]:
         loaded, mask_token = tokenizer()
@@ -195,7 +224,7 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
         check_batch_bytes(asked.key, asked.value, measure.least_batch_bytes(info))
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
     plan = make_plan(prompts, measure.cost(info, config.neurons, n_targets), config.job.shard_size)
-    identity = identity_of(config, info, measure.fingerprint_inputs(), prompts, plan)
+    identity = identity_of(config, info, measure.fingerprint_inputs(), prompts, plan, loaded.identity)
     name = run_name(config, info, str(config.measure["name"]))
     return Prepared(
         config=config,
@@ -206,7 +235,7 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
         plan=plan,
         identity=identity,
         measure=measure,
-        tables=measure.schemas(info),
+        tables=measure.schemas(info, has_messages=prompts[0].messages is not None),
         about=loaded.about,
         uri=below(place, f"{name}-{fingerprint_of(identity)}"),
         request=_request(config),
@@ -346,9 +375,11 @@ def _tell_skipped(skips: Skips, n_prompts: int, info: ModelInfo) -> dict[str, An
     return about
 
 
-def _with_absolute_paths(dataset: DatasetConfig) -> DatasetConfig:
+def _with_full_paths(dataset: DatasetConfig) -> DatasetConfig:
     templates = None if dataset.templates is None else absolute(dataset.templates)
-    return replace(dataset, source=_full(dataset.source), templates=templates)
+    # Of a small file the content is kept, so that the run can be planned again without it.
+    template = None if dataset.chat_template is None else template_text(dataset.chat_template)
+    return replace(dataset, source=_full(dataset.source), templates=templates, chat_template=template)
 
 
 def _full(source: str) -> str:

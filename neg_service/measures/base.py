@@ -22,7 +22,7 @@ from neg_service.config import NeuronsConfig, checked_layers, typed
 from neg_service.errors import ConfigurationError
 from neg_service.layer_neurons import LayerNeurons, layers_of_sizes
 from neg_service.measures.choice import check_whole_layers, described, layers_with_neurons
-from neg_service.schema import Table
+from neg_service.schema import Table, with_messages
 from neg_service.settings import check_fields
 
 if TYPE_CHECKING:
@@ -229,11 +229,26 @@ class Measure(ABC, Generic[OptionsT]):
                     value=self.name,
                 )
         # In the order of their parts.
-        return {name: found[name].cast(table.described()) for name, table in declared.items()}
+        tables = {name: found[name].cast(table.described()) for name, table in declared.items()}
+        if "prompts" in tables and shard.prompts[0].prompt.messages is not None:
+            tables["prompts"] = _with_messages(tables["prompts"], shard.prompts)
+        return tables
 
-    def schemas(self, sizes: Sizes) -> dict[str, pa.Schema]:
-        """The schemas of the tables, which carry what `tables` says of them."""
-        return {name: table.described() for name, table in self.tables(sizes).items()}
+    def schemas(self, sizes: Sizes, has_messages: bool = False) -> dict[str, pa.Schema]:
+        """The schemas of the tables, which carry what `tables` says of them; `has_messages`: of chats."""
+        found = {name: table.described() for name, table in self.tables(sizes).items()}
+        return with_messages(found) if has_messages else found
+
+
+def _with_messages(table: pa.Table, prompts: Sequence[EncodedPrompt]) -> pa.Table:
+    """Table `prompts` with what a chat template made each prompt of; no measure need know of it."""
+    messages_of = {one.prompt.id: one.prompt.messages or () for one in prompts}
+    own = with_messages({"prompts": table.schema})["prompts"].field("messages")
+    found = [
+        [{"role": role, "content": content} for role, content in messages_of[who]]
+        for who in table["prompt_id"].to_pylist()
+    ]
+    return table.append_column(own, pa.array(found, own.type))
 
 
 def layers_of_model(sizes: Sizes) -> tuple[LayerNeurons, ...]:

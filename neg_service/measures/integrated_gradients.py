@@ -44,7 +44,7 @@ from neg_service.models.feed_forward import Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
-from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.prompts.prompt import Asked, EncodedPrompt
 from neg_service.slots import Slots
 
 # So many targets are differentiated at once.
@@ -71,10 +71,15 @@ class IntegratedGradientsResult:
     neuron: NDArray[np.int64] | None = None
 
 
-@told_by_parameters(model__source="model", dataset__source="prompts", measure__steps="m")
+@told_by_parameters(
+    model__source="model",
+    dataset__source="prompts",
+    dataset__chat_template="model.tokenizer.chat_template",
+    measure__steps="m",
+)
 def integrated_gradients(
     model: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     targets: Sequence[Sequence[str]],
     *,
     basis: str = "paper",
@@ -89,7 +94,7 @@ def integrated_gradients(
 
     Args:
         model: from `load_model`.
-        prompts: P texts.
+        prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
         targets: for each prompt, texts that follow it verbatim; each must be one token there.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.

@@ -32,7 +32,8 @@ from neg_service.models.experts_function import watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
+from neg_service.prompts.chat import prompts_of
+from neg_service.prompts.prompt import Asked, EncodedPrompt, check_prompts, check_texts
 from neg_service.prompts.tokens import encode
 
 Doubles = NDArray[np.float64]
@@ -63,10 +64,12 @@ class InterveneResult:
     n_routed: NDArray[np.int64]
 
 
-@told_by_parameters(model__source="model", dataset__source="prompts")
+@told_by_parameters(
+    model__source="model", dataset__source="prompts", dataset__chat_template="model.tokenizer.chat_template"
+)
 def intervene(
     model: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     targets: Sequence[Sequence[str]],
     edits: Sequence[Edit | Mapping[str, Any]],
     *,
@@ -79,7 +82,7 @@ def intervene(
 
     Args:
         model: from `load_model`.
-        prompts: P texts.
+        prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
         targets: for each prompt, texts that follow it verbatim; each must be one token there.
         edits: E edits, `Edit` or mappings such as `{"neurons": [(29, 864)], "shift": 0.5}`; see `edits.py`.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
@@ -100,10 +103,7 @@ def intervene(
             f"{len(prompts)} prompts, targets for {len(targets)} and answers for {len(given)}; one for each prompt is "
             "needed"
         )
-    asked = [
-        Prompt(str(i), text, tuple(own), answer)
-        for i, (text, own, answer) in enumerate(zip(prompts, targets, given, strict=True))
-    ]
+    asked = prompts_of(model, prompts, targets, given)
     check_prompts(asked)
     checked = checked_edits(edits, model.feed_forward.layer_neurons)
     encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))

@@ -15,7 +15,7 @@ Axes: n neurons asked for, S shifts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +36,8 @@ from neg_service.measures.readouts import Readouts
 from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, chosen_grid
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
-from neg_service.prompts.prompt import Prompt, check_prompts
+from neg_service.prompts.chat import prompts_of
+from neg_service.prompts.prompt import Asked, check_prompts, is_conversation
 from neg_service.prompts.tokens import encode
 
 
@@ -70,10 +71,15 @@ class NegResult:
     n_shifts: Ints
 
 
-@told_by_parameters(model__source="model", dataset__source="prompt", neurons__list="neurons")
+@told_by_parameters(
+    model__source="model",
+    dataset__source="prompt",
+    neurons__list="neurons",
+    dataset__chat_template="model.tokenizer.chat_template",
+)
 def neg(
     model: LanguageModel,
-    prompt: str,
+    prompt: Asked,
     target: str,
     neurons: Sequence[Sequence[int | None]] | Literal["all"] = "all",
     shifts: Sequence[float] | None = None,
@@ -89,7 +95,7 @@ def neg(
 
     Args:
         model: from `load_model`.
-        prompt: a text.
+        prompt: a text; or a list of messages, `{"role": ..., "content": ...}`, for the model's chat template.
         target: what follows it verbatim; one token there.
         neurons: (layer, index) pairs, or (layer, index, expert) triples where a layer has experts, -1 for its MLP that
             is always on; or `all` that act on the prompt.
@@ -110,12 +116,13 @@ def neg(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in the prompt's logits.
     """
-    if not isinstance(prompt, str) or not isinstance(target, str):
+    is_chat = is_conversation(prompt) and all(isinstance(message, Mapping) for message in prompt)
+    if not (isinstance(prompt, str) or is_chat) or not isinstance(target, str):
         raise PromptError("neg takes one prompt and one target, each a text; neurgrad and intervene take lists")
     readouts = Readouts.checked(readout, against)
     if against is not None and (against == target or not isinstance(against, str)):
         raise ConfigurationError(setting="against", value=repr(against), allowed="a text that is not the target's")
-    asked = [Prompt("0", prompt, (target,) if against is None else (target, against))]
+    asked = prompts_of(model, [prompt], [[target] if against is None else [target, against]])
     check_prompts(asked)
     check_shift(shift)
     sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift)

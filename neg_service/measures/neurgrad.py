@@ -29,7 +29,8 @@ from neg_service.measures.gradients import Floats, reduced_gradients
 from neg_service.measures.readouts import Readouts, check_readouts
 from neg_service.measures.reductions import all_neurons
 from neg_service.models.language_model import LanguageModel
-from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
+from neg_service.prompts.chat import prompts_of
+from neg_service.prompts.prompt import Asked, EncodedPrompt, check_prompts, check_texts
 from neg_service.prompts.tokens import encode
 from neg_service.slots import Slots
 
@@ -61,10 +62,12 @@ class NeurGradResult:
     neuron: NDArray[np.int64] | None = None
 
 
-@told_by_parameters(model__source="model", dataset__source="prompts")
+@told_by_parameters(
+    model__source="model", dataset__source="prompts", dataset__chat_template="model.tokenizer.chat_template"
+)
 def neurgrad(
     model: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     targets: Sequence[Sequence[str]],
     *,
     basis: str = "paper",
@@ -80,7 +83,7 @@ def neurgrad(
 
     Args:
         model: from `load_model`.
-        prompts: P texts.
+        prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
         targets: for each prompt, texts that follow it verbatim; each must be one token there.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
@@ -162,9 +165,9 @@ def slots_by_layer(model: LanguageModel, p: int, layers: Sequence[int]) -> Slots
 
 
 def encoded_texts(
-    model: LanguageModel, prompts: Sequence[str], targets: Sequence[Sequence[str]]
+    model: LanguageModel, prompts: Sequence[Asked], targets: Sequence[Sequence[str]]
 ) -> list[EncodedPrompt]:
-    """Texts with targets that follow them, as tokens; a prompt's id is its number.
+    """Texts or messages with targets that follow them, as tokens; a prompt's id is its number.
 
     Raises:
         PromptError: an empty prompt, one beyond the model's context, or a target that is not one token.
@@ -175,6 +178,6 @@ def encoded_texts(
         raise ConfigurationError(
             f"{len(prompts)} prompts, but targets for {len(targets)}; one list for each prompt is needed"
         )
-    asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
+    asked = prompts_of(model, prompts, targets)
     check_prompts(asked)
     return list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))

@@ -166,3 +166,6 @@ def load_masked() -> list[Prompt]:
         replace(prompt, text=f"{prompt.text} {MASK}.", targets=tuple(target.strip() for target in prompt.targets))
         for prompt in load()
     ]
+
+
+BUILT_IN = {"facts": load, "facts-masked": load_masked}

@@ -65,8 +65,8 @@ def chosen_tasks(task: Any) -> list[str]:
 
 
 def chosen_splits(split: Any) -> list[str]:
-    """The splits of `dataset.split`: one, or a list."""
-    names = _as_list(split)
+    """The splits of `dataset.split`: one, or a list; valid where none is given."""
+    names = ["valid"] if split is None else _as_list(split)
     if not names or len(set(names)) < len(names):
         raise PromptError("give at least one split, and each once", setting="dataset.split", value=split)
     for name in names:

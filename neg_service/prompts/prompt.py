@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Protocol
@@ -17,15 +17,24 @@ from neg_service.errors import PromptError
 # What a prompt may write for the mask token of any masked model.
 MASK = "[MASK]"
 
+# Of a conversation, each with its role and what it says.
+Messages = tuple[tuple[str, str], ...]
+# What programs give for a prompt: a text, or messages as mappings of `role` and `content`.
+Asked = str | Sequence[Mapping[str, str]]
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, the targets that may follow it verbatim, and the index of the right one, if known."""
+    """A text, the targets that may follow it verbatim, and the index of the right one, if known.
+
+    messages: what a chat template made the text of, which then has all special tokens that it needs; see `chat.py`.
+    """
 
     id: str
     text: str
     targets: tuple[str, ...]
     answer: int | None = None
+    messages: Messages | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,11 @@ def digest(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over the content of prompts in order; the identity of a data set."""
     sha = hashlib.sha256()
     for prompt in prompts:
-        sha.update(json.dumps(asdict(prompt), sort_keys=True, ensure_ascii=False).encode())
+        content = asdict(prompt)
+        if prompt.messages is None:
+            # As it was before prompts could have messages.
+            del content["messages"]
+        sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
         sha.update(b"\n")
     return sha.hexdigest()
 
@@ -109,15 +122,23 @@ def _check_ids_differ(prompts: Sequence[Prompt], hashes: array[int]) -> None:
             seen.add(prompt.id)
 
 
-def check_texts(prompts: Sequence[str], targets: Sequence[Sequence[str]]) -> None:
+def check_texts(prompts: Sequence[Asked], targets: Sequence[Sequence[str]]) -> None:
     """Refuse a text where a list of texts is meant, whose letters would be taken for prompts or targets; and no texts.
+
+    A prompt may be a list of messages, which are checked where they become a text.
 
     Raises:
         PromptError: saying what is meant.
     """
     lists = (prompts, targets, *(targets if _is_list(targets) else ()))
-    if not all(map(_is_list, lists)) or not all(isinstance(text, str) for text in chain(prompts, *targets)):
+    asked = (one for one in prompts if not is_conversation(one)) if _is_list(prompts) else ()
+    if not all(map(_is_list, lists)) or not all(isinstance(text, str) for text in chain(asked, *targets)):
         raise PromptError('prompts must be a list of texts, and targets a list of texts for each: ["..."], [[" a"]]')
+
+
+def is_conversation(given: object) -> bool:
+    """Whether messages are meant, and no text."""
+    return isinstance(given, list | tuple)
 
 
 def _is_list(given: object) -> bool:

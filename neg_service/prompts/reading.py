@@ -25,6 +25,26 @@ class Tokenizer(Protocol):
         ...
 
 
+class AsWritten:
+    """A tokenizer that puts nothing around texts: for those of chat templates, which have all that they need."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """In all else it is `tokenizer`."""
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        """Token ids of each text as it is written."""
+        return cast(Any, self._tokenizer)(text, add_special_tokens=False, **options)
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """The tokens behind the ids, for messages."""
+        return self._tokenizer.convert_ids_to_tokens(ids)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the tokenizer says of itself."""
+        return getattr(self._tokenizer, name)
+
+
 @dataclass(frozen=True)
 class Reading:
     """The tokens of a text, and how many of its visible characters have none, as far as the tokenizer tells."""

@@ -1,57 +1,54 @@
-"""Where prompts come from: the built-in facts, tasks of MCEval8K, or a JSONL, Parquet or CSV file at any fsspec URI.
+"""Where prompts come from: the built-in facts, tasks of MCEval8K, a file at any fsspec URI, or the hub's data sets.
 
-A file has the columns `prompt` and `targets`, and optionally `answer` (the right target itself) and `id`. In CSV,
-`targets` is a JSON list in one cell. A row without `targets` needs an `answer`, which becomes its first target, after a
-space; the others are answers of other rows, of those with the same `group` where they are enough. Every row is checked,
-and an error names its line or row.
+A row has the columns `prompt` (or `messages`, which a model's chat template makes a text of) and `targets`, and
+optionally `answer` (the right target itself) and `id`. A row without `targets` needs an `answer`, which becomes its
+first target, after a space; the others are answers of other rows, of those with the same `group` where they are enough.
+Every row is checked, and an error names its line or row. How rows are read: `rows.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from neg_service.config import DatasetConfig
-from neg_service.contents import csv_of, json_lines, json_value, parquet_batches, parquet_of, repeated
-from neg_service.errors import PromptError, nearest, one_line, shortened
-from neg_service.inputs import opened_input, suffix_of
+from neg_service.errors import PromptError, nearest, shortened
 from neg_service.places import file_name_of, refuse_credentials, without_credentials
-from neg_service.prompts import facts
+from neg_service.prompts.chat import USER, MakeChat, in_json, messages_of
+from neg_service.prompts.facts import BUILT_IN
+from neg_service.prompts.hub import is_data_set
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
-from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.prompt import Messages, Prompt
+from neg_service.prompts.rows import Rows, columns_of, missing_column, opened_rows
 from neg_service.prompts.store import PromptFile
 
-BUILT_IN = {"facts": facts.load, "facts-masked": facts.load_masked}
-COLUMNS = ("prompt", "targets", "answer", "id", "group")
 
-
-def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> Sequence[Prompt]:
+def load_dataset(dataset: DatasetConfig, limit: int | None = None, chat: MakeChat | None = None) -> Sequence[Prompt]:
     """All prompts of a data set, or its first `limit`, or those with the ids that it names.
 
-    Those of a file stay on disk: see `PromptFile`.
+    Those of a file stay on disk: see `PromptFile`. `chat` is asked for a model's chat template if any prompt needs it.
 
     Raises:
         PromptError: see `load_prompts` and `load_tasks`, or an id that there is not.
+        ModelError: see `chat_of`.
     """
     require_source(dataset.source)
     most = None if dataset.ids is not None else limit
     prompts: Sequence[Prompt]
     if dataset.task is not None:
-        prompts = load_tasks(dataset)
+        prompts = _in_chat(load_tasks(dataset), dataset, chat)
     elif dataset.source in BUILT_IN:
-        prompts = BUILT_IN[dataset.source]()
+        prompts = _in_chat(BUILT_IN[dataset.source](), dataset, chat)
     else:
-        prompts = PromptFile(read_prompts(dataset.source, most, dataset))
+        prompts = PromptFile(read_prompts(dataset.source, most, dataset, chat))
+    _require_use(dataset, prompts)
     if dataset.ids is not None:
         wanted = {str(one) for one in (dataset.ids if isinstance(dataset.ids, list) else [dataset.ids])}
         found = [prompt for prompt in prompts if prompt.id in wanted]
@@ -62,6 +59,30 @@ def load_dataset(dataset: DatasetConfig, limit: int | None = None) -> Sequence[P
             )
         prompts = found
     return prompts if limit is None or len(prompts) <= limit else prompts[:limit]
+
+
+def _in_chat(prompts: list[Prompt], dataset: DatasetConfig, chat: MakeChat | None) -> list[Prompt]:
+    """Plain prompts, each as one message where that was asked for."""
+    if not dataset.chat:
+        return prompts
+    own = (chat or _no_chat)()
+    return [own.as_one_message(prompt) for prompt in prompts]
+
+
+def _no_chat() -> Any:
+    raise PromptError(
+        "messages become a text by the chat template of a model, which is not given here", change="dataset.source"
+    )
+
+
+def _require_use(dataset: DatasetConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse a template that nothing is put into."""
+    given = next((key for key in ("chat_template", "chat_arguments") if getattr(dataset, key) is not None), None)
+    if given is not None and prompts and prompts[0].messages is None:
+        raise PromptError(
+            "is given, but the prompts are no messages: dataset.chat=true makes one message of each",
+            setting=f"dataset.{given}",
+        )
 
 
 def require_source(source: str) -> None:
@@ -79,7 +100,8 @@ def require_source(source: str) -> None:
 def dataset_name(dataset: DatasetConfig) -> str:
     """A data set in a few words, fit for the name of a run."""
     if dataset.task is None:
-        return re.sub(r"\.[a-z]+$", "", file_name_of(dataset.source))
+        name = re.sub(r"\.[a-z]+$", "", file_name_of(dataset.source))
+        return f"{name}-{dataset.split}" if dataset.split is not None and is_data_set(dataset.source) else name
     tasks, splits = chosen_tasks(dataset.task), chosen_splits(dataset.split)
     return "-".join([*(tasks if len(tasks) < 3 else [f"{len(tasks)}-tasks"]), *splits])
 
@@ -99,85 +121,68 @@ def load_prompts(
     return BUILT_IN[source]()[:limit] if source in BUILT_IN else list(read_prompts(source, limit, how))
 
 
-def read_prompts(source: str, limit: int | None = None, how: DatasetConfig | None = None) -> Iterator[Prompt]:
-    """The prompts of a file, one after the other; see `load_prompts`. All rows are checked, also beyond `limit`."""
+def read_prompts(
+    source: str, limit: int | None = None, how: DatasetConfig | None = None, chat: MakeChat | None = None
+) -> Iterator[Prompt]:
+    """The prompts of a file or a data set of the hub, one after the other; see `load_prompts`.
+
+    All rows are checked, also beyond `limit`.
+    """
     refuse_credentials("dataset.source", source, PromptError)
     shown = without_credentials(source)
-    suffix = suffix_of(source)
-    rows_of = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
-    if suffix not in rows_of:
-        raise PromptError(
-            f"neither a built-in data set ({', '.join(BUILT_IN)}) nor a file that ends in {', '.join(rows_of)}",
-            setting="dataset.source",
-            value=shown,
-        )
     how = how or DatasetConfig(source)
-    names = _columns(how.columns)
+    names = columns_of(how.columns)
     if how.choices < 2:
         raise PromptError(
             setting="dataset.choices", value=how.choices, allowed="at least 2, the answer and another one"
         )
-    where, named = f"dataset.source={shown}", dict(how.columns or {})
+    where, named = f"dataset.source={shown}", {column: name for column, name in (how.columns or {}).items() if name}
 
-    def rows(file: BinaryIO) -> _Rows:
-        for place, row in rows_of[suffix](where, file, names, named):
-            yield f"{where}: {place}", {column: row.get(name) for column, name in names.items()}
+    with opened_rows(source, shown, how) as (rows_of, first, again):
 
-    with opened_input("dataset.source", source, PromptError) as file, _once_more(file) as again:
-        yield from _prompts(rows(file), partial(rows, again), limit, how, names)
+        def rows(opened: Any) -> Rows:
+            for place, row in rows_of(where, opened, names, named):
+                yield f"{where}: {place}", {column: row.get(name) if name else None for column, name in names.items()}
 
-
-@contextmanager
-def _once_more(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The same file, to be read from its beginning beside the other; its content is not copied."""
-    with io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else Path(file.name).open("rb") as again:
-        yield again
+        yield from _prompts(rows(first), partial(rows, again), limit, how, names, chat or _no_chat)
 
 
 def _prompts(
-    rows: _Rows, again: Callable[[], _Rows], limit: int | None, how: DatasetConfig, names: Mapping[str, str]
+    rows: Rows,
+    again: Callable[[], Rows],
+    limit: int | None,
+    how: DatasetConfig,
+    names: Mapping[str, str],
+    chat: MakeChat,
 ) -> Iterator[Prompt]:
     """What rows say; `again` reads them all once more, where some have no targets."""
     others: _Answers | None = None
     wrong: PromptError | None = None
+    is_chat: bool | None = None
     for index, (place, row) in enumerate(rows):
         # What is wrong with the file itself says more than what is wrong with a row of it.
         if wrong is not None or (limit is not None and index >= limit):
             continue
         try:
+            asked = _asked(place, index, row, names, how, chat)
+            if is_chat is None:
+                is_chat = asked.messages is not None
+            elif is_chat != (asked.messages is not None):
+                raise PromptError(
+                    f"prompt {asked.id!r}: has {'no messages, but a prompt' if is_chat else 'messages'}, unlike the "
+                    "rows before: dataset.chat=true makes one message of each prompt",
+                    given=place,
+                )
             if _has_answer_alone(row):
                 others = others or _Answers(again(), how)
-                others.give_targets(place, row)
-            prompt = _prompt(place, index, row, names)
+                others.give_targets(row, asked, others.group_of(place, row))
+            prompt = _prompt(place, asked, row, names)
         except PromptError as problem:
             wrong = problem
             continue
         yield prompt
     if wrong is not None:
         raise wrong
-
-
-def _columns(given: Any) -> dict[str, str]:
-    """What the file calls each column."""
-    if given is not None and not (
-        isinstance(given, Mapping)
-        and all(isinstance(name, str) for name in given.values())
-        and set(given) <= set(COLUMNS)
-    ):
-        raise PromptError(
-            f"must say what a file calls some of {', '.join(COLUMNS)}, such as {{id: uuid}}",
-            setting="dataset.columns",
-            value=given,
-        )
-    names = {column: (given or {}).get(column, column) for column in COLUMNS}
-    # Whoever says so may take ids and groups from where something else comes from.
-    alone = [column for column in COLUMNS if column in ("prompt", "targets", "answer") or column not in (given or {})]
-    if (name := repeated(names[column] for column in alone)) is not None:
-        both = " and ".join(column for column in alone if names[column] == name)
-        raise PromptError(
-            f"{both} would both be the column {name!r}; give each its own", setting="dataset.columns", value=given
-        )
-    return names
 
 
 def _has_answer_alone(row: Mapping[str, Any]) -> bool:
@@ -191,32 +196,32 @@ class _Answers:
     What memory they take grows with how many different ones there are.
     """
 
-    def __init__(self, rows: _Rows, how: DatasetConfig) -> None:
+    def __init__(self, rows: Rows, how: DatasetConfig) -> None:
         """Of all rows."""
         self._how = how
         of_group: dict[str, set[str]] = {}
         for place, row in rows:
             if _has_answer_alone(row):
-                of_group.setdefault(self._group(place, row), set()).add(row["answer"].lstrip())
+                of_group.setdefault(self.group_of(place, row), set()).add(row["answer"].lstrip())
         self._pools = {group: sorted(answers) for group, answers in of_group.items()}
         self._everywhere = sorted(set().union(*of_group.values()))
 
-    def _group(self, place: str, row: Mapping[str, Any]) -> str:
+    def group_of(self, place: str, row: Mapping[str, Any]) -> str:
+        """The group that a row's other answers come from."""
         group = "" if row["group"] is None else _name(place, "group", row["group"])
         return group.split(self._how.group_until)[0] if self._how.group_until else group
 
-    def give_targets(self, place: str, row: dict[str, Any]) -> None:
-        """The answer and others, in an order that is drawn; what is no prompt gets none."""
-        if not isinstance(row["prompt"], str):
-            return
+    def give_targets(self, row: dict[str, Any], asked: _Asked, group: str) -> None:
+        """The answer and others, in an order that is drawn."""
         choices = self._how.choices
-        # Of the row alone, so that neither the order of rows nor their number decides what is drawn from a group.
-        # Lone surrogates are refused later, with the prompt's id.
-        own = f"{self._how.seed}\0{row['prompt']}\0{row['answer']}".encode(errors="surrogatepass")
+        # Of the row alone, so that neither the order of rows nor their number decides what is drawn from a group, nor
+        # the chat template. Lone surrogates are refused later, with the prompt's id.
+        says = row["prompt"] if row["prompt"] is not None else in_json(asked.messages or ())
+        own = f"{self._how.seed}\0{says}\0{row['answer']}".encode(errors="surrogatepass")
         digest = hashlib.sha256(own).digest()
         draw = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         texts = [row["answer"].lstrip()]
-        for pool in (self._pools[self._group(place, row)], self._everywhere):
+        for pool in (self._pools[group], self._everywhere):
             # Of a large pool so many are drawn that enough of them differ.
             is_small = len(pool) <= 16 * choices
             places = draw.permutation(len(pool)) if is_small else draw.integers(len(pool), size=16 * choices)
@@ -225,105 +230,55 @@ class _Answers:
                     break
                 if text not in texts:
                     texts.append(text)
-        space = "" if row["prompt"][-1:].isspace() else self._how.answer_prefix
+        space = "" if asked.text[-1:].isspace() else self._how.answer_prefix
         texts = [space + text for text in texts]
         row["answer"] = texts[0]
         # The right one's place says nothing.
         row["targets"] = [texts[index] for index in draw.permutation(len(texts))]
 
 
-_Rows = Iterator[tuple[str, dict[str, Any]]]
+class _Asked(NamedTuple):
+    """What a row asks, without its targets."""
+
+    id: str
+    text: str
+    messages: Messages | None = None
 
 
-def _jsonl_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
-    present: dict[str, None] = {}
-    for number, row in json_lines(where, file, PromptError, as_written=True):
-        if not isinstance(row, dict):
-            raise PromptError(f"line {number} is not a JSON object", given=where)
-        present |= dict.fromkeys(row)
-        yield f"line {number}", row
-    # A row may leave out what it has nothing to say of; a file without rows says nothing at all.
-    if present:
-        _require_named(where, list(present), named)
-
-
-def _csv_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
-    header, rows = csv_of(where, file, PromptError)
-    _require_columns(f"{where}: its header", header, names)
-    _require_named(where, header, named)
-    for number, row in rows:
-        # A cell has no way to say nothing but to be empty; an empty prompt is told as one.
-        given: dict[str, Any] = {
-            name: cell or (cell if name == names["prompt"] else None) for name, cell in zip(header, row, strict=True)
-        }
-        if given.get(names["targets"]) is not None:
-            given[names["targets"]] = _json_list(f"{where}: line {number}", given[names["targets"]])
-        yield f"line {number}", given
-
-
-def _json_list(where: str, cell: str) -> Any:
-    try:
-        return json_value(cell)
-    except ValueError as error:
-        raise PromptError(
-            f'targets must be a JSON list such as [" a", " b"], not {shortened(cell)}, which {one_line(error)}',
-            given=where,
-        ) from error
-
-
-def _parquet_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mapping[str, str]) -> _Rows:
-    parquet = parquet_of(where, file, PromptError)
-    present = parquet.schema_arrow.names
-    _require_columns(f"{where}: the file", present, names)
-    _require_named(where, present, named)
-    number = 0
-    wanted = dict.fromkeys(name for name in names.values() if name in present)
-    for batch in parquet_batches(where, parquet, list(wanted), PromptError):
-        try:
-            rows = batch.to_pylist()
-        except (ValueError, OverflowError) as error:
-            # Times that Python has no value for.
-            raise PromptError(f"rows from {number} on cannot be read: {one_line(error)}", given=where) from error
-        for row in rows:
-            yield f"row {number}", row
-            number += 1
-
-
-def _require_columns(where: str, present: Sequence[str], names: Mapping[str, str]) -> None:
-    if names["prompt"] not in present:
-        raise _missing_column(where, names["prompt"])
-    if names["targets"] not in present and names["answer"] not in present:
-        raise _missing_column(where, names["targets"])
-
-
-def _require_named(where: str, present: Sequence[str], named: Mapping[str, str]) -> None:
-    """Refuse a column that a person named and no row has: it was mistyped, and would be left out without a word."""
-    # Of the prompt itself a row says so, with its line.
-    for column, name in named.items():
-        if column != "prompt" and name not in present:
-            raise PromptError(
-                f"has no column {name!r}, which dataset.columns={{{column}: {name}}} names; its columns are "
-                f"{shortened(', '.join(present))[1:-1]}",
-                given=where,
-            )
-
-
-def _prompt(where: str, index: int, row: dict[str, Any], names: Mapping[str, str]) -> Prompt:
-    text, targets, answer, id_ = (row[column] for column in COLUMNS[:4])
-    if text is None:
-        raise _missing_column(where, names["prompt"])
-    if not isinstance(text, str):
+def _asked(
+    where: str, index: int, row: Mapping[str, Any], names: Mapping[str, str], how: DatasetConfig, chat: MakeChat
+) -> _Asked:
+    """The text of a row: its prompt, or what the chat template makes of its messages."""
+    text, messages = row["prompt"], row["messages"]
+    if text is None and messages is None:
+        raise missing_column(where, names["prompt"] or names["messages"])
+    if text is not None and messages is None and not isinstance(text, str):
         raise PromptError(f"prompt must be a text, not {shortened(text)}", given=where)
+    who = f"{index:06d}" if row["id"] is None else _name(where, "id", row["id"])
+    if messages is None and not (how.chat and text):
+        return _Asked(who, text)
+    if text is not None and messages is not None:
+        raise PromptError(
+            f"prompt {who!r}: has a prompt and messages, of which a row has one; dataset.columns={{prompt: ''}} leaves "
+            "the column of prompts out",
+            given=where,
+        )
+    conversation = ((USER, text),) if messages is None else messages_of(who, messages, where)
+    return _Asked(who, chat().text(who, conversation), conversation)
+
+
+def _prompt(where: str, asked: _Asked, row: Mapping[str, Any], names: Mapping[str, str]) -> Prompt:
+    targets, answer = row["targets"], row["answer"]
     if targets is None and answer is not None:
         raise PromptError(f"answer must be a text where there are no targets, not {shortened(answer)}", given=where)
     if targets is None:
-        raise _missing_column(where, names["targets"])
+        raise missing_column(where, names["targets"])
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise PromptError(f"targets must be a list of texts, not {shortened(targets)}", given=where)
     if answer is not None and answer not in targets:
         raise PromptError(f"answer {shortened(answer)} is not one of the targets {shortened(targets)}", given=where)
-    id_ = f"{index:06d}" if id_ is None else _name(where, "id", id_)
-    return Prompt(id_, text, tuple(targets), None if answer is None else targets.index(answer))
+    place = None if answer is None else targets.index(answer)
+    return Prompt(asked.id, asked.text, tuple(targets), place, asked.messages)
 
 
 def _name(where: str, column: str, value: Any) -> str:
@@ -331,11 +286,3 @@ def _name(where: str, column: str, value: Any) -> str:
     if isinstance(value, list | dict | bytes) or (isinstance(value, float) and not math.isfinite(value)):
         raise PromptError(f"{column} must be a text or a number, not {shortened(value)}", given=where)
     return str(value)
-
-
-def _missing_column(where: str, column: str) -> PromptError:
-    return PromptError(
-        f"has no {column!r}; prompt is needed, and targets or answer; id is optional; "
-        "dataset.columns={prompt: NAME} says what a file calls them",
-        given=where,
-    )

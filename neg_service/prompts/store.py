@@ -29,7 +29,9 @@ class PromptFile(Sequence[Prompt]):
         with os.fdopen(self._file, "wb", closefd=False) as file:
             for prompt in prompts:
                 # Only this process reads it, so that what marshal writes need not be read elsewhere.
-                size = file.write(marshal.dumps((prompt.id, prompt.text, prompt.targets, prompt.answer)))
+                size = file.write(
+                    marshal.dumps((prompt.id, prompt.text, prompt.targets, prompt.answer, prompt.messages))
+                )
                 self._ends.append(self._ends[-1] + size)
 
     def __len__(self) -> int:

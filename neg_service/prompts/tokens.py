@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 
 from neg_service.errors import PromptError, TargetError
 from neg_service.prompts.added import added_by, read_once, readable, tell_what_is_odd
 from neg_service.prompts.prompt import MASK, EncodedPrompt, Prompt, Vocabulary
-from neg_service.prompts.reading import Reading, Tokenizer, Unread, read_texts
+from neg_service.prompts.reading import AsWritten, Reading, Tokenizer, Unread, read_texts
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def encode(
     A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place. A
     prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model. What the tokenizer adds
     to every text is there once, also where a prompt spells it, and is not there behind a prompt that a target follows;
-    see `added.py`. `model` says which ids there are. What `skips` names is left out and counted there.
+    see `added.py`. To what a chat template wrote it adds nothing. `model` says which ids there are. What `skips` names
+    is left out and counted there.
 
     Raises:
         PromptError: a target that is not one token in context, or only the unknown one, two targets with the same
@@ -65,7 +66,7 @@ def encode(
             `model` does not have; names the prompt, the value, and the key to change.
     """
     skips = skips or Skips()
-    for read in _reads(tokenizer, prompts, mask_token, model, batch):
+    for read in _all_reads(tokenizer, prompts, mask_token, model, batch):
         prompt, tokens = read.prompt, None
         if skips.not_one_token:
             _check_length(prompt, read.ids, None)
@@ -127,6 +128,14 @@ def _with_targets(prompt: Prompt, places: list[int]) -> Prompt:
     """The prompt with some of its targets."""
     answer = None if prompt.answer is None else places.index(prompt.answer)
     return replace(prompt, targets=tuple(prompt.targets[place] for place in places), answer=answer)
+
+
+def _all_reads(
+    tokenizer: Tokenizer, prompts: Iterable[Prompt], mask_token: int | None, model: Vocabulary | None, batch: int
+) -> Iterator[_Read]:
+    """Prompts as they are read; a text of a chat template has its first token already."""
+    for is_templated, alike in groupby(prompts, lambda prompt: prompt.messages is not None):
+        yield from _reads(AsWritten(tokenizer) if is_templated else tokenizer, alike, mask_token, model, batch)
 
 
 def _reads(

@@ -231,7 +231,7 @@ def test_a_broken_row_is_named(tmp_path: Path, task: str, row: Any, says: str) -
             {"languages": ["de"], "balanced": "down"},
             ("dataset.source", ANY, "no row of agnews, valid, is left to be asked"),
         ),
-        ({"split": None}, ("dataset.split", "None", "give at least one split")),
+        ({"split": []}, ("dataset.split", "[]", "give at least one split")),
         ({"language": "it"}, ("dataset.language", "it", "known of agnews, template default are en")),
         ({"source": "/nowhere/at-all/x"}, ("dataset.source", "/nowhere/at-all/x")),
     ],
