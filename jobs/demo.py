@@ -81,7 +81,9 @@ def _sweep(prepared: Prepared) -> Summary:
             config,
             measure={"name": "sweep", "basis": config.measure["basis"]},
             neurons=NeuronsConfig(config.neurons.layers, choose="sample", count=count),
-            job=replace(config.job, limit=min(SWEPT_PROMPTS, len(prepared.prompts)), shard_size=1, resume=None),
+            job=replace(
+                config.job, limit=min(SWEPT_PROMPTS, len(prepared.prompts)), shard_size=1, resume=None, extend=None
+            ),
         )
     )
     print(f"\nNEG by intervention: about {sweep.plan.n_rows} interventions on {sweep.plan.n_prompts} prompts")

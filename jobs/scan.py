@@ -75,6 +75,7 @@ def describe_plan(prepared: Prepared) -> str:
                 f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",
             ),
             *_chat(prepared),
+            *_extends(prepared),
             ("measure", ", ".join(f"{key}={_short(value)}" for key, value in prepared.identity["measure"].items())),
             ("neurons", _neurons(prepared)),
             (plan.rows_are, f"{plan.n_rows}"),
@@ -114,6 +115,12 @@ def _ranking(prepared: Prepared) -> list[tuple[str, str]]:
     return [("ranking", f"{plan.n_rows} gradients, {plan.n_shards} shards, {bytes_text(plan.total_bytes)}, at {uri}")]
 
 
+def _extends(prepared: Prepared) -> list[tuple[str, str]]:
+    """The run whose prompts and shards come first, where there is one."""
+    base = prepared.base
+    return [] if base is None else [("extends", f"{base.n_prompts} prompts in {base.n_shards} shards of {base.uri}")]
+
+
 def _neurons(prepared: Prepared) -> str:
     chosen = prepared.config.neurons
     first = ", which a scan of all neurons finds first" if chosen.choose == "top" and chosen.over == "dataset" else ""
@@ -142,6 +149,7 @@ def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
     main = results.tables[-1]
     rows = [
         ("prompts", f"{plan.n_prompts} ({plan.n_targets} targets)"),
+        *_extends(prepared),
         ("shards", f"{summary.shards_done} of {summary.n_shards} done"),
     ]
     if results.values_of_neurons and "target" in results.schemas[results.values_of_neurons[0]].names:

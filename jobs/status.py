@@ -43,6 +43,9 @@ def describe(status: Status) -> str:
         ("missing", ranges(status.missing)),
         ("failed", "\n".join(f"shard {i}: {one['error']}" for i, one in sorted(status.failed.items())) or "none"),
     ]
+    if status.extends is not None:
+        added = status.n_prompts - status.n_prompts_before
+        rows.insert(1, ("extends", f"{status.extends}: {added} prompts beside its {status.n_prompts_before}"))
     if status.rate is not None and status.is_running:
         rate = f"{status.rate * status.shard_size:.3g} prompts/s, {status.rate:.3g} shards/s in the last minutes"
         rows.append(("rate", rate))

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 JOBS = {"scan": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "verify": VerifyConfig}
 # Settings of `job` that decide what is done, and not how it is shown.
-_DECIDING = ("name", "limit", "shard_size", "resume")
+_DECIDING = ("name", "limit", "shard_size", "resume", "extend")
 # What a configuration may name on this machine that the cluster has to have, too.
 _FILES = ("dataset.source", "dataset.templates", "measure.edits", "neurons.list")
 
@@ -89,6 +89,8 @@ def _planned(asked: argparse.Namespace, config: DictConfig, address: str) -> Pre
 
     if asked.job != "verify":
         require_lasting(str(config.storage.uri))
+        if config.job.extend is not None:
+            require_lasting(str(config.job.extend), "job.extend")
     if asked.job != "scan":
         return None
     scan = typed(ScanConfig, config)
@@ -238,7 +240,7 @@ def _is_complete(prepared: Prepared) -> bool:
         store = open_store(prepared.uri, prepared.config.storage.endpoint_url)
         store.check()
         done = RunDirectory(store, prepared.fingerprint, tuple(prepared.tables)).done()
-        return store.get(RUN_FILE) is not None and set(range(prepared.plan.n_shards)) <= done
+        return store.get(RUN_FILE) is not None and set(prepared.plan.shards) <= done
     except (DestinationError, StorageError) as error:
         log.warning("whether all is stored cannot be seen from here, so the job looks: %s", error)
         return False

@@ -16,7 +16,7 @@ from neg_service.report.console import aligned, bytes_text, ranges
 from neg_service.settings import holds
 from neg_service.storage.objects import ObjectStore
 from neg_service.storage.stores import open_store
-from neg_service.storage.verify import Verdict, clear_wrong, restore_run_file
+from neg_service.storage.verify import Verdict, clear_wrong, lineage_of, restore_run_file
 from neg_service.storage.verify import verify as check
 
 _PROGRESS_SECONDS = 10.0
@@ -46,14 +46,22 @@ class VerifyConfig:
 
 def verify(config: DictConfig) -> int:
     """Check a run; with `repair`, mend it and check it once more."""
-    uri, endpoint_url, repair = value_of(config, "run"), config.storage.endpoint_url, flag_of(config, "repair")
+    uri, endpoint_url = value_of(config, "run"), config.storage.endpoint_url
     open_store(uri, endpoint_url, key="run").check()
+    # What was extended first: what extends it can be computed again only beside all of it.
     store = open_store(uri, endpoint_url, config.storage.retry_timeout_seconds, key="run")
-    verdict = _check(store)
+    return max(_verify_one(one, config) for one in lineage_of(store, endpoint_url))
+
+
+def _verify_one(uri: str, config: DictConfig) -> int:
+    """Check the shards that a run has itself, and mend them where that is asked for."""
+    endpoint_url = config.storage.endpoint_url
+    store = open_store(uri, endpoint_url, config.storage.retry_timeout_seconds, key="run")
+    verdict = _check(store, endpoint_url)
     print(describe(verdict))
-    if repair and not verdict.is_clean:
+    if flag_of(config, "repair") and not verdict.is_clean:
         _repair(store, verdict, config)
-        verdict = _check(store)
+        verdict = _check(store, endpoint_url)
         print(f"\nafter the repair\n{describe(verdict)}")
     return 0 if verdict.is_clean else EXIT_INCOMPLETE
 
@@ -82,7 +90,7 @@ def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
         print(f"failed: shard {shard}: {error}")
 
 
-def _check(store: ObjectStore) -> Verdict:
+def _check(store: ObjectStore, endpoint_url: str | None) -> Verdict:
     began = spoke = time.monotonic()
 
     def on_part(done: int, of: int) -> None:
@@ -93,7 +101,7 @@ def _check(store: ObjectStore) -> Verdict:
             left = clock((now - began) / done * (of - done))
             sys.stderr.write(f"{done}/{of} parts checked ({100 * done / of:.0f} %), {left} left\n")
 
-    return check(store, on_part)
+    return check(store, on_part, endpoint_url)
 
 
 def describe(verdict: Verdict) -> str:

@@ -219,6 +219,9 @@ class JobConfig:
         is_whole=True,
     )
     resume: str | None = setting(None, "the URI of a run: refuse anything that would begin another one")
+    extend: str | None = setting(
+        None, "the URI of a finished run whose prompts come first in the data set: keep them, compute only the others"
+    )
     dry_run: bool = setting(False, "print the plan and do nothing")
     forecast: bool = setting(
         False, "measure a small sample, say what the whole scan will take in hours, bytes and money, and store nothing"

@@ -32,7 +32,11 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
     """In the place of `cluster.scan.run`; there is nothing to stay connected to."""
     config = prepared.config
     store = open_store(prepared.uri, config.storage.endpoint_url)
-    about = {"model": about_model(config.model.source, prepared.info), "dataset": prepared.request["dataset"]}
+    about = {
+        "model": about_model(config.model.source, prepared.info),
+        "dataset": prepared.request["dataset"],
+        **prepared.about,
+    }
     directory = write_or_match(store, prepared.identity, prepared.tables, about, prepared.request, prepared.neurons)
     before, began, written, n_prompts = directory.done(), time.monotonic(), 0, 0
     todo = list(shards_of(prepared.encoding, prepared.plan, before))[:shards]
@@ -42,7 +46,7 @@ def run_here(prepared: Prepared, *, shards: int | None = None, stay_connected: b
         worker = scan_worker(WorkerSpec(config, prepared.info.identity, 1, samples))
         with patch("neg_service.cluster.worker.loaded", _loaded):
             info = worker.start()
-        calibration = worker.calibrate()
+        calibration = prepared.about.get("calibration") or worker.calibrate()
         note(store, {"calibration": calibration, "engine": info.engine, "runs_on": info.runs_on})
         computing = time.monotonic()
         for shard in todo:

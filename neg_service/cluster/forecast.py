@@ -198,7 +198,10 @@ class _Sampling:
         limit = self._prepared.config.cluster.start_seconds
         _answers([actor.where.remote() for actor in self._actors], "room for a replica")
         _answers([actor.start.remote() for actor in self._actors], "a replica to load its model", limit)
-        if self._prepared.measure.has_to_calibrate:
+        known = self._prepared.about.get("calibration")
+        if known is not None:
+            self._calibration = dict(known)
+        elif self._prepared.measure.has_to_calibrate:
             # Of the run, so one of them does it.
             (self._calibration,) = _answers([self._actors[0].calibrate.remote()], "the measure to be calibrated", limit)
         self._sample.ready = time.monotonic()
@@ -299,7 +302,8 @@ def _can_share(prepared: Prepared) -> bool:
 def _shards_looked_at(prepared: Prepared) -> list[range]:
     """The places of the prompts of all shards, or of enough of them at even steps."""
     plan = prepared.plan
-    return [plan.places_of(int(shard)) for shard in even_steps(plan.n_shards, min(plan.n_shards, MOST_SHARDS))]
+    looked_at = even_steps(plan.n_shards, min(plan.n_shards, MOST_SHARDS))
+    return [plan.places_of(plan.shards[int(place)]) for place in looked_at]
 
 
 def _described(piece: Piece) -> str:

@@ -40,7 +40,7 @@ class Plan:
     """How the prompts are cut, and what comes out of them; bytes are before compression.
 
     n_rows: how many rows run through layers in all: a branch a target, or an intervention each. rows_are: what a person
-    calls them.
+    calls them. first_shard: the number of the first shard, behind those of the run that is extended.
     """
 
     n_prompts: int
@@ -50,6 +50,12 @@ class Plan:
     bytes_of_table: dict[str, int]
     n_rows: int
     rows_are: str = "gradients"
+    first_shard: int = 0
+
+    @property
+    def shards(self) -> range:
+        """The numbers of the shards."""
+        return range(self.first_shard, self.first_shard + self.n_shards)
 
     @property
     def total_bytes(self) -> int:
@@ -58,10 +64,11 @@ class Plan:
 
     def places_of(self, shard: int) -> range:
         """The places of a shard's prompts among all."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.n_prompts))
+        start = (shard - self.first_shard) * self.shard_size
+        return range(start, min(start + self.shard_size, self.n_prompts))
 
 
-def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | str) -> Plan:
+def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | str, first_shard: int = 0) -> Plan:
     """Cut the prompts into shards; `auto` makes them as large as memory and the cost of a retry allow."""
     n_prompts = len(prompts)
     if isinstance(shard_size, str):
@@ -76,13 +83,14 @@ def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | 
         bytes_of_table={table: size * n_prompts for table, size in cost_a_prompt.bytes.items()},
         n_rows=round(cost_a_prompt.rows * n_prompts),
         rows_are=cost_a_prompt.rows_are,
+        first_shard=first_shard,
     )
 
 
 def shards_of(prompts: Sequence[EncodedPrompt], plan: Plan, done: Iterable[int] = ()) -> Iterator[Shard]:
     """The shards that are not done, in order, made one at a time."""
     skip = frozenset(done)
-    for index in range(plan.n_shards):
+    for index in plan.shards:
         if index not in skip:
             places = plan.places_of(index)
             yield Shard(index, tuple(prompts[places.start : places.stop]))
@@ -95,20 +103,23 @@ def identity_of(
     prompts: Sequence[Prompt],
     plan: Plan,
     source: dict[str, Any] | None = None,
+    extends: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the numbers, and nothing else; what a run's fingerprint is made of.
 
-    source: of prompts, what more is to be known of where they come from.
+    source: of prompts, what more is to be known of where they come from. `prompts` are all; where a run is extended,
+    `extends` says which, and the plan is of the others.
     """
     from neg_service.measures.choice import identity_of_choice
 
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {"identity": info.identity, "dtype": config.model.dtype, **_engine_settings(config.model)},
-        "prompts": {"sha256": digest(prompts), "count": plan.n_prompts, **(source or {})},
+        "prompts": {"sha256": digest(prompts), "count": len(prompts), **(source or {})},
         "measure": measure,
         "neurons": identity_of_choice(config.neurons, info.n_layers),
-        "plan": {"shard_size": plan.shard_size, "shards": plan.n_shards},
+        "plan": {"shard_size": plan.shard_size, "shards": plan.shards.stop},
+        **({} if extends is None else {"extends": extends}),
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from neg_service.cluster import extension
 from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
 from neg_service.config import DatasetConfig, ModelConfig, ScanConfig, batch_size, check, check_batch_bytes, typed
@@ -40,6 +41,7 @@ from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.store import PromptFile
 from neg_service.prompts.tokens import Skips, encode
 from neg_service.schema import SCHEMA_VERSION
+from neg_service.storage.extension import identity_of_extension
 from neg_service.storage.reader import Run, open_run
 from neg_service.storage.run import fingerprint_of, require_same
 from neg_service.storage.stores import open_store
@@ -52,6 +54,7 @@ class Prepared:
     """A scan that has been checked as far as is possible without weights and without a cluster."""
 
     config: ScanConfig
+    # Those to compute: of a run that extends another one, what comes behind the other's.
     prompts: Sequence[Prompt]
     encoding: Encoding
     local: LocalModel
@@ -67,6 +70,8 @@ class Prepared:
     about: dict[str, Any] = field(default_factory=dict)
     # The scan that first finds the neurons of this one.
     ranking: Prepared | None = None
+    # The run that is extended.
+    base: Run | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -87,9 +92,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Prompts and a model's files. about: what was left out of the data set. identity: what more identifies it."""
+    """Prompts and a model's files.
+
+    added: the prompts to compute, which are all unless a run is extended; the encoding is theirs. about: what was left
+    out of the data set. identity: what more identifies it.
+    """
 
     prompts: Sequence[Prompt]
+    added: Sequence[Prompt]
     encoding: Encoding
     local: LocalModel
     info: ModelInfo
@@ -97,18 +107,25 @@ class _Loaded:
     identity: dict[str, Any]
 
 
-def prepare(config: ScanConfig) -> Prepared:
+def prepare(config: ScanConfig, at_most: int | None = None) -> Prepared:
     """Check a configuration and plan its scan; nothing is written.
+
+    `at_most`: so many prompts, counted after all settings have left out theirs.
 
     Raises:
         ConfigurationError: what was asked for cannot be done; one line says why.
     """
     config, place = _resolve(config)
-    loaded = _load(config)
-    prepared = _plan(config, loaded, place)
-    _tell_old_name(config, loaded.info)
+    wanted, base = None, None
     if config.job.resume is not None:
         wanted = open_run(config.job.resume, config.storage.endpoint_url, key="job.resume")
+    if extended := config.job.extend or (wanted and wanted.base and wanted.base.uri):
+        base = extension.opened_base(config, extended)
+        config = replace(config, job=replace(config.job, extend=base.uri))
+    loaded = _load(config, base, at_most)
+    prepared = _plan(config, loaded, place, base)
+    _tell_old_name(config, loaded.info)
+    if wanted is not None:
         stored = {"fingerprint": wanted.fingerprint, "identity": wanted.config}
         require_same(wanted.directory.store, stored, prepared.identity)
         prepared = replace(prepared, uri=wanted.uri)
@@ -141,13 +158,16 @@ def _with_files_read(config: ScanConfig) -> ScanConfig:
     return replace(config, neurons=with_list_read(config.neurons))
 
 
-def _load(config: ScanConfig) -> _Loaded:
-    """The data set and the model's files, without weights; encoded where that decides what stays."""
+def _load(config: ScanConfig, base: Run | None, at_most: int | None) -> _Loaded:
+    """The data set and the model's files, without weights; encoded where that decides what stays.
+
+    The prompts of `base` are the first ones, and are encoded there alone.
+    """
     model = cache(partial(_model_of, config.model))
     tokenizer = cache(lambda: tokenizer_of(*model(), config))
     # Of data sets that have no messages nobody asks for a template.
     chat = cache(lambda: _chat_of(config.dataset, model()[1], tokenizer))
-    prompts = load_dataset(config.dataset, config.job.limit, chat)
+    prompts: Sequence[Prompt] = load_dataset(config.dataset, config.job.limit, chat)
     check_prompts(prompts)
     local, info = model()
     if config.dataset.source == "facts-masked" and not info.is_masked:
@@ -162,18 +182,26 @@ def _load(config: ScanConfig) -> _Loaded:
     identity = _identity_of_source(config.dataset, chat if prompts[0].messages is not None else None)
     skips = Skips(config.dataset.not_one_token == "skip", config.dataset.too_long == "skip")
     encode_with = _encoder(tokenizer, info, skips)
-    if not (skips.not_one_token or skips.too_long):
-        return _Loaded(prompts, Encoding(prompts, encode_with), local, info, {}, identity)
-    ids = Ids()
+    ids, about, n_before = Ids(), {}, 0 if base is None else base.n_prompts
+    if skips.not_one_token or skips.too_long:
+        n_prompts = len(prompts)
+        prompts = PromptFile(_kept_prompts(encode_with(prompts), ids, n_before))
+        about = _tell_skipped(skips, n_prompts, info)
+    if at_most is not None and len(prompts) > at_most:
+        prompts = extension.Window(prompts, 0, at_most)
+    added = prompts
+    if base is not None:
+        extension.require_prompts_of(base, prompts, config.dataset.source)
+        added = extension.Window(prompts, n_before, len(prompts))
+    return _Loaded(prompts, added, Encoding(added, encode_with, ids), local, info, about, identity)
 
-    def kept_prompts() -> Iterator[Prompt]:
-        for encoded in encode_with(prompts):
-            ids.append(encoded.ids, encoded.target_ids)
-            yield encoded.prompt
 
-    kept = PromptFile(kept_prompts())
-    about = _tell_skipped(skips, len(prompts), info)
-    return _Loaded(kept, Encoding(kept, encode_with, ids), local, info, about, identity)
+def _kept_prompts(encoded: Iterable[EncodedPrompt], ids: Ids, n_before: int) -> Iterator[Prompt]:
+    """What encoding has not left out; the ids of all but the first `n_before` are kept in `ids`."""
+    for place, one in enumerate(encoded):
+        if place >= n_before:
+            ids.append(one.ids, one.target_ids)
+        yield one.prompt
 
 
 def _model_of(asked: ModelConfig) -> tuple[LocalModel, ModelInfo]:
@@ -213,18 +241,26 @@ def _encoder(tokenizer: Callable[[], tuple[Any, int | None]], info: ModelInfo, s
     return encode_with
 
 
-def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
+def _plan(config: ScanConfig, loaded: _Loaded, place: str, base: Run | None = None) -> Prepared:
     """What the scan will do, and what identifies it."""
-    prompts, info = loaded.prompts, loaded.info
+    prompts, info = loaded.added, loaded.info
     measure = measure_of(config.measure)
-    measure.validate(info, config.neurons, prompts)
+    measure.validate(info, config.neurons, loaded.prompts)
     config = replace(config, neurons=resolved(config.neurons, info.layer_neurons))
     asked = batch_size(config)
     if asked.value is not None and asked.unit == "bytes":
         check_batch_bytes(asked.key, asked.value, measure.least_batch_bytes(info))
     n_targets = sum(len(prompt.targets) for prompt in prompts) / len(prompts)
-    plan = make_plan(prompts, measure.cost(info, config.neurons, n_targets), config.job.shard_size)
-    identity = identity_of(config, info, measure.fingerprint_inputs(), prompts, plan, loaded.identity)
+    cost, shard_size, about = measure.cost(info, config.neurons, n_targets), config.job.shard_size, loaded.about
+    extends, first_shard = None, 0
+    if base is not None:
+        extends, first_shard = identity_of_extension(base.fingerprint, base.config), base.n_shards
+        shard_size = base.config["plan"]["shard_size"] if shard_size == "auto" else shard_size
+    plan = make_plan(prompts, cost, shard_size, first_shard)
+    inputs = measure.fingerprint_inputs()
+    identity = identity_of(config, info, inputs, loaded.prompts, plan, loaded.identity, extends)
+    if base is not None:
+        extension.require_settings_of(base, identity)
     name = run_name(config, info, str(config.measure["name"]))
     return Prepared(
         config=config,
@@ -236,7 +272,8 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
         identity=identity,
         measure=measure,
         tables=measure.schemas(info, has_messages=prompts[0].messages is not None),
-        about=loaded.about,
+        about=about,
+        base=base,
         uri=below(place, f"{name}-{fingerprint_of(identity)}"),
         request=_request(config),
     )
@@ -262,18 +299,18 @@ def tokenizer_of(local: LocalModel, info: ModelInfo, config: ScanConfig) -> tupl
     return tokenizer, mask_token_of(tokenizer, info.name, info.n_input_ids) if info.is_masked else None
 
 
-def require_lasting(uri: str) -> None:
-    """Refuse a place for results that goes when a submitted job does.
+def require_lasting(uri: str, key: str = "storage.uri") -> None:
+    """Refuse a place for results, which `key` names, that goes when a submitted job does.
 
     Raises:
         ConfigurationError: a relative path.
     """
-    path = local_path(uri, "storage.uri", DestinationError)
+    path = local_path(uri, key, DestinationError)
     if path is not None and not Path(path).is_absolute():
         raise ConfigurationError(
             "would lie in the job's own directory, which goes when the job does: give s3://bucket/prefix, or an "
             "absolute path that all nodes share",
-            setting="storage.uri",
+            setting=key,
             value=uri,
         )
 
@@ -304,8 +341,11 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
         asked.dataset.source = config.dataset.source
     # A run that fills a bucket has no folder; nothing else is put there than the run itself.
     parent = parent_of(run.uri) or run.uri
-    job = replace(asked.job, resume=run.uri, progress_seconds=config.job.progress_seconds)
-    return prepare(replace(asked, cluster=config.cluster, storage=replace(config.storage, uri=parent), job=job))
+    extend = run.base.uri if run.base else None
+    job = replace(asked.job, resume=run.uri, extend=extend, progress_seconds=config.job.progress_seconds)
+    again = replace(asked, cluster=config.cluster, storage=replace(config.storage, uri=parent), job=job)
+    # Its file may have got more rows since, perhaps for a run that extends this one.
+    return prepare(again, at_most=run.n_prompts)
 
 
 def _neurons_of(run: Run, source: Any) -> Any:
@@ -323,6 +363,8 @@ def _request(config: ScanConfig) -> dict[str, Any]:
     listed = config.neurons.list
     source = (listed.source or None) if isinstance(listed, NeuronSet) else listed
     job = {"name": config.job.name, "limit": config.job.limit, "shard_size": config.job.shard_size}
+    if config.job.extend is not None:
+        job["extend"] = config.job.extend
     return {
         "model": {key: value for key, value in asdict(config.model).items() if key != "device"},
         "dataset": to_be_stored(config.dataset),

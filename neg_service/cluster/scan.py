@@ -149,7 +149,7 @@ def _open(prepared: Prepared) -> _Place:
     storage, tables = prepared.config.storage, tuple(prepared.tables)
     at_once = open_store(prepared.uri, storage.endpoint_url)
     at_once.check()
-    done = RunDirectory(at_once, prepared.fingerprint, tables).done() & set(range(prepared.plan.n_shards))
+    done = RunDirectory(at_once, prepared.fingerprint, tables).done() & set(prepared.plan.shards)
     store = open_store(prepared.uri, storage.endpoint_url, storage.retry_timeout_seconds)
     is_new = at_once.get(RUN_FILE) is None
     return _Place(at_once, RunDirectory(store, prepared.fingerprint, tables), frozenset(done), is_new)
@@ -307,7 +307,7 @@ def _require_all_there(prepared: Prepared, directory: RunDirectory, outcome: Out
     Raises:
         NegServiceError: naming the shards that are gone.
     """
-    gone = set(range(prepared.plan.n_shards)) - set(outcome.failed) - directory.done()
+    gone = set(prepared.plan.shards) - set(outcome.failed) - directory.done()
     if gone:
         raise NegServiceError(
             f"{directory.store.uri}: {len(gone)} shards were put and are not there, the first is {min(gone)}; "

@@ -5,7 +5,8 @@
     run.neuron(29, 864)                       # one neuron over all prompts; reads nothing of the other layers
     neg_service.open_runs([uri, other]).table("sweep").to_table()      # side by side, with a column `run`
 
-A run that is still being computed gives what is done. Page checksums are verified on every read.
+A run that is still being computed gives what is done. Page checksums are verified on every read. A run that extends
+another one (`job.extend`) is read with it as one: the other's shards are its first ones, and stay where they are.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerNeurons
 from neg_service.neurons import NeuronSet, require_existing
 from neg_service.places import name_of
 from neg_service.schema import SCHEMA_VERSION, Table, under_present_names
+from neg_service.storage.extension import extended_run
 from neg_service.storage.neurons import read_neurons
-from neg_service.storage.objects import ObjectStore
+from neg_service.storage.objects import Entry, ObjectStore
 from neg_service.storage.run import FAILED, RunDirectory, Snapshot, read_run_file, schema_from_json
 from neg_service.storage.stores import open_store
 
@@ -47,6 +49,7 @@ class Run:
     config: what was asked for and decides the numbers (model, prompts, measure, neurons, plan).
     about: what else is known: versions, sizes, when it began.
     request: what has to be asked for to compute it again.
+    base: the run that it extends, whose shards are its first ones.
     """
 
     uri: str
@@ -62,6 +65,7 @@ class Run:
     stored_schemas: dict[str, pa.Schema] = field(default_factory=dict, repr=False)
     # Whether tables and columns are stored under the names that they had before schema 4.
     is_of_former_names: bool = field(default=False, repr=False)
+    base: Run | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -85,8 +89,23 @@ class Run:
 
     @property
     def n_shards(self) -> int:
-        """How many shards the plan has."""
+        """How many shards there are, with those of the run that it extends."""
         return int(self.config["plan"]["shards"])
+
+    @property
+    def n_prompts(self) -> int:
+        """How many prompts there are, with those of the run that it extends."""
+        return int(self.config["prompts"]["count"])
+
+    @property
+    def own_shards(self) -> range:
+        """The shards whose parts are in the run's own directory."""
+        return range(0 if self.base is None else self.base.n_shards, self.n_shards)
+
+    @property
+    def lineage(self) -> list[Run]:
+        """The runs that make it up, each with its own shards: first what was extended, this one last."""
+        return [*(self.base.lineage if self.base is not None else ()), self]
 
     @property
     def seconds_a_prompt(self) -> float | None:
@@ -99,8 +118,15 @@ class Run:
         return float(seconds / cost["prompts"])
 
     def snapshot(self) -> Snapshot:
-        """The parts that are there now, by one listing a table: for looking at several tables at one moment."""
-        return self.directory.snapshot()
+        """The parts that are there now, by one listing a table: for looking at several tables at one moment.
+
+        Keys are those in the directory of the run of `lineage` that has the shard.
+        """
+        found: dict[str, dict[int, Entry]] = {name: {} for name in self.directory.tables}
+        for run in self.lineage:
+            for name, parts in run.directory.snapshot().parts.items():
+                found[name] |= {shard: part for shard, part in parts.items() if shard in run.own_shards}
+        return Snapshot(found)
 
     def done(self, at: Snapshot | None = None) -> set[int]:
         """The shards of the plan that are done, now or in a snapshot."""
@@ -227,13 +253,15 @@ class Run:
 
         if name not in self.schemas:
             raise ConfigurationError(f"{self.uri} has no table {name!r}; it has {', '.join(self.tables)}")
-        filesystem, root = self.directory.store.arrow()
         at = at or self.snapshot()
         # In the order of the schemas, under the names that their folders have.
         stored = dict(zip(self.schemas, self.directory.tables, strict=True))[name]
-        for shard in sorted(self.done(at)):
-            part = at.parts[stored][shard]
-            yield shard, CHECKED.make_fragment(f"{root}/{part.key}", filesystem, expression, file_size=part.size)
+        done = self.done(at)
+        for run in self.lineage:
+            filesystem, root = run.directory.store.arrow()
+            for shard in sorted(done & set(run.own_shards)):
+                part = at.parts[stored][shard]
+                yield shard, CHECKED.make_fragment(f"{root}/{part.key}", filesystem, expression, file_size=part.size)
 
 
 @dataclass(frozen=True)
@@ -302,7 +330,7 @@ def open_run(uri: str | os.PathLike[str], endpoint_url: str | None = None, *, ke
     """
     store = open_store(uri, endpoint_url, key=key)
     store.check()
-    return run_from(store, read_run_file(store))
+    return run_from(store, read_run_file(store), endpoint_url)
 
 
 @contextmanager
@@ -321,8 +349,13 @@ def reading(run: Run) -> Iterator[None]:
         ) from error
 
 
-def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:
-    """The run at a store, whose run.json was read and parsed already."""
+def run_from(store: ObjectStore, parsed: dict[str, Any], endpoint_url: str | None = None) -> Run:
+    """The run at a store, whose run.json was read and parsed already.
+
+    Raises:
+        DestinationError: it extends a run that is not to be found.
+    """
+    extended = extended_run(store, parsed, endpoint_url)
     stored = {name: schema_from_json(described) for name, described in parsed["tables"].items()}
     is_of_former_names = int(parsed["identity"].get("schema_version", SCHEMA_VERSION)) < 4
     schemas = stored
@@ -342,6 +375,7 @@ def run_from(store: ObjectStore, parsed: dict[str, Any]) -> Run:
         stored_schemas=stored,
         is_of_former_names=is_of_former_names,
         said_of_neurons=parsed.get("neurons"),
+        base=None if extended is None else run_from(*extended, endpoint_url),
     )
 
 

@@ -150,8 +150,13 @@ def write_or_match(
     return RunDirectory(store, fingerprint, tuple(tables))
 
 
-def require_same(store: ObjectStore, stored: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse to go on with a run that was begun with another identity.
+def require_same(
+    store: ObjectStore,
+    stored: dict[str, Any],
+    identity: dict[str, Any],
+    advice: str = "ask for the same, or use another storage.uri or job.name",
+) -> None:
+    """Refuse to go on with a run that was begun with another identity; `advice`: what to do.
 
     Raises:
         DestinationError: naming each field that differs, with both values.
@@ -165,8 +170,7 @@ def require_same(store: ObjectStore, stored: dict[str, Any], identity: dict[str,
             f"; it was edited: python -m jobs.verify {store.settings} repair=true restores it" if was_edited else ""
         )
         raise DestinationError(
-            f"{store.uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; "
-            f"ask for the same, or use another storage.uri or job.name{restore}"
+            f"{store.uri}/{RUN_FILE} belongs to another configuration: {'; '.join(differences)}; {advice}{restore}"
         )
 
 

@@ -35,7 +35,8 @@ class Status:
     missing: shards neither done nor given up. failed: those given up, with their records (error, attempts). rate:
     shards a second over the last minutes in which parts came; None with fewer than two. silent_seconds: since the
     newest part, by the clock of this machine; is_running is guessed from it, None before the first part. seconds_left:
-    at that rate, while it runs. unreadable: why rows of a table could not be counted.
+    at that rate, while it runs. unreadable: why rows of a table could not be counted. extends: the URI of the run that
+    it extends, whose shards and prompts (n_prompts_before) count into all but the pace.
     """
 
     uri: str
@@ -51,6 +52,8 @@ class Status:
     is_running: bool | None
     seconds_left: float | None
     unreadable: str = ""
+    extends: str | None = None
+    n_prompts_before: int = 0
 
 
 def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) -> Status:
@@ -68,7 +71,9 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
         except StorageError as error:
             unreadable = str(error)
         tables.append(TableStatus(name, len(parts), sum(part.size for part in parts), rows))
-        finished = sorted(part.modified for part in parts)
+        # Whether it runs, and how fast, says nothing that another run has put.
+        own = [part for shard, part in at.parts[folder].items() if shard in done and shard in run.own_shards]
+        finished = sorted(part.modified for part in own)
     failed = {shard: record for shard, record in run.directory.failed().items() if shard not in done}
     missing = frozenset(range(run.n_shards)) - done - set(failed)
     recent = _without_breaks([when for when in finished if when > finished[-1] - _WINDOW_SECONDS])
@@ -82,7 +87,7 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
         uri=run.uri,
         n_shards=run.n_shards,
         shard_size=int(run.config["plan"]["shard_size"]),
-        n_prompts=int(run.config["prompts"]["count"]),
+        n_prompts=run.n_prompts,
         done=frozenset(done),
         missing=missing,
         failed=failed,
@@ -92,6 +97,8 @@ def status_of(run: Run, *, count_rows: bool = True, now: float | None = None) ->
         is_running=is_running,
         seconds_left=len(missing) / rate if is_running and rate else None,
         unreadable=unreadable,
+        extends=run.base.uri if run.base else None,
+        n_prompts_before=run.base.n_prompts if run.base else 0,
     )
 
 

@@ -66,13 +66,20 @@ class Verdict:
         return {finding.shard for finding in self.findings if finding.shard is not None} | set(self.not_done)
 
 
-def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done, of: None) -> Verdict:
+def verify(
+    store: ObjectStore,
+    on_part: Callable[[int, int], None] = lambda done, of: None,
+    endpoint_url: str | None = None,
+) -> Verdict:
     """Check the run at a store; `on_part` hears how many parts of how many have been checked.
 
+    Of a run that extends another one its own shards are checked: the other is a run, too (`Run.lineage`), which has to
+    be found, on S3 at `endpoint_url`.
+
     Raises:
-        DestinationError: there is no run, or neither run.json nor its copy can be trusted.
+        DestinationError: there is no run, or neither run.json nor its copy can be trusted, or what it extends is lost.
     """
-    run, findings = _checked_run(store)
+    run, findings = _checked_run(store, endpoint_url)
     if run.said_of_neurons is not None and (problem := neurons_problem(store, run.said_of_neurons)) is not None:
         findings.append(Finding(NEURONS_FILE, problem))
     verdict = Verdict(run, findings)
@@ -82,14 +89,14 @@ def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done
     for name in reversed(run.directory.tables):
         for entry in store.list(name):
             shard = shard_of(entry.key)
-            if shard is None or shard >= run.n_shards:
-                planned = f"the plan has {run.n_shards} shards" if shard is not None else "no part has this name"
+            if shard is None or shard not in run.own_shards:
+                planned = _planned(run) if shard is not None else "no part has this name"
                 verdict.findings.append(Finding(entry.key, f"foreign: {planned}"))
             else:
                 to_read.append((name, shard))
                 shards_there[shard] = shards_there.get(shard, 0) + 1
     there = set(to_read)
-    for shard in range(run.n_shards):
+    for shard in run.own_shards:
         if shard not in shards_there:
             verdict.not_done.append(shard)
         elif shards_there[shard] < len(run.directory.tables):
@@ -103,6 +110,15 @@ def verify(store: ObjectStore, on_part: Callable[[int, int], None] = lambda done
         on_part(verdict.n_parts, len(to_read))
     verdict.findings.sort(key=lambda finding: finding.key)
     return verdict
+
+
+def lineage_of(store: ObjectStore, endpoint_url: str | None = None) -> list[str]:
+    """The URIs of the runs that make up the one at a store: first what was extended, that one last.
+
+    Raises:
+        DestinationError: see `verify`.
+    """
+    return [run.uri for run in _checked_run(store, endpoint_url)[0].lineage]
 
 
 def restore_run_file(store: ObjectStore, verdict: Verdict) -> list[str]:
@@ -135,7 +151,13 @@ def clear_wrong(store: ObjectStore, verdict: Verdict) -> list[str]:
     return done
 
 
-def _checked_run(store: ObjectStore) -> tuple[Run, list[Finding]]:
+def _planned(run: Run) -> str:
+    if run.base is None:
+        return f"the plan has {run.n_shards} shards"
+    return f"the plan has the shards from {run.own_shards.start} to {run.own_shards.stop - 1}"
+
+
+def _checked_run(store: ObjectStore, endpoint_url: str | None) -> tuple[Run, list[Finding]]:
     """The run as the first of run.json and its copy says that is as it was written, and what is wrong with the two."""
     findings, good = [], []
     for key in (RUN_FILE, RUN_COPY):
@@ -156,7 +178,7 @@ def _checked_run(store: ObjectStore) -> tuple[Run, list[Finding]]:
             f"{store.uri}: {RUN_FILE} is of run {good[0]['fingerprint']}, {RUN_COPY} of run {good[-1]['fingerprint']}; "
             f"delete the one that does not belong"
         )
-    return run_from(store, good[0]), findings
+    return run_from(store, good[0], endpoint_url), findings
 
 
 def _trusted(store: ObjectStore, key: str) -> dict[str, Any] | None:

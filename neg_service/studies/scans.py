@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from neg_service.config import NeuronsConfig, ScanConfig
+from neg_service.errors import ConfigurationError
 from neg_service.storage.reader import Run
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,17 @@ class StudyScans:
         """The settings of a scan: the shared ones with a measure, and with neurons, data and shards of its own.
 
         It is named by itself, and has no run to resume that was named.
+
+        Raises:
+            ConfigurationError: a run is named that is to be extended.
         """
         shared = self.settings
+        if shared.job.extend is not None:
+            raise ConfigurationError(
+                "is of one scan, and a study has many: extend the scan with jobs.scan",
+                setting="job.extend",
+                value=shared.job.extend,
+            )
         job = replace(shared.job, name=None, resume=None)
         return ScanConfig(
             model=shared.model,

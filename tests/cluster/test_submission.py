@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+from argparse import Namespace
 from collections.abc import AsyncIterator
 from contextlib import chdir
 from dataclasses import replace
@@ -19,7 +20,7 @@ from ray.job_submission import JobStatus
 
 from jobs.command_line import as_typed
 from jobs.entry import CONF, composed
-from jobs.submit import _files, _is_complete, _model_by_full_path, _submission_id, main
+from jobs.submit import _files, _is_complete, _model_by_full_path, _planned, _submission_id, main
 from neg_service.cluster import submission
 from neg_service.cluster.prepare import prepare, require_lasting
 from neg_service.cluster.submission import MOST_BYTES, Request, check_request, pack
@@ -125,6 +126,10 @@ def test_results_in_the_jobs_own_directory_are_refused() -> None:
     require_lasting("/mnt/runs")
     with refused(ConfigurationError, "storage.uri", "results", says="would lie in the job's own directory"):
         require_lasting("results")
+    # What is extended is read on the cluster, too.
+    config = composed("scan", ["storage.uri=/mnt/runs", "job.extend=results/run"], ScanConfig)
+    with refused(ConfigurationError, "job.extend", "results/run", says="would lie in the job's own directory"):
+        _planned(Namespace(job="scan", unchecked=True), config, "")
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:6379"])

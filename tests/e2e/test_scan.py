@@ -127,6 +127,33 @@ def test_what_is_printed_helps_a_person(finished: tuple[str, Path]) -> None:
     assert names["table"].num_rows == 52 * 3  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("joined")
+def test_rows_that_a_finished_run_has_not_are_added_to_it(
+    finished: tuple[str, Path], arguments: list[str], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished[1].rglob("*") if path.is_file()}
+    more = tmp_path / "more.jsonl"
+    new = [{"prompt": f"w9 w{i}", "targets": [" w3", " w4"], "answer": " w4", "id": f"new-{i}"} for i in range(5)]
+    more.write_text(dataset.read_text() + "".join(json.dumps(row) + "\n" for row in new))
+    asked = [*arguments, f"dataset.source={more}", f"storage.uri={tmp_path}/results", f"job.extend={finished[1]}"]
+    assert scanned(*asked) == 0
+    said = capsys.readouterr()
+    assert "5/5 prompts" in said.err
+    assert re.search(
+        r"prompts +5 \(10 targets\)\n +extends +21 prompts in 6 shards of \S+\n +shards +2 of 2 done", said.out
+    )
+    (place,) = (tmp_path / "results").iterdir()
+    assert len(list(place.glob("neurgrad/*.parquet"))) == 2
+    run = neg_service.open_run(place)
+    assert run.table("prompts").to_table()["prompt_id"].to_pylist() == [
+        *(f"row-{i}" for i in range(N_PROMPTS)),
+        *(f"new-{i}" for i in range(5)),
+    ]
+    assert scanned(*asked) == 0
+    assert "this run was finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished[1].rglob("*") if path.is_file()} == before
+
+
 def test_the_same_command_on_a_finished_run_does_nothing(
     finished: tuple[str, Path], arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
+import neg_service
 from infra.s3.server import BUCKET, Server
 from neg_service.cluster.messages import Destination, WorkerSpec
 from neg_service.cluster.plan import shards_of
@@ -26,8 +27,10 @@ from neg_service.cluster.prepare import prepare
 from neg_service.cluster.replica import Replica, scan_worker
 from neg_service.errors import DestinationError, StorageError
 from neg_service.storage.parts import part_key
+from neg_service.storage.reader import Run
 from neg_service.storage.stores import open_store
-from tests.e2e.commands import Running, job
+from neg_service.storage.verify import verify
+from tests.e2e.commands import Running, in_order, job
 from tests.faults.conftest import N_PROMPTS, N_SHARDS, Disturbed, Orders, meanwhile, signalled
 from tests.refusals import refused
 
@@ -114,6 +117,37 @@ def test_two_drivers_at_once(
     assert all(f"{N_SHARDS} of {N_SHARDS} shards to do" in driver.output for driver in drivers)
     assert all(f"{N_PROMPTS}/{N_PROMPTS} prompts" in driver.output for driver in drivers)
     invariant(disturbed)
+
+
+def test_an_extension_whose_driver_is_killed_beside_another_one(
+    disturbed: Disturbed, drive: Callable[[], Running], orders: Orders, moments: random.Random, quiet: Run
+) -> None:
+    # Four shards of two prompts, of which the last has one.
+    base = neg_service.open_run(disturbed.scan("job.limit=7").uri, disturbed.endpoint_url)
+    before = base.directory.store.list("")
+    disturbed.arguments = [*disturbed.arguments, f"job.extend={base.uri}"]
+    orders.give(when="compute", do="sleep", seconds=0.5)
+    drivers = [drive(), drive()]
+    drivers[0].wait_for(r"9 of 9 shards to do")
+    time.sleep(moments.uniform(0, 6))
+    os.killpg(drivers[0].process.pid, signal.SIGKILL)
+    drivers[0].process.wait()
+    assert disturbed.open().done() >= {0, 1, 2, 3}
+    assert drivers[1].finish() == 0, drivers[1].output
+    assert disturbed.scan().shards_before == 9
+    run = disturbed.open()
+    assert run.done() == set(range(13))
+    for one in run.lineage:
+        found = verify(open_store(one.uri, disturbed.endpoint_url), endpoint_url=disturbed.endpoint_url)
+        assert found.is_clean, found.findings
+    for name in quiet.tables:
+        expected, added = (in_order(one.table(name).to_table()) for one in (quiet, run))
+        numbers = [n for n in ("probabilities", "activation", "probability", "neurgrad") if n in added.column_names]
+        assert added.drop_columns(numbers).equals(expected.drop_columns(numbers))
+        for number in numbers:
+            a, b = (np.hstack(table[number].to_pylist()) for table in (added, expected))
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=f"{name}.{number}")
+    assert base.directory.store.list("") == before
 
 
 @pytest.mark.parametrize("when", ["compute", "before put"])

@@ -22,6 +22,7 @@ from jobs.scan import scan
 from jobs.status import StatusConfig, status
 from jobs.verify import VerifyConfig, verify
 from neg_service import schema
+from neg_service.cluster.prepare import prepare
 from neg_service.config import ScanConfig
 from neg_service.errors import DestinationError
 from neg_service.storage.parts import encode_part, part_key
@@ -29,7 +30,7 @@ from neg_service.storage.run import write_or_match
 from neg_service.storage.stores import open_store
 from tests.e2e.commands import ROOT, environment, job, refused, scan_config
 from tests.faults.proxy import Proxy
-from tests.here import scan_here
+from tests.here import run_here, scan_here
 from tests.s3 import acting_as, credentials
 
 
@@ -209,3 +210,32 @@ def test_the_recipes_of_the_readme_run_as_they_stand(
     assert {(prompt, target): value for prompt, target, value in names["rows"]} == mine  # type: ignore[attr-defined]
     by_polars = {(row["prompt_id"], row["target"]): row["neurgrad"][7] for row in names["frame"].to_dicts()}  # type: ignore[attr-defined]
     assert by_polars == mine
+
+
+@pytest.mark.usefixtures("as_writer")
+def test_a_run_in_s3_is_extended_there_and_on_a_disk(
+    server: Server, tiny_directory: Path, words: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shared = [f"model.source={tiny_directory}", "job.shard_size=2", f"storage.endpoint_url={server.endpoint_url}"]
+    place = f"storage.uri=s3://{BUCKET}/grown"
+    base = scan_here(scan_config(*shared, place, f"dataset.source={words}"))
+    before = [(entry.key, entry.modified) for entry in base.directory.store.list("")]
+    (tmp_path / "more.jsonl").write_text(
+        words.read_text() + "".join(f'{{"prompt": "w1 w9{i}", "targets": [" w3"], "id": "n{i}"}}\n' for i in range(3))
+    )
+    asked = [*shared, f"dataset.source={tmp_path}/more.jsonl", f"job.extend={base.uri}"]
+    for here in (place, f"storage.uri={tmp_path}/results"):
+        begun = run_here(prepare(scan_config(*asked, here)), shards=1)
+        assert neg_service.open_run(begun.uri, server.endpoint_url).done() == {0, 1, 2, 3}
+        run = scan_here(scan_config(*asked, here))
+        assert run.table("prompts").to_table()["prompt_id"].to_pylist() == [f"p{i}" for i in range(5)] + [
+            f"n{i}" for i in range(3)
+        ]
+        assert run.neuron(1, 7).num_rows == 5 * 2 + 3
+        where = [f"run={run.uri}", f"storage.endpoint_url={server.endpoint_url}"]
+        assert verify(composed("verify", where, VerifyConfig)) == 0
+        assert status(composed("status", where, StatusConfig)) == 0
+        said = capfd.readouterr().out
+        assert said.count("clean: every part is there") == 2
+        assert f"{base.uri}: 3 prompts beside its 5" in said
+    assert [(entry.key, entry.modified) for entry in base.directory.store.list("")] == before
