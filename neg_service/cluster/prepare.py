@@ -261,6 +261,7 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str, base: Run | None = No
     identity = identity_of(config, info, inputs, loaded.prompts, plan, loaded.identity, extends)
     if base is not None:
         extension.require_settings_of(base, identity)
+        about = about | extension.calibration_for(base, measure)
     name = run_name(config, info, str(config.measure["name"]))
     return Prepared(
         config=config,

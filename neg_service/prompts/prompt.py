@@ -69,7 +69,8 @@ def digest(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over the content of prompts in order; the identity of a data set."""
     sha = hashlib.sha256()
     for prompt in prompts:
-        content = asdict(prompt)
+        # Not `asdict`, which copies all texts.
+        content = dict(vars(prompt))
         if prompt.messages is None:
             # As it was before prompts could have messages.
             del content["messages"]
