@@ -30,11 +30,27 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids; `target_ids[k]` is the one token of target k after the prompt."""
+    """A prompt as token ids; `target_ids[k]` is the first token of target k after the prompt, mostly its only one.
+
+    following: of targets of several tokens, the tokens behind the first of each target; empty where all targets of the
+    prompt are one token.
+    """
 
     prompt: Prompt
     ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    following: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether any target is several tokens."""
+        return bool(self.following)
+
+    @property
+    def target_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """All tokens of each target."""
+        following = self.following or ((),) * len(self.target_ids)
+        return tuple((first, *rest) for first, rest in zip(self.target_ids, following, strict=True))
 
 
 class Vocabulary(Protocol):

@@ -7,7 +7,7 @@ prefix: one of them has its neurons shifted, and logits are read behind one or m
 |-----------------------------------------|--------------------------------------------|-----------|----------------|
 | today, of a causal model                | the last token, or the whole prompt        | the last  | the last       |
 | today, of a masked model                | the whole prompt                           | its mask  | its mask       |
-| to come: answers of several tokens      | the last token, and the answers behind it  | the first | all but leaves |
+| targets of several tokens               | the last token, and what targets begin with| the first | all            |
 | to come: a shift at an earlier position | the tokens from that position on           | the first | the last       |
 
 An engine refuses rows that it cannot run (`Engine.prepare`). What runs once for a prefix that prompts share is the
@@ -224,6 +224,26 @@ class Rows(Protocol):
         ...
 
 
+class TreeRows(Rows, Protocol):
+    """Rows of several tokens that are all read: trees (`trees.py`), of each prompt one for all its rows, or each its own.
+
+    `run` gives logits of each row's tokens, one row after the other [R·S, V]; of `expand_rows` rows are all of one
+    prompt, whose tree is one.
+    """
+
+    def with_rows(self, rows: Sequence[Sequence[Row]]) -> TreeRows:
+        """Other rows of the same prompts, behind the same prefix."""
+        ...
+
+    def copies(self, counts: Sequence[int]) -> Tensor:
+        """All places of each row's shifted token [R, Q]: of an engine that runs a tree as several sequences, several."""
+        ...
+
+    def read_positions(self, counts: Sequence[int]) -> Tensor:
+        """Where the tokens are that `run` reads [R·S], in any tensor of the pass seen as [tokens, F]."""
+        ...
+
+
 class KeptPrefixes(Generic[T]):
     """What shared prefixes left when they ran, of the last few used, for prompts to come."""
 
@@ -278,6 +298,7 @@ class Engine(ABC):
     reads_at: at which tokens it can read. shares_prefixes: prompts' common beginnings may run once for all.
     runs_prompts_together: rows of several prompts may be in one batch.
     targets_share_rows: a prompt's targets are read, and differentiated, from one row.
+    runs_trees: rows may be several tokens, as targets of several tokens need.
     refines: the engine of which it is a kind that runs shifts of single neurons better, and all else alike.
     """
 
@@ -288,6 +309,7 @@ class Engine(ABC):
     shares_prefixes: ClassVar[bool]
     runs_prompts_together: bool
     targets_share_rows: ClassVar[bool]
+    runs_trees: ClassVar[bool] = False
     refines: ClassVar[type[Engine] | None] = None
 
     def __init__(self, model: LoadedModel) -> None:
@@ -350,6 +372,17 @@ class Engine(ABC):
     def rows(self, prompts: Sequence[Ids], shared: Ids = ()) -> Rows:
         """Prompts' rows, each as `split` makes it."""
         return self.prepare([self.split(prompt) for prompt in prompts], shared)
+
+    def trees(self, prompts: Sequence[Ids], rows: Sequence[Sequence[Row]], shared: Ids = ()) -> TreeRows:
+        """Prompts' rows of several tokens, each of which begins with its prompt's last token.
+
+        rows: of each prompt one for all that it will have, or all of them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} runs rows of one token")
+
+    def tree_sizes(self, n_tokens: int, row: Row) -> RowSizes:
+        """What a row of several tokens takes of memory, of a prompt of so many."""
+        raise NotImplementedError(f"{type(self).__name__} runs rows of one token")
 
     def groups(self, prompts: Sequence[Ids]) -> list[Group]:
         """Which prompts to run together: those with a common beginning, or all, where nothing can be shared."""
