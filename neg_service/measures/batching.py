@@ -14,6 +14,8 @@ from typing import TypeVar
 from neg_service.errors import ConfigurationError, DoesNotFit
 from neg_service.memory import OLD_TOKENS, is_out_of_memory
 from neg_service.models.batches import Budget, end_of_part, return_cached_memory, without_frames
+from neg_service.models.engines.base import Engine
+from neg_service.models.engines.trees import target_chain, target_tree
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.room import auto_batch_bytes
 from neg_service.prompts.prompt import EncodedPrompt
@@ -106,16 +108,15 @@ def in_batches(
     Raises:
         DoesNotFit: a prompt does not fit even alone.
     """
-    engine = model.engine
     targets = differentiated or [0] * len(prompts)
-    for start in range(0, len(prompts), PLANNED_TOGETHER):
-        block = range(len(prompts))[start : start + PLANNED_TOGETHER]
+    for block in _planned_together(prompts):
+        engine = engine_of(model, prompts[block[0]])
         for group in engine.groups([prompts[i].ids for i in block]):
             members = sorted((block[i] for i in group.members), key=lambda i: (len(prompts[i].ids), i))
             kept = engine.prefixes.longest([prompts[i].ids for i in members])
             n_shared = kept if kept and kept >= group.shared - PREFIX_SLACK else group.shared
             shared = prompts[members[0]].ids[:n_shared]
-            costs = [engine.cost(len(prompts[i].ids), n_shared, counts[i], targets[i]) for i in members]
+            costs = [_cost(engine, prompts[i], n_shared, counts[i], targets[i]) for i in members]
 
             def run_part(part: range, members: list[int] = members, shared: tuple[int, ...] = shared) -> list[T]:
                 own = [members[i] for i in part]
@@ -132,6 +133,36 @@ def in_batches(
             for part, results in in_parts(costs, run_part, budget):
                 yield from zip([members[i] for i in part], results, strict=True)
                 del results
+
+
+def _planned_together(prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
+    """Blocks of prompts that one engine runs: of one token each target, then those with a target of several."""
+    for has_sequences in (False, True):
+        own = [i for i, prompt in enumerate(prompts) if prompt.has_sequences == has_sequences]
+        for start in range(0, len(own), PLANNED_TOGETHER):
+            yield own[start : start + PLANNED_TOGETHER]
+
+
+def engine_of(model: LanguageModel, prompt: EncodedPrompt) -> Engine:
+    """The engine that runs a prompt's rows, which may be another one where a target is several tokens.
+
+    Raises:
+        ModelError: none can; see `LanguageModel.ensure_checked_for_trees`.
+    """
+    return model.ensure_checked_for_trees().engine if prompt.has_sequences else model.engine
+
+
+def _cost(engine: Engine, prompt: EncodedPrompt, n_shared: int, n_rows: int, n_targets: int) -> int:
+    """What a prompt takes of a batch's memory; of rows of several tokens, as `Engine.cost` has it of one."""
+    if not prompt.has_sequences:
+        return engine.cost(len(prompt.ids), n_shared, n_rows, n_targets)
+    n = len(prompt.ids)
+    frozen = engine.model.frozen_bytes(n - n_shared, n) if engine.shares_prefixes else 0
+    if not n_targets:
+        return frozen + n_rows * engine.tree_sizes(n, target_tree(prompt.ids[-1], prompt.target_tokens).row).run
+    longest = target_chain(prompt.ids[-1], max(prompt.target_tokens, key=len))
+    sizes = engine.tree_sizes(n, longest)
+    return frozen + n_rows * sizes.graph + n_targets * sizes.slopes
 
 
 def named(prompt: EncodedPrompt, model: LanguageModel) -> str:

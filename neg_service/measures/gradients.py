@@ -30,6 +30,7 @@ from neg_service.errors import ModelError, NonFiniteError
 from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures.batching import in_batches, named
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
+from neg_service.measures.sequences import differentiated_sequences
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import TargetGradients, target_gradients
 from neg_service.models.feed_forward import Point, Site
@@ -189,7 +190,8 @@ def _batches(
         return finish(batch, indices)
 
     n_targets = [len(own) for own in wanted]
-    counts = [1] * len(prompts) if model.engine.targets_share_rows else n_targets
+    shares_rows = model.engine.targets_share_rows
+    counts = [1 if shares_rows and not prompt.has_sequences else n for prompt, n in zip(prompts, n_targets, strict=True)]
     return in_batches(model, prompts, counts, run, budget, n_targets)
 
 
@@ -206,6 +208,7 @@ class BatchGradients:
     who: names the prompts in messages. rows: where along R a prompt's targets are. gradient_rm: probability per
     activation unit. activation_bm: of each prompt's readout position. finite_r: whether logits and gradients are.
     probability_bk: of all targets of each prompt, of which it has `n_targets`; what is behind them means nothing.
+    log_p_bks: of their tokens, where targets are several, zero behind the last of a target.
     """
 
     who: list[str]
@@ -218,6 +221,7 @@ class BatchGradients:
     probability_bk: Tensor
     slots: list[Slots]
     routings: list[PromptRouting]
+    log_p_bks: Tensor | None = None
 
     def fetched(self, tensors: Sequence[Tensor]) -> _Fetched:
         """Tensors on the CPU, with the prompts' probabilities, by one wait.
@@ -240,15 +244,23 @@ def batch_gradients(
     points: dict[Site, Point],
     shared: tuple[int, ...],
 ) -> BatchGradients:
-    """Differentiate some targets of prompts that all begin with the tokens `shared`."""
-    target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, wanted, strict=True)]
-    found = target_gradients(model.rows([prompt.ids for prompt in prompts], shared), target_ids, points)
-    device = found.log_p_rv.device
-    ends = np.cumsum([0, *map(len, target_ids)]).tolist()
-    first_b = indices(ends[:-1], device)
-    p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
-    most = max(len(prompt.target_ids) for prompt in prompts)
-    ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
+    """Differentiate some targets of prompts that all begin with the tokens `shared`, and that one engine runs."""
+    tokens_bks: Tensor | None = None
+    ends = np.cumsum([0, *map(len, wanted)]).tolist()
+    if prompts[0].has_sequences:
+        found, tokens_bks = differentiated_sequences(model, prompts, wanted, points, shared)
+        p_r1, probability_bk = found.log_p_rv.sum(1, keepdim=True).exp(), tokens_bks.sum(-1).exp()
+        device = found.log_p_rv.device
+        first_b = indices(ends[:-1], device)
+    else:
+        target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, wanted, strict=True)]
+        found = target_gradients(model.rows([prompt.ids for prompt in prompts], shared), target_ids, points)
+        device = found.log_p_rv.device
+        first_b = indices(ends[:-1], device)
+        p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
+        most = max(len(prompt.target_ids) for prompt in prompts)
+        ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
+        probability_bk = found.log_p_rv[first_b[:, None], ids_bk].exp()
     gradient_rm, finite_r = _joined(found, p_r1)
     routings = routing_of_rows(model.feed_forward, found.routing, found.place_r[ends[:-1]])
     if model.feed_forward.has_experts:
@@ -264,7 +276,8 @@ def batch_gradients(
         gradient_rm=gradient_rm,
         activation_bm=torch.cat([own[first_of[own.device]].float().to(device) for own in found.activation_srn], 1),
         finite_r=finite_r,
-        probability_bk=found.log_p_rv[first_b[:, None], ids_bk].exp(),
+        probability_bk=probability_bk,
+        log_p_bks=tokens_bks,
         slots=slots,
         routings=routings,
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neg_service.models.engines.base import Rows
+from neg_service.models.engines.base import Rows, TreeRows
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
@@ -45,40 +45,22 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
     """Differentiate log p of `target_ids[b]`, the targets of prompt b, at the neurons of `points`, by site."""
     counts = [1 if rows.targets_share_rows else len(own) for own in target_ids]
     place_r = rows.positions(counts)
-    places: dict[torch.device, Tensor] = {}
-    leaves: dict[Site, Tensor] = {}
-    activations: dict[Site, Tensor] = {}
-
-    def capture(site: Site, x: Tensor) -> Tensor:
-        if x.device not in places:
-            places[x.device] = sent(place_r, x.device)
-        place = places[x.device]
-        activations[site] = points[site].neurons(flat(x.detach().contiguous())[place])
-        if len(place) * x.shape[-1] == x.numel():
-            # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
-            leaves[site] = x if x.requires_grad else x.detach().requires_grad_()
-            return leaves[site]
-        # A shift by zero at the readout positions alone: the gradients at all others are not kept.
-        leaves[site] = x.new_zeros(len(place), x.shape[-1], requires_grad=True)
-        return x.reshape(-1, x.shape[-1]).index_add(0, place, leaves[site]).view_as(x)
-
-    with torch.enable_grad(), watching_routing() as routing, hooks(points, capture):
+    leaves = _Leaves(points, place_r)
+    with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
         log_p = log_softmax(at_least_float32(rows.run(counts)))
+        activations = leaves.activations
         if rows.targets_share_rows:
             prompt_r = torch.tensor([b for b, own in enumerate(target_ids) for _ in own])
             target_r = torch.tensor([k for own in target_ids for k in range(len(own))])
-            prompt_of = {device: sent(prompt_r, device) for device in {log_p.device, *places}}
-            target_of = {device: sent(target_r, device) for device in places}
-            slopes_skrf = _for_each_target(log_p, target_ids, [leaves[site] for site in points])
+            prompt_of = {device: sent(prompt_r, device) for device in {log_p.device, *leaves.places}}
+            target_of = {device: sent(target_r, device) for device in leaves.places}
+            slopes_skrf = _for_each_target(log_p, target_ids, [leaves.of_site[site] for site in points])
             slopes = [own_krf[target_of[own_krf.device], prompt_of[own_krf.device]] for own_krf in slopes_skrf]
             log_p, place_r = log_p[prompt_of[log_p.device]], place_r[prompt_r]
             activations = {site: own[prompt_of[own.device]] for site, own in activations.items()}
         else:
             ids_r1 = indices([token for own in target_ids for token in own], log_p.device)[:, None]
-            # What the output does not depend on has a gradient too: zero.
-            summed = log_p.gather(1, ids_r1).sum()
-            slopes_srf = torch.autograd.grad(summed, [leaves[site] for site in points], materialize_grads=True)
-            slopes = [flat(slope.contiguous()) for slope in slopes_srf]
+            slopes = leaves.slopes(log_p.gather(1, ids_r1).sum())
     return TargetGradients(
         log_p_rv=log_p.detach(),
         gradient_srn=[point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)],
@@ -86,6 +68,70 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
         routing=routing,
         place_r=place_r,
     )
+
+
+def sequence_gradients(
+    rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point]
+) -> TargetGradients:
+    """The same of targets of several tokens: of log p of `targets[b][k]`, the sum over its tokens, at the readout position.
+
+    `rows` are those targets' chains (`trees.py`). `log_p_rv` holds what each target's own tokens have, in their order,
+    zero behind the last [R, S].
+    """
+    tokens_r = [tokens for own in targets for tokens in own]
+    counts = [len(own) for own in targets]
+    place_r = rows.positions(counts)
+    leaves = _Leaves(points, place_r)
+    with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
+        log_p_mv = log_softmax(at_least_float32(rows.run(counts)))
+        ids_m1 = indices([token for tokens in tokens_r for token in tokens], log_p_mv.device)[:, None]
+        log_p_m = log_p_mv.gather(1, ids_m1)[:, 0]
+        slopes = leaves.slopes(log_p_m.sum())
+    row_m = indices([r for r, tokens in enumerate(tokens_r) for _ in tokens], log_p_m.device)
+    place_m = indices([s for tokens in tokens_r for s in range(len(tokens))], log_p_m.device)
+    log_p_rs = log_p_m.new_zeros(len(tokens_r), max(map(len, tokens_r)))
+    log_p_rs[row_m, place_m] = log_p_m.detach()
+    return TargetGradients(
+        log_p_rv=log_p_rs,
+        gradient_srn=[point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)],
+        activation_srn=[leaves.activations[site] for site in points],
+        routing=routing,
+        place_r=place_r,
+    )
+
+
+class _Leaves:
+    """Where the graph of a pass begins: the neurons of some sites, at each row's shifted token.
+
+    activations: what they are there [R, N], by site. places: the tokens' places, by device.
+    """
+
+    def __init__(self, points: Mapping[Site, Point], place_r: Tensor) -> None:
+        self._points, self._place_r = points, place_r
+        self.places: dict[torch.device, Tensor] = {}
+        self.of_site: dict[Site, Tensor] = {}
+        self.activations: dict[Site, Tensor] = {}
+
+    def capture(self, site: Site, x: Tensor) -> Tensor:
+        """Let what passes by at a site require a gradient; for `hooks`."""
+        if x.device not in self.places:
+            self.places[x.device] = sent(self._place_r, x.device)
+        place = self.places[x.device]
+        self.activations[site] = self._points[site].neurons(flat(x.detach().contiguous())[place])
+        if len(place) * x.shape[-1] == x.numel():
+            # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
+            self.of_site[site] = x if x.requires_grad else x.detach().requires_grad_()
+            return self.of_site[site]
+        # A shift by zero at the readout positions alone: the gradients at all others are not kept.
+        self.of_site[site] = x.new_zeros(len(place), x.shape[-1], requires_grad=True)
+        return x.reshape(-1, x.shape[-1]).index_add(0, place, self.of_site[site]).view_as(x)
+
+    def slopes(self, summed: Tensor) -> list[Tensor]:
+        """The gradients [R, F] of a sum over independent rows, in the order of the points."""
+        leaves = [self.of_site[site] for site in self._points]
+        # What the output does not depend on has a gradient too: zero.
+        found = torch.autograd.grad(summed, leaves, materialize_grads=True)
+        return [flat(slope.contiguous()) for slope in found]
 
 
 def _for_each_target(
