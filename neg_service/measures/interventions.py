@@ -10,6 +10,8 @@ An engine of difference arithmetic (`models/engines/differences.py`) runs no suc
 prompt's one row without a shift, which is computed in float64 whatever the model's precision. Then probabilities and
 activations here are that row's, too. Its batches hold rows of several layers, which join on the way up.
 
+Targets of several tokens are read from rows of several tokens, always as rows (`sequences.py`).
+
 Neurons of a layer's experts and of its MLP pass by at two *sites*. An intervention does not change which experts its
 own layer chose; layers above may choose others, and each intervention says whether they did.
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +35,12 @@ from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.memory import is_out_of_memory
+from neg_service.measures.sequences import TreeBaseline
 from neg_service.models.batches import Budget, without_frames
-from neg_service.models.engines.backward import target_gradients
-from neg_service.models.engines.base import Rows
+from neg_service.models.engines.backward import TargetGradients, sequence_gradients, target_gradients
+from neg_service.models.engines.base import Rows, TreeRows
 from neg_service.models.engines.difference_program import Differences, Shifts
+from neg_service.models.engines.trees import target_chain, target_tree
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
@@ -51,7 +55,8 @@ Change = Callable[[Tensor, Tensor], Tensor]
 class Interventions:
     """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
 
-    probability_k: of each target without a shift [K], at least float32, on the model's device.
+    probability_k: of each target without a shift [K], at least float32, on the model's device. tokens_k: how many each
+    has; the error of Δ log p adds up over them.
     activation: of each site's neurons at the readout position, on the layer's device; points: where they are.
     routing: the experts that the readout token used.
     """
@@ -76,33 +81,43 @@ class Interventions:
         """
         self._who = named(prompt, model)
         self._feed_forward, self._model_dtype = model.feed_forward, model.dtype
-        self._engine_name = model.engine.name
         self.points: dict[Site, Point] = model.feed_forward.sites(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
-        self._target_ids = list(prompt.target_ids)
-        checked = model.ensure_checked().check
+        self._target_ids, self._prompt = list(prompt.target_ids), prompt
+        self._tree = target_tree(prompt.ids[-1], prompt.target_tokens) if prompt.has_sequences else None
+        selection = model.ensure_checked_for_trees() if self._tree else model.ensure_checked()
+        engine, checked = selection.engine, selection.check
+        self._engine_name = engine.name
         self._late_expansion, self._starts_at_layers = checked.late_expansion, checked.starts_at_layers
         self.device = model.device
         with self.naming_memory("its tokens do"):
-            self.rows: Rows = model.rows([prompt.ids], shared)
+            self.rows: Rows | TreeRows = (
+                engine.trees([prompt.ids], [[self._tree.row]], shared) if self._tree else model.rows([prompt.ids], shared)
+            )
         self._differences: Differences | None = None
         self._stored: tuple[list[Tensor], list[Any]] | None = None
         with self.naming_memory("its tokens do"):
-            if not by_rows:
-                self._differences = model.engine.differences(self.rows, prompt.ids, shared, self.points)
+            if not by_rows and self._tree is None:
+                self._differences = engine.differences(self.rows, prompt.ids, shared, self.points)
             if self._differences is None:
-                head_v, logits_v, self.activation, self.routing = self._run_once()
+                head_sv, logits_sv, self.activation, self.routing = self._run_once()
             else:
-                head_v, logits_v = self._differences.head_v, self._differences.logits_v
+                head_sv, logits_sv = self._differences.head_v[None], self._differences.logits_v[None]
                 self.activation, self.routing = self._differences.activation, PromptRouting()
-        baseline = self._readout.baseline(head_v, logits_v, self._who)
+        self.tokens_k = torch.tensor([len(own) for own in prompt.target_tokens], device=self.device).double()
+        if self._tree is not None:
+            self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
+            self.probability_k = self._of_tree.probability_k.to(self.device)
+            return
+        baseline = self._readout.baseline(head_sv[0], logits_sv[0], self._who)
         self.probability_k = baseline.p_v[indices(self._target_ids, baseline.p_v.device)].to(self.device)
         self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
 
     @torch.no_grad()
     def _run_once(self) -> tuple[Tensor, Tensor, dict[Site, Tensor], PromptRouting]:
-        """Run one row and store the input of each layer; the head's output, logits, activations, and routing."""
+        """Run one row and store the input of each layer; the head's output and logits behind each token that is read
+        [S, V], activations, and routing."""
         captured: dict[Site, Tensor] = {}
         with ExitStack() as stack:
             self._stored = stack.enter_context(keep_inputs(self._layers))
@@ -116,7 +131,7 @@ class Interventions:
             for site, point in self.points.items()
         }
         (own,) = routing_of_rows(self._feed_forward, routing, place)
-        return head_rv[0][0], logits_rv[0], activation, own
+        return head_rv[0], logits_rv, activation, own
 
     @property
     def _layer_inputs(self) -> tuple[list[Tensor], list[Any]]:
@@ -181,7 +196,7 @@ class Interventions:
         points = {site: self.points[site] for site in self.sites(layers)}
 
         def run(part: range) -> Tensor:
-            found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
+            found = self._gradients(part, points)
             if self.has_experts:
                 self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
             signed = [
@@ -198,6 +213,18 @@ class Interventions:
         if not neurgrad_km.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
         return neurgrad_km
+
+    def _gradients(self, part: range, points: Mapping[Site, Point]) -> TargetGradients:
+        """Of log p of some targets."""
+        if self._tree is None:
+            return target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
+        targets = self._prompt.target_tokens[part.start : part.stop]
+        chains = [target_chain(self._prompt.ids[-1], tokens) for tokens in targets]
+        return sequence_gradients(self._tree_rows.with_rows([chains]), [targets], points)
+
+    @property
+    def _tree_rows(self) -> TreeRows:
+        return cast(TreeRows, self.rows)
 
     @contextmanager
     def naming_memory(self, what: str) -> Iterator[None]:
@@ -269,6 +296,9 @@ class Interventions:
         position_r = self.rows.positions([n_rows])
         # Several sites grow rows in one layer only where it has one.
         is_late = len(changes) == 1 and self._late_expansion.issuperset(changes)
+        if self._tree is not None and self._tree_rows.copies([1]).shape[1] > 1:
+            # What goes beside the neurons is of several sequences, and does not broadcast.
+            is_late = False
 
         def change_copy(site: Site, x: Tensor) -> Tensor:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
@@ -313,14 +343,22 @@ class Interventions:
         n_rows = len(shifts_r) + 1
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
-            place = (position_r[1:], sent(neurons_r, x_tf.device))
-            self.points[site].neurons(x_tf)[place] += sent(shifts_r, x_tf.device).to(x_tf.dtype)
+            neurons_i, shifts_i, place_i = (sent(own, x_tf.device) for own in (neurons_r, shifts_r, position_r[1:]))
+            if self._tree is not None:
+                copies_rq = sent(self._tree_rows.copies([n_rows]), x_tf.device)[1:]
+                place_i, q = copies_rq.flatten(), copies_rq.shape[1]
+                neurons_i, shifts_i = neurons_i.repeat_interleave(q), shifts_i.repeat_interleave(q)
+            self.points[site].neurons(x_tf)[place_i, neurons_i] += shifts_i.to(x_tf.dtype)
             return x_tf
 
-        with self._readout.differences([n_rows]) as head_rv, watching_routing() as routing:
+        n_read = 1 if self._tree is None else len(self._tree.row.read)
+        with self._readout.differences([n_rows], [n_read]) as head_rv, watching_routing() as routing:
             self.run_from(site.layer, n_rows, {site: shift})
         other_experts = self._other_experts(site.layer, routing, self.rows.positions([n_rows]))
-        found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
+        if self._tree is None:
+            found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
+        else:
+            found = self._of_tree.delta_log_p(self._readout, head_rv[0].view(n_rows, n_read, -1)[1:])
         return Changes(found, self._routing_changed(site.layer, routing, n_rows), None, other_experts)
 
     def _require_same_experts(self, other_experts: Mapping[int, Tensor]) -> None:
@@ -350,14 +388,19 @@ class Interventions:
         return (chosen_rk != expected_k).any().to(self.device)
 
     def _routing_changed(self, layer: int, routing: Mapping[nn.Module, Routing], n_rows: int) -> Tensor | None:
-        """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1]."""
+        """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1].
+
+        Of targets of several tokens at any token that is read.
+        """
         if not self._feed_forward.has_experts:
             return None
         position_r = self.rows.positions([n_rows])
+        if self._tree is not None:
+            position_r = self._tree_rows.read_positions([n_rows])
         changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=self.device)
         for experts in self._feed_forward.experts[layer + 1 :]:
             if experts is not None:
                 chosen = routing[experts.module].expert_tk
-                chosen_rk = chosen[sent(position_r, chosen.device)]
+                chosen_rk = chosen[sent(position_r, chosen.device)].view(n_rows, -1)
                 changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(self.device)
         return changed

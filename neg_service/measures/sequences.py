@@ -14,13 +14,15 @@ Axes: B prompts, K targets of a prompt, S tokens of a target or of a row, R rows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from neg_service.measures.readout import Baseline, Readout
 from neg_service.models.engines.backward import TargetGradients, sequence_gradients
 from neg_service.models.engines.base import TreeRows
-from neg_service.models.engines.trees import target_chain, target_tree
+from neg_service.models.engines.trees import TargetTree, target_chain, target_tree
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
@@ -57,6 +59,49 @@ def differentiated_sequences(
     target_r = indices([k for own in wanted for k in own], log_p_bks.device)
     log_p_bks[prompt_r, target_r, : found.log_p_rv.shape[1]] = found.log_p_rv
     return found, log_p_bks
+
+
+@dataclass(frozen=True)
+class TreeBaseline:
+    """A prompt's output without any intervention behind each token of the tree that reads its targets.
+
+    nodes: of each token, in the order of the row. log_p: of each target, its tokens' [S]. probability_k: of each target
+    [K], in the precision of the nodes.
+    """
+
+    tree: TargetTree
+    nodes: list[Baseline]
+    log_p: list[Tensor]
+    probability_k: Tensor
+
+    @classmethod
+    def of(cls, readout: Readout, head_sv: Tensor, logits_sv: Tensor, tree: TargetTree, who: str) -> TreeBaseline:
+        """From the head's output and the model's logits behind each token.
+
+        Raises:
+            NonFiniteError, ModelError: see `Readout.baseline`.
+        """
+        nodes = [readout.baseline(head_v, logits_v, who) for head_v, logits_v in zip(head_sv, logits_sv, strict=True)]
+        log_p_sv = torch.stack([node.logits_v.double().log_softmax(-1) for node in nodes])
+        log_p = [torch.stack([log_p_sv[place, token] for place, token in path]) for path in tree.paths]
+        p_k = torch.stack([own.sum() for own in log_p]).exp().to(nodes[0].p_v.dtype)
+        return cls(tree, nodes, log_p, p_k)
+
+    def delta_log_p(self, readout: Readout, difference_rsv: Tensor) -> Tensor:
+        """Δ log p of the targets [R, K], from the head's output for rows of differences; may take its bias off it.
+
+        Raises:
+            NonFiniteError: NaN or infinity after an intervention.
+        """
+        found_rk: list[Tensor | None] = [None] * len(self.tree.paths)
+        for place, node in enumerate(self.nodes):
+            # The targets that go through here, and the token that each of them has next.
+            own = [(k, token) for k, path in enumerate(self.tree.paths) for at, token in path if at == place]
+            delta_rk = readout.delta_log_p(node, difference_rsv[:, place], [token for _, token in own])
+            for (k, _), delta_r in zip(own, delta_rk.unbind(1), strict=True):
+                before = found_rk[k]
+                found_rk[k] = delta_r if before is None else before + delta_r
+        return torch.stack([own for own in found_rk if own is not None], 1)
 
 
 def _empty(prompts: Sequence[EncodedPrompt], like: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neu
 from neg_service.measures.curves import SweepResult, sweep_prompt
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
+from neg_service.measures.noise import row_noise
 from neg_service.measures.shifts import Sweep
 from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
 from neg_service.neurons import NeuronSet
@@ -57,6 +58,10 @@ def sweep_rows(
         for index in group.members:
             prompt = shard.prompts[index]
             interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
+            if prompt.has_sequences:
+                own_noise = row_noise(model, sweep.basis, shard.budget, sequences=True)
+            else:
+                own_noise = noise
             neurgrad_km = interventions.neurgrad(layers, shard.budget)
             slots = interventions.slots(interventions.sites(layers))
             own = _of_prompt(neurons, slots, neurgrad_km) if chosen is None else chosen
@@ -65,11 +70,12 @@ def sweep_rows(
                 # Of a list each is told, also where a prompt does not use its expert.
                 own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
-            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, noise, progress.add)
+            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, own_noise, progress.add)
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
-            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise)
+            noise_k = own_noise.sigma * interventions.tokens_k * interventions.probability_k.double()
+            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise_k)
             of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
             yield index, {**of_prompt, "sweep": table}
 
@@ -89,11 +95,11 @@ def _table(
     sweep: Sweep,
     neurgrad_kn: Tensor,
     probability_k: Tensor,
-    noise: RowNoise,
+    noise_k: Tensor,
 ) -> pa.Table:
     """Rows by target, then neuron."""
     model = shard.model
-    evaluated, noise_k = found.evaluated, noise.sigma * probability_k.double()
+    evaluated = found.evaluated
     values = evaluated.linearity_nk
     n, k = values.neg.shape
     neg_kn = values.neg.T
