@@ -62,12 +62,11 @@ def shifted(
     model: nn.Module, ids: Sequence[int], target: Sequence[int], basis: str,
     neurons: Sequence[tuple[int, int]], shift: float | Sequence[float], places: Sequence[int] | None = None,
 ) -> float:  # fmt: skip
-    """The probability with neurons (layer, neuron) moved by shifts at some places: a plain pass with a hook for each."""
+    """The probability with neurons (layer, neuron) moved by shifts at some places: a plain pass with hooks."""
     places = [len(ids) - 1] if places is None else list(places)
     shifts = [shift] * len(neurons) if isinstance(shift, float | int) else list(shift)
     handles = [
-        _moving(model, basis, layer, neuron, by, places)
-        for (layer, neuron), by in zip(neurons, shifts, strict=True)
+        _moving(model, basis, layer, neuron, by, places) for (layer, neuron), by in zip(neurons, shifts, strict=True)
     ]
     try:
         with torch.no_grad():

@@ -18,7 +18,8 @@ from neg_service.models.engines.base import Engine
 from neg_service.models.engines.trees import target_chain, target_tree
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.room import auto_batch_bytes
-from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tokens import encode
 
 T = TypeVar("T")
 
@@ -141,6 +142,22 @@ def _planned_together(prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
         own = [i for i, prompt in enumerate(prompts) if prompt.has_sequences == has_sequences]
         for start in range(0, len(own), PLANNED_TOGETHER):
             yield own[start : start + PLANNED_TOGETHER]
+
+
+def encoded_prompts(model: LanguageModel, prompts: Sequence[Prompt], not_one_token: str) -> list[EncodedPrompt]:
+    """Prompts of a call of the library as tokens; `not_one_token` says what targets of several tokens are.
+
+    Raises:
+        PromptError: see `encode`. ConfigurationError: neither `error` nor `sequence`, or sequences of a masked model.
+    """
+    if not_one_token not in ("error", "sequence"):
+        raise ConfigurationError(setting="not_one_token", value=not_one_token, allowed="error or sequence")
+    return list(
+        encode(
+            model.tokenizer, prompts, model.context_length, model.mask_token, model=model,
+            sequences=not_one_token == "sequence",
+        )
+    )  # fmt: skip
 
 
 def engine_of(model: LanguageModel, prompt: EncodedPrompt) -> Engine:

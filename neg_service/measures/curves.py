@@ -149,8 +149,8 @@ def swept(
     if sweep.uses_slope and not interventions.gradients_are_exact:
         slope_nk, n_slope = _measured_slopes(run, sweep.grid.evaluated.max(), len(place_n)), 2
     found = evaluate_in_stages(
-        sweep.grid, run, slope_nk, noise.sigma * interventions.tokens_k * probability_k, keep_curves, interventions.has_experts,
-        noise.is_per_row and interventions.errors_are_shares,
+        sweep.grid, run, slope_nk, noise.sigma * interventions.tokens_k * probability_k, keep_curves,
+        interventions.has_experts, noise.is_per_row and interventions.errors_are_shares,
     )  # fmt: skip
     return replace(found, n_shifts_n=found.n_shifts_n + n_slope)
 

@@ -191,7 +191,9 @@ def _batches(
 
     n_targets = [len(own) for own in wanted]
     shares_rows = model.engine.targets_share_rows
-    counts = [1 if shares_rows and not prompt.has_sequences else n for prompt, n in zip(prompts, n_targets, strict=True)]
+    counts = [
+        1 if shares_rows and not prompt.has_sequences else n for prompt, n in zip(prompts, n_targets, strict=True)
+    ]
     return in_batches(model, prompts, counts, run, budget, n_targets)
 
 

@@ -22,18 +22,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.errors import ConfigurationError, told_by_parameters
-from neg_service.measures.batching import budget_of, in_batches, named
+from neg_service.measures.batching import budget_of, encoded_prompts, in_batches, named
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows
+from neg_service.measures.sequences import TreeBaseline
 from neg_service.models.batches import Budget
+from neg_service.models.engines.base import Rows
+from neg_service.models.engines.trees import TargetTree, target_tree
 from neg_service.models.experts_function import watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
-from neg_service.prompts.tokens import encode
 
 Doubles = NDArray[np.float64]
 
@@ -74,13 +76,15 @@ def intervene(
     answers: Sequence[int | None] | None = None,
     batch_bytes: int | None = None,
     batch_tokens: int | None = None,
+    not_one_token: str = "error",
 ) -> InterveneResult:
     """Change sets of neurons at each prompt's readout position, and read the targets before and after.
 
     Args:
         model: from `load_model`.
         prompts: P texts.
-        targets: for each prompt, texts that follow it verbatim; each must be one token there.
+        targets: for each prompt, texts that follow it verbatim; each must be one token there, unless `not_one_token`
+            is `sequence`: then the probability of a target is the product over its tokens.
         edits: E edits, `Edit` or mappings such as `{"neurons": [(29, 864)], "shift": 0.5}`; see `edits.py`.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         answers: for each prompt the index of the target that `enhance` favours; the first target where not given.
@@ -106,7 +110,7 @@ def intervene(
     ]
     check_prompts(asked)
     checked = checked_edits(edits, model.feed_forward.layer_neurons)
-    encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
+    encoded = encoded_prompts(model, asked, not_one_token)
     model.ensure_checked()
     budget = budget_of(model, batch_bytes, batch_tokens)
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
@@ -202,54 +206,95 @@ def _run_batch(
     shared: tuple[int, ...],
 ) -> list[Effects]:
     counts = [1 + len(edits)] * len(prompts)
-    rows = model.rows([prompt.ids for prompt in prompts], shared)
-    positions_r = rows.positions(counts)
+    trees = [target_tree(prompt.ids[-1], prompt.target_tokens) for prompt in prompts if prompt.has_sequences]
+    rows, positions_rq = _rows(model, prompts, trees, counts, shared)
     changes = _changes(edits, signs)
+    n_read = [len(tree.row.read) for tree in trees] or [1] * len(prompts)
     n_routed_r = torch.zeros(sum(counts), dtype=torch.int64)
 
     def change(site: Site, x: Tensor) -> Tensor:
-        own, device = changes[site], x.device
-        changed = x.clone()
+        own, changed = changes[site], x.clone()
         neurons = points[site].neurons(flat(changed))
-        token_i, unedited_token_i = (positions_r[rows_i].to(device) for rows_i in (own.row_i, own.unedited_row_i))
-        column_i, is_there_i = own.neuron_i.to(device), torch.ones(len(token_i), dtype=torch.bool, device=device)
-        unedited_column_i, was_there_i = column_i, is_there_i
-        experts = model.feed_forward.experts[site.layer]
-        if site.is_experts and experts is not None:
-            chosen_tk = routing[experts.module].expert_tk
-            expert_i1 = own.expert_i.to(device)[:, None]
-            is_own_ik, was_own_ik = (chosen_tk[tokens_i] == expert_i1 for tokens_i in (token_i, unedited_token_i))
-            is_there_i, was_there_i = is_own_ik.any(1), was_own_ik.any(1)
-            unedited_column_i = was_own_ik.int().argmax(1) * experts.n_neurons + column_i
-            column_i = is_own_ik.int().argmax(1) * experts.n_neurons + column_i
+        experts, is_there_i = model.feed_forward.experts[site.layer], None
+        chosen_tk = routing[experts.module].expert_tk if site.is_experts and experts is not None else None
+        n_of_expert = 0 if experts is None else experts.n_neurons
+        # Of a row of several sequences, at the edited token's place in each.
+        for positions_r in positions_rq.T:
+            is_there_i = _edit(own, neurons, positions_r, chosen_tk, n_of_expert)
+        assert is_there_i is not None
         n_routed_r.index_add_(0, own.row_i, is_there_i.long().cpu())
-        # What was not there was silent, and can only grow.
-        was_negative = (neurons[unedited_token_i, unedited_column_i] < 0) & was_there_i
-        sign = torch.where(was_negative & own.by_sign_i.to(device), -1.0, 1.0)
-        place = (token_i[is_there_i], column_i[is_there_i])
-        moved = own.factor_i.to(device) * neurons[token_i, column_i].double() + own.constant_i.to(device) * sign
-        neurons[place] = moved[is_there_i].to(x.dtype)
         return changed
 
     with (
         watching_routing() as routing,
         hooks({site: points[site] for site in changes}, change),
-        readout.differences(counts) as head_rv,
+        readout.differences(counts, n_read) as head_rv,
     ):
         logits_rv = rows.run(counts)
     first_r = torch.cumsum(torch.tensor([0, *counts[:-1]]), 0)
-    routings = routing_of_rows(model.feed_forward, routing, positions_r[first_r])
-    results = []
+    routings = routing_of_rows(model.feed_forward, routing, positions_rq[first_r, 0])
+    results, start = [], 0
     for b, prompt in enumerate(prompts):
-        first = b * counts[b]
-        baseline = readout.baseline(head_rv[0][first], logits_rv[first], named(prompt, model))
-        own_rv = head_rv[0][first + 1 : first + counts[b]]
-        log_p_ek = readout.delta_log_p(baseline, own_rv, prompt.target_ids).double()
-        p_k = baseline.p_v[list(prompt.target_ids)].double()
+        first, end = b * counts[b], start + counts[b] * n_read[b]
+        head_nsv = head_rv[0][start:end].view(counts[b], n_read[b], -1)
+        logits_sv = logits_rv[start : start + n_read[b]]
+        p_k, log_p_ek = _read(readout, prompt, trees[b] if trees else None, head_nsv, logits_sv, named(prompt, model))
+        start = end
         n_routed_e = n_routed_r[first + 1 : first + counts[b]].numpy()
         delta_p_ek = (p_k * log_p_ek.expm1()).cpu().numpy()
         results.append(Effects(p_k.cpu().numpy(), delta_p_ek, n_routed_e, routings[b]))
     return results
+
+
+def _rows(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], trees: Sequence[TargetTree], counts: Sequence[int],
+    shared: tuple[int, ...],
+) -> tuple[Rows, Tensor]:  # fmt: skip
+    """Prompts' rows, of several tokens where there are trees, and the places of each row's edited token [R, Q]."""
+    ids = [prompt.ids for prompt in prompts]
+    if trees:
+        of_trees = model.ensure_checked_for_trees().engine.trees(ids, [[tree.row] for tree in trees], shared)
+        return of_trees, of_trees.copies(counts)
+    rows = model.rows(ids, shared)
+    return rows, rows.positions(counts)[:, None]
+
+
+def _read(
+    readout: Readout, prompt: EncodedPrompt, tree: TargetTree | None, head_nsv: Tensor, logits_sv: Tensor, who: str
+) -> tuple[Tensor, Tensor]:
+    """p [K] of a prompt's targets without edits, and Δ log p [E, K] of each edit, in float64.
+
+    head_nsv: the head's output behind each token that is read, of the unedited row, then differences from it.
+    """
+    if tree is not None:
+        of_tree = TreeBaseline.of(readout, head_nsv[0], logits_sv, tree, who)
+        return of_tree.probability_k.double(), of_tree.delta_log_p(readout, head_nsv[1:]).double()
+    baseline = readout.baseline(head_nsv[0, 0], logits_sv[0], who)
+    log_p_ek = readout.delta_log_p(baseline, head_nsv[1:, 0], prompt.target_ids).double()
+    return baseline.p_v[list(prompt.target_ids)].double(), log_p_ek
+
+
+def _edit(own: _Change, neurons: Tensor, positions_r: Tensor, chosen_tk: Tensor | None, n_of_expert: int) -> Tensor:
+    """Change a site's neurons [tokens, N] at rows' positions; gives which single changes had a neuron to change.
+
+    chosen_tk: the experts that each token used, of a site of experts, each of which has `n_of_expert` neurons.
+    """
+    device = neurons.device
+    token_i, unedited_token_i = (positions_r[rows_i].to(device) for rows_i in (own.row_i, own.unedited_row_i))
+    column_i, is_there_i = own.neuron_i.to(device), torch.ones(len(token_i), dtype=torch.bool, device=device)
+    unedited_column_i, was_there_i = column_i, is_there_i
+    if chosen_tk is not None:
+        expert_i1 = own.expert_i.to(device)[:, None]
+        is_own_ik, was_own_ik = (chosen_tk[tokens_i] == expert_i1 for tokens_i in (token_i, unedited_token_i))
+        is_there_i, was_there_i = is_own_ik.any(1), was_own_ik.any(1)
+        unedited_column_i = was_own_ik.int().argmax(1) * n_of_expert + column_i
+        column_i = is_own_ik.int().argmax(1) * n_of_expert + column_i
+    # What was not there was silent, and can only grow.
+    was_negative = (neurons[unedited_token_i, unedited_column_i] < 0) & was_there_i
+    sign = torch.where(was_negative & own.by_sign_i.to(device), -1.0, 1.0)
+    moved = own.factor_i.to(device) * neurons[token_i, column_i].double() + own.constant_i.to(device) * sign
+    neurons[token_i[is_there_i], column_i[is_there_i]] = moved[is_there_i].to(neurons.dtype)
+    return is_there_i
 
 
 def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[Site, _Change]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,13 @@ from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
+from neg_service.measures.sequences import TreeBaseline, gradients_of_targets
 from neg_service.memory import is_out_of_memory
-from neg_service.measures.sequences import TreeBaseline
 from neg_service.models.batches import Budget, without_frames
-from neg_service.models.engines.backward import TargetGradients, sequence_gradients, target_gradients
-from neg_service.models.engines.base import Rows, TreeRows
+from neg_service.models.engines.backward import TargetGradients, target_gradients
+from neg_service.models.engines.base import Rows
 from neg_service.models.engines.difference_program import Differences, Shifts
-from neg_service.models.engines.trees import target_chain, target_tree
+from neg_service.models.engines.trees import TreeRows, target_tree
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
@@ -91,13 +91,12 @@ class Interventions:
         self._engine_name = engine.name
         self._late_expansion, self._starts_at_layers = checked.late_expansion, checked.starts_at_layers
         self.device = model.device
-        with self.naming_memory("its tokens do"):
-            self.rows: Rows | TreeRows = (
-                engine.trees([prompt.ids], [[self._tree.row]], shared) if self._tree else model.rows([prompt.ids], shared)
-            )
         self._differences: Differences | None = None
         self._stored: tuple[list[Tensor], list[Any]] | None = None
         with self.naming_memory("its tokens do"):
+            trees = engine.trees([prompt.ids], [[self._tree.row]], shared) if self._tree else None
+            self._tree_rows: TreeRows | None = trees
+            self.rows: Rows = trees or model.rows([prompt.ids], shared)
             if not by_rows and self._tree is None:
                 self._differences = engine.differences(self.rows, prompt.ids, shared, self.points)
             if self._differences is None:
@@ -216,15 +215,9 @@ class Interventions:
 
     def _gradients(self, part: range, points: Mapping[Site, Point]) -> TargetGradients:
         """Of log p of some targets."""
-        if self._tree is None:
-            return target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
-        targets = self._prompt.target_tokens[part.start : part.stop]
-        chains = [target_chain(self._prompt.ids[-1], tokens) for tokens in targets]
-        return sequence_gradients(self._tree_rows.with_rows([chains]), [targets], points)
-
-    @property
-    def _tree_rows(self) -> TreeRows:
-        return cast(TreeRows, self.rows)
+        if self._tree_rows is not None:
+            return gradients_of_targets(self._tree_rows, self._prompt, part, points)
+        return target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
 
     @contextmanager
     def naming_memory(self, what: str) -> Iterator[None]:
@@ -296,9 +289,9 @@ class Interventions:
         position_r = self.rows.positions([n_rows])
         # Several sites grow rows in one layer only where it has one.
         is_late = len(changes) == 1 and self._late_expansion.issuperset(changes)
-        if self._tree is not None and self._tree_rows.copies([1]).shape[1] > 1:
-            # What goes beside the neurons is of several sequences, and does not broadcast.
-            is_late = False
+        if self._tree_rows is not None:
+            # What goes beside the neurons does not broadcast where it is of several sequences.
+            is_late &= self._tree_rows.copies([1]).shape[1] == 1
 
         def change_copy(site: Site, x: Tensor) -> Tensor:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
@@ -344,7 +337,7 @@ class Interventions:
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
             neurons_i, shifts_i, place_i = (sent(own, x_tf.device) for own in (neurons_r, shifts_r, position_r[1:]))
-            if self._tree is not None:
+            if self._tree_rows is not None:
                 copies_rq = sent(self._tree_rows.copies([n_rows]), x_tf.device)[1:]
                 place_i, q = copies_rq.flatten(), copies_rq.shape[1]
                 neurons_i, shifts_i = neurons_i.repeat_interleave(q), shifts_i.repeat_interleave(q)
@@ -395,7 +388,7 @@ class Interventions:
         if not self._feed_forward.has_experts:
             return None
         position_r = self.rows.positions([n_rows])
-        if self._tree is not None:
+        if self._tree_rows is not None:
             position_r = self._tree_rows.read_positions([n_rows])
         changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=self.device)
         for experts in self._feed_forward.experts[layer + 1 :]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from neg_service.config import check_batch_bytes
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
 from neg_service.layer_neurons import ALWAYS_ON, LayerNeurons
-from neg_service.measures.batching import budget_of
+from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import checked_neurons
 from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
@@ -35,7 +35,6 @@ from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, 
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
 from neg_service.prompts.prompt import Prompt, check_prompts
-from neg_service.prompts.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,15 @@ def neg(
     batch_bytes: int | None = None,
     grid: str = "adaptive",
     tolerance: float = TOLERANCE,
+    not_one_token: str = "error",
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
 
     Args:
         model: from `load_model`.
         prompt: a text.
-        target: what follows it verbatim; one token there.
+        target: what follows it verbatim; one token there, unless `not_one_token` is `sequence`: then its probability is
+            the product over its tokens.
         neurons: (layer, index) pairs, or (layer, index, expert) triples where a layer has experts, -1 for its MLP that
             is always on; or `all` that act on the prompt.
         shifts: a grid of your own, all of which are run; +-0.1, +-0.2, ... +-2.0 if not given.
@@ -109,7 +110,7 @@ def neg(
     check_shift(shift)
     sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift)
     asked_rows = _asked_rows(neurons, model.feed_forward.layer_neurons)
-    (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model)
+    (encoded,) = encoded_prompts(model, asked, not_one_token)
     model.ensure_checked()
     if batch_bytes is not None:
         check_batch_bytes("batch_bytes", batch_bytes, 2 * 4 * model.row_values)
@@ -119,7 +120,7 @@ def neg(
         slots = interventions.slots(list(interventions.points))
         asked_rows = slots.rows_at(np.arange(slots.m))
     chosen, place_n = NeuronSet.distinct(asked_rows)
-    noise = row_noise(model, basis, budget)
+    noise = row_noise(model, basis, budget, sequences=encoded.has_sequences)
     swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise)
     found, probability = swept.evaluated, interventions.probability_k.double()
     assert found.curve_nsk is not None
@@ -140,7 +141,7 @@ def neg(
         probability=float(probability[0]),
         is_routed=swept.is_routed_n[place_n],
         routing_changed=column(found.routing_changed_n),
-        error=column(found.error(noise.sigma * probability, interventions.row_dtype)),
+        error=column(found.error(noise.sigma * interventions.tokens_k * probability, interventions.row_dtype)),
         n_shifts=column(found.n_shifts_n),
     )
 

@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.layer_neurons import ALWAYS_ON
-from neg_service.measures.batching import budget_of
+from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import Floats, reduced_gradients
 from neg_service.measures.reductions import all_neurons
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
-from neg_service.prompts.tokens import encode
 from neg_service.slots import Slots
 
 _NO_SLOT = -2
@@ -70,6 +69,7 @@ def neurgrad(
     layers: Sequence[int] | None = None,
     batch_bytes: int | None = None,
     batch_tokens: int | None = None,
+    not_one_token: str = "error",
 ) -> NeurGradResult:
     """NeurGrad of every feed-forward neuron for every target of every prompt, at the prompt's last token.
 
@@ -78,7 +78,8 @@ def neurgrad(
     Args:
         model: from `load_model`.
         prompts: P texts.
-        targets: for each prompt, texts that follow it verbatim; each must be one token there.
+        targets: for each prompt, texts that follow it verbatim; each must be one token there, unless `not_one_token`
+            is `sequence`: then the probability of a target is the product over its tokens.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
@@ -93,7 +94,7 @@ def neurgrad(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
-    encoded = encoded_texts(model, prompts, targets)
+    encoded = encoded_texts(model, prompts, targets, not_one_token)
     chosen = layers_with_neurons(
         NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.layer_neurons
     )
@@ -153,7 +154,7 @@ def slots_by_layer(model: LanguageModel, p: int, layers: Sequence[int]) -> Slots
 
 
 def encoded_texts(
-    model: LanguageModel, prompts: Sequence[str], targets: Sequence[Sequence[str]]
+    model: LanguageModel, prompts: Sequence[str], targets: Sequence[Sequence[str]], not_one_token: str = "error"
 ) -> list[EncodedPrompt]:
     """Texts with targets that follow them, as tokens; a prompt's id is its number.
 
@@ -168,4 +169,4 @@ def encoded_texts(
         )
     asked = [Prompt(str(i), text, tuple(own)) for i, (text, own) in enumerate(zip(prompts, targets, strict=True))]
     check_prompts(asked)
-    return list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
+    return encoded_prompts(model, asked, not_one_token)

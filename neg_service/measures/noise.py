@@ -167,9 +167,7 @@ def measure_noise(
     )
 
 
-def row_noise(
-    model: LanguageModel, basis: str, budget: Budget | None = None, *, sequences: bool = False
-) -> RowNoise:
+def row_noise(model: LanguageModel, basis: str, budget: Budget | None = None, *, sequences: bool = False) -> RowNoise:
     """How far rows are off, for calls of the library; measured once for a model and basis.
 
     sequences: those of targets of several tokens, which are never differences, and whose noise is of each token.

@@ -13,7 +13,7 @@ Axes: B prompts, K targets of a prompt, S tokens of a target or of a row, R rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from neg_service.measures.readout import Baseline, Readout
 from neg_service.models.engines.backward import TargetGradients, sequence_gradients
-from neg_service.models.engines.base import TreeRows
-from neg_service.models.engines.trees import TargetTree, target_chain, target_tree
+from neg_service.models.engines.trees import TargetTree, TreeRows, target_chain, target_tree
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
@@ -59,6 +58,16 @@ def differentiated_sequences(
     target_r = indices([k for own in wanted for k in own], log_p_bks.device)
     log_p_bks[prompt_r, target_r, : found.log_p_rv.shape[1]] = found.log_p_rv
     return found, log_p_bks
+
+
+def gradients_of_targets(
+    rows: TreeRows, prompt: EncodedPrompt, part: range, points: Mapping[Site, Point]
+) -> TargetGradients:
+    """Gradients of some of a prompt's targets, behind the prefix of its rows."""
+    targets = [prompt.target_tokens[k] for k in part]
+    return sequence_gradients(
+        rows.with_rows([[target_chain(prompt.ids[-1], own) for own in targets]]), [targets], points
+    )
 
 
 @dataclass(frozen=True)

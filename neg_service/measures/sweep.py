@@ -58,10 +58,7 @@ def sweep_rows(
         for index in group.members:
             prompt = shard.prompts[index]
             interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
-            if prompt.has_sequences:
-                own_noise = row_noise(model, sweep.basis, shard.budget, sequences=True)
-            else:
-                own_noise = noise
+            of_rows = row_noise(model, sweep.basis, shard.budget, sequences=True) if prompt.has_sequences else noise
             neurgrad_km = interventions.neurgrad(layers, shard.budget)
             slots = interventions.slots(interventions.sites(layers))
             own = _of_prompt(neurons, slots, neurgrad_km) if chosen is None else chosen
@@ -70,11 +67,13 @@ def sweep_rows(
                 # Of a list each is told, also where a prompt does not use its expert.
                 own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
-            found = sweep_prompt(interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, own_noise, progress.add)
+            found = sweep_prompt(
+                interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, of_rows, progress.add
+            )
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
-            noise_k = own_noise.sigma * interventions.tokens_k * interventions.probability_k.double()
+            noise_k = of_rows.sigma * interventions.tokens_k * interventions.probability_k.double()
             table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise_k)
             of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
             yield index, {**of_prompt, "sweep": table}

@@ -26,9 +26,7 @@ class Ids:
         """How many prompts."""
         return len(self._ends) - 1
 
-    def append(
-        self, ids: Sequence[int], target_ids: Sequence[int], following: Sequence[Sequence[int]] = ()
-    ) -> None:
+    def append(self, ids: Sequence[int], target_ids: Sequence[int], following: Sequence[Sequence[int]] = ()) -> None:
         """Of the next prompt; see `EncodedPrompt`."""
         self._ids.extend(ids)
         self._target_ids.extend(target_ids)

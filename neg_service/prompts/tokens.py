@@ -58,8 +58,8 @@ def encode(
     A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place. A
     prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model. What the tokenizer adds
     to every text is there once, also where a prompt spells it, and is not there behind a prompt that a target follows;
-    see `added.py`. `model` says which ids there are. What `skips` names is left out and counted there. With `sequences` targets
-    may be several tokens.
+    see `added.py`. `model` says which ids there are. What `skips` names is left out and counted there. With `sequences`
+    targets may be several tokens.
 
     Raises:
         PromptError: a target that is not one token in context, or only the unknown one, two targets with the same
@@ -234,9 +234,7 @@ def _check_known(tokenizer: Tokenizer, prompt: Prompt, ids: tuple[int, ...], mod
         )
 
 
-def _check_length(
-    prompt: Prompt, ids: tuple[int, ...], context_length: int | None, longest: int | None = None
-) -> None:
+def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | None, longest: int | None = None) -> None:
     """Refuse a prompt without tokens, or one that is beyond the context, with its `longest` target where it is read."""
     if not ids:
         raise PromptError(f"prompt {prompt.id!r} has no tokens; it needs at least one", change="dataset.source")

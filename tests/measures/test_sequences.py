@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import neg_service
 from neg_service import LanguageModel
+from neg_service.errors import ConfigurationError, TargetError
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
@@ -16,6 +18,7 @@ from neg_service.models.precision import in_precision
 from tests import sequences
 from tests.families import in_model, layers_with_mlps
 from tests.oracle import relative
+from tests.refusals import refused
 from tests.sequences import TARGETS, encoded
 from tests.tiny_models import tiny_model
 
@@ -74,3 +77,48 @@ def test_interventions_are_those_of_plain_passes(family: str) -> None:
                     after = sequences.shifted(model.model, prompt.ids, target, "paper", [(place, neuron)], shift)
                     expected = np.log(after) - np.log(before)
                     assert abs(float(found[s, k]) - expected) <= 1e-6 * abs(expected) + 1e-12
+
+
+EDITS: list[dict[str, Any]] = [
+    {"name": "each its own", "neurons": NEURONS, "shift": [0.7, -0.2, 0.3], "signed": True},
+    {"name": "more", "neurons": NEURONS[1:], "shift": 0.5, "signed": True},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joint_edits_are_those_of_plain_passes(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    edits = [{**edit, "neurons": in_model(model, edit["neurons"])} for edit in EDITS]
+    # The second prompt has one-token targets, which run by themselves.
+    ids, targets = [p.ids for p in PROMPTS[:3]], [p.target_tokens for p in PROMPTS[:3]]
+    texts = [" ".join(f"w{token}" for token in own) for own in ids]
+    names = [[" " + " ".join(f"w{token}" for token in target) for target in own] for own in targets]
+    found = neg_service.intervene(model, texts, names, edits, not_one_token="sequence")
+    for p, own in enumerate(targets):
+        for k, target in enumerate(own):
+            before = sequences.shifted(model.model, ids[p], target, "paper", [], 0.0)
+            assert found.probability_before[p, k] == pytest.approx(before, rel=1e-5)
+            for e, edit in enumerate(EDITS):
+                after = sequences.shifted(model.model, ids[p], target, "paper", edit["neurons"], edit["shift"])
+                assert found.probability[p, e, k] == pytest.approx(after, rel=1e-5)
+                assert found.delta_p[p, e, k] == pytest.approx(after - before, rel=1e-3, abs=1e-12)
+
+
+def test_the_library_reads_sequences_where_it_is_asked_to_and_single_tokens_the_same_way() -> None:
+    model = tiny_model("Llama 2")
+    prompts, single, several = ["w1 w2 w3", "w4 w5"], [[" w7", " w8"], [" w9"]], [[" w7 w8", " w8"], [" w9"]]
+    plain = neg_service.neurgrad(model, prompts, single)
+    same = neg_service.neurgrad(model, prompts, single, not_one_token="sequence")
+    np.testing.assert_array_equal(plain.neurgrad, same.neurgrad)
+    np.testing.assert_array_equal(plain.probability, same.probability)
+    found = neg_service.neurgrad(model, prompts, several, not_one_token="sequence")
+    assert found.probability[0, 0] < plain.probability[0, 0]
+    assert found.probability[0, 1] == pytest.approx(plain.probability[0, 1], rel=1e-5)
+    np.testing.assert_allclose(found.neurgrad[1], plain.neurgrad[1], rtol=1e-3, atol=1e-7)
+    swept = neg_service.neg(model, prompts[0], " w7 w8", [(2, 39), (0, 5)], not_one_token="sequence")
+    assert swept.probability == pytest.approx(found.probability[0, 0], rel=1e-5)
+    np.testing.assert_allclose(swept.neg, found.neurgrad[0, 0, [2, 0], [39, 5]], rtol=0.2)
+    with refused(TargetError, setting="prompts", says="is 2 tokens"):
+        neg_service.neurgrad(model, prompts, several)
+    with refused(ConfigurationError, setting="not_one_token", value="skip"):
+        neg_service.neurgrad(model, prompts, several, not_one_token="skip")

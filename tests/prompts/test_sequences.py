@@ -41,9 +41,13 @@ def test_arrays_of_ids_give_back_what_follows() -> None:
 def test_what_is_no_target_is_refused_with_the_row() -> None:
     with refused(TargetError, setting="dataset.source", says="prompt 'a row': target '' is no token at all"):
         found((" w3", ""))
-    with refused(TargetError, setting="dataset.source", says="prompt 'a row': targets ' w3 w4' and '  w3 w4' are the same tokens"):
+    with refused(
+        TargetError, setting="dataset.source", says="prompt 'a row': targets ' w3 w4' and '  w3 w4' are the same tokens"
+    ):
         found((" w3 w4", "  w3 w4"))
-    with refused(TargetError, setting="dataset.source", says="prompt 'a row': the model has no token for target ' w3 w96'"):
+    with refused(
+        TargetError, setting="dataset.source", says="prompt 'a row': the model has no token for target ' w3 w96'"
+    ):
         found((" w3 w96",))
     with refused(ConfigurationError, setting="dataset.not_one_token", says="masked model predicts one token"):
         found((" w3",), mask_token=MASK)
@@ -51,7 +55,9 @@ def test_what_is_no_target_is_refused_with_the_row() -> None:
 
 def test_the_context_holds_the_prompt_and_all_of_a_target_that_is_read() -> None:
     assert found((" w3 w4 w5",), context_length=4).target_tokens == ((3, 4, 5),)
-    with refused(PromptError, setting="model.source", says="'a row' has 4 tokens with 2 of its longest target, .* holds 3"):
+    with refused(
+        PromptError, setting="model.source", says="'a row' has 4 tokens with 2 of its longest target, .* holds 3"
+    ):
         found((" w3 w4 w5",), context_length=3)
     skips = Skips(too_long=True)
     asked = [Prompt("a", "w1 w2", (" w3 w4 w5",)), Prompt("b", "w1 w2", (" w3 w4",))]
@@ -60,5 +66,5 @@ def test_the_context_holds_the_prompt_and_all_of_a_target_that_is_read() -> None
 
 
 def test_without_the_setting_the_refusal_says_that_there_is_one() -> None:
-    with pytest.raises(TargetError, match="is 2 tokens .* sequence reads it token by token"):
+    with pytest.raises(TargetError, match=r"is 2 tokens .* sequence reads it token by token"):
         list(encode(tiny_tokenizer(), [Prompt("a", "w1", (" w3 w4",))], None))

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neg_service.models.engines.base import Rows, TreeRows
+from neg_service.models.engines.base import Rows
+from neg_service.models.engines.trees import TreeRows
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
@@ -73,7 +74,7 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
 def sequence_gradients(
     rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point]
 ) -> TargetGradients:
-    """The same of targets of several tokens: of log p of `targets[b][k]`, the sum over its tokens, at the readout position.
+    """The same of targets of several tokens: log p of `targets[b][k]`, the sum over its tokens, is differentiated.
 
     `rows` are those targets' chains (`trees.py`). `log_p_rv` holds what each target's own tokens have, in their order,
     zero behind the last [R, S].

@@ -7,7 +7,7 @@ prefix: one of them has its neurons shifted, and logits are read behind one or m
 |-----------------------------------------|--------------------------------------------|-----------|----------------|
 | today, of a causal model                | the last token, or the whole prompt        | the last  | the last       |
 | today, of a masked model                | the whole prompt                           | its mask  | its mask       |
-| targets of several tokens               | the last token, and what targets begin with| the first | all            |
+| targets of several tokens               | the last token, and what targets begin with | the first | all            |
 | to come: a shift at an earlier position | the tokens from that position on           | the first | the last       |
 
 An engine refuses rows that it cannot run (`Engine.prepare`). What runs once for a prefix that prompts share is the
@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from neg_service.models.dimensions import (
 from neg_service.models.engines.difference_program import Differences
 from neg_service.models.experts import own_experts, plain_experts
 from neg_service.models.feed_forward import FeedForward, Point, Site
+
+if TYPE_CHECKING:
+    from neg_service.models.engines.trees import TreeRows
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -221,26 +224,6 @@ class Rows(Protocol):
 
     def expand_rows(self, x: Tensor, n_rows: int) -> Tensor:
         """A tensor from a pass of one row of one prompt, as that of `n_rows` equal rows; not to be written to."""
-        ...
-
-
-class TreeRows(Rows, Protocol):
-    """Rows of several tokens that are all read: trees (`trees.py`), of each prompt one for all its rows, or each its own.
-
-    `run` gives logits of each row's tokens, one row after the other [R·S, V]; of `expand_rows` rows are all of one
-    prompt, whose tree is one.
-    """
-
-    def with_rows(self, rows: Sequence[Sequence[Row]]) -> TreeRows:
-        """Other rows of the same prompts, behind the same prefix."""
-        ...
-
-    def copies(self, counts: Sequence[int]) -> Tensor:
-        """All places of each row's shifted token [R, Q]: of an engine that runs a tree as several sequences, several."""
-        ...
-
-    def read_positions(self, counts: Sequence[int]) -> Tensor:
-        """Where the tokens are that `run` reads [R·S], in any tensor of the pass seen as [tokens, F]."""
         ...
 
 

@@ -229,9 +229,7 @@ def gradient_deviation(engine: Engine, ids: Sequence[int]) -> float:
     return max((deviation_of(own[layer], slope) for layer, slope in expected.items()), default=0.0)
 
 
-def slopes_of_layers(
-    model: LoadedModel, run: Callable[[], Tensor], n_tokens: int, place: int
-) -> dict[int, Tensor]:
+def slopes_of_layers(model: LoadedModel, run: Callable[[], Tensor], n_tokens: int, place: int) -> dict[int, Tensor]:
     """d of what a pass gives [] / d input [F] of each layer that it depends on, at a place among the pass's tokens.
 
     F is all that a layer is given of a token: some have several streams of hidden states.

@@ -30,7 +30,7 @@ class FullSequenceTrees:
         self._model, self._prompt, self._rows = model, tuple(prompt), list(rows)
         sequences = [[chain_to(row, leaf) for leaf in leaves(row)] for row in rows]
         self.tokens = len(prompt) - 1 + max(len(chain) for own in sequences for chain in own)
-        # Of all rows there are, or of the only one: sequences [Q, T], and which of them and where in it tokens are read.
+        # Of all rows, or of the only one: sequences [Q, T], and in which of them, and where, each token is read.
         found, self._n_sequences, self._read_of_row = [], [len(own) for own in sequences], []
         for row, own in zip(rows, sequences, strict=True):
             for chain in own:

@@ -1,7 +1,7 @@
 """Proof that an engine's rows of several tokens are what the plain model makes of a prompt and the targets behind it.
 
-Run when targets of several tokens are first asked for (`select.py`), beside the self-check of rows of one token. What is
-compared, with plain passes over prompt and target, one by one: logits behind each token of a tree, and of the chains
+Run when targets of several tokens are first asked for (`select.py`), beside the self-check of rows of one token. With
+plain passes over prompt and target, one by one, are compared: logits behind each token of a tree, and of the chains
 that gradients take, behind no shared prefix and behind one, beside another prompt, with every limit of attention made
 shorter than the prompt; and gradients of a target's log probability at the input of every layer, at the prompt's last
 token.
