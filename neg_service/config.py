@@ -73,9 +73,9 @@ class DatasetConfig:
     )
     not_one_token: str = setting(
         "error",
-        "targets that are not one token after their prompt: refuse; or leave out and count them, and prompts whose "
-        "answer is one",
-        allowed=("error", "skip"),
+        "targets that are not one token after their prompt: refuse; leave out and count them, and prompts whose "
+        "answer is one; or read them token by token: their probability is the product over their tokens",
+        allowed=("error", "skip", "sequence"),
     )
     ids: Any = setting(None, "only the prompts of these ids, in the order of the data set", kind=str | list[str] | None)
     columns: Any = setting(

@@ -165,7 +165,7 @@ def _load(config: ScanConfig) -> _Loaded:
 
     def kept_prompts() -> Iterator[Prompt]:
         for encoded in encode_with(prompts):
-            ids.append(encoded.ids, encoded.target_ids)
+            ids.append(encoded.ids, encoded.target_ids, encoded.following)
             yield encoded.prompt
 
     kept = PromptFile(kept_prompts())
@@ -179,7 +179,10 @@ def _encoder(local: LocalModel, info: ModelInfo, config: ScanConfig, skips: Skip
 
     def encode_with(prompts: Iterable[Prompt]) -> Iterator[EncodedPrompt]:
         loaded, mask_token = tokenizer()
-        return encode(loaded, prompts, info.context_length, mask_token, model=info, skips=skips)
+        return encode(
+            loaded, prompts, info.context_length, mask_token, model=info, skips=skips,
+            sequences=config.dataset.not_one_token == "sequence",
+        )  # fmt: skip
 
     return encode_with
 
@@ -188,6 +191,7 @@ def _plan(config: ScanConfig, loaded: _Loaded, place: str) -> Prepared:
     """What the scan will do, and what identifies it."""
     prompts, info = loaded.prompts, loaded.info
     measure = measure_of(config.measure)
+    measure.check_targets(info, config.dataset.not_one_token)
     measure.validate(info, config.neurons, prompts)
     config = replace(config, neurons=resolved(config.neurons, info.layer_neurons))
     asked = batch_size(config)

@@ -30,7 +30,7 @@ from neg_service.errors import ModelError, NonFiniteError
 from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures.batching import in_batches, named
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
-from neg_service.measures.sequences import differentiated_sequences
+from neg_service.measures.sequences import TokenLogP, differentiated_sequences
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import TargetGradients, target_gradients
 from neg_service.models.feed_forward import Point, Site
@@ -51,7 +51,8 @@ class PromptGradients:
     probability_k: of *all* targets of the prompt, 0..1.
     gradient_km: probability per activation unit.
     activation_m: the neurons' activations at the readout position.
-    slots: which neurons stand along M. routing: the experts that were chosen, of all layers.
+    slots: which neurons stand along M. routing: the experts that were chosen, of all layers. token_log_p: of each
+    target its tokens' log p, where any is several tokens.
     """
 
     targets: tuple[int, ...]
@@ -60,6 +61,7 @@ class PromptGradients:
     activation_m: Floats
     slots: Slots
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
     @property
     def neurgrad_km(self) -> Floats:
@@ -115,7 +117,13 @@ def gradients(
         # Copies: a view would keep the whole batch's array for as long as one prompt's result.
         return [
             PromptGradients(
-                targets, probability_k, gradient_rm[rows].copy(), activation_bm[b].copy(), batch.slots[b], routing
+                targets,
+                probability_k,
+                gradient_rm[rows].copy(),
+                activation_bm[b].copy(),
+                batch.slots[b],
+                routing,
+                found.log_p_b[b],
             )
             for b, (targets, rows, probability_k, routing) in enumerate(
                 zip(batch.targets, batch.rows, found.probability_bk, batch.routings, strict=True)
@@ -134,6 +142,7 @@ class PromptReduced:
     values: tuple[NDArray[Any], ...]
     slots: Slots
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
 
 # Of the prompt with an index, from its slots, its gradients [K, M] and activations [M] where the model computed them.
@@ -170,6 +179,7 @@ def reduced_gradients(
                 tuple(_alone(next(on_cpu), value) for value in values_b[b]),
                 batch.slots[b],
                 batch.routings[b],
+                found.log_p_b[b],
             )
             for b in range(len(indices))
         ]
@@ -201,6 +211,7 @@ def _batches(
 class _Fetched:
     tensors: list[Tensor]
     probability_bk: list[Floats]
+    log_p_b: list[TokenLogP]
 
 
 @dataclass(frozen=True)
@@ -209,14 +220,14 @@ class BatchGradients:
 
     who: names the prompts in messages. rows: where along R a prompt's targets are. gradient_rm: probability per
     activation unit. activation_bm: of each prompt's readout position. finite_r: whether logits and gradients are.
-    probability_bk: of all targets of each prompt, of which it has `n_targets`; what is behind them means nothing.
+    probability_bk: of all targets of each prompt, of which `n_tokens` has as many; what is behind them means nothing.
     log_p_bks: of their tokens, where targets are several, zero behind the last of a target.
     """
 
     who: list[str]
     targets: list[tuple[int, ...]]
     rows: list[slice]
-    n_targets: list[int]
+    n_tokens: list[list[int]]
     gradient_rm: Tensor
     activation_bm: Tensor
     finite_r: Tensor
@@ -231,12 +242,19 @@ class BatchGradients:
         Raises:
             NonFiniteError: NaN or infinity in logits or gradients of a prompt.
         """
-        finite_r, probability_bk, *found = fetched([self.finite_r, self.probability_bk, *tensors])
+        beside = [] if self.log_p_bks is None else [self.log_p_bks]
+        finite_r, probability_bk, *found = fetched([self.finite_r, self.probability_bk, *tensors, *beside])
+        log_p_b: list[TokenLogP] = [None] * len(self.who)
+        if beside:
+            log_p_bks = found.pop().numpy()
+            log_p_b = [
+                tuple(log_p_bks[b, k, :n].copy() for k, n in enumerate(own)) for b, own in enumerate(self.n_tokens)
+            ]
         for who, rows in zip(self.who, self.rows, strict=True):
             if not finite_r[rows].all():
                 raise NonFiniteError(f"{who}: NaN or infinity in logits or gradients; try another model.dtype")
         p_bk = probability_bk.numpy()
-        return _Fetched(found, [p_bk[b, :n].copy() for b, n in enumerate(self.n_targets)])
+        return _Fetched(found, [p_bk[b, : len(own)].copy() for b, own in enumerate(self.n_tokens)], log_p_b)
 
 
 def batch_gradients(
@@ -274,7 +292,7 @@ def batch_gradients(
         who=[named(prompt, model) for prompt in prompts],
         targets=[tuple(own) for own in wanted],
         rows=[slice(*own) for own in pairwise(ends)],
-        n_targets=[len(prompt.target_ids) for prompt in prompts],
+        n_tokens=[[len(tokens) for tokens in prompt.target_tokens] for prompt in prompts],
         gradient_rm=gradient_rm,
         activation_bm=torch.cat([own[first_of[own.device]].float().to(device) for own in found.activation_srn], 1),
         finite_r=finite_r,

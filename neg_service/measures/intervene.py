@@ -27,7 +27,7 @@ from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows
-from neg_service.measures.sequences import TreeBaseline
+from neg_service.measures.sequences import TokenLogP, TreeBaseline
 from neg_service.models.batches import Budget
 from neg_service.models.engines.base import Rows
 from neg_service.models.engines.trees import TargetTree, target_tree
@@ -138,12 +138,14 @@ class Effects:
     """Of one prompt: probabilities of its targets without edits [K], and what each edit changes [E, K].
 
     n_routed_e: how many of each edit's neurons were there to be changed. routing: of the prompt without edits.
+    token_log_p: of each target its tokens' log p without edits, where any is several tokens.
     """
 
     probability_k: Doubles
     delta_p_ek: Doubles
     n_routed_e: NDArray[np.int64]
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
 
 def effects(
@@ -173,7 +175,7 @@ def effects(
             found[index].append(effects_of_part)
     for index, parts in enumerate(found):
         delta_p_ek, n_routed_e = (np.concatenate([getattr(own, name) for own in parts]) for name in _OF_EDITS)
-        yield index, Effects(parts[0].probability_k, delta_p_ek, n_routed_e, parts[0].routing)
+        yield index, Effects(parts[0].probability_k, delta_p_ek, n_routed_e, parts[0].routing, parts[0].token_log_p)
 
 
 _OF_EDITS = ("delta_p_ek", "n_routed_e")
@@ -238,11 +240,13 @@ def _run_batch(
         first, end = b * counts[b], start + counts[b] * n_read[b]
         head_nsv = head_rv[0][start:end].view(counts[b], n_read[b], -1)
         logits_sv = logits_rv[start : start + n_read[b]]
-        p_k, log_p_ek = _read(readout, prompt, trees[b] if trees else None, head_nsv, logits_sv, named(prompt, model))
+        p_k, log_p_ek, token_log_p = _read(
+            readout, prompt, trees[b] if trees else None, head_nsv, logits_sv, named(prompt, model)
+        )
         start = end
         n_routed_e = n_routed_r[first + 1 : first + counts[b]].numpy()
         delta_p_ek = (p_k * log_p_ek.expm1()).cpu().numpy()
-        results.append(Effects(p_k.cpu().numpy(), delta_p_ek, n_routed_e, routings[b]))
+        results.append(Effects(p_k.cpu().numpy(), delta_p_ek, n_routed_e, routings[b], token_log_p))
     return results
 
 
@@ -261,17 +265,18 @@ def _rows(
 
 def _read(
     readout: Readout, prompt: EncodedPrompt, tree: TargetTree | None, head_nsv: Tensor, logits_sv: Tensor, who: str
-) -> tuple[Tensor, Tensor]:
-    """p [K] of a prompt's targets without edits, and Δ log p [E, K] of each edit, in float64.
+) -> tuple[Tensor, Tensor, TokenLogP]:
+    """p [K] of a prompt's targets without edits, Δ log p [E, K] of each edit, in float64, and tokens' log p.
 
     head_nsv: the head's output behind each token that is read, of the unedited row, then differences from it.
     """
     if tree is not None:
         of_tree = TreeBaseline.of(readout, head_nsv[0], logits_sv, tree, who)
-        return of_tree.probability_k.double(), of_tree.delta_log_p(readout, head_nsv[1:]).double()
+        log_p_ek = of_tree.delta_log_p(readout, head_nsv[1:]).double()
+        return of_tree.probability_k.double(), log_p_ek, of_tree.token_log_p()
     baseline = readout.baseline(head_nsv[0, 0], logits_sv[0], who)
     log_p_ek = readout.delta_log_p(baseline, head_nsv[1:, 0], prompt.target_ids).double()
-    return baseline.p_v[list(prompt.target_ids)].double(), log_p_ek
+    return baseline.p_v[list(prompt.target_ids)].double(), log_p_ek, None
 
 
 def _edit(own: _Change, neurons: Tensor, positions_r: Tensor, chosen_tk: Tensor | None, n_of_expert: int) -> Tensor:

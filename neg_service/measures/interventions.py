@@ -34,10 +34,10 @@ from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
-from neg_service.measures.sequences import TreeBaseline, gradients_of_targets
+from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets
 from neg_service.memory import is_out_of_memory
 from neg_service.models.batches import Budget, without_frames
-from neg_service.models.engines.backward import TargetGradients, target_gradients
+from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows
 from neg_service.models.engines.difference_program import Differences, Shifts
 from neg_service.models.engines.trees import TreeRows, target_tree
@@ -105,9 +105,13 @@ class Interventions:
                 head_sv, logits_sv = self._differences.head_v[None], self._differences.logits_v[None]
                 self.activation, self.routing = self._differences.activation, PromptRouting()
         self.tokens_k = torch.tensor([len(own) for own in prompt.target_tokens], device=self.device).double()
+        self.token_log_p: TokenLogP = None
         if self._tree is not None:
             self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
-            self.probability_k = self._of_tree.probability_k.to(self.device)
+            self.probability_k, self.token_log_p = (
+                self._of_tree.probability_k.to(self.device),
+                self._of_tree.token_log_p(),
+            )
             return
         baseline = self._readout.baseline(head_sv[0], logits_sv[0], self._who)
         self.probability_k = baseline.p_v[indices(self._target_ids, baseline.p_v.device)].to(self.device)
@@ -195,7 +199,10 @@ class Interventions:
         points = {site: self.points[site] for site in self.sites(layers)}
 
         def run(part: range) -> Tensor:
-            found = self._gradients(part, points)
+            if self._tree_rows is not None:
+                found = gradients_of_targets(self._tree_rows, self._prompt, part, points)
+            else:
+                found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
             if self.has_experts:
                 self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
             signed = [
@@ -212,12 +219,6 @@ class Interventions:
         if not neurgrad_km.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
         return neurgrad_km
-
-    def _gradients(self, part: range, points: Mapping[Site, Point]) -> TargetGradients:
-        """Of log p of some targets."""
-        if self._tree_rows is not None:
-            return gradients_of_targets(self._tree_rows, self._prompt, part, points)
-        return target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
 
     @contextmanager
     def naming_memory(self, what: str) -> Iterator[None]:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.measures.readout import Baseline, Readout
@@ -70,6 +72,10 @@ def gradients_of_targets(
     )
 
 
+# Of each target its tokens' log p [S], of a prompt that has targets of several tokens.
+TokenLogP = tuple[NDArray[Any], ...] | None
+
+
 @dataclass(frozen=True)
 class TreeBaseline:
     """A prompt's output without any intervention behind each token of the tree that reads its targets.
@@ -95,6 +101,10 @@ class TreeBaseline:
         log_p = [torch.stack([log_p_sv[place, token] for place, token in path]) for path in tree.paths]
         p_k = torch.stack([own.sum() for own in log_p]).exp().to(nodes[0].p_v.dtype)
         return cls(tree, nodes, log_p, p_k)
+
+    def token_log_p(self) -> TokenLogP:
+        """Of each target its tokens' log p, on the CPU."""
+        return tuple(own.cpu().numpy() for own in self.log_p)
 
     def delta_log_p(self, readout: Readout, difference_rsv: Tensor) -> Tensor:
         """Δ log p of the targets [R, K], from the head's output for rows of differences; may take its bias off it.

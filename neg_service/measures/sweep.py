@@ -75,7 +75,9 @@ def sweep_rows(
             probability_k = interventions.probability_k.float().cpu().numpy()
             noise_k = of_rows.sigma * interventions.tokens_k * interventions.probability_k.double()
             table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise_k)
-            of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
+            of_prompt = prompt_tables(
+                prompt, probability_k, interventions.routing, sizes.has_experts, interventions.token_log_p
+            )
             yield index, {**of_prompt, "sweep": table}
 
 

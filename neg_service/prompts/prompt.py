@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -45,6 +45,14 @@ class EncodedPrompt:
     def has_sequences(self) -> bool:
         """Whether any target is several tokens."""
         return bool(self.following)
+
+    def first_tokens(self) -> EncodedPrompt:
+        """The prompt with the first token of each target for the whole of it, each once; itself where all are one."""
+        if not self.following:
+            return self
+        places = {token: place for place, token in reversed([*enumerate(self.target_ids)])}
+        targets = tuple(self.prompt.targets[place] for place in places.values())
+        return EncodedPrompt(replace(self.prompt, targets=targets, answer=None), self.ids, tuple(places))
 
     @property
     def target_tokens(self) -> tuple[tuple[int, ...], ...]:

@@ -43,6 +43,7 @@ class Intervene(Measure[InterveneOptions]):
 
     Options = InterveneOptions
     NAMES = ("intervene",)
+    TAKES_SEQUENCES = True
 
     def with_files_read(self) -> Self:
         """The edits themselves in the place of their file."""
@@ -88,7 +89,7 @@ class Intervene(Measure[InterveneOptions]):
         for index, found in effects(model, shard.prompts, edits, basis, shard.budget):
             prompt = shard.prompts[index]
             probability_k = found.probability_k.astype(np.float32)
-            of_prompt = prompt_tables(prompt, probability_k, found.routing, has_experts(sizes))
+            of_prompt = prompt_tables(prompt, probability_k, found.routing, has_experts(sizes), found.token_log_p)
             table = _table(schema.intervene(has_experts(sizes)), prompt, found, edits, basis, dtype)
             yield index, {**of_prompt, "intervene": table}
 

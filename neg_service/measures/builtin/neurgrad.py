@@ -61,6 +61,7 @@ class NeurGrad(Measure[NeurGradOptions]):
 
     Options = NeurGradOptions
     NAMES = ("neurgrad",)
+    TAKES_SEQUENCES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, or more neurons than there are, too."""
@@ -117,7 +118,8 @@ class NeurGrad(Measure[NeurGradOptions]):
         for index, found in reduced_gradients(shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce):
             prompt = shard.prompts[index]
             own = tables(prompt, found, layers_of_model(sizes), self.options)
-            yield index, {**prompt_tables(prompt, found.probability_k, found.routing, has_experts(sizes)), **own}
+            p_k, log_p = found.probability_k, found.token_log_p
+            yield index, {**prompt_tables(prompt, p_k, found.routing, has_experts(sizes), log_p), **own}
 
     @property
     def _is_top_k(self) -> bool:

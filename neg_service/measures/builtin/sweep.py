@@ -57,6 +57,7 @@ class NeuronSweep(Measure[SweepOptions]):
 
     Options = SweepOptions
     NAMES = ("sweep",)
+    TAKES_SEQUENCES = True
     MEASURES_SINGLE_NEURONS = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
@@ -106,7 +107,10 @@ class NeuronSweep(Measure[SweepOptions]):
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
     ) -> dict[str, Any]:
-        """The sweep's noise against a higher precision; see `noise.py`."""
+        """The sweep's noise against a higher precision, of targets of one token; see `noise.py`.
+
+        That of targets of several tokens is measured where such prompts are swept, on tokens that are always the same.
+        """
         from neg_service.measures.batching import budget_of
         from neg_service.measures.noise import measure_noise
 
@@ -114,6 +118,7 @@ class NeuronSweep(Measure[SweepOptions]):
             neurons = NeuronsConfig(neurons.layers)
         chosen = chosen_neurons(neurons, layers_of_model(model.feed_forward))
         budget = self.budget or budget_of(model)
+        prompts = [prompt.first_tokens() for prompt in prompts]
         return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, budget))}
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
