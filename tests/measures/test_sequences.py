@@ -15,8 +15,10 @@ from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
 from neg_service.models.precision import in_precision
-from tests import sequences
+from tests import mixtures_oracle, sequences
 from tests.families import in_model, layers_with_mlps
+from tests.mixture_families import by_key
+from tests.mixtures import MIXTURES, tiny_mixture
 from tests.oracle import relative
 from tests.refusals import refused
 from tests.sequences import TARGETS, encoded
@@ -122,3 +124,36 @@ def test_the_library_reads_sequences_where_it_is_asked_to_and_single_tokens_the_
         neg_service.neurgrad(model, prompts, several)
     with refused(ConfigurationError, setting="not_one_token", value="skip"):
         neg_service.neurgrad(model, prompts, several, not_one_token="skip")
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "gpt-oss", "Phi-3.5 MoE"])
+def test_neurons_of_experts_are_those_of_plain_passes(family: str) -> None:
+    model, mixture, prompt, target = tiny_mixture(family, torch.float64), MIXTURES[family], PROMPTS[0], TARGETS[0]
+    ids = [*prompt.ids, *target[:-1]]
+
+    def plain(touch: Any) -> torch.Tensor:
+        with mixtures_oracle.token_by_token(model.model, mixture, "hidden", len(prompt.ids) - 1, touch):
+            logits = model.model(torch.tensor([ids]), use_cache=False).logits[0, -len(target) :]
+        return logits.log_softmax(-1)[torch.arange(len(target)), torch.tensor(target)].sum().exp()
+
+    leaves: dict[Any, torch.Tensor] = {}
+    with torch.enable_grad():
+        p = plain(lambda key, x: x + leaves.setdefault(key, torch.zeros_like(x, requires_grad=True)))
+        slopes = dict(zip(leaves, torch.autograd.grad(p, list(leaves.values())), strict=True))
+    wanted, layers = [range(len(TARGETS))], list(range(model.feed_forward.n_layers))
+    ((_, found),) = gradients(model, [prompt], wanted, "hidden", layers, Budget(2**28))
+    assert found.probability_k[0] == pytest.approx(float(p.detach()), rel=1e-5)
+    of_key = by_key(found.slots, found.gradient_km[:1])
+    assert of_key.keys() == slopes.keys()
+    for key, slope in slopes.items():
+        np.testing.assert_allclose(of_key[key][0], slope.numpy(), rtol=1e-3, atol=1e-5 * float(p.detach()))
+    # One neuron of each layer moved, in the last expert.
+    asked = {key[0]: key for key in sorted(slopes)}
+    texts = (" ".join(f"w{token}" for token in prompt.ids), " " + " ".join(f"w{token}" for token in target))
+    neurons = [(layer, 1, expert) for layer, expert in asked.values()]
+    swept = neg_service.neg(model, *texts, neurons, [0.5], "hidden", "signed", not_one_token="sequence")
+    with torch.no_grad():
+        for i, key in enumerate(asked.values()):
+            moved = plain(lambda own, x, key=key: x + 0.5 * (torch.arange(len(x)) == 1) if own == key else x)
+            expected = float(moved - p)
+            assert swept.delta_p[i, 0] == pytest.approx(expected, rel=1e-4, abs=1e-9 * float(p))
