@@ -90,6 +90,10 @@ class DatasetConfig:
     answer_prefix: str = setting(
         " ", "between a prompt and such a target, unless the prompt ends with a space; `''` for masked models"
     )
+    target_prefix: str = setting("", "of a file's targets: what stands before each, such as a space")
+    answer_is: str = setting(
+        "text", "a row's answer: one of its targets; or their index from 0", allowed=("text", "index")
+    )
     task: Any = setting(None, "tasks of MCEval8K: one, a list, or `all`", kind=str | list[str] | None)
     split: Any = setting("valid", "of tasks: one or a list", kind=str | list[str])
     limit: int | None = setting(None, "rows of each task and split")
@@ -264,7 +268,7 @@ def check(config: ScanConfig) -> None:
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
-    dataset = [own.name for own in fields(config.dataset) if own.name in ("too_long", "not_one_token")]
+    dataset = [own.name for own in fields(config.dataset) if own.name in ("too_long", "not_one_token", "answer_is")]
     check_fields("dataset", config.dataset, dataset)
     for name in ("cluster", "storage", "job"):
         check_fields(name, getattr(config, name))

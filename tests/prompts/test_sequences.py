@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from neg_service.config import ScanConfig, plain, typed
 from neg_service.errors import ConfigurationError, PromptError, TargetError
 from neg_service.prompts.encoding import Encoding, Ids
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.tokens import Skips, encode
 from tests.refusals import refused
 from tests.tiny_models import MASK, tiny_tokenizer
@@ -68,3 +73,24 @@ def test_the_context_holds_the_prompt_and_all_of_a_target_that_is_read() -> None
 def test_without_the_setting_the_refusal_says_that_there_is_one() -> None:
     with pytest.raises(TargetError, match=r"is 2 tokens .* sequence reads it token by token"):
         list(encode(tiny_tokenizer(), [Prompt("a", "w1", (" w3 w4",))], None))
+
+
+def test_rows_of_hellaswag_become_prompts_with_endings_for_targets(tmp_path: Path) -> None:
+    rows = [
+        {"ctx": "w1 w2", "endings": ["w3 w4", "w5", "w6 w7 w8", "w9"], "label": "2", "ind": 4},
+        {"ctx": "w1", "endings": ["w3 w4", "w5"], "label": ""},
+        {"ctx": "w1", "endings": ["w3 w4", "w5"], "label": 0},
+    ]
+    file = tmp_path / "validation.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
+        composed = compose("scan", ["dataset=hellaswag", f"dataset.source={file}", f"storage.uri={tmp_path}"])
+    how = typed(ScanConfig, plain(composed)).dataset
+    prompts = load_dataset(how)
+    assert [(p.text, p.answer) for p in prompts] == [("w1 w2", 2), ("w1", None), ("w1", 0)]
+    assert prompts[0].targets == (" w3 w4", " w5", " w6 w7 w8", " w9")
+    assert how.not_one_token == "sequence"
+    for label in (4, "-1", "w3 w4", True):
+        file.write_text(json.dumps({**rows[0], "label": label}) + "\n")
+        with refused(PromptError, says="line 1: answer must be an index of the 4 targets from 0"):
+            load_dataset(how)
