@@ -61,12 +61,15 @@ def gradients(
 def shifted(
     model: nn.Module, ids: Sequence[int], target: Sequence[int], basis: str,
     neurons: Sequence[tuple[int, int]], shift: float | Sequence[float], places: Sequence[int] | None = None,
+    way: str = "all",
 ) -> float:  # fmt: skip
-    """The probability with neurons (layer, neuron) moved by shifts at some places: a plain pass with hooks."""
+    """The probability with neurons (layer, neuron) moved by shifts at some places, or each at its `own`."""
     places = [len(ids) - 1] if places is None else list(places)
     shifts = [shift] * len(neurons) if isinstance(shift, float | int) else list(shift)
+    own = [[place] for place in places] if way == "own" else [places] * len(neurons)
     handles = [
-        _moving(model, basis, layer, neuron, by, places) for (layer, neuron), by in zip(neurons, shifts, strict=True)
+        _moving(model, basis, layer, neuron, by, at)
+        for (layer, neuron), by, at in zip(neurons, shifts, own, strict=True)
     ]
     try:
         with torch.no_grad():

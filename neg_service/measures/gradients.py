@@ -100,10 +100,12 @@ def gradients(
     basis: str,
     layers: Sequence[int],
     budget: Budget,
+    each: bool = False,
 ) -> Iterator[tuple[int, PromptGradients]]:
     """Measure prompts in whatever order is cheapest; yields (index, result), each index once.
 
-    `wanted[i]` are the indices of the targets of prompt i to differentiate; probabilities cover all targets.
+    `wanted[i]` are the indices of the targets of prompt i to differentiate; probabilities cover all targets. each: see
+    `differentiated_sequences`.
 
     Raises:
         NonFiniteError: NaN or infinity in a prompt's logits or gradients.
@@ -130,7 +132,7 @@ def gradients(
             )
         ]
 
-    return _batches(model, prompts, wanted, points, budget, finish)
+    return _batches(model, prompts, wanted, points, budget, finish, each)
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,12 @@ def reduced_gradients(
     layers: Sequence[int],
     budget: Budget,
     reduce: Reduction,
+    each: bool = False,
 ) -> Iterator[tuple[int, PromptReduced]]:
     """The same for measures that need less of a prompt than its gradients: what `reduce` gives is all that is fetched.
 
     It runs where the model does; on an accelerator a prompt's gradients would take longer to fetch, and to be reduced
-    by the CPU, than to compute.
+    by the CPU, than to compute. each: see `differentiated_sequences`.
     """
     points = model.feed_forward.sites(basis, layers)
 
@@ -184,7 +187,7 @@ def reduced_gradients(
             for b in range(len(indices))
         ]
 
-    return _batches(model, prompts, wanted, points, budget, finish)
+    return _batches(model, prompts, wanted, points, budget, finish, each)
 
 
 def _batches(
@@ -194,9 +197,11 @@ def _batches(
     points: dict[Site, Point],
     budget: Budget,
     finish: Callable[[BatchGradients, Sequence[int]], list[T]],
+    each: bool = False,
 ) -> Iterator[tuple[int, T]]:
     def run(indices: Sequence[int], shared: tuple[int, ...]) -> list[T]:
-        batch = batch_gradients(model, [prompts[i] for i in indices], [wanted[i] for i in indices], points, shared)
+        own, own_wanted = [prompts[i] for i in indices], [wanted[i] for i in indices]
+        batch = batch_gradients(model, own, own_wanted, points, shared, each)
         return finish(batch, indices)
 
     n_targets = [len(own) for own in wanted]
@@ -263,12 +268,13 @@ def batch_gradients(
     wanted: Sequence[Sequence[int]],
     points: dict[Site, Point],
     shared: tuple[int, ...],
+    each: bool = False,
 ) -> BatchGradients:
     """Differentiate some targets of prompts that all begin with the tokens `shared`, and that one engine runs."""
     tokens_bks: Tensor | None = None
     ends = np.cumsum([0, *map(len, wanted)]).tolist()
     if prompts[0].has_sequences:
-        found, tokens_bks = differentiated_sequences(model, prompts, wanted, points, shared)
+        found, tokens_bks = differentiated_sequences(model, prompts, wanted, points, shared, each)
         p_r1, probability_bk = found.log_p_rv.sum(1, keepdim=True).exp(), tokens_bks.sum(-1).exp()
         device = found.log_p_rv.device
         first_b = indices(ends[:-1], device)

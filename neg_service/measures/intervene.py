@@ -13,7 +13,7 @@ Axes: P prompts, E edits, K targets of a prompt, R rows of a batch, i single cha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows
 from neg_service.measures.sequences import TokenLogP, TreeBaseline
+from neg_service.measures.targets import check_at
 from neg_service.models.batches import Budget
 from neg_service.models.engines.base import Rows
 from neg_service.models.engines.trees import TargetTree, target_tree
@@ -77,6 +78,7 @@ def intervene(
     batch_bytes: int | None = None,
     batch_tokens: int | None = None,
     not_one_token: str = "error",
+    at: str = "readout",
 ) -> InterveneResult:
     """Change sets of neurons at each prompt's readout position, and read the targets before and after.
 
@@ -85,6 +87,8 @@ def intervene(
         prompts: P texts.
         targets: for each prompt, texts that follow it verbatim; each must be one token there, unless `not_one_token`
             is `sequence`: then the probability of a target is the product over its tokens.
+        at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
+            alone.
         edits: E edits, `Edit` or mappings such as `{"neurons": [(29, 864)], "shift": 0.5}`; see `edits.py`.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         answers: for each prompt the index of the target that `enhance` favours; the first target where not given.
@@ -109,6 +113,7 @@ def intervene(
         for i, (text, own, answer) in enumerate(zip(prompts, targets, given, strict=True))
     ]
     check_prompts(asked)
+    check_at(at, model.feed_forward.has_experts, "at")
     checked = checked_edits(edits, model.feed_forward.layer_neurons)
     encoded = encoded_prompts(model, asked, not_one_token)
     model.ensure_checked()
@@ -116,7 +121,7 @@ def intervene(
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
     before, delta = np.full((p, k), np.nan), np.full((p, e, k), np.nan)
     n_routed = np.zeros((p, e), np.int64)
-    for index, found in effects(model, encoded, checked, basis, budget):
+    for index, found in effects(model, encoded, checked, basis, budget, at == "each"):
         own = len(found.probability_k)
         before[index, :own], delta[index, :, :own] = found.probability_k, found.delta_p_ek
         n_routed[index] = found.n_routed_e
@@ -149,9 +154,12 @@ class Effects:
 
 
 def effects(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget
-) -> Iterator[tuple[int, Effects]]:
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget,
+    each: bool = False,
+) -> Iterator[tuple[int, Effects]]:  # fmt: skip
     """Run edits on prompts in whatever order is cheapest; yields (index, effects), each index once.
+
+    each: edit neurons at every token that predicts one of a target's, and not at the readout position alone.
 
     Very many edits run a part at a time, each part beside an unedited row of its own.
 
@@ -159,7 +167,7 @@ def effects(
         DoesNotFit: a prompt with a part of the edits does not fit.
         NonFiniteError: NaN or infinity in a prompt's logits, without or with an edit.
     """
-    signs = _signs_of_neg(model, prompts, edits, basis, budget)
+    signs = _signs_of_neg(model, prompts, edits, basis, budget, each)
     points = model.feed_forward.sites(basis)
     readout = Readout(model)
 
@@ -169,7 +177,7 @@ def effects(
 
         def run(indices: Sequence[int], shared: tuple[int, ...], part: range = part) -> list[Effects]:
             own, own_signs = [prompts[i] for i in indices], [signs[i] for i in indices]
-            return _run_batch(model, readout, own, own_signs, {e: edits[e] for e in part}, points, shared)
+            return _run_batch(model, readout, own, own_signs, {e: edits[e] for e in part}, points, shared, each)
 
         for index, effects_of_part in in_batches(model, prompts, [1 + len(part)] * len(prompts), run, budget):
             found[index].append(effects_of_part)
@@ -196,6 +204,11 @@ class _Change:
     constant_i: Tensor
     by_sign_i: Tensor
 
+    def of_rows(self, is_kept_r: Tensor) -> _Change:
+        """That of some rows."""
+        kept_i = is_kept_r[self.row_i]
+        return _Change(**{field.name: getattr(self, field.name)[kept_i] for field in fields(self)})
+
 
 @torch.no_grad()
 def _run_batch(
@@ -206,10 +219,11 @@ def _run_batch(
     edits: Mapping[int, CheckedEdit],
     points: Mapping[Site, Point],
     shared: tuple[int, ...],
+    each: bool = False,
 ) -> list[Effects]:
     counts = [1 + len(edits)] * len(prompts)
     trees = [target_tree(prompt.ids[-1], prompt.target_tokens) for prompt in prompts if prompt.has_sequences]
-    rows, positions_rq = _rows(model, prompts, trees, counts, shared)
+    rows, positions_rq = _rows(model, prompts, trees, counts, shared, each)
     changes = _changes(edits, signs)
     n_read = [len(tree.row.read) for tree in trees] or [1] * len(prompts)
     n_routed_r = torch.zeros(sum(counts), dtype=torch.int64)
@@ -217,14 +231,15 @@ def _run_batch(
     def change(site: Site, x: Tensor) -> Tensor:
         own, changed = changes[site], x.clone()
         neurons = points[site].neurons(flat(changed))
-        experts, is_there_i = model.feed_forward.experts[site.layer], None
+        experts = model.feed_forward.experts[site.layer]
         chosen_tk = routing[experts.module].expert_tk if site.is_experts and experts is not None else None
         n_of_expert = 0 if experts is None else experts.n_neurons
-        # Of a row of several sequences, at the edited token's place in each.
-        for positions_r in positions_rq.T:
-            is_there_i = _edit(own, neurons, positions_r, chosen_tk, n_of_expert)
-        assert is_there_i is not None
-        n_routed_r.index_add_(0, own.row_i, is_there_i.long().cpu())
+        # The readout position first; then its place in a row's other sequences, and other tokens.
+        for q, positions_r in enumerate(positions_rq.T):
+            some = own if q == 0 else own.of_rows(positions_r >= 0)
+            is_there_i = _edit(some, neurons, positions_r, chosen_tk, n_of_expert)
+            if q == 0:
+                n_routed_r.index_add_(0, own.row_i, is_there_i.long().cpu())
         return changed
 
     with (
@@ -252,13 +267,13 @@ def _run_batch(
 
 def _rows(
     model: LanguageModel, prompts: Sequence[EncodedPrompt], trees: Sequence[TargetTree], counts: Sequence[int],
-    shared: tuple[int, ...],
+    shared: tuple[int, ...], each: bool,
 ) -> tuple[Rows, Tensor]:  # fmt: skip
-    """Prompts' rows, of several tokens where there are trees, and the places of each row's edited token [R, Q]."""
+    """Prompts' rows, of several tokens where there are trees, and the places at which each is edited [R, Q], or -1."""
     ids = [prompt.ids for prompt in prompts]
     if trees:
         of_trees = model.ensure_checked_for_trees().engine.trees(ids, [[tree.row] for tree in trees], shared)
-        return of_trees, of_trees.copies(counts)
+        return of_trees, of_trees.each_positions(counts) if each else of_trees.copies(counts)
     rows = model.rows(ids, shared)
     return rows, rows.positions(counts)[:, None]
 
@@ -332,8 +347,9 @@ def _change(columns: NDArray[np.float64]) -> _Change:
 
 
 def _signs_of_neg(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget
-) -> list[dict[int, Doubles]]:
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget,
+    each: bool,
+) -> list[dict[int, Doubles]]:  # fmt: skip
     """For each prompt, the sign of NeurGrad of the neurons of each edit, by the edit's index, that needs it."""
     needing = {e: edit for e, edit in enumerate(edits) if edit.needs_sign_of_neg}
     signs: list[dict[int, Doubles]] = [{} for _ in prompts]
@@ -341,7 +357,7 @@ def _signs_of_neg(
         return signs
     layers = sorted({layer for edit in needing.values() for layer in edit.neurons.layers})
     wanted = [(prompt.prompt.answer or 0,) for prompt in prompts]
-    for index, found in gradients(model, prompts, wanted, basis, layers, budget):
+    for index, found in gradients(model, prompts, wanted, basis, layers, budget, each):
         neurgrad_m = found.neurgrad_km[0]
         for e, edit in needing.items():
             place_n = found.slots.places_of(edit.neurons)

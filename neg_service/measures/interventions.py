@@ -33,8 +33,8 @@ from neg_service.measures.batching import in_parts, named
 from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.readout import Readout
-from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
-from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets
+from neg_service.measures.routing import PromptRouting, routing_changed, routing_of_rows, slots_of
+from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows
 from neg_service.memory import is_out_of_memory
 from neg_service.models.batches import Budget, without_frames
 from neg_service.models.engines.backward import target_gradients
@@ -69,10 +69,12 @@ class Interventions:
         shared: Sequence[int] = (),
         *,
         by_rows: bool = False,
+        each: str | None = None,
     ) -> None:
         """Run the prompt once; `shared` are first tokens that it shares with others, and that run only once for all.
 
-        by_rows: run rows and not their differences, for measures that change more than single neurons.
+        by_rows: run rows and not their differences, for measures that change more than single neurons. each: shift,
+        and differentiate, at every token that predicts one of a target's, `magnitude` or `signed` as shifts are.
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
@@ -85,6 +87,7 @@ class Interventions:
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
         self._target_ids, self._prompt = list(prompt.target_ids), prompt
+        self._each = each if prompt.has_sequences else None
         self._tree = target_tree(prompt.ids[-1], prompt.target_tokens) if prompt.has_sequences else None
         selection = model.ensure_checked_for_trees() if self._tree else model.ensure_checked()
         engine, checked = selection.engine, selection.check
@@ -178,6 +181,10 @@ class Interventions:
                 change="model.engine",
             )
 
+    def gradient(self, layers: Sequence[int], budget: Budget) -> Tensor | None:
+        """The plain gradient [K, M], where neurons are shifted at every token: there no sign makes it of NeurGrad."""
+        return None if self._each is None else self._gradients(layers, budget, "signed")
+
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """Those of some layers."""
         wanted = set(layers)
@@ -190,26 +197,27 @@ class Interventions:
     def neurgrad(self, layers: Sequence[int], budget: Budget) -> Tensor:
         """NeurGrad [K, M] of the layers' neurons, over the same prefix; probability per unit of |activation|.
 
-        M is that of `slots(sites(layers))`.
+        M is that of `slots(sites(layers))`. Where neurons are shifted at every token, over all of these.
 
         Raises:
             NonFiniteError: NaN or infinity in a gradient.
             DoesNotFit: one target's gradients do not fit.
         """
+        return self._gradients(layers, budget, None if self._each is None else "magnitude")
+
+    def _gradients(self, layers: Sequence[int], budget: Budget, each: str | None) -> Tensor:
         points = {site: self.points[site] for site in self.sites(layers)}
 
         def run(part: range) -> Tensor:
             if self._tree_rows is not None:
-                found = gradients_of_targets(self._tree_rows, self._prompt, part, points)
+                found = gradients_of_targets(self._tree_rows, self._prompt, part, points, each)
             else:
                 found = target_gradients(self.rows, [self._target_ids[part.start : part.stop]], points)
             if self.has_experts:
                 self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
-            signed = [
-                signed_by(self.activation[site], slope_kn).to(self.device, self.probability_k.dtype)
-                for site, slope_kn in zip(points, found.gradient_srn, strict=True)
-            ]
-            return torch.cat(signed, 1)
+            pairs = zip(points, found.gradient_srn, strict=True)
+            signed = [own if each else signed_by(self.activation[site], own) for site, own in pairs]
+            return torch.cat([own.to(self.device, self.probability_k.dtype) for own in signed], 1)
 
         sizes, shares = self.rows.sizes, self.rows.targets_share_rows
         own, beside = (sizes.slopes, sizes.graph) if shares else (sizes.graph + sizes.slopes, 0)
@@ -338,11 +346,10 @@ class Interventions:
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
             neurons_i, shifts_i, place_i = (sent(own, x_tf.device) for own in (neurons_r, shifts_r, position_r[1:]))
+            own_tn = self.points[site].neurons(x_tf)
             if self._tree_rows is not None:
-                copies_rq = sent(self._tree_rows.copies([n_rows]), x_tf.device)[1:]
-                place_i, q = copies_rq.flatten(), copies_rq.shape[1]
-                neurons_i, shifts_i = neurons_i.repeat_interleave(q), shifts_i.repeat_interleave(q)
-            self.points[site].neurons(x_tf)[place_i, neurons_i] += shifts_i.to(x_tf.dtype)
+                place_i, neurons_i, shifts_i = shifts_of_rows(self._tree_rows, own_tn, neurons_i, shifts_i, self._each)
+            own_tn[place_i, neurons_i] += shifts_i.to(x_tf.dtype)
             return x_tf
 
         n_read = 1 if self._tree is None else len(self._tree.row.read)
@@ -353,7 +360,11 @@ class Interventions:
             found = self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids)
         else:
             found = self._of_tree.delta_log_p(self._readout, head_rv[0].view(n_rows, n_read, -1)[1:])
-        return Changes(found, self._routing_changed(site.layer, routing, n_rows), None, other_experts)
+        read_rs = self.rows.positions([n_rows])[:, None]
+        if self._tree_rows is not None:
+            read_rs = self._tree_rows.read_positions([n_rows]).view(n_rows, -1)
+        changed = routing_changed(self._feed_forward, site.layer, routing, read_rs, self.device)
+        return Changes(found, changed, None, other_experts)
 
     def _require_same_experts(self, other_experts: Mapping[int, Tensor]) -> None:
         """See that layers used the experts whose neurons are counted: in another batch rounding may choose others.
@@ -380,21 +391,3 @@ class Interventions:
         chosen_rk = chosen_tk[sent(place_r, chosen_tk.device)]
         expected_k = sent(torch.from_numpy(self.routing.of_layer(layer)), chosen_rk.device)
         return (chosen_rk != expected_k).any().to(self.device)
-
-    def _routing_changed(self, layer: int, routing: Mapping[nn.Module, Routing], n_rows: int) -> Tensor | None:
-        """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1].
-
-        Of targets of several tokens at any token that is read.
-        """
-        if not self._feed_forward.has_experts:
-            return None
-        position_r = self.rows.positions([n_rows])
-        if self._tree_rows is not None:
-            position_r = self._tree_rows.read_positions([n_rows])
-        changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=self.device)
-        for experts in self._feed_forward.experts[layer + 1 :]:
-            if experts is not None:
-                chosen = routing[experts.module].expert_tk
-                chosen_rk = chosen[sent(position_r, chosen.device)].view(n_rows, -1)
-                changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(self.device)
-        return changed

@@ -32,6 +32,7 @@ from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.noise import row_noise
 from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, chosen_grid
+from neg_service.measures.targets import check_at
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
 from neg_service.prompts.prompt import Prompt, check_prompts
@@ -78,6 +79,7 @@ def neg(
     grid: str = "adaptive",
     tolerance: float = TOLERANCE,
     not_one_token: str = "error",
+    at: str = "readout",
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
 
@@ -86,6 +88,8 @@ def neg(
         prompt: a text.
         target: what follows it verbatim; one token there, unless `not_one_token` is `sequence`: then its probability is
             the product over its tokens.
+        at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
+            alone.
         neurons: (layer, index) pairs, or (layer, index, expert) triples where a layer has experts, -1 for its MLP that
             is always on; or `all` that act on the prompt.
         shifts: a grid of your own, all of which are run; +-0.1, +-0.2, ... +-2.0 if not given.
@@ -108,14 +112,15 @@ def neg(
     asked = [Prompt("0", prompt, (target,))]
     check_prompts(asked)
     check_shift(shift)
-    sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift)
+    check_at(at, model.feed_forward.has_experts, "at")
+    sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift, at == "each")
     asked_rows = _asked_rows(neurons, model.feed_forward.layer_neurons)
     (encoded,) = encoded_prompts(model, asked, not_one_token)
     model.ensure_checked()
     if batch_bytes is not None:
         check_batch_bytes("batch_bytes", batch_bytes, 2 * 4 * model.row_values)
     budget = budget_of(model, batch_bytes)
-    interventions = Interventions(model, encoded, basis)
+    interventions = Interventions(model, encoded, basis, each=shift if sweep.each else None)
     if asked_rows is None:
         slots = interventions.slots(list(interventions.points))
         asked_rows = slots.rows_at(np.arange(slots.m))

@@ -27,6 +27,7 @@ from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import Floats, reduced_gradients
 from neg_service.measures.reductions import all_neurons
+from neg_service.measures.targets import check_at
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, check_prompts, check_texts
 from neg_service.slots import Slots
@@ -70,6 +71,7 @@ def neurgrad(
     batch_bytes: int | None = None,
     batch_tokens: int | None = None,
     not_one_token: str = "error",
+    at: str = "readout",
 ) -> NeurGradResult:
     """NeurGrad of every feed-forward neuron for every target of every prompt, at the prompt's last token.
 
@@ -80,6 +82,8 @@ def neurgrad(
         prompts: P texts.
         targets: for each prompt, texts that follow it verbatim; each must be one token there, unless `not_one_token`
             is `sequence`: then the probability of a target is the product over its tokens.
+        at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
+            alone.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
@@ -94,6 +98,7 @@ def neurgrad(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
+    check_at(at, model.feed_forward.has_experts, "at")
     encoded = encoded_texts(model, prompts, targets, not_one_token)
     chosen = layers_with_neurons(
         NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.layer_neurons
@@ -112,7 +117,7 @@ def neurgrad(
         expert=slots.expert,
         neuron=slots.neuron,
     )
-    for index, found in reduced_gradients(model, encoded, wanted, basis, chosen, budget, all_neurons):
+    for index, found in reduced_gradients(model, encoded, wanted, basis, chosen, budget, all_neurons, at == "each"):
         neurgrad_km, activation_m = found.values
         place = slots.places(index, found.slots)
         result.probability[index, : len(found.targets)] = found.probability_k

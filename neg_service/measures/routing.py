@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -65,6 +66,25 @@ def routing_of_rows(
         PromptRouting(tuple(layers), tuple(own[r] for own in experts), tuple(own[r] for own in weights))
         for r in range(len(position_r))
     ]
+
+
+def routing_changed(
+    feed_forward: FeedForward, layer: int, seen: Mapping[nn.Module, Routing], position_rs: Tensor, device: torch.device
+) -> Tensor | None:
+    """Whether layers above one chose other experts for a row than for the first, which is not shifted [R - 1].
+
+    position_rs: where each row's tokens are that count, those that are read. None of a model without experts.
+    """
+    if not feed_forward.has_experts:
+        return None
+    n_rows = len(position_rs)
+    changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=device)
+    for experts in feed_forward.experts[layer + 1 :]:
+        if experts is not None:
+            chosen = seen[experts.module].expert_tk
+            chosen_rk = chosen[sent(position_rs.flatten(), chosen.device)].view(n_rows, -1)
+            changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(device)
+    return changed
 
 
 def slots_of(feed_forward: FeedForward, routing: PromptRouting, sites: Iterable[Site]) -> Slots:

@@ -5,6 +5,8 @@ With a target's tokens t_1 .. t_S, each predicted behind the prompt and the toke
     p = Π_s p(t_s)         d p / d a = p · Σ_s d log p(t_s) / d a         Δ log p = Σ_s Δ log p(t_s)
 
 with a the neuron's activation at the readout position, the prompt's last token, in probability and activation units.
+With `at="each"` the neuron is moved at every token that predicts one of the target's, by δ·sgn(a) of its activation
+there, and NeurGrad is the sum of d p / d a · sgn(a) over them; not of models with experts, which tokens choose anew.
 No target has to end there: of two targets of which one begins with all of the other, the shorter one's probability is
 that of any text that begins so, and holds that of the longer one. How rows read targets: `models/engines/trees.py`.
 
@@ -28,7 +30,7 @@ from neg_service.models.feed_forward import Point, Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
-from neg_service.models.transfer import indices
+from neg_service.models.transfer import indices, sent
 from neg_service.prompts.prompt import EncodedPrompt
 
 
@@ -38,8 +40,11 @@ def differentiated_sequences(
     wanted: Sequence[Sequence[int]],
     points: dict[Site, Point],
     shared: tuple[int, ...],
+    each: bool = False,
 ) -> tuple[TargetGradients, Tensor]:
     """Gradients of some targets of each prompt, and log p [B, K, S] of the tokens of all of them, zero behind each.
+
+    each: times the activation's sign at the readout position they are NeurGrad of shifts at every token that predicts.
 
     Raises:
         ModelError: no engine runs such targets.
@@ -50,7 +55,10 @@ def differentiated_sequences(
         [target_chain(prompt.ids[-1], tokens) for tokens in own] for prompt, own in zip(prompts, targets, strict=True)
     ]
     rows = engine.trees([prompt.ids for prompt in prompts], chains, shared)
-    found = sequence_gradients(rows, targets, points)
+    found = sequence_gradients(rows, targets, points, "magnitude" if each else None)
+    if each:
+        pairs = zip(found.gradient_srn, found.activation_srn, strict=True)
+        found.gradient_srn[:] = [torch.where(activation < 0, -slope, slope) for slope, activation in pairs]
     if all(len(own) == len(prompt.target_ids) for prompt, own in zip(prompts, wanted, strict=True)):
         log_p_bks = _empty(prompts, found.log_p_rv)
     else:
@@ -63,13 +71,33 @@ def differentiated_sequences(
 
 
 def gradients_of_targets(
-    rows: TreeRows, prompt: EncodedPrompt, part: range, points: Mapping[Site, Point]
+    rows: TreeRows, prompt: EncodedPrompt, part: range, points: Mapping[Site, Point], each: str | None = None
 ) -> TargetGradients:
-    """Gradients of some of a prompt's targets, behind the prefix of its rows."""
+    """Gradients of some of a prompt's targets, behind the prefix of its rows; each: see `sequence_gradients`."""
     targets = [prompt.target_tokens[k] for k in part]
-    return sequence_gradients(
-        rows.with_rows([[target_chain(prompt.ids[-1], own) for own in targets]]), [targets], points
-    )
+    chains = [target_chain(prompt.ids[-1], tokens) for tokens in targets]
+    return sequence_gradients(rows.with_rows([chains]), [targets], points, each)
+
+
+def shifts_of_rows(
+    rows: TreeRows, neurons_tn: Tensor, neurons_i: Tensor, shifts_i: Tensor, each: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Places, neurons and shifts of all rows but the first, of which row i + 1 shifts neuron i of a site.
+
+    neurons_tn: the site's activations, not shifted yet. shifts_i: of the activation at the readout position. each: at
+    every token, by as much if `signed`, else by as much in the direction of the activation's sign there.
+    """
+    counts = [len(shifts_i) + 1]
+    places_rq = rows.copies(counts) if each is None else rows.each_positions(counts)
+    place_iq = sent(places_rq[1:], neurons_tn.device)
+    q = place_iq.shape[1]
+    place_j, neurons_j, shifts_j = place_iq.flatten(), neurons_i.repeat_interleave(q), shifts_i.repeat_interleave(q)
+    if each == "magnitude":
+        # The first place is the readout position's.
+        is_negative_iq = neurons_tn[place_j, neurons_j].view(place_iq.shape) < 0
+        differs_j = (is_negative_iq != is_negative_iq[:, :1]).flatten()
+        shifts_j = torch.where(differs_j, -shifts_j, shifts_j)
+    return place_j, neurons_j, shifts_j
 
 
 # Of each target its tokens' log p [S], of a prompt that has targets of several tokens.

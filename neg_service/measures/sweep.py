@@ -57,9 +57,12 @@ def sweep_rows(
     for group in model.groups([prompt.ids for prompt in shard.prompts]):
         for index in group.members:
             prompt = shard.prompts[index]
-            interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
+            interventions = Interventions(
+                model, prompt, sweep.basis, prompt.ids[: group.shared], each=sweep.shift if sweep.each else None
+            )
             of_rows = row_noise(model, sweep.basis, shard.budget, sequences=True) if prompt.has_sequences else noise
             neurgrad_km = interventions.neurgrad(layers, shard.budget)
+            gradient_km = interventions.gradient(layers, shard.budget)
             slots = interventions.slots(interventions.sites(layers))
             own = _of_prompt(neurons, slots, neurgrad_km) if chosen is None else chosen
             place_n = slots.places_of(own)
@@ -68,13 +71,26 @@ def sweep_rows(
                 own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(
-                interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, of_rows, progress.add
+                interventions,
+                own,
+                sweep,
+                shard.budget,
+                keep_curves,
+                neurgrad_km,
+                of_rows,
+                progress.add,
+                gradient_km,
             )
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
+            gradient_kn = signed_by(found.activation_n, neurgrad_kn)
+            if gradient_km is not None:
+                gradient_kn = torch.where(is_routed_n, gradient_km[:, np.maximum(place_n, 0)], 0.0)
             noise_k = of_rows.sigma * interventions.tokens_k * interventions.probability_k.double()
-            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise_k)
+            table = _table(
+                shard, prompt, own, found, sweep, (neurgrad_kn, gradient_kn), interventions.probability_k, noise_k
+            )
             of_prompt = prompt_tables(
                 prompt, probability_k, interventions.routing, sizes.has_experts, interventions.token_log_p
             )
@@ -94,17 +110,17 @@ def _table(
     neurons: NeuronSet,
     found: SweepResult,
     sweep: Sweep,
-    neurgrad_kn: Tensor,
+    estimates: tuple[Tensor, Tensor],
     probability_k: Tensor,
     noise_k: Tensor,
 ) -> pa.Table:
-    """Rows by target, then neuron."""
+    """Rows by target, then neuron; estimates: NeurGrad and the plain gradient [K, n]."""
     model = shard.model
     evaluated = found.evaluated
     values = evaluated.linearity_nk
     n, k = values.neg.shape
     neg_kn = values.neg.T
-    gradient_kn = signed_by(found.activation_n, neurgrad_kn)
+    neurgrad_kn, gradient_kn = estimates
     estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
     resolution_kn = evaluated.resolution(noise_k).T
     is_resolved = _column(neg_kn.abs() > resolution_kn)

@@ -10,11 +10,14 @@ import torch
 
 import neg_service
 from neg_service import LanguageModel
+from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, TargetError
+from neg_service.measures import measure_of
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
 from neg_service.models.precision import in_precision
+from neg_service.prompts.prompt import Prompt
 from tests import mixtures_oracle, sequences
 from tests.families import in_model, layers_with_mlps
 from tests.mixture_families import by_key
@@ -22,6 +25,7 @@ from tests.mixtures import MIXTURES, tiny_mixture
 from tests.oracle import relative
 from tests.refusals import refused
 from tests.sequences import TARGETS, encoded
+from tests.shards import measured_shard
 from tests.tiny_models import tiny_model
 
 # The prompts begin alike, are of unequal length, and longer than their models' windows; the third has single tokens.
@@ -157,3 +161,62 @@ def test_neurons_of_experts_are_those_of_plain_passes(family: str) -> None:
             moved = plain(lambda own, x, key=key: x + 0.5 * (torch.arange(len(x)) == 1) if own == key else x)
             expected = float(moved - p)
             assert swept.delta_p[i, 0] == pytest.approx(expected, rel=1e-4, abs=1e-9 * float(p))
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "GPT-J"])
+def test_neurons_may_move_at_every_token_that_predicts(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    ids, targets = [PROMPTS[0].ids, PROMPTS[1].ids], [PROMPTS[0].target_tokens, PROMPTS[1].target_tokens]
+    texts = [" ".join(f"w{token}" for token in own) for own in ids]
+    names = [[" " + " ".join(f"w{token}" for token in target) for target in own] for own in targets]
+    each: dict[str, Any] = {"not_one_token": "sequence", "at": "each"}
+    found = neg_service.neurgrad(model, texts, names, **each)
+    up = {"name": "up", "neurons": NEURONS, "shift": [0.3, 0.2, -0.4], "signed": True}
+    edited = neg_service.intervene(model, texts, names, [up], **each)
+    for p, own in enumerate(targets):
+        for k, target in enumerate(own):
+            places = range(len(ids[p]) - 1, len(ids[p]) - 1 + len(target))
+            _, slope_tln, a_tln = sequences.gradients(model.model, ids[p], target, "paper", places)
+            expected = (slope_tln * np.where(a_tln < 0, -1, 1)).sum(0)
+            assert relative(found.neurgrad[p, k].astype(float), expected) <= TOLERANCE
+            assert relative(found.activation[p].astype(float), a_tln[0]) <= TOLERANCE
+            before, after = (
+                sequences.shifted(model.model, ids[p], target, "paper", moved, up["shift"][: len(moved)], places)
+                for moved in ([], NEURONS)
+            )
+            assert edited.delta_p[p, 0, k] == pytest.approx(after - before, rel=1e-4, abs=1e-9 * before)
+            # One neuron by its magnitude: in the direction of its activation at each token; and by itself.
+            for shift in ("magnitude", "signed") if p == 0 else ():
+                swept = neg_service.neg(model, texts[p], names[p][k], [(1, 17)], [0.2], shift=shift, **each)
+                by = [0.2 * (-1 if shift == "magnitude" and a < 0 else 1) for a in a_tln[:, 1, 17]]
+                after = sequences.shifted(model.model, ids[p], target, "paper", [(1, 17)] * len(by), by, places, "own")
+                assert swept.delta_p[0, 0] == pytest.approx(after - before, rel=1e-3, abs=1e-9 * before)
+
+
+def test_a_sweep_at_every_token_has_both_estimates_of_its_own() -> None:
+    model = tiny_model("Llama 2", torch.float64)
+    prompt = Prompt("a", "w20 w21 w22", (" w3 w4 w5",))
+    neurons = NeuronsConfig(choose="list", list=[[0, n] for n in range(40)])
+    options = {"name": "sweep", "at": "each"}
+    rows, signed = (
+        measured_shard(
+            measure_of({**options, "shift": shift}), model, [prompt], neurons, {"noise": {"sigma": 0.0}}, sequences=True
+        )["sweep"].to_pylist()
+        for shift in ("magnitude", "signed")
+    )
+    _, slope_tln, a_tln = sequences.gradients(model.model, (20, 21, 22), (3, 4, 5), "paper", (2, 3, 4))
+    neurgrad, gradient = (slope_tln * np.where(a_tln < 0, -1, 1)).sum(0)[0], slope_tln.sum(0)[0]
+    for own in (rows, signed):
+        np.testing.assert_allclose([row["neurgrad"] for row in own], neurgrad, rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose([row["gradient"] for row in own], gradient, rtol=1e-4, atol=1e-9)
+    # Signs of the activation differ between the tokens for some neurons, so that neither follows from the other.
+    assert ((a_tln < 0).any(0) & (a_tln > 0).any(0))[0].any()
+    assert np.corrcoef([row["neg"] for row in rows], neurgrad)[0, 1] > 0.9
+    assert np.corrcoef([row["neg"] for row in signed], gradient)[0, 1] > 0.9
+
+
+def test_neurons_of_experts_move_at_the_readout_position_alone() -> None:
+    with refused(ConfigurationError, setting="at", value="each", says="experts"):
+        neg_service.neurgrad(tiny_mixture("Mixtral"), ["w1"], [[" w2 w3"]], not_one_token="sequence", at="each")
+    with refused(ConfigurationError, setting="at", value="all"):
+        neg_service.neurgrad(tiny_model("Llama 2"), ["w1"], [[" w2 w3"]], not_one_token="sequence", at="all")

@@ -30,10 +30,10 @@ from neg_service.measures.base import (
     prompt_bytes,
 )
 from neg_service.measures.tables import key_columns, lists, mlp_columns, prompt_tables, table_of, target_layer_rows
-from neg_service.measures.targets import check_keep, kept_targets, wanted_targets
+from neg_service.measures.targets import check_at, check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.schema import Table
-from neg_service.settings import basis_setting, setting
+from neg_service.settings import at_setting, basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.measures.gradients import PromptReduced
@@ -48,6 +48,7 @@ class NeurGradOptions:
 
     name: str = "neurgrad"
     basis: str = basis_setting()
+    at: str = at_setting()
     keep: str = setting(
         "all",
         "all values, those of the right answer only, or the `top_k` strongest neurons of each target",
@@ -66,6 +67,7 @@ class NeurGrad(Measure[NeurGradOptions]):
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, or more neurons than there are, too."""
         super().validate(info, neurons, prompts)
+        check_at(self.options.at, has_experts(info))
         check_keep(self.options.keep, KEEP, prompts)
         in_all = n_slots(info, checked_layers(neurons, info.n_layers))
         if self._is_top_k and self.options.top_k > in_all:
@@ -80,6 +82,8 @@ class NeurGrad(Measure[NeurGradOptions]):
         given = self.configuration()
         if not self._is_top_k:
             del given["top_k"]
+        if self.options.at == "readout":
+            del given["at"]
         return given
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
@@ -115,7 +119,9 @@ class NeurGrad(Measure[NeurGradOptions]):
         wanted = [wanted_targets(prompt.prompt, self.options.keep) for prompt in shard.prompts]
         tables, sizes = _strongest if self._is_top_k else _values, shard.model.feed_forward
         reduce = reductions.strongest(self.options.top_k) if self._is_top_k else reductions.all_neurons
-        for index, found in reduced_gradients(shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce):
+        for index, found in reduced_gradients(
+            shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce, self.options.at == "each"
+        ):
             prompt = shard.prompts[index]
             own = tables(prompt, found, layers_of_model(sizes), self.options)
             p_k, log_p = found.probability_k, found.token_log_p

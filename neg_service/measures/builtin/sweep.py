@@ -15,8 +15,9 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
 from neg_service.measures.shifts import GRIDS, SHIFTS, TOLERANCE, AdaptiveGrid, Grid, Sweep, chosen_grid
+from neg_service.measures.targets import check_at
 from neg_service.schema import Table
-from neg_service.settings import basis_setting, setting
+from neg_service.settings import at_setting, basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo
@@ -34,6 +35,7 @@ class SweepOptions:
 
     name: str = "sweep"
     basis: str = basis_setting()
+    at: str = at_setting()
     shift: str = setting("magnitude", "a -> a + shift*sign(a); or signed: a -> a + shift", allowed=SHIFTS)
     grid: str = setting(
         "adaptive",
@@ -63,6 +65,7 @@ class NeuronSweep(Measure[SweepOptions]):
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
+        check_at(self.options.at, has_experts(info))
         self.grid()
         check_choice(neurons, layers_of_model(info))
 
@@ -74,6 +77,8 @@ class NeuronSweep(Measure[SweepOptions]):
         """The options that decide the numbers; a grid is named by its shifts, however they were given."""
         options = self.options
         found: dict[str, Any] = {"name": options.name, "basis": options.basis, "shift": options.shift}
+        if options.at != "readout":
+            found["at"] = options.at
         found |= {"grid": options.grid, "shifts": self.grid().shifts.tolist(), "keep_curves": options.keep_curves}
         grid = self.grid()
         if isinstance(grid, AdaptiveGrid):
@@ -132,7 +137,7 @@ class NeuronSweep(Measure[SweepOptions]):
 
     @property
     def _sweep(self) -> Sweep:
-        return Sweep(self.grid(), self.options.basis, self.options.shift)
+        return Sweep(self.grid(), self.options.basis, self.options.shift, self.options.at == "each")
 
     def grid(self) -> Grid | AdaptiveGrid:
         """The shifts.

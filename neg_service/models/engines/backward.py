@@ -72,17 +72,22 @@ def target_gradients(rows: Rows, target_ids: Sequence[Sequence[int]], points: Ma
 
 
 def sequence_gradients(
-    rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point]
+    rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point], each: str | None = None
 ) -> TargetGradients:
     """The same of targets of several tokens: log p of `targets[b][k]`, the sum over its tokens, is differentiated.
 
     `rows` are those targets' chains (`trees.py`). `log_p_rv` holds what each target's own tokens have, in their order,
     zero behind the last [R, S].
+
+    each: differentiate at every token of a chain, and not at the first alone: `signed` sums these gradients, with the
+    neuron moved alike at all of them, `magnitude` their products with the activations' signs there, with +1 at zero.
     """
     tokens_r = [tokens for own in targets for tokens in own]
     counts = [len(own) for own in targets]
     place_r = rows.positions(counts)
-    leaves = _Leaves(points, place_r)
+    at_rq = place_r[:, None] if each is None else rows.each_positions(counts)
+    row_a = (at_rq >= 0).nonzero()[:, 0]
+    leaves = _Leaves(points, at_rq[at_rq >= 0])
     with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
         log_p_mv = log_softmax(at_least_float32(rows.run(counts)))
         ids_m1 = indices([token for tokens in tokens_r for token in tokens], log_p_mv.device)[:, None]
@@ -92,13 +97,26 @@ def sequence_gradients(
     place_m = indices([s for tokens in tokens_r for s in range(len(tokens))], log_p_m.device)
     log_p_rs = log_p_m.new_zeros(len(tokens_r), max(map(len, tokens_r)))
     log_p_rs[row_m, place_m] = log_p_m.detach()
+    own = [point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)]
+    activations = [leaves.activations[site] for site in points]
+    if each is not None:
+        own = [_summed(row_a, slope, a, each, len(place_r)) for slope, a in zip(own, activations, strict=True)]
+        first_r = torch.searchsorted(row_a, torch.arange(len(place_r)))
+        activations = [a[sent(first_r, a.device)] for a in activations]
     return TargetGradients(
         log_p_rv=log_p_rs,
-        gradient_srn=[point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)],
-        activation_srn=[leaves.activations[site] for site in points],
+        gradient_srn=own,
+        activation_srn=activations,
         routing=routing,
         place_r=place_r,
     )
+
+
+def _summed(row_a: Tensor, slope_an: Tensor, activation_an: Tensor, each: str, n_rows: int) -> Tensor:
+    """Gradients [A, N] at several tokens of each row, added up by row [R, N]."""
+    if each == "magnitude":
+        slope_an = torch.where(activation_an < 0, -slope_an, slope_an)
+    return slope_an.new_zeros(n_rows, slope_an.shape[1]).index_add(0, sent(row_a, slope_an.device), slope_an)
 
 
 class _Leaves:

@@ -74,6 +74,11 @@ class FullSequenceTrees:
         places = torch.arange(n) * self.tokens + len(self._prompt) - 1
         return places.view(counts[0], -1)
 
+    def each_positions(self, counts: Sequence[int]) -> Tensor:
+        """See `TreeRows`: all tokens of each sequence from the prompt's last one on."""
+        behind = torch.arange(self.tokens - len(self._prompt) + 1)
+        return (self.copies(counts)[..., None] + behind).flatten(1)
+
     def read_positions(self, counts: Sequence[int]) -> Tensor:
         """See `TreeRows`."""
         return torch.tensor([q * self.tokens + t for q, t in self._read(counts)])

@@ -183,6 +183,12 @@ class SharedPrefixTrees:
         """See `TreeRows`."""
         return self.positions(counts)[:, None]
 
+    def each_positions(self, counts: Sequence[int]) -> Tensor:
+        """See `TreeRows`."""
+        rows = [row for own in rows_of(self._rows, counts) for row in own]
+        place_r1, token = self.positions(counts)[:, None], torch.arange(self.tokens)
+        return torch.where(token < torch.tensor([[len(row.ids)] for row in rows]), place_r1 + token, -1)
+
     def read_positions(self, counts: Sequence[int]) -> Tensor:
         """See `TreeRows`."""
         return torch.arange(sum(len(row.ids) for own in rows_of(self._rows, counts) for row in own))

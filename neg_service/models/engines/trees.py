@@ -51,6 +51,13 @@ class TreeRows(Rows, Protocol):
         """All places of each row's shifted token [R, Q]: several, where an engine runs a tree as several sequences."""
         ...
 
+    def each_positions(self, counts: Sequence[int]) -> Tensor:
+        """All places of each token of each row [R, Q], those of a prompt's rows in one order; -1 where a row has fewer.
+
+        What an engine fills rows up with may be among them: nothing that is read depends on it.
+        """
+        ...
+
     def read_positions(self, counts: Sequence[int]) -> Tensor:
         """Where the tokens are that `run` reads [R·S], in any tensor of the pass seen as [tokens, F]."""
         ...
