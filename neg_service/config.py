@@ -75,9 +75,9 @@ class DatasetConfig:
     )
     not_one_token: str = setting(
         "error",
-        "targets that are not one token after their prompt: refuse; or leave out and count them, and prompts whose "
-        "answer is one",
-        allowed=("error", "skip"),
+        "targets that are not one token after their prompt: refuse; leave out and count them, and prompts whose "
+        "answer is one; or read them token by token: their probability is the product over their tokens",
+        allowed=("error", "skip", "sequence"),
     )
     ids: Any = setting(None, "only the prompts of these ids, in the order of the data set", kind=str | list[str] | None)
     columns: Any = setting(
@@ -100,6 +100,10 @@ class DatasetConfig:
     group_until: str | None = setting(None, "what ends a group's name in its column")
     answer_prefix: str = setting(
         " ", "between a prompt and such a target, unless the prompt ends with a space; `''` for masked models"
+    )
+    target_prefix: str = setting("", "of a file's targets: what stands before each, such as a space")
+    answer_is: str = setting(
+        "text", "a row's answer: one of its targets; or their index from 0", allowed=("text", "index")
     )
     task: Any = setting(None, "tasks of MCEval8K: one, a list, or `all`", kind=str | list[str] | None)
     split: Any = setting(
@@ -282,7 +286,7 @@ def check(config: ScanConfig) -> None:
     Raises:
         ConfigurationError: naming the key, its value, and what it may be.
     """
-    dataset = [own.name for own in fields(config.dataset) if own.name in ("too_long", "not_one_token")]
+    dataset = [own.name for own in fields(config.dataset) if own.name in ("too_long", "not_one_token", "answer_is")]
     check_fields("dataset", config.dataset, dataset)
     for name in ("cluster", "storage", "job"):
         check_fields(name, getattr(config, name))
@@ -290,62 +294,6 @@ def check(config: ScanConfig) -> None:
     if must := must_be(ClusterConfig.__dataclass_fields__["replicas"].metadata, most):
         key = "cluster.replicas" + ".max" * isinstance(config.cluster.replicas, Mapping)
         raise ConfigurationError(setting=key, value=most, allowed=must)
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """What a batch may take: a number of `unit` (bytes or tokens), or auto, and the setting that says so."""
-
-    key: str
-    value: int | None
-    unit: str
-
-    @property
-    def is_by_old_name(self) -> bool:
-        """Whether another setting is used by now."""
-        return self.key != _BATCH_BYTES
-
-
-_BATCH_BYTES = "cluster.batch_bytes"
-
-
-def batch_size(config: ScanConfig) -> BatchSize:
-    """`cluster.batch_bytes`, or what an old name of it says; `auto` and null of an old name say nothing.
-
-    Raises:
-        ConfigurationError: two of them say something, or `measure.batch_bytes` is no number of bytes.
-    """
-    given = {_BATCH_BYTES: config.cluster.batch_bytes, "cluster.batch_tokens": config.cluster.batch_tokens}
-    if config.measure.get("name") == "sweep":
-        given["measure.batch_bytes"] = config.measure.get("batch_bytes")
-    said = {key: value for key, value in given.items() if value not in (None, *_AUTO)}
-    old = [key for key in said if key != _BATCH_BYTES]
-    if len(said) > 1:
-        other = next(key for key in said if key != old[0])
-        raise ConfigurationError(
-            f"is an old name of {_BATCH_BYTES}, and {other}={said[other]} is given, too: leave it out",
-            setting=old[0],
-            value=said[old[0]],
-        )
-    key, value = next(iter(said.items()), (_BATCH_BYTES, None))
-    if value is not None and (not _is_whole(value) or value < 1):
-        raise ConfigurationError(setting=key, value=value, allowed="auto or a whole number, at least 1")
-    return BatchSize(key, value, "tokens" if key == "cluster.batch_tokens" else "bytes")
-
-
-def check_batch_bytes(key: str, value: int, least: int) -> None:
-    """Refuse a batch that holds no two rows, of which one is not shifted.
-
-    Raises:
-        ConfigurationError: with the least that is needed.
-    """
-    if value < least:
-        raise ConfigurationError(
-            f"holds {2 * value // least} rows of {least // 2} bytes, at least 2 are needed: one of them is not shifted",
-            setting=key,
-            value=value,
-            allowed=f"at least {least}",
-        )
 
 
 def most_replicas(cluster: ClusterConfig) -> Any:
@@ -373,7 +321,7 @@ def checked_layers(neurons: NeuronsConfig, n_layers: int) -> list[int]:
     layers = neurons.layers
     if isinstance(layers, int):
         layers = [layers]
-    if not isinstance(layers, list) or not layers or not all(_is_whole(layer) for layer in layers):
+    if not isinstance(layers, list) or not layers or not all(is_whole(layer) for layer in layers):
         raise ConfigurationError(
             setting="neurons.layers", value=layers, allowed="all or a list of layer numbers such as [0,5]"
         )
@@ -406,5 +354,5 @@ def plain(values: Any) -> dict[str, Any]:
     return {str(key): value for key, value in result.items()}
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

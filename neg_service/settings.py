@@ -32,6 +32,19 @@ def basis_setting() -> Any:
     return setting("paper", "which activation is the neuron", allowed=BASES)
 
 
+AT = ("readout", "each")
+
+
+def at_setting() -> Any:
+    """The field of measures that move neurons, or differentiate at them, where targets may be several tokens."""
+    return setting(
+        "readout",
+        "where neurons move, of targets of several tokens: at the prompt's last token, or at each token that predicts "
+        "one of the target's",
+        allowed=AT,
+    )
+
+
 def setting(
     default: Any,
     says: str,

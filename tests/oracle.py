@@ -97,7 +97,7 @@ def gradients(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Probabilities [K], gradients d p / d a [K, L, N] and activations [L, N] at a position of one prompt."""
     seen: dict[int, Tensor] = {}
-    handles = [_capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
+    handles = [capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
     try:
         with torch.enable_grad():
             p_v = _logits(model, ids)[position].softmax(-1)
@@ -108,8 +108,8 @@ def gradients(
     rows = []
     for target in target_ids:
         slopes = torch.autograd.grad(p_v[target], neurons, retain_graph=True)
-        rows.append(np.stack([_at(slope, position, basis, model) for slope in slopes]))
-    activations = np.stack([_at(own, position, basis, model) for own in neurons])
+        rows.append(np.stack([at(slope, position, basis, model) for slope in slopes]))
+    activations = np.stack([at(own, position, basis, model) for own in neurons])
     return p_v.detach()[list(target_ids)].double().numpy(), np.stack(rows), activations
 
 
@@ -120,7 +120,7 @@ def gradients_over_cache(model: nn.Module, ids: Sequence[int], target_ids: Seque
     rows = []
     for target in target_ids:
         seen: dict[int, Tensor] = {}
-        handles = [_capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
+        handles = [capture(mlp, basis, layer, seen) for layer, mlp in enumerate(layers_of(model))]
         try:
             with torch.enable_grad():
                 last = torch.tensor([list(ids)[-1:]])
@@ -129,7 +129,7 @@ def gradients_over_cache(model: nn.Module, ids: Sequence[int], target_ids: Seque
         finally:
             for handle in handles:
                 handle.remove()
-        rows.append(np.stack([_at(slope, -1, basis, model) for slope in slopes]))
+        rows.append(np.stack([at(slope, -1, basis, model) for slope in slopes]))
     return np.stack(rows)
 
 
@@ -256,7 +256,7 @@ def changes_with_shifts(
     return (p[1:] - p[0]).numpy()
 
 
-def _capture(mlp: nn.Module, basis: str, layer: int, seen: dict[int, Tensor]) -> object:
+def capture(mlp: nn.Module, basis: str, layer: int, seen: dict[int, Tensor]) -> object:
     module, side = neuron_module(mlp, basis)
 
     def keep(x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def _logits(model: nn.Module, ids: Sequence[int]) -> Tensor:
     return model(torch.tensor([list(ids)]), **options).logits[0]
 
 
-def _at(x: Tensor, position: int, basis: str, model: nn.Module) -> np.ndarray:
+def at(x: Tensor, position: int, basis: str, model: nn.Module) -> np.ndarray:
     row = x.detach().reshape(-1, x.shape[-1])[position].double().numpy()
     _, side = neuron_module(layers_of(model)[0], basis)
     return row[len(row) // 2 :] if side.startswith("second") else row

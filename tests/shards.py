@@ -31,9 +31,11 @@ def measured_shard(
     neurons: NeuronsConfig | None = None,
     calibration: Mapping[str, Any] | None = None,
     budget: Budget | None = None,
+    *,
+    sequences: bool = False,
 ) -> dict[str, pa.Table]:
     """The tables of these prompts as one shard, which are those that the measure says."""
-    encoded = list(encode(model.tokenizer, prompts, None, model.mask_token))
+    encoded = list(encode(model.tokenizer, prompts, None, model.mask_token, sequences=sequences))
     shard = ShardInput(
         model, encoded, neurons or NeuronsConfig(), budget=budget or Budget(2**28), calibration=calibration or {}
     )

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from neg_service.batch_size import BatchSize
 from neg_service.cluster.messages import Shard
-from neg_service.config import BatchSize, ModelConfig, ScanConfig
+from neg_service.config import ModelConfig, ScanConfig
 from neg_service.memory import OLD_TOKENS, busy_bytes
 from neg_service.prompts.prompt import EncodedPrompt, Prompt, digest
 from neg_service.prompts.sources import dataset_name

@@ -15,8 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from neg_service.batch_size import batch_size
 from neg_service.cluster.messages import Shard, WorkerInfo, WorkerSpec
-from neg_service.config import batch_size
 from neg_service.errors import ModelError
 from neg_service.measures import measure_of
 from neg_service.measures.base import ShardInput

@@ -106,6 +106,8 @@ class Measure(ABC, Generic[OptionsT]):
     NAMES: ClassVar[tuple[str, ...]] = ()
     # Whether `neurons.choose` may be something else than `all`.
     MEASURES_SINGLE_NEURONS: ClassVar[bool] = False
+    # Whether targets may be several tokens: whoever takes `EncodedPrompt.target_ids` for all of a target does not.
+    TAKES_SEQUENCES: ClassVar[bool] = False
     # Whether a list may have other neurons for each task.
     TAKES_NEURONS_BY_TASK: ClassVar[bool] = False
     # Memory that a batch may take, where a replica says it; for what has no shard, such as calibrating.
@@ -174,6 +176,29 @@ class Measure(ABC, Generic[OptionsT]):
         if not self.TAKES_NEURONS_BY_TASK and neurons.choose == "list" and getattr(neurons.list, "tasks", None):
             raise ConfigurationError(f"measure={self.name} takes the same for all tasks", setting="neurons.list")
         layers_with_neurons(neurons, layers_of_model(info))
+
+    def check_targets(self, info: ModelInfo, not_one_token: str) -> None:
+        """Refuse targets of several tokens, if they are asked for, where a model or this measure has no use for them.
+
+        Raises:
+            ConfigurationError: saying what is possible.
+        """
+        if not_one_token != "sequence":
+            return
+        if info.is_masked:
+            raise ConfigurationError(
+                f"{info.name} is a masked model, which predicts one token in the place of its mask",
+                setting="dataset.not_one_token",
+                value="sequence",
+                allowed="error or skip",
+            )
+        if not self.TAKES_SEQUENCES:
+            raise ConfigurationError(
+                f"measure={self.name} takes targets of one token",
+                setting="dataset.not_one_token",
+                value="sequence",
+                allowed="error or skip",
+            )
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """The options that decide the numbers; they go into the run's fingerprint."""

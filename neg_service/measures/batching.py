@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TypeVar
+
+import torch
 
 from neg_service.errors import ConfigurationError, DoesNotFit
 from neg_service.memory import OLD_TOKENS, is_out_of_memory
 from neg_service.models.batches import Budget, end_of_part, return_cached_memory, without_frames
+from neg_service.models.engines.base import Engine
+from neg_service.models.engines.trees import target_chain, target_tree
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.room import auto_batch_bytes
-from neg_service.prompts.prompt import EncodedPrompt
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.tokens import encode
 
 T = TypeVar("T")
 
@@ -106,16 +112,15 @@ def in_batches(
     Raises:
         DoesNotFit: a prompt does not fit even alone.
     """
-    engine = model.engine
     targets = differentiated or [0] * len(prompts)
-    for start in range(0, len(prompts), PLANNED_TOGETHER):
-        block = range(len(prompts))[start : start + PLANNED_TOGETHER]
+    for block in _planned_together(prompts):
+        engine = engine_of(model, prompts[block[0]])
         for group in engine.groups([prompts[i].ids for i in block]):
             members = sorted((block[i] for i in group.members), key=lambda i: (len(prompts[i].ids), i))
             kept = engine.prefixes.longest([prompts[i].ids for i in members])
             n_shared = kept if kept and kept >= group.shared - PREFIX_SLACK else group.shared
             shared = prompts[members[0]].ids[:n_shared]
-            costs = [engine.cost(len(prompts[i].ids), n_shared, counts[i], targets[i]) for i in members]
+            costs = [_cost(engine, prompts[i], n_shared, counts[i], targets[i]) for i in members]
 
             def run_part(part: range, members: list[int] = members, shared: tuple[int, ...] = shared) -> list[T]:
                 own = [members[i] for i in part]
@@ -134,6 +139,67 @@ def in_batches(
                 del results
 
 
+def _planned_together(prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
+    """Blocks of prompts that one engine runs: of one token each target, then those with a target of several."""
+    for has_sequences in (False, True):
+        own = [i for i, prompt in enumerate(prompts) if prompt.has_sequences == has_sequences]
+        for start in range(0, len(own), PLANNED_TOGETHER):
+            yield own[start : start + PLANNED_TOGETHER]
+
+
+def encoded_prompts(model: LanguageModel, prompts: Sequence[Prompt], not_one_token: str) -> list[EncodedPrompt]:
+    """Prompts of a call of the library as tokens; `not_one_token` says what targets of several tokens are.
+
+    Raises:
+        PromptError: see `encode`. ConfigurationError: neither `error` nor `sequence`, or sequences of a masked model.
+    """
+    if not_one_token not in ("error", "sequence"):
+        raise ConfigurationError(setting="not_one_token", value=not_one_token, allowed="error or sequence")
+    return list(
+        encode(
+            model.tokenizer, prompts, model.context_length, model.mask_token, model=model,
+            sequences=not_one_token == "sequence",
+        )
+    )  # fmt: skip
+
+
+def engine_of(model: LanguageModel, prompt: EncodedPrompt) -> Engine:
+    """The engine that runs a prompt's rows, which may be another one where a target is several tokens.
+
+    Raises:
+        ModelError: none can; see `LanguageModel.ensure_checked_for_trees`.
+    """
+    return model.ensure_checked_for_trees().engine if prompt.has_sequences else model.engine
+
+
+def _cost(engine: Engine, prompt: EncodedPrompt, n_shared: int, n_rows: int, n_targets: int) -> int:
+    """What a prompt takes of a batch's memory; of rows of several tokens, as `Engine.cost` has it of one."""
+    if not prompt.has_sequences:
+        return engine.cost(len(prompt.ids), n_shared, n_rows, n_targets)
+    n = len(prompt.ids)
+    frozen = engine.model.frozen_bytes(n - n_shared, n) if engine.shares_prefixes else 0
+    if not n_targets:
+        return frozen + n_rows * engine.tree_sizes(n, target_tree(prompt.ids[-1], prompt.target_tokens).row).run
+    longest = target_chain(prompt.ids[-1], max(prompt.target_tokens, key=len))
+    sizes = engine.tree_sizes(n, longest)
+    return frozen + n_rows * sizes.graph + n_targets * sizes.slopes
+
+
 def named(prompt: EncodedPrompt, model: LanguageModel) -> str:
     """A prompt as messages name it, with what its errors mostly depend on."""
     return f"prompt {prompt.prompt.id!r} ({len(prompt.ids)} tokens) in {str(model.dtype).removeprefix('torch.')}"
+
+
+@contextmanager
+def naming_memory(who: str, device: torch.device, what: str, advice: str) -> Iterator[None]:
+    """Let an error that says that memory ended name the prompt, and what does not fit (`its tokens do not fit`).
+
+    Raises:
+        DoesNotFit: in the place of that error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFit(f"{who}: {what} into the memory of {device}: {advice}") from without_frames(error)

@@ -60,12 +60,13 @@ def sweep_prompt(
     neurgrad_km: Tensor | None = None,
     noise: RowNoise = NO_NOISE,
     on_done: Callable[[int], None] = lambda n: None,
+    gradient_km: Tensor | None = None,
     output: Output | None = None,
 ) -> SweepResult:
     """Sweep neurons for all targets; curves never leave the device.
 
-    output: what is measured of the targets; their probabilities where it is not given. neurgrad_km: of the layers of
-    these neurons, as `Interventions.neurgrad` gives it; computed if it is needed and not given. noise: of the engine's
+    output: what is measured of the targets; their probabilities where it is not given. neurgrad_km, gradient_km: of the
+    layers of these neurons, as `Interventions` gives them; computed if needed and not given. noise: of the engine's
     rows, which the adaptive grid does not refine beyond. `on_done` is told how many neurons each group of sites
     brought.
 
@@ -86,6 +87,8 @@ def sweep_prompt(
     activation_n = torch.zeros(n, dtype=torch.float64, device=device)
     if neurgrad_km is None and sweep.uses_slope:
         neurgrad_km = interventions.neurgrad(neurons.layers, budget, output)
+    if gradient_km is None and sweep.uses_slope and sweep.shift == "signed":
+        gradient_km = interventions.gradient(neurons.layers, budget, output)
     activation_m = torch.cat([interventions.activation[site].to(device) for site in sites.sites])
     in_order = np.argsort(place_n, kind="stable")
     for own in _groups(in_order[place_n[in_order] >= 0], place_n, sites):
@@ -94,7 +97,9 @@ def sweep_prompt(
         slope_nk = torch.full((len(own), k), torch.nan, dtype=torch.float64, device=device)
         if neurgrad_km is not None:
             slope_nk = neurgrad_km[:, own_n].T.double()
-            if sweep.shift == "signed":
+            if sweep.shift == "signed" and gradient_km is not None:
+                slope_nk = gradient_km[:, own_n].T.double()
+            elif sweep.shift == "signed":
                 slope_nk = signed_by(activation_m[own_n, None], slope_nk)
         values = swept(interventions, sites, place_n[own], slope_nk, sweep, noise, budget, keep_curves, output)
         found.put(of_set_n, values)
@@ -156,8 +161,8 @@ def swept(
     if sweep.uses_slope and not interventions.gradients_are_exact:
         slope_nk, n_slope = _measured_slopes(run, sweep.grid.evaluated.max(), len(place_n)), 2
     found = evaluate_in_stages(
-        sweep.grid, run, slope_nk, noise.sigma * output.noise(p_k, rest_k), keep_curves, interventions.has_experts,
-        noise.is_per_row and interventions.errors_are_shares,
+        sweep.grid, run, slope_nk, noise.sigma * interventions.noise_of(output), keep_curves,
+        interventions.has_experts, noise.is_per_row and interventions.errors_are_shares,
     )  # fmt: skip
     return replace(found, n_shifts_n=found.n_shifts_n + n_slope)
 

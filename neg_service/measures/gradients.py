@@ -32,6 +32,7 @@ from neg_service.measures.batching import in_batches, named
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import PLAIN, Readouts
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
+from neg_service.measures.sequences import TokenLogP, differentiated_sequences
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import TargetGradients, target_gradients
 from neg_service.models.feed_forward import Point, Site
@@ -52,7 +53,8 @@ class PromptGradients:
     probability_k: of *all* targets of the prompt, 0..1.
     gradient_km: probability per activation unit.
     activation_m: the neurons' activations at the readout position.
-    slots: which neurons stand along M. routing: the experts that were chosen, of all layers.
+    slots: which neurons stand along M. routing: the experts that were chosen, of all layers. token_log_p: of each
+    target its tokens' log p, where any is several tokens.
     """
 
     targets: tuple[int, ...]
@@ -61,6 +63,7 @@ class PromptGradients:
     activation_m: Floats
     slots: Slots
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
     @property
     def neurgrad_km(self) -> Floats:
@@ -99,10 +102,12 @@ def gradients(
     basis: str,
     layers: Sequence[int],
     budget: Budget,
+    each: bool = False,
 ) -> Iterator[tuple[int, PromptGradients]]:
     """Measure prompts in whatever order is cheapest; yields (index, result), each index once.
 
-    `wanted[i]` are the indices of the targets of prompt i to differentiate; probabilities cover all targets.
+    `wanted[i]` are the indices of the targets of prompt i to differentiate; probabilities cover all targets. each: see
+    `differentiated_sequences`.
 
     Raises:
         NonFiniteError: NaN or infinity in a prompt's logits or gradients.
@@ -116,14 +121,20 @@ def gradients(
         # Copies: a view would keep the whole batch's array for as long as one prompt's result.
         return [
             PromptGradients(
-                targets, probability_k, gradient_rm[rows].copy(), activation_bm[b].copy(), batch.slots[b], routing
+                targets,
+                probability_k,
+                gradient_rm[rows].copy(),
+                activation_bm[b].copy(),
+                batch.slots[b],
+                routing,
+                found.log_p_b[b],
             )
             for b, (targets, rows, probability_k, routing) in enumerate(
                 zip(batch.targets, batch.rows, found.probability_bk, batch.routings, strict=True)
             )
         ]
 
-    return _batches(model, prompts, wanted, points, budget, finish, PLAIN)
+    return _batches(model, prompts, wanted, points, budget, finish, PLAIN, each)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,7 @@ class PromptReduced:
     values: tuple[NDArray[Any], ...]
     slots: Slots
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
 
 # Of the prompt with an index, from its slots, its gradients [K, M] and activations [M] where the model computed them.
@@ -150,11 +162,13 @@ def reduced_gradients(
     budget: Budget,
     reduce: Reduction,
     readouts: Readouts = PLAIN,
+    *,
+    each: bool = False,
 ) -> Iterator[tuple[int, PromptReduced]]:
     """The same for measures that need less of a prompt than its gradients, and of other readouts, too.
 
     What `reduce` gives is all that is fetched. It runs where the model does; on an accelerator a prompt's gradients
-    would take longer to fetch, and to be reduced by the CPU, than to compute.
+    would take longer to fetch, and to be reduced by the CPU, than to compute. each: see `differentiated_sequences`.
     """
     points = model.feed_forward.sites(basis, layers)
 
@@ -172,11 +186,12 @@ def reduced_gradients(
                 tuple(_alone(next(on_cpu), value) for value in values_b[b]),
                 batch.slots[b],
                 batch.routings[b],
+                found.log_p_b[b],
             )
             for b in range(len(indices))
         ]
 
-    return _batches(model, prompts, wanted, points, budget, finish, readouts)
+    return _batches(model, prompts, wanted, points, budget, finish, readouts, each)
 
 
 def _batches(
@@ -187,10 +202,11 @@ def _batches(
     budget: Budget,
     finish: Callable[[BatchGradients, Sequence[int]], list[T]],
     readouts: Readouts,
+    each: bool,
 ) -> Iterator[tuple[int, T]]:
     def run(indices: Sequence[int], shared: tuple[int, ...]) -> list[T]:
-        own = [prompts[i] for i in indices]
-        batch = batch_gradients(model, own, [wanted[i] for i in indices], points, shared, readouts)
+        own, own_wanted = [prompts[i] for i in indices], [wanted[i] for i in indices]
+        batch = batch_gradients(model, own, own_wanted, points, shared, readouts, each)
         return finish(batch, indices)
 
     # What a target is compared with is differentiated, too.
@@ -198,7 +214,10 @@ def _batches(
         len(prompt.target_ids) if readouts.is_contrast else len(own)
         for prompt, own in zip(prompts, wanted, strict=True)
     ]
-    counts = [1] * len(prompts) if model.engine.targets_share_rows else n_targets
+    shares_rows = model.engine.targets_share_rows
+    counts = [
+        1 if shares_rows and not prompt.has_sequences else n for prompt, n in zip(prompts, n_targets, strict=True)
+    ]
     return in_batches(model, prompts, counts, run, budget, n_targets)
 
 
@@ -206,6 +225,7 @@ def _batches(
 class _Fetched:
     tensors: list[Tensor]
     probability_bk: list[Floats]
+    log_p_b: list[TokenLogP]
 
 
 @dataclass(frozen=True)
@@ -214,20 +234,21 @@ class BatchGradients:
 
     who: names the prompts in messages. rows: where along R a prompt's targets are. gradient_rm: probability per
     activation unit, or the readout's unit. activation_bm: of each prompt's readout position. finite_r: whether logits
-    and gradients are. probability_bk: of all targets of each prompt, of which it has `n_targets`; what is behind them
-    means nothing.
+    and gradients are. probability_bk: of all targets of each prompt, of which `n_tokens` has as many; what is behind
+    them means nothing. log_p_bks: of their tokens, where targets are several, zero behind the last of a target.
     """
 
     who: list[str]
     targets: list[tuple[int, ...]]
     rows: list[slice]
-    n_targets: list[int]
+    n_tokens: list[list[int]]
     gradient_rm: Tensor
     activation_bm: Tensor
     finite_r: Tensor
     probability_bk: Tensor
     slots: list[Slots]
     routings: list[PromptRouting]
+    log_p_bks: Tensor | None = None
 
     def fetched(self, tensors: Sequence[Tensor]) -> _Fetched:
         """Tensors on the CPU, with the prompts' probabilities, by one wait.
@@ -235,12 +256,19 @@ class BatchGradients:
         Raises:
             NonFiniteError: NaN or infinity in logits or gradients of a prompt.
         """
-        finite_r, probability_bk, *found = fetched([self.finite_r, self.probability_bk, *tensors])
+        beside = [] if self.log_p_bks is None else [self.log_p_bks]
+        finite_r, probability_bk, *found = fetched([self.finite_r, self.probability_bk, *tensors, *beside])
+        log_p_b: list[TokenLogP] = [None] * len(self.who)
+        if beside:
+            log_p_bks = found.pop().numpy()
+            log_p_b = [
+                tuple(log_p_bks[b, k, :n].copy() for k, n in enumerate(own)) for b, own in enumerate(self.n_tokens)
+            ]
         for who, rows in zip(self.who, self.rows, strict=True):
             if not finite_r[rows].all():
                 raise NonFiniteError(f"{who}: NaN or infinity in logits or gradients; try another model.dtype")
         p_bk = probability_bk.numpy()
-        return _Fetched(found, [p_bk[b, :n].copy() for b, n in enumerate(self.n_targets)])
+        return _Fetched(found, [p_bk[b, : len(own)].copy() for b, own in enumerate(self.n_tokens)], log_p_b)
 
 
 def batch_gradients(
@@ -250,26 +278,37 @@ def batch_gradients(
     points: dict[Site, Point],
     shared: tuple[int, ...],
     readouts: Readouts = PLAIN,
+    each: bool = False,
 ) -> BatchGradients:
-    """Differentiate some targets of prompts that all begin with the tokens `shared`."""
+    """Differentiate some targets of prompts that all begin with the tokens `shared`, and that one engine runs."""
     outputs = [Output.of(readouts, prompt.prompt) for prompt in prompts]
     wanted = [[k for k in own if k in output.kept] for own, output in zip(wanted, outputs, strict=True)]
     run_of = [range(len(prompt.target_ids)) for prompt in prompts] if readouts.is_contrast else wanted
-    target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, run_of, strict=True)]
-    of_logits = outputs[0].differentiates_logits
-    rows_of = model.rows([prompt.ids for prompt in prompts], shared)
-    found = target_gradients(rows_of, target_ids, points, of_logits=of_logits)
-    device = found.log_p_rv.device
-    ends = np.cumsum([0, *map(len, target_ids)]).tolist()
-    first_b = indices(ends[:-1], device)
-    p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
-    most = max(len(prompt.target_ids) for prompt in prompts)
-    ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
+    tokens_bks: Tensor | None = None
+    ends = np.cumsum([0, *map(len, run_of)]).tolist()
+    if prompts[0].has_sequences:
+        found, tokens_bks = differentiated_sequences(model, prompts, run_of, points, shared, each)
+        p_r1, probability_bk = found.log_p_rv.sum(1, keepdim=True).exp(), tokens_bks.sum(-1).exp()
+        device, rest_r = found.log_p_rv.device, 1 - p_r1[:, 0].double()
+        first_b = indices(ends[:-1], device)
+    else:
+        target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, run_of, strict=True)]
+        rows_of = model.rows([prompt.ids for prompt in prompts], shared)
+        found = target_gradients(rows_of, target_ids, points, of_logits=outputs[0].differentiates_logits)
+        device = found.log_p_rv.device
+        first_b = indices(ends[:-1], device)
+        p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
+        most = max(len(prompt.target_ids) for prompt in prompts)
+        ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
+        probability_bk = found.log_p_rv[first_b[:, None], ids_bk].exp()
+        # As exact as the probabilities are, also where one is nearly 1.
+        rest_r = (
+            p_r1[:, 0].double() if readouts.is_plain else found.log_p_rv.exp().double().sum(1) - p_r1[:, 0].double()
+        )
     parts = [slice(*own) for own in pairwise(ends)]
     if readouts.is_plain:
         gradient_rm, finite_r = _joined(found, p_r1)
     else:
-        rest_r = found.log_p_rv.exp().double().sum(1) - p_r1[:, 0].double()
         slope_rm, finite_r = _joined(found, torch.ones_like(p_r1))
         finite_r = torch.cat([finite_r[own].all().expand(len(of)) for own, of in zip(parts, wanted, strict=True)])
         gradient_rm = torch.cat(
@@ -290,11 +329,12 @@ def batch_gradients(
         who=[named(prompt, model) for prompt in prompts],
         targets=[tuple(own) for own in wanted],
         rows=parts,
-        n_targets=[len(prompt.target_ids) for prompt in prompts],
+        n_tokens=[[len(tokens) for tokens in prompt.target_tokens] for prompt in prompts],
         gradient_rm=gradient_rm,
         activation_bm=torch.cat([own[first_of[own.device]].float().to(device) for own in found.activation_srn], 1),
         finite_r=finite_r,
-        probability_bk=found.log_p_rv[first_b[:, None], ids_bk].exp(),
+        probability_bk=probability_bk,
+        log_p_bks=tokens_bks,
         slots=slots,
         routings=routings,
     )

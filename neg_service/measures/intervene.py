@@ -13,7 +13,7 @@ Axes: P prompts, E edits, K targets of a prompt, R rows of a batch, i single cha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.errors import ConfigurationError, told_by_parameters
-from neg_service.measures.batching import budget_of, in_batches, named
+from neg_service.measures.batching import budget_of, encoded_prompts, in_batches, named
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows
+from neg_service.measures.sequences import TokenLogP, TreeBaseline
+from neg_service.measures.targets import check_at
 from neg_service.models.batches import Budget
+from neg_service.models.engines.base import Rows
+from neg_service.models.engines.trees import TargetTree, target_tree
 from neg_service.models.experts_function import watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
 from neg_service.prompts.chat import prompts_of
 from neg_service.prompts.prompt import Asked, EncodedPrompt, check_prompts, check_texts
-from neg_service.prompts.tokens import encode
 
 Doubles = NDArray[np.float64]
 
@@ -77,13 +80,18 @@ def intervene(
     answers: Sequence[int | None] | None = None,
     batch_bytes: int | None = None,
     batch_tokens: int | None = None,
+    not_one_token: str = "error",
+    at: str = "readout",
 ) -> InterveneResult:
     """Change sets of neurons at each prompt's readout position, and read the targets before and after.
 
     Args:
         model: from `load_model`.
         prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
-        targets: for each prompt, texts that follow it verbatim; each must be one token there.
+        targets: for each prompt, texts that follow it verbatim; each must be one token there, unless `not_one_token`
+            is `sequence`: then the probability of a target is the product over its tokens.
+        at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
+            alone.
         edits: E edits, `Edit` or mappings such as `{"neurons": [(29, 864)], "shift": 0.5}`; see `edits.py`.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         answers: for each prompt the index of the target that `enhance` favours; the first target where not given.
@@ -105,14 +113,15 @@ def intervene(
         )
     asked = prompts_of(model, prompts, targets, given)
     check_prompts(asked)
+    check_at(at, model.feed_forward.has_experts, "at")
     checked = checked_edits(edits, model.feed_forward.layer_neurons)
-    encoded = list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
+    encoded = encoded_prompts(model, asked, not_one_token)
     model.ensure_checked()
     budget = budget_of(model, batch_bytes, batch_tokens)
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
     before, delta = np.full((p, k), np.nan), np.full((p, e, k), np.nan)
     n_routed = np.zeros((p, e), np.int64)
-    for index, found in effects(model, encoded, checked, basis, budget):
+    for index, found in effects(model, encoded, checked, basis, budget, at == "each"):
         own = len(found.probability_k)
         before[index, :own], delta[index, :, :own] = found.probability_k, found.delta_p_ek
         n_routed[index] = found.n_routed_e
@@ -134,18 +143,23 @@ class Effects:
     """Of one prompt: probabilities of its targets without edits [K], and what each edit changes [E, K].
 
     n_routed_e: how many of each edit's neurons were there to be changed. routing: of the prompt without edits.
+    token_log_p: of each target its tokens' log p without edits, where any is several tokens.
     """
 
     probability_k: Doubles
     delta_p_ek: Doubles
     n_routed_e: NDArray[np.int64]
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
 
 def effects(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget
-) -> Iterator[tuple[int, Effects]]:
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget,
+    each: bool = False,
+) -> Iterator[tuple[int, Effects]]:  # fmt: skip
     """Run edits on prompts in whatever order is cheapest; yields (index, effects), each index once.
+
+    each: edit neurons at every token that predicts one of a target's, and not at the readout position alone.
 
     Very many edits run a part at a time, each part beside an unedited row of its own.
 
@@ -153,7 +167,7 @@ def effects(
         DoesNotFit: a prompt with a part of the edits does not fit.
         NonFiniteError: NaN or infinity in a prompt's logits, without or with an edit.
     """
-    signs = _signs_of_neg(model, prompts, edits, basis, budget)
+    signs = _signs_of_neg(model, prompts, edits, basis, budget, each)
     points = model.feed_forward.sites(basis)
     readout = Readout(model)
 
@@ -163,13 +177,13 @@ def effects(
 
         def run(indices: Sequence[int], shared: tuple[int, ...], part: range = part) -> list[Effects]:
             own, own_signs = [prompts[i] for i in indices], [signs[i] for i in indices]
-            return _run_batch(model, readout, own, own_signs, {e: edits[e] for e in part}, points, shared)
+            return _run_batch(model, readout, own, own_signs, {e: edits[e] for e in part}, points, shared, each)
 
         for index, effects_of_part in in_batches(model, prompts, [1 + len(part)] * len(prompts), run, budget):
             found[index].append(effects_of_part)
     for index, parts in enumerate(found):
         delta_p_ek, n_routed_e = (np.concatenate([getattr(own, name) for own in parts]) for name in _OF_EDITS)
-        yield index, Effects(parts[0].probability_k, delta_p_ek, n_routed_e, parts[0].routing)
+        yield index, Effects(parts[0].probability_k, delta_p_ek, n_routed_e, parts[0].routing, parts[0].token_log_p)
 
 
 _OF_EDITS = ("delta_p_ek", "n_routed_e")
@@ -190,6 +204,11 @@ class _Change:
     constant_i: Tensor
     by_sign_i: Tensor
 
+    def of_rows(self, is_kept_r: Tensor) -> _Change:
+        """That of some rows."""
+        kept_i = is_kept_r[self.row_i]
+        return _Change(**{field.name: getattr(self, field.name)[kept_i] for field in fields(self)})
+
 
 @torch.no_grad()
 def _run_batch(
@@ -200,56 +219,102 @@ def _run_batch(
     edits: Mapping[int, CheckedEdit],
     points: Mapping[Site, Point],
     shared: tuple[int, ...],
+    each: bool = False,
 ) -> list[Effects]:
     counts = [1 + len(edits)] * len(prompts)
-    rows = model.rows([prompt.ids for prompt in prompts], shared)
-    positions_r = rows.positions(counts)
+    trees = [target_tree(prompt.ids[-1], prompt.target_tokens) for prompt in prompts if prompt.has_sequences]
+    rows, positions_rq = _rows(model, prompts, trees, counts, shared, each)
     changes = _changes(edits, signs)
+    n_read = [len(tree.row.read) for tree in trees] or [1] * len(prompts)
     n_routed_r = torch.zeros(sum(counts), dtype=torch.int64)
 
     def change(site: Site, x: Tensor) -> Tensor:
-        own, device = changes[site], x.device
-        changed = x.clone()
+        own, changed = changes[site], x.clone()
         neurons = points[site].neurons(flat(changed))
-        token_i, unedited_token_i = (positions_r[rows_i].to(device) for rows_i in (own.row_i, own.unedited_row_i))
-        column_i, is_there_i = own.neuron_i.to(device), torch.ones(len(token_i), dtype=torch.bool, device=device)
-        unedited_column_i, was_there_i = column_i, is_there_i
         experts = model.feed_forward.experts[site.layer]
-        if site.is_experts and experts is not None:
-            chosen_tk = routing[experts.module].expert_tk
-            expert_i1 = own.expert_i.to(device)[:, None]
-            is_own_ik, was_own_ik = (chosen_tk[tokens_i] == expert_i1 for tokens_i in (token_i, unedited_token_i))
-            is_there_i, was_there_i = is_own_ik.any(1), was_own_ik.any(1)
-            unedited_column_i = was_own_ik.int().argmax(1) * experts.n_neurons + column_i
-            column_i = is_own_ik.int().argmax(1) * experts.n_neurons + column_i
-        n_routed_r.index_add_(0, own.row_i, is_there_i.long().cpu())
-        # What was not there was silent, and can only grow.
-        was_negative = (neurons[unedited_token_i, unedited_column_i] < 0) & was_there_i
-        sign = torch.where(was_negative & own.by_sign_i.to(device), -1.0, 1.0)
-        place = (token_i[is_there_i], column_i[is_there_i])
-        moved = own.factor_i.to(device) * neurons[token_i, column_i].double() + own.constant_i.to(device) * sign
-        neurons[place] = moved[is_there_i].to(x.dtype)
+        chosen_tk = routing[experts.module].expert_tk if site.is_experts and experts is not None else None
+        n_of_expert = 0 if experts is None else experts.n_neurons
+        # The readout position first; then its place in a row's other sequences, and other tokens.
+        for q, positions_r in enumerate(positions_rq.T):
+            some = own if q == 0 else own.of_rows(positions_r >= 0)
+            is_there_i = _edit(some, neurons, positions_r, chosen_tk, n_of_expert)
+            if q == 0:
+                n_routed_r.index_add_(0, own.row_i, is_there_i.long().cpu())
         return changed
 
     with (
         watching_routing() as routing,
         hooks({site: points[site] for site in changes}, change),
-        readout.differences(counts) as head_rv,
+        readout.differences(counts, n_read) as head_rv,
     ):
         logits_rv = rows.run(counts)
     first_r = torch.cumsum(torch.tensor([0, *counts[:-1]]), 0)
-    routings = routing_of_rows(model.feed_forward, routing, positions_r[first_r])
-    results = []
+    routings = routing_of_rows(model.feed_forward, routing, positions_rq[first_r, 0])
+    results, start = [], 0
     for b, prompt in enumerate(prompts):
-        first = b * counts[b]
-        baseline = readout.baseline(head_rv[0][first], logits_rv[first], named(prompt, model))
-        own_rv = head_rv[0][first + 1 : first + counts[b]]
-        log_p_ek = readout.delta_log_p(baseline, own_rv, prompt.target_ids).double()
-        p_k = baseline.p_v[list(prompt.target_ids)].double()
+        first, end = b * counts[b], start + counts[b] * n_read[b]
+        head_nsv = head_rv[0][start:end].view(counts[b], n_read[b], -1)
+        logits_sv = logits_rv[start : start + n_read[b]]
+        p_k, log_p_ek, token_log_p = _read(
+            readout, prompt, trees[b] if trees else None, head_nsv, logits_sv, named(prompt, model)
+        )
+        start = end
         n_routed_e = n_routed_r[first + 1 : first + counts[b]].numpy()
         delta_p_ek = (p_k * log_p_ek.expm1()).cpu().numpy()
-        results.append(Effects(p_k.cpu().numpy(), delta_p_ek, n_routed_e, routings[b]))
+        results.append(Effects(p_k.cpu().numpy(), delta_p_ek, n_routed_e, routings[b], token_log_p))
     return results
+
+
+def _rows(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], trees: Sequence[TargetTree], counts: Sequence[int],
+    shared: tuple[int, ...], each: bool,
+) -> tuple[Rows, Tensor]:  # fmt: skip
+    """Prompts' rows, of several tokens where there are trees, and the places at which each is edited [R, Q], or -1."""
+    ids = [prompt.ids for prompt in prompts]
+    if trees:
+        of_trees = model.ensure_checked_for_trees().engine.trees(ids, [[tree.row] for tree in trees], shared)
+        return of_trees, of_trees.each_positions(counts) if each else of_trees.copies(counts)
+    rows = model.rows(ids, shared)
+    return rows, rows.positions(counts)[:, None]
+
+
+def _read(
+    readout: Readout, prompt: EncodedPrompt, tree: TargetTree | None, head_nsv: Tensor, logits_sv: Tensor, who: str
+) -> tuple[Tensor, Tensor, TokenLogP]:
+    """p [K] of a prompt's targets without edits, Δ log p [E, K] of each edit, in float64, and tokens' log p.
+
+    head_nsv: the head's output behind each token that is read, of the unedited row, then differences from it.
+    """
+    if tree is not None:
+        of_tree = TreeBaseline.of(readout, head_nsv[0], logits_sv, tree, who)
+        log_p_ek = of_tree.delta_log_p(readout, head_nsv[1:]).double()
+        return of_tree.probability_k.double(), log_p_ek, of_tree.token_log_p()
+    baseline = readout.baseline(head_nsv[0, 0], logits_sv[0], who)
+    log_p_ek = readout.delta_log_p(baseline, head_nsv[1:, 0], prompt.target_ids).double()
+    return baseline.p_v[list(prompt.target_ids)].double(), log_p_ek, None
+
+
+def _edit(own: _Change, neurons: Tensor, positions_r: Tensor, chosen_tk: Tensor | None, n_of_expert: int) -> Tensor:
+    """Change a site's neurons [tokens, N] at rows' positions; gives which single changes had a neuron to change.
+
+    chosen_tk: the experts that each token used, of a site of experts, each of which has `n_of_expert` neurons.
+    """
+    device = neurons.device
+    token_i, unedited_token_i = (positions_r[rows_i].to(device) for rows_i in (own.row_i, own.unedited_row_i))
+    column_i, is_there_i = own.neuron_i.to(device), torch.ones(len(token_i), dtype=torch.bool, device=device)
+    unedited_column_i, was_there_i = column_i, is_there_i
+    if chosen_tk is not None:
+        expert_i1 = own.expert_i.to(device)[:, None]
+        is_own_ik, was_own_ik = (chosen_tk[tokens_i] == expert_i1 for tokens_i in (token_i, unedited_token_i))
+        is_there_i, was_there_i = is_own_ik.any(1), was_own_ik.any(1)
+        unedited_column_i = was_own_ik.int().argmax(1) * n_of_expert + column_i
+        column_i = is_own_ik.int().argmax(1) * n_of_expert + column_i
+    # What was not there was silent, and can only grow.
+    was_negative = (neurons[unedited_token_i, unedited_column_i] < 0) & was_there_i
+    sign = torch.where(was_negative & own.by_sign_i.to(device), -1.0, 1.0)
+    moved = own.factor_i.to(device) * neurons[token_i, column_i].double() + own.constant_i.to(device) * sign
+    neurons[token_i[is_there_i], column_i[is_there_i]] = moved[is_there_i].to(neurons.dtype)
+    return is_there_i
 
 
 def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[Site, _Change]:
@@ -282,8 +347,9 @@ def _change(columns: NDArray[np.float64]) -> _Change:
 
 
 def _signs_of_neg(
-    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget
-) -> list[dict[int, Doubles]]:
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], edits: Sequence[CheckedEdit], basis: str, budget: Budget,
+    each: bool,
+) -> list[dict[int, Doubles]]:  # fmt: skip
     """For each prompt, the sign of NeurGrad of the neurons of each edit, by the edit's index, that needs it."""
     needing = {e: edit for e, edit in enumerate(edits) if edit.needs_sign_of_neg}
     signs: list[dict[int, Doubles]] = [{} for _ in prompts]
@@ -291,7 +357,7 @@ def _signs_of_neg(
         return signs
     layers = sorted({layer for edit in needing.values() for layer in edit.neurons.layers})
     wanted = [(prompt.prompt.answer or 0,) for prompt in prompts]
-    for index, found in gradients(model, prompts, wanted, basis, layers, budget):
+    for index, found in gradients(model, prompts, wanted, basis, layers, budget, each):
         neurgrad_m = found.neurgrad_km[0]
         for e, edit in needing.items():
             place_n = found.slots.places_of(edit.neurons)

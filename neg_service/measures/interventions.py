@@ -10,6 +10,8 @@ An engine of difference arithmetic (`models/engines/differences.py`) runs no suc
 prompt's one row without a shift, which is computed in float64 whatever the model's precision. Then probabilities and
 activations here are that row's, too. Its batches hold rows of several layers, which join on the way up.
 
+Targets of several tokens are read from rows of several tokens, always as rows (`sequences.py`).
+
 Neurons of a layer's experts and of its MLP pass by at two *sites*. An intervention does not change which experts its
 own layer chose; layers above may choose others, and each intervention says whether they did.
 
@@ -18,27 +20,28 @@ Axes: K targets, I interventions, R rows of a batch, M neurons of several sites,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neg_service.errors import DoesNotFit, ModelError, NonFiniteError
+from neg_service.errors import ModelError, NonFiniteError
 from neg_service.measures.adaptive import RowNoise
-from neg_service.measures.batching import in_parts, named
+from neg_service.measures.batching import in_parts, named, naming_memory
 from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.outputs import Output
 from neg_service.measures.readout import Readout
 from neg_service.measures.readouts import PLAIN
-from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
-from neg_service.memory import is_out_of_memory
-from neg_service.models.batches import Budget, without_frames
+from neg_service.measures.routing import PromptRouting, other_experts, routing_changed, routing_of_rows, slots_of
+from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows
+from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows
 from neg_service.models.engines.difference_program import Differences, Shifts
+from neg_service.models.engines.trees import TreeRows, target_tree
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
@@ -54,7 +57,7 @@ class Interventions:
     """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
 
     probability_k: of each target without a shift [K], at least float32, on the model's device. rest_k: of all other
-    tokens [K], float64.
+    tokens [K], float64. tokens_k: how many each has; the error of Δ log p adds up over them.
     activation: of each site's neurons at the readout position, on the layer's device; points: where they are.
     routing: the experts that the readout token used.
     """
@@ -67,10 +70,12 @@ class Interventions:
         shared: Sequence[int] = (),
         *,
         by_rows: bool = False,
+        each: str | None = None,
     ) -> None:
         """Run the prompt once; `shared` are first tokens that it shares with others, and that run only once for all.
 
-        by_rows: run rows and not their differences, for measures that change more than single neurons.
+        by_rows: run rows and not their differences, for measures that change more than single neurons. each: shift,
+        and differentiate, at every token that predicts one of a target's, `magnitude` or `signed` as shifts are.
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
@@ -79,27 +84,41 @@ class Interventions:
         """
         self._who = named(prompt, model)
         self._feed_forward, self._model_dtype = model.feed_forward, model.dtype
-        self._engine_name = model.engine.name
         self.points: dict[Site, Point] = model.feed_forward.sites(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
-        self._target_ids = list(prompt.target_ids)
-        checked = model.ensure_checked().check
+        self._target_ids, self._prompt = list(prompt.target_ids), prompt
+        self._each = each if prompt.has_sequences else None
+        self._tree = target_tree(prompt.ids[-1], prompt.target_tokens) if prompt.has_sequences else None
+        selection = model.ensure_checked_for_trees() if self._tree else model.ensure_checked()
+        engine, checked = selection.engine, selection.check
+        self._engine_name = engine.name
         self._late_expansion, self._starts_at_layers = checked.late_expansion, checked.starts_at_layers
         self.device = model.device
-        with self.naming_memory("its tokens do"):
-            self.rows: Rows = model.rows([prompt.ids], shared)
         self._differences: Differences | None = None
         self._stored: tuple[list[Tensor], list[Any]] | None = None
         with self.naming_memory("its tokens do"):
-            if not by_rows:
-                self._differences = model.engine.differences(self.rows, prompt.ids, shared, self.points)
+            trees = engine.trees([prompt.ids], [[self._tree.row]], shared) if self._tree else None
+            self._tree_rows: TreeRows | None = trees
+            self.rows: Rows = trees or model.rows([prompt.ids], shared)
+            if not by_rows and self._tree is None:
+                self._differences = engine.differences(self.rows, prompt.ids, shared, self.points)
             if self._differences is None:
-                head_v, logits_v, self.activation, self.routing = self._run_once()
+                head_sv, logits_sv, self.activation, self.routing = self._run_once()
             else:
-                head_v, logits_v = self._differences.head_v, self._differences.logits_v
+                head_sv, logits_sv = self._differences.head_v[None], self._differences.logits_v[None]
                 self.activation, self.routing = self._differences.activation, PromptRouting()
-        baseline = self._readout.baseline(head_v, logits_v, self._who)
+        self.tokens_k = torch.tensor([len(own) for own in prompt.target_tokens], device=self.device).double()
+        self.token_log_p: TokenLogP = None
+        if self._tree is not None:
+            self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
+            self.probability_k, self.token_log_p = (
+                self._of_tree.probability_k.to(self.device),
+                self._of_tree.token_log_p(),
+            )
+            self.rest_k = 1 - self.probability_k.double()
+            return
+        baseline = self._readout.baseline(head_sv[0], logits_sv[0], self._who)
         p_v, at_k = baseline.p_v, indices(self._target_ids, baseline.p_v.device)
         self.probability_k = p_v[at_k].to(self.device)
         # As exact as the probabilities are, also where one is nearly 1.
@@ -108,7 +127,8 @@ class Interventions:
 
     @torch.no_grad()
     def _run_once(self) -> tuple[Tensor, Tensor, dict[Site, Tensor], PromptRouting]:
-        """Run one row and store the input of each layer; the head's output, logits, activations, and routing."""
+        """Run one row and store the input of each layer; the head's output and logits behind each token that is read
+        [S, V], activations, and routing."""
         captured: dict[Site, Tensor] = {}
         with ExitStack() as stack:
             self._stored = stack.enter_context(keep_inputs(self._layers))
@@ -122,7 +142,7 @@ class Interventions:
             for site, point in self.points.items()
         }
         (own,) = routing_of_rows(self._feed_forward, routing, place)
-        return head_rv[0][0], logits_rv[0], activation, own
+        return head_rv[0], logits_rv, activation, own
 
     @property
     def _layer_inputs(self) -> tuple[list[Tensor], list[Any]]:
@@ -166,14 +186,23 @@ class Interventions:
                 change="model.engine",
             )
 
+    def noise_of(self, output: Output) -> Tensor:
+        """How much further than the Δ log p of a token each value's change is off [C], float64."""
+        own_c = output.noise(self.probability_k.double(), self.rest_k)
+        return own_c * (self.tokens_k.max() if output.readouts.is_contrast else self.tokens_k[list(output.kept)])
+
     def require_values(self, output: Output) -> None:
         """See that what is to be measured has a value.
 
         Raises:
             NonFiniteError: log-odds of a target whose probability leaves nothing to others.
         """
-        if not output.noise(self.probability_k.double(), self.rest_k).isfinite().all():
+        if not self.noise_of(output).isfinite().all():
             raise NonFiniteError(f"{self._who}: a target's probability is 1 to all digits, which has no log-odds")
+
+    def gradient(self, layers: Sequence[int], budget: Budget, output: Output | None = None) -> Tensor | None:
+        """The plain gradient [C, M], where neurons are shifted at every token: there no sign makes it of NeurGrad."""
+        return None if self._each is None else self._gradients(layers, budget, "signed", output)
 
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """Those of some layers."""
@@ -187,25 +216,31 @@ class Interventions:
     def neurgrad(self, layers: Sequence[int], budget: Budget, output: Output | None = None) -> Tensor:
         """NeurGrad [C, M] of the layers' neurons, over the same prefix; of the probability where no output is given.
 
-        Per unit of |activation|. M is that of `slots(sites(layers))`.
+        Per unit of |activation|. M is that of `slots(sites(layers))`. Where neurons are shifted at every token, over
+        all of these.
 
         Raises:
             NonFiniteError: NaN or infinity in a gradient.
             DoesNotFit: one target's gradients do not fit.
         """
+        return self._gradients(layers, budget, None if self._each is None else "magnitude", output)
+
+    def _gradients(self, layers: Sequence[int], budget: Budget, each: str | None, output: Output | None) -> Tensor:
         points = {site: self.points[site] for site in self.sites(layers)}
         output = output or Output(PLAIN, len(self._target_ids))
+        of_logits = output.differentiates_logits
 
         def run(part: range) -> Tensor:
-            ids = [self._target_ids[part.start : part.stop]]
-            found = target_gradients(self.rows, ids, points, of_logits=output.differentiates_logits)
+            if self._tree_rows is not None:
+                found = gradients_of_targets(self._tree_rows, self._prompt, part, points, each)
+            else:
+                ids = [self._target_ids[part.start : part.stop]]
+                found = target_gradients(self.rows, ids, points, of_logits=of_logits)
             if self.has_experts:
                 self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
-            signed = [
-                signed_by(self.activation[site], slope_kn).to(self.device, self.probability_k.dtype)
-                for site, slope_kn in zip(points, found.gradient_srn, strict=True)
-            ]
-            return torch.cat(signed, 1)
+            pairs = zip(points, found.gradient_srn, strict=True)
+            signed = [own if each else signed_by(self.activation[site], own) for site, own in pairs]
+            return torch.cat([own.to(self.device, self.probability_k.dtype) for own in signed], 1)
 
         sizes, shares = self.rows.sizes, self.rows.targets_share_rows
         own, beside = (sizes.slopes, sizes.graph) if shares else (sizes.graph + sizes.slopes, 0)
@@ -216,21 +251,9 @@ class Interventions:
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
         return neurgrad_km
 
-    @contextmanager
-    def naming_memory(self, what: str) -> Iterator[None]:
-        """Let an error that says that memory ended name the prompt, and what does not fit (`its tokens do`).
-
-        Raises:
-            DoesNotFit: in the place of that error.
-        """
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DoesNotFit(
-                f"{self._who}: {what} not fit into the memory of {self.device}: use a larger device or a shorter prompt"
-            ) from without_frames(error)
+    def naming_memory(self, what: str) -> AbstractContextManager[None]:
+        """See `batching.naming_memory`."""
+        return naming_memory(self._who, self.device, f"{what} not fit", "use a larger device or a shorter prompt")
 
     def delta_log_p(
         self, site: Site, neurons_i: Tensor, shifts_i: Tensor, budget: Budget
@@ -286,6 +309,9 @@ class Interventions:
         position_r = self.rows.positions([n_rows])
         # Several sites grow rows in one layer only where it has one.
         is_late = len(changes) == 1 and self._late_expansion.issuperset(changes)
+        if self._tree_rows is not None:
+            # What goes beside the neurons does not broadcast where it is of several sequences.
+            is_late &= self._tree_rows.copies([1]).shape[1] == 1
 
         def change_copy(site: Site, x: Tensor) -> Tensor:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
@@ -330,15 +356,26 @@ class Interventions:
         n_rows = len(shifts_r) + 1
 
         def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
-            place = (position_r[1:], sent(neurons_r, x_tf.device))
-            self.points[site].neurons(x_tf)[place] += sent(shifts_r, x_tf.device).to(x_tf.dtype)
+            neurons_i, shifts_i, place_i = (sent(own, x_tf.device) for own in (neurons_r, shifts_r, position_r[1:]))
+            own_tn = self.points[site].neurons(x_tf)
+            if self._tree_rows is not None:
+                place_i, neurons_i, shifts_i = shifts_of_rows(self._tree_rows, own_tn, neurons_i, shifts_i, self._each)
+            own_tn[place_i, neurons_i] += shifts_i.to(x_tf.dtype)
             return x_tf
 
-        with self._readout.differences([n_rows]) as head_rv, watching_routing() as routing:
+        n_read = 1 if self._tree is None else len(self._tree.row.read)
+        with self._readout.differences([n_rows], [n_read]) as head_rv, watching_routing() as routing:
             self.run_from(site.layer, n_rows, {site: shift})
         other_experts = self._other_experts(site.layer, routing, self.rows.positions([n_rows]))
+        read_rs = self.rows.positions([n_rows])[:, None]
+        if self._tree_rows is not None:
+            read_rs = self._tree_rows.read_positions([n_rows]).view(n_rows, -1)
+        changed = routing_changed(self._feed_forward, site.layer, routing, read_rs, self.device)
+        if self._tree is not None:
+            log_p_rk = self._of_tree.delta_log_p(self._readout, head_rv[0].view(n_rows, n_read, -1)[1:])
+            # Of targets of several tokens, what is compared is log p.
+            return Changes(log_p_rk, log_p_rk, changed, None, other_experts)
         read = self._readout.rows_read(self._baseline, head_rv[0][1:], self._target_ids)
-        changed = self._routing_changed(site.layer, routing, n_rows)
         return Changes(read.log_p_rk, read.logit_rk, changed, None, other_experts)
 
     def _require_same_experts(self, other_experts: Mapping[int, Tensor]) -> None:
@@ -356,26 +393,4 @@ class Interventions:
             )
 
     def _other_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> Tensor:
-        """Whether a layer used other experts at some positions of a pass than those whose neurons are counted, []."""
-        experts = self._feed_forward.experts[layer]
-        if experts is None:
-            return torch.zeros((), dtype=torch.bool, device=self.device)
-        chosen_tk = routing[experts.module].expert_tk
-        # Where rows grew behind the experts, these ran for one row alone.
-        place_r = position_r if len(chosen_tk) > int(position_r[-1]) else position_r[:1]
-        chosen_rk = chosen_tk[sent(place_r, chosen_tk.device)]
-        expected_k = sent(torch.from_numpy(self.routing.of_layer(layer)), chosen_rk.device)
-        return (chosen_rk != expected_k).any().to(self.device)
-
-    def _routing_changed(self, layer: int, routing: Mapping[nn.Module, Routing], n_rows: int) -> Tensor | None:
-        """Whether layers above chose other experts for a row than for the one that is not shifted [R - 1]."""
-        if not self._feed_forward.has_experts:
-            return None
-        position_r = self.rows.positions([n_rows])
-        changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=self.device)
-        for experts in self._feed_forward.experts[layer + 1 :]:
-            if experts is not None:
-                chosen = routing[experts.module].expert_tk
-                chosen_rk = chosen[sent(position_r, chosen.device)]
-                changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(self.device)
-        return changed
+        return other_experts(self._feed_forward, self.routing, layer, routing, position_r, self.device)

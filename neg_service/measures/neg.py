@@ -23,22 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.config import check_batch_bytes
+from neg_service.batch_size import check_batch_bytes
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
 from neg_service.layer_neurons import ALWAYS_ON, LayerNeurons
-from neg_service.measures.batching import budget_of
+from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import checked_neurons
 from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.noise import row_noise
 from neg_service.measures.outputs import Output
-from neg_service.measures.readouts import Readouts
+from neg_service.measures.readouts import Readouts, check_logits
 from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, chosen_grid
+from neg_service.measures.targets import check_at
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
 from neg_service.prompts.chat import prompts_of
 from neg_service.prompts.prompt import Asked, check_prompts, is_conversation
-from neg_service.prompts.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,18 @@ def neg(
     tolerance: float = TOLERANCE,
     readout: str = "probability",
     against: str | None = None,
+    not_one_token: str = "error",
+    at: str = "readout",
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
 
     Args:
         model: from `load_model`.
         prompt: a text; or a list of messages, `{"role": ..., "content": ...}`, for the model's chat template.
-        target: what follows it verbatim; one token there.
+        target: what follows it verbatim; one token there, unless `not_one_token` is `sequence`: then its probability is
+            the product over its tokens.
+        at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
+            alone.
         neurons: (layer, index) pairs, or (layer, index, expert) triples where a layer has experts, -1 for its MLP that
             is always on; or `all` that act on the prompt.
         shifts: a grid of your own, all of which are run; +-0.1, +-0.2, ... +-2.0 if not given.
@@ -125,19 +130,21 @@ def neg(
     asked = prompts_of(model, [prompt], [[target] if against is None else [target, against]])
     check_prompts(asked)
     check_shift(shift)
-    sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift)
+    check_at(at, model.feed_forward.has_experts, "at")
+    sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift, at == "each")
     asked_rows = _asked_rows(neurons, model.feed_forward.layer_neurons)
-    (encoded,) = encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model)
+    (encoded,) = encoded_prompts(model, asked, not_one_token)
+    check_logits(readouts, [encoded])
     model.ensure_checked()
     if batch_bytes is not None:
         check_batch_bytes("batch_bytes", batch_bytes, 2 * 4 * model.row_values)
     budget = budget_of(model, batch_bytes)
-    interventions = Interventions(model, encoded, basis)
+    interventions = Interventions(model, encoded, basis, each=shift if sweep.each else None)
     if asked_rows is None:
         slots = interventions.slots(list(interventions.points))
         asked_rows = slots.rows_at(np.arange(slots.m))
     chosen, place_n = NeuronSet.distinct(asked_rows)
-    noise = row_noise(model, basis, budget)
+    noise = row_noise(model, basis, budget, sequences=encoded.has_sequences)
     output = Output(readouts, len(encoded.target_ids), None if against is None else 1)
     swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise, output=output)
     found, probability = swept.evaluated, interventions.probability_k.double()

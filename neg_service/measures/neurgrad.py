@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.layer_neurons import ALWAYS_ON
-from neg_service.measures.batching import budget_of
+from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import Floats, reduced_gradients
-from neg_service.measures.readouts import Readouts, check_readouts
+from neg_service.measures.readouts import Readouts, check_logits, check_readouts
 from neg_service.measures.reductions import all_neurons
+from neg_service.measures.targets import check_at
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.chat import prompts_of
 from neg_service.prompts.prompt import Asked, EncodedPrompt, check_prompts, check_texts
-from neg_service.prompts.tokens import encode
 from neg_service.slots import Slots
 
 _NO_SLOT = -2
@@ -76,6 +76,8 @@ def neurgrad(
     batch_tokens: int | None = None,
     readout: str = "probability",
     against: int | str | None = None,
+    not_one_token: str = "error",
+    at: str = "readout",
 ) -> NeurGradResult:
     """NeurGrad of every feed-forward neuron for every target of every prompt, at the prompt's last token.
 
@@ -84,7 +86,10 @@ def neurgrad(
     Args:
         model: from `load_model`.
         prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
-        targets: for each prompt, texts that follow it verbatim; each must be one token there.
+        targets: for each prompt, texts that follow it verbatim; each must be one token there, unless `not_one_token`
+            is `sequence`: then the probability of a target is the product over its tokens.
+        at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
+            alone.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
@@ -102,9 +107,11 @@ def neurgrad(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
+    check_at(at, model.feed_forward.has_experts, "at")
     readouts = Readouts.checked(readout, against)
-    encoded = encoded_texts(model, prompts, targets)
+    encoded = encoded_texts(model, prompts, targets, not_one_token)
     check_readouts(readouts, [prompt.prompt for prompt in encoded])
+    check_logits(readouts, encoded)
     chosen = layers_with_neurons(
         NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.layer_neurons
     )
@@ -122,7 +129,9 @@ def neurgrad(
         expert=slots.expert,
         neuron=slots.neuron,
     )
-    for index, found in reduced_gradients(model, encoded, wanted, basis, chosen, budget, all_neurons, readouts):
+    for index, found in reduced_gradients(
+        model, encoded, wanted, basis, chosen, budget, all_neurons, readouts, each=at == "each"
+    ):
         neurgrad_km, activation_m = found.values
         place = slots.places(index, found.slots)
         result.probability[index, : len(wanted[index])] = found.probability_k
@@ -165,7 +174,10 @@ def slots_by_layer(model: LanguageModel, p: int, layers: Sequence[int]) -> Slots
 
 
 def encoded_texts(
-    model: LanguageModel, prompts: Sequence[Asked], targets: Sequence[Sequence[str]]
+    model: LanguageModel,
+    prompts: Sequence[Asked],
+    targets: Sequence[Sequence[str]],
+    not_one_token: str = "error",
 ) -> list[EncodedPrompt]:
     """Texts or messages with targets that follow them, as tokens; a prompt's id is its number.
 
@@ -180,4 +192,4 @@ def encoded_texts(
         )
     asked = prompts_of(model, prompts, targets)
     check_prompts(asked)
-    return list(encode(model.tokenizer, asked, model.context_length, model.mask_token, model=model))
+    return encoded_prompts(model, asked, not_one_token)

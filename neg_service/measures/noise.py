@@ -103,7 +103,8 @@ def measure_noise(
         sweep = replace(sweep, grid=sweep.grid.calibration)
     assert isinstance(sweep.grid, Grid)
     own_dtype = model.dtype
-    is_exact = own_dtype in (torch.float32, torch.float64) or model.engine.refines is not None
+    has_differences = model.engine.refines is not None and not any(prompt.has_sequences for prompt in prompts)
+    is_exact = own_dtype in (torch.float32, torch.float64) or has_differences
     reference = torch.float64 if is_exact else torch.float32
     n_neurons = 0
     errors: list[Tensor] = []
@@ -132,6 +133,11 @@ def measure_noise(
         own_nsk, true_nsk = own_nsk[acts_n], true_nsk[acts_n]
         n_neurons = max(n_neurons, len(own_nsk))
         error_nsk = own_nsk - true_nsk
+        if prompt.has_sequences:
+            # Errors of a target's tokens are taken to add up; of the targets the one that is worst by its token counts.
+            error_nsk = error_nsk / torch.tensor([len(own) for own in prompt.target_tokens])
+            worst = int(error_nsk.square().sum((0, 1)).argmax())
+            error_nsk = error_nsk[..., worst : worst + 1]
         if spread_ns is not None:
             # A neuron that moves no logit has no error either.
             error_nsk = torch.where(spread_ns[acts_n][..., None] > 0, error_nsk / spread_ns[acts_n][..., None], 0.0)
@@ -161,8 +167,10 @@ def measure_noise(
     )
 
 
-def row_noise(model: LanguageModel, basis: str, budget: Budget | None = None) -> RowNoise:
+def row_noise(model: LanguageModel, basis: str, budget: Budget | None = None, *, sequences: bool = False) -> RowNoise:
     """How far rows are off, for calls of the library; measured once for a model and basis.
+
+    sequences: those of targets of several tokens, which are never differences, and whose noise is of each token.
 
     On the tokens of the self-check, so that no result depends on what was asked before. In float64 there is no finer
     reference, and it is 0.
@@ -173,15 +181,18 @@ def row_noise(model: LanguageModel, basis: str, budget: Budget | None = None) ->
     if model.dtype == torch.float64:
         return RowNoise()
     known = _KNOWN.setdefault(model, {})
-    if basis not in known:
+    key = f"{basis}, sequences" if sequences else basis
+    if key not in known:
         ids = check_ids(model.engine.model)
         targets = ids[:_TARGETS]
-        prompt = EncodedPrompt(Prompt("of the self-check", "-", ("-",) * len(targets)), ids, targets)
+        # Of one token, of two and of three.
+        following = tuple(ids[_TARGETS : _TARGETS + n] for n in range(len(targets))) if sequences else ()
+        prompt = EncodedPrompt(Prompt("of the self-check", "-", ("-",) * len(targets)), ids, targets, following)
         neurons = chosen_neurons(NeuronsConfig(), model.feed_forward.layer_neurons)
         sweep = Sweep(adaptive_grid(), basis)
         found = measure_noise(model, [prompt], neurons, sweep, budget or budget_of(model))
-        known[basis] = RowNoise(found.sigma, found.is_per_row)
-    return known[basis]
+        known[key] = RowNoise(found.sigma, found.is_per_row)
+    return known[key]
 
 
 def _delta_log_p(

@@ -21,12 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from neg_service.errors import DoesNotFit, NonFiniteError
-from neg_service.measures.batching import named
+from neg_service.errors import NonFiniteError
+from neg_service.measures.batching import named, naming_memory
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
-from neg_service.memory import is_out_of_memory
-from neg_service.models.batches import without_frames
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
@@ -67,15 +65,9 @@ def position_map(
     """
     model.ensure_checked()
     points = model.feed_forward.sites(basis, layers)
-    try:
+    what, advice = "the gradients of all its tokens do not fit", "use a larger device, or fewer neurons.layers"
+    with naming_memory(named(prompt, model), model.device, what, advice):
         return _map(model, prompt, points)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DoesNotFit(
-            f"{named(prompt, model)}: the gradients of all its tokens do not fit into the memory of {model.device}: "
-            "use a larger device, a shorter prompt, or fewer neurons.layers"
-        ) from without_frames(error)
 
 
 def _map(model: LanguageModel, prompt: EncodedPrompt, points: dict[Site, Point]) -> PositionMap:

@@ -106,17 +106,19 @@ class Readout:
             handle.remove()
 
     @contextmanager
-    def differences(self, rows: Sequence[int]) -> Iterator[list[Tensor]]:
+    def differences(self, rows: Sequence[int], tokens: Sequence[int] | None = None) -> Iterator[list[Tensor]]:
         """The same, of passes whose rows come in groups of `rows[i]`; all but a group's first row are differences from
-        it."""
+        it. tokens: how many are read of each row of a group, one if not given."""
 
         def subtract(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             changed = inputs[0].clone()
             flat = changed.view(-1, changed.shape[-1])
             start = 0
-            for count in rows:
-                flat[start + 1 : start + count] -= flat[start]
-                start += count
+            for count, n in zip(rows, tokens or [1] * len(rows), strict=True):
+                # Each token from the first row's at its place.
+                own = flat[start : start + count * n].view(count, n, -1)
+                own[1:] -= own[:1]
+                start += count * n
             return (changed, *inputs[1:])
 
         handle = self._head.register_forward_pre_hook(subtract)

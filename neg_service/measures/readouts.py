@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neg_service.errors import ConfigurationError, PromptError
-from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.settings import setting
 
 READOUTS = ("probability", "log_probability", "log_odds", "logit")
@@ -114,6 +114,21 @@ class Readouts:
                 change="measure.against",
             )
         return self.against
+
+
+def check_logits(readouts: Readouts, prompts: Sequence[EncodedPrompt]) -> None:
+    """Refuse logits of targets of several tokens, each of which has one.
+
+    Raises:
+        PromptError: naming the prompt.
+    """
+    for prompt in prompts if readouts.readout == "logit" else ():
+        if prompt.has_sequences:
+            raise PromptError(
+                f"prompt {prompt.prompt.id!r} has targets of several tokens, which have no logit: use "
+                "measure.readout=log_probability or log_odds",
+                change="measure.readout",
+            )
 
 
 PLAIN = Readouts()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -67,6 +68,25 @@ def routing_of_rows(
     ]
 
 
+def routing_changed(
+    feed_forward: FeedForward, layer: int, seen: Mapping[nn.Module, Routing], position_rs: Tensor, device: torch.device
+) -> Tensor | None:
+    """Whether layers above one chose other experts for a row than for the first, which is not shifted [R - 1].
+
+    position_rs: where each row's tokens are that count, those that are read. None of a model without experts.
+    """
+    if not feed_forward.has_experts:
+        return None
+    n_rows = len(position_rs)
+    changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=device)
+    for experts in feed_forward.experts[layer + 1 :]:
+        if experts is not None:
+            chosen = seen[experts.module].expert_tk
+            chosen_rk = chosen[sent(position_rs.flatten(), chosen.device)].view(n_rows, -1)
+            changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(device)
+    return changed
+
+
 def slots_of(feed_forward: FeedForward, routing: PromptRouting, sites: Iterable[Site]) -> Slots:
     """The MLPs and experts at some sites that act on a prompt, in the order of the sites."""
     if not feed_forward.has_experts:
@@ -85,3 +105,19 @@ def slots_of(feed_forward: FeedForward, routing: PromptRouting, sites: Iterable[
             expert.append(ALWAYS_ON if own.n_experts else own.mlps[0][0])
             size.append(own.n_mlp)
     return Slots(np.array(layer, np.int64), np.array(expert, np.int64), np.array(size, np.int64))
+
+
+def other_experts(
+    feed_forward: FeedForward, known: PromptRouting, layer: int, seen: Mapping[nn.Module, Routing], position_r: Tensor,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Whether a layer used other experts at some positions of a pass than those whose neurons are counted, []."""
+    experts = feed_forward.experts[layer]
+    if experts is None:
+        return torch.zeros((), dtype=torch.bool, device=device)
+    chosen_tk = seen[experts.module].expert_tk
+    # Where rows grew behind the experts, these ran for one row alone.
+    place_r = position_r if len(chosen_tk) > int(position_r[-1]) else position_r[:1]
+    chosen_rk = chosen_tk[sent(place_r, chosen_tk.device)]
+    expected_k = sent(torch.from_numpy(known.of_layer(layer)), chosen_rk.device)
+    return (chosen_rk != expected_k).any().to(device)

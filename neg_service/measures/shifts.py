@@ -108,11 +108,15 @@ class AdaptiveGrid:
 
 @dataclass(frozen=True)
 class Sweep:
-    """How a neuron is swept: over which shifts, of which tensor, and whether its magnitude or it itself moves."""
+    """How a neuron is swept: over which shifts, of which tensor, and whether its magnitude or it itself moves.
+
+    each: at every token that predicts one of a target's, and not at the readout position alone.
+    """
 
     grid: Grid | AdaptiveGrid
     basis: str = "paper"
     shift: str = "magnitude"
+    each: bool = False
 
     @property
     def uses_slope(self) -> bool:

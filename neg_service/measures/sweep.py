@@ -28,6 +28,7 @@ from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neu
 from neg_service.measures.curves import SweepResult, sweep_prompt
 from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
+from neg_service.measures.noise import row_noise
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import Readouts
 from neg_service.measures.shifts import Sweep
@@ -58,9 +59,13 @@ def sweep_rows(
     for group in model.groups([prompt.ids for prompt in shard.prompts]):
         for index in group.members:
             prompt = shard.prompts[index]
-            interventions = Interventions(model, prompt, sweep.basis, prompt.ids[: group.shared])
+            interventions = Interventions(
+                model, prompt, sweep.basis, prompt.ids[: group.shared], each=sweep.shift if sweep.each else None
+            )
+            of_rows = row_noise(model, sweep.basis, shard.budget, sequences=True) if prompt.has_sequences else noise
             output = Output.of(readouts, prompt.prompt)
             neurgrad_km = interventions.neurgrad(layers, shard.budget, output)
+            gradient_km = interventions.gradient(layers, shard.budget, output)
             slots = interventions.slots(interventions.sites(layers))
             own = _of_prompt(neurons, slots, neurgrad_km) if chosen is None else chosen
             place_n = slots.places_of(own)
@@ -69,14 +74,29 @@ def sweep_rows(
                 own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
             progress = _Progress(prompt.prompt.id, len(own))
             found = sweep_prompt(
-                interventions, own, sweep, shard.budget, keep_curves, neurgrad_km, noise, progress.add, output
+                interventions,
+                own,
+                sweep,
+                shard.budget,
+                keep_curves,
+                neurgrad_km,
+                of_rows,
+                progress.add,
+                gradient_km,
+                output,
             )
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
-            noise_k = noise.sigma * output.noise(interventions.probability_k.double(), interventions.rest_k)
-            table = _table(shard, prompt, own, found, sweep, neurgrad_kn, interventions.probability_k, noise_k, output)
-            of_prompt = prompt_tables(prompt, probability_k, interventions.routing, sizes.has_experts)
+            gradient_kn = signed_by(found.activation_n, neurgrad_kn)
+            if gradient_km is not None:
+                gradient_kn = torch.where(is_routed_n, gradient_km[:, np.maximum(place_n, 0)], 0.0)
+            noise_k = of_rows.sigma * interventions.noise_of(output)
+            estimates = (neurgrad_kn, gradient_kn)
+            table = _table(shard, prompt, own, found, sweep, estimates, interventions.probability_k, noise_k, output)
+            of_prompt = prompt_tables(
+                prompt, probability_k, interventions.routing, sizes.has_experts, interventions.token_log_p
+            )
             yield index, {**of_prompt, "sweep": table}
 
 
@@ -93,17 +113,17 @@ def _table(
     neurons: NeuronSet,
     found: SweepResult,
     sweep: Sweep,
-    neurgrad_kn: Tensor,
+    estimates: tuple[Tensor, Tensor],
     probability_k: Tensor,
     noise_k: Tensor,
     output: Output,
 ) -> pa.Table:
-    """Rows by target, then neuron."""
+    """Rows by target, then neuron; estimates: NeurGrad and the plain gradient [C, n]."""
     model, evaluated, kept = shard.model, found.evaluated, np.array(output.kept)
     values = evaluated.linearity_nk
     n, k = values.neg.shape
     neg_kn = values.neg.T
-    gradient_kn = signed_by(found.activation_n, neurgrad_kn)
+    neurgrad_kn, gradient_kn = estimates
     estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
     resolution_kn = evaluated.resolution(noise_k).T
     is_resolved = _column(neg_kn.abs() > resolution_kn)

@@ -19,15 +19,31 @@ if TYPE_CHECKING:
 
 
 def prompt_tables(
-    prompt: EncodedPrompt, probability_k: NDArray[np.float32], routing: PromptRouting, has_experts: bool
+    prompt: EncodedPrompt,
+    probability_k: NDArray[np.float32],
+    routing: PromptRouting,
+    has_experts: bool,
+    token_log_p: Sequence[NDArray[Any]] | None = None,
 ) -> dict[str, pa.Table]:
-    """The tables that `schema.prompt_tables` says: the same for every measure."""
-    found = {"prompts": prompt_row(prompt, probability_k)}
+    """The tables that `schema.prompt_tables` says: the same for every measure.
+
+    token_log_p: of each target its tokens' log p, where any is several tokens.
+    """
+    found = {"prompts": prompt_row(prompt, probability_k, token_log_p)}
     return {**found, "routing": routing.table(prompt.prompt.id)} if has_experts else found
 
 
-def prompt_row(prompt: EncodedPrompt, probability_k: NDArray[np.float32]) -> pa.Table:
+def prompt_row(
+    prompt: EncodedPrompt, probability_k: NDArray[np.float32], token_log_p: Sequence[NDArray[Any]] | None = None
+) -> pa.Table:
     """The row of table `prompts`: the same for every measure."""
+    of_sequences: dict[str, Any] = {}
+    if token_log_p is not None:
+        of_sequences = {
+            "target_sequences": prompt.target_tokens,
+            "token_probabilities": [np.exp(own) for own in token_log_p],
+            "prediction_per_token": int(np.argmax([own.mean() for own in token_log_p])),
+        }
     return pa.Table.from_pylist(
         [
             {
@@ -38,6 +54,7 @@ def prompt_row(prompt: EncodedPrompt, probability_k: NDArray[np.float32]) -> pa.
                 "answer": prompt.prompt.answer,
                 "probabilities": probability_k,
                 "prediction": int(probability_k.argmax()),
+                **of_sequences,
             }
         ],
         schema.PROMPTS,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from neg_service.errors import ConfigurationError
 from neg_service.prompts.prompt import Prompt
 from neg_service.prompts.tasks import task_of
+from neg_service.settings import AT
 
 KEEP = ("all", "answer")
 
@@ -26,6 +27,20 @@ def check_keep(keep: str, known: Sequence[str], prompts: Sequence[Prompt]) -> No
                 setting="measure.keep",
                 value="answer",
             )
+
+
+def check_at(at: str, has_experts: bool, setting: str = "measure.at") -> None:
+    """Refuse an unknown place for shifts, and more than one of a model with experts: each token chooses its own.
+
+    Raises:
+        ConfigurationError: naming what it may be.
+    """
+    if at not in AT:
+        raise ConfigurationError(setting=setting, value=at, allowed=f"one of {', '.join(AT)}")
+    if at == "each" and has_experts:
+        raise ConfigurationError(
+            "the model has experts, which each token chooses anew", setting=setting, value=at, allowed="readout"
+        )
 
 
 def wanted_targets(prompt: Prompt, keep: str) -> tuple[int, ...]:

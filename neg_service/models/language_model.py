@@ -22,7 +22,7 @@ from neg_service.models.dimensions import context_length, row_values, steady_tem
 from neg_service.models.engines.base import Engine, Ids, LoadedModel, Rows
 from neg_service.models.engines.difference_products import EXACT
 from neg_service.models.engines.full_sequence import FullSequenceEngine
-from neg_service.models.engines.select import AUTO, Selection, select_engine
+from neg_service.models.engines.select import AUTO, Selection, select_engine, select_for_trees
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
 from neg_service.models.onednn import use_onednn
@@ -70,6 +70,7 @@ class LanguageModel:
         self.mask_token: int | None = mask_token_of(tokenizer, name, self.n_input_ids) if self.is_masked else None
         self._engine, self._products = engine, products
         self._selection: Selection | None = None
+        self._selection_for_trees: Selection | None = None
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +120,21 @@ class LanguageModel:
                 log.info("%s: runs as %s, not as %s: %s", self.name, self._selection.engine.name, name, reason)
         return self._selection
 
+    def ensure_checked_for_trees(self) -> Selection:
+        """The engine for targets of several tokens, checked when first needed, and remembered.
+
+        Raises:
+            ModelError: see `select_for_trees`.
+        """
+        if self._selection_for_trees is None:
+            own = self.ensure_checked()
+            found = self._selection_for_trees = select_for_trees(own, self._engine)
+            if found.engine is not own.engine:
+                reason = found.rejected[own.engine.name]
+                log.info("%s: targets of several tokens run as %s: %s %s", self.name, found.engine.name,
+                         own.engine.name, reason)  # fmt: skip
+        return self._selection_for_trees
+
     def _selected(self) -> Selection:
         try:
             return select_engine(self._loaded, self._engine)
@@ -142,6 +158,7 @@ class LanguageModel:
     def adopt(self, selection: Selection) -> None:
         """Run rows by the engine that another copy of this model chose; nothing is checked again."""
         self._selection = replace(selection, engine=type(selection.engine)(self._loaded))
+        self._selection_for_trees = None
 
     def rows(self, prompts: Sequence[Sequence[int]], shared: Sequence[int] = ()) -> Rows:
         """Prompts' tokens, ready to be run in rows; `shared` are first ones that all have, as `groups` says."""
@@ -157,8 +174,9 @@ class LanguageModel:
 
     def forget_prefixes(self) -> None:
         """Free the memory of shared prefixes that are kept for prompts to come."""
-        if self._selection is not None:
-            self._selection.engine.forget()
+        for selection in (self._selection, self._selection_for_trees):
+            if selection is not None:
+                selection.engine.forget()
 
     @property
     def _loaded(self) -> LoadedModel:

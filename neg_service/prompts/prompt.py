@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -39,11 +39,35 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids; `target_ids[k]` is the one token of target k after the prompt."""
+    """A prompt as token ids; `target_ids[k]` is the first token of target k after the prompt, mostly its only one.
+
+    following: of targets of several tokens, the tokens behind the first of each target; empty where all targets of the
+    prompt are one token.
+    """
 
     prompt: Prompt
     ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    following: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether any target is several tokens."""
+        return bool(self.following)
+
+    def first_tokens(self) -> EncodedPrompt:
+        """The prompt with the first token of each target for the whole of it, each once; itself where all are one."""
+        if not self.following:
+            return self
+        places = {token: place for place, token in reversed([*enumerate(self.target_ids)])}
+        targets = tuple(self.prompt.targets[place] for place in places.values())
+        return EncodedPrompt(replace(self.prompt, targets=targets, answer=None), self.ids, tuple(places))
+
+    @property
+    def target_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """All tokens of each target."""
+        following = self.following or ((),) * len(self.target_ids)
+        return tuple((first, *rest) for first, rest in zip(self.target_ids, following, strict=True))
 
 
 class Vocabulary(Protocol):

@@ -164,6 +164,7 @@ def _prompts(
         if wrong is not None or (limit is not None and index >= limit):
             continue
         try:
+            _read_targets(place, row, how)
             asked = _asked(place, index, row, names, how, chat)
             if is_chat is None:
                 is_chat = asked.messages is not None
@@ -188,6 +189,31 @@ def _prompts(
 def _has_answer_alone(row: Mapping[str, Any]) -> bool:
     """Whether a row has an answer, and its targets are to be found."""
     return row["targets"] is None and isinstance(row["answer"], str) and bool(row["answer"].strip())
+
+
+def _read_targets(place: str, row: dict[str, Any], how: DatasetConfig) -> None:
+    """Bring a row's targets and its answer to the form that rows have: texts that follow the prompt, and one of them.
+
+    What is no list of texts stays as it is, and is refused later.
+    """
+    targets, answer = row["targets"], row["answer"]
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        return
+    row["targets"] = prefixed = [how.target_prefix + target for target in targets]
+    if how.answer_is == "text":
+        row["answer"] = how.target_prefix + answer if isinstance(answer, str) else answer
+    elif answer is None or answer == "":
+        # Splits for tests say nothing of the right one.
+        row["answer"] = None
+    else:
+        text = str(answer)
+        if isinstance(answer, bool) or not text.isdecimal() or int(text) >= len(prefixed):
+            raise PromptError(
+                f"answer must be an index of the {len(prefixed)} targets from 0 (dataset.answer_is=index), not "
+                f"{shortened(answer)}",
+                given=place,
+            )
+        row["answer"] = prefixed[int(text)]
 
 
 class _Answers:

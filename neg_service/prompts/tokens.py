@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 
-from neg_service.errors import PromptError, TargetError
+from neg_service.errors import ConfigurationError, PromptError, TargetError
 from neg_service.prompts.added import added_by, read_once, readable, tell_what_is_odd
 from neg_service.prompts.prompt import MASK, EncodedPrompt, Prompt, Vocabulary
 from neg_service.prompts.reading import AsWritten, Reading, Tokenizer, Unread, read_texts
@@ -50,6 +50,8 @@ def encode(
     batch: int = 256,
     model: Vocabulary | None = None,
     skips: Skips | None = None,
+    *,
+    sequences: bool = False,
 ) -> Iterator[EncodedPrompt]:
     """Encode prompts and their targets in context, lazily and in order.
 
@@ -57,15 +59,23 @@ def encode(
     prompt may write that token as the model does (`<mask>`), or as `[MASK]` whatever the model. What the tokenizer adds
     to every text is there once, also where a prompt spells it, and is not there behind a prompt that a target follows;
     see `added.py`. To what a chat template wrote it adds nothing. `model` says which ids there are. What `skips` names
-    is left out and counted there.
+    is left out and counted there. With `sequences` targets may be several tokens.
 
     Raises:
         PromptError: a target that is not one token in context, or only the unknown one, two targets with the same
             token, an empty prompt, one longer than `context_length` tokens, one that has not exactly one mask token
             where one is needed, one that spells what the tokenizer adds in a way that is not clear, or ids that
             `model` does not have; names the prompt, the value, and the key to change.
+        ConfigurationError: `sequences` of a masked model.
     """
     skips = skips or Skips()
+    if sequences and mask_token is not None:
+        raise ConfigurationError(
+            "a masked model predicts one token in the place of its mask",
+            setting="dataset.not_one_token",
+            value="sequence",
+            allowed="error or skip",
+        )
     for read in _all_reads(tokenizer, prompts, mask_token, model, batch):
         prompt, tokens = read.prompt, None
         if skips.not_one_token:
@@ -76,11 +86,18 @@ def encode(
                 continue
             skips.n_targets += len(prompt.targets) - len(tokens)
             prompt = _with_targets(prompt, list(tokens))
-        if skips.too_long and context_length is not None and len(read.ids) > context_length:
+        following = _checked_sequences(tokenizer, read, mask_token, model) if sequences else ()
+        # A target's last token is predicted, and not read.
+        longest = len(read.ids) + max((len(own) - 1 for own in following), default=0)
+        if skips.too_long and context_length is not None and longest > context_length:
             skips.n_too_long += 1
             skips.first_too_long = skips.first_too_long or prompt.id
             continue
-        _check_length(prompt, read.ids, context_length)
+        _check_length(prompt, read.ids, context_length, longest)
+        if following:
+            rest = tuple(own[1:] for own in following)
+            yield EncodedPrompt(prompt, read.ids, tuple(own[0] for own in following), rest if any(rest) else ())
+            continue
         if tokens is None:
             tokens = _checked_targets(tokenizer, read, mask_token, model)
         yield EncodedPrompt(prompt, read.ids, tuple(tokens.values()))
@@ -225,12 +242,15 @@ def _check_known(tokenizer: Tokenizer, prompt: Prompt, ids: tuple[int, ...], mod
         )
 
 
-def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | None) -> None:
+def _check_length(prompt: Prompt, ids: tuple[int, ...], context_length: int | None, longest: int | None = None) -> None:
+    """Refuse a prompt without tokens, or one that is beyond the context, with its `longest` target where it is read."""
     if not ids:
         raise PromptError(f"prompt {prompt.id!r} has no tokens; it needs at least one", change="dataset.source")
-    if context_length is not None and len(ids) > context_length:
+    n = len(ids) if longest is None else longest
+    if context_length is not None and n > context_length:
+        beside = f" with {n - len(ids)} of its longest target" if n > len(ids) else ""
         raise PromptError(
-            f"prompt {prompt.id!r} has {len(ids)} tokens, the model's context holds {context_length}: shorten it, "
+            f"prompt {prompt.id!r} has {n} tokens{beside}, the model's context holds {context_length}: shorten it, "
             "choose another model.source, or leave such prompts out with dataset.too_long=skip",
             change="model.source",
         )
@@ -258,6 +278,27 @@ def _target_id(
     model: Vocabulary | None,
 ) -> int:
     """The one token of a target after its prompt, or in the place of its mask."""
+    own = _target_ids(tokenizer, read, target, full, mask_token, model)
+    if len(own) != 1:
+        beside = "" if mask_token is not None else ", sequence reads it token by token"
+        raise TargetError(
+            f"prompt {read.prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, it must be "
+            "exactly 1 (dataset.source; of a task, dataset.template; dataset.not_one_token=skip leaves it out"
+            f"{beside})",
+            change="dataset.source",
+        )
+    return own[0]
+
+
+def _target_ids(
+    tokenizer: Tokenizer,
+    read: _Read,
+    target: str,
+    full: tuple[int, ...] | TargetError,
+    mask_token: int | None,
+    model: Vocabulary | None,
+) -> tuple[int, ...]:
+    """The tokens of a target after its prompt, or in the place of its mask; all of them the model's own."""
     if isinstance(full, TargetError):
         raise full
     prompt, ids = read.prompt, read.ids
@@ -272,25 +313,47 @@ def _target_id(
             "the target, or away",
             change="dataset.source",
         )
-    if len(own) != 1:
-        raise TargetError(
-            f"prompt {prompt.id!r}: target {target!r} is {len(own)} tokens {_tokens(tokenizer, own)}, it must be "
-            "exactly 1 (dataset.source; of a task, dataset.template; dataset.not_one_token=skip leaves it out)",
-            change="dataset.source",
-        )
-    if own[0] in (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None)):
+    unknown = (getattr(tokenizer, "unk_token_id", None), getattr(tokenizer, "mask_token_id", None))
+    if any(token in unknown for token in own):
         raise TargetError(
             f"prompt {prompt.id!r}: the model has no token for target {target!r}, only {_tokens(tokenizer, own)}",
             change="dataset.source",
         )
-    if model is not None and model.n_output_ids is not None and own[0] >= model.n_output_ids:
+    # All are predicted, and all but the last are read.
+    limit = None if model is None else model.n_output_ids
+    strange = None if limit is None else next((token for token in own if token >= limit), None)
+    if model is not None and strange is not None:
         raise PromptError(
-            f"prompt {prompt.id!r}: target {target!r} is the token {_tokens(tokenizer, own)[0]!r} with the id "
-            f"{own[0]}, but {model.name} predicts only the ids below {model.n_output_ids}: the tokenizer beside "
-            "the weights is another model's",
+            f"prompt {prompt.id!r}: target {target!r} is the token {_tokens(tokenizer, [strange])[0]!r} with the id "
+            f"{strange}, but {model.name} predicts only the ids below {limit}: the tokenizer beside the weights is "
+            "another model's",
             change="model.source",
         )
-    return own[0]
+    _check_known(tokenizer, prompt, own[:-1], model)
+    return own
+
+
+def _checked_sequences(
+    tokenizer: Tokenizer, read: _Read, mask_token: int | None, model: Vocabulary | None
+) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each target; one target may begin with all of another."""
+    place_of: dict[tuple[int, ...], int] = {}
+    prompt, targets = read.prompt, read.prompt.targets
+    for place, (target, full) in enumerate(zip(targets, read.with_targets, strict=True)):
+        own = _target_ids(tokenizer, read, target, full, mask_token, model)
+        if not own:
+            raise TargetError(
+                f"prompt {prompt.id!r}: target {target!r} is no token at all behind the prompt; it needs at least one",
+                change="dataset.source",
+            )
+        if own in place_of:
+            raise TargetError(
+                f"prompt {prompt.id!r}: targets {targets[place_of[own]]!r} and {target!r} are the same tokens "
+                f"{_tokens(tokenizer, own)}; targets must differ",
+                change="dataset.source",
+            )
+        place_of[own] = place
+    return tuple(place_of)
 
 
 def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

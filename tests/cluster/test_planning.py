@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaForCausalLM
 
 from jobs.entry import CONF
+from neg_service.batch_size import batch_size
 from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
 from neg_service.cluster.prepare import Prepared, prepare, prepare_again
 from neg_service.cluster.ranking import ranking_of
@@ -22,7 +23,6 @@ from neg_service.config import (
     NeuronsConfig,
     ScanConfig,
     StorageConfig,
-    batch_size,
     check,
     checked_layers,
     most_replicas,

@@ -45,6 +45,7 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
 
     Options = AggregateImportanceOptions
     NAMES = ("aggregate_importance",)
+    TAKES_SEQUENCES = True
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`aggregate_importance`."""

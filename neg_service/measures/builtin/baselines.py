@@ -74,6 +74,7 @@ class BaselineEstimate(Measure[BaselineOptions]):
 
     Options = BaselineOptions
     NAMES = ("gradient", "gradient_x_activation", "activation", "random")
+    TAKES_SEQUENCES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, too."""
@@ -110,7 +111,7 @@ class BaselineEstimate(Measure[BaselineOptions]):
         for index, found in gradients(model, shard.prompts, wanted, basis, layers, shard.budget):
             prompt, p_k = shard.prompts[index], found.probability_k
             values_km = _values(self.options, prompt.prompt, found)
-            of_prompt = prompt_tables(prompt, p_k, found.routing, has_experts(sizes))
+            of_prompt = prompt_tables(prompt, p_k, found.routing, has_experts(sizes), found.token_log_p)
             own = target_layer_rows(table_schema, prompt, found.targets, found.slots, basis, p_k, values_km)
             yield index, {**of_prompt, self.name: own}
 

@@ -15,9 +15,10 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.edits import CheckedEdit, Edit, checked_edits, read_edits
 from neg_service.measures.tables import key_columns, prompt_tables, table_of
+from neg_service.measures.targets import check_at
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.schema import Table
-from neg_service.settings import basis_setting, setting
+from neg_service.settings import at_setting, basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.measures.intervene import Effects
@@ -30,6 +31,7 @@ class InterveneOptions:
 
     name: str = "intervene"
     basis: str = basis_setting()
+    at: str = at_setting()
     edits: Any = setting(
         None,
         "A .json or .jsonl file of edits, or the list itself. Each has `neurons`, one of shift, scale, set, enhance, "
@@ -43,6 +45,7 @@ class Intervene(Measure[InterveneOptions]):
 
     Options = InterveneOptions
     NAMES = ("intervene",)
+    TAKES_SEQUENCES = True
 
     def with_files_read(self) -> Self:
         """The edits themselves in the place of their file."""
@@ -55,12 +58,14 @@ class Intervene(Measure[InterveneOptions]):
                 "measure.edits names the neurons; leave it at all", setting="neurons.layers", value=neurons.layers
             )
         super().validate(info, neurons, prompts)
+        check_at(self.options.at, has_experts(info))
         checked_edits(self.options.edits, layers_of_model(info))
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """All options, with the edits in full."""
         options = self.options
-        return {"name": options.name, "basis": options.basis, "edits": options.edits}
+        at = {} if options.at == "readout" else {"at": options.at}
+        return {"name": options.name, "basis": options.basis, "edits": options.edits, **at}
 
     def describe_neurons(self, info: ModelInfo, neurons: NeuronsConfig) -> str:
         """Those of the edits."""
@@ -85,10 +90,11 @@ class Intervene(Measure[InterveneOptions]):
         sizes = model.feed_forward
         edits = checked_edits(self.options.edits, layers_of_model(sizes))
         dtype = str(model.dtype).removeprefix("torch.")
-        for index, found in effects(model, shard.prompts, edits, basis, shard.budget):
+        each = self.options.at == "each"
+        for index, found in effects(model, shard.prompts, edits, basis, shard.budget, each):
             prompt = shard.prompts[index]
             probability_k = found.probability_k.astype(np.float32)
-            of_prompt = prompt_tables(prompt, probability_k, found.routing, has_experts(sizes))
+            of_prompt = prompt_tables(prompt, probability_k, found.routing, has_experts(sizes), found.token_log_p)
             table = _table(schema.intervene(has_experts(sizes)), prompt, found, edits, basis, dtype)
             yield index, {**of_prompt, "intervene": table}
 

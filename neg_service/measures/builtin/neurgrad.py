@@ -31,10 +31,10 @@ from neg_service.measures.base import (
 )
 from neg_service.measures.readouts import Readouts, against_setting, check_readouts, readout_setting
 from neg_service.measures.tables import key_columns, lists, mlp_columns, prompt_tables, table_of, target_layer_rows
-from neg_service.measures.targets import check_keep, kept_targets, wanted_targets
+from neg_service.measures.targets import check_at, check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.schema import Table
-from neg_service.settings import basis_setting, setting
+from neg_service.settings import at_setting, basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.measures.gradients import PromptReduced
@@ -49,6 +49,7 @@ class NeurGradOptions:
 
     name: str = "neurgrad"
     basis: str = basis_setting()
+    at: str = at_setting()
     keep: str = setting(
         "all",
         "all values, those of the right answer only, or the `top_k` strongest neurons of each target",
@@ -64,10 +65,12 @@ class NeurGrad(Measure[NeurGradOptions]):
 
     Options = NeurGradOptions
     NAMES = ("neurgrad",)
+    TAKES_SEQUENCES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, or more neurons than there are, too."""
         super().validate(info, neurons, prompts)
+        check_at(self.options.at, has_experts(info))
         check_keep(self.options.keep, KEEP, prompts)
         check_readouts(self._readouts, prompts, self.options.keep)
         in_all = n_slots(info, checked_layers(neurons, info.n_layers))
@@ -84,6 +87,8 @@ class NeurGrad(Measure[NeurGradOptions]):
         if not self._is_top_k:
             del given["top_k"]
         del given["readout"], given["against"]
+        if self.options.at == "readout":
+            del given["at"]
         return given | self._readouts.fingerprint()
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
@@ -123,11 +128,13 @@ class NeurGrad(Measure[NeurGradOptions]):
         tables, sizes = _strongest if self._is_top_k else _values, shard.model.feed_forward
         reduce = reductions.strongest(self.options.top_k) if self._is_top_k else reductions.all_neurons
         for index, found in reduced_gradients(
-            shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce, self._readouts
-        ):
+            shard.model, shard.prompts, wanted, basis, layers, shard.budget, reduce, self._readouts,
+            each=self.options.at == "each",
+        ):  # fmt: skip
             prompt = shard.prompts[index]
             own = tables(prompt, found, layers_of_model(sizes), self.options, self._readouts)
-            yield index, {**prompt_tables(prompt, found.probability_k, found.routing, has_experts(sizes)), **own}
+            p_k, log_p = found.probability_k, found.token_log_p
+            yield index, {**prompt_tables(prompt, p_k, found.routing, has_experts(sizes), log_p), **own}
 
     @property
     def _readouts(self) -> Readouts:

@@ -16,8 +16,9 @@ from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_expe
 from neg_service.measures.choice import check_choice, chosen_neurons, count_of
 from neg_service.measures.readouts import Readouts, against_setting, check_readouts, readout_setting
 from neg_service.measures.shifts import GRIDS, SHIFTS, TOLERANCE, AdaptiveGrid, Grid, Sweep, chosen_grid
+from neg_service.measures.targets import check_at
 from neg_service.schema import Table
-from neg_service.settings import basis_setting, setting
+from neg_service.settings import at_setting, basis_setting, setting
 
 if TYPE_CHECKING:
     from neg_service.models.inspection import ModelInfo
@@ -35,6 +36,7 @@ class SweepOptions:
 
     name: str = "sweep"
     basis: str = basis_setting()
+    at: str = at_setting()
     shift: str = setting("magnitude", "a -> a + shift*sign(a); or signed: a -> a + shift", allowed=SHIFTS)
     grid: str = setting(
         "adaptive",
@@ -60,11 +62,13 @@ class NeuronSweep(Measure[SweepOptions]):
 
     Options = SweepOptions
     NAMES = ("sweep",)
+    TAKES_SEQUENCES = True
     MEASURES_SINGLE_NEURONS = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
+        check_at(self.options.at, has_experts(info))
         self.grid()
         check_readouts(self._readouts, prompts)
         check_choice(neurons, layers_of_model(info))
@@ -77,6 +81,8 @@ class NeuronSweep(Measure[SweepOptions]):
         """The options that decide the numbers; a grid is named by its shifts, however they were given."""
         options = self.options
         found: dict[str, Any] = {"name": options.name, "basis": options.basis, "shift": options.shift}
+        if options.at != "readout":
+            found["at"] = options.at
         found |= {"grid": options.grid, "shifts": self.grid().shifts.tolist(), "keep_curves": options.keep_curves}
         found |= self._readouts.fingerprint()
         grid = self.grid()
@@ -113,7 +119,10 @@ class NeuronSweep(Measure[SweepOptions]):
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
     ) -> dict[str, Any]:
-        """The sweep's noise against a higher precision; see `noise.py`."""
+        """The sweep's noise against a higher precision, of targets of one token; see `noise.py`.
+
+        That of targets of several tokens is measured where such prompts are swept, on tokens that are always the same.
+        """
         from neg_service.measures.batching import budget_of
         from neg_service.measures.noise import measure_noise
 
@@ -121,6 +130,7 @@ class NeuronSweep(Measure[SweepOptions]):
             neurons = NeuronsConfig(neurons.layers)
         chosen = chosen_neurons(neurons, layers_of_model(model.feed_forward))
         budget = self.budget or budget_of(model)
+        prompts = [prompt.first_tokens() for prompt in prompts]
         return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, budget))}
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
@@ -138,7 +148,7 @@ class NeuronSweep(Measure[SweepOptions]):
 
     @property
     def _sweep(self) -> Sweep:
-        return Sweep(self.grid(), self.options.basis, self.options.shift)
+        return Sweep(self.grid(), self.options.basis, self.options.shift, self.options.at == "each")
 
     def grid(self) -> Grid | AdaptiveGrid:
         """The shifts.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from neg_service.models.engines.base import Rows
+from neg_service.models.engines.trees import TreeRows
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
@@ -51,42 +52,24 @@ def target_gradients(
     """
     counts = [1 if rows.targets_share_rows else len(own) for own in target_ids]
     place_r = rows.positions(counts)
-    places: dict[torch.device, Tensor] = {}
-    leaves: dict[Site, Tensor] = {}
-    activations: dict[Site, Tensor] = {}
-
-    def capture(site: Site, x: Tensor) -> Tensor:
-        if x.device not in places:
-            places[x.device] = sent(place_r, x.device)
-        place = places[x.device]
-        activations[site] = points[site].neurons(flat(x.detach().contiguous())[place])
-        if len(place) * x.shape[-1] == x.numel():
-            # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
-            leaves[site] = x if x.requires_grad else x.detach().requires_grad_()
-            return leaves[site]
-        # A shift by zero at the readout positions alone: the gradients at all others are not kept.
-        leaves[site] = x.new_zeros(len(place), x.shape[-1], requires_grad=True)
-        return x.reshape(-1, x.shape[-1]).index_add(0, place, leaves[site]).view_as(x)
-
-    with torch.enable_grad(), watching_routing() as routing, hooks(points, capture):
+    leaves = _Leaves(points, place_r)
+    with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
         logits = at_least_float32(rows.run(counts))
         log_p = log_softmax(logits)
         differentiated = logits if of_logits else log_p
+        activations = leaves.activations
         if rows.targets_share_rows:
             prompt_r = torch.tensor([b for b, own in enumerate(target_ids) for _ in own])
             target_r = torch.tensor([k for own in target_ids for k in range(len(own))])
-            prompt_of = {device: sent(prompt_r, device) for device in {log_p.device, *places}}
-            target_of = {device: sent(target_r, device) for device in places}
-            slopes_skrf = _for_each_target(differentiated, target_ids, [leaves[site] for site in points])
+            prompt_of = {device: sent(prompt_r, device) for device in {log_p.device, *leaves.places}}
+            target_of = {device: sent(target_r, device) for device in leaves.places}
+            slopes_skrf = _for_each_target(differentiated, target_ids, [leaves.of_site[site] for site in points])
             slopes = [own_krf[target_of[own_krf.device], prompt_of[own_krf.device]] for own_krf in slopes_skrf]
             log_p, place_r = log_p[prompt_of[log_p.device]], place_r[prompt_r]
             activations = {site: own[prompt_of[own.device]] for site, own in activations.items()}
         else:
             ids_r1 = indices([token for own in target_ids for token in own], log_p.device)[:, None]
-            # What the output does not depend on has a gradient too: zero.
-            summed = differentiated.gather(1, ids_r1).sum()
-            slopes_srf = torch.autograd.grad(summed, [leaves[site] for site in points], materialize_grads=True)
-            slopes = [flat(slope.contiguous()) for slope in slopes_srf]
+            slopes = leaves.slopes(differentiated.gather(1, ids_r1).sum())
     return TargetGradients(
         log_p_rv=log_p.detach(),
         gradient_srn=[point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)],
@@ -94,6 +77,88 @@ def target_gradients(
         routing=routing,
         place_r=place_r,
     )
+
+
+def sequence_gradients(
+    rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point], each: str | None = None
+) -> TargetGradients:
+    """The same of targets of several tokens: log p of `targets[b][k]`, the sum over its tokens, is differentiated.
+
+    `rows` are those targets' chains (`trees.py`). `log_p_rv` holds what each target's own tokens have, in their order,
+    zero behind the last [R, S].
+
+    each: differentiate at every token of a chain, and not at the first alone: `signed` sums these gradients, with the
+    neuron moved alike at all of them, `magnitude` their products with the activations' signs there, with +1 at zero.
+    """
+    tokens_r = [tokens for own in targets for tokens in own]
+    counts = [len(own) for own in targets]
+    place_r = rows.positions(counts)
+    at_rq = place_r[:, None] if each is None else rows.each_positions(counts)
+    row_a = (at_rq >= 0).nonzero()[:, 0]
+    leaves = _Leaves(points, at_rq[at_rq >= 0])
+    with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
+        log_p_mv = log_softmax(at_least_float32(rows.run(counts)))
+        ids_m1 = indices([token for tokens in tokens_r for token in tokens], log_p_mv.device)[:, None]
+        log_p_m = log_p_mv.gather(1, ids_m1)[:, 0]
+        slopes = leaves.slopes(log_p_m.sum())
+    row_m = indices([r for r, tokens in enumerate(tokens_r) for _ in tokens], log_p_m.device)
+    place_m = indices([s for tokens in tokens_r for s in range(len(tokens))], log_p_m.device)
+    log_p_rs = log_p_m.new_zeros(len(tokens_r), max(map(len, tokens_r)))
+    log_p_rs[row_m, place_m] = log_p_m.detach()
+    own = [point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)]
+    activations = [leaves.activations[site] for site in points]
+    if each is not None:
+        own = [_summed(row_a, slope, a, each, len(place_r)) for slope, a in zip(own, activations, strict=True)]
+        first_r = torch.searchsorted(row_a, torch.arange(len(place_r)))
+        activations = [a[sent(first_r, a.device)] for a in activations]
+    return TargetGradients(
+        log_p_rv=log_p_rs,
+        gradient_srn=own,
+        activation_srn=activations,
+        routing=routing,
+        place_r=place_r,
+    )
+
+
+def _summed(row_a: Tensor, slope_an: Tensor, activation_an: Tensor, each: str, n_rows: int) -> Tensor:
+    """Gradients [A, N] at several tokens of each row, added up by row [R, N]."""
+    if each == "magnitude":
+        slope_an = torch.where(activation_an < 0, -slope_an, slope_an)
+    return slope_an.new_zeros(n_rows, slope_an.shape[1]).index_add(0, sent(row_a, slope_an.device), slope_an)
+
+
+class _Leaves:
+    """Where the graph of a pass begins: the neurons of some sites, at each row's shifted token.
+
+    activations: what they are there [R, N], by site. places: the tokens' places, by device.
+    """
+
+    def __init__(self, points: Mapping[Site, Point], place_r: Tensor) -> None:
+        self._points, self._place_r = points, place_r
+        self.places: dict[torch.device, Tensor] = {}
+        self.of_site: dict[Site, Tensor] = {}
+        self.activations: dict[Site, Tensor] = {}
+
+    def capture(self, site: Site, x: Tensor) -> Tensor:
+        """Let what passes by at a site require a gradient; for `hooks`."""
+        if x.device not in self.places:
+            self.places[x.device] = sent(self._place_r, x.device)
+        place = self.places[x.device]
+        self.activations[site] = self._points[site].neurons(flat(x.detach().contiguous())[place])
+        if len(place) * x.shape[-1] == x.numel():
+            # Nothing frozen requires a gradient; the lowest chosen layer's neurons are where the graph begins.
+            self.of_site[site] = x if x.requires_grad else x.detach().requires_grad_()
+            return self.of_site[site]
+        # A shift by zero at the readout positions alone: the gradients at all others are not kept.
+        self.of_site[site] = x.new_zeros(len(place), x.shape[-1], requires_grad=True)
+        return x.reshape(-1, x.shape[-1]).index_add(0, place, self.of_site[site]).view_as(x)
+
+    def slopes(self, summed: Tensor) -> list[Tensor]:
+        """The gradients [R, F] of a sum over independent rows, in the order of the points."""
+        leaves = [self.of_site[site] for site in self._points]
+        # What the output does not depend on has a gradient too: zero.
+        found = torch.autograd.grad(summed, leaves, materialize_grads=True)
+        return [flat(slope.contiguous()) for slope in found]
 
 
 def _for_each_target(

@@ -7,7 +7,7 @@ prefix: one of them has its neurons shifted, and logits are read behind one or m
 |-----------------------------------------|--------------------------------------------|-----------|----------------|
 | today, of a causal model                | the last token, or the whole prompt        | the last  | the last       |
 | today, of a masked model                | the whole prompt                           | its mask  | its mask       |
-| to come: answers of several tokens      | the last token, and the answers behind it  | the first | all but leaves |
+| targets of several tokens               | the last token, and what targets begin with | the first | all            |
 | to come: a shift at an earlier position | the tokens from that position on           | the first | the last       |
 
 An engine refuses rows that it cannot run (`Engine.prepare`). What runs once for a prefix that prompts share is the
@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from neg_service.models.dimensions import (
 from neg_service.models.engines.difference_program import Differences
 from neg_service.models.experts import own_experts, plain_experts
 from neg_service.models.feed_forward import FeedForward, Point, Site
+
+if TYPE_CHECKING:
+    from neg_service.models.engines.trees import TreeRows
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -278,6 +281,7 @@ class Engine(ABC):
     reads_at: at which tokens it can read. shares_prefixes: prompts' common beginnings may run once for all.
     runs_prompts_together: rows of several prompts may be in one batch.
     targets_share_rows: a prompt's targets are read, and differentiated, from one row.
+    runs_trees: rows may be several tokens, as targets of several tokens need.
     refines: the engine of which it is a kind that runs shifts of single neurons better, and all else alike.
     """
 
@@ -288,6 +292,7 @@ class Engine(ABC):
     shares_prefixes: ClassVar[bool]
     runs_prompts_together: bool
     targets_share_rows: ClassVar[bool]
+    runs_trees: ClassVar[bool] = False
     refines: ClassVar[type[Engine] | None] = None
 
     def __init__(self, model: LoadedModel) -> None:
@@ -350,6 +355,17 @@ class Engine(ABC):
     def rows(self, prompts: Sequence[Ids], shared: Ids = ()) -> Rows:
         """Prompts' rows, each as `split` makes it."""
         return self.prepare([self.split(prompt) for prompt in prompts], shared)
+
+    def trees(self, prompts: Sequence[Ids], rows: Sequence[Sequence[Row]], shared: Ids = ()) -> TreeRows:
+        """Prompts' rows of several tokens, each of which begins with its prompt's last token.
+
+        rows: of each prompt one for all that it will have, or all of them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} runs rows of one token")
+
+    def tree_sizes(self, n_tokens: int, row: Row) -> RowSizes:
+        """What a row of several tokens takes of memory, of a prompt of so many."""
+        raise NotImplementedError(f"{type(self).__name__} runs rows of one token")
 
     def groups(self, prompts: Sequence[Ids]) -> list[Group]:
         """Which prompts to run together: those with a common beginning, or all, where nothing can be shared."""

@@ -63,10 +63,15 @@ def spread_ids(model: LoadedModel, count: int) -> tuple[int, ...]:
 def plain_logits(model: LoadedModel, ids: Sequence[int], *, shows_experts: bool = False) -> Tensor:
     """Logits of the model's own pass; `shows_experts`: with own code for its experts, whose neurons then pass by."""
     # Every position's logits, because not every architecture can be asked for one alone.
+    return plain_sequence(model, ids, shows_experts=shows_experts)[readout(model, ids)]
+
+
+def plain_sequence(model: LoadedModel, ids: Sequence[int], *, shows_experts: bool = False) -> Tensor:
+    """The same behind every token [T, V], with gradients where they are enabled."""
     inputs = torch.tensor([list(ids)], device=model.device)
     with plain_products(), model.own_experts() if shows_experts else model.plain_experts():
         logits: Tensor = model.module(inputs, **_without_cache(model)).logits
-    return logits[0, readout(model, ids)]
+    return logits[0]
 
 
 def _without_cache(model: LoadedModel) -> dict[str, Any]:
@@ -213,23 +218,19 @@ def gradient_deviation(engine: Engine, ids: Sequence[int]) -> float:
     target = int(plain_logits(model, ids).topk(2).indices[1])
     rows = engine.rows([ids])
 
-    def plain() -> Tensor:
-        inputs = torch.tensor([list(ids)], device=model.device)
-        with plain_products(), model.plain_experts():
-            logits: Tensor = model.module(inputs, **_without_cache(model)).logits
-        return logits[:, readout(model, ids)]
+    def of_target(logits_v: Tensor) -> Tensor:
+        return log_softmax(at_least_float32(logits_v[None]))[0, target]
 
-    own = _slopes_of_layers(model, lambda: rows.run([1]), rows.tokens, int(rows.positions([1])), target)
-    expected = _slopes_of_layers(model, plain, len(ids), readout(model, ids), target)
+    place = readout(model, ids)
+    own = slopes_of_layers(model, lambda: of_target(rows.run([1])[0]), rows.tokens, int(rows.positions([1])))
+    expected = slopes_of_layers(model, lambda: of_target(plain_sequence(model, ids)[place]), len(ids), place)
     if own.keys() != expected.keys():
         raise MismatchError("its passes run other layers than the plain model's")
     return max((deviation_of(own[layer], slope) for layer, slope in expected.items()), default=0.0)
 
 
-def _slopes_of_layers(
-    model: LoadedModel, run: Callable[[], Tensor], n_tokens: int, place: int, target: int
-) -> dict[int, Tensor]:
-    """d log p of a target / d input [F] of each layer that the output depends on, at a place among a pass's tokens.
+def slopes_of_layers(model: LoadedModel, run: Callable[[], Tensor], n_tokens: int, place: int) -> dict[int, Tensor]:
+    """d of what a pass gives [] / d input [F] of each layer that it depends on, at a place among the pass's tokens.
 
     F is all that a layer is given of a token: some have several streams of hidden states.
     """
@@ -254,8 +255,7 @@ def _slopes_of_layers(
     with torch.enable_grad(), ExitStack() as stack:
         for index, layer in enumerate(model.feed_forward.layers):
             stack.callback(layer.register_forward_pre_hook(enter(index), with_kwargs=True).remove)
-        log_p_v = log_softmax(at_least_float32(run()))[0]
-        slopes = torch.autograd.grad(log_p_v[target], list(leaves.values()), allow_unused=True)
+        slopes = torch.autograd.grad(run(), list(leaves.values()), allow_unused=True)
     return {layer: slope[0] for layer, slope in zip(leaves, slopes, strict=True) if slope is not None}
 
 

@@ -29,6 +29,7 @@ from neg_service.models.engines.base import (
     RowSizes,
     SplitPrompt,
 )
+from neg_service.models.engines.full_sequence_trees import FullSequenceTrees, sequence_sizes
 from neg_service.models.head import exact_head_gradient
 
 
@@ -45,6 +46,7 @@ class FullSequenceEngine(Engine):
     reads_at: ClassVar[tuple[str, ...]] = (MASK_TOKEN, LAST_TOKEN)
     shares_prefixes = False
     targets_share_rows = True
+    runs_trees = True
 
     def __init__(self, model: LoadedModel) -> None:
         super().__init__(model)
@@ -72,9 +74,18 @@ class FullSequenceEngine(Engine):
                 )
         return FullSequenceRows(self.model, [prompt.row for prompt in prompts], is_padded=self.runs_prompts_together)
 
+    def trees(self, prompts: Sequence[Ids], rows: Sequence[Sequence[Row]], shared: Ids = ()) -> FullSequenceTrees:
+        """See `Engine`; of one prompt, and nothing is shared."""
+        (prompt,), (own,) = prompts, rows
+        return FullSequenceTrees(self.model, prompt, own)
+
     def row_sizes(self, n_tokens: int) -> RowSizes:
         """See `Engine`."""
         return self.model.row_sizes(n_tokens, n_tokens)
+
+    def tree_sizes(self, n_tokens: int, row: Row) -> RowSizes:
+        """See `Engine`."""
+        return sequence_sizes(self.model, n_tokens, row)
 
 
 class UnpaddedEngine(FullSequenceEngine):

@@ -190,7 +190,7 @@ class PrefixPass:
                 enable_gqa=q_bhtd.shape[1] != k_bgsd.shape[1],
             )
         k_bhsd, v_bhsd = (x.repeat_interleave(heads_a_group, 1) for x in (k_bgsd, v_bgsd))
-        scores = at_least_float32(_softcapped(q_bhtd @ k_bhsd.transpose(2, 3) * view.scaling, view.softcap))
+        scores = at_least_float32(softcapped(q_bhtd @ k_bhsd.transpose(2, 3) * view.scaling, view.softcap))
         visible = mask if mask is not None else torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
         scores = scores.masked_fill(~visible, float("-inf"))
         if view.sinks is not None:
@@ -242,18 +242,18 @@ class RowPass:
             q_gyd = q_bgxd.transpose(0, 1).reshape(g, -1, d)
             score_gyc = q_gyd @ self.prefix.shared.keys_gcd[layer].transpose(1, 2)
             score_bgxc = score_gyc.view(g, b, -1, score_gyc.shape[-1]).transpose(0, 1)
-            scores.append(_softcapped(score_bgxc, view.softcap))
+            scores.append(softcapped(score_bgxc, view.softcap))
             if shared_hidden is not None:
                 scores[-1] = scores[-1].masked_fill(shared_hidden[:, None, None], float("-inf"))
             values.append(self.prefix.shared.values_gcd[layer])
         if layer in self.prefix.keys_bgtd:
             score_bgxt = q_bgxd @ self.prefix.keys_bgtd[layer].transpose(2, 3)
-            scores.append(_softcapped(score_bgxt, view.softcap))
+            scores.append(softcapped(score_bgxt, view.softcap))
             if own_hidden is not None:
                 scores[-1] = scores[-1].masked_fill(own_hidden[:, None, None], float("-inf"))
             values.append(self.prefix.values_bgtd[layer])
         self_bgxj = q_bgxd.view(b, g, -1, j, d) * k_bgjd[:, :, None]
-        scores.append(_softcapped(self_bgxj.sum(-1).reshape(b, g, -1, 1), view.softcap))
+        scores.append(softcapped(self_bgxj.sum(-1).reshape(b, g, -1, 1), view.softcap))
         if view.sinks is not None:
             sinks_g1 = view.sinks.view(1, g, -1, 1).expand(b, -1, -1, j)
             scores.append(sinks_g1.reshape(b, g, -1, 1).to(q_bgxd.dtype))
@@ -298,7 +298,8 @@ def _alone(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
-def _softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+def softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Attention scores, bent as some models do."""
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 

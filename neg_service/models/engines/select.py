@@ -23,6 +23,7 @@ from neg_service.models.engines.kv_cache import KeyValueCacheEngine
 from neg_service.models.engines.recurrent_state import RecurrentStateEngine
 from neg_service.models.engines.self_check import SelfCheck, check_engine, check_plain, name_of
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
+from neg_service.models.engines.tree_check import check_trees
 
 # The fastest first.
 ENGINES: tuple[type[Engine], ...] = (
@@ -93,6 +94,51 @@ def select_engine(model: LoadedModel, wanted: str = AUTO) -> Selection:
     raise ModelError(
         f"self-check of {name_of(model)}: {reasons}: choose another model.source or model.dtype", change="model.source"
     )
+
+
+def select_for_trees(selection: Selection, wanted: str = AUTO) -> Selection:
+    """The engine for targets of several tokens: the one that was selected if it runs trees, else whole sequences.
+
+    Raises:
+        ModelError: a masked model; an engine that was asked for and cannot; none can, with what each is off by.
+    """
+    engine = selection.engine
+    model = engine.model
+    if model.mask_token is not None:
+        raise ModelError(
+            f"{name_of(model)} is a masked model, which predicts one token in the place of its mask",
+            setting="dataset.not_one_token", value="sequence", allowed="error or skip",
+        )  # fmt: skip
+    rejected: dict[str, str] = {}
+    found = _with_trees(selection, rejected)
+    if found is None and wanted == AUTO and not isinstance(engine, FullSequenceEngine):
+        slow = _tried(FullSequenceEngine(model), rejected)
+        found = None if slow is None else _with_trees(slow, rejected)
+    if found is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise ModelError(
+            f"{name_of(model)}, targets of several tokens: {reasons}", setting="model.engine", value=wanted,
+            allowed=f"{AUTO}, {SharedPrefixEngine.name} or {FullSequenceEngine.name}, whichever fits, or "
+            "dataset.not_one_token=skip",
+        )  # fmt: skip
+    return replace(found, rejected={**selection.rejected, **rejected})
+
+
+def _with_trees(selection: Selection, rejected: dict[str, str]) -> Selection | None:
+    """The selection if its engine's rows of several tokens are right; else why not goes to `rejected`."""
+    engine, check = selection.engine, selection.check
+    if not engine.runs_trees:
+        rejected[engine.name] = "runs rows of one token"
+        return None
+    try:
+        return replace(selection, check=replace(check, tried=(*check.tried, check_trees(engine))))
+    except MismatchError as error:
+        rejected[engine.name] = str(error)
+    except _DOES_NOT_RUN as error:
+        if is_out_of_memory(error):
+            raise _too_large(engine.model) from error
+        rejected[engine.name] = f"does not run rows of several tokens: {one_line(error)}"
+    return None
 
 
 def _asked_for(

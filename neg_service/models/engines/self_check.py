@@ -124,20 +124,20 @@ def _check_engine(engine: Engine, *, has_gradients: bool) -> SelfCheck:
     tolerance = LOGIT_TOLERANCE[model.dtype]
     experts = experts_deviation(engine, ids) if model.feed_forward.has_experts else None
     if experts is not None:
-        _require(experts, tolerance, "experts are {} off the modeling code's own loop")
+        require_within(experts, tolerance, "experts are {} off the modeling code's own loop")
     logits, tried = _check_logits(engine, ids)
     neurons, at_readout = neurons_deviation(model, ids), readout_deviation(engine, ids)
     where = f"off the plain forward pass, in {_dtype(model)}"
-    _require(logits, tolerance, "row logits are {} " + where)
-    _require(neurons, tolerance, "captured neurons are {} " + where)
-    _require(at_readout, READOUT_FACTOR * tolerance, "neurons at the readout position are {} " + where)
+    require_within(logits, tolerance, "row logits are {} " + where)
+    require_within(neurons, tolerance, "captured neurons are {} " + where)
+    require_within(at_readout, READOUT_FACTOR * tolerance, "neurons at the readout position are {} " + where)
     gradients = finite_difference = None
     if has_gradients:
         gradients = gradient_deviation(engine, ids)
-        _require(gradients, GRADIENT_TOLERANCE, "gradients are {} off those of the plain model's own pass")
+        require_within(gradients, GRADIENT_TOLERANCE, "gradients are {} off those of the plain model's own pass")
         finite_difference = finite_difference_deviation(engine, ids, FINITE_DIFFERENCE_TOLERANCE)
         what = "small shifts of neurons move the output {} (relative) away from what gradients say"
-        _require(finite_difference, FINITE_DIFFERENCE_TOLERANCE, what)
+        require_within(finite_difference, FINITE_DIFFERENCE_TOLERANCE, what)
     starts_at_layers, late_expansion = starts_and_expansion(engine, ids, tolerance)
     return SelfCheck(
         logits=logits,
@@ -152,7 +152,7 @@ def _check_engine(engine: Engine, *, has_gradients: bool) -> SelfCheck:
     )
 
 
-def _require(deviation: float, allowed: float, what: str) -> None:
+def require_within(deviation: float, allowed: float, what: str) -> None:
     """Refuse a deviation that is too large; written so that NaN is.
 
     Raises:

@@ -1,6 +1,6 @@
 """The engine for causal attention through transformers' interface: the last token in rows over a prefix that all share.
 
-How its attention works: `prefix_attention.py`. Rows are one token today.
+How its attention works: `prefix_attention.py`; of rows of several tokens, `prefix_trees.py`.
 
 Axes: B prompts, R rows in all, F features, V vocabulary.
 """
@@ -19,6 +19,7 @@ from neg_service.models.engines.base import (
     Ids,
     LoadedModel,
     MismatchError,
+    Row,
     RowSizes,
     SplitPrompt,
     last_token_behind_the_rest,
@@ -33,6 +34,7 @@ from neg_service.models.engines.prefix_attention import (
     packed,
     running,
 )
+from neg_service.models.engines.prefix_trees import SharedPrefixTrees, tree_sizes
 from neg_service.models.head import exact_head_gradient
 
 
@@ -45,6 +47,7 @@ class SharedPrefixEngine(Engine):
     shares_prefixes = True
     runs_prompts_together = True
     targets_share_rows = False
+    runs_trees = True
 
     @classmethod
     def refusal(cls, model: PreTrainedModel) -> str | None:
@@ -67,9 +70,17 @@ class SharedPrefixEngine(Engine):
             )
         return SharedPrefixRows(self.model, prefix)
 
+    def trees(self, prompts: Sequence[Ids], rows: Sequence[Sequence[Row]], shared: Ids = ()) -> SharedPrefixTrees:
+        """See `Engine`."""
+        return SharedPrefixTrees(self.model, run_prefix(self.model, prompts, self.shared_prefix(shared)), rows)
+
     def row_sizes(self, n_tokens: int) -> RowSizes:
         """See `Engine`."""
         return self.model.row_sizes(1, n_tokens)
+
+    def tree_sizes(self, n_tokens: int, row: Row) -> RowSizes:
+        """See `Engine`."""
+        return tree_sizes(self.model, n_tokens, len(row.ids))
 
     def run_shared(self, ids: tuple[int, ...]) -> SharedPrefix:
         """See `Engine`."""

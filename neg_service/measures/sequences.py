@@ -1,0 +1,169 @@
+"""Targets of several tokens: their gradients and probabilities, and what shifts do to them.
+
+With a target's tokens t_1 .. t_S, each predicted behind the prompt and the tokens before it (teacher forcing):
+
+    p = Π_s p(t_s)         d p / d a = p · Σ_s d log p(t_s) / d a         Δ log p = Σ_s Δ log p(t_s)
+
+with a the neuron's activation at the readout position, the prompt's last token, in probability and activation units.
+With `at="each"` the neuron is moved at every token that predicts one of the target's, by δ·sgn(a) of its activation
+there, and NeurGrad is the sum of d p / d a · sgn(a) over them; not of models with experts, which tokens choose anew.
+No target has to end there: of two targets of which one begins with all of the other, the shorter one's probability is
+that of any text that begins so, and holds that of the longer one. How rows read targets: `models/engines/trees.py`.
+
+Axes: B prompts, K targets of a prompt, S tokens of a target or of a row, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neg_service.measures.readout import Baseline, Readout
+from neg_service.models.engines.backward import TargetGradients, sequence_gradients
+from neg_service.models.engines.trees import TargetTree, TreeRows, target_chain, target_tree
+from neg_service.models.feed_forward import Point, Site
+from neg_service.models.head import log_softmax
+from neg_service.models.language_model import LanguageModel
+from neg_service.models.precision import at_least_float32
+from neg_service.models.transfer import indices, sent
+from neg_service.prompts.prompt import EncodedPrompt
+
+
+def differentiated_sequences(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    wanted: Sequence[Sequence[int]],
+    points: dict[Site, Point],
+    shared: tuple[int, ...],
+    each: bool = False,
+) -> tuple[TargetGradients, Tensor]:
+    """Gradients of some targets of each prompt, and log p [B, K, S] of the tokens of all of them, zero behind each.
+
+    each: times the activation's sign at the readout position they are NeurGrad of shifts at every token that predicts.
+
+    Raises:
+        ModelError: no engine runs such targets.
+    """
+    engine = model.ensure_checked_for_trees().engine
+    targets = [[prompt.target_tokens[k] for k in own] for prompt, own in zip(prompts, wanted, strict=True)]
+    chains = [
+        [target_chain(prompt.ids[-1], tokens) for tokens in own] for prompt, own in zip(prompts, targets, strict=True)
+    ]
+    rows = engine.trees([prompt.ids for prompt in prompts], chains, shared)
+    found = sequence_gradients(rows, targets, points, "magnitude" if each else None)
+    if each:
+        pairs = zip(found.gradient_srn, found.activation_srn, strict=True)
+        found.gradient_srn[:] = [torch.where(activation < 0, -slope, slope) for slope, activation in pairs]
+    if all(len(own) == len(prompt.target_ids) for prompt, own in zip(prompts, wanted, strict=True)):
+        log_p_bks = _empty(prompts, found.log_p_rv)
+    else:
+        # A row more for each prompt, that reads all of its targets.
+        log_p_bks = _log_p_of_trees(rows, prompts)
+    prompt_r = indices([b for b, own in enumerate(wanted) for _ in own], log_p_bks.device)
+    target_r = indices([k for own in wanted for k in own], log_p_bks.device)
+    log_p_bks[prompt_r, target_r, : found.log_p_rv.shape[1]] = found.log_p_rv
+    return found, log_p_bks
+
+
+def gradients_of_targets(
+    rows: TreeRows, prompt: EncodedPrompt, part: range, points: Mapping[Site, Point], each: str | None = None
+) -> TargetGradients:
+    """Gradients of some of a prompt's targets, behind the prefix of its rows; each: see `sequence_gradients`."""
+    targets = [prompt.target_tokens[k] for k in part]
+    chains = [target_chain(prompt.ids[-1], tokens) for tokens in targets]
+    return sequence_gradients(rows.with_rows([chains]), [targets], points, each)
+
+
+def shifts_of_rows(
+    rows: TreeRows, neurons_tn: Tensor, neurons_i: Tensor, shifts_i: Tensor, each: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Places, neurons and shifts of all rows but the first, of which row i + 1 shifts neuron i of a site.
+
+    neurons_tn: the site's activations, not shifted yet. shifts_i: of the activation at the readout position. each: at
+    every token, by as much if `signed`, else by as much in the direction of the activation's sign there.
+    """
+    counts = [len(shifts_i) + 1]
+    places_rq = rows.copies(counts) if each is None else rows.each_positions(counts)
+    place_iq = sent(places_rq[1:], neurons_tn.device)
+    q = place_iq.shape[1]
+    place_j, neurons_j, shifts_j = place_iq.flatten(), neurons_i.repeat_interleave(q), shifts_i.repeat_interleave(q)
+    if each == "magnitude":
+        # The first place is the readout position's.
+        is_negative_iq = neurons_tn[place_j, neurons_j].view(place_iq.shape) < 0
+        differs_j = (is_negative_iq != is_negative_iq[:, :1]).flatten()
+        shifts_j = torch.where(differs_j, -shifts_j, shifts_j)
+    return place_j, neurons_j, shifts_j
+
+
+# Of each target its tokens' log p [S], of a prompt that has targets of several tokens.
+TokenLogP = tuple[NDArray[Any], ...] | None
+
+
+@dataclass(frozen=True)
+class TreeBaseline:
+    """A prompt's output without any intervention behind each token of the tree that reads its targets.
+
+    nodes: of each token, in the order of the row. log_p: of each target, its tokens' [S]. probability_k: of each target
+    [K], in the precision of the nodes.
+    """
+
+    tree: TargetTree
+    nodes: list[Baseline]
+    log_p: list[Tensor]
+    probability_k: Tensor
+
+    @classmethod
+    def of(cls, readout: Readout, head_sv: Tensor, logits_sv: Tensor, tree: TargetTree, who: str) -> TreeBaseline:
+        """From the head's output and the model's logits behind each token.
+
+        Raises:
+            NonFiniteError, ModelError: see `Readout.baseline`.
+        """
+        nodes = [readout.baseline(head_v, logits_v, who) for head_v, logits_v in zip(head_sv, logits_sv, strict=True)]
+        log_p_sv = torch.stack([node.logits_v.double().log_softmax(-1) for node in nodes])
+        log_p = [torch.stack([log_p_sv[place, token] for place, token in path]) for path in tree.paths]
+        p_k = torch.stack([own.sum() for own in log_p]).exp().to(nodes[0].p_v.dtype)
+        return cls(tree, nodes, log_p, p_k)
+
+    def token_log_p(self) -> TokenLogP:
+        """Of each target its tokens' log p, on the CPU."""
+        return tuple(own.cpu().numpy() for own in self.log_p)
+
+    def delta_log_p(self, readout: Readout, difference_rsv: Tensor) -> Tensor:
+        """Δ log p of the targets [R, K], from the head's output for rows of differences; may take its bias off it.
+
+        Raises:
+            NonFiniteError: NaN or infinity after an intervention.
+        """
+        found_rk: list[Tensor | None] = [None] * len(self.tree.paths)
+        for place, node in enumerate(self.nodes):
+            # The targets that go through here, and the token that each of them has next.
+            own = [(k, token) for k, path in enumerate(self.tree.paths) for at, token in path if at == place]
+            delta_rk = readout.delta_log_p(node, difference_rsv[:, place], [token for _, token in own])
+            for (k, _), delta_r in zip(own, delta_rk.unbind(1), strict=True):
+                before = found_rk[k]
+                found_rk[k] = delta_r if before is None else before + delta_r
+        return torch.stack([own for own in found_rk if own is not None], 1)
+
+
+def _empty(prompts: Sequence[EncodedPrompt], like: Tensor) -> Tensor:
+    longest = max(len(tokens) for prompt in prompts for tokens in prompt.target_tokens)
+    return like.new_zeros(len(prompts), max(len(prompt.target_ids) for prompt in prompts), longest)
+
+
+@torch.no_grad()
+def _log_p_of_trees(rows: TreeRows, prompts: Sequence[EncodedPrompt]) -> Tensor:
+    trees = [target_tree(prompt.ids[-1], prompt.target_tokens) for prompt in prompts]
+    log_p_mv = log_softmax(at_least_float32(rows.with_rows([[tree.row] for tree in trees]).run([1] * len(trees))))
+    found, start = _empty(prompts, log_p_mv), 0
+    for b, tree in enumerate(trees):
+        for k, path in enumerate(tree.paths):
+            at = indices([start + place for place, _ in path], log_p_mv.device)
+            found[b, k, : len(path)] = log_p_mv[at, indices([token for _, token in path], log_p_mv.device)]
+        start += len(tree.row.ids)
+    return found
