@@ -38,9 +38,9 @@ from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of
 from neg_service.memory import is_out_of_memory
 from neg_service.models.batches import Budget, without_frames
 from neg_service.models.engines.backward import target_gradients
-from neg_service.models.engines.base import Rows
+from neg_service.models.engines.base import Rows, TreeRows
 from neg_service.models.engines.difference_program import Differences, Shifts
-from neg_service.models.engines.trees import TreeRows, target_tree
+from neg_service.models.engines.trees import target_tree
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
