@@ -39,9 +39,9 @@ from neg_service.measures.routing import PromptRouting, other_experts, routing_c
 from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import target_gradients
-from neg_service.models.engines.base import Rows
+from neg_service.models.engines.base import Rows, TreeRows
 from neg_service.models.engines.difference_program import Differences, Shifts
-from neg_service.models.engines.trees import TreeRows, target_tree
+from neg_service.models.engines.trees import target_tree
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from neg_service.measures.readout import Baseline, Readout
 from neg_service.models.engines.backward import TargetGradients, sequence_gradients
-from neg_service.models.engines.trees import TargetTree, TreeRows, target_chain, target_tree
+from neg_service.models.engines.base import TreeRows
+from neg_service.models.engines.trees import TargetTree, target_chain, target_tree
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel

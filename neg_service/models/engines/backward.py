@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neg_service.models.engines.base import Rows
-from neg_service.models.engines.trees import TreeRows
+from neg_service.models.engines.base import Rows, TreeRows
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,9 +41,6 @@ from neg_service.models.dimensions import (
 from neg_service.models.engines.difference_program import Differences
 from neg_service.models.experts import own_experts, plain_experts
 from neg_service.models.feed_forward import FeedForward, Point, Site
-
-if TYPE_CHECKING:
-    from neg_service.models.engines.trees import TreeRows
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -216,15 +213,35 @@ class Rows(Protocol):
 
     def run(self, counts: Sequence[int]) -> Tensor:
         """Logits behind the token that is read, of each row [R, V], in the model's precision."""
-        ...
 
     def positions(self, counts: Sequence[int]) -> Tensor:
         """Where each row's shifted token is [R], in any tensor of the pass seen as [tokens, F]."""
-        ...
 
     def expand_rows(self, x: Tensor, n_rows: int) -> Tensor:
         """A tensor from a pass of one row of one prompt, as that of `n_rows` equal rows; not to be written to."""
-        ...
+
+
+class TreeRows(Rows, Protocol):
+    """Rows of several tokens that are all read: trees of tokens, one for all rows of a prompt, or each its own.
+
+    `run` gives logits of each row's tokens, one row after the other [R·S, V]; of `expand_rows` rows are all of one
+    prompt, whose tree is one.
+    """
+
+    def with_rows(self, rows: Sequence[Sequence[Row]]) -> TreeRows:
+        """Other rows of the same prompts, behind the same prefix."""
+
+    def copies(self, counts: Sequence[int]) -> Tensor:
+        """All places of each row's shifted token [R, Q]: several, where an engine runs a tree as several sequences."""
+
+    def each_positions(self, counts: Sequence[int]) -> Tensor:
+        """All places of each token of each row [R, Q], those of a prompt's rows in one order; -1 where a row has fewer.
+
+        What an engine fills rows up with may be among them: nothing that is read depends on it.
+        """
+
+    def read_positions(self, counts: Sequence[int]) -> Tensor:
+        """Where the tokens are that `run` reads [R·S], in any tensor of the pass seen as [tokens, F]."""
 
 
 class KeptPrefixes(Generic[T]):
@@ -253,16 +270,6 @@ class KeptPrefixes(Generic[T]):
             return all(len(prompt) > len(ids) and tuple(prompt[: len(ids)]) == ids for prompt in prompts)
 
         return max((len(ids) for ids, _ in self._kept if serves(ids)), default=0)
-
-    def differences(self, rows: Rows, prompt: Ids, shared: Ids, points: Mapping[Site, Point]) -> Differences | None:
-        """A prompt, whose `rows` these are, for shifts of single neurons at `points` by difference arithmetic.
-
-        None of engines without it.
-
-        Raises:
-            MismatchError: the model is not as the engine needs it.
-        """
-        return None
 
     def forget(self) -> None:
         """Free their memory."""

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from neg_service.models.engines.base import Row, Rows
+from neg_service.models.engines.base import Row
 
 
 @dataclass(frozen=True)
@@ -34,33 +33,6 @@ class TargetTree:
 
     row: Row
     paths: tuple[tuple[tuple[int, int], ...], ...]
-
-
-class TreeRows(Rows, Protocol):
-    """Rows of several tokens that are all read: trees of tokens, one for all rows of a prompt, or each its own.
-
-    `run` gives logits of each row's tokens, one row after the other [R·S, V]; of `expand_rows` rows are all of one
-    prompt, whose tree is one.
-    """
-
-    def with_rows(self, rows: Sequence[Sequence[Row]]) -> TreeRows:
-        """Other rows of the same prompts, behind the same prefix."""
-        ...
-
-    def copies(self, counts: Sequence[int]) -> Tensor:
-        """All places of each row's shifted token [R, Q]: several, where an engine runs a tree as several sequences."""
-        ...
-
-    def each_positions(self, counts: Sequence[int]) -> Tensor:
-        """All places of each token of each row [R, Q], those of a prompt's rows in one order; -1 where a row has fewer.
-
-        What an engine fills rows up with may be among them: nothing that is read depends on it.
-        """
-        ...
-
-    def read_positions(self, counts: Sequence[int]) -> Tensor:
-        """Where the tokens are that `run` reads [R·S], in any tensor of the pass seen as [tokens, F]."""
-        ...
 
 
 def target_tree(last: int, targets: Sequence[Sequence[int]]) -> TargetTree:
