@@ -199,6 +199,13 @@ class Measure(ABC, Generic[OptionsT]):
                 value="sequence",
                 allowed="error or skip",
             )
+        if getattr(self.options, "readout", None) == "logit":
+            raise ConfigurationError(
+                "targets of several tokens (dataset.not_one_token=sequence) have no logit",
+                setting="measure.readout",
+                value="logit",
+                allowed="probability, log_probability or log_odds",
+            )
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """The options that decide the numbers; they go into the run's fingerprint."""

@@ -166,10 +166,9 @@ class LoadedModel:
         takes, the graph and the slopes together 1.6 times, and a frozen token 0.9 times.
         """
         config, n_neurons, n_layers = self.module.config, self.feed_forward.n_neurons, self.feed_forward.n_layers
-        attention = self._attention_values(attended)
+        attention, hidden_size = self._attention_values(attended), int(config.get_text_config().hidden_size)
         # What each chosen expert gives, before it is weighed and added up.
-        n_chosen = max(own.n_chosen for own in self.feed_forward.layer_neurons)
-        experts = n_chosen * int(config.get_text_config().hidden_size)
+        experts = max(own.n_chosen for own in self.feed_forward.layer_neurons) * hidden_size
         run = (
             4 * tokens * experts
             + row_values(config, n_neurons)
