@@ -64,6 +64,8 @@ PROMPTS = pa.schema(
         pa.field("target_sequences", pa.list_(pa.list_(pa.int32()))),
         pa.field("token_probabilities", pa.list_(pa.list_(pa.float32()))),
         pa.field("prediction_per_token", pa.int16()),
+        # The place of the token whose neurons were read and shifted; null of the readout position.
+        pa.field("position", pa.int32()),
     ]
 )
 

@@ -142,6 +142,7 @@ def _plan(config: ScanConfig, loaded: Loaded, place: str, base: Run | None = Non
     prompts, info = loaded.added, loaded.info
     measure = measure_of(config.measure)
     measure.check_targets(info, config.dataset.not_one_token)
+    measure.check_places(prompts)
     measure.validate(info, config.neurons, loaded.prompts)
     config = replace(config, neurons=resolved(config.neurons, info.layer_neurons))
     asked = batch_size(config)

@@ -12,14 +12,14 @@ Nothing here and nothing that a measure's class needs before it measures imports
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import pyarrow as pa
 
 from neg_service.config import NeuronsConfig, checked_layers, typed
-from neg_service.errors import ConfigurationError
+from neg_service.errors import ConfigurationError, PromptError
 from neg_service.layer_neurons import LayerNeurons, layers_of_sizes
 from neg_service.measures.choice import check_whole_layers, described, layers_with_neurons
 from neg_service.schema import Table, with_messages
@@ -205,6 +205,24 @@ class Measure(ABC, Generic[OptionsT]):
                 setting="measure.readout",
                 value="logit",
                 allowed="probability, log_probability or log_odds",
+            )
+
+    def check_places(self, prompts: Iterable[Prompt]) -> None:
+        """Refuse prompts that say at which token neurons are (`at`), where this measure has no use for that.
+
+        Raises:
+            PromptError: naming the first one.
+        """
+        moves_each = getattr(self.options, "at", "readout") == "each"
+        if self.TAKES_SEQUENCES and not moves_each:
+            return
+        first = next((prompt for prompt in prompts if prompt.at is not None), None)
+        if first is not None:
+            why = (
+                "measure.at=each moves neurons at several" if moves_each else f"measure={self.name} has no use for that"
+            )
+            raise PromptError(
+                f"prompt {first.id!r} says at which token its neurons are (at), and {why}", change="dataset.source"
             )
 
     def fingerprint_inputs(self) -> dict[str, Any]:

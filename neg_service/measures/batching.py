@@ -115,9 +115,9 @@ def in_batches(
     targets = differentiated or [0] * len(prompts)
     for block in _planned_together(prompts):
         engine = engine_of(model, prompts[block[0]])
-        for group in engine.groups([prompts[i].ids for i in block]):
+        for group in engine.groups([prompts[i].until_shifted for i in block]):
             members = sorted((block[i] for i in group.members), key=lambda i: (len(prompts[i].ids), i))
-            kept = engine.prefixes.longest([prompts[i].ids for i in members])
+            kept = engine.prefixes.longest([prompts[i].until_shifted for i in members])
             n_shared = kept if kept and kept >= group.shared - PREFIX_SLACK else group.shared
             shared = prompts[members[0]].ids[:n_shared]
             costs = [_cost(engine, prompts[i], n_shared, counts[i], targets[i]) for i in members]
@@ -140,9 +140,9 @@ def in_batches(
 
 
 def _planned_together(prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
-    """Blocks of prompts that one engine runs: of one token each target, then those with a target of several."""
-    for has_sequences in (False, True):
-        own = [i for i, prompt in enumerate(prompts) if prompt.has_sequences == has_sequences]
+    """Blocks of prompts that one engine runs: those whose rows are one token, then those of several."""
+    for is_tree in (False, True):
+        own = [i for i, prompt in enumerate(prompts) if prompt.is_tree == is_tree]
         for start in range(0, len(own), PLANNED_TOGETHER):
             yield own[start : start + PLANNED_TOGETHER]
 
@@ -169,18 +169,18 @@ def engine_of(model: LanguageModel, prompt: EncodedPrompt) -> Engine:
     Raises:
         ModelError: none can; see `LanguageModel.ensure_checked_for_trees`.
     """
-    return model.ensure_checked_for_trees().engine if prompt.has_sequences else model.engine
+    return model.ensure_checked_for_trees().engine if prompt.is_tree else model.engine
 
 
 def _cost(engine: Engine, prompt: EncodedPrompt, n_shared: int, n_rows: int, n_targets: int) -> int:
     """What a prompt takes of a batch's memory; of rows of several tokens, as `Engine.cost` has it of one."""
-    if not prompt.has_sequences:
+    if not prompt.is_tree:
         return engine.cost(len(prompt.ids), n_shared, n_rows, n_targets)
-    n = len(prompt.ids)
+    n, shifted, behind = len(prompt.ids), prompt.until_shifted[-1], prompt.behind_shifted
     frozen = engine.model.frozen_bytes(n - n_shared, n) if engine.shares_prefixes else 0
     if not n_targets:
-        return frozen + n_rows * engine.tree_sizes(n, target_tree(prompt.ids[-1], prompt.target_tokens).row).run
-    longest = target_chain(prompt.ids[-1], max(prompt.target_tokens, key=len))
+        return frozen + n_rows * engine.tree_sizes(n, target_tree(shifted, prompt.target_tokens, behind).row).run
+    longest = target_chain(shifted, max(prompt.target_tokens, key=len), behind)
     sizes = engine.tree_sizes(n, longest)
     return frozen + n_rows * sizes.graph + n_targets * sizes.slopes
 

@@ -215,9 +215,7 @@ def _batches(
         for prompt, own in zip(prompts, wanted, strict=True)
     ]
     shares_rows = model.engine.targets_share_rows
-    counts = [
-        1 if shares_rows and not prompt.has_sequences else n for prompt, n in zip(prompts, n_targets, strict=True)
-    ]
+    counts = [1 if shares_rows and not prompt.is_tree else n for prompt, n in zip(prompts, n_targets, strict=True)]
     return in_batches(model, prompts, counts, run, budget, n_targets)
 
 
@@ -286,7 +284,7 @@ def batch_gradients(
     run_of = [range(len(prompt.target_ids)) for prompt in prompts] if readouts.is_contrast else wanted
     tokens_bks: Tensor | None = None
     ends = np.cumsum([0, *map(len, run_of)]).tolist()
-    if prompts[0].has_sequences:
+    if prompts[0].is_tree:
         found, tokens_bks = differentiated_sequences(model, prompts, run_of, points, shared, each)
         p_r1, probability_bk = found.log_p_rv.sum(1, keepdim=True).exp(), tokens_bks.sum(-1).exp()
         device, rest_r = found.log_p_rv.device, 1 - p_r1[:, 0].double()

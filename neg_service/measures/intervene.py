@@ -27,11 +27,11 @@ from neg_service.measures.edits import CheckedEdit, Edit, checked_edits
 from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows
-from neg_service.measures.sequences import TokenLogP, TreeBaseline
+from neg_service.measures.sequences import TokenLogP, TreeBaseline, tree_of
 from neg_service.measures.targets import check_at
 from neg_service.models.batches import Budget
 from neg_service.models.engines.base import Rows
-from neg_service.models.engines.trees import TargetTree, target_tree
+from neg_service.models.engines.trees import TargetTree
 from neg_service.models.experts_function import watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
@@ -222,7 +222,7 @@ def _run_batch(
     each: bool = False,
 ) -> list[Effects]:
     counts = [1 + len(edits)] * len(prompts)
-    trees = [target_tree(prompt.ids[-1], prompt.target_tokens) for prompt in prompts if prompt.has_sequences]
+    trees = [tree_of(prompt) for prompt in prompts if prompt.is_tree]
     rows, positions_rq = _rows(model, prompts, trees, counts, shared, each)
     changes = _changes(edits, signs)
     n_read = [len(tree.row.read) for tree in trees] or [1] * len(prompts)
@@ -270,7 +270,7 @@ def _rows(
     shared: tuple[int, ...], each: bool,
 ) -> tuple[Rows, Tensor]:  # fmt: skip
     """Prompts' rows, of several tokens where there are trees, and the places at which each is edited [R, Q], or -1."""
-    ids = [prompt.ids for prompt in prompts]
+    ids = [prompt.until_shifted for prompt in prompts]
     if trees:
         of_trees = model.ensure_checked_for_trees().engine.trees(ids, [[tree.row] for tree in trees], shared)
         return of_trees, of_trees.each_positions(counts) if each else of_trees.copies(counts)

@@ -36,12 +36,11 @@ from neg_service.measures.outputs import Output
 from neg_service.measures.readout import Readout
 from neg_service.measures.readouts import PLAIN
 from neg_service.measures.routing import PromptRouting, other_experts, routing_changed, routing_of_rows, slots_of
-from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows
+from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows, tree_of
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows, TreeRows
 from neg_service.models.engines.difference_program import Differences, Shifts
-from neg_service.models.engines.trees import target_tree
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
@@ -89,7 +88,7 @@ class Interventions:
         self._readout = Readout(model)
         self._target_ids, self._prompt = list(prompt.target_ids), prompt
         self._each = each if prompt.has_sequences else None
-        self._tree = target_tree(prompt.ids[-1], prompt.target_tokens) if prompt.has_sequences else None
+        self._tree = tree_of(prompt) if prompt.is_tree else None
         selection = model.ensure_checked_for_trees() if self._tree else model.ensure_checked()
         engine, checked = selection.engine, selection.check
         self._engine_name = engine.name
@@ -98,7 +97,7 @@ class Interventions:
         self._differences: Differences | None = None
         self._stored: tuple[list[Tensor], list[Any]] | None = None
         with self.naming_memory("its tokens do"):
-            trees = engine.trees([prompt.ids], [[self._tree.row]], shared) if self._tree else None
+            trees = engine.trees([prompt.until_shifted], [[self._tree.row]], shared) if self._tree else None
             self._tree_rows: TreeRows | None = trees
             self.rows: Rows = trees or model.rows([prompt.ids], shared)
             if not by_rows and self._tree is None:

@@ -34,11 +34,11 @@ from neg_service.measures.noise import row_noise
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import Readouts, check_logits
 from neg_service.measures.shifts import TOLERANCE, Doubles, Sweep, check_shift, chosen_grid
-from neg_service.measures.targets import check_at
+from neg_service.measures.targets import check_at, check_each
 from neg_service.models.language_model import LanguageModel
 from neg_service.neurons import Ints, Neurons, NeuronSet
 from neg_service.prompts.chat import prompts_of
-from neg_service.prompts.prompt import Asked, check_prompts, is_conversation
+from neg_service.prompts.prompt import Asked, At, check_prompts, is_conversation
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def neg(
     against: str | None = None,
     not_one_token: str = "error",
     at: str = "readout",
+    neurons_at: At | None = None,
 ) -> NegResult:
     """Measure NEG by intervention at the prompt's readout position; formulas, units and source in the module's header.
 
@@ -102,6 +103,8 @@ def neg(
             the product over its tokens.
         at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
             alone.
+        neurons_at: where neurons are, if not at the readout position: a text of the prompt, whose last token is
+            meant, a range of characters, or a token's place from either end.
         neurons: (layer, index) pairs, or (layer, index, expert) triples where a layer has experts, -1 for its MLP that
             is always on; or `all` that act on the prompt.
         shifts: a grid of your own, all of which are run; +-0.1, +-0.2, ... +-2.0 if not given.
@@ -127,7 +130,7 @@ def neg(
     readouts = Readouts.checked(readout, against)
     if against is not None and (against == target or not isinstance(against, str)):
         raise ConfigurationError(setting="against", value=repr(against), allowed="a text that is not the target's")
-    asked = prompts_of(model, [prompt], [[target] if against is None else [target, against]])
+    asked = prompts_of(model, [prompt], [[target] if against is None else [target, against]], neurons_at=[neurons_at])
     check_prompts(asked)
     check_shift(shift)
     check_at(at, model.feed_forward.has_experts, "at")
@@ -135,6 +138,7 @@ def neg(
     asked_rows = _asked_rows(neurons, model.feed_forward.layer_neurons)
     (encoded,) = encoded_prompts(model, asked, not_one_token)
     check_logits(readouts, [encoded])
+    check_each(at, [encoded])
     model.ensure_checked()
     if batch_bytes is not None:
         check_batch_bytes("batch_bytes", batch_bytes, 2 * 4 * model.row_values)
@@ -144,7 +148,7 @@ def neg(
         slots = interventions.slots(list(interventions.points))
         asked_rows = slots.rows_at(np.arange(slots.m))
     chosen, place_n = NeuronSet.distinct(asked_rows)
-    noise = row_noise(model, basis, budget, sequences=encoded.has_sequences)
+    noise = row_noise(model, basis, budget, sequences=encoded.is_tree)
     output = Output(readouts, len(encoded.target_ids), None if against is None else 1)
     swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise, output=output)
     found, probability = swept.evaluated, interventions.probability_k.double()

@@ -28,10 +28,10 @@ from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import Floats, reduced_gradients
 from neg_service.measures.readouts import Readouts, check_logits, check_readouts
 from neg_service.measures.reductions import all_neurons
-from neg_service.measures.targets import check_at
+from neg_service.measures.targets import check_at, check_each
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.chat import prompts_of
-from neg_service.prompts.prompt import Asked, EncodedPrompt, check_prompts, check_texts
+from neg_service.prompts.prompt import Asked, At, EncodedPrompt, check_prompts, check_texts
 from neg_service.slots import Slots
 
 _NO_SLOT = -2
@@ -78,6 +78,7 @@ def neurgrad(
     against: int | str | None = None,
     not_one_token: str = "error",
     at: str = "readout",
+    neurons_at: Sequence[At | None] | None = None,
 ) -> NeurGradResult:
     """NeurGrad of every feed-forward neuron for every target of every prompt, at the prompt's last token.
 
@@ -90,6 +91,8 @@ def neurgrad(
             is `sequence`: then the probability of a target is the product over its tokens.
         at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
             alone.
+        neurons_at: where neurons are, if not at the readout position: for each prompt a text of it, whose last token
+            is meant, a range of characters, or a token's place from either end.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it. Halved by
@@ -109,7 +112,8 @@ def neurgrad(
     """
     check_at(at, model.feed_forward.has_experts, "at")
     readouts = Readouts.checked(readout, against)
-    encoded = encoded_texts(model, prompts, targets, not_one_token)
+    encoded = encoded_texts(model, prompts, targets, not_one_token, neurons_at)
+    check_each(at, encoded)
     check_readouts(readouts, [prompt.prompt for prompt in encoded])
     check_logits(readouts, encoded)
     chosen = layers_with_neurons(
@@ -178,6 +182,7 @@ def encoded_texts(
     prompts: Sequence[Asked],
     targets: Sequence[Sequence[str]],
     not_one_token: str = "error",
+    neurons_at: Sequence[At | None] | None = None,
 ) -> list[EncodedPrompt]:
     """Texts or messages with targets that follow them, as tokens; a prompt's id is its number.
 
@@ -190,6 +195,10 @@ def encoded_texts(
         raise ConfigurationError(
             f"{len(prompts)} prompts, but targets for {len(targets)}; one list for each prompt is needed"
         )
-    asked = prompts_of(model, prompts, targets)
+    if neurons_at is not None and len(neurons_at) != len(prompts):
+        raise ConfigurationError(
+            f"{len(neurons_at)} for {len(prompts)} prompts; one for each prompt is needed", setting="neurons_at"
+        )
+    asked = prompts_of(model, prompts, targets, neurons_at=neurons_at)
     check_prompts(asked)
     return encoded_prompts(model, asked, not_one_token)

@@ -103,7 +103,7 @@ def measure_noise(
         sweep = replace(sweep, grid=sweep.grid.calibration)
     assert isinstance(sweep.grid, Grid)
     own_dtype = model.dtype
-    has_differences = model.engine.refines is not None and not any(prompt.has_sequences for prompt in prompts)
+    has_differences = model.engine.refines is not None and not any(prompt.is_tree for prompt in prompts)
     is_exact = own_dtype in (torch.float32, torch.float64) or has_differences
     reference = torch.float64 if is_exact else torch.float32
     n_neurons = 0
@@ -133,7 +133,7 @@ def measure_noise(
         own_nsk, true_nsk = own_nsk[acts_n], true_nsk[acts_n]
         n_neurons = max(n_neurons, len(own_nsk))
         error_nsk = own_nsk - true_nsk
-        if prompt.has_sequences:
+        if prompt.is_tree:
             # Errors of a target's tokens are taken to add up; of the targets the one that is worst by its token counts.
             error_nsk = error_nsk / torch.tensor([len(own) for own in prompt.target_tokens])
             worst = int(error_nsk.square().sum((0, 1)).argmax())

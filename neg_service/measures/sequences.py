@@ -25,7 +25,7 @@ from torch import Tensor
 
 from neg_service.measures.readout import Baseline, Readout
 from neg_service.models.engines.backward import TargetGradients, sequence_gradients
-from neg_service.models.engines.base import TreeRows
+from neg_service.models.engines.base import Row, TreeRows
 from neg_service.models.engines.trees import TargetTree, target_chain, target_tree
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.head import log_softmax
@@ -52,11 +52,10 @@ def differentiated_sequences(
     """
     engine = model.ensure_checked_for_trees().engine
     targets = [[prompt.target_tokens[k] for k in own] for prompt, own in zip(prompts, wanted, strict=True)]
-    chains = [
-        [target_chain(prompt.ids[-1], tokens) for tokens in own] for prompt, own in zip(prompts, targets, strict=True)
-    ]
-    rows = engine.trees([prompt.ids for prompt in prompts], chains, shared)
-    found = sequence_gradients(rows, targets, points, "magnitude" if each else None)
+    chains = [[chain_of(prompt, tokens) for tokens in own] for prompt, own in zip(prompts, targets, strict=True)]
+    rows = engine.trees([prompt.until_shifted for prompt in prompts], chains, shared)
+    behind = [len(prompt.behind_shifted) for prompt in prompts]
+    found = sequence_gradients(rows, targets, points, "magnitude" if each else None, behind)
     if each:
         pairs = zip(found.gradient_srn, found.activation_srn, strict=True)
         found.gradient_srn[:] = [torch.where(activation < 0, -slope, slope) for slope, activation in pairs]
@@ -76,8 +75,18 @@ def gradients_of_targets(
 ) -> TargetGradients:
     """Gradients of some of a prompt's targets, behind the prefix of its rows; each: see `sequence_gradients`."""
     targets = [prompt.target_tokens[k] for k in part]
-    chains = [target_chain(prompt.ids[-1], tokens) for tokens in targets]
-    return sequence_gradients(rows.with_rows([chains]), [targets], points, each)
+    chains = [chain_of(prompt, tokens) for tokens in targets]
+    return sequence_gradients(rows.with_rows([chains]), [targets], points, each, [len(prompt.behind_shifted)])
+
+
+def tree_of(prompt: EncodedPrompt) -> TargetTree:
+    """The row that reads all targets of a prompt, from the token on that is shifted."""
+    return target_tree(prompt.until_shifted[-1], prompt.target_tokens, prompt.behind_shifted)
+
+
+def chain_of(prompt: EncodedPrompt, target: Sequence[int]) -> Row:
+    """The row that reads one of them, given by its tokens."""
+    return target_chain(prompt.until_shifted[-1], target, prompt.behind_shifted)
 
 
 def shifts_of_rows(
@@ -145,6 +154,9 @@ class TreeBaseline:
         for place, node in enumerate(self.nodes):
             # The targets that go through here, and the token that each of them has next.
             own = [(k, token) for k, path in enumerate(self.tree.paths) for at, token in path if at == place]
+            if not own:
+                # A token of the prompt behind the shifted one.
+                continue
             delta_rk = readout.delta_log_p(node, difference_rsv[:, place], [token for _, token in own])
             for (k, _), delta_r in zip(own, delta_rk.unbind(1), strict=True):
                 before = found_rk[k]
@@ -159,7 +171,7 @@ def _empty(prompts: Sequence[EncodedPrompt], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _log_p_of_trees(rows: TreeRows, prompts: Sequence[EncodedPrompt]) -> Tensor:
-    trees = [target_tree(prompt.ids[-1], prompt.target_tokens) for prompt in prompts]
+    trees = [tree_of(prompt) for prompt in prompts]
     log_p_mv = log_softmax(at_least_float32(rows.with_rows([[tree.row] for tree in trees]).run([1] * len(trees))))
     found, start = _empty(prompts, log_p_mv), 0
     for b, tree in enumerate(trees):

@@ -56,13 +56,13 @@ def sweep_rows(
     # All that act on a prompt depend on it where there are experts.
     is_of_prompt = neurons.choose == "top" or (neurons.choose == "all" and sizes.has_experts)
     chosen = None if is_of_prompt else chosen_neurons(neurons, sizes.layer_neurons)
-    for group in model.groups([prompt.ids for prompt in shard.prompts]):
+    for group in model.groups([prompt.until_shifted for prompt in shard.prompts]):
         for index in group.members:
             prompt = shard.prompts[index]
             interventions = Interventions(
                 model, prompt, sweep.basis, prompt.ids[: group.shared], each=sweep.shift if sweep.each else None
             )
-            of_rows = row_noise(model, sweep.basis, shard.budget, sequences=True) if prompt.has_sequences else noise
+            of_rows = row_noise(model, sweep.basis, shard.budget, sequences=True) if prompt.is_tree else noise
             output = Output.of(readouts, prompt.prompt)
             neurgrad_km = interventions.neurgrad(layers, shard.budget, output)
             gradient_km = interventions.gradient(layers, shard.budget, output)

@@ -54,6 +54,7 @@ def prompt_row(
                 "answer": prompt.prompt.answer,
                 "probabilities": probability_k,
                 "prediction": int(probability_k.argmax()),
+                "position": prompt.at,
                 **of_sequences,
             }
         ],

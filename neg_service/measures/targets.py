@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neg_service.errors import ConfigurationError
-from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.prompts.tasks import task_of
 from neg_service.settings import AT
 
@@ -76,3 +76,18 @@ def check_answers(measure: str, prompts: Sequence[Prompt]) -> None:
                 setting="measure",
                 value=measure,
             )
+
+
+def check_each(at: str, prompts: Sequence[EncodedPrompt]) -> None:
+    """Refuse neurons at one token of a prompt that are to be moved at several.
+
+    Raises:
+        ConfigurationError: naming the prompt.
+    """
+    first = next((prompt for prompt in prompts if prompt.at is not None), None)
+    if at == "each" and first is not None:
+        raise ConfigurationError(
+            f"prompt {first.prompt.id!r} says at which token its neurons are: leave one of both out",
+            setting="at",
+            value=at,
+        )

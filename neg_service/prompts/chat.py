@@ -16,7 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from neg_service.errors import ConfigurationError, ModelError, PromptError, one_
 from neg_service.inputs import read_input
 from neg_service.places import without_credentials
 from neg_service.prompts.prompt import Asked, Messages, Prompt, is_conversation
+from neg_service.prompts.spans import at_of
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Chat:
         messages = ((USER, prompt.text),)
         # An empty one is refused as a prompt.
         text = self.text(prompt.id, messages) if prompt.text else ""
-        return Prompt(prompt.id, text, prompt.targets, prompt.answer, messages)
+        return replace(prompt, text=text, messages=messages)
 
     def identity(self) -> dict[str, Any]:
         """What decides the texts, for a run's fingerprint."""
@@ -215,22 +216,26 @@ def prompts_of(
     asked: Sequence[Asked],
     targets: Sequence[Sequence[str]],
     answers: Sequence[int | None] | None = None,
+    neurons_at: Sequence[Any] | None = None,
 ) -> list[Prompt]:
     """Prompts from texts, and from messages, which the model's chat template makes texts of; ids are their numbers.
 
+    neurons_at: for each where its neurons are, None at the readout position; see `spans.py`.
+
     Raises:
-        PromptError: messages that are none, or that the template refuses.
+        PromptError: messages that are none, or that the template refuses, or what is no place of a token.
         ModelError: the model has no template, or is a masked one.
     """
     chat = cache(lambda: _chat_of_model(model))
     prompts = []
     for index, (one, own) in enumerate(zip(asked, targets, strict=True)):
         answer = answers[index] if answers is not None else None
+        at = None if neurons_at is None else at_of(str(index), neurons_at[index])
         if isinstance(one, str) or not is_conversation(one):
-            prompts.append(Prompt(str(index), str(one), tuple(own), answer))
+            prompts.append(Prompt(str(index), str(one), tuple(own), answer, at=at))
             continue
         messages = messages_of(str(index), one)
-        prompts.append(Prompt(str(index), chat().text(str(index), messages), tuple(own), answer, messages))
+        prompts.append(Prompt(str(index), chat().text(str(index), messages), tuple(own), answer, messages, at))
     return prompts
 
 

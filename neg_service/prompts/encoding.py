@@ -21,13 +21,20 @@ class Ids:
         """None yet."""
         self._ids, self._target_ids, self._following = array("i"), array("i"), array("i")
         self._ends, self._target_ends, self._following_ends = array("q", [0]), array("q", [0]), array("q", [0])
+        # Of the few that say it.
+        self._at: dict[int, int] = {}
 
     def __len__(self) -> int:
         """How many prompts."""
         return len(self._ends) - 1
 
-    def append(self, ids: Sequence[int], target_ids: Sequence[int], following: Sequence[Sequence[int]] = ()) -> None:
+    def append(
+        self, ids: Sequence[int], target_ids: Sequence[int], following: Sequence[Sequence[int]] = (),
+        at: int | None = None,
+    ) -> None:  # fmt: skip
         """Of the next prompt; see `EncodedPrompt`."""
+        if at is not None:
+            self._at[len(self)] = at
         self._ids.extend(ids)
         self._target_ids.extend(target_ids)
         self._ends.append(len(self._ids))
@@ -38,15 +45,15 @@ class Ids:
             self._following.extend(own)
         self._following_ends.append(len(self._following))
 
-    def of(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        """Of a prompt, of its targets the first ones, and what follows these; see `EncodedPrompt`."""
+    def of(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...], int | None]:
+        """Of a prompt, of its targets the first ones, what follows these, and what is shifted; see `EncodedPrompt`."""
         ids = self._ids[self._ends[index] : self._ends[index + 1]]
         target_ids = self._target_ids[self._target_ends[index] : self._target_ends[index + 1]]
         following, at, end = [], self._following_ends[index], self._following_ends[index + 1]
         while at < end:
             start, at = at + 1, at + 1 + self._following[at]
             following.append(tuple(self._following[start:at]))
-        return tuple(ids), tuple(target_ids), tuple(following)
+        return tuple(ids), tuple(target_ids), tuple(following), self._at.get(index)
 
 
 class Encoding(Sequence[EncodedPrompt]):
@@ -66,7 +73,7 @@ class Encoding(Sequence[EncodedPrompt]):
         if len(self._ids) < len(self._prompts):
             remaining = (self._prompts[index] for index in range(len(self._ids), len(self._prompts)))
             for encoded in self._encode(remaining):
-                self._ids.append(encoded.ids, encoded.target_ids, encoded.following)
+                self._ids.append(encoded.ids, encoded.target_ids, encoded.following, encoded.at)
 
     def __len__(self) -> int:
         """How many prompts."""

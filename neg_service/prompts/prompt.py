@@ -19,6 +19,8 @@ MASK = "[MASK]"
 
 # Of a conversation, each with its role and what it says.
 Messages = tuple[tuple[str, str], ...]
+# A text whose last token is meant, a range of characters, of which it is the last one's, or a token's place.
+At = str | tuple[int, int] | int
 # What programs give for a prompt: a text, or messages as mappings of `role` and `content`.
 Asked = str | Sequence[Mapping[str, str]]
 
@@ -28,6 +30,7 @@ class Prompt:
     """A text, the targets that may follow it verbatim, and the index of the right one, if known.
 
     messages: what a chat template made the text of, which then has all special tokens that it needs; see `chat.py`.
+    at: at which token neurons are read and shifted, if it is not the readout position; see `spans.py`.
     """
 
     id: str
@@ -35,6 +38,7 @@ class Prompt:
     targets: tuple[str, ...]
     answer: int | None = None
     messages: Messages | None = None
+    at: At | None = None
 
 
 @dataclass(frozen=True)
@@ -42,18 +46,34 @@ class EncodedPrompt:
     """A prompt as token ids; `target_ids[k]` is the first token of target k after the prompt, mostly its only one.
 
     following: of targets of several tokens, the tokens behind the first of each target; empty where all targets of the
-    prompt are one token.
+    prompt are one token. at: the place of the token whose neurons are read and shifted, None of the readout position.
     """
 
     prompt: Prompt
     ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     following: tuple[tuple[int, ...], ...] = ()
+    at: int | None = None
 
     @property
     def has_sequences(self) -> bool:
         """Whether any target is several tokens."""
         return bool(self.following)
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether rows are several tokens: those behind the one that is shifted, and those of targets."""
+        return bool(self.following) or self.at is not None
+
+    @property
+    def until_shifted(self) -> tuple[int, ...]:
+        """The tokens up to the one whose neurons are shifted, which is the last of them."""
+        return self.ids if self.at is None else self.ids[: self.at + 1]
+
+    @property
+    def behind_shifted(self) -> tuple[int, ...]:
+        """The other ones."""
+        return () if self.at is None else self.ids[self.at + 1 :]
 
     def first_tokens(self) -> EncodedPrompt:
         """The prompt with the first token of each target for the whole of it, each once; itself where all are one."""
@@ -61,7 +81,7 @@ class EncodedPrompt:
             return self
         places = {token: place for place, token in reversed([*enumerate(self.target_ids)])}
         targets = tuple(self.prompt.targets[place] for place in places.values())
-        return EncodedPrompt(replace(self.prompt, targets=targets, answer=None), self.ids, tuple(places))
+        return EncodedPrompt(replace(self.prompt, targets=targets, answer=None), self.ids, tuple(places), (), self.at)
 
     @property
     def target_tokens(self) -> tuple[tuple[int, ...], ...]:
@@ -95,9 +115,10 @@ def digest(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         # Not `asdict`, which copies all texts.
         content = dict(vars(prompt))
-        if prompt.messages is None:
-            # As it was before prompts could have messages.
-            del content["messages"]
+        # As it was before prompts could have these.
+        for name in ("messages", "at"):
+            if content[name] is None:
+                del content[name]
         sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
         sha.update(b"\n")
     return sha.hexdigest()

@@ -7,6 +7,7 @@ cell, and there are no messages. What rows say: `sources.py`.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from neg_service.prompts.facts import BUILT_IN
 from neg_service.prompts.hub import HubTable, is_data_set, open_data_set
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-COLUMNS = ("prompt", "messages", "targets", "answer", "id", "group")
+COLUMNS = ("prompt", "messages", "targets", "answer", "id", "group", "at")
+# A token's place, or a range of characters, and no text.
+_AT_OF_CSV = re.compile(r"-?\d+|\[\s*\d+\s*,\s*\d+\s*\]")
 # What runs before there were splits of files say of them.
 _SPLIT_OF_TASKS = "valid"
 
@@ -114,6 +117,8 @@ def _csv_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mappi
         }
         if given.get(names["targets"]) is not None:
             given[names["targets"]] = _json_list(f"{where}: line {number}", given[names["targets"]])
+        if _AT_OF_CSV.fullmatch(given.get(names["at"]) or ""):
+            given[names["at"]] = json_value(given[names["at"]])
         yield f"line {number}", given
 
 

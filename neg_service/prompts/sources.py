@@ -27,6 +27,7 @@ from neg_service.prompts.hub import is_data_set
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
 from neg_service.prompts.prompt import Messages, Prompt
 from neg_service.prompts.rows import Rows, columns_of, missing_column, opened_rows
+from neg_service.prompts.spans import at_of
 from neg_service.prompts.store import PromptFile
 
 
@@ -304,7 +305,7 @@ def _prompt(where: str, asked: _Asked, row: Mapping[str, Any], names: Mapping[st
     if answer is not None and answer not in targets:
         raise PromptError(f"answer {shortened(answer)} is not one of the targets {shortened(targets)}", given=where)
     place = None if answer is None else targets.index(answer)
-    return Prompt(asked.id, asked.text, tuple(targets), place, asked.messages)
+    return Prompt(asked.id, asked.text, tuple(targets), place, asked.messages, at_of(asked.id, row["at"]))
 
 
 def _name(where: str, column: str, value: Any) -> str:

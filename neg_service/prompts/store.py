@@ -30,7 +30,7 @@ class PromptFile(Sequence[Prompt]):
             for prompt in prompts:
                 # Only this process reads it, so that what marshal writes need not be read elsewhere.
                 size = file.write(
-                    marshal.dumps((prompt.id, prompt.text, prompt.targets, prompt.answer, prompt.messages))
+                    marshal.dumps((prompt.id, prompt.text, prompt.targets, prompt.answer, prompt.messages, prompt.at))
                 )
                 self._ends.append(self._ends[-1] + size)
 

@@ -15,6 +15,7 @@ from neg_service.errors import ConfigurationError, PromptError, TargetError
 from neg_service.prompts.added import added_by, read_once, readable, tell_what_is_odd
 from neg_service.prompts.prompt import MASK, EncodedPrompt, Prompt, Vocabulary
 from neg_service.prompts.reading import AsWritten, Reading, Tokenizer, Unread, read_texts
+from neg_service.prompts.spans import place_of
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,34 @@ def encode(
             skips.first_too_long = skips.first_too_long or prompt.id
             continue
         _check_length(prompt, read.ids, context_length, longest)
+        at = _place_of(tokenizer, prompt, read.ids, mask_token, model)
         if following:
             rest = tuple(own[1:] for own in following)
-            yield EncodedPrompt(prompt, read.ids, tuple(own[0] for own in following), rest if any(rest) else ())
+            yield EncodedPrompt(prompt, read.ids, tuple(own[0] for own in following), rest if any(rest) else (), at)
             continue
         if tokens is None:
             tokens = _checked_targets(tokenizer, read, mask_token, model)
-        yield EncodedPrompt(prompt, read.ids, tuple(tokens.values()))
+        yield EncodedPrompt(prompt, read.ids, tuple(tokens.values()), (), at)
+
+
+def _place_of(
+    tokenizer: Tokenizer, prompt: Prompt, ids: tuple[int, ...], mask_token: int | None, model: Vocabulary | None
+) -> int | None:
+    """Where a prompt's neurons are, if not at its readout position."""
+    if prompt.at is None:
+        return None
+    if mask_token is not None:
+        raise PromptError(
+            f"prompt {prompt.id!r}: at: a change at a token of a masked model changes all others, so that neurons are "
+            "shifted at its mask alone",
+            change="model.source",
+        )
+
+    def read(text: str) -> tuple[int, ...]:
+        (found,) = _all_reads(tokenizer, [replace(prompt, text=text, targets=())], None, model, 1)
+        return found.ids
+
+    return place_of(prompt.id, prompt.text, ids, prompt.at, read)
 
 
 def _checked_targets(

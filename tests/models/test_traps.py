@@ -209,7 +209,8 @@ def _of_site(self: Interventions, site: Site, neurons_r: Tensor, shifts_r: Tenso
     with torch.no_grad(), started, self._readout.differences([n_rows]) as head_rv:
         self.rows.run([n_rows])
     handle.remove()
-    return Changes(self._readout.delta_log_p(self._baseline, head_rv[0][1:], self._target_ids))
+    read = self._readout.rows_read(self._baseline, head_rv[0][1:], self._target_ids)
+    return Changes(read.log_p_rk, read.logit_rk)
 
 
 def test_dropout_that_is_left_on() -> None:

@@ -79,11 +79,13 @@ def target_gradients(
 
 
 def sequence_gradients(
-    rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point], each: str | None = None
-) -> TargetGradients:
+    rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point], each: str | None = None,
+    behind: Sequence[int] | None = None,
+) -> TargetGradients:  # fmt: skip
     """The same of targets of several tokens: log p of `targets[b][k]`, the sum over its tokens, is differentiated.
 
-    `rows` are those targets' chains (`trees.py`). `log_p_rv` holds what each target's own tokens have, in their order,
+    behind: how many of a prompt's tokens stand behind the shifted one; none where it is not given. `rows` are those
+    targets' chains (`trees.py`). `log_p_rv` holds what each target's own tokens have, in their order,
     zero behind the last [R, S].
 
     each: differentiate at every token of a chain, and not at the first alone: `signed` sums these gradients, with the
@@ -98,7 +100,7 @@ def sequence_gradients(
     with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
         log_p_mv = log_softmax(at_least_float32(rows.run(counts)))
         ids_m1 = indices([token for tokens in tokens_r for token in tokens], log_p_mv.device)[:, None]
-        log_p_m = log_p_mv.gather(1, ids_m1)[:, 0]
+        log_p_m = log_p_mv[_read(targets, behind, log_p_mv.device)].gather(1, ids_m1)[:, 0]
         slopes = leaves.slopes(log_p_m.sum())
     row_m = indices([r for r, tokens in enumerate(tokens_r) for _ in tokens], log_p_m.device)
     place_m = indices([s for tokens in tokens_r for s in range(len(tokens))], log_p_m.device)
@@ -117,6 +119,21 @@ def sequence_gradients(
         routing=routing,
         place_r=place_r,
     )
+
+
+def _read(
+    targets: Sequence[Sequence[Sequence[int]]], behind: Sequence[int] | None, device: torch.device
+) -> Tensor | slice:
+    """Which tokens of all rows predict those of a target."""
+    if behind is None or not any(behind):
+        return slice(None)
+    start = 0
+    found: list[int] = []
+    for own, n in zip(targets, behind, strict=True):
+        for tokens in own:
+            found += range(start + n, start + n + len(tokens))
+            start += n + len(tokens)
+    return indices(found, device)
 
 
 def _summed(row_a: Tensor, slope_an: Tensor, activation_an: Tensor, each: str, n_rows: int) -> Tensor:

@@ -26,7 +26,7 @@ from neg_service.models.engines.base import Row
 
 @dataclass(frozen=True)
 class TargetTree:
-    """The row that reads a prompt's targets; its first token is the prompt's last, which is shifted, and all are read.
+    """The row that reads a prompt's targets; its first token is shifted, mostly the prompt's last, and all are read.
 
     paths: of each target (place in the row, token that is predicted behind it), from its first token to its last.
     """
@@ -35,13 +35,16 @@ class TargetTree:
     paths: tuple[tuple[tuple[int, int], ...], ...]
 
 
-def target_tree(last: int, targets: Sequence[Sequence[int]]) -> TargetTree:
-    """The tree of some targets, given by their tokens, behind a prompt whose last token is `last`."""
-    ids, parents = [last], [-1]
+def target_tree(shifted: int, targets: Sequence[Sequence[int]], behind: Sequence[int] = ()) -> TargetTree:
+    """The tree of some targets, given by their tokens, behind a prompt.
+
+    shifted: the prompt's token that is shifted, its last one but for those that stand `behind` it.
+    """
+    ids, parents = [shifted, *behind], list(range(-1, len(behind)))
     place_of: dict[tuple[int, int], int] = {}
     paths = []
     for target in targets:
-        place, path = 0, []
+        place, path = len(behind), []
         for i, token in enumerate(target):
             path.append((place, token))
             if i + 1 < len(target):
@@ -55,9 +58,9 @@ def target_tree(last: int, targets: Sequence[Sequence[int]]) -> TargetTree:
     return TargetTree(Row(tuple(ids), tuple(parents), 0, tuple(range(len(ids)))), tuple(paths))
 
 
-def target_chain(last: int, target: Sequence[int]) -> Row:
+def target_chain(shifted: int, target: Sequence[int], behind: Sequence[int] = ()) -> Row:
     """The row that reads one target."""
-    return target_tree(last, [target]).row
+    return target_tree(shifted, [target], behind).row
 
 
 def leaves(row: Row) -> list[int]:

@@ -1,0 +1,167 @@
+"""Neurons at a token before the readout position, against plain passes that shift them there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import neg_service
+from neg_service.config import DatasetConfig, NeuronsConfig
+from neg_service.errors import ConfigurationError, PromptError
+from neg_service.measures import measure_of
+from neg_service.models.precision import in_precision
+from neg_service.prompts.encoding import Encoding
+from neg_service.prompts.prompt import Prompt, digest
+from neg_service.prompts.sources import load_dataset
+from neg_service.prompts.tokens import encode
+from tests import oracle
+from tests.mixtures import tiny_mixture
+from tests.shards import measured_shard
+from tests.tiny_models import tiny_model
+
+TEXT, IDS = "w3 w14 w9 w26 w35 w8", [3, 14, 9, 26, 35, 8]
+NEURONS, SHIFTS = [(0, 3), (1, 5), (2, 7)], [-1.5, -0.5, 0.5, 1.5]
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "Gemma 2", "GPT-2", "Qwen 3.5"])
+def test_neurons_are_shifted_and_differentiated_there_and_answers_read_at_the_end(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    model.ensure_checked()
+    h = 1e-3
+    for at, place in (("w9", 2), ((3, 6), 1), (-3, 3), (0, 0)):
+        # Without the float32 to which models' own code rounds.
+        with in_precision(model.model, model.feed_forward.layers, torch.float64):
+            p = {
+                (*one, shift): oracle.probability_with_shift(model.model, IDS, 8, "paper", *one, shift, place, -1)
+                for one in NEURONS
+                for shift in (*SHIFTS, 0.0, -2 * h, -h, h, 2 * h)
+            }
+            found = neg_service.neg(model, TEXT, " w8", NEURONS, SHIFTS, shift="signed", neurons_at=at)
+            gradient = neg_service.neurgrad(model, [TEXT], [[" w7", " w8"]], neurons_at=[at])
+        expected = np.array([[p[*one, shift] - p[*one, 0.0] for shift in SHIFTS] for one in NEURONS])
+        np.testing.assert_allclose(found.delta_p, expected, rtol=1e-6, atol=1e-12)
+        assert found.probability == pytest.approx(p[0, 3, 0.0], rel=1e-6)
+        for (layer, neuron), activation in zip(NEURONS, found.activation, strict=True):
+            two, one = (p[layer, neuron, s * h] - p[layer, neuron, -s * h] for s in (2, 1))
+            slope = (8 * one - two) / (12 * h) * (-1 if activation < 0 else 1)
+            assert gradient.neurgrad[0, 1, layer, neuron] == pytest.approx(slope, rel=1e-4, abs=1e-8)
+
+
+def test_the_last_token_is_the_readout_position_and_sequences_are_read_behind_it() -> None:
+    model = tiny_model("Llama 2", torch.float64)
+    plain = neg_service.neg(model, TEXT, " w7", NEURONS, SHIFTS)
+    for at in ("w35 w8", 5, -1, (15, 20)):
+        np.testing.assert_array_equal(
+            neg_service.neg(model, TEXT, " w7", NEURONS, SHIFTS, neurons_at=at).neg, plain.neg
+        )
+    sequence = neg_service.neurgrad(
+        model, [TEXT], [[" w7 w9", " w7", " w8"]], not_one_token="sequence", neurons_at=["w14"]
+    )
+    single = neg_service.neurgrad(model, [TEXT, f"{TEXT} w7"], [[" w7", " w8"], [" w9"]], neurons_at=["w14", "w14"])
+    p = single.probability
+    assert sequence.probability[0, 0] == pytest.approx(p[0, 0] * p[1, 0], rel=1e-5)
+    expected = single.neurgrad[0, 0] * p[1, 0] + p[0, 0] * single.neurgrad[1, 0]
+    np.testing.assert_allclose(sequence.neurgrad[0, 0], expected, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(sequence.neurgrad[0, 1:], single.neurgrad[0], rtol=1e-4, atol=1e-9)
+
+
+def test_of_a_mixture_neurons_are_those_of_the_experts_that_the_token_uses() -> None:
+    model = tiny_mixture("OLMoE", torch.float64)
+    found = neg_service.neurgrad(model, [TEXT], [[" w7"]], neurons_at=[2])
+    layer, slot = np.unravel_index(np.nanargmax(np.abs(found.neurgrad[0, 0])), found.neurgrad.shape[2:])
+    neuron = (int(layer), int(found.neuron[0, layer, slot]), int(found.expert[0, layer, slot]))
+    small = neg_service.neg(model, TEXT, " w7", [neuron], [-1e-2, 1e-2], neurons_at=2)
+    assert small.neg[0] == pytest.approx(found.neurgrad[0, 0, layer, slot], rel=1e-3)
+
+
+def test_a_scan_says_where_neurons_were() -> None:
+    model = tiny_model("Llama 2")
+    prompts = [
+        Prompt("a", TEXT, (" w7", " w8"), 0, at="w26"),
+        Prompt("b", TEXT, (" w7",), 0),
+        Prompt("c", TEXT, (" w7",), 0, at=-1),
+    ]
+    tables = measured_shard(measure_of({"name": "neurgrad"}), model, prompts)
+    assert tables["prompts"]["position"].to_pylist() == [3, None, None]
+    alone = neg_service.neurgrad(model, [TEXT], [[" w7", " w8"]], neurons_at=["w26"])
+    np.testing.assert_allclose(
+        np.stack(tables["neurgrad"]["neurgrad"].to_pylist())[:3], alone.neurgrad[0, 0], rtol=1e-4
+    )
+    few = NeuronsConfig(choose="list", list=[[1, 5]])
+    edit = {"neurons": [[1, 5]], "shift": 0.5, "name": "one"}
+    swept = measured_shard(
+        measure_of({"name": "sweep", "shifts": [0.5]}),
+        model,
+        prompts,
+        few,
+        {"noise": {"sigma": 0.0}},
+    )["sweep"]
+    joint = neg_service.intervene(model, [TEXT], [[" w7", " w8"]], [edit])
+    # Edits of the library are at the readout position; those of the sweep's first prompt are not.
+    assert swept["neg"][0].as_py() != pytest.approx(2 * joint.delta_p[0, 0, 0], rel=1e-3)
+    assert swept["neg"][2].as_py() == pytest.approx(2 * joint.delta_p[0, 0, 0], rel=1e-3)
+
+
+def test_encoded_ahead_or_later_the_place_is_the_same_and_part_of_the_identity() -> None:
+    tokenizer = tiny_model("Llama 2").tokenizer
+    prompts = [
+        Prompt("a", TEXT, (" w7",), at="w14"),
+        Prompt("b", TEXT, (" w7",)),
+        Prompt("c", TEXT, (" w7",), at=(0, 2)),
+    ]
+    encoding = Encoding(prompts, lambda own: encode(tokenizer, own, None))
+    later = [own.at for own in encoding[:]]
+    encoding.encode_all()
+    assert later == [own.at for own in encoding[:]] == [1, None, 0]
+    assert len({digest([prompt]) for prompt in prompts}) == 3
+
+
+def test_files_say_it_in_a_column(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": TEXT, "targets": [" w7"], "at": own} for own in ("w9", [3, 6], -2, None)]
+    jsonl, csv = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    jsonl.write_text("\n".join(map(json.dumps, rows)))
+    csv.write_text(f'prompt,targets,at\n{TEXT},"["" w7""]",w9\n{TEXT},"["" w7""]","[3, 6]"\n{TEXT},"["" w7""]",-2\n')
+    expected = ["w9", (3, 6), -2]
+    assert [own.at for own in load_dataset(DatasetConfig(str(jsonl)), None)] == [*expected, None]
+    assert [own.at for own in load_dataset(DatasetConfig(str(csv)), None)] == expected
+    jsonl.write_text(json.dumps({"prompt": TEXT, "targets": [" w7"], "at": [6, 3], "id": "q"}))
+    with pytest.raises(PromptError, match=r"prompt 'q': at must be a text, a range of characters .* not \[6, 3\]"):
+        list(load_dataset(DatasetConfig(str(jsonl)), None))
+
+
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        ("w77", "'w77' is not in the prompt"),
+        ("w", r"'w' is there 6 times, from \[0, 3, 7, "),
+        ("w1", "ends within a token"),
+        ((3, 99), r"characters \[3, 99\] end beyond the prompt, which has 20"),
+        (6, "token 6 does not exist, the prompt has 6"),
+        (-7, "token -7 does not exist"),
+        (True, "at must be a text"),
+        ((2, 2), "at must be a text"),
+    ],
+)
+def test_what_is_no_place_is_refused(at: Any, says: str) -> None:
+    with pytest.raises(PromptError, match=f"prompt '0': .*{says}"):
+        neg_service.neurgrad(tiny_model("Llama 2"), [TEXT], [[" w7"]], neurons_at=[at])
+
+
+def test_who_has_no_use_for_it_says_so() -> None:
+    prompts = [Prompt("a", TEXT, (" w7",), 0), Prompt("b", TEXT, (" w7",), 0, at=1)]
+    for options, says in (
+        ({"name": "integrated_gradients"}, "measure=integrated_gradients has no use for that"),
+        ({"name": "neurgrad", "at": "each"}, "measure.at=each moves neurons at several"),
+    ):
+        with pytest.raises(PromptError, match=f"prompt 'b' says at which token its neurons are .at., and {says}"):
+            measure_of(options).check_places(prompts)
+    model = tiny_model("BERT")
+    with pytest.raises(PromptError, match="masked model"):
+        neg_service.neurgrad(model, ["w3 [MASK] w9"], [["w7"]], neurons_at=[0])
+    with pytest.raises(ConfigurationError, match="leave one of both out"):
+        neg_service.neurgrad(tiny_model("Llama 2"), [TEXT], [[" w7"]], neurons_at=[0], at="each")
