@@ -45,8 +45,8 @@ Neurons = int | Sequence[LayerSize]
 
 # 3: what a tokenizer adds stands once; the resolution of one-sided grids has the baseline row's error.
 # 4: neurons are (layer, expert, neuron); tables, columns and engines have the field's names (`former_names.py`).
-# 5: sweeps say how far NEG may be off, and how many shifts they ran.
-SCHEMA_VERSION = 5
+# 5: sweeps say how far NEG may be off, and how many shifts they ran. 6: prompts have the tokens of long targets.
+SCHEMA_VERSION = 6
 
 PROMPTS = pa.schema(
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 import neg_service
-from neg_service.config import NeuronsConfig
+from neg_service.cluster.prepare import prepare
+from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures import measure_of
 from neg_service.measures.noise import row_noise
@@ -20,6 +23,7 @@ from neg_service.models.precision import in_precision
 from neg_service.prompts.prompt import Prompt
 from tests import sequences
 from tests.families import model_of
+from tests.here import scan_here
 from tests.refusals import refused
 from tests.shards import INFO, measured_shard
 from tests.tiny_models import tiny_model
@@ -123,3 +127,26 @@ def test_measures_and_models_without_use_for_them_refuse_them_by_name() -> None:
         measure_of({"name": name}).check_targets(INFO, "sequence")
         with refused(ConfigurationError, setting="dataset.not_one_token", says="masked model"):
             measure_of({"name": name}).check_targets(replace(INFO, is_masked=True), "sequence")
+
+
+def test_a_scan_leaves_nothing_out_but_what_it_is_told_to(tiny_directory: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "w1 w2", "targets": [" w3 w4", " w5"], "answer": " w3 w4", "id": "a"},
+        {"prompt": "w1 " * 40 + "w2", "targets": [" w3 w4", " w5"], "answer": " w5", "id": "long"},
+        {"prompt": "w7", "targets": [" w8", " w9"], "answer": " w9", "id": "b"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ScanConfig(
+        model=ModelConfig(source=str(tiny_directory)),
+        dataset=DatasetConfig(source=str(tmp_path / "rows.jsonl"), not_one_token="sequence", too_long="skip"),
+        storage=StorageConfig(uri=str(tmp_path / "results")),
+        measure={"name": "neurgrad", "keep": "answer", "at": "each"},
+    )
+    found = scan_here(config).table("prompts").to_table().to_pylist()
+    kept = {row["prompt_id"]: row for row in found}
+    assert {"a", "b"} <= set(kept)
+    assert kept["a"]["target_sequences"] == [[3, 4], [5]]
+    assert kept["a"]["probabilities"][0] == pytest.approx(np.prod(kept["a"]["token_probabilities"][0]), rel=1e-5)
+    assert kept["b"]["target_sequences"] is None
+    with refused(ConfigurationError, setting="dataset.not_one_token", says="measure=skill_scores"):
+        prepare(replace(config, measure={"name": "skill_scores"}))

@@ -221,8 +221,7 @@ class Rows(Protocol):
 
 
 class TreeRows(Rows, Protocol):
-    """Rows of several tokens that are all read: trees of tokens, one for all rows of a prompt, or each its own.
-
+    """Rows of several tokens that are all read: trees, one for all rows of a prompt, or each its own.
     `run` gives logits of each row's tokens, one row after the other [R·S, V]; of `expand_rows` rows are all of one
     prompt, whose tree is one.
     """
