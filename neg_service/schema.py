@@ -60,7 +60,7 @@ PROMPTS = pa.schema(
         pa.field("probabilities", pa.list_(pa.float32()), nullable=False),
         # Index into `targets` of the most probable one, the lower index on a tie.
         pa.field("prediction", pa.int16(), nullable=False),
-        # Null of single tokens: the tokens, each one's probability, and the target of the largest mean log probability.
+        # Null of rows of one token: targets' tokens, each one's probability, and the target of the largest mean log p.
         pa.field("target_sequences", pa.list_(pa.list_(pa.int32()))),
         pa.field("token_probabilities", pa.list_(pa.list_(pa.float32()))),
         pa.field("prediction_per_token", pa.int16()),

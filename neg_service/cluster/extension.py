@@ -176,7 +176,9 @@ def _differences(base: Run, prompts: Sequence[Prompt]) -> str:
             "; where rows have an answer and no targets, these are drawn from the answers of all rows: give the old "
             "rows the targets that the run's table prompts has"
         )
-    return "; ".join([", ".join(said), advice] if said else [advice])
+    if not said:
+        said = ["their texts, targets and answers are as they were, so that something else of them differs, such as at"]
+    return "; ".join([", ".join(said), advice])
 
 
 def _stored(base: Run) -> Iterator[tuple[str, str, int]]:

@@ -183,6 +183,14 @@ class Measure(ABC, Generic[OptionsT]):
         Raises:
             ConfigurationError: saying what is possible.
         """
+        against = getattr(self.options, "against", None)
+        if not_one_token == "skip" and isinstance(against, int):
+            raise ConfigurationError(
+                "counts targets, of which dataset.not_one_token=skip leaves out others for each prompt",
+                setting="measure.against",
+                value=against,
+                allowed="others, or a target's text",
+            )
         if not_one_token != "sequence":
             return
         if info.is_masked:

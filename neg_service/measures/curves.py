@@ -143,7 +143,7 @@ def swept(
     noise: RowNoise, budget: Budget, keep_curves: bool, output: Output,
 ) -> Evaluated:  # fmt: skip
     """Sweep the neurons at some places, which ascend."""
-    device, p_k, rest_k = interventions.device, interventions.probability_k.double(), interventions.rest_k
+    device, p_k, rest_k = interventions.device, interventions.probabilities_for(output), interventions.rest_k
 
     def run(shifts: Doubles, own_m: Tensor) -> Swept:
         some = replace(sweep, grid=given_grid(shifts))

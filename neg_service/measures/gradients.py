@@ -285,9 +285,13 @@ def batch_gradients(
     tokens_bks: Tensor | None = None
     ends = np.cumsum([0, *map(len, run_of)]).tolist()
     if prompts[0].is_tree:
-        found, tokens_bks = differentiated_sequences(model, prompts, run_of, points, shared, each)
-        p_r1, probability_bk = found.log_p_rv.sum(1, keepdim=True).exp(), tokens_bks.sum(-1).exp()
-        device, rest_r = found.log_p_rv.device, 1 - p_r1[:, 0].double()
+        found, tokens_bks = differentiated_sequences(
+            model, prompts, run_of, points, shared, each,
+            of_logits=outputs[0].differentiates_logits, with_rest=readouts.uses_rest,
+        )  # fmt: skip
+        log_p_r = found.log_p_rv.sum(1, dtype=torch.float64)
+        p_r1, probability_bk = log_p_r[:, None].exp().float(), tokens_bks.sum(-1).exp()
+        device, rest_r = found.log_p_rv.device, log_p_r if found.rest_r is None else found.rest_r
         first_b = indices(ends[:-1], device)
     else:
         target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, run_of, strict=True)]
@@ -300,9 +304,10 @@ def batch_gradients(
         ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
         probability_bk = found.log_p_rv[first_b[:, None], ids_bk].exp()
         # As exact as the probabilities are, also where one is nearly 1.
-        rest_r = (
-            p_r1[:, 0].double() if readouts.is_plain else found.log_p_rv.exp().double().sum(1) - p_r1[:, 0].double()
-        )
+        log_p_r = p_r1[:, 0].double().log()
+        rest_r = log_p_r
+        if readouts.uses_rest:
+            rest_r = found.log_p_rv.exp().sum(1, dtype=torch.float64) - p_r1[:, 0].double()
     parts = [slice(*own) for own in pairwise(ends)]
     if readouts.is_plain:
         gradient_rm, finite_r = _joined(found, p_r1)
@@ -311,7 +316,7 @@ def batch_gradients(
         finite_r = torch.cat([finite_r[own].all().expand(len(of)) for own, of in zip(parts, wanted, strict=True)])
         gradient_rm = torch.cat(
             [
-                output.gradients(slope_rm[own], p_r1[own, 0].double(), rest_r[own])[_places(of, output)]
+                output.gradients(slope_rm[own], _compared(log_p_r[own], readouts), rest_r[own])[_places(of, output)]
                 for own, of, output in zip(parts, wanted, outputs, strict=True)
             ]
         )
@@ -336,6 +341,11 @@ def batch_gradients(
         slots=slots,
         routings=routings,
     )
+
+
+def _compared(log_p_k: Tensor, readouts: Readouts) -> Tensor:
+    """Probabilities [K], float64; where they are only compared with each other, over the largest of them."""
+    return (log_p_k - log_p_k.max()).exp() if readouts.is_contrast else log_p_k.exp()
 
 
 def _places(wanted: Sequence[int], output: Output) -> slice | list[int]:

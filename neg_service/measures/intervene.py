@@ -28,7 +28,7 @@ from neg_service.measures.gradients import gradients
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, routing_of_rows
 from neg_service.measures.sequences import TokenLogP, TreeBaseline, tree_of
-from neg_service.measures.targets import check_at
+from neg_service.measures.targets import check_at, check_each
 from neg_service.models.batches import Budget
 from neg_service.models.engines.base import Rows
 from neg_service.models.engines.trees import TargetTree
@@ -37,7 +37,7 @@ from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
 from neg_service.prompts.chat import prompts_of
-from neg_service.prompts.prompt import Asked, EncodedPrompt, check_prompts, check_texts
+from neg_service.prompts.prompt import Asked, At, EncodedPrompt, check_prompts, check_texts
 
 Doubles = NDArray[np.float64]
 
@@ -82,6 +82,7 @@ def intervene(
     batch_tokens: int | None = None,
     not_one_token: str = "error",
     at: str = "readout",
+    neurons_at: Sequence[At | None] | None = None,
 ) -> InterveneResult:
     """Change sets of neurons at each prompt's readout position, and read the targets before and after.
 
@@ -92,6 +93,8 @@ def intervene(
             is `sequence`: then the probability of a target is the product over its tokens.
         at: `each` moves neurons at every token that predicts one of such a target's, and not at the readout position
             alone.
+        neurons_at: where neurons are, if not at the readout position: for each prompt a text of it, whose last token
+            is meant, a range of characters, or a token's place from either end.
         edits: E edits, `Edit` or mappings such as `{"neurons": [(29, 864)], "shift": 0.5}`; see `edits.py`.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         answers: for each prompt the index of the target that `enhance` favours; the first target where not given.
@@ -111,11 +114,12 @@ def intervene(
             f"{len(prompts)} prompts, targets for {len(targets)} and answers for {len(given)}; one for each prompt is "
             "needed"
         )
-    asked = prompts_of(model, prompts, targets, given)
+    asked = prompts_of(model, prompts, targets, given, neurons_at)
     check_prompts(asked)
     check_at(at, model.feed_forward.has_experts, "at")
     checked = checked_edits(edits, model.feed_forward.layer_neurons)
     encoded = encoded_prompts(model, asked, not_one_token)
+    check_each(at, encoded)
     model.ensure_checked()
     budget = budget_of(model, batch_bytes, batch_tokens)
     p, e, k = len(asked), len(checked), max(len(prompt.targets) for prompt in asked)
@@ -287,8 +291,8 @@ def _read(
     """
     if tree is not None:
         of_tree = TreeBaseline.of(readout, head_nsv[0], logits_sv, tree, who)
-        log_p_ek = of_tree.delta_log_p(readout, head_nsv[1:]).double()
-        return of_tree.probability_k.double(), log_p_ek, of_tree.token_log_p()
+        log_p_ek = of_tree.changes(readout, head_nsv[1:])[0].double()
+        return of_tree.log_p_k.exp(), log_p_ek, of_tree.token_log_p()
     baseline = readout.baseline(head_nsv[0, 0], logits_sv[0], who)
     log_p_ek = readout.delta_log_p(baseline, head_nsv[1:, 0], prompt.target_ids).double()
     return baseline.p_v[list(prompt.target_ids)].double(), log_p_ek, None

@@ -111,17 +111,16 @@ class Interventions:
         self.token_log_p: TokenLogP = None
         if self._tree is not None:
             self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
-            self.probability_k, self.token_log_p = (
-                self._of_tree.probability_k.to(self.device),
-                self._of_tree.token_log_p(),
-            )
-            self.rest_k = 1 - self.probability_k.double()
+            self._log_p_k = self._of_tree.log_p_k.to(self.device)
+            self.token_log_p = self._of_tree.token_log_p()
+            self.probability_k, self.rest_k = self._log_p_k.exp(), -torch.expm1(self._log_p_k)
             return
         baseline = self._readout.baseline(head_sv[0], logits_sv[0], self._who)
         p_v, at_k = baseline.p_v, indices(self._target_ids, baseline.p_v.device)
         self.probability_k = p_v[at_k].to(self.device)
         # As exact as the probabilities are, also where one is nearly 1.
         self.rest_k = (p_v.double().sum() - p_v[at_k].double()).to(self.device)
+        self._log_p_k = self.probability_k.double().log()
         self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
 
     @torch.no_grad()
@@ -187,8 +186,14 @@ class Interventions:
 
     def noise_of(self, output: Output) -> Tensor:
         """How much further than the Δ log p of a token each value's change is off [C], float64."""
-        own_c = output.noise(self.probability_k.double(), self.rest_k)
+        own_c = output.noise(self.probabilities_for(output), self.rest_k)
         return own_c * (self.tokens_k.max() if output.readouts.is_contrast else self.tokens_k[list(output.kept)])
+
+    def probabilities_for(self, output: Output) -> Tensor:
+        """Of each target [K], float64; where they are only compared with each other, over the largest of them."""
+        if not output.readouts.is_contrast:
+            return self.probability_k.double()
+        return (self._log_p_k - self._log_p_k.max()).exp()
 
     def require_values(self, output: Output) -> None:
         """See that what is to be measured has a value.
@@ -231,7 +236,7 @@ class Interventions:
 
         def run(part: range) -> Tensor:
             if self._tree_rows is not None:
-                found = gradients_of_targets(self._tree_rows, self._prompt, part, points, each)
+                found = gradients_of_targets(self._tree_rows, self._prompt, part, points, each, of_logits=of_logits)
             else:
                 ids = [self._target_ids[part.start : part.stop]]
                 found = target_gradients(self.rows, ids, points, of_logits=of_logits)
@@ -245,7 +250,7 @@ class Interventions:
         own, beside = (sizes.slopes, sizes.graph) if shares else (sizes.graph + sizes.slopes, 0)
         with self.naming_memory("the gradients of one of its targets do"):
             parts = [found for _, found in in_parts([own] * len(self._target_ids), run, budget, beside)]
-        neurgrad_km = output.gradients(torch.cat(parts), self.probability_k.double(), self.rest_k)
+        neurgrad_km = output.gradients(torch.cat(parts), self.probabilities_for(output), self.rest_k)
         if not neurgrad_km.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
         return neurgrad_km
@@ -371,9 +376,10 @@ class Interventions:
             read_rs = self._tree_rows.read_positions([n_rows]).view(n_rows, -1)
         changed = routing_changed(self._feed_forward, site.layer, routing, read_rs, self.device)
         if self._tree is not None:
-            log_p_rk = self._of_tree.delta_log_p(self._readout, head_rv[0].view(n_rows, n_read, -1)[1:])
+            log_p_rk, logit_rk = self._of_tree.changes(self._readout, head_rv[0].view(n_rows, n_read, -1)[1:])
             # Of targets of several tokens, what is compared is log p.
-            return Changes(log_p_rk, log_p_rk, changed, None, other_experts)
+            compared_rk = log_p_rk if self._prompt.has_sequences else logit_rk
+            return Changes(log_p_rk, compared_rk, changed, None, other_experts)
         read = self._readout.rows_read(self._baseline, head_rv[0][1:], self._target_ids)
         return Changes(read.log_p_rk, read.logit_rk, changed, None, other_experts)
 

@@ -152,7 +152,7 @@ def neg(
     output = Output(readouts, len(encoded.target_ids), None if against is None else 1)
     swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise, output=output)
     found, probability = swept.evaluated, interventions.probability_k.double()
-    noise_k = noise.sigma * output.noise(probability, interventions.rest_k)
+    noise_k = noise.sigma * interventions.noise_of(output)
     assert found.curve_nsk is not None
     names_n3 = np.stack([chosen.layer, chosen.neuron, np.maximum(chosen.expert, ALWAYS_ON)], 1)
 

@@ -195,10 +195,6 @@ def encoded_texts(
         raise ConfigurationError(
             f"{len(prompts)} prompts, but targets for {len(targets)}; one list for each prompt is needed"
         )
-    if neurons_at is not None and len(neurons_at) != len(prompts):
-        raise ConfigurationError(
-            f"{len(neurons_at)} for {len(prompts)} prompts; one for each prompt is needed", setting="neurons_at"
-        )
     asked = prompts_of(model, prompts, targets, neurons_at=neurons_at)
     check_prompts(asked)
     return encoded_prompts(model, asked, not_one_token)

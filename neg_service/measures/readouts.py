@@ -75,6 +75,11 @@ class Readouts:
         return of_probability if self.is_plain else f"{of_probability} of {self.words}{against}"
 
     @property
+    def uses_rest(self) -> bool:
+        """Whether values depend on the probability that a target leaves to all else."""
+        return self.readout == "log_odds" and not self.is_contrast
+
+    @property
     def label(self) -> str:
         """What rows say."""
         return self.readout if self.against is None else f"{self.readout} against {self.against}"

@@ -42,6 +42,9 @@ def differentiated_sequences(
     points: dict[Site, Point],
     shared: tuple[int, ...],
     each: bool = False,
+    *,
+    of_logits: bool = False,
+    with_rest: bool = False,
 ) -> tuple[TargetGradients, Tensor]:
     """Gradients of some targets of each prompt, and log p [B, K, S] of the tokens of all of them, zero behind each.
 
@@ -55,7 +58,9 @@ def differentiated_sequences(
     chains = [[chain_of(prompt, tokens) for tokens in own] for prompt, own in zip(prompts, targets, strict=True)]
     rows = engine.trees([prompt.until_shifted for prompt in prompts], chains, shared)
     behind = [len(prompt.behind_shifted) for prompt in prompts]
-    found = sequence_gradients(rows, targets, points, "magnitude" if each else None, behind)
+    found = sequence_gradients(
+        rows, targets, points, "magnitude" if each else None, behind, of_logits=of_logits, with_rest=with_rest
+    )
     if each:
         pairs = zip(found.gradient_srn, found.activation_srn, strict=True)
         found.gradient_srn[:] = [torch.where(activation < 0, -slope, slope) for slope, activation in pairs]
@@ -71,12 +76,14 @@ def differentiated_sequences(
 
 
 def gradients_of_targets(
-    rows: TreeRows, prompt: EncodedPrompt, part: range, points: Mapping[Site, Point], each: str | None = None
-) -> TargetGradients:
+    rows: TreeRows, prompt: EncodedPrompt, part: range, points: Mapping[Site, Point], each: str | None = None,
+    *, of_logits: bool = False,
+) -> TargetGradients:  # fmt: skip
     """Gradients of some of a prompt's targets, behind the prefix of its rows; each: see `sequence_gradients`."""
     targets = [prompt.target_tokens[k] for k in part]
     chains = [chain_of(prompt, tokens) for tokens in targets]
-    return sequence_gradients(rows.with_rows([chains]), [targets], points, each, [len(prompt.behind_shifted)])
+    behind = [len(prompt.behind_shifted)]
+    return sequence_gradients(rows.with_rows([chains]), [targets], points, each, behind, of_logits=of_logits)
 
 
 def tree_of(prompt: EncodedPrompt) -> TargetTree:
@@ -118,14 +125,18 @@ TokenLogP = tuple[NDArray[Any], ...] | None
 class TreeBaseline:
     """A prompt's output without any intervention behind each token of the tree that reads its targets.
 
-    nodes: of each token, in the order of the row. log_p: of each target, its tokens' [S]. probability_k: of each target
-    [K], in the precision of the nodes.
+    nodes: of each token, in the order of the row. log_p: of each target, its tokens' [S], float64, as is what follows:
+    of many tokens the product is below what float32 holds.
     """
 
     tree: TargetTree
     nodes: list[Baseline]
     log_p: list[Tensor]
-    probability_k: Tensor
+
+    @property
+    def log_p_k(self) -> Tensor:
+        """Of each target [K]."""
+        return torch.stack([own.sum() for own in self.log_p])
 
     @classmethod
     def of(cls, readout: Readout, head_sv: Tensor, logits_sv: Tensor, tree: TargetTree, who: str) -> TreeBaseline:
@@ -137,31 +148,32 @@ class TreeBaseline:
         nodes = [readout.baseline(head_v, logits_v, who) for head_v, logits_v in zip(head_sv, logits_sv, strict=True)]
         log_p_sv = torch.stack([node.logits_v.double().log_softmax(-1) for node in nodes])
         log_p = [torch.stack([log_p_sv[place, token] for place, token in path]) for path in tree.paths]
-        p_k = torch.stack([own.sum() for own in log_p]).exp().to(nodes[0].p_v.dtype)
-        return cls(tree, nodes, log_p, p_k)
+        return cls(tree, nodes, log_p)
 
     def token_log_p(self) -> TokenLogP:
         """Of each target its tokens' log p, on the CPU."""
         return tuple(own.cpu().numpy() for own in self.log_p)
 
-    def delta_log_p(self, readout: Readout, difference_rsv: Tensor) -> Tensor:
-        """Δ log p of the targets [R, K], from the head's output for rows of differences; may take its bias off it.
+    def changes(self, readout: Readout, difference_rsv: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ log p of the targets [R, K], and the sum of Δz over their tokens; from the head's output for rows of
+        differences, which its bias may be taken off.
 
         Raises:
             NonFiniteError: NaN or infinity after an intervention.
         """
-        found_rk: list[Tensor | None] = [None] * len(self.tree.paths)
+        found_rk: list[tuple[Tensor, Tensor] | None] = [None] * len(self.tree.paths)
         for place, node in enumerate(self.nodes):
             # The targets that go through here, and the token that each of them has next.
             own = [(k, token) for k, path in enumerate(self.tree.paths) for at, token in path if at == place]
             if not own:
                 # A token of the prompt behind the shifted one.
                 continue
-            delta_rk = readout.delta_log_p(node, difference_rsv[:, place], [token for _, token in own])
-            for (k, _), delta_r in zip(own, delta_rk.unbind(1), strict=True):
+            read = readout.rows_read(node, difference_rsv[:, place], [token for _, token in own])
+            for (k, _), log_p_r, logit_r in zip(own, read.log_p_rk.unbind(1), read.logit_rk.unbind(1), strict=True):
                 before = found_rk[k]
-                found_rk[k] = delta_r if before is None else before + delta_r
-        return torch.stack([own for own in found_rk if own is not None], 1)
+                found_rk[k] = (log_p_r, logit_r) if before is None else (before[0] + log_p_r, before[1] + logit_r)
+        known = [own for own in found_rk if own is not None]
+        return torch.stack([log_p_r for log_p_r, _ in known], 1), torch.stack([logit_r for _, logit_r in known], 1)
 
 
 def _empty(prompts: Sequence[EncodedPrompt], like: Tensor) -> Tensor:

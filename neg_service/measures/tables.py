@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,12 @@ from neg_service.slots import Slots
 
 if TYPE_CHECKING:
     from neg_service.measures.routing import PromptRouting
+
+
+log = logging.getLogger(__name__)
+
+# Of the smallest number that float32 holds with all digits.
+_LEAST_LOG_P = -87.0
 
 
 def prompt_tables(
@@ -33,13 +41,27 @@ def prompt_tables(
     return {**found, "routing": routing.table(prompt.prompt.id)} if has_experts else found
 
 
+@cache
+def _tell_of_underflow(prompt_id: str) -> None:
+    log.warning(
+        "prompt %r has a target whose probability is below what float32 holds, so that its NEG and NeurGrad are lost: "
+        "measure.readout=log_probability keeps them",
+        prompt_id,
+    )
+
+
 def prompt_row(
     prompt: EncodedPrompt, probability_k: NDArray[np.float32], token_log_p: Sequence[NDArray[Any]] | None = None
 ) -> pa.Table:
     """The row of table `prompts`: the same for every measure."""
     of_sequences: dict[str, Any] = {}
     if token_log_p is not None:
+        log_p = [float(own.sum(dtype=np.float64)) for own in token_log_p]
+        if min(log_p) < _LEAST_LOG_P:
+            _tell_of_underflow(prompt.prompt.id)
         of_sequences = {
+            # By the logarithms: the products may be below what float32 holds.
+            "prediction": int(np.argmax(log_p)),
             "target_sequences": prompt.target_tokens,
             "token_probabilities": [np.exp(own) for own in token_log_p],
             "prediction_per_token": int(np.argmax([own.mean() for own in token_log_p])),

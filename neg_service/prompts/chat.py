@@ -226,6 +226,10 @@ def prompts_of(
         PromptError: messages that are none, or that the template refuses, or what is no place of a token.
         ModelError: the model has no template, or is a masked one.
     """
+    if neurons_at is not None and len(neurons_at) != len(asked):
+        raise ConfigurationError(
+            f"{len(neurons_at)} for {len(asked)} prompts; one for each prompt is needed", setting="neurons_at"
+        )
     chat = cache(lambda: _chat_of_model(model))
     prompts = []
     for index, (one, own) in enumerate(zip(asked, targets, strict=True)):

@@ -7,6 +7,7 @@ token's place, counted from 0 or, below zero, from the end. Answers are read at 
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 from neg_service.errors import PromptError, shortened
@@ -24,14 +25,14 @@ def at_of(who: str, value: Any) -> At | None:
     """
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     if isinstance(value, str) and value:
         return str(value)
     if (
         isinstance(value, list | tuple)
         and len(value) == 2
-        and all(isinstance(end, int) and not isinstance(end, bool) for end in value)
+        and all(isinstance(end, Integral) and not isinstance(end, bool) for end in value)
         and 0 <= value[0] < value[1]
     ):
         return int(value[0]), int(value[1])
@@ -41,13 +42,20 @@ def at_of(who: str, value: Any) -> At | None:
     )
 
 
-def place_of(who: str, text: str, ids: tuple[int, ...], at: At, read: Read) -> int | None:
+def place_of(who: str, text: str, ids: tuple[int, ...], at: At, read: Read, *, is_chat: bool) -> int | None:
     """The place of the token that `at` means; None where it is the prompt's last.
+
+    is_chat: whether a template wrote the text, of which whoever wrote the row saw a part.
 
     Raises:
         PromptError: a text that is absent or there more than once, a range or a place beyond the prompt, or an end
-            within a token.
+            within a token; of a chat, a range or a place.
     """
+    if is_chat and not isinstance(at, str):
+        raise _refused(
+            who,
+            f"{at if isinstance(at, int) else list(at)} would count what the chat template writes, too: give a text",
+        )
     if isinstance(at, int):
         if not -len(ids) <= at < len(ids):
             raise _refused(who, f"token {at} does not exist, the prompt has {len(ids)}")

@@ -122,7 +122,7 @@ def _place_of(
         (found,) = _all_reads(tokenizer, [replace(prompt, text=text, targets=())], None, model, 1)
         return found.ids
 
-    return place_of(prompt.id, prompt.text, ids, prompt.at, read)
+    return place_of(prompt.id, prompt.text, ids, prompt.at, read, is_chat=prompt.messages is not None)
 
 
 def _checked_targets(

@@ -20,7 +20,7 @@ from jobs.status import describe
 from jobs.verify import VerifyConfig
 from jobs.verify import verify as verify_command
 from neg_service.cluster import forecast, scan
-from neg_service.cluster import prepare as preparing
+from neg_service.cluster import inputs as preparing
 from neg_service.cluster.extension import Window
 from neg_service.cluster.prepare import prepare, prepare_again
 from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig

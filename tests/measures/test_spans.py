@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import neg_service
 from neg_service.config import DatasetConfig, NeuronsConfig
 from neg_service.errors import ConfigurationError, PromptError
 from neg_service.measures import measure_of
+from neg_service.measures.base import ShardInput
+from neg_service.models.batches import Budget
 from neg_service.models.precision import in_precision
 from neg_service.prompts.encoding import Encoding
 from neg_service.prompts.prompt import Prompt, digest
@@ -68,6 +72,82 @@ def test_the_last_token_is_the_readout_position_and_sequences_are_read_behind_it
     expected = single.neurgrad[0, 0] * p[1, 0] + p[0, 0] * single.neurgrad[1, 0]
     np.testing.assert_allclose(sequence.neurgrad[0, 0], expected, rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(sequence.neurgrad[0, 1:], single.neurgrad[0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("readout", "against", "value"),
+    [
+        ("logit", None, lambda z: z[8]),
+        ("log_odds", None, lambda z: torch.logit(z.softmax(-1)[8])),
+        ("log_odds", " w7", lambda z: z[8] - z[7]),
+        ("log_probability", None, lambda z: z.log_softmax(-1)[8]),
+    ],
+)
+def test_whatever_is_read_at_the_end(readout: str, against: str | None, value: Callable[[Tensor], Tensor]) -> None:
+    model = tiny_model("Llama 2", torch.float64)
+    model.ensure_checked()
+    h, (layer, neuron) = 1e-3, (1, 5)
+    with in_precision(model.model, model.feed_forward.layers, torch.float64):
+        at = {
+            shift: float(value(oracle.logits_with_shift(model.model, IDS, "paper", layer, neuron, shift, 2, -1)))
+            for shift in (*SHIFTS, 0.0, -2 * h, -h, h, 2 * h)
+        }
+        found = neg_service.neg(
+            model, TEXT, " w8", [(layer, neuron)], SHIFTS, shift="signed", readout=readout, against=against,
+            neurons_at="w9",
+        )  # fmt: skip
+    np.testing.assert_allclose(found.delta_p[0], [at[shift] - at[0.0] for shift in SHIFTS], rtol=1e-6, atol=1e-12)
+    gradient = neg_service.neurgrad(
+        model, [TEXT], [[" w8", " w7"]], readout=readout, against=against, neurons_at=["w9"]
+    ).neurgrad[0, 0, layer, neuron]
+    slope = (8 * (at[h] - at[-h]) - (at[2 * h] - at[-2 * h])) / (12 * h)
+    assert abs(gradient) == pytest.approx(abs(slope), rel=1e-4)
+
+
+def test_near_certainty_log_odds_are_as_exact_as_without_a_row_of_several_tokens() -> None:
+    model = tiny_model("Llama 2")
+    model.ensure_checked()
+    best = int(oracle.logits_with_shift(model.model, IDS, "paper", 0, 0, 0.0).argmax())
+    asked: Any = {"readout": "log_odds"}
+    with torch.no_grad():
+        while oracle.logits_with_shift(model.model, IDS, "paper", 0, 0, 0.0).double().softmax(-1)[best] < 1 - 2e-6:
+            model.model.lm_head.weight *= 1.2
+    alone = neg_service.neurgrad(model, [TEXT], [[f" w{best}"]], **asked)
+    assert 1e-7 < 1 - alone.probability[0, 0] < 3e-6
+    beside = neg_service.neurgrad(
+        model, [TEXT], [[f" w{best}", " w3 w4" if best != 3 else " w5 w4"]], not_one_token="sequence", **asked
+    )
+    np.testing.assert_allclose(beside.neurgrad[0, 0], alone.neurgrad[0, 0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_sweep_is_calibrated_on_rows_of_one_token() -> None:
+    model = tiny_model("Llama 2")
+    prompts = [
+        Prompt("a", TEXT, (" w7",), 0, at="w26"),
+        Prompt("b", TEXT, (" w7",), 0),
+        Prompt("c", "w3 w4", (" w7",), 0),
+    ]
+    measure = measure_of({"name": "sweep", "shifts": [-1.0, 1.0]})
+    few = NeuronsConfig(choose="list", list=[[1, 5]])
+    found = measure.calibrate(model, list(encode(model.tokenizer, prompts, None)), few)
+    assert 0 < found["noise"]["sigma"] < 1e-3
+    table = measured_shard(measure, model, prompts, few, found)["sweep"]
+    assert table.num_rows == 3
+
+
+def test_what_is_too_improbable_for_float32_is_still_predicted() -> None:
+    model = tiny_model("Llama 2")
+    # The second one is the more probable.
+    long = [" w3" + " w4" * 40, " w3" + " w4" * 30]
+    prompts = [Prompt("a", TEXT, tuple(long), 1), Prompt("b", TEXT, tuple(reversed(long)), 0)]
+    encoded = list(encode(model.tokenizer, prompts, None, sequences=True))
+    shard = ShardInput(model, encoded, NeuronsConfig(), budget=Budget(2**28), calibration={})
+    table = measure_of({"name": "neurgrad", "readout": "log_odds", "against": "others"}).tables_of(shard)
+    assert table["prompts"]["prediction"].to_pylist() == [1, 0]
+    assert max(table["prompts"]["probabilities"][0].as_py()) < 1e-38
+    values = np.stack(table["neurgrad"]["neurgrad"].to_pylist())
+    assert np.isfinite(values).all()
+    assert np.abs(values).max() > 0
 
 
 def test_of_a_mixture_neurons_are_those_of_the_experts_that_the_token_uses() -> None:
@@ -150,6 +230,15 @@ def test_files_say_it_in_a_column(tmp_path: Path) -> None:
 def test_what_is_no_place_is_refused(at: Any, says: str) -> None:
     with pytest.raises(PromptError, match=f"prompt '0': .*{says}"):
         neg_service.neurgrad(tiny_model("Llama 2"), [TEXT], [[" w7"]], neurons_at=[at])
+
+
+def test_of_a_chat_a_text_alone_says_it() -> None:
+    tokenizer = tiny_model("Llama 2").tokenizer
+    chat = [Prompt("a", "w40 w3 w9 w41", (" w7",), messages=(("user", "w3 w9"),), at=own) for own in ("w9", 1, (0, 2))]
+    assert [own.at for own in encode(tokenizer, chat[:1], None)] == [2]
+    for prompt in chat[1:]:
+        with pytest.raises(PromptError, match=r"prompt 'a': at: .* would count what the chat template writes"):
+            list(encode(tokenizer, [prompt], None))
 
 
 def test_who_has_no_use_for_it_says_so() -> None:

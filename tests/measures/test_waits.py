@@ -52,7 +52,7 @@ def elsewhere(name: str, dtype: torch.dtype = torch.float32) -> Iterator[Languag
 def test_gradients_wait_once_a_batch(family: str, a_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     real = gradients.target_gradients
-    monkeypatch.setattr(gradients, "target_gradients", lambda *given: batches.append(1) or real(*given))
+    monkeypatch.setattr(gradients, "target_gradients", lambda *given, **more: batches.append(1) or real(*given, **more))
     some = NeuronsConfig(choose="list", list=[[0, 3], [2, 1]] if family == "Llama 2" else [[0, 3, 1], [2, 1, 0]])
     asked = [
         ({"name": "neurgrad"}, None),

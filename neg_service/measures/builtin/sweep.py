@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -119,9 +119,9 @@ class NeuronSweep(Measure[SweepOptions]):
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
     ) -> dict[str, Any]:
-        """The sweep's noise against a higher precision, of targets of one token; see `noise.py`.
+        """The sweep's noise against a higher precision, of rows of one token; see `noise.py`.
 
-        That of targets of several tokens is measured where such prompts are swept, on tokens that are always the same.
+        That of rows of several tokens is measured where such prompts are swept, on tokens that are always the same.
         """
         from neg_service.measures.batching import budget_of
         from neg_service.measures.noise import measure_noise
@@ -130,7 +130,7 @@ class NeuronSweep(Measure[SweepOptions]):
             neurons = NeuronsConfig(neurons.layers)
         chosen = chosen_neurons(neurons, layers_of_model(model.feed_forward))
         budget = self.budget or budget_of(model)
-        prompts = [prompt.first_tokens() for prompt in prompts]
+        prompts = [replace(prompt.first_tokens(), at=None) for prompt in prompts]
         return {"noise": asdict(measure_noise(model, prompts, chosen, self._sweep, budget))}
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:

@@ -33,6 +33,7 @@ class TargetGradients:
     (of logits where these are differentiated).
 
     Each site's [R, N] lies where its layer does. routing: of the pass, by module; place_r: where in it rows are read.
+    rest_r: of targets of several tokens, if it was asked for, what probability leaves to all else [R], float64.
     """
 
     log_p_rv: Tensor
@@ -40,6 +41,7 @@ class TargetGradients:
     activation_srn: list[Tensor]
     routing: dict[nn.Module, Routing]
     place_r: Tensor
+    rest_r: Tensor | None = None
 
 
 def target_gradients(
@@ -80,13 +82,13 @@ def target_gradients(
 
 def sequence_gradients(
     rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point], each: str | None = None,
-    behind: Sequence[int] | None = None,
+    behind: Sequence[int] | None = None, *, of_logits: bool = False, with_rest: bool = False,
 ) -> TargetGradients:  # fmt: skip
     """The same of targets of several tokens: log p of `targets[b][k]`, the sum over its tokens, is differentiated.
 
-    behind: how many of a prompt's tokens stand behind the shifted one; none where it is not given. `rows` are those
-    targets' chains (`trees.py`). `log_p_rv` holds what each target's own tokens have, in their order,
-    zero behind the last [R, S].
+    behind: how many of a prompt's tokens stand behind the shifted one; none where it is not given. of_logits: the sum
+    of the tokens' logits in its place. with_rest: give `rest_r`, too. `rows` are those targets' chains (`trees.py`).
+    `log_p_rv` holds what each target's own tokens have, in their order, zero behind the last [R, S].
 
     each: differentiate at every token of a chain, and not at the first alone: `signed` sums these gradients, with the
     neuron moved alike at all of them, `magnitude` their products with the activations' signs there, with +1 at zero.
@@ -98,14 +100,17 @@ def sequence_gradients(
     row_a = (at_rq >= 0).nonzero()[:, 0]
     leaves = _Leaves(points, at_rq[at_rq >= 0])
     with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
-        log_p_mv = log_softmax(at_least_float32(rows.run(counts)))
+        logits_mv = at_least_float32(rows.run(counts))
+        log_p_mv = log_softmax(logits_mv)
         ids_m1 = indices([token for tokens in tokens_r for token in tokens], log_p_mv.device)[:, None]
-        log_p_m = log_p_mv[_read(targets, behind, log_p_mv.device)].gather(1, ids_m1)[:, 0]
-        slopes = leaves.slopes(log_p_m.sum())
+        read_m = _read(targets, behind, log_p_mv.device)
+        log_p_m = log_p_mv[read_m].gather(1, ids_m1)[:, 0]
+        slopes = leaves.slopes((logits_mv[read_m].gather(1, ids_m1) if of_logits else log_p_m).sum())
     row_m = indices([r for r, tokens in enumerate(tokens_r) for _ in tokens], log_p_m.device)
     place_m = indices([s for tokens in tokens_r for s in range(len(tokens))], log_p_m.device)
     log_p_rs = log_p_m.new_zeros(len(tokens_r), max(map(len, tokens_r)))
     log_p_rs[row_m, place_m] = log_p_m.detach()
+    rest_r = _rest(log_p_mv.detach()[read_m], log_p_m.detach(), row_m, len(tokens_r)) if with_rest else None
     own = [point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)]
     activations = [leaves.activations[site] for site in points]
     if each is not None:
@@ -118,7 +123,16 @@ def sequence_gradients(
         activation_srn=activations,
         routing=routing,
         place_r=place_r,
+        rest_r=rest_r,
     )
+
+
+def _rest(log_p_mv: Tensor, log_p_m: Tensor, row_m: Tensor, n_rows: int) -> Tensor:
+    """1 - p of each row's target [R], float64, as exact as p is where it is nearly 1."""
+    rest_m = log_p_mv.exp().sum(1, dtype=torch.float64) - log_p_m.exp().double()
+    # Of an improbable token the rest may be above 1 by rounding, and its own logarithm is exact.
+    exact_m = torch.where(rest_m < 0.5, torch.log1p(-rest_m.clamp(max=0.5)), log_p_m.double())
+    return -torch.expm1(rest_m.new_zeros(n_rows).index_add(0, row_m, exact_m))
 
 
 def _read(

@@ -31,7 +31,12 @@ Row = dict[str, Any]
 
 
 def rows_of(run: Run) -> tuple[pc.Expression, str]:
-    """Right answers' rows, and all of prompts without one; and what these rows are of."""
+    """Right answers' rows, and all of prompts without one; and what these rows are of.
+
+    All where targets are compared with one of them, which may be the right answer and then has no rows.
+    """
+    if run.config["measure"].get("against") is not None:
+        return pc.scalar(value=True), "each target"
     n = without = 0
     for batch in run.table("prompts", columns=["answer"]).to_batches():
         n, without = n + batch.num_rows, without + batch["answer"].null_count
@@ -176,7 +181,7 @@ def strongest_grid(
 
 def _texts(run: Run, wanted: Iterable[str], most: int = 70) -> dict[str, str]:
     """The end of each wanted prompt's text, which is where demonstrations are over."""
-    only = pc.field("prompt_id").isin(sorted(wanted))
+    only = pc.field("prompt_id").isin(pa.array(sorted(wanted), pa.string()))
     found = {}
     for batch in run.table("prompts", ["prompt_id", "prompt"], only).to_batches():
         for prompt_id, text in zip(batch["prompt_id"].to_pylist(), batch["prompt"].to_pylist(), strict=True):
