@@ -127,6 +127,7 @@ def test_what_is_printed_helps_a_person(finished: tuple[str, Path]) -> None:
     assert names["table"].num_rows == 52 * 3  # type: ignore[attr-defined]
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("joined")
 def test_rows_that_a_finished_run_has_not_are_added_to_it(
     finished: tuple[str, Path], arguments: list[str], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

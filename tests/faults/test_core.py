@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 Invariant = Callable[[Disturbed], None]
 
 
+@pytest.mark.faults
 def test_replicas_killed_in_a_shard_and_between_computing_and_putting(
     disturbed: Disturbed, orders: Orders, invariant: Invariant, moments: random.Random
 ) -> None:
