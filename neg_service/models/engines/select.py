@@ -97,7 +97,7 @@ def select_engine(model: LoadedModel, wanted: str = AUTO) -> Selection:
 
 
 def select_for_trees(selection: Selection, wanted: str = AUTO) -> Selection:
-    """The engine for targets of several tokens: the one that was selected if it runs trees, else whole sequences.
+    """The engine for rows of several tokens: the one that was selected if it runs trees, else whole sequences.
 
     Raises:
         ModelError: a masked model; an engine that was asked for and cannot; none can, with what each is off by.
@@ -117,9 +117,10 @@ def select_for_trees(selection: Selection, wanted: str = AUTO) -> Selection:
     if found is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise ModelError(
-            f"{name_of(model)}, targets of several tokens: {reasons}", setting="model.engine", value=wanted,
-            allowed=f"{AUTO}, {SharedPrefixEngine.name} or {FullSequenceEngine.name}, whichever fits, or "
-            "dataset.not_one_token=skip",
+            f"{name_of(model)}, targets of several tokens, or neurons at another token than the last: {reasons}",
+            setting="model.engine", value=wanted,
+            allowed=f"{AUTO}, {SharedPrefixEngine.name} or {FullSequenceEngine.name}, whichever fits, or neither "
+            "dataset.not_one_token=sequence nor rows with at",
         )  # fmt: skip
     return replace(found, rejected={**selection.rejected, **rejected})
 
