@@ -183,6 +183,7 @@ def test_the_scan_that_ranks_neurons_first_counts_and_json_is_one_object(
     assert "forecast: sample 1 of" in caplog.text
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_on_ray_a_forecast_tells_a_person_and_stores_nothing(
