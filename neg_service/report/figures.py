@@ -259,9 +259,9 @@ def curves(rows: Rows, estimate: str = "neurgrad", what: str = "probability") ->
             near = np.abs(shifts[order]) <= 2
             axes.plot(shifts[order][near], row[estimate] * shifts[order][near], "--", color=theme.cycle[1])
             expert = "" if row.get("expert") is None else f"expert {row['expert']}, "
-            what = f"layer {row['layer']}, {expert}neuron {row['neuron']} → {row['target'].strip()!r}"
+            name = f"layer {row['layer']}, {expert}neuron {row['neuron']} → {row['target'].strip()!r}"
             axes.set_title(
-                _drawable(f"{what}\n{str(row['prompt_id'])[-30:]}"), fontsize=9, parse_math=False
+                _drawable(f"{name}\n{str(row['prompt_id'])[-30:]}"), fontsize=9, parse_math=False
             )  # fmt: skip
             axes.tick_params(labelsize=8)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
