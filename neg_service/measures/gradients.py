@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -282,32 +282,14 @@ def batch_gradients(
     outputs = [Output.of(readouts, prompt.prompt) for prompt in prompts]
     wanted = [[k for k in own if k in output.kept] for own, output in zip(wanted, outputs, strict=True)]
     run_of = [range(len(prompt.target_ids)) for prompt in prompts] if readouts.is_contrast else wanted
-    tokens_bks: Tensor | None = None
     ends = np.cumsum([0, *map(len, run_of)]).tolist()
-    if prompts[0].is_tree:
-        found, tokens_bks = differentiated_sequences(
-            model, prompts, run_of, points, shared, each,
-            of_logits=outputs[0].differentiates_logits, with_rest=readouts.uses_rest,
-        )  # fmt: skip
-        log_p_r = found.log_p_rv.sum(1, dtype=torch.float64)
-        p_r1, probability_bk = log_p_r[:, None].exp().float(), tokens_bks.sum(-1).exp()
-        device, rest_r = found.log_p_rv.device, log_p_r if found.rest_r is None else found.rest_r
-        first_b = indices(ends[:-1], device)
-    else:
-        target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, run_of, strict=True)]
-        rows_of = model.rows([prompt.ids for prompt in prompts], shared)
-        found = target_gradients(rows_of, target_ids, points, of_logits=outputs[0].differentiates_logits)
-        device = found.log_p_rv.device
-        first_b = indices(ends[:-1], device)
-        p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
-        most = max(len(prompt.target_ids) for prompt in prompts)
-        ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
-        probability_bk = found.log_p_rv[first_b[:, None], ids_bk].exp()
-        # As exact as the probabilities are, also where one is nearly 1.
-        log_p_r = p_r1[:, 0].double().log()
-        rest_r = log_p_r
-        if readouts.uses_rest:
-            rest_r = found.log_p_rv.exp().sum(1, dtype=torch.float64) - p_r1[:, 0].double()
+    of_logits = outputs[0].differentiates_logits
+    run = _differentiated_trees if prompts[0].is_tree else _differentiated
+    found, p_r1, log_p_r, rest_r, probability_bk, tokens_bks = run(
+        model, prompts, run_of, points, shared, readouts, each, of_logits
+    )
+    device = found.log_p_rv.device
+    first_b = indices(ends[:-1], device)
     parts = [slice(*own) for own in pairwise(ends)]
     if readouts.is_plain:
         gradient_rm, finite_r = _joined(found, p_r1)
@@ -341,6 +323,50 @@ def batch_gradients(
         slots=slots,
         routings=routings,
     )
+
+
+class _Differentiated(NamedTuple):
+    """Gradients of targets, and what else is needed of their probabilities; [R] float64, but for p [R, 1]."""
+
+    found: TargetGradients
+    p_r1: Tensor
+    log_p_r: Tensor
+    rest_r: Tensor
+    probability_bk: Tensor
+    tokens_bks: Tensor | None
+
+
+def _differentiated(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], run_of: Sequence[Sequence[int]], points: dict[Site, Point],
+    shared: tuple[int, ...], readouts: Readouts, _each: bool, of_logits: bool,
+) -> _Differentiated:  # fmt: skip
+    """Of prompts whose rows are their last token."""
+    target_ids = [[prompt.target_ids[k] for k in own] for prompt, own in zip(prompts, run_of, strict=True)]
+    rows_of = model.rows([prompt.ids for prompt in prompts], shared)
+    found = target_gradients(rows_of, target_ids, points, of_logits=of_logits)
+    device = found.log_p_rv.device
+    first_b = indices(np.cumsum([0, *map(len, run_of)]).tolist()[:-1], device)
+    p_r1 = found.log_p_rv.gather(1, indices([token for own in target_ids for token in own], device)[:, None]).exp()
+    most = max(len(prompt.target_ids) for prompt in prompts)
+    ids_bk = indices([[*prompt.target_ids, *[0] * (most - len(prompt.target_ids))] for prompt in prompts], device)
+    log_p_r = rest_r = p_r1[:, 0].double().log()
+    if readouts.uses_rest:
+        # As exact as the probabilities are, also where one is nearly 1.
+        rest_r = found.log_p_rv.exp().sum(1, dtype=torch.float64) - p_r1[:, 0].double()
+    return _Differentiated(found, p_r1, log_p_r, rest_r, found.log_p_rv[first_b[:, None], ids_bk].exp(), None)
+
+
+def _differentiated_trees(
+    model: LanguageModel, prompts: Sequence[EncodedPrompt], run_of: Sequence[Sequence[int]], points: dict[Site, Point],
+    shared: tuple[int, ...], readouts: Readouts, each: bool, of_logits: bool,
+) -> _Differentiated:  # fmt: skip
+    """Of prompts whose rows are several tokens."""
+    found, tokens_bks = differentiated_sequences(
+        model, prompts, run_of, points, shared, each, of_logits=of_logits, with_rest=readouts.uses_rest
+    )
+    log_p_r = found.log_p_rv.sum(1, dtype=torch.float64)
+    rest_r = log_p_r if found.rest_r is None else found.rest_r
+    return _Differentiated(found, log_p_r[:, None].exp().float(), log_p_r, rest_r, tokens_bks.sum(-1).exp(), tokens_bks)
 
 
 def _compared(log_p_k: Tensor, readouts: Readouts) -> Tensor:

@@ -35,7 +35,14 @@ from neg_service.measures.gradients import signed_by
 from neg_service.measures.outputs import Output
 from neg_service.measures.readout import Readout
 from neg_service.measures.readouts import PLAIN
-from neg_service.measures.routing import PromptRouting, other_experts, routing_changed, routing_of_rows, slots_of
+from neg_service.measures.routing import (
+    PromptRouting,
+    other_experts,
+    require_same_experts,
+    routing_changed,
+    routing_of_rows,
+    slots_of,
+)
 from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows, tree_of
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import target_gradients
@@ -107,7 +114,11 @@ class Interventions:
             else:
                 head_sv, logits_sv = self._differences.head_v[None], self._differences.logits_v[None]
                 self.activation, self.routing = self._differences.activation, PromptRouting()
-        self.tokens_k = torch.tensor([len(own) for own in prompt.target_tokens], device=self.device).double()
+        self._read_targets(head_sv, logits_sv)
+
+    def _read_targets(self, head_sv: Tensor, logits_sv: Tensor) -> None:
+        """Take over what the row without a shift says of the targets."""
+        self.tokens_k = torch.tensor([len(own) for own in self._prompt.target_tokens], device=self.device).double()
         self.token_log_p: TokenLogP = None
         if self._tree is not None:
             self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
@@ -241,7 +252,9 @@ class Interventions:
                 ids = [self._target_ids[part.start : part.stop]]
                 found = target_gradients(self.rows, ids, points, of_logits=of_logits)
             if self.has_experts:
-                self._require_same_experts({n: self._other_experts(n, found.routing, found.place_r) for n in layers})
+                require_same_experts(
+                    self._who, {n: self._other_experts(n, found.routing, found.place_r) for n in layers}
+                )
             pairs = zip(points, found.gradient_srn, strict=True)
             signed = [own if each else signed_by(self.activation[site], own) for site, own in pairs]
             return torch.cat([own.to(self.device, self.probability_k.dtype) for own in signed], 1)
@@ -293,7 +306,7 @@ class Interventions:
             is_read = torch.stack([own.log_p_ik.isfinite().all() for own in found])
             is_other, is_read = fetched([is_other, is_read])
         # Where rows have experts, all are of one site.
-        self._require_same_experts({moved[0].site.layer: is_other.any()})
+        require_same_experts(self._who, {moved[0].site.layer: is_other.any()})
         with self.naming_memory("one intervention does"):
             for place in (~is_read).nonzero()[:, 0].tolist():
                 # The same batch again, so that it gives the same numbers.
@@ -382,20 +395,6 @@ class Interventions:
             return Changes(log_p_rk, compared_rk, changed, None, other_experts)
         read = self._readout.rows_read(self._baseline, head_rv[0][1:], self._target_ids)
         return Changes(read.log_p_rk, read.logit_rk, changed, None, other_experts)
-
-    def _require_same_experts(self, other_experts: Mapping[int, Tensor]) -> None:
-        """See that layers used the experts whose neurons are counted: in another batch rounding may choose others.
-
-        Raises:
-            NonFiniteError: a layer did not.
-        """
-        layers = list(other_experts)
-        (is_other,) = fetched([torch.stack(list(other_experts.values()))])
-        for place in is_other.nonzero()[:1, 0].tolist():
-            raise NonFiniteError(
-                f"{self._who}: rounding has layer {layers[place]} choose other experts in another batch; use "
-                "model.dtype=float32"
-            )
 
     def _other_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> Tensor:
         return other_experts(self._feed_forward, self.routing, layer, routing, position_r, self.device)

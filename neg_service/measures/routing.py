@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neg_service import schema
+from neg_service.errors import NonFiniteError
 from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.models.experts_function import Routing
 from neg_service.models.feed_forward import FeedForward, Site
@@ -121,3 +122,17 @@ def other_experts(
     chosen_rk = chosen_tk[sent(place_r, chosen_tk.device)]
     expected_k = sent(torch.from_numpy(known.of_layer(layer)), chosen_rk.device)
     return (chosen_rk != expected_k).any().to(device)
+
+
+def require_same_experts(who: str, other_experts: Mapping[int, Tensor]) -> None:
+    """See that layers used the experts whose neurons are counted: in another batch rounding may choose others.
+
+    Raises:
+        NonFiniteError: a layer did not; `who` names the prompt.
+    """
+    layers = list(other_experts)
+    (is_other,) = fetched([torch.stack(list(other_experts.values()))])
+    for place in is_other.nonzero()[:1, 0].tolist():
+        raise NonFiniteError(
+            f"{who}: rounding has layer {layers[place]} choose other experts in another batch; use model.dtype=float32"
+        )
