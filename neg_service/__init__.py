@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neg_service.measures.control.control import ControlResult, control
     from neg_service.measures.edits import Edit
     from neg_service.measures.integrated_gradients import IntegratedGradientsResult, integrated_gradients
     from neg_service.measures.intervene import InterveneResult, intervene
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ControlResult": "neg_service.measures.control.control",
     "Edit": "neg_service.measures.edits",
     "IntegratedGradientsResult": "neg_service.measures.integrated_gradients",
     "InterveneResult": "neg_service.measures.intervene",
@@ -31,6 +33,7 @@ _HOME = {
     "NeuronSet": "neg_service.neurons",
     "Run": "neg_service.storage.reader",
     "Runs": "neg_service.storage.reader",
+    "control": "neg_service.measures.control.control",
     "integrated_gradients": "neg_service.measures.integrated_gradients",
     "intervene": "neg_service.measures.intervene",
     "load_model": "neg_service.models.loading",
@@ -40,6 +43,7 @@ _HOME = {
     "open_runs": "neg_service.storage.reader",
 }
 __all__ = [
+    "ControlResult",
     "Edit",
     "IntegratedGradientsResult",
     "InterveneResult",
@@ -49,6 +53,7 @@ __all__ = [
     "NeuronSet",
     "Run",
     "Runs",
+    "control",
     "integrated_gradients",
     "intervene",
     "load_model",

@@ -3,6 +3,7 @@
 | an edit with     | does this to each of its neurons                                       |
 |------------------|------------------------------------------------------------------------|
 | `shift: δ`       | moves its magnitude, a -> a + δ·sgn(a), or with `signed` a -> a + δ      |
+| `add: δ`         | a -> a + δ, the same as a signed shift; what `control` writes, with a δ of each neuron |
 | `scale: c`       | a -> c·a; 0 switches it off                                             |
 | `set: v`         | a -> v                                                                  |
 | `enhance: δ`     | shifts by δ where its NEG is positive and by -δ where it is negative: the target gains |
@@ -33,7 +34,7 @@ from neg_service.measures.choice import checked_neurons
 from neg_service.neurons import NeuronSet
 from neg_service.places import without_credentials
 
-OPERATIONS = ("shift", "scale", "set", "enhance", "suppress")
+OPERATIONS = ("shift", "add", "scale", "set", "enhance", "suppress")
 _KEYS = {"name", "neurons", "polarity", "signed", *OPERATIONS}
 # A list of edits, with lists of neurons, of which each is a pair; two more are told what is wrong with them.
 _LEVELS = 6
@@ -55,6 +56,7 @@ class Edit:
     polarity: Sequence[int] | None = None
     signed: bool = False
     name: str = ""
+    add: float | Sequence[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,12 @@ class Readout:
         parts = [slice(start, min(start + at_once, n)) for start in range(0, n, at_once)]
         return self._read(baseline, lambda own: product(hidden_re, weight_ve[own]), parts, target_ids)
 
+    def logits_moved(
+        self, baseline: Baseline, hidden_re: Tensor, product: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """What differences of the hidden states that the head reads move logits by [R, V]; see `differences_read`."""
+        return self._logits(baseline, product(hidden_re, self._head.get_parameter("weight")), slice(None))
+
     def _read(
         self, baseline: Baseline, at: Callable[[slice | Tensor], Tensor], parts: Sequence[slice],
         target_ids: Sequence[int],
