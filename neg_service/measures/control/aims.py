@@ -1,11 +1,11 @@
 """What is wanted of a prompt's target, as a number that a shift moves almost linearly.
 
-| wanted                          | value                                        | unit | met                              |
-|---------------------------------|----------------------------------------------|------|----------------------------------|
-| a probability p*                | log p - log(1 - p), the log-odds             | nats | |p - p*| ≤ tolerance             |
-| a margin m* against a token     | log p - log p of that token                  | nats | |margin - m*| ≤ tolerance        |
-| a margin m* against all others  | log p - log p of the most probable other one | nats | |margin - m*| ≤ tolerance        |
-| to be the most probable token   | the same                                     | nats | 0 < margin ≤ 0.1; before: 0 < it |
+| wanted                        | value                                        | unit | met                            |
+|-------------------------------|----------------------------------------------|------|--------------------------------|
+| a probability p*              | log p - log(1 - p), the log-odds             | nats | |p - p*| ≤ tolerance           |
+| a margin m* against a token   | log p - log p of that token                  | nats | |margin - m*| ≤ tolerance      |
+| a margin m* against all       | log p - log p of the most probable other one | nats | |margin - m*| ≤ tolerance      |
+| to be the most probable token | the same                                     | nats | 0 < margin ≤ 0.1; before: > 0  |
 
 Probabilities themselves bend where log-odds do not: in them the same search takes three times the passes and misses.
 

@@ -23,7 +23,7 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
 from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import checked_neurons, layers_with_neurons
-from neg_service.measures.control.aims import Aim, Wanted, each
+from neg_service.measures.control.aims import Wanted, each
 from neg_service.measures.control.shifted_rows import ShiftedRows
 from neg_service.measures.control.steering import MAX_PASSES, NORMS, Movable, Steered, steered
 from neg_service.measures.edits import Edit

@@ -77,7 +77,7 @@ class LeastShift:
                 weight_o = np.linalg.solve(slope_oo, lacks_c[own])
                 reached_c = slope_cc[:, own] @ weight_o
                 is_least = n == 1 or (weight_o >= 0).all()
-                if is_least and (reached_c >= lacks_c - _CLOSE * abs(lacks_c)).all() or len(lacks_c) == 1:
+                if len(lacks_c) == 1 or (is_least and (reached_c >= lacks_c - _CLOSE * abs(lacks_c)).all()):
                     found: Vector = weight_o @ direction_cm[own]
                     return found
         return None
@@ -89,7 +89,7 @@ class LeastShift:
 
 
 def strongest(gradient_m: Vector, scale_m: Vector, count: int) -> Vector:
-    """`scale_m` with all but `count` neurons at 0: those whose least shift would be the largest; the first of equals."""
+    """`scale_m` with all but `count` neurons at 0: those that the least shift would move most; the first of equals."""
     order = np.argsort(-np.abs(gradient_m * scale_m), kind="stable")[:count]
     chosen_m = np.zeros_like(scale_m)
     chosen_m[order] = scale_m[order]

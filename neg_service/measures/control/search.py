@@ -64,10 +64,11 @@ class Search:
     """The search for one shift.
 
     value, goal: without a shift, and what is wanted. gradient_cm, lacks_c: of the value, without a shift, and of others
-    that may take its place on the way, and what they lack; see `least_shift.py`. is_met: whether a value is close enough. activation_norm: that of
-    the activations, in the norm of `least`. dtype: to which shifts are rounded before they are tried. is_met_before:
-    whether nothing need be done. passes: how many values and gradients were taken. first: the value of the first shift
-    that was tried. best: the nearest value, and its shift. reason: why the search ended without success.
+    that may take its place on the way, and what they lack; see `least_shift.py`. is_met: whether a value is close
+    enough. activation_norm: that of the activations, in the norm of `least`. dtype: to which shifts are rounded before
+    they are tried. is_met_before: whether nothing need be done. passes: how many values and gradients were taken.
+    first: the value of the first shift that was tried. best: the nearest value, and its shift. reason: why the search
+    ended without success.
     """
 
     value: float

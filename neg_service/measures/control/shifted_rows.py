@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -49,11 +50,11 @@ class Shift:
 
 @dataclass(frozen=True)
 class Slopes:
-    """Of one prompt: d log p / d a of some tokens [K, M], activations [M], logits [V], in float64, and which neurons."""
+    """Of one prompt: d log p / d a of some tokens [K, M], activations [M], log p [V], in float64, and which neurons."""
 
     slope_km: Vector
     activation_m: Vector
-    logits_v: Tensor
+    log_p_v: Tensor
     slots: Slots
     routing: PromptRouting
 
@@ -149,20 +150,19 @@ class ShiftedRows:
             Slopes(
                 slope_rm[start:end].double().numpy(),
                 activation_bm[b].double().numpy(),
-                # Logits up to a constant, which no value here depends on.
                 log_p_bv[b].double(),
                 slots_of(self._model.feed_forward, routings[b], self._points),
                 routings[b],
             )
-            for b, (start, end) in enumerate(zip(ends, ends[1:], strict=False))
+            for b, (start, end) in enumerate(pairwise(ends))
         ]
 
     def _require_finite(self, prompts: Sequence[EncodedPrompt], values_rx: Tensor) -> None:
         is_finite_r = values_rx.isfinite().all(-1)
         for prompt, is_finite in zip(prompts, is_finite_r.tolist(), strict=True):
             if not is_finite:
-                raise NonFiniteError(f"{named(prompt, self._model)}: NaN or infinity in logits or gradients; try another "
-                                     "model.dtype")  # fmt: skip
+                who = named(prompt, self._model)
+                raise NonFiniteError(f"{who}: NaN or infinity in logits or gradients; try another model.dtype")
 
     @contextmanager
     def _shifting(self, shifts: Sequence[Shift | None], position_r: Tensor) -> Iterator[None]:

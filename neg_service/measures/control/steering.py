@@ -164,8 +164,9 @@ def _steered_together(
         scale_m = movable.scale(own.slots, gradient_cm[0], own.activation_m)
         least = LeastShift.of(scale_m, None if held is None else held(own.slots))
         search = Search(
-            value=aim.value(logits_v), goal=aim.goal, is_met=aim.is_met, least=least,
-            gradient_cm=gradient_cm, lacks_c=np.array(aim.lacks(logits_v)), most_passes=max_passes, activation_norm=movable.size(own.activation_m), dtype=rows.dtype,
+            value=aim.value(logits_v), goal=aim.goal, is_met=aim.is_met, least=least, gradient_cm=gradient_cm,
+            lacks_c=np.array(aim.lacks(logits_v)), most_passes=max_passes,
+            activation_norm=movable.size(own.activation_m), dtype=rows.dtype,
             is_met_before=aim.is_met_before(aim.value(logits_v)),
         )  # fmt: skip
         running.append(_Running(prompt, aim, own, logits_v, search, tokens, logits_v))
