@@ -64,6 +64,9 @@ def connect(
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": show_replicas}
     if address == "local":
+        # Ray would let its workers run behind all other programs: beside one that is busy on all cores, a replica got a
+        # tenth of one.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         options |= {"include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES}
         require_place_for_sockets()
     else:

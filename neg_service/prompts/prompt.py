@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from neg_service.errors import PromptError
+from neg_service.prompts.wanted import WantedOfRow
 
 # What a prompt may write for the mask token of any masked model.
 MASK = "[MASK]"
@@ -31,6 +32,7 @@ class Prompt:
 
     messages: what a chat template made the text of, which then has all special tokens that it needs; see `chat.py`.
     at: at which token neurons are read and shifted, if it is not the readout position; see `spans.py`.
+    wanted: what `control` shall make of its targets; see `wanted.py`.
     """
 
     id: str
@@ -39,6 +41,7 @@ class Prompt:
     answer: int | None = None
     messages: Messages | None = None
     at: At | None = None
+    wanted: WantedOfRow | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def digest(prompts: Iterable[Prompt]) -> str:
         # Not `asdict`, which copies all texts.
         content = dict(vars(prompt))
         # As it was before prompts could have these.
-        for name in ("messages", "at"):
+        for name in ("messages", "at", "wanted"):
             if content[name] is None:
                 del content[name]
         sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())

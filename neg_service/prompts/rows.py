@@ -22,7 +22,7 @@ from neg_service.prompts.facts import BUILT_IN
 from neg_service.prompts.hub import HubTable, is_data_set, open_data_set
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-COLUMNS = ("prompt", "messages", "targets", "answer", "id", "group", "at")
+COLUMNS = ("prompt", "messages", "targets", "answer", "id", "group", "at", "wanted")
 # A token's place, or a range of characters, and no text.
 _AT_OF_CSV = re.compile(r"-?\d+|\[\s*\d+\s*,\s*\d+\s*\]")
 # What runs before there were splits of files say of them.

@@ -29,6 +29,7 @@ from neg_service.prompts.prompt import Messages, Prompt
 from neg_service.prompts.rows import Rows, columns_of, missing_column, opened_rows
 from neg_service.prompts.spans import at_of
 from neg_service.prompts.store import PromptFile
+from neg_service.prompts.wanted import wanted_of
 
 
 def load_dataset(dataset: DatasetConfig, limit: int | None = None, chat: MakeChat | None = None) -> Sequence[Prompt]:
@@ -305,7 +306,8 @@ def _prompt(where: str, asked: _Asked, row: Mapping[str, Any], names: Mapping[st
     if answer is not None and answer not in targets:
         raise PromptError(f"answer {shortened(answer)} is not one of the targets {shortened(targets)}", given=where)
     place = None if answer is None else targets.index(answer)
-    return Prompt(asked.id, asked.text, tuple(targets), place, asked.messages, at_of(asked.id, row["at"]))
+    return Prompt(asked.id, asked.text, tuple(targets), place, asked.messages, at_of(asked.id, row["at"]),
+                  wanted_of(asked.id, row["wanted"]))  # fmt: skip
 
 
 def _name(where: str, column: str, value: Any) -> str:

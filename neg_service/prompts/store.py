@@ -29,9 +29,8 @@ class PromptFile(Sequence[Prompt]):
         with os.fdopen(self._file, "wb", closefd=False) as file:
             for prompt in prompts:
                 # Only this process reads it, so that what marshal writes need not be read elsewhere.
-                size = file.write(
-                    marshal.dumps((prompt.id, prompt.text, prompt.targets, prompt.answer, prompt.messages, prompt.at))
-                )
+                own = (prompt.id, prompt.text, prompt.targets, prompt.answer, prompt.messages, prompt.at, prompt.wanted)
+                size = file.write(marshal.dumps(own))
                 self._ends.append(self._ends[-1] + size)
 
     def __len__(self) -> int:

@@ -23,9 +23,10 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
 from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import checked_neurons, layers_with_neurons
-from neg_service.measures.control.aims import Wanted, each
+from neg_service.measures.control.aims import Aim
+from neg_service.measures.control.options import MAX_PASSES, NORMS, Wanted, each
 from neg_service.measures.control.shifted_rows import ShiftedRows
-from neg_service.measures.control.steering import MAX_PASSES, NORMS, Movable, Steered, steered
+from neg_service.measures.control.steering import Movable, Steered, steered
 from neg_service.measures.edits import Edit
 from neg_service.measures.neurgrad import slots_by_layer
 from neg_service.models.language_model import LanguageModel
@@ -154,7 +155,7 @@ def control(
     layers, movable = checked_movable(model, neurons, norm)
     check_passes(max_passes)
     encoded = encoded_prompts(model, rows_of_prompts, "error")
-    aims = [own.aim(*own_ids(prompt)) for own, prompt in zip(wanted, encoded, strict=True)]
+    aims = [Aim.of(own, *own_ids(prompt)) for own, prompt in zip(wanted, encoded, strict=True)]
     rows = ShiftedRows(model, basis, layers, budget_of(model, batch_bytes))
     found = [own for _, own in steered(rows, model, encoded, aims, movable, max_passes)]
     return result_of(model, found, layers, basis, rows.dtype)

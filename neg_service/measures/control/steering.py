@@ -16,6 +16,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.batching import named
 from neg_service.measures.control.aims import Aim, probability_of
 from neg_service.measures.control.least_shift import LeastShift, Vector, strongest
+from neg_service.measures.control.options import MAX_PASSES
 from neg_service.measures.control.search import Search
 from neg_service.measures.control.shifted_rows import Shift, ShiftedRows, Slopes
 from neg_service.measures.routing import PromptRouting
@@ -24,8 +25,6 @@ from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
-NORMS = ("l2", "scaled")
-MAX_PASSES = 15
 # So many prompts' searches run together.
 _TOGETHER = 64
 
