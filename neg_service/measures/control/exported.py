@@ -67,14 +67,13 @@ class ExportedShift:
         return str(self.about["basis"])
 
     @contextmanager
-    def applied(self, model: nn.Module, at: str = "readout", *, once: bool = False) -> Iterator[None]:
+    def applied(self, model: nn.Module, at: str = "readout") -> Iterator[None]:
         """Let a model of the library's own class run with the shift; afterwards it is as before, to the bit.
 
         Args:
             model: the plain model from which the shift was made, such as `AutoModelForCausalLM.from_pretrained` gives.
             at: `readout`, at the last position of each pass that begins a prompt, so that in `model.generate` it acts
                 once, at the prompt's last token; or `all`, at all positions. A bias is then the projection's bias.
-            once: at the readout position of the first pass alone.
 
         Raises:
             ModelError: it lacks the modules that the shift belongs to. ConfigurationError: an unknown `at`, or a module
@@ -92,7 +91,7 @@ class ExportedShift:
                     stack.enter_context(_biased(self._module(model, part), self.tensors[part.tensor], part.module))
                 yield
             return
-        with adding(model, [self._addition(model, part) for part in self.parts], at, once=once):
+        with adding(model, [self._addition(model, part) for part in self.parts], at):
             yield
 
     def _addition(self, model: nn.Module, part: Part) -> Addition:

@@ -85,10 +85,10 @@ def generate(
     if isinstance(shift, ExportedShift):
         check_index(index, 1)
         additions = []
-        shifting: AbstractContextManager[None] = shift.applied(model.model, at, once=True)
+        shifting: AbstractContextManager[None] = shift.applied(model.model, at)
     else:
         additions = list(moved_by(model, shift, index).values())
-        shifting = adding(model.model, additions, at, once=True)
+        shifting = adding(model.model, additions, at)
     with experts_for(model, additions), _greedy(model.model, n_tokens):
         before = _text(model, ids)
         with shifting:

@@ -111,16 +111,14 @@ def check_index(index: int, n: int) -> None:
 
 
 @contextmanager
-def adding(model: nn.Module, additions: Sequence[Addition], at: str, *, once: bool = False) -> Iterator[None]:
+def adding(model: nn.Module, additions: Sequence[Addition], at: str) -> Iterator[None]:
     """Let constants be added in the passes of a model; the hooks are gone on leaving, also after an error.
-
-    once: at the readout position of the first pass alone, whatever caches are called in later ones.
 
     Raises:
         ConfigurationError: an unknown `at`.
     """
     check_place(at)
-    running = _Pass(is_everywhere=at == ALL, once=once)
+    running = _Pass(is_everywhere=at == ALL)
     with ExitStack() as stack, watching_routing() as routing:
         if at == READOUT:
             stack.callback(model.register_forward_pre_hook(running.begin, with_kwargs=True).remove)
@@ -141,10 +139,9 @@ def experts_for(model: LanguageModel, additions: Sequence[Addition]) -> Iterator
 class _Pass:
     """The pass that runs: how many positions it has, and whether constants are added in it."""
 
-    def __init__(self, is_everywhere: bool, once: bool) -> None:
-        self.is_everywhere, self._once = is_everywhere, once
-        self._n_begun, self.n_positions = 0, 0
-        self.acts = is_everywhere
+    def __init__(self, is_everywhere: bool) -> None:
+        self.is_everywhere = self.acts = is_everywhere
+        self.n_positions = 0
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Look at what a pass is given."""
@@ -155,16 +152,18 @@ class _Pass:
         if tokens is None:
             raise ConfigurationError("a pass with a shift at its readout position needs input_ids or inputs_embeds")
         self.n_positions = tokens.shape[1]
-        caches = (given.get("past_key_values"), given.get("cache_params"))
-        self.acts = self._n_begun == 0 if self._once else not any(map(_is_filled, caches))
-        self._n_begun += 1
+        # The second one is xLSTM's.
+        self.acts = not any(_is_filled(given.get(name)) for name in ("past_key_values", "cache_params"))
 
 
 def _is_filled(cache: Any) -> bool:
     if cache is None:
         return False
-    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else getattr(cache, "seqlen_offset", 0)
-    return int(length) > 0
+    if not hasattr(cache, "get_seq_length"):
+        return int(getattr(cache, "seqlen_offset", 0)) > 0
+    # The whole cache says the length of a first layer, which may be one that keeps its state elsewhere (MiniMax).
+    layers = [own for own in getattr(cache, "layers", ()) if hasattr(own, "get_seq_length")]
+    return any(own.get_seq_length() > 0 for own in layers or [cache])
 
 
 def _add(addition: Addition, running: _Pass, routing: dict[nn.Module, Routing], x: Tensor) -> Tensor | None:

@@ -23,26 +23,29 @@ from neg_service import ControlResult, LanguageModel, control, export_shift, loa
 from neg_service.errors import ConfigurationError, DestinationError, ModelError, PromptError
 from neg_service.models.source import fetch
 from tests import oracle
+from tests.configurations import tiny
 from tests.mixtures import tiny_mixture
 from tests.refusals import NOT_GIVEN, refused
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 IDS = (5, 41, 7, 60, 8)
 PROMPT, TARGET = " ".join(f"w{i}" for i in IDS), " w9"
 OTHER = (30, 11, 52)
-DTYPES = [torch.float32, torch.float64]
 
 
 @functools.cache
 def model_of(family: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     """A tiny model, made once."""
+    if family in ("bitnet", "zamba2"):
+        return LanguageModel(tiny(family, is_masked=False).to(dtype), tiny_tokenizer(), name=family)
     return tiny_model(family, dtype)
 
 
 @functools.cache
 def steered(family: str, basis: str = "paper", dtype: torch.dtype = torch.float64) -> ControlResult:
     """What `control` found for the prompt; only some layers of it are shifted, so that one is left alone."""
-    return control(model_of(family, dtype), PROMPT, TARGET, probability=0.4, basis=basis, neurons=[0, 2])
+    layers = [1, 3] if family == "zamba2" else [0, 2]
+    return control(model_of(family, dtype), PROMPT, TARGET, probability=0.4, basis=basis, neurons=layers)
 
 
 def exported(place: Path, family: str, form: str, basis: str = "paper", dtype: torch.dtype = torch.float64) -> Path:
@@ -94,19 +97,23 @@ def hooks_of(model: nn.Module) -> int:
 
 
 CASES = [
-    ("Llama 2", "bias", "paper"),
-    ("Phi-3 and 4", "bias", "paper"),
-    ("Qwen 3.5", "bias", "paper"),
-    ("Llama 2", "vector", "paper"),
-    ("Llama 2", "vector", "hidden"),
-    ("Gemma 2", "vector", "gate"),
-    ("GPT-2", "vector", "paper"),
-    ("OPT", "vector", "paper"),
+    ("Llama 2", "bias", "paper", torch.float32),
+    ("Llama 2", "bias", "paper", torch.float64),
+    ("Phi-3 and 4", "bias", "paper", torch.float32),
+    # To what its up projection gives another module's output is added.
+    ("zamba2", "bias", "paper", torch.float64),
+    ("Llama 2", "vector", "paper", torch.float32),
+    ("Llama 2", "vector", "paper", torch.float64),
+    ("Llama 2", "vector", "hidden", torch.float64),
+    ("Gemma 2", "vector", "gate", torch.float64),
+    ("GPT-2", "vector", "paper", torch.float32),
+    ("OPT", "vector", "paper", torch.float64),
+    # A norm stands before its down projection.
+    ("bitnet", "vector", "hidden", torch.float64),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("family", "form", "basis"), CASES)
+@pytest.mark.parametrize(("family", "form", "basis", "dtype"), CASES)
 def test_a_plain_model_with_it_meets_what_was_achieved(
     family: str, form: str, basis: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -261,6 +268,7 @@ def test_a_vector_of_what_down_reads_is_the_same_shift_in_every_prompt(tmp_path:
         ("Llama 2", "vector", "hidden", "every prompt"),
         ("Gemma 2", "vector", "gate", "this prompt, at its last token"),
         ("OPT", "vector", "paper", "every prompt"),
+        ("bitnet", "vector", "hidden", "this prompt, at its last token"),
     ],
 )
 def test_it_says_for_which_prompts_it_is_exact(
@@ -280,6 +288,22 @@ def test_mlps_that_are_always_on_beside_experts_have_a_bias(tmp_path: Path) -> N
     parts = [(model.model.get_submodule(name.removesuffix(".bias")), own) for name, own in tensors.items()]
     with added_by_hand(parts):
         assert probability(model.model) == pytest.approx(result.achieved[0], abs=1e-5)
+
+
+def test_layers_that_share_an_mlp_have_vectors_of_their_own(tmp_path: Path) -> None:
+    plain = tiny_model("Llama 2", torch.float64).model
+    plain.model.layers[2].mlp = plain.model.layers[0].mlp
+    model = LanguageModel(plain, tiny_tokenizer(), name="shared")
+    result = control(model, PROMPT, TARGET, probability=0.4)
+    with refused(ConfigurationError, "form", "bias", "layer 0 shares its LlamaMLP"):
+        export_shift(model, result, 0, tmp_path / "bias")
+    place = export_shift(model, result, 0, tmp_path / "shift", form="vector", prompt=PROMPT)
+    shift = load_shift(place)
+    assert [own.within for own in shift.parts] == ["model.layers.0", None, "model.layers.2"]
+    assert probability(plain) == pytest.approx(result.probability_before[0], abs=1e-10)
+    with shift.applied(plain):
+        assert probability(plain) == pytest.approx(result.achieved[0], abs=1e-10)
+    assert hooks_of(plain) == 0
 
 
 def test_the_text_says_what_it_is(tmp_path: Path) -> None:

@@ -127,15 +127,19 @@ def test_within_an_applied_shift_the_library_generates_the_same(tmp_path: Any) -
 
 
 @pytest.mark.parametrize("at", AT)
-def test_neurons_of_experts_are_shifted_where_a_token_uses_them(at: str) -> None:
-    model = tiny_mixture("Qwen 3 MoE", torch.float64)
+# The first layer of MiniMax keeps its state beside the cache.
+@pytest.mark.parametrize("family", ["Qwen 3 MoE", "MiniMax"])
+def test_neurons_of_experts_are_shifted_where_a_token_uses_them(family: str, at: str) -> None:
+    model = tiny_mixture(family, torch.float64)
     result = control(model, PROMPT, TARGET, probability=0.3, basis="hidden")
     rows, added = result.neurons(0)
     assert rows[:, 2].min() >= 0
-    shift = np.zeros((3, 6, 14))
+    own = model.feed_forward.layer_neurons[0]
+    shift = np.zeros((3, own.n_experts, own.n_of_expert))
     shift[rows[:, 0], rows[:, 2], rows[:, 1]] = added
     handles = []
-    for layer, own in enumerate(model.model.model.layers):
+    modules = [part for part in model.model.modules() if type(part).__name__.endswith("Experts")]
+    for layer, experts in enumerate(modules):
 
         def add(module: Any, inputs: Any, output: Tensor, layer: int = layer) -> Tensor:
             _, expert_tk, weight_tk = inputs
@@ -145,7 +149,7 @@ def test_neurons_of_experts_are_shifted_where_a_token_uses_them(at: str) -> None
             changed[places_of(at)] += added_th[places_of(at)]
             return changed
 
-        handles.append(own.mlp.experts.register_forward_hook(add))
+        handles.append(experts.register_forward_hook(add))
     after = written_by_hand(model.model, IDS)
     for handle in handles:
         handle.remove()
