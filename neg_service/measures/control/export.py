@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -282,8 +281,6 @@ def _in_json(value: Any) -> Any:
         value = value.to_pylist()
     elif isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): _in_json(own) for key, own in value.items()}
     if isinstance(value, list | tuple):

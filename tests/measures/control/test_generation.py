@@ -17,21 +17,14 @@ import neg_service
 from neg_service import ControlResult, Generated, LanguageModel, control, export_shift, generate, load_shift
 from neg_service.errors import ConfigurationError, ModelError, PromptError
 from tests import oracle
+from tests.measures.control.exports import IDS, PROMPT, TARGET, hooks_of, model_of
 from tests.mixtures import tiny_mixture
 from tests.refusals import refused
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import words_of_tiny_models
 
-IDS = (5, 41, 7, 60, 8)
-PROMPT, TARGET = " ".join(f"w{i}" for i in IDS), " w9"
 N = 6
 AT = ["readout", "all"]
-
-
-@functools.cache
-def model_of(family: str) -> LanguageModel:
-    """A tiny model in float64, made once."""
-    return tiny_model(family, torch.float64)
 
 
 @functools.cache
@@ -79,11 +72,6 @@ def text(ids: Sequence[int]) -> str:
 def places_of(at: str, n: int = len(IDS)) -> slice:
     """The readout position of a prompt of n tokens, or all positions."""
     return slice(n - 1, n) if at == "readout" else slice(None)
-
-
-def hooks_of(model: nn.Module) -> int:
-    """How many hooks there are in a model."""
-    return sum(len(own._forward_hooks) + len(own._forward_pre_hooks) for own in model.modules())
 
 
 @pytest.mark.parametrize("at", AT)
