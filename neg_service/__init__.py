@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neg_service.measures.control.control import ControlResult, control
+    from neg_service.measures.control.export import export_shift
+    from neg_service.measures.control.exported import ExportedShift, load_shift
+    from neg_service.measures.control.generation import Generated, generate
     from neg_service.measures.edits import Edit
     from neg_service.measures.integrated_gradients import IntegratedGradientsResult, integrated_gradients
     from neg_service.measures.intervene import InterveneResult, intervene
@@ -25,6 +28,8 @@ __version__ = "0.1.0"
 _HOME = {
     "ControlResult": "neg_service.measures.control.control",
     "Edit": "neg_service.measures.edits",
+    "ExportedShift": "neg_service.measures.control.exported",
+    "Generated": "neg_service.measures.control.generation",
     "IntegratedGradientsResult": "neg_service.measures.integrated_gradients",
     "InterveneResult": "neg_service.measures.intervene",
     "LanguageModel": "neg_service.models.language_model",
@@ -34,9 +39,12 @@ _HOME = {
     "Run": "neg_service.storage.reader",
     "Runs": "neg_service.storage.reader",
     "control": "neg_service.measures.control.control",
+    "export_shift": "neg_service.measures.control.export",
+    "generate": "neg_service.measures.control.generation",
     "integrated_gradients": "neg_service.measures.integrated_gradients",
     "intervene": "neg_service.measures.intervene",
     "load_model": "neg_service.models.loading",
+    "load_shift": "neg_service.measures.control.exported",
     "neg": "neg_service.measures.neg",
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
@@ -45,6 +53,8 @@ _HOME = {
 __all__ = [
     "ControlResult",
     "Edit",
+    "ExportedShift",
+    "Generated",
     "IntegratedGradientsResult",
     "InterveneResult",
     "LanguageModel",
@@ -54,9 +64,12 @@ __all__ = [
     "Run",
     "Runs",
     "control",
+    "export_shift",
+    "generate",
     "integrated_gradients",
     "intervene",
     "load_model",
+    "load_shift",
     "neg",
     "neurgrad",
     "open_run",
