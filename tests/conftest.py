@@ -27,7 +27,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # It has workers run behind all other programs: beside tests that compute, replicas would get a tenth of a core.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# A thread that waits for another lets it run: where threads are more than cores, waiting busily took minutes for seconds.
+# A thread that waits for another lets it run: with more threads than cores, waiting busily took minutes for seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What takes longest, begun first, so that no process is left with it at the end; what waits for Ray and what computes

@@ -103,7 +103,7 @@ def edit_name(edit: Mapping[str, Any], index: int) -> str:
 
 
 def read_edits(source: Any) -> Any:
-    """A list of edits as it is; a path or URI ends in .json or .jsonl and is read.
+    """A list of edits as it is; a path or URI ends in .json or .jsonl, or is the folder of a table of shifts, and is read.
 
     Raises:
         ConfigurationError: a file that cannot be read, or is not JSON, or nested too deep to be edits.
@@ -115,6 +115,11 @@ def read_edits(source: Any) -> Any:
     # What reads any address takes long to import, and most edits are given as they are.
     from neg_service.inputs import read_input, suffix_of
 
+    if not suffix_of(source):
+        from neg_service.measures.shift_tables import edits_in
+
+        if (edits := edits_in(source)) is not None:
+            return edits
     content = read_input("measure.edits", source)
     where = f"measure.edits={without_credentials(source)}"
     is_lines = suffix_of(source) == ".jsonl"

@@ -54,6 +54,7 @@ class ControlResult:
 
     shift: [P, L, N], what is added to each neuron's activation, signed, in activation units; of a model with experts
     NaN where a layer has fewer slots. layers: along L; expert, neuron: of a model with experts, as in `NeurGradResult`.
+    kind: P times `probability`, `margin` or `top`.
     wanted, value_before, first_shot, achieved: [P], probabilities 0..1, or nats of margin where a margin or the top
     was asked for: without a shift, with the first one that was tried, and with the one that is given. All are read from
     passes of the model. probability_before, probability: [P], of the targets, whatever was asked for.
@@ -64,6 +65,7 @@ class ControlResult:
     """
 
     shift: NDArray[Any]
+    kind: tuple[str, ...]
     wanted: Doubles
     probability_before: Doubles
     probability: Doubles
@@ -181,6 +183,7 @@ def result_of(
 
     return ControlResult(
         shift=shift,
+        kind=tuple(own.aim.kind for own in found),
         wanted=np.array([own.aim.wanted for own in found]),
         probability_before=column("probability_before"),
         probability=column("probability"),

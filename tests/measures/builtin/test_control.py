@@ -1,0 +1,112 @@
+"""The measure `control`: its tables against the library, wishes of rows, and what it refuses before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import neg_service
+from neg_service.config import NeuronsConfig
+from neg_service.errors import ConfigurationError, PromptError
+from neg_service.measures import measure_of
+from neg_service.neurons import NeuronSet
+from neg_service.prompts.prompt import Prompt
+from tests.mixtures import tiny_mixture
+from tests.refusals import refused
+from tests.shards import INFO, PROMPTS, measured_shard
+from tests.tiny_models import tiny_model
+
+
+def scanned(prompts: list[Prompt] = PROMPTS, neurons: NeuronsConfig | None = None, **options: Any) -> Any:
+    measure = measure_of({"name": "control", "tolerance": 1e-4, **options})
+    measure.validate(INFO, neurons or NeuronsConfig(), prompts)
+    return measured_shard(measure, tiny_model("Llama 2", torch.float64), prompts, neurons)
+
+
+def test_rows_say_what_the_library_says() -> None:
+    found = scanned(probability=[0.02, 0.05], keep_shift="all")
+    rows = found["control"].to_pylist()
+    assert [(row["prompt_id"], row["target"], row["wish"], row["wanted"]) for row in rows] == [
+        (prompt.id, prompt.targets[prompt.answer or 0], wish, wanted)
+        for prompt in PROMPTS
+        for wish, wanted in enumerate((0.02, 0.05))
+    ]
+    model = tiny_model("Llama 2", torch.float64)
+    texts = [prompt.text for prompt in PROMPTS for _ in range(2)]
+    targets = [prompt.targets[prompt.answer or 0] for prompt in PROMPTS for _ in range(2)]
+    own = neg_service.control(model, texts, targets, probability=[0.02, 0.05] * 3, tolerance=1e-4)
+    for name in ("achieved", "first_shot", "probability_before", "probability", "passes", "norm", "largest"):
+        np.testing.assert_allclose([row[name] for row in rows], getattr(own, name), rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose([row["predicted_by_neg"] for row in rows], own.predicted.by_neg, rtol=1e-6)
+    shifts = found["control_shift"].to_pylist()
+    by_neuron = np.zeros_like(own.shift)
+    for row in shifts:
+        place = next(
+            i for i, one in enumerate(rows) if (one["prompt_id"], one["wish"]) == (row["prompt_id"], row["wish"])
+        )
+        by_neuron[place, row["layer"], row["neuron"]] = row["shift"]
+    np.testing.assert_allclose(by_neuron, own.shift, rtol=1e-6, atol=1e-12)
+
+
+def test_the_largest_shifts_alone_are_kept_largest_first() -> None:
+    all_of_them = scanned(PROMPTS[:1], probability=0.02, keep_shift="all")["control_shift"]
+    few = scanned(PROMPTS[:1], probability=0.02, top_k=5)["control_shift"]
+    assert few["rank"].to_pylist() == [0, 1, 2, 3, 4]
+    sizes = np.abs(all_of_them["shift"].to_numpy())
+    np.testing.assert_array_equal(np.abs(few["shift"].to_numpy()), np.sort(sizes)[::-1][:5])
+
+
+def test_a_row_says_what_is_wanted_of_it() -> None:
+    wishes = [("probability", 0.03, None), ("top", 0.0, None), ("margin", -2.0, " w20")]
+    prompts = [replace(prompt, wanted=own) for prompt, own in zip(PROMPTS, wishes, strict=True)]
+    rows = scanned(prompts, probability=[0.1, 0.2])["control"].to_pylist()
+    assert [(row["kind"], row["wanted"], row["against"]) for row in rows] == wishes
+    assert all(row["reached"] for row in rows)
+    assert rows[0]["probability"] == pytest.approx(0.03, abs=1e-4)
+    assert rows[2]["achieved"] == pytest.approx(-2.0, abs=1e-4)
+
+
+def test_all_targets_and_chosen_neurons() -> None:
+    strongest = NeuronsConfig(choose="top", count=4, over="prompt")
+    found = scanned(PROMPTS[:1], strongest, probability=0.02, keep="all")
+    assert found["control"]["target"].to_pylist() == list(PROMPTS[0].targets)
+    assert found["control"]["n_moved"].to_pylist() == [4, 4, 4]
+    listed = NeuronsConfig(choose="list", list=NeuronSet.from_pairs([(1, 3), (2, 7)]))
+    rows = scanned(PROMPTS[:1], listed, probability=0.02)["control_shift"].to_pylist()
+    assert {(row["layer"], row["neuron"]) for row in rows} == {(1, 3), (2, 7)}
+
+
+def test_a_mixture_names_experts() -> None:
+    measure = measure_of({"name": "control", "probability": 0.02, "tolerance": 1e-4})
+    found = measured_shard(measure, tiny_mixture("Mixtral", torch.float64), PROMPTS[:2])
+    assert found["control"]["reached"].to_pylist() == [True, True]
+    assert found["control_shift"]["expert"].null_count == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "given"),
+    [
+        ("measure.probability", {"probability": [0.5, 1.5]}),
+        ("measure.tolerance", {"tolerance": 0.9}),
+        ("measure.norm", {"norm": "l1"}),
+        ("measure.keep_shift", {"keep_shift": "some"}),
+        ("measure.max_passes", {"max_passes": 0}),
+        ("measure.margin", {"margin": 1.0, "top": True}),
+        ("measure.against", {"against": " w8"}),
+        ("measure.against", {"margin": 1.0, "against": " w8"}),
+    ],
+)
+def test_what_cannot_be_asked_for(setting: str, given: dict[str, Any]) -> None:
+    with refused(ConfigurationError, setting=setting):
+        scanned(**given)
+
+
+def test_prompts_without_answers() -> None:
+    with refused(ConfigurationError, setting="measure.keep"):
+        scanned([replace(PROMPTS[0], answer=None)])
+    with pytest.raises(PromptError, match="compared with itself"):
+        scanned([replace(PROMPTS[0], wanted=("margin", 1.0, " w8"))])
