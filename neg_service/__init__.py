@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neg_service.measures.control.control import ControlResult, control
+    from neg_service.measures.control.side_effects import SideEffects, side_effects
     from neg_service.measures.edits import Edit
     from neg_service.measures.integrated_gradients import IntegratedGradientsResult, integrated_gradients
     from neg_service.measures.intervene import InterveneResult, intervene
@@ -33,6 +34,7 @@ _HOME = {
     "NeuronSet": "neg_service.neurons",
     "Run": "neg_service.storage.reader",
     "Runs": "neg_service.storage.reader",
+    "SideEffects": "neg_service.measures.control.side_effects",
     "control": "neg_service.measures.control.control",
     "integrated_gradients": "neg_service.measures.integrated_gradients",
     "intervene": "neg_service.measures.intervene",
@@ -41,6 +43,7 @@ _HOME = {
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
     "open_runs": "neg_service.storage.reader",
+    "side_effects": "neg_service.measures.control.side_effects",
 }
 __all__ = [
     "ControlResult",
@@ -53,6 +56,7 @@ __all__ = [
     "NeuronSet",
     "Run",
     "Runs",
+    "SideEffects",
     "control",
     "integrated_gradients",
     "intervene",
@@ -61,6 +65,7 @@ __all__ = [
     "neurgrad",
     "open_run",
     "open_runs",
+    "side_effects",
 ]
 
 

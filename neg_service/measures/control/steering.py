@@ -125,7 +125,9 @@ def steered(
         ConfigurationError: a tolerance that the model's precision cannot tell. DoesNotFit, NonFiniteError: see
             `ShiftedRows`.
     """
-    together = 1 if rows.one_at_a_time else _TOGETHER
+    # Of experts each prompt has an array of its own of what is held.
+    is_alone = rows.one_at_a_time or (held is not None and model.feed_forward.has_experts)
+    together = 1 if is_alone else _TOGETHER
     for start in range(0, len(prompts), together):
         own = slice(start, start + together)
         found = _steered_together(rows, model, prompts[own], aims[own], movable, max_passes, held)
