@@ -53,7 +53,7 @@ class HeldReferences:
     row_qm: Floats | None
 
     @classmethod
-    def of(cls, rows: ShiftedRows, references: Sequence[EncodedPrompt]) -> HeldReferences:
+    def of(cls, rows: ShiftedRows, references: Sequence[EncodedPrompt], runners_up: int = RUNNERS_UP) -> HeldReferences:
         """Of references whose first target is their answer, at the neurons of `rows`.
 
         Raises:
@@ -63,7 +63,7 @@ class HeldReferences:
         row_km: list[Floats] = []
         for start in range(0, len(references), _TOGETHER):
             own = references[start : start + _TOGETHER]
-            tokens = [held_tokens(logits_v, prompt.target_ids[0])
+            tokens = [held_tokens(logits_v, prompt.target_ids[0], runners_up)
                       for prompt, logits_v in zip(own, rows.logits(own, [None] * len(own)), strict=True)]  # fmt: skip
             for token_k, found in zip(tokens, rows.slopes(own, tokens, [None] * len(own)), strict=True):
                 root_k = found.log_p_v[token_k].mul(0.5).exp().numpy()
@@ -83,11 +83,11 @@ class HeldReferences:
         )
 
 
-def held_tokens(logits_v: Tensor, answer: int) -> list[int]:
+def held_tokens(logits_v: Tensor, answer: int, runners_up: int) -> list[int]:
     """The answer, and its runners-up: the most probable other tokens."""
     others_v = logits_v.clone()
     others_v[answer] = -math.inf
-    return [answer, *others_v.topk(min(RUNNERS_UP, len(logits_v) - 1)).indices.tolist()]
+    return [answer, *others_v.topk(min(runners_up, len(logits_v) - 1)).indices.tolist()]
 
 
 def _are_same(one: Slots, other: Slots) -> bool:
