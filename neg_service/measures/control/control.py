@@ -142,7 +142,7 @@ def control(
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it.
         holding: references, pairs of a prompt and its right answer: of all shifts with the wanted effect the one is
-            looked for that leaves their answers and runners-up alone. They take 12 bytes a reference and neuron.
+            looked for that leaves their answers and runners-up alone. They take 40 bytes a reference and neuron.
 
     Raises:
         PromptError: an unusable prompt, target or reference, or a reference that is steered, too.

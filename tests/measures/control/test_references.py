@@ -13,7 +13,7 @@ from neg_service import LanguageModel
 from neg_service.errors import PromptError
 from neg_service.measures.batching import budget_of
 from neg_service.measures.control.least_shift import RIDGE, LeastShift
-from neg_service.measures.control.references import HeldReferences, encoded_references
+from neg_service.measures.control.references import RUNNERS_UP, HeldReferences, encoded_references
 from neg_service.measures.control.shifted_rows import ShiftedRows
 from neg_service.measures.routing import slots_of
 from tests import mixtures_oracle, oracle
@@ -24,6 +24,8 @@ from tests.tiny_models import tiny_model
 
 TEXT, TARGET = "w3 w14 w15 w9 w26 w5", " w7"
 REFERENCES = [("w3 w14 w2", " w8"), ("w50 w51 w52 w53 w54", " w1"), ("w3 w20 w21 w22", " w7"), ("w60 w61", " w9")]
+# Tokens of a reference that are held.
+K = 1 + RUNNERS_UP
 
 
 def _dense(g_m: np.ndarray, lacks: float, held_qm: np.ndarray, scale_m: np.ndarray) -> np.ndarray:
@@ -58,6 +60,12 @@ def test_the_closed_form_is_the_dense_solution(dtype: Any, tolerance: float) -> 
     assert np.linalg.norm(held_qm @ found_m) < 0.5 * np.linalg.norm(held_qm @ plain_m)
 
 
+def _held_tokens(p_v: torch.Tensor, answer: int) -> list[int]:
+    """The answer, and the most probable others."""
+    order = p_v.argsort(descending=True).tolist()
+    return [answer, *(token for token in order if token != answer)][:K]
+
+
 def _rows(model: LanguageModel, basis: str = "paper") -> ShiftedRows:
     return ShiftedRows(model, basis, range(3), budget_of(model))
 
@@ -71,10 +79,9 @@ def test_rows_are_gradients_of_plain_passes(basis: str) -> None:
     # d√... of each token: √p·∇log p = ∇p / √p.
     for (text, answer), found_km in zip(REFERENCES, held.row_km, strict=True):
         p_v = logits_with_shifts(model, text, None).softmax(-1)
-        tokens = [int(answer.strip()[1:])]
-        tokens += [token for token in p_v.argsort(descending=True).tolist() if token != tokens[0]][:2]
+        tokens = _held_tokens(p_v, int(answer.strip()[1:]))
         p_k, slope_kln, _ = oracle.gradients(model.model, ids_of(text), tokens, basis)
-        expected_km = slope_kln.reshape(3, -1) / np.sqrt(p_k)[:, None]
+        expected_km = slope_kln.reshape(K, -1) / np.sqrt(p_k)[:, None]
         np.testing.assert_allclose(found_km, expected_km, atol=1e-5 * np.abs(expected_km).max())
     # One array for all prompts, which is not copied.
     assert held(held.slots[0]) is held.row_qm
@@ -107,10 +114,9 @@ def test_a_small_held_shift_is_the_dense_solution_of_plain_gradients(norm: str) 
     held_qm = []
     for text, answer in REFERENCES:
         p_v = logits_with_shifts(model, text, None).softmax(-1)
-        tokens = [int(answer.strip()[1:])]
-        tokens += [token for token in p_v.argsort(descending=True).tolist() if token != tokens[0]][:2]
+        tokens = _held_tokens(p_v, int(answer.strip()[1:]))
         p_k, own_kln, _ = oracle.gradients(model.model, ids_of(text), tokens, "paper")
-        held_qm.append(own_kln.reshape(3, -1) / np.sqrt(p_k)[:, None])
+        held_qm.append(own_kln.reshape(K, -1) / np.sqrt(p_k)[:, None])
     scale_m = np.abs(activation_ln).reshape(-1) if norm == "scaled" else np.ones(120)
     # Of log-odds: ∇p / (p·(1 - p)).
     g_m = slope_kln.reshape(-1) / (p[0] * (1 - p[0]))
@@ -146,16 +152,15 @@ def test_rows_of_experts_are_zero_where_the_reference_uses_others(family: str) -
     (found,) = rows.slopes([steered], [steered.target_ids], [None])
     slots = slots_of(model.feed_forward, found.routing, model.feed_forward.sites("paper"))
     row_qm = held(slots)
-    assert row_qm.shape == (3 * len(REFERENCES), slots.m)
+    assert row_qm.shape == (K * len(REFERENCES), slots.m)
     n_zero = 0
     for index, ((text, answer), own) in enumerate(zip(REFERENCES, encoded, strict=True)):
         p_v = mixtures_oracle.probabilities(model.model, MIXTURES[family], ids_of(text), "paper").detach()
-        tokens = [own.target_ids[0]]
-        tokens += [token for token in p_v.argsort(descending=True).tolist() if token != tokens[0]][:2]
+        tokens = _held_tokens(p_v, own.target_ids[0])
         p_k, by_key, _ = mixtures_oracle.gradients(model.model, MIXTURES[family], ids_of(text), tokens, "paper")
         assert tokens[0] == int(answer.strip()[1:])
         for group, (layer, expert) in enumerate(zip(slots.layer.tolist(), slots.expert.tolist(), strict=True)):
-            found_kn = row_qm[3 * index : 3 * index + 3, slots.start[group] : slots.start[group + 1]]
+            found_kn = row_qm[K * index : K * index + K, slots.start[group] : slots.start[group + 1]]
             key = (layer, max(expert, -1))
             expected_kn = by_key[key] / np.sqrt(p_k)[:, None] if key in by_key else np.zeros_like(found_kn)
             n_zero += key not in by_key

@@ -18,6 +18,7 @@ from tests import mixtures_oracle
 from tests.measures.control.by_hand import ids_of, logits_with_shifts
 from tests.mixtures import MIXTURES, tiny_mixture
 from tests.refusals import refused
+from tests.side_effects_table import Split, divergences
 from tests.tiny_models import tiny_model
 
 TEXTS, TARGETS = ["w3 w14 w15 w9 w26 w5", "w3 w14 w2"], [" w7", " w8"]
@@ -250,3 +251,18 @@ def test_results_of_something_else_and_bad_seeds_are_refused(llama: LanguageMode
 def test_a_mean_of_an_unknown_method_is_refused(effects: SideEffects) -> None:
     with refused(ConfigurationError, "method", "constant"):
         effects.means(0, "constant")
+
+
+@pytest.mark.model
+def test_on_the_default_model_holding_others_lowers_the_divergence_at_equal_effect(smollm2: LanguageModel) -> None:
+    split = Split.of(n_steered=2, n_held=30, n_measured=12)
+    plain, held = (split.effects(smollm2, n_held) for n_held in (0, 30))
+    for effects in (plain, held):
+        np.testing.assert_allclose(effects.probability[:, 0], 0.5, atol=0.011)
+    before, after = (divergences(effects, SHIFT, split.is_near)[1] for effects in (plain, held))
+    # Of other relations than the steered ones: to a sixth of it and less, with 100 held to a tenth.
+    assert after.mean() < before.mean() / 3
+    assert np.median(after) < np.median(before) / 3
+    # Of equal size, on neurons drawn at random, it does next to nothing, neither here nor there.
+    assert np.median(divergences(plain, RANDOM, split.is_near)[1]) < np.median(before) / 10
+    assert (plain.probability[:, 2] < 0.1).all()
