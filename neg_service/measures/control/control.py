@@ -125,8 +125,7 @@ def control(
 
     Args:
         model: from `load_model`.
-        prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template. One
-            text is one prompt.
+        prompts: P texts, or one; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
         targets: for each prompt the text that follows it verbatim and is to be steered, one token there; of a list of
             texts the first.
         probability: what is wanted, above 0 and below 1; one for all prompts, or one each.
@@ -145,33 +144,33 @@ def control(
             looked for that leaves their answers and runners-up alone. They take 40 bytes a reference and neuron.
 
     Raises:
-        PromptError: an unusable prompt, target or reference, or a reference that is steered, too.
-        ConfigurationError: what cannot be asked for, or a tolerance that the model's precision cannot tell.
-        ModelError: the model fails its self-check, which runs once.
-        NonFiniteError: NaN or infinity in a prompt's logits, without or with a shift.
+        PromptError: an unusable prompt, target or reference, or a reference that is steered, too. ConfigurationError:
+            what cannot be asked for, or a tolerance that the model's precision cannot tell. ModelError: the model fails
+            its self-check. NonFiniteError: NaN or infinity in a prompt's logits, without or with a shift.
     """
     asked, steered_targets = asked_prompts(prompts, targets)
     wanted = _wanted(len(asked), probability, top, margin, against, tolerance)
-    texts = [[one] if own.against is None else [one, own.against]
-             for one, own in zip(steered_targets, wanted, strict=True)]  # fmt: skip
-    _check_contrasts(texts)
+    texts = _texts(steered_targets, wanted)
     rows_of_prompts = prompts_of(model, asked, texts)
     check_prompts(rows_of_prompts)
     layers, movable = checked_movable(model, neurons, norm)
     check_passes(max_passes)
     encoded = encoded_prompts(model, rows_of_prompts, "error")
     aims = [own.aim(*own_ids(prompt)) for own, prompt in zip(wanted, encoded, strict=True)]
-    references = [] if holding is None else _to_hold(model, holding, encoded)
+    references = _to_hold(model, holding, encoded)
     rows = ShiftedRows(model, basis, layers, budget_of(model, batch_bytes))
     held = HeldReferences.of(rows, references) if references else None
     found = [own for _, own in steered(rows, model, encoded, aims, movable, max_passes, held)]
-    result = result_of(model, found, layers, basis, rows.dtype)
-    return replace(result, held=tuple(own.prompt.text for own in references))
+    return replace(
+        result_of(model, found, layers, basis, rows.dtype), held=tuple(own.prompt.text for own in references)
+    )
 
 
 def _to_hold(
-    model: LanguageModel, holding: Sequence[Reference], steered_prompts: Sequence[EncodedPrompt]
+    model: LanguageModel, holding: Sequence[Reference] | None, steered_prompts: Sequence[EncodedPrompt]
 ) -> list[EncodedPrompt]:
+    if holding is None:
+        return []
     references = encoded_references(model, holding, "control.holding")
     steered_texts = {own.prompt.text: f"prompt {index}, which is steered" for index, own in enumerate(steered_prompts)}
     check_apart(references, steered_texts, "control.holding", "what is held still cannot move")
@@ -290,8 +289,11 @@ def _wanted(n: int, probability: Any, top: Any, margin: Any, against: Any, toler
     ]
 
 
-def _check_contrasts(texts: Sequence[Sequence[str]]) -> None:
+def _texts(targets: Sequence[str], wanted: Sequence[Wanted]) -> list[list[str]]:
+    """For each prompt its target, and what that is compared with, if anything."""
+    texts = [[one] if own.against is None else [one, own.against] for one, own in zip(targets, wanted, strict=True)]
     for index, own in enumerate(texts):
         if len(own) > 1 and own[0] == own[1]:
             raise PromptError(f"prompt {index}: its target {own[0]!r} would be compared with itself: choose another "
                               "against", change="against")  # fmt: skip
+    return texts

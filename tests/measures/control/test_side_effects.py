@@ -208,6 +208,18 @@ def test_a_mixture_has_shifts_where_a_reference_uses_the_same_experts(family: st
     assert found.references[0].kl[0].max() > 1e-5
 
 
+def test_half_precision_is_measured_by_differences() -> None:
+    model = tiny_model("Llama 2", torch.bfloat16)
+    result = neg_service.control(model, TEXTS, TARGETS, probability=0.05, holding=REFERENCES[3:])
+    assert model.engine.name == "differences"
+    found = neg_service.side_effects(model, result, TEXTS, TARGETS, REFERENCES[:3])
+    exact = LanguageModel(tiny_model("Llama 2", torch.bfloat16).model.double(), model.tokenizer)
+    expected = neg_service.side_effects(exact, result, TEXTS, TARGETS, REFERENCES[:3])
+    for own, other in zip(found.references, expected.references, strict=True):
+        np.testing.assert_allclose(own.kl, other.kl, rtol=1e-3)
+        np.testing.assert_allclose(own.target, other.target, rtol=1e-4)
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"references": []}, "references", "at least 2"),
     ({"references": REFERENCES[:1]}, "references", "1 references"),
@@ -255,14 +267,14 @@ def test_a_mean_of_an_unknown_method_is_refused(effects: SideEffects) -> None:
 
 @pytest.mark.model
 def test_on_the_default_model_holding_others_lowers_the_divergence_at_equal_effect(smollm2: LanguageModel) -> None:
-    split = Split.of(n_steered=2, n_held=30, n_measured=12)
-    plain, held = (split.effects(smollm2, n_held) for n_held in (0, 30))
+    split = Split.of(n_steered=2, n_held=40, n_measured=6)
+    plain, held = (split.effects(smollm2, n_held) for n_held in (0, 40))
     for effects in (plain, held):
         np.testing.assert_allclose(effects.probability[:, 0], 0.5, atol=0.011)
     before, after = (divergences(effects, SHIFT, split.is_near)[1] for effects in (plain, held))
-    # Of other relations than the steered ones: to a sixth of it and less, with 100 held to a tenth.
+    # Of other relations than the steered ones: to a third with 20 held, to a tenth with 100.
     assert after.mean() < before.mean() / 3
-    assert np.median(after) < np.median(before) / 3
+    assert (after < before).all()
     # Of equal size, on neurons drawn at random, it does next to nothing, neither here nor there.
     assert np.median(divergences(plain, RANDOM, split.is_near)[1]) < np.median(before) / 10
     assert (plain.probability[:, 2] < 0.1).all()
