@@ -142,6 +142,20 @@ def test_a_held_shift_does_less_to_what_is_held_at_equal_effect() -> None:
     assert divergences[1] < 0.5 * divergences[0]
 
 
+def test_what_is_held_stays_held_where_gradients_are_taken_anew() -> None:
+    model = tiny_model("Llama 2", torch.float64)
+    row_qm = HeldReferences.of(_rows(model), encoded_references(model, REFERENCES, "holding")).row_qm
+    seen = []
+    for holding in (None, REFERENCES):
+        found = neg_service.control(model, TEXT, TARGET, probability=0.2, holding=holding, max_passes=40)
+        assert found.reached[0]
+        # The ray of the first gradient saturates long before.
+        assert found.passes[0] >= 8
+        shift_m = found.shift[0].reshape(-1)
+        seen.append(np.linalg.norm(row_qm @ shift_m) / np.linalg.norm(shift_m))
+    assert seen[1] < 0.05 < 0.5 < seen[0]
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen 2 MoE"])
 def test_rows_of_experts_are_zero_where_the_reference_uses_others(family: str) -> None:
     model = tiny_mixture(family, torch.float64)
