@@ -34,8 +34,9 @@ from neg_service.prompts.prompt import Asked, EncodedPrompt
 
 REFERENCES, WORDINGS = "references", "wordings"
 LEVEL, _DRAWS = 0.95, 2000
-# A result is of other prompts where it says so much else of a target without a shift.
-_SAME = 0.01
+# A result is of other prompts where it says so much else of a target without a shift; logits that are rounded to more
+# than this do not tell.
+_SAME, _EXACT = 0.01, 1e-5
 
 
 class Mean(NamedTuple):
@@ -204,8 +205,8 @@ def _check_result(model: LanguageModel, result: ControlResult, n: int) -> None:
 
 
 def _check_same(rows: ShiftedRows, result: ControlResult, before_p: Doubles) -> None:
-    """Refuse a result of prompts in another order; rounding in low precision is not told from that."""
-    if not rows.epsilon < _SAME**2:
+    """Refuse a result of prompts in another order."""
+    if rows.epsilon > _EXACT:
         return
     for index in np.flatnonzero(np.abs(before_p - result.probability_before) > _SAME)[:1]:
         raise ConfigurationError(

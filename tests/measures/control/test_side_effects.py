@@ -220,6 +220,25 @@ def test_half_precision_is_measured_by_differences() -> None:
         np.testing.assert_allclose(own.target, other.target, rtol=1e-4)
 
 
+def test_conversations_may_be_steered_held_and_measured() -> None:
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    model = tiny_model("Llama 2", torch.float64)
+    model.tokenizer.chat_template = "{% for one in messages %}{{ one['content'] }} {% endfor %}w90"
+    asked, target = said("w3 w14 w15"), TARGETS[0]
+    result = neg_service.control(model, [asked], target, probability=0.05, holding=[(said("w3 w4"), " w8")])
+    assert result.held == ("w3 w4 w90",)
+    found = neg_service.side_effects(model, result, [asked], target, [(said("w5 w6"), " w8"), REFERENCES[0]])
+    for r, text in enumerate(("w5 w6 w90", REFERENCES[0][0])):
+        after = logits_with_shifts(model, text, result.shift[0]).softmax(-1)
+        assert found.references[0].target[0, r] == pytest.approx(float(after[7]), rel=1e-5)
+    # The same text of other messages, and of none.
+    for reference in (said("w3 w4"), "w3 w4 w90"):
+        with refused(PromptError, "references", says="reference 1 .* were held"):
+            neg_service.side_effects(model, result, [asked], target, [REFERENCES[0], (reference, " w8")])
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"references": []}, "references", "at least 2"),
     ({"references": REFERENCES[:1]}, "references", "1 references"),
