@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from neg_service.measures.control.export import export_shift
     from neg_service.measures.control.exported import ExportedShift, load_shift
     from neg_service.measures.control.generation import Generated, generate
+    from neg_service.measures.control.side_effects import SideEffects, side_effects
     from neg_service.measures.edits import Edit
     from neg_service.measures.integrated_gradients import IntegratedGradientsResult, integrated_gradients
     from neg_service.measures.intervene import InterveneResult, intervene
@@ -38,6 +39,7 @@ _HOME = {
     "NeuronSet": "neg_service.neurons",
     "Run": "neg_service.storage.reader",
     "Runs": "neg_service.storage.reader",
+    "SideEffects": "neg_service.measures.control.side_effects",
     "control": "neg_service.measures.control.control",
     "export_shift": "neg_service.measures.control.export",
     "generate": "neg_service.measures.control.generation",
@@ -49,6 +51,7 @@ _HOME = {
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
     "open_runs": "neg_service.storage.reader",
+    "side_effects": "neg_service.measures.control.side_effects",
 }
 __all__ = [
     "ControlResult",
@@ -63,6 +66,7 @@ __all__ = [
     "NeuronSet",
     "Run",
     "Runs",
+    "SideEffects",
     "control",
     "export_shift",
     "generate",
@@ -74,6 +78,7 @@ __all__ = [
     "neurgrad",
     "open_run",
     "open_runs",
+    "side_effects",
 ]
 
 

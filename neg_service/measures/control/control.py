@@ -13,7 +13,7 @@ Axes: P prompts, L layers, N neurons of a layer; of a model with experts the slo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import checked_neurons, layers_with_neurons
 from neg_service.measures.control.aims import Aim
 from neg_service.measures.control.options import MAX_PASSES, NORMS, Wanted, each
+from neg_service.measures.control.references import HeldReferences, Reference, check_apart, encoded_references
 from neg_service.measures.control.shifted_rows import ShiftedRows
 from neg_service.measures.control.steering import Movable, Steered, steered
 from neg_service.measures.edits import Edit
@@ -61,7 +62,7 @@ class ControlResult:
     reached: [P], whether `achieved` is within the tolerance. reason: P texts, why not; `already there` where nothing
     had to be done. Of a target that was not reached `achieved` is as near as it came.
     passes: [P], interventions, and gradients beside the first. norm: [P], √Σδ²; relative_norm: over that of all
-    activations; largest: the largest |δ|.
+    activations; largest: the largest |δ|. held: the references that were held still, as the model reads them.
     """
 
     shift: NDArray[Any]
@@ -83,6 +84,7 @@ class ControlResult:
     basis: str
     expert: NDArray[np.int64] | None = None
     neuron: NDArray[np.int64] | None = None
+    held: tuple[str, ...] = ()
 
     def neurons(self, index: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """The neurons that a prompt's shift moves, as (layer, neuron) or (layer, neuron, expert) rows, and by what."""
@@ -103,7 +105,7 @@ class ControlResult:
 @told_by_parameters(
     model__source="model", dataset__source="prompts", dataset__chat_template="model.tokenizer.chat_template",
     control__probability="probability", control__top="top", control__margin="margin", control__against="against",
-    control__tolerance="tolerance", control__norm="norm", control__max_passes="max_passes",
+    control__tolerance="tolerance", control__norm="norm", control__max_passes="max_passes", control__holding="holding",
 )  # fmt: skip
 def control(
     model: LanguageModel,
@@ -120,13 +122,13 @@ def control(
     max_passes: int = MAX_PASSES,
     basis: str = "paper",
     batch_bytes: int | None = None,
+    holding: Sequence[Reference] | None = None,
 ) -> ControlResult:
     """Find, for each prompt, the least joint shift of neurons with which its target is as probable as is asked for.
 
     Args:
         model: from `load_model`.
-        prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template. One
-            text is one prompt.
+        prompts: P texts, or one; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
         targets: for each prompt the text that follows it verbatim and is to be steered, one token there; of a list of
             texts the first.
         probability: what is wanted, above 0 and below 1; one for all prompts, or one each.
@@ -141,26 +143,41 @@ def control(
         max_passes: interventions, and gradients beside the first, that may be spent on a prompt.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         batch_bytes: memory that a batch may take; if not given, what keeps the device busy and fits it.
+        holding: references, pairs of a prompt and its right answer: of all shifts with the wanted effect the one is
+            looked for that leaves their answers and runners-up alone. They take 40 bytes a reference and neuron.
 
     Raises:
-        PromptError: an unusable prompt or target. ConfigurationError: what cannot be asked for, or a tolerance that the
-            model's precision cannot tell. ModelError: the model fails its self-check, which runs once.
-        NonFiniteError: NaN or infinity in a prompt's logits, without or with a shift.
+        PromptError: an unusable prompt, target or reference, or a reference that is steered, too. ConfigurationError:
+            what cannot be asked for, or a tolerance that the model's precision cannot tell. ModelError: the model fails
+            its self-check. NonFiniteError: NaN or infinity in a prompt's logits, without or with a shift.
     """
-    asked, steered_targets = _asked(prompts, targets)
+    asked, steered_targets = asked_prompts(prompts, targets)
     wanted = _wanted(len(asked), probability, top, margin, against, tolerance)
-    texts = [[one] if own.against is None else [one, own.against]
-             for one, own in zip(steered_targets, wanted, strict=True)]  # fmt: skip
-    _check_contrasts(texts)
+    texts = _texts(steered_targets, wanted)
     rows_of_prompts = prompts_of(model, asked, texts)
     check_prompts(rows_of_prompts)
     layers, movable = checked_movable(model, neurons, norm)
     check_passes(max_passes)
     encoded = encoded_prompts(model, rows_of_prompts, "error")
     aims = [Aim.of(own, *own_ids(prompt)) for own, prompt in zip(wanted, encoded, strict=True)]
+    references = _to_hold(model, holding, encoded)
     rows = ShiftedRows(model, basis, layers, budget_of(model, batch_bytes))
-    found = [own for _, own in steered(rows, model, encoded, aims, movable, max_passes)]
-    return result_of(model, found, layers, basis, rows.dtype)
+    held = HeldReferences.of(rows, references) if references else None
+    found = [own for _, own in steered(rows, model, encoded, aims, movable, max_passes, held)]
+    return replace(
+        result_of(model, found, layers, basis, rows.dtype), held=tuple(own.prompt.text for own in references)
+    )
+
+
+def _to_hold(
+    model: LanguageModel, holding: Sequence[Reference] | None, steered_prompts: Sequence[EncodedPrompt]
+) -> list[EncodedPrompt]:
+    if holding is None:
+        return []
+    references = encoded_references(model, holding, "control.holding")
+    steered_texts = {own.prompt.text: f"prompt {index}, which is steered" for index, own in enumerate(steered_prompts)}
+    check_apart(references, steered_texts, "control.holding", "what is held still cannot move")
+    return references
 
 
 def own_ids(prompt: EncodedPrompt) -> tuple[int, int | None]:
@@ -248,7 +265,7 @@ def _are_layers(neurons: Any) -> bool:
     return len(neurons) > 0 and all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in neurons)
 
 
-def _asked(prompts: Any, targets: Any) -> tuple[list[Asked], list[str]]:
+def asked_prompts(prompts: Any, targets: Any) -> tuple[list[Asked], list[str]]:
     """Prompts, and the target of each that is steered."""
     is_one_chat = is_conversation(prompts) and len(prompts) > 0 and all(isinstance(own, Mapping) for own in prompts)
     asked = [prompts] if isinstance(prompts, str) or is_one_chat else list(prompts)
@@ -276,8 +293,11 @@ def _wanted(n: int, probability: Any, top: Any, margin: Any, against: Any, toler
     ]
 
 
-def _check_contrasts(texts: Sequence[Sequence[str]]) -> None:
+def _texts(targets: Sequence[str], wanted: Sequence[Wanted]) -> list[list[str]]:
+    """For each prompt its target, and what that is compared with, if anything."""
+    texts = [[one] if own.against is None else [one, own.against] for one, own in zip(targets, wanted, strict=True)]
     for index, own in enumerate(texts):
         if len(own) > 1 and own[0] == own[1]:
             raise PromptError(f"prompt {index}: its target {own[0]!r} would be compared with itself: choose another "
                               "against", change="against")  # fmt: skip
+    return texts

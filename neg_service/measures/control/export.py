@@ -237,8 +237,8 @@ def _about(
         result.basis == "paper" and not any(own.layout.is_gated for own in mlps)
     )
     is_same_everywhere = form == BIAS or (is_read_by_down and all(own.layout.norm is None for own in mlps))
-    numbers = ("kind", "wanted", "value_before", "first_shot", "achieved", "probability_before", "probability", "reached",
-               "reason", "passes", "norm", "relative_norm", "largest")  # fmt: skip
+    numbers = ("kind", "wanted", "value_before", "first_shot", "achieved", "probability_before", "probability",
+               "reached", "reason", "passes", "norm", "relative_norm", "largest")  # fmt: skip
     return {
         "form": form,
         "exact_for": "every prompt" if is_same_everywhere else "this prompt, at its last token",

@@ -59,9 +59,10 @@ class LeastShift:
         ridge = RIDGE * float(self.gram_qq.diagonal().mean())
         if not ridge > 0:
             return own_m
-        met_q = self.held_qm @ own_m
+        # In the rows' own precision: they are not to be copied into another one each time.
+        met_q = (self.held_qm @ own_m.astype(self.held_qm.dtype)).astype(np.float64)
         weight_q = np.linalg.solve(self.gram_qq + ridge * np.eye(len(met_q)), met_q)
-        return own_m - self.scale_m**2 * (weight_q @ self.held_qm)
+        return own_m - self.scale_m**2 * (weight_q.astype(self.held_qm.dtype) @ self.held_qm)
 
     def step(self, gradient_cm: Vector, lacks_c: Vector) -> Vector | None:
         """The least shift that moves one value by what it lacks, or several by at least so much; None if none does."""

@@ -75,6 +75,11 @@ class ShiftedRows:
         return self._by_differences is not None
 
     @property
+    def n_vocabulary(self) -> int | None:
+        """How many tokens a row's logits are of, where the model says it."""
+        return self._model.n_output_ids
+
+    @property
     def epsilon(self) -> float:
         """The relative rounding of logits."""
         dtype = torch.float32 if self._by_differences else self._model.dtype

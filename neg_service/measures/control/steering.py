@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.errors import ConfigurationError
@@ -124,7 +125,9 @@ def steered(
         ConfigurationError: a tolerance that the model's precision cannot tell. DoesNotFit, NonFiniteError: see
             `ShiftedRows`.
     """
-    together = 1 if rows.one_at_a_time else _TOGETHER
+    # Of experts each prompt has an array of its own of what is held.
+    is_alone = rows.one_at_a_time or (held is not None and model.feed_forward.has_experts)
+    together = 1 if is_alone else _TOGETHER
     for start in range(0, len(prompts), together):
         own = slice(start, start + together)
         found = _steered_together(rows, model, prompts[own], aims[own], movable, max_passes, held)
@@ -157,11 +160,11 @@ def _steered_together(
         _require_resolution(model, prompt, aim, logits_v, rows.epsilon)
     compared = [_compared(aim, logits_v) for aim, logits_v in zip(aims, before, strict=True)]
     slopes = rows.slopes(prompts, compared, [None] * len(prompts))
-    running = []
+    running: list[_Running] = []
     for prompt, aim, logits_v, tokens, own in zip(prompts, aims, before, compared, slopes, strict=True):
         gradient_cm = _gradients(aim, logits_v, own.slope_km)
         scale_m = movable.scale(own.slots, gradient_cm[0], own.activation_m)
-        least = LeastShift.of(scale_m, None if held is None else held(own.slots))
+        least = _least(scale_m, None if held is None else held(own.slots), running[-1:])
         search = Search(
             value=aim.value(logits_v), goal=aim.goal, is_met=aim.is_met, least=least, gradient_cm=gradient_cm,
             lacks_c=np.array(aim.lacks(logits_v)), most_passes=max_passes,
@@ -172,6 +175,15 @@ def _steered_together(
     while open_ := [own for own in running if not own.search.is_over]:
         _step(rows, open_)
     return [_finished(own) for own in running]
+
+
+def _least(scale_m: Vector, held_qm: NDArray[np.float32] | None, before: Sequence[_Running]) -> LeastShift:
+    """What a prompt's shift is measured by: as with the one before where that is the same, which is worked out once."""
+    for own in before:
+        known = own.search.least
+        if known.held_qm is held_qm and np.array_equal(known.scale_m, scale_m):
+            return known
+    return LeastShift.of(scale_m, held_qm)
 
 
 def _step(rows: ShiftedRows, running: Sequence[_Running]) -> None:
