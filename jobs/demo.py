@@ -1,6 +1,6 @@
-"""python -m jobs.demo: scan the facts, sweep a sample of neurons on a few of them, and show what a person wants to see.
+"""python -m jobs.demo: scan the facts, sweep a sample of neurons on a few, steer these, and show what was found.
 
-Takes the settings of `jobs.scan`, for the scan of NeurGrad; `measure` and `neurons` of the sweep are the demo's own.
+Takes the settings of `jobs.scan`, for the scan of NeurGrad; `measure` and `neurons` of what follows are the demo's own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.places import below, parent_of
 from neg_service.prompts.prompt import Prompt
 from neg_service.report.console import agreement, aligned, columns, strongest
+from neg_service.report.control import results_text
 from neg_service.storage.reader import Run, open_run
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("capital/0/France", "opposite/0/hot", "next-month/0/March")
 SWEPT_PROMPTS, SWEPT_NEURONS_A_LAYER = 3, 10
+WANTED = 0.9
 
 
 def demo(config: DictConfig) -> int:
@@ -54,11 +56,11 @@ def demo(config: DictConfig) -> int:
         _put_plot(results, "plots/neurgrad_over_layers.png", neurgrad_over_layers(results))
     else:
         print("no examples of neurons: they need measure.keep=all")
-    swept = _sweep(prepared)
+    swept, steered = _sweep(prepared), _control(prepared)
     out = below(parent_of(summary.uri) or summary.uri, "report")
-    page = write_report([summary.uri, swept.uri], out, prepared.config.storage.endpoint_url)
+    page = write_report([summary.uri, swept.uri, steered.uri], out, prepared.config.storage.endpoint_url)
     print(f"\nreport: {page}")
-    return EXIT_INCOMPLETE if summary.failed or swept.failed else 0
+    return EXIT_INCOMPLETE if summary.failed or swept.failed or steered.failed else 0
 
 
 def _examples(results: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -91,6 +93,30 @@ def _sweep(prepared: Prepared) -> Summary:
     results = open_run(summary.uri, config.storage.endpoint_url)
     print(aligned([*agreement(results), ("results", summary.uri)]))
     _put_plot(results, "plots/neg_against_neurgrad.png", neg_against_neurgrad(results))
+    return summary
+
+
+def _control(prepared: Prepared) -> Summary:
+    """Give a few answers a wanted probability, and show what it took."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.prepare import prepare
+    from neg_service.cluster.scan import run
+
+    config, prompts = prepared.config, prepared.prompts[:SWEPT_PROMPTS]
+    has_answers = all(prompt.answer is not None for prompt in prompts)
+    measure = {"name": "control", "basis": config.measure["basis"], "keep": "answer" if has_answers else "all"}
+    control = prepare(
+        replace(
+            config,
+            measure={**measure, "probability": WANTED, "tolerance": 0.01},
+            dataset=replace(config.dataset, not_one_token="skip"),
+            job=replace(config.job, limit=len(prompts), shard_size=1, resume=None, extend=None),
+        )
+    )
+    print(f"\nControl: the least joint shifts of neurons that give answers a probability of {WANTED:g}")
+    summary = run(control)
+    results = open_run(summary.uri, config.storage.endpoint_url)
+    print(f"{results_text(results)}\nresults: {summary.uri}")
     return summary
 
 

@@ -103,7 +103,7 @@ def edit_name(edit: Mapping[str, Any], index: int) -> str:
 
 
 def read_edits(source: Any) -> Any:
-    """A list of edits as it is; a path or URI ends in .json or .jsonl, or is a folder of a table of shifts, and is read.
+    """A list of edits as it is; a path or URI ends in .json or .jsonl, or is a table of shifts, and is read.
 
     Raises:
         ConfigurationError: a file that cannot be read, or is not JSON, or nested too deep to be edits.

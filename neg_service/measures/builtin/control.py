@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig
-from neg_service.errors import PromptError
+from neg_service.errors import ConfigurationError, PromptError, shortened
 from neg_service.measures import targets
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
 from neg_service.measures.choice import check_choice, count_of
 from neg_service.measures.control.options import NORMS, Wanted, wishes_of
-from neg_service.measures.control.tables import CONTROL, CONTROL_SHIFT, control_row, shift_rows
+from neg_service.measures.control.tables import (
+    CONTROL,
+    CONTROL_SHIFT,
+    CONTROL_SIDE_EFFECTS,
+    control_row,
+    shift_rows,
+    side_effect_rows,
+)
 from neg_service.measures.tables import prompt_tables
 from neg_service.measures.targets import check_keep, kept_targets, wanted_targets
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -27,8 +34,11 @@ from neg_service.schema import Table
 from neg_service.settings import basis_setting, setting
 
 if TYPE_CHECKING:
-    from neg_service.measures.control.steering import Movable
+    from neg_service.measures.control.references import HeldReferences
+    from neg_service.measures.control.shifted_rows import ShiftedRows
+    from neg_service.measures.control.steering import Movable, Steered
     from neg_service.models.inspection import ModelInfo
+    from neg_service.models.language_model import LanguageModel
 
 # About how many passes a wish takes.
 _PASSES = 5
@@ -57,6 +67,18 @@ class ControlOptions:
         "strongest", "which neurons' shifts are stored: the `top_k` largest, or all", allowed=KEEP_SHIFT
     )
     top_k: int = setting(100, "how many, for keep_shift: strongest", least=1)
+    references: Any = setting(
+        None,
+        "a data set of prompts with answers, on which each shift's side effects are measured: a file, or a list of "
+        "[prompt, answer]",
+        kind=str | list[Any] | None,
+    )
+    holding: Any = setting(
+        None,
+        "references: every other one of these is held still by the shift, and side effects are measured on the rest; "
+        "or a data set of its own",
+        kind=str | list[Any] | None,
+    )
 
 
 class Control(Measure[ControlOptions]):
@@ -66,13 +88,30 @@ class Control(Measure[ControlOptions]):
     NAMES = ("control",)
     MEASURES_SINGLE_NEURONS = True
 
+    def with_files_read(self) -> Self:
+        """References themselves in the place of their files, half of them held where that is asked for."""
+        options = self.options
+        references = pairs_of("measure.references", options.references)
+        if options.holding == "references":
+            if references is None:
+                raise ConfigurationError(
+                    setting="measure.holding", value="references", allowed="left out where measure.references is"
+                )
+            return type(self)(replace(options, references=references[1::2], holding=references[::2]))
+        return type(self)(replace(options, references=references, holding=pairs_of("measure.holding", options.holding)))
+
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse wishes that cannot be met by anything, and choices of neurons that there are not, too."""
         super().validate(info, neurons, prompts)
         check_choice(neurons, layers_of_model(info))
         check_keep(self.options.keep, targets.KEEP, prompts)
-        wishes = self._wishes
+        wishes, others = self._wishes, self._others()
         for prompt in prompts:
+            if prompt.text in others:
+                raise PromptError(
+                    f"prompt {prompt.id!r} is steered, and in {others[prompt.text]}, too: leave it out of one of them",
+                    change=others[prompt.text],
+                )
             for own in wishes_of(prompt, wishes):
                 steered = [prompt.targets[k] for k in wanted_targets(prompt, self.options.keep)]
                 if own.against is not None and own.against in steered:
@@ -81,19 +120,41 @@ class Control(Measure[ControlOptions]):
                         "(measure.against)", change="measure.against",
                     )  # fmt: skip
 
+    def _others(self) -> dict[str, str]:
+        """Texts that are not to be steered, and the setting that names them.
+
+        Raises:
+            PromptError: one that is held and measured, or fewer than two that are measured.
+        """
+        held = {prompt: "measure.holding" for prompt, _ in self.options.holding or ()}
+        measured = {prompt: "measure.references" for prompt, _ in self.options.references or ()}
+        if both := next((prompt for prompt in measured if prompt in held), None):
+            raise PromptError(
+                f"{shortened(both)} is held (measure.holding) and measured: leave it out of one of them",
+                change="measure.references",
+            )
+        if self.options.references is not None and len(measured) < 2:
+            raise PromptError(
+                "an interval needs several; with measure.holding=references half of them are held",
+                setting="measure.references", value=f"{len(measured)} to measure", allowed="at least 2",
+            )  # fmt: skip
+        return held | measured
+
     def fingerprint_inputs(self) -> dict[str, Any]:
         """`top_k` decides nothing where all shifts are kept."""
         given = self.configuration()
         if self.options.keep_shift == "all":
             del given["top_k"]
-        return given
+        return {name: value for name, value in given.items() if name not in ("references", "holding") or value}
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
-        """`prompts`, `control` and `control_shift`."""
+        """`prompts`, `control`, `control_side_effects` where there are references, and `control_shift`."""
         note = "What is added to the neuron's activation, so that the target is as probable as was wanted."
+        effects = {"control_side_effects": Table(CONTROL_SIDE_EFFECTS, "side effects")}
         return {
             **schema.prompt_tables(has_experts(sizes)),
             "control": Table(CONTROL, "probability", schema.PROBABILITY),
+            **(effects if self.options.references else {}),
             "control_shift": Table(CONTROL_SHIFT, "shift", "units of activation", "shift", note),
         }
 
@@ -102,8 +163,11 @@ class Control(Measure[ControlOptions]):
         n = kept_targets(self.options.keep, n_targets) * len(self._wishes)
         moved = count_of(neurons, layers_of_model(info))
         kept = moved if self.options.keep_shift == "all" else min(moved, self.options.top_k)
-        own = {"control": int(160 * n), "control_shift": int(22 * kept * n)}
-        return Cost({**prompt_bytes(info), **own}, _PASSES * n, "interventions")
+        n_others = len(self.options.references or ())
+        effects = {"control_side_effects": int(3 * 250 * n)} if n_others else {}
+        own = {"control": int(160 * n), **effects, "control_shift": int(22 * kept * n)}
+        # The shift and random neurons, on each reference.
+        return Cost({**prompt_bytes(info), **own}, (_PASSES + 2 * n_others) * n, "interventions")
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then wish."""
@@ -112,36 +176,63 @@ class Control(Measure[ControlOptions]):
         from neg_service.measures.control.steering import steered
 
         model, options = shard.model, self.options
-        wished = [
-            (index, target, wish, own)
+        asked = [
+            _Asked(index, target, wish, own)
             for index, prompt in enumerate(shard.prompts)
             for target in wanted_targets(prompt.prompt, options.keep)
             for wish, own in enumerate(wishes_of(prompt.prompt, self._wishes))
         ]
-        prompts = [shard.prompts[index] for index, *_ in wished]
+        prompts = [shard.prompts[own.index] for own in asked]
         aims = [
-            Aim.of(own, prompt.target_ids[target], _token_against(model, prompt, own))
-            for prompt, (_, target, _, own) in zip(prompts, wished, strict=True)
+            Aim.of(own.wanted, prompt.target_ids[own.target], _token_against(model, prompt, own.wanted))
+            for prompt, own in zip(prompts, asked, strict=True)
         ]
         rows = ShiftedRows(model, options.basis, shard.layers, shard.budget)
-        dtype = str(model.dtype).removeprefix("torch.")
+        held = _held(model, rows, options.holding)
+        movable = self._movable(shard.neurons)
+        found = [own for _, own in steered(rows, model, prompts, aims, movable, options.max_passes, held)]
+        effects = self._effects(shard, rows, asked, found)
+        for index, prompt in enumerate(shard.prompts):
+            places = [place for place, own in enumerate(asked) if own.index == index]
+            first = found[places[0]]
+            probability_k = first.logits_before_v.softmax(0)[list(prompt.target_ids)].float().numpy()
+            of_prompt = prompt_tables(prompt, probability_k, first.routing, model.feed_forward.has_experts)
+            own_tables = [self._tables_of(prompt, asked[place], found[place], model) for place in places]
+            joined = {name: pa.concat_tables([own[name] for own in own_tables]) for name in own_tables[0]}
+            if effects is not None:
+                joined["control_side_effects"] = pa.concat_tables([effects[place] for place in places])
+            yield index, {**of_prompt, **joined}
+
+    def _tables_of(
+        self, prompt: EncodedPrompt, own: _Asked, found: Steered, model: LanguageModel
+    ) -> dict[str, pa.Table]:
+        options, dtype = self.options, str(model.dtype).removeprefix("torch.")
         most = None if options.keep_shift == "all" else options.top_k
-        of_prompt: dict[int, list[tuple[pa.Table, pa.Table]]] = {index: [] for index in range(len(shard.prompts))}
-        left = [len([1 for own, *_ in wished if own == index]) for index in range(len(shard.prompts))]
-        for place, found in steered(rows, model, prompts, aims, self._movable(shard.neurons), options.max_passes):
-            index, target, wish, own = wished[place]
-            prompt = shard.prompts[index]
-            of_prompt[index].append(
-                (
-                    control_row(prompt, target, wish, own.against, found, options.basis, dtype, options.norm),
-                    shift_rows(prompt, target, wish, found, options.basis, most),
-                )
-            )
-            if len(of_prompt[index]) == left[index]:
-                probability_k = found.logits_before_v.softmax(0)[list(prompt.target_ids)].float().numpy()
-                own_tables = prompt_tables(prompt, probability_k, found.routing, model.feed_forward.has_experts)
-                control, shifts = (pa.concat_tables(parts) for parts in zip(*of_prompt.pop(index), strict=True))
-                yield index, {**own_tables, "control": control, "control_shift": shifts}
+        against = own.wanted.against
+        return {
+            "control": control_row(prompt, own.target, own.wish, against, found, options.basis, dtype, options.norm),
+            "control_shift": shift_rows(prompt, own.target, own.wish, found, options.basis, most),
+        }
+
+    def _effects(
+        self, shard: ShardInput, rows: ShiftedRows, asked: Sequence[_Asked], found: Sequence[Steered]
+    ) -> list[pa.Table] | None:
+        """Rows of side effects of each shift; None without references."""
+        from neg_service.measures.control.control import result_of
+        from neg_service.measures.control.references import encoded_references
+        from neg_service.measures.control.side_effects import effects_on_others
+
+        if not self.options.references:
+            return None
+        others = encoded_references(shard.model, self.options.references, "measure.references", least=2)
+        result = result_of(shard.model, found, shard.layers, self.options.basis, rows.dtype)
+        alone = [_with_target_alone(shard.prompts[own.index], own.target) for own in asked]
+        table = effects_on_others(shard.model, rows, result, alone, others).table()
+        of_shift = table.num_rows // len(asked)
+        return [
+            side_effect_rows(shard.prompts[own.index], own.target, own.wish, table.slice(place * of_shift, of_shift))
+            for place, own in enumerate(asked)
+        ]
 
     @property
     def _wishes(self) -> list[Wanted]:
@@ -161,6 +252,57 @@ class Control(Measure[ControlOptions]):
         if neurons.choose in ("list", "sample"):
             return Movable(chosen=set_of(neurons), norm=self.options.norm)
         return Movable(neurons.count if neurons.choose == "top" else None, norm=self.options.norm)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A wish: for a prompt of the shard, and a target of it, the how-manieth, and what."""
+
+    index: int
+    target: int
+    wish: int
+    wanted: Wanted
+
+
+def pairs_of(key: str, source: Any) -> list[list[str]] | None:
+    """Prompts with their answers, of a data set or as they are.
+
+    Raises:
+        PromptError: a data set that cannot be read, a prompt without an answer, or what is no such list.
+    """
+    if source is None:
+        return None
+    if isinstance(source, str):
+        from neg_service.prompts.sources import load_prompts
+
+        try:
+            prompts = load_prompts(source)
+        except PromptError as error:
+            raise error.renamed({"dataset.source": key}) from error
+        without = next((prompt.id for prompt in prompts if prompt.answer is None or prompt.messages), None)
+        if without is not None:
+            raise PromptError(f"prompt {without!r} is a chat, or has no answer", setting=key, value=source)
+        return [[prompt.text, prompt.targets[prompt.answer or 0]] for prompt in prompts]
+    is_pairs = isinstance(source, list) and all(
+        isinstance(own, list | tuple) and len(own) == 2 and all(isinstance(text, str) for text in own) for own in source
+    )
+    if not is_pairs:
+        raise PromptError(setting=key, value=shortened(source), allowed="a data set, or a list of [prompt, answer]")
+    return [list(own) for own in source]
+
+
+def _held(model: LanguageModel, rows: ShiftedRows, holding: Sequence[Sequence[str]] | None) -> HeldReferences | None:
+    from neg_service.measures.control.references import HeldReferences, encoded_references
+
+    if not holding:
+        return None
+    pairs = [(prompt, answer) for prompt, answer in holding]
+    return HeldReferences.of(rows, encoded_references(model, pairs, "measure.holding"))
+
+
+def _with_target_alone(prompt: EncodedPrompt, target: int) -> EncodedPrompt:
+    own = replace(prompt.prompt, targets=(prompt.prompt.targets[target],), answer=None)
+    return replace(prompt, prompt=own, target_ids=(prompt.target_ids[target],))
 
 
 def _token_against(model: Any, prompt: EncodedPrompt, wanted: Wanted) -> int | None:

@@ -25,6 +25,7 @@ import pyarrow as pa
 from neg_service.errors import ConfigurationError, PromptError, told_by_parameters
 from neg_service.measures.batching import budget_of
 from neg_service.measures.control.control import ControlResult, asked_prompts
+from neg_service.measures.control.effects_table import schema_of_effects
 from neg_service.measures.control.other_prompts import METHODS, Doubles, Laid, OtherPrompts, at_others, at_steered
 from neg_service.measures.control.references import Reference, check_apart, encoded_as, encoded_references
 from neg_service.measures.control.shifted_rows import ShiftedRows
@@ -66,7 +67,7 @@ class SideEffects:
     seed: int
 
     def table(self) -> pa.Table:
-        """A row for each prompt, method, and kind of other prompts; see `_schema`."""
+        """A row for each prompt, method, and kind of other prompts; see `effects_table.py`."""
         kinds = [(REFERENCES, self.references), (WORDINGS, self.wordings)]
         rows = [
             self._row(index, method, kind, own[index])
@@ -75,7 +76,7 @@ class SideEffects:
             if len(own) and len(own[index].target_before)
             for method in range(len(METHODS))
         ]
-        return pa.Table.from_pylist(rows, _schema())
+        return pa.Table.from_pylist(rows, schema_of_effects())
 
     def means(self, index: int, method: str, kind: str = REFERENCES) -> dict[str, Mean]:
         """Of the shift of one steered prompt: the means of the table, by the names of their columns.
@@ -109,21 +110,6 @@ class SideEffects:
             low, high = (None if np.isnan(end) else end for end in (mean.low, mean.high))
             found |= {name: mean.value, f"{name}_low": low, f"{name}_high": high}
         return found
-
-
-_STEERED = ("steered_probability_before", "steered_probability", "size")
-_MEANS = (
-    "target_probability_before", "target_probability", "answer_probability_before", "answer_probability", "same_top",
-    "kl",
-)  # fmt: skip
-
-
-def _schema() -> pa.Schema:
-    """Probabilities and the share `same_top` 0..1, `kl` in nats; `_low` to `_high` hold 95 %; null: has no meaning."""
-    key = [pa.field(name, pa.string(), nullable=False) for name in ("prompt_id", "prompt", "target", "method", "kind")]
-    numbers = [pa.field(name, pa.float64(), nullable=False) for name in _STEERED]
-    means = [pa.field(f"{name}{end}", pa.float64()) for name in _MEANS for end in ("", "_low", "_high")]
-    return pa.schema([*key, pa.field("n", pa.int32(), nullable=False), *numbers, *means])
 
 
 @told_by_parameters(
@@ -168,6 +154,18 @@ def side_effects(
     _check_apart(encoded, others, worded, result.held)
 
     rows = ShiftedRows(model, result.basis, result.layers, budget_of(model, batch_bytes))
+    return effects_on_others(model, rows, result, encoded, others, worded, seed)
+
+
+def effects_on_others(
+    model: LanguageModel, rows: ShiftedRows, result: ControlResult, encoded: Sequence[EncodedPrompt],
+    others: Sequence[EncodedPrompt], worded: Sequence[Sequence[EncodedPrompt]] = (), seed: int = 0,
+) -> SideEffects:  # fmt: skip
+    """The same of encoded prompts, which are what was steered, each with its target first.
+
+    Raises:
+        ConfigurationError: a result of other prompts. NonFiniteError: see `side_effects`.
+    """
     laid = [Laid.of(model, result, index, own.target_ids[0], seed) for index, own in enumerate(encoded)]
     steered = at_steered(rows, encoded, laid)
     _check_same(rows, result, steered.probability_before)
@@ -175,7 +173,7 @@ def side_effects(
     norms = [float(np.linalg.norm(own.shift.shift_m)) for own in laid]
     return SideEffects(
         prompts=tuple(own.prompt.text for own in encoded),
-        targets=tuple(steered_targets),
+        targets=tuple(own.prompt.targets[0] for own in encoded),
         probability_before=steered.probability_before,
         probability=steered.probability,
         size=np.stack([norms, constants, norms], 1),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from neg_service.measures.control.effects_table import schema_of_effects
 from neg_service.measures.tables import key_columns, mlp_columns, table_of
 from neg_service.prompts.prompt import EncodedPrompt
 
@@ -75,6 +76,19 @@ CONTROL_SHIFT = pa.schema(
         pa.field("activation", pa.float32(), nullable=False),
     ]
 )
+
+# One row for each prompt, steered target, wish, method and kind of other prompts: what the shift does to references,
+# beside a constant on the target's logit and random neurons. Means over `n` references, `_low` to `_high` hold 95 %.
+CONTROL_SIDE_EFFECTS = pa.schema(
+    [*_KEY, *[own for own in schema_of_effects() if own.name not in ("prompt_id", "prompt", "target")]]
+)
+
+
+def side_effect_rows(prompt: EncodedPrompt, target: int, wish: int, effects: pa.Table) -> pa.Table:
+    """Rows of table `control_side_effects`, of what was measured of one shift."""
+    n = effects.num_rows
+    own = {name: effects[name].combine_chunks() for name in effects.column_names}
+    return table_of(CONTROL_SIDE_EFFECTS, n, **(own | key_columns(prompt, np.full(n, target))), wish=np.full(n, wish))
 
 
 def control_row(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,69 @@ def test_a_mixture_names_experts() -> None:
     found = measured_shard(measure, tiny_mixture("Mixtral", torch.float64), PROMPTS[:2])
     assert found["control"]["reached"].to_pylist() == [True, True]
     assert found["control_shift"]["expert"].null_count == 0
+
+
+REFERENCES = [[f"w{i} w{i + 3} w{i + 7}", f" w{i + 1}"] for i in range(30, 42)]
+
+
+def test_side_effects_are_those_of_the_library() -> None:
+    found = scanned(PROMPTS[:2], probability=0.02, references=REFERENCES[:4])
+    rows = found["control_side_effects"].to_pylist()
+    assert [(row["prompt_id"], row["wish"], row["method"]) for row in rows] == [
+        (prompt.id, 0, method) for prompt in PROMPTS[:2] for method in ("shift", "logit constant", "random neurons")
+    ]
+    model = tiny_model("Llama 2", torch.float64)
+    texts, targets = (
+        [prompt.text for prompt in PROMPTS[:2]],
+        [prompt.targets[prompt.answer or 0] for prompt in PROMPTS[:2]],
+    )
+    result = neg_service.control(model, texts, targets, probability=0.02, tolerance=1e-4)
+    own = neg_service.side_effects(model, result, texts, targets, [(a, b) for a, b in REFERENCES[:4]])
+    for name in ("kl", "same_top", "target_probability", "answer_probability", "kl_low", "size"):
+        np.testing.assert_allclose([row[name] for row in rows], own.table()[name].to_numpy(), rtol=1e-6, err_msg=name)
+
+
+def test_half_of_the_references_are_held_and_the_others_measured() -> None:
+    measure = measure_of(
+        {"name": "control", "tolerance": 1e-4, "probability": 0.02, "references": REFERENCES, "holding": "references"}
+    ).with_files_read()
+    assert measure.options.holding == REFERENCES[::2]
+    assert measure.options.references == REFERENCES[1::2]
+    measure.validate(INFO, NeuronsConfig(), PROMPTS[:1])
+    model = tiny_model("Llama 2", torch.float64)
+    held = measured_shard(measure, model, PROMPTS[:1])
+    plain = scanned(PROMPTS[:1], probability=0.02, references=REFERENCES[1::2])
+    assert held["control"]["reached"].to_pylist() == [True]
+    assert held["control"]["norm"][0].as_py() > plain["control"]["norm"][0].as_py()
+    result = neg_service.control(
+        model, PROMPTS[0].text, " w8", probability=0.02, tolerance=1e-4, holding=[(a, b) for a, b in REFERENCES[::2]]
+    )
+    np.testing.assert_allclose(held["control"]["norm"].to_numpy(), result.norm, rtol=1e-6)
+
+
+def test_references_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "references.jsonl"
+    file.write_text("".join(json.dumps({"prompt": a, "targets": [b], "answer": b}) + "\n" for a, b in REFERENCES))
+    measure = measure_of({"name": "control", "references": str(file)}).with_files_read()
+    assert measure.options.references == REFERENCES
+
+
+@pytest.mark.parametrize(
+    ("setting", "given"),
+    [
+        ("measure.references", {"references": REFERENCES[:1]}),
+        ("measure.references", {"references": REFERENCES[:2], "holding": "references"}),
+        ("measure.references", {"references": [["w1"]]}),
+        ("measure.references", {"references": "nowhere.jsonl"}),
+        ("measure.references", {"references": [[PROMPTS[0].text, " w8"], *REFERENCES]}),
+        ("measure.holding", {"holding": [[PROMPTS[0].text, " w8"]]}),
+        ("measure.holding", {"holding": "references"}),
+        ("measure.references", {"references": REFERENCES, "holding": REFERENCES[:3]}),
+    ],
+)
+def test_references_that_cannot_be(setting: str, given: dict[str, Any]) -> None:
+    with refused(ConfigurationError, setting=setting):
+        measure_of({"name": "control", **given}).with_files_read().validate(INFO, NeuronsConfig(), PROMPTS)
 
 
 @pytest.mark.parametrize(
