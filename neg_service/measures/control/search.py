@@ -35,8 +35,9 @@ _FOLLOWS, _BENDS, _FAILS, _SHORTER = 0.8, 0.3, 0.1, 0.35
 # So many times it is tried; a new gradient that brings the value nearer by less than this share of what it lacked at
 # first is the last one.
 _MOST_SHORTER, _LEAST_GAIN = 3, 0.02
-# Inside a bracket a secant keeps this share of it away from its ends.
-_FROM_ENDS = 0.02
+# Inside a bracket a secant keeps this share of it away from its ends. Where it is narrower than this share of the shift,
+# and its ends differ by more than this share of what was lacking, the value jumps: experts are chosen anew.
+_FROM_ENDS, _NARROW, _JUMP = 0.02, 0.02, 0.2
 
 
 @dataclass
@@ -153,7 +154,9 @@ class Search:
             ray.far = (t, lacks)
         elif ray.far is not None or lacks * way < ray.near[1] * way:
             ray.near = (t, lacks)
-        if ray.far is not None:
+        if ray.far is not None and self._jumps(ray.near, ray.far):
+            self._end("jumps past it, where other experts are chosen")
+        elif ray.far is not None:
             self._propose(self._inside(t + lacks / gain if gain else math.nan))
         elif share > _FOLLOWS and t < ray.most:
             self._propose(min(t + lacks / gain, _MOST_GROWTH * t, ray.most))
@@ -182,6 +185,10 @@ class Search:
         low, high = sorted((self._ray.near[0], self._ray.far[0]))
         room = _FROM_ENDS * (high - low)
         return t if low + room < t < high - room else (low + high) / 2
+
+    def _jumps(self, near: tuple[float, float], far: tuple[float, float]) -> bool:
+        is_narrow = abs(far[0] - near[0]) < _NARROW * max(abs(far[0]), abs(near[0]))
+        return is_narrow and abs(far[1] - near[1]) > _JUMP * abs(self._ray.lacks)
 
     def _ask_for_gradient(self) -> None:
         gained = abs(self._ray.lacks) - abs(self._lacks(self.best[0]))

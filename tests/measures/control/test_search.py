@@ -133,3 +133,12 @@ def test_a_target_is_brought_above_several_others_by_the_least_shift() -> None:
 def test_the_strongest_are_those_that_the_least_shift_would_move_most() -> None:
     np.testing.assert_array_equal(strongest(SLOPE, np.ones(4), 2), [0, 0, 1, 1])
     np.testing.assert_array_equal(strongest(SLOPE, np.array([9.0, 1, 1, 1]), 1), [9, 0, 0, 0])
+
+
+def test_a_jump_past_what_is_wanted_is_told_as_one() -> None:
+    # Linear, and from 3 on 10 higher.
+    found = searched(lambda d: SLOPE @ d + (10 if SLOPE @ d > 3 else 0), lambda _: SLOPE, goal=7.0)
+    assert found.reason == "jumps past it, where other experts are chosen"
+    assert found.passes < 15
+    # As near as there is, on either side.
+    assert min(abs(found.best[0] - 3), abs(found.best[0] - 13)) < 0.3
