@@ -35,7 +35,7 @@ _FOLLOWS, _BENDS, _FAILS, _SHORTER = 0.8, 0.3, 0.1, 0.35
 # So many times it is tried; a new gradient that brings the value nearer by less than this share of what it lacked at
 # first is the last one.
 _MOST_SHORTER, _LEAST_GAIN = 3, 0.02
-# Inside a bracket a secant keeps this share of it away from its ends. Where it is narrower than this share of the shift,
+# Inside a bracket a secant keeps this share of it away from its ends. Where it is narrower than this share of a shift,
 # and its ends differ by more than this share of what was lacking, the value jumps: experts are chosen anew.
 _FROM_ENDS, _NARROW, _JUMP = 0.02, 0.02, 0.2
 
