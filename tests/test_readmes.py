@@ -15,6 +15,7 @@ from jobs import submit
 from jobs.bench import BenchConfig
 from jobs.check import CheckConfig
 from jobs.command_line import as_typed
+from jobs.control import ControlConfig
 from jobs.entry import composed
 from jobs.probe import ProbeConfig
 from jobs.report import ReportConfig
@@ -33,6 +34,7 @@ READMES = [ROOT / "README.md", *sorted(path for name in FOLDERS for path in (ROO
 SETTINGS: dict[str, type] = {
     "scan": ScanConfig, "demo": ScanConfig, "study": StudyConfig, "probe": ProbeConfig, "verify": VerifyConfig,
     "check": CheckConfig, "status": StatusConfig, "tasks": TasksConfig, "report": ReportConfig, "bench": BenchConfig,
+    "control": ControlConfig,
 }  # fmt: skip
 # All but a former name.
 JOBS = {
