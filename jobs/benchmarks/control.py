@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -123,9 +124,7 @@ def foretold(step_p: Doubles, is_reached_p: NDArray[np.bool_], beyond: float) ->
     has the longer step, which no threshold decides. None where there are none of a kind.
     """
     is_said_p, is_missed_p = step_p > beyond, ~is_reached_p
-    pairs_rm = (
-        (step_p[is_missed_p] > step_p[is_reached_p][:, None]).mean() if 0 < is_missed_p.sum() < len(step_p) else None
-    )
+    is_longer_rm = step_p[is_missed_p] > step_p[is_reached_p][:, None]
     return {
         "beyond": beyond,
         "not reached": int(is_missed_p.sum()),
@@ -133,7 +132,7 @@ def foretold(step_p: Doubles, is_reached_p: NDArray[np.bool_], beyond: float) ->
         "right": _share(is_said_p == is_missed_p),
         "precision": _share(is_missed_p[is_said_p]),
         "recall": _share(is_said_p[is_missed_p]),
-        "auc": None if pairs_rm is None else round(float(pairs_rm), 4),
+        "auc": _share(is_longer_rm.ravel()),
     }
 
 
@@ -143,7 +142,7 @@ def _told(found: ControlResult, wishes: Sequence[Wish], seconds: float) -> dict[
     distance_p = np.abs(_distances(wishes, found.probability_before))
     by_distance = {
         f"{low:g} to {high:g} nats": _figures(found, (distance_p >= low) & (distance_p < high))
-        for low, high in zip(_DISTANCES, _DISTANCES[1:], strict=False)
+        for low, high in pairwise(_DISTANCES)
     }
     return {
         **_figures(found, np.ones(len(wishes), bool)),
