@@ -1,8 +1,8 @@
 """`control` on facts: how much of what is asked for is reached, in how many passes, and is what is not foretold?
 
 Prompts, targets and what is wanted of them are drawn, right and wrong targets in equal numbers. What few neurons cannot
-reach is foretold from one gradient, before any shift is tried: by the least shift that would do it if log-odds were
-linear in it, over the activations. Where that is a large share of them, the model will bend before.
+reach is foretold before any shift is tried, in two ways: by the distance, from one plain pass, and by the first step,
+from one gradient: the least shift that would do it if log-odds were linear in it, over the activations.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Settings:
     seed: int
     neurons: int
     tolerance: float
-    beyond: float
+    beyond_nats: float
+    beyond_norms: float
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def run(settings: Settings) -> dict[str, Any]:
     model = load_model(settings.model, device="cpu")
     wishes = drawn(settings.pairs, settings.seed)
     few = f"{settings.neurons} neurons"
-    step_p = first_steps(model, wishes, settings.neurons)
+    distance_p, step_p = before_any_shift(model, wishes, settings.neurons)
     found, seconds = {}, {}
     choices: dict[str, Any] = {"all neurons": "all", few: settings.neurons}
     for name, neurons in choices.items():
@@ -82,7 +83,10 @@ def run(settings: Settings) -> dict[str, Any]:
     share, passes = float(np.mean(_is_near(found["all neurons"]))), float(np.median(found["all neurons"].passes))
     return {
         **{name: _told(own, wishes, seconds[name]) for name, own in found.items()},
-        f"foretold of {few}": foretold(step_p, _is_near(found[few]), settings.beyond),
+        f"not reached with {few}, as foretold": {
+            "by nats to go": foretold(distance_p, _is_near(found[few]), settings.beyond_nats),
+            "by the first step over activations": foretold(step_p, _is_near(found[few]), settings.beyond_norms),
+        },
         "bars": [
             bar(f"share within {_WITHIN}, all neurons", round(share, 4), _LEAST_SHARE, at_most=False),
             bar("median of passes, all neurons", passes, _MOST_PASSES, at_most=True),
@@ -103,28 +107,29 @@ def drawn(pairs: int, seed: int) -> list[Wish]:
     return found
 
 
-def first_steps(model: LanguageModel, wishes: Sequence[Wish], neurons: int) -> Doubles:
-    """Norms of the first steps of `control`, |Δ log-odds| / ‖g‖ over the strongest neurons, as shares of ‖a‖ [P]."""
-    found = neurgrad(
-        model, [own.prompt for own in wishes], [[own.target] for own in wishes], readout="log_odds"
-    )  # fmt: skip
+def before_any_shift(model: LanguageModel, wishes: Sequence[Wish], neurons: int) -> tuple[Doubles, Doubles]:
+    """What is known of wishes beforehand [P] each: |Δ log-odds| in nats, and the norm of the first step over ‖a‖.
+
+    The first step of `control` is |Δ log-odds| / ‖g‖ long, with the gradient g over the strongest neurons alone.
+    """
+    found = neurgrad(model, [own.prompt for own in wishes], [[own.target] for own in wishes], readout="log_odds")
     gradient_pm = np.abs(found.neurgrad[:, 0].reshape(len(wishes), -1).astype(np.float64))
     activation_pm = found.activation.reshape(len(wishes), -1).astype(np.float64)
     strongest_pn = np.sort(gradient_pm, axis=1)[:, -neurons:]
     distance_p = np.abs(_distances(wishes, found.probability[:, 0].astype(np.float64)))
-    share_p: Doubles = distance_p / np.linalg.norm(strongest_pn, axis=1) / np.linalg.norm(activation_pm, axis=1)
-    return share_p
+    step_p: Doubles = distance_p / np.linalg.norm(strongest_pn, axis=1)
+    return distance_p, step_p / np.linalg.norm(activation_pm, axis=1)
 
 
-def foretold(step_p: Doubles, is_reached_p: NDArray[np.bool_], beyond: float) -> dict[str, Any]:
-    """How right it is to say of wishes with a step `beyond` that they will not be reached.
+def foretold(size_p: Doubles, is_reached_p: NDArray[np.bool_], beyond: float) -> dict[str, Any]:
+    """How right it is to say of wishes of a size `beyond` that they will not be reached.
 
     precision: of those of which it is said the share that was not reached; recall: of those that were not reached the
     share of which it was said; right: of all. auc: how often, of one that was and one that was not reached, the latter
-    has the longer step, which no threshold decides. None where there are none of a kind.
+    is the larger, which no threshold decides. None where there are none of a kind.
     """
-    is_said_p, is_missed_p = step_p > beyond, ~is_reached_p
-    is_longer_rm = step_p[is_missed_p] > step_p[is_reached_p][:, None]
+    is_said_p, is_missed_p = size_p > beyond, ~is_reached_p
+    is_larger_rm = size_p[is_missed_p] > size_p[is_reached_p][:, None]
     return {
         "beyond": beyond,
         "not reached": int(is_missed_p.sum()),
@@ -132,7 +137,7 @@ def foretold(step_p: Doubles, is_reached_p: NDArray[np.bool_], beyond: float) ->
         "right": _share(is_said_p == is_missed_p),
         "precision": _share(is_missed_p[is_said_p]),
         "recall": _share(is_said_p[is_missed_p]),
-        "auc": _share(is_longer_rm.ravel()),
+        "auc": _share(is_larger_rm.ravel()),
     }
 
 

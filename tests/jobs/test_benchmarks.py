@@ -175,24 +175,27 @@ def test_wishes_are_drawn_of_right_and_wrong_targets_in_equal_numbers() -> None:
     assert 0.88 < wanted[-1] <= 0.9
 
 
-def test_what_will_not_be_reached_is_foretold_by_the_first_step() -> None:
-    step, is_reached = np.array([0.1, 0.2, 0.3, 0.4]), np.array([True, True, False, True])
-    # Said of the last two, and right of one of them; of three that were reached two have the shorter step.
-    assert control.foretold(step, is_reached, beyond=0.25) == {
+def test_what_will_not_be_reached_is_foretold_by_its_size() -> None:
+    size, is_reached = np.array([0.1, 0.2, 0.3, 0.4]), np.array([True, True, False, True])
+    # Said of the last two, and right of one of them; of three that were reached two are smaller.
+    assert control.foretold(size, is_reached, beyond=0.25) == {
         "beyond": 0.25, "not reached": 1, "said not to be": 2, "right": 0.75, "precision": 0.5, "recall": 1.0,
         "auc": 0.6667,
     }  # fmt: skip
-    nothing = control.foretold(step, np.ones(4, bool), beyond=1)
+    nothing = control.foretold(size, np.ones(4, bool), beyond=1)
     assert (nothing["right"], nothing["precision"], nothing["recall"], nothing["auc"]) == (1.0, None, None, None)
 
 
+@pytest.mark.faults
 @pytest.mark.model
 def test_the_benchmark_of_control_foretells_from_the_step_that_control_tries(
     smollm2: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "load_model", lambda source, device: smollm2)
     monkeypatch.setattr(control, "set_threads", lambda n: None)
-    settings = control.Settings("control", "smollm2", 1, pairs=4, seed=0, neurons=16, tolerance=0.01, beyond=0.05)
+    settings = control.Settings(
+        "control", "smollm2", 1, pairs=4, seed=0, neurons=16, tolerance=0.01, beyond_nats=12, beyond_norms=0.05
+    )
     found = control.run(settings)
     assert next((one["value"], one["reached"]) for one in found["bars"]) == (1.0, True)
     assert found["all neurons"]["within 0.02"] == 1
@@ -204,7 +207,11 @@ def test_the_benchmark_of_control_foretells_from_the_step_that_control_tries(
     )  # fmt: skip
     is_given = tried.norm > 0
     assert is_given.any()
-    first = control.first_steps(smollm2, wishes, 16)
+    distance, first = control.before_any_shift(smollm2, wishes, 16)
     np.testing.assert_allclose(first[is_given], tried.relative_norm[is_given], rtol=1e-3)
+    odds = [own.wanted / (1 - own.wanted) for own in wishes] / (
+        tried.probability_before / (1 - tried.probability_before)
+    )
+    np.testing.assert_allclose(distance, np.abs(np.log(odds)), rtol=1e-4)
     with refused(ConfigurationError, "benchmark.pairs", "1", says="at least 2"):
         control.run(replace(settings, pairs=1))
