@@ -16,8 +16,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import neg_service
+from jobs.descriptions import describe_plan
 from jobs.entry import CONF
-from jobs.scan import describe_plan
 from neg_service.cluster.prepare import prepare
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ConfigurationError
