@@ -246,7 +246,7 @@ OF_BEFORE = "Options = read = check = identity = tables = cost_a_prompt = calibr
             "own.odd",
             ("measure.name", "own.odd", r"own\.odd defines no subclass"),
         ),
-        ("", "own.none", ("measure.name", "own.none", "one of activation, aggregate_importance, gradient")),
+        ("", "own.none", ("measure.name", "own.none", "one of activation, aggregate_importance, control, gradient")),
     ],
 )
 def test_modules_without_exactly_one_measure_say_what_is_wrong(
