@@ -17,7 +17,8 @@ from neg_service.report import control_figures
 from neg_service.report.console import describe_tables
 from neg_service.report.page import Section
 from neg_service.report.sections import control as sections
-from neg_service.report.sections import side_effects
+from neg_service.report.sections import sections_of, side_effects
+from neg_service.report.sections.loading import Loaded
 from neg_service.report.wishes import BY_SIZE, Carried, Quartiles, by_size, carried, met_in, moved, to_go
 from neg_service.storage.reader import Run
 from tests.here import scan_here
@@ -169,7 +170,7 @@ def test_side_effects_stand_beside_their_baselines_with_intervals(run: Run, sect
     for shown, row in zip(each, rows, strict=True):
         assert (shown["target"], shown["method"], shown["n"]) == (row["target"], row["method"], "3")
         assert shown["target's p where steered"] == f"{row['steered_probability']:.4f}"
-        assert shown["KL, nats"] == f"{row['kl']:.4f} ({row['kl_low']:.4f} to {row['kl_high']:.4f})"
+        assert shown["KL, nats"] == f"{row['kl']:.2g} ({row['kl_low']:.2g} to {row['kl_high']:.2g})"
         assert shown["top answer stays, %"].startswith(f"{100 * row['same_top']:.0f} (")
     summary = grid_of(section, "effects-0")
     assert [row["method"] for row in summary] == ["shift", "logit constant", "random neurons"]
@@ -250,6 +251,13 @@ def test_the_console_says_how_many_wishes_were_reached(run: Run) -> None:
     assert told["wishes"] == str(met_in(run.table("control").to_batches()))
     n_shifts = run.table("control_shift").count_rows()
     assert told["values"] == f"{n_shifts} of shift, units of activation"
+
+
+def test_what_was_run_says_what_was_wanted(run: Run) -> None:
+    (grid,) = [grid for grid in sections_of(Loaded([run]))[0].grids if grid.title == "Runs"]
+    settings = grid.rows[0][grid.head.index("settings")]
+    assert "max_passes 4" in settings
+    assert settings.endswith("probability 0.02, 0.3, 0.9, 3 references")
 
 
 def test_a_page_of_such_a_run(run: Run, tmp_path: Path) -> None:

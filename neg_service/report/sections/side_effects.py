@@ -121,9 +121,9 @@ def _listed(
             texts[row["prompt_id"]], row["target"],
             wanted[row["prompt_id"], row["target"], row["wish"]], row["kind"], row["method"],
             f"{row['steered_probability']:.4f}", f"{row['size']:.3g}", str(row["n"]),
-            interval(row, "kl", 4), interval(row, "same_top", 0, 100), interval(row, "answer_probability_before", 3),
-            interval(row, "answer_probability", 3), interval(row, "target_probability_before", 4),
-            interval(row, "target_probability", 4),
+            _interval(row, "kl"), interval(row, "same_top", 0, 100), interval(row, "answer_probability_before", 3),
+            interval(row, "answer_probability", 3), _interval(row, "target_probability_before"),
+            _interval(row, "target_probability"),
         )
         for row in shown
     ]  # fmt: skip
@@ -138,6 +138,14 @@ def _listed(
             name=f"effects-each-{number}",
         )
     ]  # fmt: skip
+
+
+def _interval(row: Row, name: str) -> str:
+    """A mean of several orders of magnitude with its interval, to two digits; a dash where it has no meaning."""
+    value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if value != value:
+        return "-"
+    return f"{value:.2g} ({low:.2g} to {high:.2g})" if low == low else f"{value:.2g}"
 
 
 def _effects(table: pa.Table, number: int) -> list[Picture]:
