@@ -45,8 +45,12 @@ class Found:
 
 def first_and_achieved(found: Found) -> Draw:
     """Two panels: what the first shot gave, and what was achieved, against what was wanted."""
-    extent = _extent([found.wanted_w, found.achieved_w], is_of_probabilities=found.is_of_probabilities)
-    wanted_w, spread = found.wanted_w, _SPREAD * (extent[1] - extent[0])
+    along, extent = (0.0, 1.0), (0.0, 1.0)
+    if not found.is_of_probabilities:
+        # Of first shots of margins few are farther off than all others.
+        far = np.nanquantile(found.first_w, (0.02, 0.98)) if np.isfinite(found.first_w).any() else found.wanted_w
+        along, extent = _extent(found.wanted_w), _extent(np.r_[found.wanted_w, found.achieved_w, far])
+    wanted_w, spread = found.wanted_w, _SPREAD * (along[1] - along[0])
     levels = np.unique(wanted_w)
     if len(levels) <= _FEW:
         wanted_w = wanted_w + _draws(len(wanted_w)) * spread
@@ -61,15 +65,14 @@ def first_and_achieved(found: Found) -> Draw:
                     levels, levels - 1.6 * spread, levels + 1.6 * spread, color=theme.faint, linewidth=2, zorder=0
                 )
             else:
-                axes.plot(extent, extent, color=theme.faint, zorder=0)
+                axes.plot(along, along, color=theme.faint, zorder=0)
             for is_own, name, colour, marker in _reached(found.is_reached_w, theme):
                 value_w = np.clip(own_w[is_own], *extent)
                 axes.plot(wanted_w[is_own], value_w, marker, markersize=6, alpha=0.6, color=colour, label=name)
             axes.set_title(title, fontsize=10.5)
             axes.set_xlabel(f"wanted, {found.label}")
-        room = 0.02 * (extent[1] - extent[0])
-        panels[0].set_xlim(extent[0] - room, extent[1] + room)
-        panels[0].set_ylim(extent[0] - room, extent[1] + room)
+        for (low, high), limit in ((along, panels[0].set_xlim), (extent, panels[0].set_ylim)):
+            limit(low - 0.02 * (high - low), high + 0.02 * (high - low))
         panels[0].set_ylabel(found.label)
         _legend(figure, panels[0])
 
@@ -184,12 +187,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
             handle.set_alpha(1)
 
 
-def _extent(values: Sequence[Doubles], *, is_of_probabilities: bool) -> tuple[float, float]:
-    """The ends of both axes."""
-    if is_of_probabilities:
-        return 0.0, 1.0
-    whole = np.concatenate(values)
-    low, high = float(whole.min(initial=0)), float(whole.max(initial=0))
+def _extent(values: Doubles) -> tuple[float, float]:
+    """The ends of an axis that holds these, with some room."""
+    low, high = float(values.min()), float(values.max())
     room = 0.1 * (high - low) or 1.0
     return low - room, high + room
 
