@@ -7,11 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
-from jobs.scan import describe_plan, describe_summary
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.measures.builtin.control import ControlOptions
-from neg_service.report.control import results_text
-from neg_service.storage.reader import open_run
 
 
 @dataclass
@@ -24,8 +21,11 @@ class ControlConfig(ScanConfig):
 def control(config: DictConfig) -> int:
     """Run or continue a scan with the measure `control`, and show what it found."""
     # Slow to load: see `entry.py`.
+    from jobs.descriptions import describe_plan, describe_summary
     from neg_service.cluster.prepare import prepare
     from neg_service.cluster.scan import run
+    from neg_service.report.control import results_text
+    from neg_service.storage.reader import open_run
 
     asked = typed(ControlConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     settings = {own.name: getattr(asked, own.name) for own in fields(ScanConfig)}

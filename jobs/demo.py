@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from jobs.descriptions import describe_plan, describe_summary
 from jobs.entry import EXIT_INCOMPLETE, start
 from jobs.report import write_report
-from jobs.scan import describe_plan, describe_summary
 from neg_service.config import NeuronsConfig, ScanConfig, typed
 from neg_service.errors import ConfigurationError
 from neg_service.places import below, parent_of

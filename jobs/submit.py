@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 
 from jobs.command_line import as_typed
 from jobs.conf_folder import CONF, PROJECT
+from jobs.descriptions import describe_plan
 from jobs.entry import command, composed, in_one_line, refuse_credentials_in
 from jobs.guard import EXIT_INTERRUPTED
 from jobs.probe import ProbeConfig
-from jobs.scan import describe_plan
 from jobs.study import StudyConfig
 from jobs.verify import VerifyConfig
 from neg_service.config import ScanConfig, check, plain, typed

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pytest
 
 import neg_service
+from jobs.descriptions import describe_plan
 from jobs.entry import EXIT_INCOMPLETE, composed
-from jobs.scan import describe_plan
 from jobs.status import describe
 from jobs.verify import VerifyConfig
 from jobs.verify import verify as verify_command

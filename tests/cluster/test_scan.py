@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.scan import describe_plan
+from jobs.descriptions import describe_plan
 from neg_service.cluster import inputs as preparing
 from neg_service.cluster import scan
 from neg_service.cluster.driver import Outcome

@@ -16,8 +16,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import neg_service
+from jobs.descriptions import describe_plan
 from jobs.entry import CONF
-from jobs.scan import describe_plan
 from neg_service.cluster.prepare import prepare
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ConfigurationError
@@ -246,7 +246,7 @@ OF_BEFORE = "Options = read = check = identity = tables = cost_a_prompt = calibr
             "own.odd",
             ("measure.name", "own.odd", r"own\.odd defines no subclass"),
         ),
-        ("", "own.none", ("measure.name", "own.none", "one of activation, aggregate_importance, gradient")),
+        ("", "own.none", ("measure.name", "own.none", "one of activation, aggregate_importance, control, gradient")),
     ],
 )
 def test_modules_without_exactly_one_measure_say_what_is_wrong(

@@ -67,6 +67,9 @@ class ControlOptions:
         "strongest", "which neurons' shifts are stored: the `top_k` largest, or all", allowed=KEEP_SHIFT
     )
     top_k: int = setting(100, "how many, for keep_shift: strongest", least=1)
+    write: int = setting(
+        0, "tokens of text that are written behind each prompt, without and with its shift, to be looked at", least=0
+    )
     references: Any = setting(
         None,
         "a data set of prompts with answers, on which each shift's side effects are measured: a file, or a list of "
@@ -145,7 +148,7 @@ class Control(Measure[ControlOptions]):
         given = self.configuration()
         if self.options.keep_shift == "all":
             del given["top_k"]
-        return {name: value for name, value in given.items() if name not in ("references", "holding") or value}
+        return {name: value for name, value in given.items() if name not in ("references", "holding", "write") or value}
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts`, `control`, `control_side_effects` where there are references, and `control_shift`."""
@@ -191,28 +194,52 @@ class Control(Measure[ControlOptions]):
         held = _held(model, rows, options.holding)
         movable = self._movable(shard.neurons)
         found = [own for _, own in steered(rows, model, prompts, aims, movable, options.max_passes, held)]
-        effects = self._effects(shard, rows, asked, found)
+        effects, texts = self._effects(shard, rows, asked, found), self._texts(shard, rows, asked, found)
         for index, prompt in enumerate(shard.prompts):
             places = [place for place, own in enumerate(asked) if own.index == index]
             first = found[places[0]]
             probability_k = first.logits_before_v.softmax(0)[list(prompt.target_ids)].float().numpy()
             of_prompt = prompt_tables(prompt, probability_k, first.routing, model.feed_forward.has_experts)
-            own_tables = [self._tables_of(prompt, asked[place], found[place], model) for place in places]
+            own_tables = [self._tables_of(prompt, asked[place], found[place], texts[place], model) for place in places]
             joined = {name: pa.concat_tables([own[name] for own in own_tables]) for name in own_tables[0]}
             if effects is not None:
                 joined["control_side_effects"] = pa.concat_tables([effects[place] for place in places])
             yield index, {**of_prompt, **joined}
 
     def _tables_of(
-        self, prompt: EncodedPrompt, own: _Asked, found: Steered, model: LanguageModel
+        self,
+        prompt: EncodedPrompt,
+        own: _Asked,
+        found: Steered,
+        texts: tuple[str, str, str] | None,
+        model: LanguageModel,
     ) -> dict[str, pa.Table]:
         options, dtype = self.options, str(model.dtype).removeprefix("torch.")
         most = None if options.keep_shift == "all" else options.top_k
-        against = own.wanted.against
+        against, norm = own.wanted.against, options.norm
         return {
-            "control": control_row(prompt, own.target, own.wish, against, found, options.basis, dtype, options.norm),
+            "control": control_row(prompt, own.target, own.wish, against, found, options.basis, dtype, norm, texts),
             "control_shift": shift_rows(prompt, own.target, own.wish, found, options.basis, most),
         }
+
+    def _texts(
+        self, shard: ShardInput, rows: ShiftedRows, asked: Sequence[_Asked], found: Sequence[Steered]
+    ) -> Sequence[tuple[str, str, str] | None]:
+        """What is written behind each prompt without its shift, with it once, and with it everywhere."""
+        from neg_service.measures.control.control import result_of
+        from neg_service.measures.control.generation import require_generator, written
+
+        n = self.options.write
+        if not n:
+            return [None] * len(asked)
+        require_generator(shard.model)
+        result = result_of(shard.model, found, shard.layers, self.options.basis, rows.dtype)
+        texts = []
+        for place, own in enumerate(asked):
+            ids = shard.prompts[own.index].ids
+            once, everywhere = (written(shard.model, ids, result, place, n, at) for at in ("readout", "all"))
+            texts.append((once.before, once.after, everywhere.after))
+        return texts
 
     def _effects(
         self, shard: ShardInput, rows: ShiftedRows, asked: Sequence[_Asked], found: Sequence[Steered]

@@ -72,10 +72,18 @@ def generate(
     check_place(at)
     if not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1:
         raise ConfigurationError(setting="n_tokens", value=n_tokens, allowed="at least 1")
-    if model.is_masked or not model.model.can_generate():
-        kind = "a masked model" if model.is_masked else type(model.model).__name__
-        raise ModelError(f"{model.name} is {kind}, which generates no text: choose a causal one", change="model.source")
-    ids = encoded(model, prompt).ids
+    require_generator(model)
+    return written(model, encoded(model, prompt).ids, shift, index, n_tokens, at)
+
+
+def written(
+    model: LanguageModel, ids: Sequence[int], shift: ControlResult | ExportedShift, index: int, n_tokens: int, at: str
+) -> Generated:
+    """The same behind the tokens of a prompt, of a model that generates.
+
+    Raises:
+        ConfigurationError: more tokens than the context holds, or no such index.
+    """
     if model.context_length is not None and len(ids) + n_tokens > model.context_length:
         raise ConfigurationError(
             f"the context of {model.name} holds {model.context_length} tokens, the prompt has {len(ids)}",
@@ -94,6 +102,17 @@ def generate(
         with shifting:
             after = _text(model, ids)
     return Generated(before, after)
+
+
+def require_generator(model: LanguageModel) -> None:
+    """Refuse a model that writes no text.
+
+    Raises:
+        ModelError: saying what it is.
+    """
+    if model.is_masked or not model.model.can_generate():
+        kind = "a masked model" if model.is_masked else type(model.model).__name__
+        raise ModelError(f"{model.name} is {kind}, which generates no text: choose a causal one", change="model.source")
 
 
 @contextmanager

@@ -80,6 +80,12 @@ class ShiftedRows:
         return self._model.n_output_ids
 
     @property
+    def n_neurons(self) -> int:
+        """How many neurons of the layers act on a prompt."""
+        sizes = self._model.feed_forward.layer_neurons
+        return sum(sizes[layer].n_slots for layer in self._layers)
+
+    @property
     def epsilon(self) -> float:
         """The relative rounding of logits."""
         dtype = torch.float32 if self._by_differences else self._model.dtype
@@ -176,7 +182,9 @@ class ShiftedRows:
             yield
             return
         feed_forward = self._model.feed_forward
-        added = {site: _Added.of(site, point.size, shifts, feed_forward) for site, point in self._points.items()}
+        added = {
+            site: _Added.of(site, point.size, shifts, feed_forward, self.dtype) for site, point in self._points.items()
+        }
         moved = {site: point for site, point in self._points.items() if added[site].moves}
         with watching_routing() as routing:
 
@@ -197,11 +205,13 @@ class _Added:
     expert_rk: Tensor | None = None
 
     @classmethod
-    def of(cls, site: Site, size: int, shifts: Sequence[Shift | None], feed_forward: FeedForward) -> _Added:
-        """Of the shifts of all rows."""
+    def of(
+        cls, site: Site, size: int, shifts: Sequence[Shift | None], feed_forward: FeedForward, dtype: type[np.floating]
+    ) -> _Added:
+        """Of the shifts of all rows; `dtype`: to which they are rounded already."""
         n = feed_forward.layer_neurons[site.layer].n_of_expert if site.is_experts else size
         k = size // n
-        shift_rkn = np.zeros((len(shifts), k, n))
+        shift_rkn = np.zeros((len(shifts), k, n), dtype)
         expert_rk = np.full((len(shifts), k), NO_EXPERT)
         for r, own in enumerate(shifts):
             if own is None:

@@ -26,8 +26,8 @@ from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
-# So many prompts' searches run together.
-_TOGETHER = 64
+# So many prompts' searches run together, and of so many neurons in all: each search holds some vectors of these.
+_TOGETHER, _NEURONS_TOGETHER = 64, 2**24
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def steered(
     """
     # Of experts each prompt has an array of its own of what is held.
     is_alone = rows.one_at_a_time or (held is not None and model.feed_forward.has_experts)
-    together = 1 if is_alone else _TOGETHER
+    together = 1 if is_alone else max(1, min(_TOGETHER, _NEURONS_TOGETHER // max(1, rows.n_neurons)))
     for start in range(0, len(prompts), together):
         own = slice(start, start + together)
         found = _steered_together(rows, model, prompts[own], aims[own], movable, max_passes, held)

@@ -59,6 +59,11 @@ CONTROL = pa.schema(
         pa.field("norm", pa.float64(), nullable=False),
         pa.field("relative_norm", pa.float64(), nullable=False),
         pa.field("largest", pa.float64(), nullable=False),
+        # Where it was asked for: what the model writes behind the prompt without the shift, with it at the readout
+        # position alone, and with it at all positions.
+        pa.field("text_before", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("text_everywhere", pa.string()),
     ]
 )
 
@@ -93,7 +98,7 @@ def side_effect_rows(prompt: EncodedPrompt, target: int, wish: int, effects: pa.
 
 def control_row(
     prompt: EncodedPrompt, target: int, wish: int, against: str | None, found: Steered, basis: str, dtype: str,
-    norm_is: str,
+    norm_is: str, texts: tuple[str, str, str] | None = None,
 ) -> pa.Table:  # fmt: skip
     """The row of table `control`."""
     return table_of(
@@ -115,6 +120,7 @@ def control_row(
             )
         },
         reason=found.reason,
+        **dict(zip(("text_before", "text", "text_everywhere"), texts or (None, None, None), strict=True)),
         n_moved=[int(np.count_nonzero(found.shift.shift_m))],
     )  # fmt: skip
 

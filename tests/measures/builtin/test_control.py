@@ -109,6 +109,19 @@ def test_side_effects_are_those_of_the_library() -> None:
         np.testing.assert_allclose([row[name] for row in rows], own.table()[name].to_numpy(), rtol=1e-6, err_msg=name)
 
 
+def test_texts_are_those_that_the_library_writes() -> None:
+    rows = scanned(PROMPTS[:1], probability=0.2, write=4)["control"].to_pylist()
+    model = tiny_model("Llama 2", torch.float64)
+    result = neg_service.control(model, PROMPTS[0].text, " w8", probability=0.2, tolerance=1e-4)
+    once, all_ = (neg_service.generate(model, PROMPTS[0].text, result, n_tokens=4, at=at) for at in ("readout", "all"))
+    assert (rows[0]["text_before"], rows[0]["text"], rows[0]["text_everywhere"]) == (
+        once.before,
+        once.after,
+        all_.after,
+    )
+    assert scanned(PROMPTS[:1], probability=0.2)["control"]["text"].to_pylist() == [None]
+
+
 def test_half_of_the_references_are_held_and_the_others_measured() -> None:
     measure = measure_of(
         {"name": "control", "tolerance": 1e-4, "probability": 0.02, "references": REFERENCES, "holding": "references"}
