@@ -25,7 +25,11 @@ BY_SIZE = (
     "nats to go", "wishes", "reached", "first shot off", "achieved off", "NEG's prediction off",
     "log-odds' prediction off", "passes", "of ‖a‖",
 )  # fmt: skip
-_TEXTS = {"prompt_id", "target", "kind", "against", "basis", "dtype", "norm_is", "reason", "is_answer"}
+# Of what it is made.
+_NUMBERS = (
+    "wanted", "first_shot", "achieved", "probability", "predicted_by_neg", "predicted_by_log_odds", "reached", "passes",
+    "relative_norm",
+)  # fmt: skip
 _THERE = "already there"
 
 
@@ -104,7 +108,7 @@ def by_size(table: pa.Table) -> list[tuple[str, ...]]:
     own = table.filter(pc.equal(table["kind"], "probability"))
     if not own.num_rows:
         return []
-    value = {name: own[name].to_numpy() for name in own.column_names if name not in _TEXTS}
+    value = {name: own[name].to_numpy() for name in _NUMBERS}
     found = []
     for low, high, is_own in _within(to_go(own), SIZES):
         of = {name: column[is_own] for name, column in value.items()}

@@ -138,6 +138,7 @@ def test_the_section_says_what_the_tables_say(run: Run, section: Section) -> Non
     assert [(row["target"], row["wanted"], row["p achieved"], row["why"]) for row in missed] == [
         (row["target"], f"{row['wanted']:g}", f"{row['probability']:.4f}", row["reason"]) for row in unmet
     ]
+    assert not [grid for grid in section.grids if grid.name.startswith("written")]
     names = ["wanted-0", "effort-0", "predictions-0", "effects-0"]
     assert [picture.name for picture in section.pictures] == names
 
@@ -190,23 +191,26 @@ def test_wishes_of_every_kind_are_shown_also_without_references(place: Path, tin
     ]
     file = place / "wishes.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    section = only_section(
-        scan_here(
-            ScanConfig(
-                model=ModelConfig(source=str(tiny_directory)),
-                dataset=DatasetConfig(source=str(file)),
-                measure={"name": "control", "probability": 0.1, "keep_shift": "all"},
-                neurons=NeuronsConfig(choose="top", count=7),
-                storage=StorageConfig(uri=str(place / "runs")),
-            )
+    run = scan_here(
+        ScanConfig(
+            model=ModelConfig(source=str(tiny_directory)),
+            dataset=DatasetConfig(source=str(file)),
+            measure={"name": "control", "probability": 0.1, "keep_shift": "all", "write": 3},
+            neurons=NeuronsConfig(choose="top", count=7),
+            storage=StorageConfig(uri=str(place / "runs")),
         )
     )
+    section = only_section(run)
     names = ["wanted-0", "wanted-margin-0", "effort-0", "predictions-0"]
     assert [picture.name for picture in section.pictures] == names
     assert "A shift moves 7 neurons" in section.text
     asked = dict.fromkeys(row["wanted"] for row in grid_of(section, "moved"))
     assert list(asked) == ["0.03", "top", "-1 nats above ' w20'", "0.1"]
     assert not [grid for grid in section.grids if "effects" in grid.name]
+    written = ("text_before", "text", "text_everywhere")
+    texts = [tuple(repr(row[name]) for name in written) for row in run.table("control").to_table().to_pylist()]
+    assert len({text for row in texts for text in row}) > 1
+    assert [tuple(row.values())[3:] for row in grid_of(section, "written")] == texts
 
 
 def test_many_wishes_are_counted_and_of_few_it_is_shown_what_they_are(

@@ -32,6 +32,10 @@ _READ = (
     *_KEY, "kind", "wanted", "against", "probability_before", "probability", "value_before", "first_shot", "achieved",
     "reached", "reason", "predicted_by_neg", "predicted_by_log_odds", "passes", "n_moved", "relative_norm",
 )  # fmt: skip
+# What was written behind a prompt, where that was asked for.
+_WRITTEN = {
+    "text_before": "without the shift", "text": "with it at the last position", "text_everywhere": "with it everywhere",
+}  # fmt: skip
 Key = tuple[str, str, int]
 
 
@@ -71,7 +75,8 @@ def control_section(run: Run, name: str, number: int) -> Section:
         return Section(f"run-{number}", title)
     bins = carried(table)
     of = f" Of {table.num_rows} of the {kept.met.n} wishes, drawn at random." * (table.num_rows < kept.met.n)
-    grids = [*_by_size(table, of), *_carried(bins, of), *_unmet(run, kept, number), *_strongest(run, kept, number)]
+    grids = [*_by_size(table, of), *_carried(bins, of), *_unmet(run, kept, number)]
+    grids += [*_written(run, name, kept, number), *_strongest(run, kept, number)]
     pictures = [*_wanted(table, number), _effort(table, number), *_predictions(table, bins, number)]
     for other in run.tables:
         if is_of_side_effects(run.schemas[other].names):
@@ -160,14 +165,41 @@ def _unmet(run: Run, kept: _Kept, number: int) -> list[Grid]:
     return [Grid(title, caption, head, rows, range(3, 8), is_interactive=True, name=f"unmet-{number}")]
 
 
+def _written(run: Run, name: str, kept: _Kept, number: int) -> list[Grid]:
+    """What the model writes behind the first prompts, without and with the shift of each wish."""
+    if not set(_WRITTEN) <= set(run.schemas[name].names):
+        return []
+    only = pc.field("text_before").is_valid() & pc.field("prompt_id").isin(_prompts(kept))
+    batches = run.table(name, [*_KEY, *_WRITTEN], only).to_batches(batch_size=8192)
+    written = [row for batch in batches for row in batch.to_pylist() if key_of(row) in kept.first]
+    if not written:
+        return []
+    texts = texts_of(run, {row["prompt_id"] for row in written})
+    rows = [
+        (texts[row["prompt_id"]], row["target"], kept.first[key_of(row)], *(repr(row[own]) for own in _WRITTEN))
+        for row in written
+    ]
+    caption = (
+        "Text that the model writes behind a prompt, the most probable token each time: without the shift, with it at "
+        "the prompt's last position alone, where it was looked for, and with it at all positions."
+    )
+    caption += f" Of the first {len(kept.first)} wishes." * (kept.met.n > len(kept.first))
+    head = ("prompt", "target", "wanted", *_WRITTEN.values())
+    return [Grid("What the model writes", caption, head, rows, is_interactive=True, name=f"written-{number}")]
+
+
+def _prompts(kept: _Kept) -> pa.Array:
+    return pa.array(sorted({prompt for prompt, *_ in kept.first}), pa.string())
+
+
 def _strongest(run: Run, kept: _Kept, number: int) -> list[Grid]:
     """Of the first wishes, the neurons that are moved most."""
     name = next((own for own in run.tables if {"wish", "rank", "neuron", "shift"} <= set(run.schemas[own].names)), None)
     if name is None:
         return []
-    prompts = sorted({prompt for prompt, *_ in kept.first})
+    prompts = _prompts(kept)
     cells: dict[str, Any] = {**neuron_cells(run), "shift": "{:+.4f}".format, "activation": "{:+.4f}".format}
-    only = (pc.field("rank") < STRONGEST) & pc.field("prompt_id").isin(pa.array(prompts, pa.string()))
+    only = (pc.field("rank") < STRONGEST) & pc.field("prompt_id").isin(prompts)
     moved = [
         row
         for batch in run.table(name, [*_KEY, "rank", *cells], only).to_batches(batch_size=8192)
@@ -177,7 +209,7 @@ def _strongest(run: Run, kept: _Kept, number: int) -> list[Grid]:
     # As wishes come; parts of a run have their rows by layer.
     order = {key: place for place, key in enumerate(kept.first)}
     moved.sort(key=lambda row: (order[key_of(row)], row["rank"]))
-    texts = texts_of(run, prompts)
+    texts = texts_of(run, prompts.to_pylist())
     rows = [
         (
             texts[row["prompt_id"]], row["target"], kept.first[key_of(row)],
