@@ -27,6 +27,7 @@ _BEGIN, _END = "<!-- settings -->\n", "\n<!-- /settings -->"
 _ANY = {
     "cluster.replicas": "auto or a number",
     "neurons.layers": "text or a list",
+    "measure.probability": "number or list of number",
     "measure.shifts": "list or null",
     "cluster.batch_tokens": "whole number, auto or null",
     "measure.batch_bytes": "whole number, auto or null",

@@ -7,7 +7,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import neg_service
@@ -15,6 +17,7 @@ from jobs import submit
 from jobs.bench import BenchConfig
 from jobs.check import CheckConfig
 from jobs.command_line import as_typed
+from jobs.control import ControlConfig
 from jobs.entry import composed
 from jobs.probe import ProbeConfig
 from jobs.report import ReportConfig
@@ -33,6 +36,7 @@ READMES = [ROOT / "README.md", *sorted(path for name in FOLDERS for path in (ROO
 SETTINGS: dict[str, type] = {
     "scan": ScanConfig, "demo": ScanConfig, "study": StudyConfig, "probe": ProbeConfig, "verify": VerifyConfig,
     "check": CheckConfig, "status": StatusConfig, "tasks": TasksConfig, "report": ReportConfig, "bench": BenchConfig,
+    "control": ControlConfig,
 }  # fmt: skip
 # All but a former name.
 JOBS = {
@@ -149,7 +153,10 @@ def test_the_reference_of_settings_is_up_to_date() -> None:
 
 def test_all_recipes_in_python_are_run() -> None:
     # That of storage is run on a real server, in `storage/test_s3_results.py`.
-    run = {ROOT / "README.md", ROOT / "neg_service" / "README.md", ROOT / "neg_service" / "storage" / "README.md"}
+    run = {
+        ROOT / "README.md",
+        *(ROOT / "neg_service" / own / "README.md" for own in ("", "storage", "measures/control")),
+    }
     assert {path for path in READMES if blocks(path)} == run
 
 
@@ -163,6 +170,25 @@ def test_the_recipes_of_the_library_run_as_they_stand(smollm2: LanguageModel, mo
     assert names["result"].neurgrad.shape == (1, 2, 30, 1536)  # type: ignore[attr-defined]
     # One prompt, two edits, two targets.
     assert names["e"].probability.shape == (1, 2, 2)  # type: ignore[attr-defined]
+
+
+@pytest.mark.model
+def test_the_recipes_of_control_run_as_they_stand(
+    smollm2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(neg_service, "load_model", {"smollm2": smollm2}.__getitem__)
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "neg_service" / "measures" / "control" / "README.md"):
+        exec(block, names)
+    assert names["result"].shift.shape == (1, 30, 1536)
+    assert all(names[own].reached.all() for own in ("result", "few", "above", "careful"))
+    # The same shift as edits, and as exported.
+    np.testing.assert_allclose(names["after"].probability[0, 0, 0], names["result"].achieved, rtol=1e-4)
+    exported = names["logits"][0, -1].softmax(0)[smollm2.tokenizer(" Rome").input_ids[0]]
+    np.testing.assert_allclose(exported.item(), names["careful"].achieved[0], rtol=1e-4)
+    assert names["table"].num_rows == 6
+    assert names["texts"].before != names["texts"].after
 
 
 @pytest.mark.model

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+import neg_service
 from jobs.bench import bench
-from jobs.benchmarks import neurgrad, ways
+from jobs.benchmarks import control, neurgrad, ways
 from jobs.benchmarks.figures import FAST, OFF
 from jobs.benchmarks.sweep import LLAMA_3B, _bars, _errors, _multiplications, _ratios
 from neg_service.errors import ConfigurationError
@@ -159,3 +161,57 @@ def test_what_the_gradients_benchmark_makes_of_its_turns(product: str, monkeypat
     assert (gain is not None) is (product == "onednn")
     assert (f"expert{FAST}" in found["seconds_a_prompt"]) is (product == "onednn")
     assert gain is None or (gain["value"], gain["reached"]) == (2, True)
+
+
+def test_wishes_are_drawn_of_right_and_wrong_targets_in_equal_numbers() -> None:
+    wishes = control.drawn(200, seed=3)
+    assert wishes == control.drawn(200, seed=3)
+    assert wishes != control.drawn(200, seed=4)
+    right = {prompt.text: prompt.targets[prompt.answer] for prompt in load() if prompt.answer is not None}
+    assert [own.target == right[own.prompt] for own in wishes] == [own.is_right for own in wishes]
+    assert sum(own.is_right for own in wishes) == 100
+    wanted = sorted(own.wanted for own in wishes)
+    assert 0.1 <= wanted[0] < 0.12
+    assert 0.88 < wanted[-1] <= 0.9
+
+
+def test_what_will_not_be_reached_is_foretold_by_its_size() -> None:
+    size, is_reached = np.array([0.1, 0.2, 0.3, 0.4]), np.array([True, True, False, True])
+    # Said of the last two, and right of one of them; of three that were reached two are smaller.
+    assert control.foretold(size, is_reached, beyond=0.25) == {
+        "beyond": 0.25, "not reached": 1, "said not to be": 2, "right": 0.75, "precision": 0.5, "recall": 1.0,
+        "auc": 0.6667,
+    }  # fmt: skip
+    nothing = control.foretold(size, np.ones(4, bool), beyond=1)
+    assert (nothing["right"], nothing["precision"], nothing["recall"], nothing["auc"]) == (1.0, None, None, None)
+
+
+@pytest.mark.faults
+@pytest.mark.model
+def test_the_benchmark_of_control_foretells_from_the_step_that_control_tries(
+    smollm2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "load_model", lambda source, device: smollm2)
+    monkeypatch.setattr(control, "set_threads", lambda n: None)
+    settings = control.Settings(
+        "control", "smollm2", 1, pairs=4, seed=0, neurons=16, tolerance=0.01, beyond_nats=12, beyond_norms=0.05
+    )
+    found = control.run(settings)
+    assert next((one["value"], one["reached"]) for one in found["bars"]) == (1.0, True)
+    assert found["all neurons"]["within 0.02"] == 1
+    assert found["16 neurons"]["norm over that of activations"]["unit"] == "ratio"
+    wishes = control.drawn(4, 0)
+    tried = neg_service.control(
+        smollm2, [own.prompt for own in wishes], [own.target for own in wishes], neurons=16, max_passes=1,
+        probability=[own.wanted for own in wishes],
+    )  # fmt: skip
+    is_given = tried.norm > 0
+    assert is_given.any()
+    distance, first = control.before_any_shift(smollm2, wishes, 16)
+    np.testing.assert_allclose(first[is_given], tried.relative_norm[is_given], rtol=1e-3)
+    odds = [own.wanted / (1 - own.wanted) for own in wishes] / (
+        tried.probability_before / (1 - tried.probability_before)
+    )
+    np.testing.assert_allclose(distance, np.abs(np.log(odds)), rtol=1e-4)
+    with refused(ConfigurationError, "benchmark.pairs", "1", says="at least 2"):
+        control.run(replace(settings, pairs=1))

@@ -19,6 +19,7 @@ from jobs.advice import for_a_shell, in_quotes
 from jobs.bench import BenchConfig
 from jobs.check import CheckConfig
 from jobs.command_line import as_typed, require_text
+from jobs.control import ControlConfig
 from jobs.entry import CONF, composed
 from jobs.probe import ProbeConfig
 from jobs.report import ReportConfig
@@ -34,6 +35,7 @@ from tests.refusals import refused
 SETTINGS: dict[str, type] = {
     "scan": ScanConfig, "demo": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "check": CheckConfig,
     "status": StatusConfig, "verify": VerifyConfig, "report": ReportConfig, "tasks": TasksConfig, "bench": BenchConfig,
+    "control": ControlConfig,
 }  # fmt: skip
 # What Hydra's grammar or YAML makes a number, a truth value, a call or another text of.
 CHANGED = [
@@ -81,7 +83,9 @@ def test_one_text_stays_as_it_was_typed(text: str) -> None:
             assert read(said) == text, key
 
 
-@pytest.mark.parametrize("command", ["scan", "probe", "study", "check", "status", "verify", "report", "tasks"])
+@pytest.mark.parametrize(
+    "command", ["scan", "probe", "study", "check", "status", "verify", "report", "tasks", "control"]
+)
 def test_every_text_of_every_command_stays_as_it_was_typed(command: str) -> None:
     settings = SETTINGS[command]
     keys = list(text_keys(settings, composed(command, [], settings)))
