@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from neg_service.layer_neurons import NO_EXPERT, LayerNeurons
 from neg_service.report.cells import lists_in
+from neg_service.report.wishes import is_of_wishes, met_in
 from neg_service.schema import LINEAR, change_columns
 from neg_service.storage.reader import Run
 
@@ -54,12 +55,15 @@ _SUMMARISED_ROWS = 5_000_000
 
 def describe_tables(run: Run) -> list[tuple[str, str]]:
     """What is in a run's tables by now, in lines for `aligned`."""
-    main = run.tables[-1]
+    wishes = next((name for name in run.tables if is_of_wishes(run.schemas[name].names)), None)
+    main = wishes or run.tables[-1]
     n_rows = run.table(main).count_rows()
     rows = [
         ("accuracy", str(accuracy(run)) if "prompts" in run.tables else "not measured"),
         ("rows", f"{n_rows} in table {main}"),
     ]
+    if wishes:
+        rows.append(("wishes", str(met_in(run.table(wishes, ["reached", "reason", "passes"]).to_batches()))))
     if run.values_of_neurons:
         rows.append(("values", _values(run, run.values_of_neurons[0])))
     if is_of_curves(run, main) and 0 < n_rows <= _SUMMARISED_ROWS:

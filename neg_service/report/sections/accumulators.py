@@ -116,8 +116,8 @@ def strongest_rows(batch: pa.RecordBatch, size: NDArray[Any]) -> NDArray[np.int6
 class Sample:
     """A sample of fixed size of rows that come in batches: those with the smallest of random numbers."""
 
-    def __init__(self) -> None:
-        self._draw = np.random.default_rng(0)
+    def __init__(self, most: int = _SAMPLE) -> None:
+        self._draw, self._most = np.random.default_rng(0), most
         self._keys: NDArray[np.float64] = np.empty(0)
         self._table: pa.Table | None = None
 
@@ -126,8 +126,13 @@ class Sample:
         keys = np.r_[self._keys, self._draw.random(batch.num_rows)]
         rows = pa.Table.from_batches([batch])
         rows = rows if self._table is None else pa.concat_tables([self._table, rows])
-        chosen = np.argsort(keys, kind="stable")[:_SAMPLE]
+        chosen = np.argsort(keys, kind="stable")[: self._most]
         self._keys, self._table = keys[chosen], rows.take(pa.array(chosen)).combine_chunks()
+
+    @property
+    def table(self) -> pa.Table | None:
+        """What was drawn, in an order by chance; None of nothing."""
+        return self._table
 
     def rows(self) -> list[Row]:
         """What was drawn."""
@@ -168,7 +173,7 @@ def strongest_grid(
 
     cells: how each value is written. heads: what a column is called, if not as its key.
     """
-    texts = _texts(run, {prompt for prompt, _ in kept.strongest})
+    texts = texts_of(run, {prompt for prompt, _ in kept.strongest})
     rows = [
         (texts.get(prompt, prompt), target, *(write(row[key]) for key, write in cells.items()))
         for (prompt, target), row in kept.rows()
@@ -179,10 +184,10 @@ def strongest_grid(
     return Grid(title, caption, head, rows, range(2, len(head)), is_interactive=True, name=name)
 
 
-def _texts(run: Run, wanted: Iterable[str], most: int = 70) -> dict[str, str]:
+def texts_of(run: Run, wanted: Iterable[str], most: int = 70) -> dict[str, str]:
     """The end of each wanted prompt's text, which is where demonstrations are over."""
     only = pc.field("prompt_id").isin(pa.array(sorted(wanted), pa.string()))
-    found = {}
+    found: dict[str, str] = {}
     for batch in run.table("prompts", ["prompt_id", "prompt"], only).to_batches():
         for prompt_id, text in zip(batch["prompt_id"].to_pylist(), batch["prompt"].to_pylist(), strict=True):
             flat = " ".join(text.split())

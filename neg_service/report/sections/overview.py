@@ -104,8 +104,8 @@ def _settings(run: Run) -> str:
     given = {key: value for key, value in measure.items() if key not in _LEFT_OUT}
     said = [f"{key} {value}" for key, value in given.items() if isinstance(value, str | int | float)]
     for key, value in given.items():
-        if isinstance(value, list) and value and all(isinstance(one, int | float) for one in value):
-            said.append(f"{len(value)} {key} up to ±{max(map(abs, value)):g}")
+        if isinstance(value, list) and value:
+            said.append(_listed(key, value))
     chosen = neurons.get("choose", "all")
     if chosen != "all":
         count = f"{neurons['count']} " if neurons.get("count") else ""
@@ -115,6 +115,15 @@ def _settings(run: Run) -> str:
     if isinstance(layers, list) and len(layers) != of:
         said.append(f"layers {', '.join(map(str, layers))}")
     return ", ".join(said)
+
+
+def _listed(key: str, values: list[Any]) -> str:
+    """Shifts to both sides by how far they go, a few other numbers one by one, and anything else by count."""
+    if not all(isinstance(one, int | float) for one in values):
+        return f"{len(values)} {key}"
+    if min(values) < 0:
+        return f"{len(values)} {key} up to ±{max(map(abs, values)):g}"
+    return f"{key} {', '.join(f'{one:g}' for one in values)}" if len(values) <= 6 else f"{len(values)} {key}"
 
 
 def _software(runs: list[Run]) -> list[tuple[str, str]]:

@@ -23,9 +23,11 @@ from neg_service.report.sections.accumulators import (
     strongest_grid,
     strongest_rows,
 )
+from neg_service.report.sections.control import control_section
 from neg_service.report.sections.experts import ExpertStrength
 from neg_service.report.sections.interventions import edits_section, sweep_section
 from neg_service.report.sections.positions import is_of_positions, positions_section
+from neg_service.report.wishes import is_of_wishes
 from neg_service.schema import Table
 from neg_service.storage.reader import Run, reading
 
@@ -49,6 +51,9 @@ def _sections(run: Run, number: int) -> list[Section]:
             return [edits_section(run, name, number)]
         if is_of_positions(run.schemas[name].names):
             return [positions_section(run, name, number)]
+        if is_of_wishes(run.schemas[name].names):
+            # Its shifts are values of neurons, too: they are shown there.
+            return [control_section(run, name, number)]
     for name in run.values_of_neurons:
         keys = set(run.schemas[name].names) - {run.described[name].values}
         if {"prompt_id", "target"} <= keys:
