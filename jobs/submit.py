@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from jobs.command_line import as_typed
 from jobs.conf_folder import CONF, PROJECT
+from jobs.control import ControlConfig
 from jobs.descriptions import describe_plan
 from jobs.entry import command, composed, in_one_line, refuse_credentials_in
 from jobs.guard import EXIT_INTERRUPTED
@@ -36,11 +37,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-JOBS = {"scan": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "verify": VerifyConfig}
+JOBS = {
+    "scan": ScanConfig, "control": ControlConfig, "probe": ProbeConfig, "study": StudyConfig, "verify": VerifyConfig
+}  # fmt: skip
 # Settings of `job` that decide what is done, and not how it is shown.
 _DECIDING = ("name", "limit", "shard_size", "resume", "extend")
 # What a configuration may name on this machine that the cluster has to have, too.
-_FILES = ("dataset.source", "dataset.templates", "measure.edits", "neurons.list")
+_FILES = (
+    "dataset.source", "dataset.templates", "measure.edits", "measure.references", "measure.holding",
+    "control.references", "control.holding", "neurons.list",
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -151,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Send a job to a Ray cluster, follow its log, and exit as it does. The same command again finds "
         "the job that waits or runs, and continues one that failed or was stopped.",
         epilog="The code, conf and local files that are named (dataset.source, dataset.templates, measure.edits, "
-        "neurons.list) travel with the job; a model's directory must be on every node. Secrets belong into the "
+        "neurons.list, and references of control) travel with the job; a model's directory must be on every node. "
+        "Secrets belong into the "
         "environment of the cluster's nodes: how a job is called can be seen by everybody who sees the cluster. "
         "A token that the cluster wants is taken from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN. Example: python -m "
         "jobs.submit --address http://HEAD:8265 model=llama-3.2-3b dataset.source=my.jsonl storage.uri=s3://bucket/runs",

@@ -283,7 +283,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tiny_directory: Path, tmp_path
     [
         (
             ["measure=nothing"],
-            "Available options in 'measure': activation; aggregate_importance; gradient; gradient_x_activation;",
+            "Available options in 'measure': activation; aggregate_importance; control; gradient;",
         ),
         (["dataset=file"], "dataset.source: has no value; give one"),
         (["storage.uri=ftp://host/x"], "scheme 'ftp' is unknown"),
