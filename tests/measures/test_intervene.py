@@ -158,9 +158,11 @@ def test_edits_are_read_from_a_file_into_the_options(tmp_path: Path) -> None:
         asked = measure_of({"name": "intervene", "edits": str(tmp_path / name)})
         assert asked.with_files_read().options.edits == expected
     assert measure_of({"name": "intervene", "edits": expected}).with_files_read().options.edits == expected
-    for path in (tmp_path / "none.json", tmp_path):
-        with refused(ConfigurationError, "measure.edits", path, says="cannot be read"):
-            read_edits(str(path))
+    with refused(ConfigurationError, "measure.edits", tmp_path / "none.json", says="cannot be read"):
+        read_edits(str(tmp_path / "none.json"))
+    # A folder would be that of a table of shifts.
+    with refused(ConfigurationError, "measure.edits", tmp_path, says="has no rows of shifts"):
+        read_edits(str(tmp_path))
     (tmp_path / "bad.json").write_text("[")
     with refused(ConfigurationError, "measure.edits", tmp_path / "bad.json", says="is not JSON"):
         read_edits(str(tmp_path / "bad.json"))
@@ -172,7 +174,7 @@ def test_edits_are_read_from_a_file_into_the_options(tmp_path: Path) -> None:
         ([], ("measure.edits", "[]", "a list of at least one edit")),
         ({"neurons": [[0, 1]], "shift": 1}, ("measure.edits", "{'neurons': [[0, 1]], 'shift': 1}", "a list")),
         ([7], ("measure.edits[0]", ANY, "must be an edit")),
-        ([{"neurons": [[0, 1]]}], ("measure.edits[0]", ANY, "has 0 operations, needs one of shift, scale, set")),
+        ([{"neurons": [[0, 1]]}], ("measure.edits[0]", ANY, "has 0 operations, needs one of shift, add, scale")),
         ([{"neurons": [[0, 1]], "shift": 1, "scale": 0}], ("measure.edits[0]", ANY, "has 2 operations")),
         (
             [{"neurons": [[0, 1]], "shift": 1}, {"neurons": [[0, 1]], "move": 1}],
