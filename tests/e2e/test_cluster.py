@@ -99,6 +99,7 @@ def results_of(running: Running) -> Run:
     return neg_service.open_run(running.wait_for(r"results\s+(\S+)")[1])
 
 
+@pytest.mark.faults
 def test_a_job_submitted_twice_goes_on_once_as_its_metrics_say(
     cluster: OwnCluster, tiny_directory: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_connections_reset_delayed_refused_cut_and_replies_lost(
     invariant(disturbed)
 
 
+@pytest.mark.faults
 def test_damage_is_named_and_repaired(
     disturbed: Disturbed, invariant: Invariant, moments: random.Random, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,9 +131,9 @@ def in_float64(smollm2: LanguageModel, smollm2_float64: nn.Module) -> LanguageMo
 @pytest.mark.parametrize(
     ("text", "target", "least", "most"),
     [
-        ("The capital of France is", " Paris", 0.5, 1.0),
+        pytest.param("The capital of France is", " Paris", 0.5, 1.0, marks=pytest.mark.faults),
         ("The currency of Egypt is called the", " dollar", 1e-4, 0.2),
-        ("The opposite of hot is", " big", 0.0, 1e-5),
+        pytest.param("The opposite of hot is", " big", 0.0, 1e-5, marks=pytest.mark.faults),
     ],
     ids=["sure", "unsure", "unlikely"],
 )

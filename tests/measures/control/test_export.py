@@ -75,7 +75,9 @@ def test_a_plain_model_with_it_meets_what_was_achieved(
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(("form", "basis"), [("bias", "paper"), ("vector", "paper")])
+@pytest.mark.parametrize(
+    ("form", "basis"), [("bias", "paper"), pytest.param("vector", "paper", marks=pytest.mark.faults)]
+)
 def test_the_default_model_with_it_meets_what_was_achieved(
     smollm2: LanguageModel, form: str, basis: str, tmp_path: Path
 ) -> None:

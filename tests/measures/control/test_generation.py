@@ -282,6 +282,7 @@ def test_an_exported_shift_is_one(tmp_path: Any) -> None:
         generate(model_of("Llama 2"), PROMPT, load_shift(place), 1)
 
 
+@pytest.mark.faults
 @pytest.mark.model
 @pytest.mark.parametrize("at", AT)
 def test_the_default_model_writes_what_whole_passes_give(smollm2: LanguageModel, at: str) -> None:

@@ -284,6 +284,7 @@ def test_a_mean_of_an_unknown_method_is_refused(effects: SideEffects) -> None:
         effects.means(0, "constant")
 
 
+@pytest.mark.faults
 @pytest.mark.model
 def test_on_the_default_model_holding_others_lowers_the_divergence_at_equal_effect(smollm2: LanguageModel) -> None:
     split = Split.of(n_steered=2, n_held=40, n_measured=6)
