@@ -44,5 +44,7 @@ def edits_in(source: str) -> list[dict[str, Any]] | None:
                 edit["neurons"].append(neuron if row["expert"] is None else [*neuron, row["expert"]])
                 edit["add"].append(row["shift"])
     if not edits:
-        raise ConfigurationError("has no rows of shifts; it must be a table control_shift, or a .json or .jsonl file", given=where)
+        raise ConfigurationError(
+            "has no rows of shifts; it must be a table control_shift, or a .json or .jsonl file", given=where
+        )
     return list(edits.values())
