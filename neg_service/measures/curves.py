@@ -22,11 +22,11 @@ from torch import Tensor
 
 from neg_service.measures.adaptive import NO_NOISE, Evaluated, RowNoise, Swept, evaluate_in_stages
 from neg_service.measures.changes import Moved
-from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import PLAIN
 from neg_service.measures.shifts import Doubles, Sweep, given_grid
+from neg_service.measures.signs import signed_by
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import Site
 from neg_service.models.transfer import fetched, sent

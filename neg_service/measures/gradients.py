@@ -33,6 +33,7 @@ from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import PLAIN, Readouts
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.measures.sequences import TokenLogP, differentiated_sequences
+from neg_service.measures.signs import Floats, sign
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import TargetGradients, target_gradients
 from neg_service.models.feed_forward import Point, Site
@@ -41,7 +42,6 @@ from neg_service.models.transfer import fetched, indices, sent
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
-Floats = NDArray[np.float32]
 T = TypeVar("T")
 
 
@@ -88,11 +88,6 @@ class PromptGradients:
                 "its layers have experts, or unequal numbers of neurons: a measure finds each neuron by `slots`, along "
                 "`gradient_km` and `activation_m`"
             )
-
-
-def sign(activation: Floats) -> Floats:
-    """The sign of an activation, +1 at zero."""
-    return np.where(activation < 0, np.float32(-1), np.float32(1))
 
 
 def gradients(
@@ -400,8 +395,3 @@ def _joined(found: TargetGradients, p_r1: Tensor) -> tuple[Tensor, Tensor]:
         torch.mul(slope_rn.float().to(p_r1.device), p_r1, out=own_rn)
     # One pass over them, in the place of four: sums of what is finite and at most 1 a unit or so are finite, too.
     return gradient_rm, finite_r & gradient_rm.sum(-1).isfinite()
-
-
-def signed_by(activation: Tensor, values: Tensor) -> Tensor:
-    """`values` times the sign of `activation`, where the sign of zero is plus one: a silent neuron can only grow."""
-    return values * torch.where(activation < 0, -1.0, 1.0).to(values.dtype)

@@ -35,10 +35,10 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, told_by_parameters
 from neg_service.measures.batching import budget_of, in_parts, named
 from neg_service.measures.choice import layers_with_neurons
-from neg_service.measures.gradients import Floats
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import encoded_texts, slots_by_layer
 from neg_service.measures.routing import PromptRouting
+from neg_service.measures.signs import Floats
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import Site
 from neg_service.models.head import log_softmax

@@ -31,7 +31,6 @@ from neg_service.errors import ModelError, NonFiniteError
 from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.batching import in_parts, named, naming_memory
 from neg_service.measures.changes import Changes, Moved, cut, joined
-from neg_service.measures.gradients import signed_by
 from neg_service.measures.outputs import Output
 from neg_service.measures.readout import Readout
 from neg_service.measures.readouts import PLAIN
@@ -44,6 +43,7 @@ from neg_service.measures.routing import (
     slots_of,
 )
 from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows, tree_of
+from neg_service.measures.signs import signed_by
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import target_gradients
 from neg_service.models.engines.base import Rows, TreeRows

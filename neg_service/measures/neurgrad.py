@@ -25,9 +25,10 @@ from neg_service.errors import ConfigurationError, told_by_parameters
 from neg_service.layer_neurons import ALWAYS_ON
 from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import layers_with_neurons
-from neg_service.measures.gradients import Floats, reduced_gradients
+from neg_service.measures.gradients import reduced_gradients
 from neg_service.measures.readouts import Readouts, check_logits, check_readouts
 from neg_service.measures.reductions import all_neurons
+from neg_service.measures.signs import Floats
 from neg_service.measures.targets import check_at, check_each
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.chat import prompts_of

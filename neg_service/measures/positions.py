@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from neg_service.errors import NonFiniteError
 from neg_service.measures.batching import named, naming_memory
-from neg_service.measures.gradients import signed_by
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
+from neg_service.measures.signs import signed_by
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neg_service.measures.gradients import Reduction, signed_by
+from neg_service.measures.gradients import Reduction
+from neg_service.measures.signs import signed_by
 from neg_service.models.transfer import sent
 from neg_service.neurons import Ints
 from neg_service.slots import Slots

@@ -26,12 +26,12 @@ from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.base import ShardInput
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
 from neg_service.measures.curves import SweepResult, sweep_prompt
-from neg_service.measures.gradients import signed_by
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.noise import row_noise
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import Readouts
 from neg_service.measures.shifts import Sweep
+from neg_service.measures.signs import signed_by
 from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
