@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, say, start
 from neg_service.config import ScanConfig, plain, typed
+from neg_service.errors import NegServiceError
 from neg_service.measures.builtin.control import ControlOptions
 
 
@@ -29,7 +30,11 @@ def control(config: DictConfig) -> int:
 
     asked = typed(ControlConfig, {key: value for key, value in plain(config).items() if key != "measure"})
     settings = {own.name: getattr(asked, own.name) for own in fields(ScanConfig)}
-    prepared = prepare(replace(ScanConfig(**settings), measure=asdict(asked.control)))
+    try:
+        prepared = prepare(replace(ScanConfig(**settings), measure=asdict(asked.control)))
+    except NegServiceError as error:
+        # By the name under which it was given.
+        raise error.renamed({f"measure.{own.name}": f"control.{own.name}" for own in fields(ControlOptions)}) from error
     if prepared.config.job.dry_run:
         print(describe_plan(prepared))
         return 0

@@ -98,8 +98,9 @@ class Control(Measure[ControlOptions]):
         if options.holding == "references":
             if references is None:
                 raise ConfigurationError(
-                    setting="measure.holding", value="references", allowed="left out where measure.references is"
-                )
+                    "needs measure.references, of which every other one is then held", setting="measure.holding",
+                    value="references",
+                )  # fmt: skip
             return type(self)(replace(options, references=references[1::2], holding=references[::2]))
         return type(self)(replace(options, references=references, holding=pairs_of("measure.holding", options.holding)))
 

@@ -35,9 +35,9 @@ from neg_service.prompts.prompt import Asked, EncodedPrompt
 
 REFERENCES, WORDINGS = "references", "wordings"
 LEVEL, _DRAWS = 0.95, 2000
-# A result is of other prompts where it says so much else of a target without a shift; logits that are rounded to more
-# than this do not tell.
-_SAME, _EXACT = 0.01, 1e-5
+# A result is of other prompts where it says by more than this share something else of a target without a shift; logits
+# that are rounded to more than this do not tell.
+_SAME, _EXACT = 1e-3, 1e-5
 
 
 class Mean(NamedTuple):
@@ -206,7 +206,7 @@ def _check_same(rows: ShiftedRows, result: ControlResult, before_p: Doubles) -> 
     """Refuse a result of prompts in another order."""
     if rows.epsilon > _EXACT:
         return
-    for index in np.flatnonzero(np.abs(before_p - result.probability_before) > _SAME)[:1]:
+    for index in np.flatnonzero(np.abs(before_p - result.probability_before) > _SAME * before_p + 1e-12)[:1]:
         raise ConfigurationError(
             f"says that prompt {index} gives its target a probability of {result.probability_before[index]:.3g} "
             f"without a shift, and it gives {before_p[index]:.3g}: give the prompts and targets that were steered",
