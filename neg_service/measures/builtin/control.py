@@ -109,6 +109,11 @@ class Control(Measure[ControlOptions]):
         super().validate(info, neurons, prompts)
         check_choice(neurons, layers_of_model(info))
         check_keep(self.options.keep, targets.KEEP, prompts)
+        if self.options.write and info.is_masked:
+            raise ConfigurationError(
+                f"{info.name} is a masked model, which writes no text", setting="measure.write",
+                value=self.options.write, allowed="0",
+            )  # fmt: skip
         wishes, others = self._wishes, self._others()
         for prompt in prompts:
             if prompt.text in others:
@@ -266,6 +271,8 @@ class Control(Measure[ControlOptions]):
     def _wishes(self) -> list[Wanted]:
         options = self.options
         probabilities = options.probability if isinstance(options.probability, list) else [options.probability]
+        if not probabilities:
+            raise ConfigurationError(setting="measure.probability", value="[]", allowed="a number, or at least one")
         if options.top or options.margin is not None:
             probabilities = [0.5]
         return [

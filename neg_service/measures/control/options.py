@@ -63,16 +63,6 @@ class Wanted:
             )  # fmt: skip
         return cls("probability", float(probability), float(tolerance))
 
-    @property
-    def words(self) -> str:
-        """For a person."""
-        if self.kind == "probability":
-            return f"probability {self.wanted:g}"
-        if self.kind == "top":
-            return "the most probable token"
-        other = "the next token" if self.against is None else repr(self.against)
-        return f"{self.wanted:g} nats above {other}"
-
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -30,8 +30,8 @@ from neg_service.measures.control.least_shift import LeastShift, Vector
 # A shift may grow by so much from one pass to the next, and its norm to so many times that of the activations.
 _MOST_GROWTH, MOST_NORMS = 3.0, 3.0
 # Shares of what a gradient says that a step gained: above the first a secant goes on; above the second the next step
-# may be as long; above the third half as long; below it is tried again, by so much shorter.
-_FOLLOWS, _BENDS, _FAILS, _SHORTER = 0.8, 0.3, 0.1, 0.35
+# may be as long, below it half as long. One that gains nothing is tried again, by so much shorter.
+_FOLLOWS, _BENDS, _SHORTER = 0.8, 0.3, 0.35
 # So many times it is tried; a new gradient that brings the value nearer by less than this share of what it lacked at
 # first is the last one.
 _MOST_SHORTER, _LEAST_GAIN = 3, 0.02

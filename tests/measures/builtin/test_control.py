@@ -169,6 +169,7 @@ def test_references_that_cannot_be(setting: str, given: dict[str, Any]) -> None:
     ("setting", "given"),
     [
         ("measure.probability", {"probability": [0.5, 1.5]}),
+        ("measure.probability", {"probability": []}),
         ("measure.tolerance", {"tolerance": 0.9}),
         ("measure.norm", {"norm": "l1"}),
         ("measure.keep_shift", {"keep_shift": "some"}),
@@ -181,6 +182,12 @@ def test_references_that_cannot_be(setting: str, given: dict[str, Any]) -> None:
 def test_what_cannot_be_asked_for(setting: str, given: dict[str, Any]) -> None:
     with refused(ConfigurationError, setting=setting):
         scanned(**given)
+
+
+def test_a_masked_model_writes_no_text() -> None:
+    with refused(ConfigurationError, setting="measure.write", value=5):
+        measure = measure_of({"name": "control", "write": 5})
+        measure.validate(replace(INFO, is_masked=True), NeuronsConfig(), PROMPTS)
 
 
 def test_prompts_without_answers() -> None:
