@@ -36,7 +36,8 @@ test: check model ## checks, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
-	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults tests/cluster/test_driver.py tests/cluster/test_forecast.py tests/e2e/test_scan.py tests/jobs/test_benchmarks.py tests/models/test_configuration.py tests/models/test_placement.py tests/models/test_room.py tests/e2e/test_experts.py tests/e2e/test_kill.py tests/e2e/test_cluster.py tests/e2e/test_elastic.py tests/e2e/test_probe.py tests/jobs/test_gpu_benchmark.py tests/measures/test_neg.py tests/measures/control tests/storage/test_s3.py tests/storage/test_s3_keys.py tests/storage/test_s3_results.py -m "" -v
+	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults -m '' -v
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/faults -m faults -n 2 --dist loadfile --no-loadscope-reorder -v
 
 check: $(READY) ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

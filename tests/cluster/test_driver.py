@@ -165,6 +165,7 @@ def test_a_killed_replica_is_replaced_and_nothing_is_lost(tmp_path: Path, replic
     assert table["batch_scale"].to_pylist() == [0.5]
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_shard_that_kills_every_replica_takes_no_other_shard_with_it(tmp_path: Path) -> None:
     outcome, _ = run(FaultyWorker(kills=frozenset({4})), tmp_path, replicas=2)
@@ -213,6 +214,7 @@ def test_a_replica_that_computes_for_ever_is_replaced(tmp_path: Path, caplog: py
     assert all(count == 1 for count in done.values())
 
 
+@pytest.mark.faults
 def test_what_takes_long_is_not_taken_for_a_stall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # Each shard takes a small part of the silence that is borne, all of them together longer.
     outcome, _ = run(FaultyWorker(seconds=1.0), tmp_path, stall_seconds=10)

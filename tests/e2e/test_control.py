@@ -35,6 +35,7 @@ def arguments(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ]  # fmt: skip
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("joined")
 def test_wishes_are_met_shown_stored_and_read_again_as_edits(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

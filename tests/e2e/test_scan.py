@@ -225,6 +225,7 @@ def test_less_can_be_kept(keep: str, arguments: list[str], finished: tuple[str, 
         np.testing.assert_allclose(flat[rows.layer * 40 + rows.neuron], rows.neurgrad, rtol=1e-3)
 
 
+@pytest.mark.faults
 def test_the_shard_size_and_the_number_of_replicas_change_nothing(finished: tuple[str, Path], otherwise: Path) -> None:
     one, other = (
         in_order(neg_service.open_run(str(path)).table("neurgrad").to_table()) for path in (finished[1], otherwise)

@@ -69,6 +69,7 @@ def test_shards_change_nothing_and_the_noise_is_in_run_json(arguments: list[str]
         assert tables[0][column] == tables[1][column]
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("joined")
 def test_replicas_change_nothing_and_all_go_by_one_calibration(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture

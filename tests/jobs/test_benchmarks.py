@@ -90,6 +90,7 @@ def test_a_longer_prompt_has_the_higher_bar() -> None:
     assert [one["reached"] for one in _bars(300, ratios)] == [False, True]
 
 
+@pytest.mark.faults
 def test_a_family_that_falls_off_the_fast_path_misses_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = families_speed.Settings(repeats=1, prompts=4, tokens=16, targets=2, interventions=8)
     few = {name: families_speed.FAMILIES[name] for name in ("Llama 2", "GPT-J", "BERT")}

@@ -119,6 +119,7 @@ def test_a_budget_recovers_when_what_took_the_memory_is_gone() -> None:
     assert (sizes[0], max(sizes), budget.bytes) == (1, 4, 4 * one)
 
 
+@pytest.mark.faults
 def test_under_a_real_limit_batches_shrink_and_recover_with_every_allocator() -> None:
     program = """
         import resource, sys

@@ -79,7 +79,9 @@ def test_a_small_poke_moves_the_output_as_the_gradient_says(family: str) -> None
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("basis", ["paper", "hidden", "gate"])
+@pytest.mark.parametrize(
+    "basis", ["paper", *(pytest.param(own, marks=pytest.mark.faults) for own in ("hidden", "gate"))]
+)
 def test_equals_the_oracle_on_the_default_model(smollm2: LanguageModel, smollm2_float64: nn.Module, basis: str) -> None:
     # More texts in one basis alone: what differs between them has nothing to do with it.
     header = smollm2.tokenizer("Question and answer. " * 4)["input_ids"]

@@ -32,7 +32,7 @@ TEXT, IDS = "w3 w14 w9 w26 w35 w8", [3, 14, 9, 26, 35, 8]
 NEURONS, SHIFTS = [(0, 3), (1, 5), (2, 7)], [-1.5, -0.5, 0.5, 1.5]
 
 
-@pytest.mark.parametrize("family", ["Llama 2", "Gemma 2", "GPT-2", "Qwen 3.5"])
+@pytest.mark.parametrize("family", ["Llama 2", pytest.param("Gemma 2", marks=pytest.mark.faults), "GPT-2", "Qwen 3.5"])
 def test_neurons_are_shifted_and_differentiated_there_and_answers_read_at_the_end(family: str) -> None:
     model = tiny_model(family, torch.float64)
     model.ensure_checked()

@@ -132,6 +132,7 @@ def test_the_heads_output_stays_bit_for_bit_and_its_hooks_are_undone(dtype: torc
         assert not head._forward_hooks
 
 
+@pytest.mark.faults
 @pytest.mark.model
 def test_float32_keeps_its_digits_on_a_long_prompt(smollm2: LanguageModel, smollm2_float64: nn.Module) -> None:
     text = " ".join(

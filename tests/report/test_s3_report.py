@@ -33,6 +33,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     started.stop()
 
 
+@pytest.mark.faults
 def test_a_study_and_its_report_lie_on_s3_and_can_be_moved(
     server: Server, tmp_path: Path, tiny_directory: Path
 ) -> None:

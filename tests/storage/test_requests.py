@@ -228,6 +228,7 @@ def test_what_a_server_says_that_refuses_everything_is_told(caplog: pytest.LogCa
     assert "never retrieved" not in caplog.text
 
 
+@pytest.mark.faults
 def test_a_link_that_is_slow_is_no_outage(server: Server) -> None:
     data = os.urandom(900_000)
     with Link(server.endpoint_url, bytes_a_second=200_000) as link:

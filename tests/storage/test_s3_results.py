@@ -60,6 +60,7 @@ def scanned(server: Server, tiny_directory: Path, words: Path) -> tuple[str, lis
     return uri, arguments, lines
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_logs_are_json_on_request(scanned: tuple[str, list[str], list[str]]) -> None:
     said = [json.loads(line) for line in scanned[2]]
