@@ -76,8 +76,8 @@ def export_shift(
         The folder.
 
     Raises:
-        ConfigurationError: an unknown form, a basis that has no bias, no vector without a prompt, a shift that is zero
-            or moves experts. PromptError: a prompt that is not the one of the result. ModelError: a masked model.
+        ConfigurationError: an unknown form, a basis that has no bias, no vector without a prompt, a target without its
+            prompt, a shift that is zero or moves experts. PromptError: a prompt that is not the one of the result. ModelError: a masked model.
         DestinationError: a folder that holds something, or cannot be written.
     """
     if form not in FORMS:
@@ -89,6 +89,8 @@ def export_shift(
         )  # fmt: skip
     moved = moved_by(model, result, index)
     _require_exportable(moved, index)
+    if target is not None and prompt is None:
+        raise ConfigurationError(setting="target", value=target, allowed="given together with its prompt")
     folder, measured = checked_place(place), _side_effects(side_effects)
     own = None if prompt is None else encoded(model, prompt, target)
     parts, tensors = _biases(model, result, moved) if form == BIAS else _vectors(model, result, moved, own)
