@@ -259,7 +259,7 @@ class ReplicaPool:
         if any(replica.is_ready for replica in self.replicas):
             self._ready_at = now
         elif now - self._ready_at > _LOG_WAITING_SECONDS:
-            log.warning("no replica is ready; waiting for the cluster to make room, or for models to load or be checked")
+            log.warning("no replica is ready; waiting for room in the cluster, or for models to be loaded and checked")
             self._ready_at = now
 
     def _look(self, now: float) -> None:

@@ -77,8 +77,8 @@ def export_shift(
 
     Raises:
         ConfigurationError: an unknown form, a basis that has no bias, no vector without a prompt, a target without its
-            prompt, a shift that is zero or moves experts. PromptError: a prompt that is not the one of the result. ModelError: a masked model.
-        DestinationError: a folder that holds something, or cannot be written.
+            prompt, a shift that is zero or moves experts. PromptError: a prompt that is not the one of the result.
+        ModelError: a masked model. DestinationError: a folder that holds something, or cannot be written.
     """
     if form not in FORMS:
         raise ConfigurationError(setting="form", value=form, allowed=f"one of {', '.join(FORMS)}")
