@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from jobs.entry import flag_of, start
 from neg_service.config import JobConfig, ModelConfig, typed
 from neg_service.layer_neurons import LayerNeurons, described_layers
-from neg_service.report.console import aligned, bytes_text, dequantised_text
 from neg_service.settings import BASES
 
 if TYPE_CHECKING:
@@ -108,6 +107,9 @@ def report(model: LanguageModel, load_seconds: float, check_seconds: float) -> d
 
 def describe(found: dict[str, Any]) -> str:
     """For a person."""
+    # Slow to load: see `entry.py`.
+    from neg_service.report.console import aligned, bytes_text, dequantised_text
+
     neurons = [LayerNeurons(**own) for own in found["layer_neurons"]]
     deviations, allowed = found["deviations"], found["allowed"]
     gradients = finite_difference = f"not tried in {found['dtype']}: it drowns in rounding"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from jobs.entry import start
-from jobs.studies import StudyOutput, run_study
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.studies.skills.options import SkillOptions, check_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from jobs.studies import StudyOutput
     from neg_service.studies.scans import StudyScans
 
 _HEADING = "accuracy on test, in percent; in brackets how many neurons, chosen on valid"
@@ -31,6 +31,7 @@ class ProbeConfig(ScanConfig):
 def probe(config: DictConfig) -> int:
     """Scan, rank, probe, analyse; store tables and plots, and print them."""
     # Slow to load: see `entry.py`.
+    from jobs.studies import StudyOutput, run_study
     from neg_service.cluster.prepare import to_be_stored
     from neg_service.studies.skills.pipeline import run_skills
     from neg_service.studies.skills.plots import plots

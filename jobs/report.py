@@ -14,7 +14,6 @@ from neg_service.config import JobConfig, StorageConfig
 from neg_service.errors import ConfigurationError
 from neg_service.places import below
 from neg_service.settings import holds
-from neg_service.storage.stores import open_store
 
 
 @dataclass
@@ -44,6 +43,7 @@ def write_report(uris: list[str], out: str, endpoint_url: str | None, title: str
     from neg_service.report.page import render
     from neg_service.report.sections import sections_of
     from neg_service.report.sections.loading import load
+    from neg_service.storage.stores import open_store
     from neg_service.studies.kinds import STUDY_VIEWS
 
     store = open_store(out, endpoint_url, key="out")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from jobs.entry import flag_of, start, value_of
-from neg_service.cluster.progress import clock
 from neg_service.config import JobConfig, StorageConfig
-from neg_service.report.console import aligned, bytes_text, columns, ranges
-from neg_service.storage.reader import open_run
-from neg_service.storage.status import Status, status_of
+
+if TYPE_CHECKING:
+    from neg_service.storage.status import Status
 
 
 @dataclass
@@ -28,6 +28,10 @@ class StatusConfig:
 
 def status(config: DictConfig) -> int:
     """Print the status of a run."""
+    # Slow to load: see `entry.py`.
+    from neg_service.storage.reader import open_run
+    from neg_service.storage.status import status_of
+
     run = open_run(value_of(config, "run"), config.storage.endpoint_url)
     found = status_of(run, count_rows=flag_of(config, "rows"))
     print(_as_json(found) if flag_of(config, "json") else describe(found))
@@ -36,6 +40,10 @@ def status(config: DictConfig) -> int:
 
 def describe(status: Status) -> str:
     """For a person."""
+    # Slow to load: see `entry.py`.
+    from neg_service.cluster.progress import clock
+    from neg_service.report.console import aligned, bytes_text, columns, ranges
+
     share = 100 * len(status.done) / status.n_shards
     rows = [
         ("state", _state(status)),
@@ -61,6 +69,8 @@ def describe(status: Status) -> str:
 
 
 def _state(status: Status) -> str:
+    from neg_service.cluster.progress import clock
+
     if not status.missing:
         return "incomplete: the rest failed" if status.failed else "complete"
     if status.silent_seconds is None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from jobs.entry import start
-from jobs.studies import StudyOutput, run_study
 from neg_service.config import ScanConfig, plain, typed
 from neg_service.studies.linearity.options import LinearityOptions, check_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from jobs.studies import StudyOutput
     from neg_service.studies.scans import StudyScans
 
 
@@ -29,6 +29,7 @@ class StudyConfig(ScanConfig):
 def study(config: DictConfig) -> int:
     """Scan, compare, store tables, and print them."""
     # Slow to load: see `entry.py`.
+    from jobs.studies import StudyOutput, run_study
     from neg_service.cluster.prepare import to_be_stored
     from neg_service.studies.linearity.pipeline import run_linearity
     from neg_service.studies.linearity.report import tables_text

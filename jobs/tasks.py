@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from jobs.entry import start
 from neg_service.config import DatasetConfig, JobConfig, typed
-from neg_service.prompts.mceval8k import as_masked, chosen_tasks, load_tasks
-from neg_service.prompts.prompt import Prompt
-from neg_service.prompts.tasks import GENRES, TASKS
-from neg_service.prompts.templates import templates_of
-from neg_service.prompts.tokens import encode
-from neg_service.report.console import columns
 from neg_service.settings import holds
+
+if TYPE_CHECKING:
+    from neg_service.prompts.prompt import Prompt
 
 
 @dataclass
@@ -37,6 +34,9 @@ class TasksConfig:
 
 def tasks(config: DictConfig) -> int:
     """Without a task the list of them, else an example of each that was named."""
+    # Slow to load: see `entry.py`.
+    from neg_service.prompts.mceval8k import chosen_tasks, load_tasks
+
     if config.task is None:
         print(_listed())
         return 0
@@ -49,6 +49,10 @@ def tasks(config: DictConfig) -> int:
 
 
 def _listed() -> str:
+    from neg_service.prompts.tasks import GENRES, TASKS
+    from neg_service.prompts.templates import templates_of
+    from neg_service.report.console import columns
+
     rows = []
     for genre in GENRES:
         for task in TASKS.values():
@@ -66,6 +70,8 @@ def _described(name: str, prompt: Prompt, count: int, dataset: DatasetConfig, mo
         from neg_service.models.inspection import inspect_model, mask_token_of
         from neg_service.models.loading import load_tokenizer
         from neg_service.models.source import fetch
+        from neg_service.prompts.mceval8k import as_masked
+        from neg_service.prompts.tokens import encode
 
         local = fetch(model_source, with_weights=False)
         tokenizer, info = load_tokenizer(local), inspect_model(local)

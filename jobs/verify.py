@@ -5,19 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, flag_of, start, value_of
-from neg_service.cluster.progress import clock
 from neg_service.config import ClusterConfig, JobConfig, ScanConfig, StorageConfig, plain, typed
-from neg_service.report.console import aligned, bytes_text, ranges
 from neg_service.settings import holds
-from neg_service.storage.objects import ObjectStore
-from neg_service.storage.stores import open_store
-from neg_service.storage.verify import Verdict, clear_wrong, lineage_of, restore_run_file
-from neg_service.storage.verify import verify as check
+
+if TYPE_CHECKING:
+    from neg_service.storage.objects import ObjectStore
+    from neg_service.storage.verify import Verdict
 
 _PROGRESS_SECONDS = 10.0
 _SHOWN = 100
@@ -46,6 +44,10 @@ class VerifyConfig:
 
 def verify(config: DictConfig) -> int:
     """Check a run; with `repair`, mend it and check it once more."""
+    # Slow to load: see `entry.py`.
+    from neg_service.storage.stores import open_store
+    from neg_service.storage.verify import lineage_of
+
     uri, endpoint_url = value_of(config, "run"), config.storage.endpoint_url
     open_store(uri, endpoint_url, key="run").check()
     # What was extended first: what extends it can be computed again only beside all of it.
@@ -55,6 +57,8 @@ def verify(config: DictConfig) -> int:
 
 def _verify_one(uri: str, config: DictConfig) -> int:
     """Check the shards that a run has itself, and mend them where that is asked for."""
+    from neg_service.storage.stores import open_store
+
     endpoint_url = config.storage.endpoint_url
     store = open_store(uri, endpoint_url, config.storage.retry_timeout_seconds, key="run")
     verdict = _check(store, endpoint_url)
@@ -70,6 +74,8 @@ def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
     # Slow to load: see `entry.py`.
     from neg_service.cluster.prepare import prepare_again
     from neg_service.cluster.scan import run
+    from neg_service.report.console import ranges
+    from neg_service.storage.verify import clear_wrong, restore_run_file
 
     for done in restore_run_file(store, verdict):
         print(done)
@@ -91,6 +97,9 @@ def _repair(store: ObjectStore, verdict: Verdict, config: DictConfig) -> None:
 
 
 def _check(store: ObjectStore, endpoint_url: str | None) -> Verdict:
+    from neg_service.cluster.progress import clock
+    from neg_service.storage.verify import verify as check
+
     began = spoke = time.monotonic()
 
     def on_part(done: int, of: int) -> None:
@@ -106,6 +115,8 @@ def _check(store: ObjectStore, endpoint_url: str | None) -> Verdict:
 
 def describe(verdict: Verdict) -> str:
     """For a person: what was read, and what is wrong."""
+    from neg_service.report.console import aligned, bytes_text, ranges
+
     found = [str(finding) for finding in verdict.findings]
     if len(found) > _SHOWN:
         found = [*found[:_SHOWN], f"... and {len(found) - _SHOWN} more"]
