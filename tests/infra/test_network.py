@@ -163,9 +163,8 @@ def place(
         made = Place(network, tmp_path_factory.mktemp("network"), tiny_directory)
         made.await_nodes()
         yield made
-        terminal = pytestconfig.pluginmanager.getplugin("terminalreporter")
-        for line in made.told:
-            terminal.write_line(f"\n  {line}")
+        with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            sys.stdout.write("\n" + "".join(f"  {line}\n" for line in made.told))
 
 
 @pytest.fixture(scope="module")
