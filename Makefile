@@ -6,9 +6,10 @@ READY := $(VENV)/.ready
 
 S3 ?= .s3
 ROUNDS ?= 3
+TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test test-faults check format families coverage settings bench s3-up s3-down lock clean
+.PHONY: help setup model demo scan test test-faults test-infra check format families coverage settings bench s3-up s3-down lock lock-image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ test: check model ## checks, then all tests
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
 	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults -m '' -v
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/faults -m faults -n 2 --dist loadfile --no-loadscope-reorder -v
+
+test-infra: model ## as root: build the image, make hosts, cut their links, start servers; a quarter of an hour
+	$(BIN)/python -m pytest tests/infra -m infra -v -rs --durations=0
 
 check: $(READY) ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
@@ -77,6 +81,12 @@ lock: ## write requirements.lock anew from pyproject.toml's ranges, in an empty 
 	$(VENV)/lock/bin/pip install --quiet '.[compute,datasets,probe,report,dev]'
 	$(VENV)/lock/bin/pip freeze --all --exclude pip --exclude neg-service | sed 's/+cpu$$//' > requirements.lock
 	rm -rf $(VENV)/lock build
+
+lock-image: ## write the image's lists of packages with hashes from requirements.lock; TORCH_WHEELS=... has torch for CPUs
+	rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/pip install --quiet uv==0.13.9
+	$(VENV)/lock/bin/python -m infra.docker.lock $(VENV)/lock/bin/uv $(TORCH_WHEELS)
+	rm -rf $(VENV)/lock
 
 clean: ## remove the environment, caches and local results
 	rm -rf $(VENV) results .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

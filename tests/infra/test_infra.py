@@ -127,18 +127,24 @@ def test_every_entry_point_is_what_the_program_accepts() -> None:
 
 def test_the_image_copies_what_there_is_and_does_not_run_as_root() -> None:
     lines = (INFRA / "docker" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
-    for line in lines:
-        if line.startswith("COPY") and "--from" not in line:
-            assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
+    copied = [
+        source.replace("$VARIANT", variant)
+        for line in lines
+        if line.startswith("COPY") and "--from" not in line
+        for source in line.split()[1:-1]
+        for variant in ("cpu", "cuda")
+    ]
+    assert copied
+    # What the image is built from is there, and is not hidden from the build.
+    shown = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert {source, str(Path(source).parent)} & shown, source
+    # The build is shown nothing of which it copies nothing.
+    assert {place for place in shown if not any(source.startswith(place) for source in copied)} == set()
     users = [line.split()[1] for line in lines if line.startswith("USER")]
     assert users == ["1000"]
     assert "ARG VARIANT=cpu" in lines
-    # What the image is built from is not hidden from the build.
-    shown = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {
-        source for line in lines if line.startswith("COPY") and "--from" not in line for source in line.split()[1:-1]
-    }
-    assert copied <= shown
     assert f"rayVersion: {_locked('ray')}" in (INFRA / "kuberay" / "rayjob.yaml").read_text()
     assert f"rayVersion: {_locked('ray')}" in (INFRA / "kuberay" / "raycluster.yaml").read_text()
 
