@@ -1,4 +1,4 @@
-"""OpenLineage events of real scans, at a real server on loopback and in a file."""
+"""OpenLineage events at a real server on loopback and in a file; those of a scan on Ray: `tests/infra`."""
 
 from __future__ import annotations
 
@@ -6,80 +6,23 @@ import json
 import logging
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-import jsonschema
 import pytest
-from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
-from openlineage.client.facet_v2 import (
-    dataset_version_dataset,
-    error_message_run,
-    job_type_job,
-    output_statistics_output_dataset,
-    processing_engine_run,
-    schema_dataset,
-)
 
-import neg_service
 from neg_service.cluster.lineage import Lineage
-from neg_service.cluster.prepare import Prepared, prepare
+from neg_service.cluster.prepare import prepare
 from neg_service.cluster.scan import run
 from neg_service.config import ScanConfig, typed
 from neg_service.errors import ConfigurationError, NegServiceError, StorageError
 from neg_service.storage.run import Snapshot
+from tests.here import run_here
+from tests.lineage import Server, planned, require_valid, words_of
 from tests.refusals import refused
-
-FACETS = {
-    "processing_engine": processing_engine_run.ProcessingEngineRunFacet,
-    "errorMessage": error_message_run.ErrorMessageRunFacet,
-    "jobType": job_type_job.JobTypeJobFacet,
-    "version": dataset_version_dataset.DatasetVersionDatasetFacet,
-    "schema": schema_dataset.SchemaDatasetFacet,
-    "outputStatistics": output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet,
-}
-OUR_FACET = json.loads(
-    (Path(neg_service.__file__).parent.parent / "infra" / "openlineage" / "NegServiceRunFacet.json").read_text()
-)
-
-
-class Server:
-    """A lineage server: keeps what is posted, with the path and the key."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-        self.asked: list[tuple[str, str | None]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                outer.asked.append((self.path, self.headers["Authorization"]))
-                outer.events.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(201)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever)
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -90,90 +33,24 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def asked(tiny_directory: Path, tmp_path: Path) -> dict[str, Any]:
-    words = tmp_path / "words.jsonl"
-    words.write_text("".join(f'{{"prompt": "w{i} w2", "targets": [" w3", " w4"]}}\n' for i in range(3)))
-    return {
-        "model": {"source": str(tiny_directory)},
-        "dataset": {"source": str(words)},
-        "job": {"shard_size": 2, "name": "mine"},
-        "cluster": {"replicas": 1, "cpus_per_replica": 1},
-        "storage": {"uri": str(tmp_path / "results")},
-    }
+    return words_of(tiny_directory, tmp_path)
 
 
-def planned(asked: dict[str, Any], lineage: str) -> Prepared:
-    return prepare(typed(ScanConfig, {**asked, "job": {**asked["job"], "lineage": lineage}}))
-
-
-def require_valid(event: dict[str, Any]) -> None:
-    """An event as the client's own classes have it: they take each of its fields, and check times, ids and URIs."""
-
-    def facets(found: dict[str, Any]) -> None:
-        # The client says its own version among tags.
-        for name, facet in ((name, one) for name, one in found.items() if name != "tags"):
-            own = {key: value for key, value in facet.items() if not key.startswith("_")}
-            assert facet["_producer"].startswith("urn:neg-service:")
-            if name == "neg_service":
-                jsonschema.validate({name: facet}, OUR_FACET)
-                assert facet["_schemaURL"].partition("#")[0] == OUR_FACET["$id"]
-                assert facet["_schemaURL"].partition("#")[2].removeprefix("/$defs/") in OUR_FACET["$defs"]
-            else:
-                assert FACETS[name](**own)._schemaURL == facet["_schemaURL"]
-
-    for part in (event["run"], event["job"], *event["inputs"], *event["outputs"]):
-        facets(part["facets"])
-    for output in event["outputs"]:
-        facets(output.get("outputFacets", {}))
-    made = RunEvent(
-        eventType=RunState[event["eventType"]],
-        eventTime=event["eventTime"],
-        producer=event["producer"],
-        run=Run(**event["run"]),
-        job=Job(**event["job"]),
-        inputs=[InputDataset(**own) for own in event["inputs"]],
-        outputs=[OutputDataset(**own) for own in event["outputs"]],
-    )
-    assert made.schemaURL == event["schemaURL"]
-    assert datetime.fromisoformat(event["eventTime"]).tzinfo is not None
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-def test_a_scan_says_that_it_starts_and_completes(
-    asked: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_start_is_a_run_of_the_same_job_also_where_nothing_is_left_to_do(
+    asked: dict[str, Any], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OPENLINEAGE_API_KEY", "a-key-of-mine")
-    prepared = planned(asked, server.url)
-    summary = run(prepared, stay_connected=True)
-    start, end = server.events
-    for event in (start, end):
-        require_valid(event)
-    assert (start["eventType"], end["eventType"]) == ("START", "COMPLETE")
-    assert server.asked == [("/api/v1/lineage", "Bearer a-key-of-mine")] * 2
-    assert start["run"]["runId"] == end["run"]["runId"]
-    assert UUID(start["run"]["runId"]).version == 7
-    assert (end["job"]["namespace"], end["job"]["name"]) == ("neg_service", "mine")
-    ours = end["run"]["facets"]["neg_service"]
-    assert (ours["fingerprint"], ours["uri"]) == (prepared.fingerprint, prepared.uri)
-    assert (ours["prompts"], ours["shards_done"], ours["prompts_now"]) == (3, 2, 3)
-    assert ours["bytes_now"] == summary.bytes_now
-    model, data = end["inputs"]
-    assert (data["namespace"], data["name"]) == ("file", str(tmp_path / "words.jsonl"))
-    assert data["facets"]["version"]["datasetVersion"] == prepared.identity["prompts"]["sha256"]
-    assert model["facets"]["version"]["datasetVersion"] == prepared.info.identity
-    assert [one["name"] for one in end["outputs"]] == [f"{prepared.uri}/{name}" for name in prepared.tables]
-    stored = [one["outputFacets"]["outputStatistics"] for one in end["outputs"]]
-    assert {one["fileCount"] for one in stored} == {2}
-    assert sum(one["size"] for one in stored) == summary.bytes_now
-    # The same again is another run of the same job, in which nothing was done.
-    again = planned(asked, f"file://{tmp_path}/events.jsonl")
-    run(again, stay_connected=True)
-    run(again, stay_connected=True)
+    prepared = planned(asked, f"file://{tmp_path}/events.jsonl")
+    done = run_here(prepared)
+    assert [run(prepared).shards_done for _ in range(2)] == [2, 2]
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        require_valid(event)
     assert [event["eventType"] for event in events] == ["START", "COMPLETE"] * 2
-    assert len({event["run"]["runId"] for event in (start, *events)}) == 3
-    assert events[-1]["run"]["facets"]["neg_service"]["prompts_now"] == 0
-    assert "a-key-of-mine" not in json.dumps([start, end, *events])
+    first, second = ({event["run"]["runId"] for event in events[i : i + 2]} for i in (0, 2))
+    assert len(first) == len(second) == 1 < len(first | second)
+    assert {event["job"]["name"] for event in events} == {"mine"}
+    stored = [one["outputFacets"]["outputStatistics"] for one in events[-1]["outputs"]]
+    assert sum(one["size"] for one in stored) == done.bytes_now
 
 
 @pytest.mark.parametrize(

@@ -1,84 +1,35 @@
-"""Runs as tables of a real Iceberg catalogue, in SQLite: on a disk, and on an S3 server."""
+"""Runs as tables of a real Iceberg catalogue, in SQLite, on a disk; on an S3 server: `tests/infra`."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
-import polars
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
-from pyiceberg.catalog import Catalog, load_catalog
 
 import neg_service
-from infra.s3.server import BUCKET, Server
 from jobs.catalogue import CatalogueConfig, catalogue
 from jobs.entry import composed
 from neg_service import schema
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.measures.control.tables import CONTROL, CONTROL_SHIFT, CONTROL_SIDE_EFFECTS
-from neg_service.storage.catalogue import Registration, identifier_of, register_run
+from neg_service.storage.catalogue import identifier_of, register_run
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.run import write_or_match
-from neg_service.storage.stores import open_store
+from tests.catalogues import Place, counts, require_same_rows, run_recipe
 from tests.refusals import refused
 from tests.storage.conftest import TABLES, begin, identity, put, tables_of
-
-
-class Place:
-    """A catalogue of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.given = {"uri": f"sqlite:///{folder}/catalogue.db", "warehouse": str(folder / "warehouse")}
-
-    def register(self, run: Any, **more: Any) -> Registration:
-        return register_run(run, **{**self.given, **more})
-
-    def open(self, **more: str) -> Catalog:
-        return load_catalog("default", **self.given, **more)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
-
-
-def counts(done: Registration) -> set[tuple[int, int, int, int]]:
-    """Parts of the tables: added, put anew, taken out, and all."""
-    return {(one.added, one.replaced, one.removed, one.n_parts) for one in done.tables}
-
-
-def sorted_rows(table: pa.Table, like: pa.Schema) -> pa.Table:
-    """Rows with the types that they have in the parts, in an order of their own."""
-    keys = [key for key in ("prompt_id", "target_index", "layer") if key in like.names]
-    return table.select(like.names).sort_by([(key, "ascending") for key in keys]).cast(like.remove_metadata())
-
-
-def require_same_rows(catalogue: Catalog, uri: Any, done: Registration, endpoint_url: str | None = None) -> None:
-    """Each reader has of each table the rows that our own reader has."""
-    run = neg_service.open_run(uri, endpoint_url)
-    for one in done.tables:
-        found, expected = catalogue.load_table(one.identifier), run.table(one.name).to_table()
-        expected = expected.sort_by(
-            [(k, "ascending") for k in ("prompt_id", "target_index", "layer") if k in expected.schema.names]
-        )
-        expected = expected.replace_schema_metadata(None).combine_chunks()
-        assert found.scan().to_arrow().num_rows == one.n_rows == expected.num_rows > 0
-        assert sorted_rows(found.scan().to_arrow(), expected.schema).equals(expected)
-        frame = polars.scan_iceberg(found, reader_override="pyiceberg").collect().to_arrow()
-        assert sorted_rows(frame, expected.schema).equals(expected)
-        with duckdb.connect() as connection:
-            connection.register("found", found.scan().to_arrow_batch_reader())
-            rows = connection.sql("select * from found").to_arrow_table()
-        assert sorted_rows(rows, expected.schema).equals(expected)
 
 
 def test_a_run_that_grows_adds_what_is_new_and_every_reader_has_its_rows(tmp_path: Path, place: Place) -> None:
@@ -305,35 +256,9 @@ def test_half_precision_is_widened(tmp_path: Path, place: Place) -> None:
     assert place.open().load_table("neg.run_own").scan().to_arrow().schema.field("x").type.value_type == pa.float32()
 
 
-@pytest.mark.usefixtures("as_writer")
-def test_on_s3_the_recipe_gives_the_same_rows(
-    tmp_path: Path, server: Server, capfd: pytest.CaptureFixture[str]
-) -> None:
-    uri, endpoint_url = f"s3://{BUCKET}/results/smollm2 %23-neurgrad", server.endpoint_url
-    store = open_store(uri, endpoint_url)
-    run = write_or_match(store, identity(), TABLES, {"model": {"layers": 2, "neurons_a_layer": 4}})
-    put(run, 0, 1)
-    given = {"uri": f"sqlite:///{tmp_path}/catalogue.db", "warehouse": f"s3://{BUCKET}/warehouse"}
-    told = [f"run='{uri}'", f"storage.endpoint_url={endpoint_url}"]
-    told += [f"catalogue.{key}={value}" for key, value in given.items()]
-    assert catalogue(composed("catalogue", told, CatalogueConfig)) == 0
-    put(run, 2)
-    readme = (Path(neg_service.__file__).parent / "storage" / "README.md").read_text()
-    (recipe,) = (own for own in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "register_run" in own)
-    for key, value in {"uri": uri, "endpoint_url": endpoint_url, **{"catalogue_uri": given["uri"]}}.items():
-        recipe = re.sub(rf"^{key} = .*$", f"{key} = {value!r}", recipe, flags=re.MULTILINE)
-    recipe = re.sub(r"s3://runs/warehouse", given["warehouse"], recipe)
-    names: dict[str, Any] = {"neg_service": neg_service}
-    exec(recipe.replace("29", "1").replace("[865]", "[3]"), names)
-    done = names["done"]
-    assert counts(done) == {(1, 0, 0, 3)}
-    assert names["frame"].height == names["rows"][0][0] == 12
-    expected = neg_service.open_run(uri, endpoint_url).table("neurgrad", filter=pc.field("layer") == 1).to_table()
-    assert names["table"].num_rows == expected.num_rows
-    s3 = {"s3.endpoint": endpoint_url, "s3.region": "us-east-1"}
-    require_same_rows(load_catalog("default", **given, **s3), uri, done, endpoint_url)
-    said = "".join(capfd.readouterr())
-    assert server.writer.secret_key not in said
-    with refused(DestinationError, "run", says="'#'"):
-        odd = write_or_match(open_store(f"{uri}#1", endpoint_url), identity(), TABLES, {})
-        register_run(odd.store.uri, endpoint_url, **given)
+def test_the_recipe_runs_as_it_stands(tmp_path: Path, place: Place) -> None:
+    run = begin(tmp_path / "run")
+    put(run, 0, 1, 2)
+    names = run_recipe(run.store.uri, None, place)
+    assert counts(names["done"]) == {(3, 0, 0, 3)}
+    assert names["frame"].height == names["rows"][0][0] == names["table"].num_rows == 12
