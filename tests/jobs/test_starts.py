@@ -63,7 +63,7 @@ def run_uri(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> s
 
 Found = tuple[str, int, str, set[str]]
 MISTAKES = (["scan", "job.nam=x"], ["check", "model.sourc=x"], ["verify", "run=a,b"])
-READERS = ("status", "verify", "catalogue")
+READERS = ("status", "verify")
 
 
 @pytest.fixture(scope="module")
