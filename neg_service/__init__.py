@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from neg_service.models.language_model import LanguageModel
     from neg_service.models.loading import load_model
     from neg_service.neurons import NeuronSet
+    from neg_service.storage.catalogue import register_run
     from neg_service.storage.reader import Run, Runs, open_run, open_runs
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ _HOME = {
     "neurgrad": "neg_service.measures.neurgrad",
     "open_run": "neg_service.storage.reader",
     "open_runs": "neg_service.storage.reader",
+    "register_run": "neg_service.storage.catalogue",
     "side_effects": "neg_service.measures.control.side_effects",
 }
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "neurgrad",
     "open_run",
     "open_runs",
+    "register_run",
     "side_effects",
 ]
 

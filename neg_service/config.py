@@ -233,6 +233,9 @@ class JobConfig:
     price_per_hour: float | None = setting(
         None, "of `job.forecast`: the price of one replica for one hour, in any currency", least=0
     )
+    lineage: str | None = setting(
+        None, "where OpenLineage events of a scan go: an http(s) URL, or a file that they are added to"
+    )
     progress_seconds: float = setting(10.0, "between progress lines where there is no terminal", least=0)
     log: str = setting(
         "text", "`json`: an object a line, with run, replica and shard, on stderr", allowed=("text", "json")

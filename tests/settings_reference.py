@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+from jobs.catalogue import CatalogueConfig
 from jobs.conf_folder import CONF
 from jobs.kinds import members
 from jobs.probe import ProbeConfig
@@ -42,7 +43,7 @@ def reference() -> str:
         parts += [f"### measure={path.stem}", text.splitlines()[0].removeprefix("# ")]
         parts.append(_table("measure", find_measure(path.stem).Options, _keys(text)))
     parts += [text for name in ("cluster", "storage", "job") for text in _group(name)]
-    for name, settings in (("study", StudyConfig), ("probe", ProbeConfig)):
+    for name, settings in (("study", StudyConfig), ("probe", ProbeConfig), ("catalogue", CatalogueConfig)):
         parts += [f"### {name} (`python -m jobs.{name}`)", _table(name, types_of(settings)[name])]
     return "\n\n".join(parts)
 

@@ -15,6 +15,7 @@ import pytest
 import neg_service
 from jobs import submit
 from jobs.bench import BenchConfig
+from jobs.catalogue import CatalogueConfig
 from jobs.check import CheckConfig
 from jobs.command_line import as_typed
 from jobs.control import ControlConfig
@@ -36,7 +37,7 @@ READMES = [ROOT / "README.md", *sorted(path for name in FOLDERS for path in (ROO
 SETTINGS: dict[str, type] = {
     "scan": ScanConfig, "demo": ScanConfig, "study": StudyConfig, "probe": ProbeConfig, "verify": VerifyConfig,
     "check": CheckConfig, "status": StatusConfig, "tasks": TasksConfig, "report": ReportConfig, "bench": BenchConfig,
-    "control": ControlConfig,
+    "control": ControlConfig, "catalogue": CatalogueConfig,
 }  # fmt: skip
 # All but a former name.
 JOBS = {

@@ -21,6 +21,7 @@ from neg_service.cluster.actors import RayActors
 from neg_service.cluster.connection import connect, disconnect
 from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.failures import Limits
+from neg_service.cluster.lineage import Lineage
 from neg_service.cluster.logs import add_to_logs, tell_interrupted
 from neg_service.cluster.messages import Destination, LogStyle, WorkerSpec
 from neg_service.cluster.metrics import RunMetrics
@@ -104,6 +105,16 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     Raises:
         NegServiceError: a failure that concerns every shard. Shards that fail alone are given up, in the summary.
     """
+    with Lineage(prepared) as lineage:
+        summary, directory = _run(prepared, stay_connected)
+        lineage.done(
+            shards=summary.shards_done, prompts=summary.n_prompts_now, n_bytes=summary.bytes_now,
+            failed=summary.failed, at=directory.snapshot,
+        )  # fmt: skip
+    return summary
+
+
+def _run(prepared: Prepared, stay_connected: bool) -> tuple[Summary, RunDirectory]:
     began = time.monotonic()
     place, n_shards = _open(prepared), prepared.plan.n_shards
     add_to_logs(run=run_name_of(place.store.uri))
@@ -123,7 +134,7 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     _clear_unfinished(place.at_once)
     place.directory.clear_resolved()
     outcome, progress = (executed.outcome, executed.progress) if executed else (Outcome(), None)
-    return Summary(
+    summary = Summary(
         uri=place.store.uri,
         shards_before=len(place.done),
         shards_done=len(place.done) + outcome.done,
@@ -133,6 +144,7 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
         bytes_now=progress.bytes if progress else 0,
         failed=outcome.failed,
     )
+    return summary, place.directory
 
 
 def run_name_of(uri: str) -> str:

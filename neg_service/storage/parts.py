@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,24 @@ def footer_of(data: bytes) -> dict[str, Any]:
     Raises:
         pyarrow.ArrowInvalid: these bytes have no Parquet footer.
     """
-    found = (pq.read_metadata(pa.BufferReader(data)).metadata or {}).get(FOOTER_KEY)
+    return footer_in(pq.read_metadata(pa.BufferReader(data)).metadata or {})
+
+
+def footer_in(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """The same of a footer's key-value metadata."""
+    found = metadata.get(FOOTER_KEY)
     return dict(json.loads(found)) if found else {}
+
+
+def foreign_of(footer: dict[str, Any], name: str, shard: int, fingerprint: str) -> str | None:
+    """What tells by its footer that a part lies in another's place; None if nothing does."""
+    if "sha256" not in footer:
+        return "foreign: it says nothing of a run"
+    expected = {"fingerprint": fingerprint, "table": name, "shard": shard}
+    for key, value in expected.items():
+        if footer.get(key) != value:
+            return f"foreign: {key} {footer.get(key)} in the place of {value}"
+    return None
 
 
 def problem_of(data: bytes, name: str, shard: int, fingerprint: str, schema: pa.Schema) -> str | None:
@@ -84,12 +100,8 @@ def problem_of(data: bytes, name: str, shard: int, fingerprint: str, schema: pa.
     if (damage := _damage(data)) is not None:
         return damage
     footer = footer_of(data)
-    if "sha256" not in footer:
-        return "foreign: it says nothing of a run"
-    expected = {"fingerprint": fingerprint, "table": name, "shard": shard}
-    for key, value in expected.items():
-        if footer.get(key) != value:
-            return f"foreign: {key} {footer.get(key)} in the place of {value}"
+    if (foreign := foreign_of(footer, name, shard, fingerprint)) is not None:
+        return foreign
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             if not file.schema_arrow.equals(schema):

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from jobs.advice import for_a_shell, in_quotes
 from jobs.bench import BenchConfig
+from jobs.catalogue import CatalogueConfig
 from jobs.check import CheckConfig
 from jobs.command_line import as_typed, require_text
 from jobs.control import ControlConfig
@@ -35,7 +36,7 @@ from tests.refusals import refused
 SETTINGS: dict[str, type] = {
     "scan": ScanConfig, "demo": ScanConfig, "probe": ProbeConfig, "study": StudyConfig, "check": CheckConfig,
     "status": StatusConfig, "verify": VerifyConfig, "report": ReportConfig, "tasks": TasksConfig, "bench": BenchConfig,
-    "control": ControlConfig,
+    "control": ControlConfig, "catalogue": CatalogueConfig,
 }  # fmt: skip
 # What Hydra's grammar or YAML makes a number, a truth value, a call or another text of.
 CHANGED = [
@@ -84,12 +85,12 @@ def test_one_text_stays_as_it_was_typed(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["scan", "probe", "study", "check", "status", "verify", "report", "tasks", "control"]
+    "command", ["scan", "probe", "study", "check", "status", "verify", "report", "tasks", "control", "catalogue"]
 )
 def test_every_text_of_every_command_stays_as_it_was_typed(command: str) -> None:
     settings = SETTINGS[command]
     keys = list(text_keys(settings, composed(command, [], settings)))
-    assert {"status": "run", "report": "out"}.get(command, "model.source") in keys
+    assert {"status": "run", "report": "out", "catalogue": "run"}.get(command, "model.source") in keys
     typed = {key: CHANGED[index % len(CHANGED)] for index, key in enumerate(keys)}
     config = composed(command, [f"{key}={text}" for key, text in typed.items()], settings)
     assert {key: OmegaConf.select(config, key) for key in keys} == typed
