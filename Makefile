@@ -8,7 +8,7 @@ S3 ?= .s3
 ROUNDS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test test-faults check format families coverage settings bench s3-up s3-down lock clean
+.PHONY: help setup model demo scan test test-faults check format families coverage settings dashboard bench s3-up s3-down lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ coverage: $(READY) ## measure a tiny model of every configuration of transformer
 
 settings: $(READY) ## write the reference of settings into conf/README.md
 	$(BIN)/python -m tests.settings_reference
+
+dashboard: $(READY) ## write infra/grafana/dashboard.json from infra/grafana/dashboard.py
+	$(BIN)/python -m infra.grafana.dashboard
 
 bench: model ## time the engine, the driver and storage; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad

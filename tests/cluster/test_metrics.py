@@ -133,7 +133,8 @@ def test_a_driver_is_heard_of_while_it_waits_for_storage_and_no_longer(monkeypat
     with shown.waits():
         time.sleep(0.1)
         assert not heard, "nothing is known yet"
-        shown.show(Counts(done=2, running=1, failed=0, ready_replicas=1, starting_replicas=0))
+        counts = Counts(done=2, running=1, failed=0, ready_replicas=1, starting_replicas=0, placed_replicas=1)
+        shown.show(counts)
         until = time.monotonic() + 60
         while len(heard) < 3 and time.monotonic() < until:
             time.sleep(0.01)
