@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
 ]
-N_PROMPTS = 3600
+N_PROMPTS = 1000
 # Panels that have nothing to show here, and why.
 NO_DATA = {"GPUs in use": "Ray exports it of nodes with a GPU alone"}
 ENDED = "ray_neg_ended_timestamp_seconds_total"
@@ -136,7 +136,7 @@ def test_panels_show_and_alerts_fire_for_a_scan_that_meets_with_everything(watch
     eventually(lambda: not exported(cluster, run), 60)
     summary = watched.fires("NegRunUnfinished", run)
     assert abs(int(re.findall(r"with (\d+) shards", summary)[0]) - left) < 60
-    assert ("NegDriverGone", run) not in seen.firing()
+    watched.falls_silent("NegDriverGone", run)
 
     # The same command goes on, to the end.
     again = watched.scan()
