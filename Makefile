@@ -9,7 +9,7 @@ ROUNDS ?= 3
 TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo scan test test-faults test-infra check format families coverage settings bench s3-up s3-down lock lock-image clean
+.PHONY: help setup model demo scan test test-faults test-infra check format families coverage settings dashboard bench s3-up s3-down lock lock-image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ coverage: $(READY) ## measure a tiny model of every configuration of transformer
 settings: $(READY) ## write the reference of settings into conf/README.md
 	$(BIN)/python -m tests.settings_reference
 
+dashboard: $(READY) ## write infra/grafana/dashboard.json from infra/grafana/dashboard.py
+	$(BIN)/python -m infra.grafana.dashboard
+
 bench: model ## time the engine, the driver and storage; JSON on stdout
 	$(BIN)/python -m jobs.bench benchmark=neurgrad
 	$(BIN)/python -m jobs.bench benchmark=sweep
@@ -78,7 +81,7 @@ s3-down: $(READY) ## end it; its data stay
 lock: ## write requirements.lock anew from pyproject.toml's ranges, in an empty environment
 	rm -rf $(VENV)/lock && $(PYTHON) -m venv $(VENV)/lock
 	$(VENV)/lock/bin/pip install --quiet torch==2.13.0 setuptools
-	$(VENV)/lock/bin/pip install --quiet '.[compute,datasets,probe,report,dev]'
+	$(VENV)/lock/bin/pip install --quiet '.[compute,datasets,catalogue,lineage,probe,report,dev]'
 	$(VENV)/lock/bin/pip freeze --all --exclude pip --exclude neg-service | sed 's/+cpu$$//' > requirements.lock
 	rm -rf $(VENV)/lock build
 

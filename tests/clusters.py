@@ -61,6 +61,8 @@ class OwnCluster:
         self.address = self.head["address"]
         (Path(self._place) / "ray" / "ray_current_cluster").write_text(self.address)
         self.jobs = f"http://127.0.0.1:{self.dashboard}"
+        # Where the head node tells Prometheus which nodes there are.
+        self.discovery = Path(self._place) / "ray" / "prom_metrics_service_discovery.json"
 
     def add(self, **node: Any) -> dict[str, str]:
         """Start a node; its `id` and the cluster's `address`."""

@@ -126,5 +126,5 @@ class OftenHeardOf(FaultyWorker):
 
     def start(self) -> WorkerInfo:
         """Ready at once."""
-        metrics._REPORT_SECONDS = 0.5
+        metrics._REPEAT_SECONDS = 0.5
         return super().start()

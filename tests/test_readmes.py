@@ -33,7 +33,11 @@ from tests.here import scan_here
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("conf", "infra", "jobs", "neg_service", "tests")
-READMES = [ROOT / "README.md", *sorted(path for name in FOLDERS for path in (ROOT / name).rglob("README.md"))]
+READMES = [
+    ROOT / "README.md",
+    ROOT / "infra" / "RUNBOOK.md",
+    *sorted(path for name in FOLDERS for path in (ROOT / name).rglob("README.md")),
+]
 SETTINGS: dict[str, type] = {
     "scan": ScanConfig, "demo": ScanConfig, "study": StudyConfig, "probe": ProbeConfig, "verify": VerifyConfig,
     "check": CheckConfig, "status": StatusConfig, "tasks": TasksConfig, "report": ReportConfig, "bench": BenchConfig,
@@ -46,7 +50,7 @@ JOBS = {
     if 'if __name__ == "__main__"' in path.read_text() and path.stem != "leave"
 }
 
-each_readme = pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT).parent))
+each_readme = pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def without_code(text: str) -> str:

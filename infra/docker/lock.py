@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # What nodes and drivers need; not what only tests do.
-EXTRAS = ("compute", "datasets", "probe", "report")
+EXTRAS = ("catalogue", "compute", "datasets", "lineage", "probe", "report")
 _HEADER = "# This file was written by: make lock-image\n"
 _OPTIONS = (
     "--quiet", "--generate-hashes", "--no-annotate", "--custom-compile-command", "make lock-image",

@@ -110,7 +110,8 @@ class Driver:
         replicas, outcome = self._pool.replicas, self._outcome
         n_ready = sum(replica.is_ready for replica in replicas)
         running = sum(len(replica.attempts) for replica in replicas)
-        counts = Counts(outcome.done, running, len(outcome.failed), n_ready, len(replicas) - n_ready)
+        n_placed = sum(replica.placed_at is not None for replica in replicas)
+        counts = Counts(outcome.done, running, len(outcome.failed), n_ready, len(replicas) - n_ready, n_placed)
         self._observer.counted(counts)
 
     # What is asked of replicas.

@@ -219,7 +219,7 @@ def _drive(prepared: Prepared, place: _Place, size: ReplicaSize, notes: RunNotes
     most = most_replicas(config.cluster)
     _log_plan(prepared, n_todo, min(n_todo, replica_count(most, size, nodes())), size)
     calibration = _known_calibration(prepared.measure, place.store)
-    observer = _observer(prepared, place, notes, n_todo, calibration)
+    observer = _observer(prepared, place, notes, n_todo, calibration, size)
     driver = Driver(
         shards_of(prepared.encoding, prepared.plan, place.done),
         _actors(prepared, place, size, most),
@@ -257,13 +257,21 @@ def _known_calibration(measure: Measure[Any], store: ObjectStore) -> dict[str, A
 
 
 def _observer(
-    prepared: Prepared, place: _Place, notes: RunNotes, n_todo: int, calibration: dict[str, Any] | None
+    prepared: Prepared,
+    place: _Place,
+    notes: RunNotes,
+    n_todo: int,
+    calibration: dict[str, Any] | None,
+    size: ReplicaSize,
 ) -> RunObserver:
     config, plan, info = prepared.config, prepared.plan, prepared.info
     n_before, is_logged = sum(len(plan.places_of(shard)) for shard in place.done), config.job.log == "json"
     progress = Progress(plan.n_prompts, n_before, config.job.progress_seconds, is_logged=is_logged)
     n_neurons = count_of(config.neurons, info.layer_neurons)
-    metrics = RunMetrics(run_name_of(place.store.uri), n_todo, n_neurons, plan.n_rows / plan.n_prompts)
+    metrics = RunMetrics(
+        run_name_of(place.store.uri), n_todo, n_neurons, plan.n_rows / plan.n_prompts,
+        cpus_a_replica=size.cpus, gpus_a_replica=size.gpus,
+    )  # fmt: skip
     return RunObserver(place.directory, notes, progress, metrics, calibration)
 
 

@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from neg_service.cluster import metrics
+from neg_service.cluster.failures import Action
 from neg_service.cluster.messages import Destination, LogStyle, Shard
 from neg_service.cluster.metrics import Counts, RunMetrics
 from neg_service.cluster.prepare import prepare
@@ -45,7 +46,7 @@ def reporting_ray() -> Iterator[str]:
 
 
 def scraped(address: str, run_name: str) -> dict[str, float]:
-    """The metrics of a run: the name, with the state if there is one, and the value; none until Ray's agent is up."""
+    """The metrics of a run: the name, with a state or the like, and the value; none until Ray's agent is up."""
     try:
         with urllib.request.urlopen(address, timeout=10) as reply:
             lines = reply.read().decode().splitlines()
@@ -55,7 +56,7 @@ def scraped(address: str, run_name: str) -> dict[str, float]:
     for line in lines:
         name, _, rest = line.partition("{")
         if name.startswith("ray_neg_") and f'run="{run_name}"' in rest:
-            state = re.search(r'state="(\w+)"', rest)
+            state = re.search(r'(?:state|action|le)="([^"]+)"', rest)
             found[name.removeprefix("ray_neg_") + (f"/{state[1]}" if state else "")] = float(rest.rsplit(" ", 1)[1])
     return found
 
@@ -95,7 +96,45 @@ def test_metrics_count_what_was_done(reporting_ray: str, tiny_directory: Path, t
     # The driver was at work until it ended, and says when.
     assert found["seconds_left"] == 0
     assert began <= found["heartbeat_timestamp_seconds"] <= found["ended_timestamp_seconds_total"] <= time.time()
-    assert "shard_failures_total" not in found
+    assert {found[f"shard_failures_total/{action.value}"] for action in Action} == {0}
+    # Of a shard whose seconds are in one bucket all larger ones tell, too.
+    counted = [found[f"shard_seconds_bucket/{bound}"] for bound in ("0.1", "1", "1000", "+Inf")]
+    assert counted == sorted(counted)
+    assert counted[2:] == [PROMPTS / SHARD] * 2
+    assert began <= found["last_shard_timestamp_seconds"] <= found["heartbeat_timestamp_seconds"]
+    # One replica of one CPU held it from its start on, and computed for a part of that.
+    assert 0 < found["computed_cpu_seconds_total"] < found["cpu_seconds_total"] < time.time() - began
+    assert found["gpu_seconds_total"] == 0
+    assert found["build_info"] == 1
+
+
+def test_what_replicas_hold_is_counted_as_time_passes_whatever_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    shown = RunMetrics("cost", 9, 1, 1.0, cpus_a_replica=2.0, gpus_a_replica=0.25)
+
+    def after(seconds: float, *, ready: int, starting: int, placed: int) -> None:
+        now[0] += seconds
+        shown.show(Counts(0, 0, 0, ready, starting, placed))
+
+    # Nothing is known before the first time; one loads its model, and one waits for room and holds nothing.
+    after(50, ready=0, starting=2, placed=1)
+    after(10, ready=1, starting=1, placed=2)
+    after(5, ready=0, starting=0, placed=0)
+    after(100, ready=0, starting=0, placed=0)
+    # 10 s of one replica and 5 s of two.
+    assert shown._totals["neg_cpu_seconds_total"] == 2.0 * 20
+    assert shown._totals["neg_gpu_seconds_total"] == 0.25 * 20
+
+
+@pytest.mark.infra
+def test_of_an_ended_run_one_number_stays(reporting_ray: str) -> None:
+    shown = RunMetrics("leaves", 9, 1, 1.0)
+    shown.show(Counts(0, 0, 0, 0, 0, 0))
+    shown.end()
+    awaited(reporting_ray, "leaves", lambda found: {"prompts_total", "ended_timestamp_seconds_total"} <= found.keys())
+    left = awaited(reporting_ray, "leaves", lambda found: found.keys() == {"ended_timestamp_seconds_total"}, 60)
+    assert left.keys() == {"ended_timestamp_seconds_total"}
 
 
 def test_a_run_that_ends_twice_in_one_process_says_when_it_ended_last(reporting_ray: str) -> None:
@@ -133,7 +172,8 @@ def test_a_driver_is_heard_of_while_it_waits_for_storage_and_no_longer(monkeypat
     with shown.waits():
         time.sleep(0.1)
         assert not heard, "nothing is known yet"
-        shown.show(Counts(done=2, running=1, failed=0, ready_replicas=1, starting_replicas=0))
+        counts = Counts(done=2, running=1, failed=0, ready_replicas=1, starting_replicas=0, placed_replicas=1)
+        shown.show(counts)
         until = time.monotonic() + 60
         while len(heard) < 3 and time.monotonic() < until:
             time.sleep(0.01)

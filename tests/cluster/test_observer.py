@@ -53,7 +53,7 @@ def test_who_only_listens_changes_no_calibration() -> None:
     heard.shard_done(ShardResult(0, 1))
     heard.shard_undone(Action.RETRY)
     heard.shard_quarantined(Shard(0, ()), "odd", 3)
-    heard.counted(Counts(0, 0, 0, 0, 0))
+    heard.counted(Counts(0, 0, 0, 0, 0, 0))
     assert heard.calibrated({"sigma": 0.1}) == {"sigma": 0.1}
 
 

@@ -15,6 +15,7 @@ from botocore.session import get_session
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from infra.grafana import dashboard
 from neg_service import errors
 from neg_service.cluster import metrics
 
@@ -69,15 +70,14 @@ def test_the_lifecycle_rule_is_what_s3_takes() -> None:
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_there_are() -> None:
-    source = Path(metrics.__file__).read_text()
-    own = {f"ray_neg_{name}" for name in re.findall(r'counter\("(\w+)"', source)}
-    own |= {f"ray_{name}" for name in re.findall(r'"(neg_\w+)"', source)}
-    own |= {f"ray_neg_shard_seconds_{part}" for part in ("bucket", "count", "sum")}
+    own = {f"ray_{name}" for name in exported_names()}
     panels = json.loads((INFRA / "grafana" / "dashboard.json").read_text())["panels"]
     asked = [target["expr"] for panel in panels for target in panel.get("targets", [])]
-    asked += [rule["expr"] for rule in alerts()]
+    asked += [rule["expr"] for rule in rules()]
     used = {name for expression in asked for name in re.findall(r"ray_neg_\w+", expression)}
     assert used <= own, used - own
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    assert {name for expression in asked for name in re.findall(r"neg:\w+", expression)} <= recorded
     states = {state for one in asked for text in re.findall(r'state=~?"([\w|]+)"', one) for state in text.split("|")}
     assert states <= {"done", "running", "waiting", "failed", "ready", "starting"}
     for panel in panels:
@@ -106,7 +106,11 @@ with_promtool = pytest.mark.skipif(
 @with_promtool
 def test_prometheus_understands_alerts_and_dashboard(tmp_path: Path) -> None:
     panels = json.loads((INFRA / "grafana" / "dashboard.json").read_text())["panels"]
-    asked = [target["expr"].replace("$run", ".*") for panel in panels for target in panel.get("targets", [])]
+    asked = [
+        target["expr"].replace("$run", ".*").replace("$__range", "6h")
+        for panel in panels
+        for target in panel.get("targets", [])
+    ]
     rules = [{"record": f"panel_{i}", "expr": expression} for i, expression in enumerate(asked)]
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     for file in (tmp_path / "panels.yaml", INFRA / "prometheus" / "alerts.yaml"):
@@ -134,22 +138,35 @@ def test_each_alert_is_tested_to_fire_and_to_be_silent() -> None:
     assert set(asked) == {(rule["alert"], fires) for rule in alerts() for fires in (True, False)}
 
 
+def test_the_dashboard_is_what_its_code_makes() -> None:
+    assert (INFRA / "grafana" / "dashboard.json").read_text() == dashboard.text(), "run make dashboard"
+
+
 def test_the_readme_names_every_metric() -> None:
-    source = Path(metrics.__file__).read_text()
-    own = {f"neg_{name}" for name in re.findall(r'counter\("(\w+)"', source)} | set(re.findall(r'"(neg_\w+)"', source))
+    own = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported_names()}
     section = (ROOT / "neg_service" / "cluster" / "README.md").read_text()
     section = section[section.index("| metric | what |") :].partition("\n\n")[0]
     assert set(re.findall(r"`(neg_\w+)", section)) == own
 
 
 def test_the_runbook_has_a_heading_for_each_exception_and_each_alert() -> None:
-    headings = set(re.findall(r"^### (\w+)$", (INFRA / "README.md").read_text(), re.MULTILINE))
+    text = (INFRA / "README.md").read_text() + (INFRA / "RUNBOOK.md").read_text()
+    headings = set(re.findall(r"^### (\w+)$", text, re.MULTILINE))
     exceptions = {
         name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)
     }
     assert headings == exceptions | {rule["alert"] for rule in alerts()}
 
 
-def alerts() -> list[dict[str, Any]]:
+def exported_names() -> set[str]:
+    """All metrics of ours, without what Ray puts before their names."""
+    return set(re.findall(r'"(neg_\w+)"', Path(metrics.__file__).read_text()))
+
+
+def rules() -> list[dict[str, Any]]:
     groups = yaml.safe_load((INFRA / "prometheus" / "alerts.yaml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [rule for rule in rules() if "alert" in rule]
