@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, flag_of, start, value_of
 from neg_service.config import JobConfig, StorageConfig
-from neg_service.report.console import aligned, columns
 from neg_service.settings import setting
-from neg_service.storage.catalogue import Registration, register_run
+
+if TYPE_CHECKING:
+    from neg_service.storage.catalogue import Registration
 
 
 @dataclass
@@ -38,6 +40,9 @@ class CatalogueConfig:
 
 def catalogue(config: DictConfig) -> int:
     """Register a run and print what was done."""
+    # Slow to load: see `entry.py`.
+    from neg_service.storage.catalogue import register_run
+
     own = config.catalogue
     done = register_run(
         value_of(config, "run"),
@@ -54,6 +59,8 @@ def catalogue(config: DictConfig) -> int:
 
 def describe(done: Registration) -> str:
     """For a person."""
+    from neg_service.report.console import aligned, columns
+
     rows = [
         (one.identifier, *map(str, (one.added, one.replaced, one.removed, one.n_parts, one.n_rows)))
         for one in done.tables
