@@ -192,7 +192,8 @@ def test_the_readme_shows_every_family() -> None:
         first = families.HYBRID_NEURGRAD_TOLERANCE if is_hybrid else families.NEURGRAD_TOLERANCE
         tolerances = (first, *others)
         for column, cell in enumerate(row[4:]):
-            # What this run found itself; rounding differs between machines.
-            if found := _FOUND.get((row[0], column)):
+            # What this run found itself, where it tried all bases; rounding differs between machines.
+            found = _FOUND.get((row[0], column), [])
+            if row[0] in FAMILIES and len(found) == len(bases_of(row[0])):
                 assert max(found) / 30 <= float(cell) <= 30 * max(found), (row, found)
         assert all(0 < float(cell) <= limit for cell, limit in zip(row[4:], tolerances, strict=True)), row

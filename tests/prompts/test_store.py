@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import tracemalloc
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 
 from neg_service.config import DatasetConfig
 from neg_service.errors import PromptError
-from neg_service.prompts.prompt import Prompt, check_prompts, digest
+from neg_service.prompts.prompt import Prompt, check_prompts
 from neg_service.prompts.sources import load_dataset, load_prompts
 from neg_service.prompts.store import PromptFile
 from tests.refusals import refused
@@ -55,27 +55,42 @@ def rows(path: Path, n: int, letters: int) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("letters", [100, 2000])
-def test_a_data_set_takes_offsets_and_not_its_texts(letters: int, tmp_path: Path) -> None:
-    n = 5000
-    source = rows(tmp_path / "a.jsonl", n, letters)
-    # What libraries keep when they are used for the first time is no prompt's.
-    check_prompts(load_dataset(DatasetConfig(source=rows(tmp_path / "few.jsonl", 3, letters))))
+# In a process of its own: what threads of other tests allocate meanwhile is no prompt's.
+MEASURED = """
+import gc, json, sys, tracemalloc
+from neg_service.config import DatasetConfig
+from neg_service.prompts.prompt import check_prompts, digest
+from neg_service.prompts.sources import load_dataset
+few, *sources = sys.argv[1:]
+# What libraries keep when they are used for the first time is no prompt's.
+check_prompts(load_dataset(DatasetConfig(source=few)))
+for source in sources:
     tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        prompts = load_dataset(DatasetConfig(source=source))
-        check_prompts(prompts)
-        digest(prompts)
-        gc.collect()
-        after, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(prompts) == n
-    # Eight bytes of a prompt, give or take how arrays grow.
-    assert after - before < 20 * n + 50_000
-    # A block of prompts at once, and their lines; the file has 10 MB in the second case.
-    assert peak - before < 4 * 1000 * (letters + 500)
+    before, _ = tracemalloc.get_traced_memory()
+    prompts = load_dataset(DatasetConfig(source=source))
+    check_prompts(prompts)
+    digest(prompts)
+    gc.collect()
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(json.dumps([len(prompts), after - before, peak - before]))
+"""
+
+
+def test_a_data_set_takes_offsets_and_not_its_texts(tmp_path: Path) -> None:
+    n, lengths = 5000, (100, 2000)
+    sources = [rows(tmp_path / f"{letters}.jsonl", n, letters) for letters in lengths]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, rows(tmp_path / "few.jsonl", 3, 100), *sources],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for letters, line in zip(lengths, done.stdout.splitlines(), strict=True):
+        count, kept, peak = json.loads(line)
+        assert count == n
+        # Eight bytes of a prompt, give or take how arrays grow.
+        assert kept < 20 * n + 50_000
+        # A block of prompts at once, and their lines; the file has 10 MB in the second case.
+        assert peak < 4 * 1000 * (letters + 500)
 
 
 def test_a_repeated_id_is_named_and_so_is_the_first_of_several(tmp_path: Path) -> None:
