@@ -181,6 +181,7 @@ def test_what_cannot_be_done_is_refused_when_it_is_planned(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_the_demo_shows_neurons_straight_curves_and_plots(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

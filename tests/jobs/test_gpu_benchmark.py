@@ -74,7 +74,8 @@ print(json.dumps(told))
 """
 
 
-@pytest.mark.parametrize("shape", [pytest.param("tiny", marks=pytest.mark.faults), "tiny-mixture"])
+@pytest.mark.faults
+@pytest.mark.parametrize("shape", ["tiny", "tiny-mixture"])
 def test_every_part_gives_its_figures(shape: str, settings: Settings) -> None:
     found = without_other_packages(_SMALL) if shape == "tiny" else measured_here(shape, settings)
     assert gpu._failures(found) == []

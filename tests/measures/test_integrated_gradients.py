@@ -258,7 +258,10 @@ def test_in_low_precision_they_are_about_the_same() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(("basis", "layer", "m"), [("paper", 21, 3), ("hidden", 28, 2), ("gate", 27, 2)])
+@pytest.mark.parametrize(
+    ("basis", "layer", "m"),
+    [pytest.param("paper", 21, 3, marks=pytest.mark.faults), ("hidden", 28, 2), ("gate", 27, 2)],
+)
 def test_equals_the_oracle_on_the_default_model(
     smollm2: LanguageModel, smollm2_float64: nn.Module, basis: str, layer: int, m: int
 ) -> None:

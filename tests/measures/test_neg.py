@@ -127,13 +127,14 @@ def in_float64(smollm2: LanguageModel, smollm2_float64: nn.Module) -> LanguageMo
     return double
 
 
+@pytest.mark.faults
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("text", "target", "least", "most"),
     [
-        pytest.param("The capital of France is", " Paris", 0.5, 1.0, marks=pytest.mark.faults),
+        ("The capital of France is", " Paris", 0.5, 1.0),
         ("The currency of Egypt is called the", " dollar", 1e-4, 0.2),
-        pytest.param("The opposite of hot is", " big", 0.0, 1e-5, marks=pytest.mark.faults),
+        ("The opposite of hot is", " big", 0.0, 1e-5),
     ],
     ids=["sure", "unsure", "unlikely"],
 )

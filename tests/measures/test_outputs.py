@@ -35,7 +35,7 @@ VALUES: list[tuple[str, int | str | None, Callable[[Tensor], Tensor]]] = [
 ]
 
 
-@pytest.mark.parametrize("family", ["Llama 2", "Gemma 2", "Qwen 3.5"])
+@pytest.mark.parametrize("family", ["Llama 2", pytest.param("Gemma 2", marks=pytest.mark.faults), "Qwen 3.5"])
 def test_neg_and_neurgrad_are_those_of_plain_passes(family: str) -> None:
     model = tiny_model(family, torch.float64)
     model.ensure_checked()

@@ -88,6 +88,7 @@ def test_a_sweep_waits_no_more_often_for_being_run_in_many_batches() -> None:
     np.testing.assert_allclose(in_batches["neg"], whole["neg"], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.faults
 def test_effects_beyond_the_range_of_exponentials_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, shifts = [(2, 3), (1, 4)], [-30.0, 30.0]
     runs: list[int] = []

@@ -38,6 +38,15 @@ BASES = [
     *((family, "paper") for family in MIXTURES),
     *((own, b) for own in ("gpt-oss", "Llama 4") for b in ("hidden", "gate")),
 ]
+# Each makes its experts, its routing, what stands beside them or its attention in another way; the others share theirs
+# with one of these.
+OF_EACH_KIND = (
+    "Mixtral", "Qwen 2 MoE", "gpt-oss", "DeepSeek 3", "Granite MoE, shared", "Phi-3.5 MoE", "Llama 4", "Gemma 4 MoE",
+    "ERNIE 4.5 MoE", "Laguna", "Qwen 3.5 MoE", "Granite 4 MoE",
+)  # fmt: skip
+SHIFTED = [
+    pytest.param(family, basis, marks=() if family in OF_EACH_KIND else pytest.mark.faults) for family, basis in BASES
+]
 # A sprung trap moves results by this at least; right ones agree to 2e-5.
 SEEN = 1e-3
 # Unequal lengths, one token, longer than windows and chunks.
@@ -67,12 +76,12 @@ def test_with_a_shared_header(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert {len(ids) for ids, _ in model_of(family).engine.prefixes._kept} >= {8}
 
 
-@pytest.mark.parametrize(("family", "basis"), BASES)
+@pytest.mark.parametrize(("family", "basis"), SHIFTED)
 def test_a_sweep_equals_full_forward_passes_also_where_routing_changes(family: str, basis: str) -> None:
     assert sweep_deviation(family, basis) <= SWEEP_TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "basis"), BASES)
+@pytest.mark.parametrize(("family", "basis"), SHIFTED)
 def test_joint_interventions_equal_full_forward_passes(family: str, basis: str) -> None:
     assert joint_deviation(family, basis) <= JOINT_TOLERANCE
 

@@ -121,6 +121,7 @@ def test_who_may_only_read_writes_nothing(server: Server) -> None:
             store.put("t/c", b"no")
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("as_writer")
 def test_the_server_keeps_what_it_had_when_it_is_killed_and_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

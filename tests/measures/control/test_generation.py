@@ -77,7 +77,14 @@ def places_of(at: str, n: int = len(IDS)) -> slice:
 @pytest.mark.parametrize("at", AT)
 @pytest.mark.parametrize(
     ("family", "basis"),
-    [("Llama 2", "paper"), ("Llama 2", "gate"), ("Phi-3 and 4", "paper"), ("OPT", "paper"), ("Qwen 3.5", "hidden")],
+    [
+        ("Llama 2", "paper"),
+        ("Qwen 3.5", "hidden"),
+        *(
+            pytest.param(family, basis, marks=pytest.mark.faults)
+            for family, basis in (("Llama 2", "gate"), ("Phi-3 and 4", "paper"), ("OPT", "paper"))
+        ),
+    ],
 )
 def test_text_is_that_of_whole_passes_without_a_cache(family: str, basis: str, at: str) -> None:
     model, result = model_of(family), steered(family, basis)

@@ -50,6 +50,7 @@ def swept(runs: dict[str, Run]) -> list[dict[str, Any]]:
     return list(runs["sweep"].table("sweep").to_table().to_pylist())
 
 
+@pytest.mark.faults
 def test_triples_meet_the_estimates_of_their_own_expert(study: tuple[StudyTables, dict[str, Run]]) -> None:
     _, runs = study
     triples = triples_of(runs["sweep"], ESTIMATORS, seed=3)
@@ -73,6 +74,7 @@ def test_triples_meet_the_estimates_of_their_own_expert(study: tuple[StudyTables
     assert len(np.unique(triples.expert)) > 3
 
 
+@pytest.mark.faults
 def test_neurons_of_experts_that_a_prompt_does_not_use_are_left_out_and_counted(
     study: tuple[StudyTables, dict[str, Run]], tmp_path: Path
 ) -> None:
@@ -94,6 +96,7 @@ def test_neurons_of_experts_that_a_prompt_does_not_use_are_left_out_and_counted(
     assert "15 curves of experts that prompts do not use" in routing_text(layers)
 
 
+@pytest.mark.faults
 def test_linearity_is_told_with_and_without_other_experts_chosen_above(
     study: tuple[StudyTables, dict[str, Run]],
 ) -> None:
@@ -110,6 +113,7 @@ def test_linearity_is_told_with_and_without_other_experts_chosen_above(
     assert all(cell in text for cell in (*layer_cells(whole), *routing_cells(whole)))
 
 
+@pytest.mark.faults
 def test_sets_are_predicted_from_their_neurons_that_a_prompt_uses(
     study: tuple[StudyTables, dict[str, Run]],
 ) -> None:
