@@ -23,7 +23,7 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from jobs.advice import advice, for_a_shell, in_quotes, is_container, is_group, literal, tree_of
-from jobs.kinds import can_be_text, element_of, field_of, is_in_mapping, is_only_text, is_optional, type_at
+from jobs.kinds import can_be_text, can_be_whole, element_of, field_of, is_in_mapping, is_only_text, is_optional, type_at
 from jobs.shorthand import written_out
 from neg_service.errors import ConfigurationError
 
@@ -150,6 +150,8 @@ def require_text(config: Any, settings: Any, key: str = "") -> None:
         for index in range(0 if config._is_none() or config._is_missing() else len(config)):
             if not OmegaConf.is_interpolation(config, index):
                 require_text(config[index], element_of(settings), key)
+    elif type(config) is int and can_be_whole(settings):
+        return
     elif config is not None and not isinstance(config, str) and can_be_text(settings):
         kind = "true or false" if isinstance(config, bool) else f"a {type(config).__name__}"
         raise ConfigurationError(
@@ -173,6 +175,8 @@ def _not_text(element: OverrideParser.ElementContext, kind: Any, is_inside: bool
     if (primitive := element.primitive()) is not None:
         tokens = [child.symbol for child in primitive.getChildren() if child.symbol.type != OverrideLexer.WS]
         is_a_word = len(tokens) == 1 and tokens[0].type in _NOT_TEXT
+        if is_a_word and tokens[0].type == OverrideLexer.INT and can_be_whole(kind):
+            return
         # Nothing is nothing, but for one of several texts.
         if is_a_word and can_be_text(kind) and (is_inside or tokens[0].type != OverrideLexer.NULL):
             yield tokens[0].start, tokens[0].stop

@@ -25,8 +25,13 @@ def members(kind: Any) -> tuple[Any, ...]:
 
 
 def can_be_text(kind: Any) -> bool:
-    """Whether a single value of this type is text, and never a number."""
+    """Whether a single value of this type is text, and no number unless `can_be_whole`."""
     return str in members(kind)
+
+
+def can_be_whole(kind: Any) -> bool:
+    """Whether it may be a whole number, where such a one is typed."""
+    return int in members(kind)
 
 
 def is_only_text(kind: Any) -> bool:

@@ -152,6 +152,7 @@ def against_setting() -> Any:
         None,
         "of log_odds and logit, what a target is compared with: others, all other targets of its prompt; or one of "
         "them, by its place from 0 or its text",
+        kind=int | str | None,
     )
 
 

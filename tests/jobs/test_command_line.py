@@ -118,6 +118,25 @@ def test_texts_in_lists_and_mappings_stay_as_they_were_typed() -> None:
     assert composed("tasks", ["task=1e3"], TasksConfig).task == "1e3"
 
 
+@pytest.mark.parametrize(
+    ("command", "setting", "typed", "value"),
+    [
+        # A blank before a token is part of it: without, it is another token.
+        ("control", "control.against", " London", " London"),
+        ("control", "control.against", "5", "5"),
+        ("scan", "measure.against", " London", " London"),
+        ("scan", "measure.against", "1e5", "1e5"),
+        # A target's place, which its text would have to be quoted for.
+        ("scan", "measure.against", "5", 5),
+        ("scan", "measure.against", "'5'", "5"),
+    ],
+)
+def test_texts_of_measures_stay_as_they_were_typed(command: str, setting: str, typed: str, value: int | str) -> None:
+    config = composed(command, [f"{setting}={typed}"], SETTINGS[command])
+    assert OmegaConf.select(config, setting) == value
+    assert type(OmegaConf.select(config, setting)) is type(value)
+
+
 def test_what_the_grammar_can_read_keeps_its_meaning() -> None:
     for given, value in [
         ("job.name='1e5'", "1e5"), ('job.name="a=b"', "a=b"), (r"dataset.source=a\=b\,c.jsonl", "a=b,c.jsonl"),

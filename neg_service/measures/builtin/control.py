@@ -59,7 +59,9 @@ class ControlOptions:
     )
     top: bool = setting(False, "in its place: just above all other tokens")
     margin: float | None = setting(None, "in its place: so many nats above another token")
-    against: Any = setting(None, "of a margin: the other token, a text that follows the prompt; not given: all others")
+    against: str | None = setting(
+        None, "of a margin: the other token, a text that follows the prompt; not given: all others"
+    )
     tolerance: float = setting(0.01, "how far off what is achieved may be: probability, or nats of a margin")
     norm: str = setting("l2", "what is least: the squares of shifts, or of shifts over activations", allowed=NORMS)
     max_passes: int = setting(15, "interventions and gradients that a wish may take", least=1)
