@@ -23,7 +23,16 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from jobs.advice import advice, for_a_shell, in_quotes, is_container, is_group, literal, tree_of
-from jobs.kinds import can_be_text, can_be_whole, element_of, field_of, is_in_mapping, is_only_text, is_optional, type_at
+from jobs.kinds import (
+    can_be_text,
+    can_be_whole,
+    element_of,
+    field_of,
+    is_in_mapping,
+    is_only_text,
+    is_optional,
+    type_at,
+)
 from jobs.shorthand import written_out
 from neg_service.errors import ConfigurationError
 

@@ -111,7 +111,9 @@ def _described(prepared: Prepared, summary: Summary, results: Run) -> str:
         ("shards", f"{summary.shards_done} of {summary.n_shards} done"),
     ]
     if results.values_of_neurons and "target" in results.schemas[results.values_of_neurons[0]].names:
-        rows.append(("neurons", f"{n_neurons} for each target: {n_neurons * plan.n_targets} values"))
+        rows.append(("neurons", f"{n_neurons} for each target"))
+    if prepared.base is not None:
+        rows.append(("in both runs", f"{prepared.base.n_prompts + plan.n_prompts} prompts, of which is told:"))
     rows += describe_tables(results)
     if summary.n_prompts_now:
         rows += [

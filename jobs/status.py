@@ -47,7 +47,8 @@ def describe(status: Status) -> str:
     share = 100 * len(status.done) / status.n_shards
     rows = [
         ("state", _state(status)),
-        ("shards", f"{len(status.done)} of {status.n_shards} done ({share:.0f} %), of {status.shard_size} prompts"),
+        ("prompts", f"{status.n_prompts}, in shards of up to {status.shard_size}"),
+        ("shards", f"{len(status.done)} of {status.n_shards} done ({share:.0f} %)"),
         ("missing", ranges(status.missing)),
         ("failed", "\n".join(f"shard {i}: {one['error']}" for i, one in sorted(status.failed.items())) or "none"),
     ]

@@ -97,9 +97,10 @@ class Host:
         """Run a command there to its end."""
         return subprocess.run(self.command(*arguments), text=True, capture_output=True, check=False, **options)
 
-    def start(self, *arguments: str, **options: Any) -> None:
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command there; it ends with the host at the latest."""
         self._started.append(subprocess.Popen(self.command(*arguments), stdin=subprocess.DEVNULL, **options))
+        return self._started[-1]
 
     def end(self, what: str) -> None:
         """End with SIGKILL all processes of this host that have `what` in their command."""

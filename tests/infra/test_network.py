@@ -67,22 +67,23 @@ class Place:
             "cluster=ray", f"cluster.address={self.head.address}:6379", "cluster.cpus_per_replica=1",
             "cluster.replicas.max=2", "cluster.wait_seconds=60",
         ]  # fmt: skip
+        self.nodes: dict[Host, subprocess.Popen[bytes]] = {}
         self.ray(self.head, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
         for worker in self.workers:
             self.join(worker)
 
-    def ray(self, host: Host, *arguments: str) -> None:
-        """Ray on a host."""
+    def ray(self, host: Host, *arguments: str) -> subprocess.Popen[bytes]:
+        """Ray on a host; ends when its node is given up."""
         command = ["ray", "start", *arguments, f"--node-ip-address={host.address}", "--object-store-memory=80000000"]
         with (self.directory / f"ray-{host.name}.log").open("ab") as log:
-            host.start(*command, "--block", env=self.environment, stdout=log, stderr=log)
+            return host.start(*command, "--block", env=self.environment, stdout=log, stderr=log)
 
     def join(self, host: Host) -> None:
         """A worker of one CPU."""
-        self.ray(host, f"--address={self.head.address}:6379", "--num-cpus=1")
+        self.nodes[host] = self.ray(host, f"--address={self.head.address}:6379", "--num-cpus=1")
 
     def await_nodes(self) -> None:
-        """Until both workers belong to the cluster."""
+        """Until both workers belong to the cluster; one that was given up is started again, as a pod would be."""
         asked = (
             "import ray, sys, time\n"
             "while not ray.is_initialized():\n"
@@ -91,8 +92,14 @@ class Place:
             "while ray.cluster_resources().get('CPU', 0) != 2: time.sleep(0.3)"
         )
         address = f"{self.head.address}:6379"
-        done = self.head.run(sys.executable, "-c", asked, address, env=self.environment, timeout=150)
-        assert done.returncode == 0, done.stderr
+        asking = self.head.start(sys.executable, "-c", asked, address, env=self.environment)
+        until = time.monotonic() + 200
+        while asking.poll() is None:
+            assert time.monotonic() < until, "the workers do not join"
+            for host in [host for host, node in self.nodes.items() if node.poll() is not None]:
+                self.join(host)
+            time.sleep(0.3)
+        assert asking.returncode == 0
 
     def command(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A command on the head node."""
