@@ -35,6 +35,7 @@ from jobs.kinds import (
 )
 from jobs.shorthand import written_out
 from neg_service.errors import ConfigurationError
+from neg_service.settings import types_of
 
 _OVERRIDE = re.compile(r"(?P<sign>\+{0,2})(?P<key>[^=+~][^=]*)=(?P<value>.*)", re.DOTALL)
 _KEY = re.compile(r"[\w$./@:-]+", re.ASCII)
@@ -63,7 +64,8 @@ def _as_typed(override: str, settings: type, is_sweep: bool) -> str:
     if parts is None:
         if override.startswith("~"):
             return override
-        raise ConfigurationError("is not a setting, which is KEY=VALUE", given=override)
+        meant = f"; a run is given as run={override}" if "run" in types_of(settings) else ""
+        raise ConfigurationError(f"is not a setting, which is KEY=VALUE{meant}", given=override)
     key, typed = parts["key"], parts["value"]
     if not _KEY.fullmatch(key):
         raise ConfigurationError(f"{key!r} is not the name of a setting, which is KEY=VALUE", given=override)
