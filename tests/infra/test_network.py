@@ -55,6 +55,7 @@ class Place:
             "RAY_memory_monitor_refresh_ms": "0",
             "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "NEG_TEST_SECONDS": str(SECONDS_A_SHARD), "NEG_TEST_COUNTED": str(self.counted),
+            "NEG_TEST_HOSTS": "2",
         }  # fmt: skip
         done = self.store.run(sys.executable, "-m", "infra.s3.server", "up", server.directory, env=self.environment)
         assert done.returncode == 0, done.stderr
@@ -135,7 +136,8 @@ class Place:
 
     def scan(self, name: str, fault: Callable[[], None] | None = None) -> tuple[str, float]:
         """The run of a scan, and its seconds from the first shard on; `fault` happens in its middle."""
-        self.counted.unlink(missing_ok=True)
+        for left in self.counted.parent.glob(f"{self.counted.name}*"):
+            left.unlink()
         happens = threading.Thread(target=self._in_the_middle, args=(fault,), daemon=True)
         happens.start()
         done = self.command("scan", *self.arguments, f"storage.uri=s3://{BUCKET}/{name}")
