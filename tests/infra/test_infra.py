@@ -158,6 +158,21 @@ def test_the_runbook_has_a_heading_for_each_exception_and_each_alert() -> None:
     assert headings == exceptions | {rule["alert"] for rule in alerts()}
 
 
+def test_each_alert_leads_to_its_heading_and_the_runbook_says_which_of_them_page() -> None:
+    text = (INFRA / "RUNBOOK.md").read_text()
+    listed = {
+        name: severity
+        for severity, names in re.findall(r"^- \*\*(\w+)\*\*, .*: (.*)\.$", text, re.MULTILINE)
+        for name in names.split(", ")
+    }
+    assert listed == {rule["alert"]: rule["labels"]["severity"] for rule in alerts()}
+    for rule in alerts():
+        url, _, heading = rule["annotations"]["runbook_url"].rpartition("/RUNBOOK.md#")
+        # A path would be none that a message can lead to.
+        assert url.startswith("https://")
+        assert heading == rule["alert"].lower()
+
+
 def exported_names() -> set[str]:
     """All metrics of ours, without what Ray puts before their names."""
     return set(re.findall(r'"(neg_\w+)"', Path(metrics.__file__).read_text()))

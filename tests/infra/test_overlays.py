@@ -8,7 +8,9 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -34,7 +36,7 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 # How many places of the rendered manifests each setting has.
 PLACES = {
     "one-scan": {
-        "bucket": 1, "deadline-seconds": 1, "head-cpu": 1, "head-memory": 2, "replicas": 1, "gpu-workers": 1,
+        "bucket": 2, "deadline-seconds": 1, "head-cpu": 1, "head-memory": 2, "replicas": 2, "gpu-workers": 1,
         "gpu-worker-cpu": 1, "gpu-worker-memory": 2, "gpu-worker-gpus": 2, "cache": 2, "disk": 4, "queue": 0,
     },
     "standing-cluster": {
@@ -67,7 +69,7 @@ def test_a_setting_has_one_place(overlay: str, tmp_path: Path) -> None:
         # A number stays a number.
         assert type(leaf) is type(before[where])
         for key, value in new.items():
-            found[key] += str(leaf) == value or (where.endswith("/entrypoint") and value in leaf)
+            found[key] += str(leaf) == value
     assert found == PLACES[overlay]
     assert "my-bucket" not in str(after)
 
@@ -171,25 +173,76 @@ def test_components_that_exclude_each_other_are_refused() -> None:
 
 
 def test_the_part_of_the_entry_point_is_what_the_program_accepts() -> None:
-    job = part("overlays/one-scan/rayjob.yaml")["spec"]
-    config = _accepted(job["entrypoint"])
-    own = settings("one-scan")
-    assert most_replicas(config.cluster) == int(own["replicas"])
+    job, own = part("overlays/one-scan/rayjob.yaml")["spec"], settings("one-scan")
+    environment = _environment(job["submitterPodTemplate"])
+    assert environment == {"NEG_BUCKET": own["bucket"], "NEG_REPLICAS": own["replicas"]}
+    assert most_replicas(_accepted(_expanded(job["entrypoint"], environment)).cluster) == int(own["replicas"])
     assert job["activeDeadlineSeconds"] == int(own["deadline-seconds"])
-    assert job["entrypoint"].split("/")[2] == job["entrypoint"].split("/")[5] == own["bucket"]
-    assert job["entrypoint"].split("cluster.replicas.max=")[1] == own["replicas"]
 
 
 def test_the_whole_entry_point_is_what_the_program_accepts() -> None:
     spec = of_ray(rendered("one-scan"))["spec"]
-    config = _accepted(spec["entrypoint"])
+    config = _accepted(_words(spec))
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert most_replicas(config.cluster) * config.cluster.gpus_per_replica == group["maxReplicas"] * gpus
 
 
-def _accepted(entrypoint: str) -> ScanConfig:
-    words = shlex.split(entrypoint)
+# What an operator does to the entry point: a setting behind the last one, a hub id ahead of all, another order.
+EDITS: dict[str, Callable[[list[str]], list[str]]] = {
+    "appended": lambda typed_in: [*typed_in, "job.shard_size=7"],
+    "hub id first": lambda typed_in: ["model.source=meta-llama/Llama-3.1-8B", *typed_in, "job.shard_size=7"],
+    "other order": lambda typed_in: ["job.shard_size=7", *reversed(typed_in)],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_entry_point_may_be_changed(edit: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path, "one-scan")
+    file, own = folder / "rayjob.yaml", folder / "settings.yaml"
+    before = part("overlays/one-scan/rayjob.yaml")["spec"]["entrypoint"].split(" ")
+    text, count = re.subn(
+        r"entrypoint: >-\n(    .*\n)+",
+        f"entrypoint: {' '.join([*before[:3], *EDITS[edit](before[3:])])}\n",
+        file.read_text(),
+    )
+    assert count == 1
+    file.write_text(text)
+    # Names that look like numbers, too.
+    text = own.read_text().replace("bucket: my-bucket", 'bucket: "20261127"').replace('replicas: "8"', 'replicas: "16"')
+    own.write_text(text)
+    config = _accepted(_words(of_ray(render(folder))["spec"]))
+    assert config.job.shard_size == 7
+    assert (config.model.source == "meta-llama/Llama-3.1-8B") == (edit == "hub id first")
+    assert config.dataset.source == "s3://20261127/prompts.jsonl"
+    assert config.storage.uri == "s3://20261127/runs"
+    assert most_replicas(config.cluster) == 16
+
+
+def _words(spec: dict[str, Any]) -> list[str]:
+    """What the program is started with, whoever expands the variables."""
+    of_submitter, of_head = (
+        _environment(own) for own in (spec["submitterPodTemplate"], spec["rayClusterSpec"]["headGroupSpec"]["template"])
+    )
+    assert all(isinstance(value, str) for value in [*of_submitter.values(), *of_head.values()]), "else it is refused"
+    submitted = _expanded(spec["entrypoint"], of_submitter)
+    # Ray's command quotes each word, and the head node's shell splits them again.
+    assert _expanded(shlex.join(submitted), of_head) == submitted
+    assert _expanded(spec["entrypoint"], of_head) == submitted
+    return submitted
+
+
+def _environment(template: dict[str, Any]) -> dict[str, str]:
+    return {one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]}
+
+
+def _expanded(entrypoint: str, environment: dict[str, str]) -> list[str]:
+    # A variable that is not there is an error.
+    command = ["/bin/sh", "-uc", f'printf "%s\\n" {entrypoint}']
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def _accepted(words: list[str]) -> ScanConfig:
     assert words[:3] == ["python", "-m", "jobs.scan"]
     with initialize_config_dir(CONF, version_base="1.3"):
         config = typed(ScanConfig, plain(compose("scan", overrides=words[3:])))
