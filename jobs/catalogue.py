@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from jobs.entry import EXIT_INCOMPLETE, flag_of, start, value_of
 from neg_service.config import JobConfig, StorageConfig
+from neg_service.errors import ConfigurationError
 from neg_service.settings import setting
 
 if TYPE_CHECKING:
@@ -44,13 +45,15 @@ def catalogue(config: DictConfig) -> int:
     from neg_service.storage.catalogue import register_run
 
     own = config.catalogue
+    if own is None:
+        raise ConfigurationError(setting="catalogue", value="null", allowed="settings, such as catalogue.uri=URI")
     done = register_run(
         value_of(config, "run"),
         config.storage.endpoint_url,
         name=own.name,
         uri=own.uri,
         warehouse=own.warehouse,
-        namespace=str(own.namespace),
+        namespace=own.namespace,
         check=flag_of(config, "check"),
     )
     print(describe(done))
@@ -67,6 +70,8 @@ def describe(done: Registration) -> str:
     ]
     left_out = [f"shard {shard}: {problem}" for shard, problem in done.left_out.items()]
     told = aligned([("left out", "\n".join(left_out) or "nothing")])
+    if done.former_places:
+        told += f"\n{aligned([('place', 'changed: before, the tables read from ' + ', '.join(done.former_places))])}"
     return f"{done.uri}\n{told}\n\n{columns(('table', 'added', 'replaced', 'removed', 'parts', 'rows'), rows)}"
 
 

@@ -64,7 +64,7 @@ def start(config_name: str, job: Callable[[DictConfig], int], settings: type) ->
     """
     _begin()
     # Libraries speak up only when something is wrong.
-    for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate"):
+    for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate", "pyiceberg"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     ended: list[tuple[list[str], int]] = []
 

@@ -43,6 +43,11 @@ _WITH_PASSWORD = ("ftp", "ftps", "sftp", "ssh", "smb", *_URLS)
 # Of these no user's name is one.
 _ADDRESS = re.compile(r"localhost|[0-9]{1,3}(\.[0-9]{1,3}){3}")
 _VERSION = "?versionId="
+# Where those of a setting belong, unless it is S3's.
+_CREDENTIALS = {
+    "job.lineage": "as OPENLINEAGE_API_KEY in the environment",
+    "catalogue.uri": "in pyiceberg's configuration: .pyiceberg.yaml, or PYICEBERG_CATALOG__DEFAULT__URI",
+}
 # What Hydra and a shell take as it is; without a slash it may be a number or another word of Hydra's.
 _PLAIN = re.compile(r"(?=.*/)[A-Za-z0-9_./:@%+-]+")
 
@@ -243,9 +248,10 @@ def refuse_credentials(key: str, value: str, error: type[ConfigurationError] = C
         # What may be something else, for a caller that knows it.
         is_url = any(split_scheme(link)[0] in _URLS for link in found.split("::"))
         also = "; an @ in the path of a URL is written %40" if is_url else "; no bucket has a colon in its name"
+        where = _CREDENTIALS.get(key, "in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         raise error(
-            "holds credentials, and what is set is printed, stored and seen in lists of processes: set them in "
-            f"the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY{also}",
+            f"holds credentials, and what is set is printed, stored and seen in lists of processes: set them {where}"
+            f"{also}",
             setting=key,
         )
 

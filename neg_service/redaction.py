@@ -20,6 +20,8 @@ def without_secrets(text: str) -> str:
     text = KEYS.sub("***", text)
     # A file's name is no secret, and short values would take single letters out of words.
     for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= _LEAST_SECRET and not name.endswith(_OF_FILES):
-            text = text.replace(value, "***")
+        # Libraries quote it also as Python writes it; the newline at the end of a file of secrets is no part of it.
+        bare = value.strip()
+        if SECRET_NAME.search(name) and len(bare) >= _LEAST_SECRET and not name.endswith(_OF_FILES):
+            text = text.replace(value, "***").replace(bare, "***").replace(repr(bare)[1:-1], "***")
     return text

@@ -16,19 +16,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from aiohttp import ClientError
+from botocore.exceptions import BotoCoreError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random
 
-from neg_service.errors import ConfigurationError, DestinationError, one_line
-from neg_service.places import local_path, require_place, split_scheme
-from neg_service.redaction import without_secrets
+from neg_service.errors import ConfigurationError, DestinationError, StorageError, one_line
+from neg_service.places import split_scheme
+from neg_service.storage.catalogue_access import Access
 from neg_service.storage.objects import Entry
 from neg_service.storage.parts import footer_in, foreign_of
 from neg_service.storage.reader import Run, open_run
@@ -37,12 +39,19 @@ from neg_service.storage.verify import verify
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
+    from pyiceberg.manifest import DataFile
     from pyiceberg.table import Table as IcebergTable
 
 _READERS = 8
 # Registrations of one run at the same moment; each loses to at most every other one.
 _ATTEMPTS = 20
 _OF_RUN, _OF_TABLE, _NEWEST = "neg_service.fingerprint", "neg_service.table", "neg_service.newest-part"
+_PLACE = "neg_service.run"
+# Engines that heed it neither purge the table nor delete its files when they clean up: they are the run's own.
+_KEEP = {"gc.enabled": "false"}
+_ADVICE = "drop it, without purging, which deletes the run's parts, or give another catalogue.namespace"
+# A Parquet file ends with its footer's length in four bytes, and PAR1; so much is read at first.
+_END, _TAIL = 8, 1 << 16
 _NAMESPACE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 # What stands in a URI as it is, for every reader.
 _PLAIN_PATH = re.compile(r"[\w./~+=@,:-]+", re.ASCII)
@@ -68,6 +77,8 @@ class Registration:
     uri: str
     tables: tuple[RegisteredTable, ...]
     left_out: dict[int, str]
+    # Where the tables said that the run lies, if that was another place: this one is a copy of it, or it was moved.
+    former_places: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -102,34 +113,30 @@ def register_run(
         DestinationError: there is no run, a place that no reader of Iceberg would find, or a table of that name that
             holds something else.
     """
-    if _NAMESPACE.fullmatch(namespace) is None:
+    if not isinstance(namespace, str) or _NAMESPACE.fullmatch(namespace) is None:
         raise ConfigurationError(
             setting="catalogue.namespace", value=namespace, allowed="letters, digits and _, such as neg or team.neg"
         )
-    given = {"catalogue.uri": uri, "catalogue.warehouse": warehouse}
-    for key, value in given.items():
-        if value is not None:
-            require_place(value, key, ConfigurationError)
+    access = Access.checked(name, uri, warehouse, endpoint_url)
     opened = run if isinstance(run, Run) else open_run(run, endpoint_url)
-    if warehouse is not None and not split_scheme(warehouse)[0] and split_scheme(uri or "")[0] not in ("http", "https"):
-        # Tables keep it as it is, and are read from other folders.
-        path = local_path(warehouse, "catalogue.warehouse", ConfigurationError)
-        warehouse = warehouse if path is None else str(path.absolute())
     roots = {one.uri: location_of(one.uri) for one in opened.lineage}
-    properties = {"uri": uri, "warehouse": warehouse, **_properties_of_s3(endpoint_url)}
-    with _told(name, uri):
-        catalogue = _open(name, {key: value for key, value in properties.items() if value is not None})
-        at = opened.snapshot()
-        left_out = _damaged(opened, endpoint_url) if check else {}
-        parts = {table: _parts(opened, table, at, roots) for table in opened.tables}
+    with access.told():
+        catalogue = access.open()
         known = {table: _existing(catalogue, opened, table, namespace) for table in opened.tables}
-        for table, own in parts.items():
-            fresh = _fresh([part for part in own if part.shard not in left_out], known[table])
-            left_out |= _not_whole(opened, table, fresh)
+        moved = sorted({str(one.properties.get(_PLACE)) for one in known.values() if one is not None} - {opened.uri})
+        looked = {table: {} if one is None else _files(one) for table, one in known.items()}
+    at = opened.snapshot()
+    left_out = _damaged(opened, endpoint_url) if check else {}
+    for table in opened.tables:
+        own = [part for part in _parts(opened, table, at, roots) if part.shard not in left_out]
+        left_out |= _not_whole(opened, table, _fresh(own, known[table], looked[table]))
+    shards = opened.done(at) - set(left_out)
+    with access.told():
         catalogue.create_namespace_if_not_exists(namespace)
-        whole = {table: [part for part in own if part.shard not in left_out] for table, own in parts.items()}
-        tables = tuple(_register(catalogue, opened, table, namespace, whole[table]) for table in opened.tables)
-    return Registration(opened.uri, tables, {shard: left_out[shard] for shard in sorted(left_out)})
+        tables = tuple(
+            _register(catalogue, opened, table, namespace, shards, set(left_out), roots) for table in opened.tables
+        )
+    return Registration(opened.uri, tables, {shard: left_out[shard] for shard in sorted(left_out)}, moved)
 
 
 def identifier_of(run: Run, table: str, namespace: str = "neg") -> str:
@@ -154,22 +161,8 @@ def location_of(uri: str) -> str:
     return f"file://{uri}" if _PLAIN_PATH.fullmatch(uri) else uri
 
 
-def _open(name: str | None, properties: dict[str, str]) -> Catalog:
-    from pyiceberg.catalog import load_catalog
-
-    return load_catalog(name, **properties)
-
-
-def _properties_of_s3(endpoint_url: str | None) -> dict[str, str]:
-    """The server and the region for pyiceberg, which takes keys from the environment and the AWS chain, as we do."""
-    if endpoint_url is None:
-        return {}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return {"s3.endpoint": endpoint_url, "s3.region": region}
-
-
 def _parts(run: Run, table: str, at: Snapshot, roots: dict[str, str]) -> list[_Part]:
-    stored = dict(zip(run.tables, run.directory.tables, strict=True))[table]
+    stored = run.stored_name(table)
     done, found = run.done(at), []
     for owner in run.lineage:
         for shard in sorted(done & set(owner.own_shards)):
@@ -179,7 +172,7 @@ def _parts(run: Run, table: str, at: Snapshot, roots: dict[str, str]) -> list[_P
 
 
 def _stored_schema(run: Run, table: str) -> pa.Schema:
-    return run.stored_schemas[dict(zip(run.tables, run.directory.tables, strict=True))[table]]
+    return run.stored_schemas[run.stored_name(table)]
 
 
 def _existing(catalogue: Catalog, run: Run, table: str, namespace: str) -> IcebergTable | None:
@@ -195,46 +188,63 @@ def _existing(catalogue: Catalog, run: Run, table: str, namespace: str) -> Icebe
         found = catalogue.load_table(identifier)
     except NoSuchTableError:
         return None
-    advice = "drop it, or give another catalogue.namespace"
     if (found.properties.get(_OF_RUN), found.properties.get(_OF_TABLE)) != (run.fingerprint, table):
-        raise DestinationError(f"the catalogue has a table {identifier} that is not of {run.uri}; {advice}")
+        raise DestinationError(f"the catalogue has a table {identifier} that is not of {run.uri}; {_ADVICE}")
     if missing := [one for one in _stored_schema(run, table).names if one not in found.schema().column_names]:
         raise DestinationError(
-            f"the table {identifier} of the catalogue has no column {', '.join(missing)} by now; {advice}"
+            f"the table {identifier} of the catalogue has no column {', '.join(missing)} by now; {_ADVICE}"
         )
     return found
 
 
-def _files(table: IcebergTable) -> dict[str, Any]:
-    return {task.file.file_path: task.file for task in table.scan().plan_files()}
+def _files(table: IcebergTable) -> dict[str, list[DataFile]]:
+    """The files of a table by their places; several where somebody has added one more than once."""
+    found: dict[str, list[DataFile]] = {}
+    for task in table.scan().plan_files():
+        found.setdefault(task.file.file_path, []).append(task.file)
+    return found
 
 
-def _fresh(parts: list[_Part], table: IcebergTable | None) -> list[_Part]:
-    """The parts that a table does not know, or knew as other ones.
+def _fresh(parts: list[_Part], table: IcebergTable | None, files: dict[str, list[DataFile]]) -> list[_Part]:
+    """The parts that a table does not know, or knew as other ones, or has more than once.
 
-    The latter are told by their size, which readers rely on, and by the store's own clock.
+    Other ones are told by their size, which readers rely on, and by the store's own clock.
     """
-    if table is None:
-        return parts
-    files, newest = _files(table), float(table.properties.get(_NEWEST, "-inf"))
+    newest = float("-inf" if table is None else table.properties.get(_NEWEST, "-inf"))
 
     def is_known(part: _Part) -> bool:
-        file = files.get(part.location)
-        return file is not None and file.file_size_in_bytes == part.entry.size and part.entry.modified <= newest
+        own = files.get(part.location, [])
+        return len(own) == 1 and own[0].file_size_in_bytes == part.entry.size and part.entry.modified <= newest
 
     return [part for part in parts if not is_known(part)]
 
 
-def _register(catalogue: Catalog, run: Run, table: str, namespace: str, parts: list[_Part]) -> RegisteredTable:
-    """Make a table hold just these parts; looked at anew whenever somebody else has changed it meanwhile."""
+def _register(
+    catalogue: Catalog,
+    run: Run,
+    table: str,
+    namespace: str,
+    shards: set[int],
+    left_out: set[int],
+    roots: dict[str, str],
+) -> RegisteredTable:
+    """Make a table hold the parts of these shards; looked at anew whenever somebody else has changed it meanwhile."""
     from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
 
+    def attempt() -> RegisteredTable:
+        found = _existing(catalogue, run, table, namespace) or _create(catalogue, run, table, namespace)
+        files = _files(found)
+        # Listed behind the table: another registration may have added shards that were not done when this one began,
+        # and those are not gone.
+        now = run.snapshot()
+        known = {part.shard for part in _parts(run, table, now, roots) if part.location in files}
+        later = known - left_out
+        parts = [part for part in _parts(run, table, now, roots) if part.shard in shards | later]
+        return _change(found, files, run, table, identifier_of(run, table, namespace), parts)
+
     again = retry_if_exception_type((CommitFailedException, TableAlreadyExistsError))
-    for attempt in Retrying(retry=again, stop=stop_after_attempt(_ATTEMPTS), wait=wait_random(0, 0.5), reraise=True):
-        with attempt:
-            found = _existing(catalogue, run, table, namespace) or _create(catalogue, run, table, namespace)
-            return _change(found, run, table, identifier_of(run, table, namespace), parts)
-    raise AssertionError
+    attempts = Retrying(retry=again, stop=stop_after_attempt(_ATTEMPTS), wait=wait_random(0, 0.5), reraise=True)
+    return attempts(attempt)
 
 
 def _create(catalogue: Catalog, run: Run, table: str, namespace: str) -> IcebergTable:
@@ -243,7 +253,8 @@ def _create(catalogue: Catalog, run: Run, table: str, namespace: str) -> Iceberg
     properties = {
         _OF_RUN: run.fingerprint,
         _OF_TABLE: table,
-        "neg_service.run": run.uri,
+        _PLACE: run.uri,
+        **_KEEP,
         "comment": run.described[table].label,
         # pyiceberg would add the same parts once more on top of what another registration has added.
         "commit.retry.num-retries": "0",
@@ -256,28 +267,30 @@ def _create(catalogue: Catalog, run: Run, table: str, namespace: str) -> Iceberg
         raise ConfigurationError(f"table {table!r} cannot be registered: Iceberg: {one_line(error)}") from error
 
 
-def _change(found: IcebergTable, run: Run, table: str, identifier: str, parts: list[_Part]) -> RegisteredTable:
-    files, wanted = _files(found), {part.location for part in parts}
-    fresh = _fresh(parts, found)
+def _change(
+    found: IcebergTable, files: dict[str, list[DataFile]], run: Run, table: str, identifier: str, parts: list[_Part]
+) -> RegisteredTable:
+    wanted = {part.location for part in parts}
+    fresh = _fresh(parts, found, files)
     replaced = [files[part.location] for part in fresh if part.location in files]
-    removed = [file for location, file in files.items() if location not in wanted]
+    removed = [own for location, own in files.items() if location not in wanted]
     if fresh or removed:
         try:
             with found.transaction() as change:
                 if replaced or removed:
                     with change.update_snapshot().overwrite() as overwrite:
-                        for file in (*replaced, *removed):
+                        for file in chain.from_iterable((*replaced, *removed)):
                             overwrite.delete_data_file(file)
                 # What was taken out just now is looked at above; all others are not in it.
                 change.add_files([part.location for part in fresh], check_duplicate_files=False)
                 newest = max((part.entry.modified for part in parts), default=0.0)
-                change.set_properties({_NEWEST: repr(newest), "neg_service.run": run.uri})
-        except ValueError as error:
+                change.set_properties({_NEWEST: repr(newest), _PLACE: run.uri, **_KEEP})
+        except (ValueError, KeyError) as error:
             raise DestinationError(
                 f"the table {identifier} of the catalogue has other columns than table {table!r} of {run.uri}: "
-                f"{one_line(error)}; drop it, or give another catalogue.namespace"
+                f"{one_line(error)}; {_ADVICE}"
             ) from error
-    n_rows = sum(file.record_count for file in _files(found).values())
+    n_rows = sum(file.record_count for own in _files(found).values() for file in own)
     added = len(fresh) - len(replaced)
     return RegisteredTable(table, identifier, added, len(replaced), len(removed), len(parts), n_rows)
 
@@ -293,51 +306,51 @@ def _damaged(run: Run, endpoint_url: str | None) -> dict[int, str]:
 
 
 def _not_whole(run: Run, table: str, parts: list[_Part]) -> dict[int, str]:
-    """The shards whose part has no footer, or one of another run, table or shard, or other columns."""
-    schema = _stored_schema(run, table)
-    stored = dict(zip(run.tables, run.directory.tables, strict=True))[table]
+    """The shards whose part has no footer, or one of another run, table or shard, other columns, or other rows.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    schema, stored = _stored_schema(run, table), run.stored_name(table)
 
     def problem(part: _Part) -> str | None:
-        filesystem, root = part.owner.directory.store.arrow()
         try:
-            with pq.ParquetFile(f"{root}/{part.entry.key}", filesystem=filesystem) as file:
-                if not file.schema_arrow.equals(schema):
-                    return "damaged: its columns are not those of the table"
-                footer = footer_in(file.metadata.metadata or {})
-        except pa.ArrowException as error:
+            tail = _tail_of(part)
+        except FileNotFoundError:
+            return "missing: it was there a moment ago"
+        except (OSError, BotoCoreError, ClientError) as error:
+            raise StorageError(f"{part.entry.key} cannot be read: {one_line(error)}", given=part.owner.uri) from error
+        try:
+            with pq.ParquetFile(pa.BufferReader(tail)) as file:
+                found, said = file.metadata, footer_in(file.metadata.metadata or {})
+                groups = [found.row_group(i) for i in range(found.num_row_groups)]
+                n_rows = sum(group.num_rows for group in groups)
+                leaves = [found.schema.column(i).path for i in range(found.num_columns)]
+                has_leaves = all(
+                    group.column(i).path_in_schema == leaf for group in groups for i, leaf in enumerate(leaves)
+                )
+                has_columns = has_leaves and file.schema_arrow.equals(schema)
+        # Damage may look like anything to what reads a footer.
+        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
             return f"damaged: {one_line(error)}"
-        return foreign_of(footer, stored, part.shard, part.owner.fingerprint)
+        if (foreign := foreign_of(said, stored, part.shard, part.owner.fingerprint)) is not None:
+            return foreign
+        if not has_columns:
+            return "damaged: its columns are not those of the table"
+        if not found.num_rows == n_rows == said.get("rows"):
+            return f"damaged: its footer says {found.num_rows}, {n_rows} and {said.get('rows')} rows"
+        return None
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="register") as pool:
         found = zip(parts, pool.map(problem, parts), strict=True)
         return {part.shard: f"{part.entry.key}: {wrong}" for part, wrong in found if wrong is not None}
 
 
-@contextmanager
-def _told(name: str | None, uri: str | None) -> Iterator[None]:
-    """What pyiceberg and the libraries below it raise, told in one line in which no key stands."""
-    try:
-        from pyiceberg import exceptions
-        from sqlalchemy.exc import SQLAlchemyError
-    except ImportError as error:
-        raise ConfigurationError(
-            f"a catalogue needs the extra `catalogue`: pip install 'neg-service[catalogue]' ({one_line(error)})"
-        ) from error
-    wrong = (exceptions.NoSuchPropertyException, exceptions.NotInstalledError, exceptions.SignError)
-    lost = (exceptions.RESTError, exceptions.CommitFailedException, exceptions.NoSuchNamespaceError)
-    where = {"setting": "catalogue.uri", "value": uri} if uri is not None else {"setting": "catalogue.name"}
-    if uri is None and name is not None:
-        where["value"] = name
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SQLAlchemyError, *wrong, *lost) as error:
-        said = without_secrets(one_line(error)).rstrip(".")
-        if "URI missing" in said or "infer" in said:
-            said = (
-                "names no catalogue: give catalogue.uri, such as sqlite:///catalogue.db or https://HOST, or configure "
-                "one in .pyiceberg.yaml or PYICEBERG_CATALOG__DEFAULT__URI"
-            )
-            raise ConfigurationError(said, **where) from error
-        if "No default path" in said:
-            said = "it has no place for new tables: give catalogue.warehouse, a path or s3://bucket/prefix"
-        raise ConfigurationError(f"the catalogue cannot be used: {said}", **where) from error
+def _tail_of(part: _Part) -> bytes:
+    """The end of a part, with its footer, so that what cannot be read is told from what is damaged."""
+    filesystem, root = part.owner.directory.store.arrow()
+    with filesystem.open_input_file(f"{root}/{part.entry.key}") as file:
+        size = file.size()
+        tail = bytes(file.read_at(min(size, _TAIL), size - min(size, _TAIL)))
+        needed = min(size, int.from_bytes(tail[-_END:-4], "little") + _END)
+        return tail if needed <= len(tail) else bytes(file.read_at(needed, size - needed))

@@ -198,6 +198,10 @@ class Run:
         is_beside = keys and own.values not in of and set(keys) <= set(of)
         return keys if is_beside else []
 
+    def stored_name(self, name: str) -> str:
+        """The name of a table's folder, which runs of earlier versions have under a former name."""
+        return dict(zip(self.schemas, self.directory.tables, strict=True))[name]
+
     def stored_columns(self, name: str) -> dict[str, str]:
         """Columns that are stored under a former name: present names, with the stored ones."""
         former = COLUMNS.get(name, {}) if self.is_of_former_names else {}
@@ -254,8 +258,7 @@ class Run:
         if name not in self.schemas:
             raise ConfigurationError(f"{self.uri} has no table {name!r}; it has {', '.join(self.tables)}")
         at = at or self.snapshot()
-        # In the order of the schemas, under the names that their folders have.
-        stored = dict(zip(self.schemas, self.directory.tables, strict=True))[name]
+        stored = self.stored_name(name)
         done = self.done(at)
         for run in self.lineage:
             filesystem, root = run.directory.store.arrow()
