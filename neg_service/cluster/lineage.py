@@ -1,6 +1,7 @@
 """What a scan tells a lineage server, or a file: that it started, and that it completed, failed or was aborted.
 
-Events are OpenLineage's, by its own client. They leave from a thread of their own: a server that is away or slow costs
+Events are OpenLineage's, by its own transports: what its client would take from files of the working folder and from
+the environment decides nothing here. They leave from a thread of their own: a server that is away or slow costs
 a scan a warning, and at its end no more than `_LAST_SECONDS`. A driver that is killed sends nothing more, so that its
 run is one that started and never ended; the next start of the same scan is another run of the same job.
 """
@@ -10,32 +11,36 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
-from neg_service.cluster.prepare import Prepared
 from neg_service.errors import ConfigurationError, NegServiceError, one_line
 from neg_service.places import local_path, require_place, split_scheme, without_credentials
 from neg_service.redaction import without_secrets
 from neg_service.storage.run import Snapshot
 
 if TYPE_CHECKING:
-    from openlineage.client import OpenLineageClient
     from openlineage.client.event_v2 import RunEvent
+    from openlineage.client.transport import Transport
+
+    from neg_service.cluster.prepare import Prepared
 
 log = logging.getLogger(__name__)
 
 _KEY = "job.lineage"
+# A server without its scheme would be a file of that name, and http:HOST:PORT too.
+_HOST_AND_PORT = re.compile(r"(https?:)?[\w.-]+:[0-9]{1,5}(/.*)?", re.IGNORECASE)
 # For a server to answer, and for all events to leave when a scan ends.
 _TIMEOUT_SECONDS, _LAST_SECONDS = 2.0, 5.0
 
 
-class Lineage:
+class RunEvents:
     """The events of one start of a scan; within it, the scan runs. Without a place for them, nothing is sent."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -49,7 +54,7 @@ class Lineage:
         self._counts: dict[str, int] = {}
         self._incomplete = ""
         self._snapshot: Snapshot | None = None
-        self._sender = None if place is None else _Sender(_client(place), place)
+        self._sender = None if place is None else _Sender(_transport(place), place)
 
     def __enter__(self) -> Self:
         """Say that it starts."""
@@ -78,7 +83,10 @@ class Lineage:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             self._send("ABORT", "interrupted or stopped")
         elif error is not None:
-            self._send("FAIL", str(error) if isinstance(error, NegServiceError) else _named(error))
+            self._send(
+                "FAIL",
+                str(error) if isinstance(error, NegServiceError) else f"{type(error).__name__}: {one_line(error)}",
+            )
         elif self._incomplete:
             self._send("FAIL", self._incomplete)
         else:
@@ -97,8 +105,8 @@ class Lineage:
 class _Sender:
     """Sends events one after the other, in a thread that nobody waits for; of what fails the first is told."""
 
-    def __init__(self, client: OpenLineageClient, place: str) -> None:
-        self._client, self._place = client, place
+    def __init__(self, transport: Transport, place: str) -> None:
+        self._transport, self._place = transport, place
         self._events: queue.SimpleQueue[RunEvent | None] = queue.SimpleQueue()
         self._is_told = False
         # A daemon: a server that replies a byte a second keeps no process alive.
@@ -118,8 +126,8 @@ class _Sender:
     def _work(self) -> None:
         while (event := self._events.get()) is not None:
             try:
-                self._client.emit(event)
-            # What requests raises is an OSError; the client has RuntimeError for a file that it cannot write.
+                self._transport.emit(event)
+            # What requests raises is an OSError; the transport has RuntimeError for a file that it cannot write.
             except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
                 self._tell(one_line(error))
 
@@ -129,24 +137,23 @@ class _Sender:
             log.warning("%s=%s: lineage is not told, the scan goes on: %s", _KEY, self._place, without_secrets(problem))
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def _client(place: str) -> OpenLineageClient:
-    """The client for a URL or a file.
+def require_place_of_events(place: str | None) -> None:
+    """Refuse what is no place for events, before anything is loaded; nothing is written.
 
     Raises:
-        ConfigurationError: the place is neither, or the file cannot be written, or the client is not installed.
+        ConfigurationError: it is neither an http(s) URL nor a file, the client is not installed, or it is switched off.
     """
-    require_place(place, _KEY, ConfigurationError)
-    scheme = split_scheme(place)[0]
-    path = None if scheme in ("http", "https") else local_path(place, _KEY, ConfigurationError)
-    if path is None and scheme not in ("http", "https"):
-        raise ConfigurationError(setting=_KEY, value=without_credentials(place), allowed="an http(s) URL or a file")
+    if place is None:
+        return
+    path = _path_of(place)
+    if os.environ.get("OPENLINEAGE_DISABLED", "").strip().lower() == "true":
+        raise ConfigurationError(
+            "OPENLINEAGE_DISABLED=true in the environment forbids it: leave one of them out",
+            setting=_KEY,
+            value=without_credentials(place),
+        )
     try:
-        from openlineage.client import OpenLineageClient
-        from openlineage.client.transport.file import FileConfig, FileTransport
+        import openlineage.client.transport.http  # noqa: F401  # whether it is there
     except ImportError as error:
         raise ConfigurationError(
             f"needs the extra `lineage`: pip install 'neg-service[lineage]' ({one_line(error)})",
@@ -154,34 +161,72 @@ def _client(place: str) -> OpenLineageClient:
             value=without_credentials(place),
         ) from error
     if path is None:
-        return OpenLineageClient(transport=_to_server(place))
-    _require_writable(path.absolute())
-    return OpenLineageClient(transport=FileTransport(FileConfig(log_file_path=str(path.absolute()), append=True)))
+        _address_of(place)
+    # Opening a pipe waits for a reader. A terminal and /dev/null take lines as a file does.
+    elif path.exists() and not (path.is_dir() or path.is_file() or path.is_char_device()):
+        raise ConfigurationError(setting=_KEY, value=path, allowed="a file, not a pipe, socket or disk")
 
 
-def _to_server(url: str) -> Any:
-    from openlineage.client.transport.http import ApiKeyTokenProvider, HttpConfig, HttpTransport
+def _path_of(place: str) -> Path | None:
+    """The file; None of a URL."""
+    require_place(place, _KEY, ConfigurationError)
+    scheme = split_scheme(place)[0]
+    is_mistaken = place.lower() in ("true", "false") or _HOST_AND_PORT.fullmatch(place) is not None
+    path = None if scheme in ("http", "https") or is_mistaken else local_path(place, _KEY, ConfigurationError)
+    if is_mistaken or (path is None and scheme not in ("http", "https")):
+        raise ConfigurationError(
+            setting=_KEY, value=without_credentials(place), allowed="an http(s) URL, http://HOST:PORT, or a file"
+        )
+    return None if path is None else path.absolute()
 
+
+def _transport(place: str) -> Transport:
+    """What sends to a URL or adds to a file.
+
+    Raises:
+        ConfigurationError: the place is neither, or the file cannot be written, or the client is not installed.
+    """
+    require_place_of_events(place)
+    path = _path_of(place)
+    if path is None:
+        return _to_server(place)
+    from openlineage.client.transport.file import FileConfig, FileTransport
+
+    _require_writable(path)
+    return FileTransport(FileConfig(log_file_path=str(path), append=True))
+
+
+def _address_of(url: str) -> tuple[str, str]:
+    """The server of a URL, and the path."""
+    shown = re.split("[?#]", without_credentials(url), maxsplit=1)[0]
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigurationError(f"is no URL of a server: {error}", setting=_KEY, value=url) from error
-    if not host or parts.query or parts.fragment:
+        raise ConfigurationError(f"is no URL of a server: {error}", setting=_KEY, value=shown) from error
+    if not host or any(one.isspace() for one in url) or parts.query or parts.fragment:
         raise ConfigurationError(
             "give http(s)://HOST:PORT, or the whole address of the endpoint without a query; an API key is set as "
             "OPENLINEAGE_API_KEY in the environment",
             setting=_KEY,
-            value=without_credentials(url),
+            value=shown,
         )
+    return f"{parts.scheme}://{parts.netloc}", parts.path.strip("/")
+
+
+def _to_server(url: str) -> Transport:
+    from openlineage.client.transport.http import ApiKeyTokenProvider, HttpConfig, HttpTransport
+
+    address, path = _address_of(url)
     config = HttpConfig(
-        url=f"{parts.scheme}://{parts.netloc}",
-        endpoint=parts.path.strip("/") or os.environ.get("OPENLINEAGE_ENDPOINT") or "api/v1/lineage",
+        url=address,
+        endpoint=path or os.environ.get("OPENLINEAGE_ENDPOINT") or "api/v1/lineage",
         timeout=_TIMEOUT_SECONDS,
         # The client would try six times, and a scan ends meanwhile.
         retry={"total": 1, "backoff_factor": 0.1, "allowed_methods": ["POST"], "status_forcelist": [502, 503, 504]},
     )
-    if key := os.environ.get("OPENLINEAGE_API_KEY"):
+    # A file of secrets ends with a newline, which no header may have.
+    if key := os.environ.get("OPENLINEAGE_API_KEY", "").strip():
         config.auth = ApiKeyTokenProvider({"api_key": key})
     return HttpTransport(config)
 
