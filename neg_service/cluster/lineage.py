@@ -2,7 +2,7 @@
 
 Events are OpenLineage's, by its own transports: what its client would take from files of the working folder and from
 the environment decides nothing here. They leave from a thread of their own: a server that is away or slow costs
-a scan a warning, and at its end no more than `_LAST_SECONDS`. A driver that is killed sends nothing more, so that its
+a scan a warning, and at its end no more than `_LAST_SECONDS`, and a store that is away as long. A driver that is killed sends nothing more, so that its
 run is one that started and never ended; the next start of the same scan is another run of the same job.
 """
 
@@ -71,6 +71,12 @@ class RunEvents:
         if failed:
             shard, error = next(iter(failed.items()))
             self._incomplete = f"{len(failed)} shards failed, shard {shard} with: {error}"
+        # A store that is away is asked for minutes, for which the end of a scan does not wait.
+        looking = threading.Thread(target=self._look, args=(at,), name="lineage-store", daemon=True)
+        looking.start()
+        looking.join(_LAST_SECONDS)
+
+    def _look(self, at: Callable[[], Snapshot]) -> None:
         try:
             self._snapshot = at()
         except NegServiceError as error:

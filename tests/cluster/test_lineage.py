@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,23 @@ def test_a_scan_whose_shards_failed_has_failed(asked: dict[str, Any], server: Se
     assert (end["eventType"], server.asked[-1][0]) == ("FAIL", "/own/path")
     assert end["run"]["facets"]["errorMessage"]["message"] == "1 shards failed, shard 1 with: NaN"
     assert end["run"]["facets"]["neg_service"]["shards_done"] == 1
+
+
+def test_a_store_that_is_away_at_the_end_is_not_waited_for(
+    asked: dict[str, Any], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neg_service.cluster.lineage._LAST_SECONDS", 0.2)
+    over = threading.Event()
+
+    def at() -> Snapshot:
+        over.wait(5)
+        raise StorageError("away")
+
+    with RunEvents(planned(asked, server.url)) as events:
+        began = time.monotonic()
+        events.done(shards=2, prompts=3, n_bytes=9, failed={}, at=at)
+        assert time.monotonic() - began < 2
+    over.set()
 
 
 def _away() -> Snapshot:
