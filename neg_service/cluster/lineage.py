@@ -1,9 +1,10 @@
 """What a scan tells a lineage server, or a file: that it started, and that it completed, failed or was aborted.
 
 Events are OpenLineage's, by its own transports: what its client would take from files of the working folder and from
-the environment decides nothing here. They leave from a thread of their own: a server that is away or slow costs
-a scan a warning, and at its end no more than `_LAST_SECONDS`, and a store that is away as long. A driver that is killed sends nothing more, so that its
-run is one that started and never ended; the next start of the same scan is another run of the same job.
+the environment decides nothing here. They leave from a thread of their own: a server that is away or slow costs a scan
+a warning, and at its end no more than `_LAST_SECONDS`, as a store does that is away. A driver that is killed sends
+nothing more, so that its run is one that started and never ended; the next start of the same scan is another run of
+the same job.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
-from urllib.parse import urlsplit
 
+from neg_service.cluster.lineage_place import KEY, address_of, path_of, require_place_of_events
 from neg_service.errors import ConfigurationError, NegServiceError, one_line
-from neg_service.places import local_path, require_place, split_scheme, without_credentials
 from neg_service.redaction import without_secrets
 from neg_service.storage.run import Snapshot
 
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_KEY = "job.lineage"
-# A server without its scheme would be a file of that name, and http:HOST:PORT too.
-_HOST_AND_PORT = re.compile(r"(https?:)?[\w.-]+:[0-9]{1,5}(/.*)?", re.IGNORECASE)
 # For a server to answer, and for all events to leave when a scan ends.
 _TIMEOUT_SECONDS, _LAST_SECONDS = 2.0, 5.0
 
@@ -140,50 +136,7 @@ class _Sender:
     def _tell(self, problem: str) -> None:
         if not self._is_told:
             self._is_told = True
-            log.warning("%s=%s: lineage is not told, the scan goes on: %s", _KEY, self._place, without_secrets(problem))
-
-
-def require_place_of_events(place: str | None) -> None:
-    """Refuse what is no place for events, before anything is loaded; nothing is written.
-
-    Raises:
-        ConfigurationError: it is neither an http(s) URL nor a file, the client is not installed, or it is switched off.
-    """
-    if place is None:
-        return
-    path = _path_of(place)
-    if os.environ.get("OPENLINEAGE_DISABLED", "").strip().lower() == "true":
-        raise ConfigurationError(
-            "OPENLINEAGE_DISABLED=true in the environment forbids it: leave one of them out",
-            setting=_KEY,
-            value=without_credentials(place),
-        )
-    try:
-        import openlineage.client.transport.http  # noqa: F401  # whether it is there
-    except ImportError as error:
-        raise ConfigurationError(
-            f"needs the extra `lineage`: pip install 'neg-service[lineage]' ({one_line(error)})",
-            setting=_KEY,
-            value=without_credentials(place),
-        ) from error
-    if path is None:
-        _address_of(place)
-    # Opening a pipe waits for a reader. A terminal and /dev/null take lines as a file does.
-    elif path.exists() and not (path.is_dir() or path.is_file() or path.is_char_device()):
-        raise ConfigurationError(setting=_KEY, value=path, allowed="a file, not a pipe, socket or disk")
-
-
-def _path_of(place: str) -> Path | None:
-    """The file; None of a URL."""
-    require_place(place, _KEY, ConfigurationError)
-    scheme = split_scheme(place)[0]
-    is_mistaken = place.lower() in ("true", "false") or _HOST_AND_PORT.fullmatch(place) is not None
-    path = None if scheme in ("http", "https") or is_mistaken else local_path(place, _KEY, ConfigurationError)
-    if is_mistaken or (path is None and scheme not in ("http", "https")):
-        raise ConfigurationError(
-            setting=_KEY, value=without_credentials(place), allowed="an http(s) URL, http://HOST:PORT, or a file"
-        )
-    return None if path is None else path.absolute()
+            log.warning("%s=%s: lineage is not told, the scan goes on: %s", KEY, self._place, without_secrets(problem))
 
 
 def _transport(place: str) -> Transport:
@@ -193,7 +146,7 @@ def _transport(place: str) -> Transport:
         ConfigurationError: the place is neither, or the file cannot be written, or the client is not installed.
     """
     require_place_of_events(place)
-    path = _path_of(place)
+    path = path_of(place)
     if path is None:
         return _to_server(place)
     from openlineage.client.transport.file import FileConfig, FileTransport
@@ -202,28 +155,10 @@ def _transport(place: str) -> Transport:
     return FileTransport(FileConfig(log_file_path=str(path), append=True))
 
 
-def _address_of(url: str) -> tuple[str, str]:
-    """The server of a URL, and the path."""
-    shown = re.split("[?#]", without_credentials(url), maxsplit=1)[0]
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigurationError(f"is no URL of a server: {error}", setting=_KEY, value=shown) from error
-    if not host or any(one.isspace() for one in url) or parts.query or parts.fragment:
-        raise ConfigurationError(
-            "give http(s)://HOST:PORT, or the whole address of the endpoint without a query; an API key is set as "
-            "OPENLINEAGE_API_KEY in the environment",
-            setting=_KEY,
-            value=shown,
-        )
-    return f"{parts.scheme}://{parts.netloc}", parts.path.strip("/")
-
-
 def _to_server(url: str) -> Transport:
     from openlineage.client.transport.http import ApiKeyTokenProvider, HttpConfig, HttpTransport
 
-    address, path = _address_of(url)
+    address, path = address_of(url)
     config = HttpConfig(
         url=address,
         endpoint=path or os.environ.get("OPENLINEAGE_ENDPOINT") or "api/v1/lineage",
@@ -232,7 +167,7 @@ def _to_server(url: str) -> Transport:
         retry={"total": 1, "backoff_factor": 0.1, "allowed_methods": ["POST"], "status_forcelist": [502, 503, 504]},
     )
     # A file of secrets ends with a newline, which no header may have.
-    if key := os.environ.get("OPENLINEAGE_API_KEY", "").strip():
+    if key := os.environ.get("OPENLINEAGE_APIKEY", "").strip():
         config.auth = ApiKeyTokenProvider({"api_key": key})
     return HttpTransport(config)
 
@@ -242,5 +177,5 @@ def _require_writable(path: Path) -> None:
         path.open("a").close()
     except OSError as error:
         raise ConfigurationError(
-            f"no events can be written there: {error.strerror or error}", setting=_KEY, value=path
+            f"no events can be written there: {error.strerror or error}", setting=KEY, value=path
         ) from error

@@ -19,7 +19,7 @@ import pyarrow as pa
 from neg_service.batch_size import batch_size, check_batch_bytes
 from neg_service.cluster import extension
 from neg_service.cluster.inputs import Loaded, load
-from neg_service.cluster.lineage import require_place_of_events
+from neg_service.cluster.lineage_place import require_place_of_events
 from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
