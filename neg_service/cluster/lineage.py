@@ -167,7 +167,7 @@ def _to_server(url: str) -> Transport:
         retry={"total": 1, "backoff_factor": 0.1, "allowed_methods": ["POST"], "status_forcelist": [502, 503, 504]},
     )
     # A file of secrets ends with a newline, which no header may have.
-    if key := os.environ.get("OPENLINEAGE_APIKEY", "").strip():
+    if key := os.environ.get("OPENLINEAGE_API_KEY", "").strip():
         config.auth = ApiKeyTokenProvider({"api_key": key})
     return HttpTransport(config)
 

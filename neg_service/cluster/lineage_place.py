@@ -72,7 +72,7 @@ def address_of(url: str) -> tuple[str, str]:
     if not host or any(one.isspace() for one in url) or parts.query or parts.fragment:
         raise ConfigurationError(
             "give http(s)://HOST:PORT, or the whole address of the endpoint without a query; an API key is set as "
-            "OPENLINEAGE_APIKEY in the environment",
+            "OPENLINEAGE_API_KEY in the environment",
             setting=KEY,
             value=shown,
         )
