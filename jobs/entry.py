@@ -66,6 +66,9 @@ def start(config_name: str, job: Callable[[DictConfig], int], settings: type) ->
     # Libraries speak up only when something is wrong.
     for noisy in ("httpx", "botocore", "aiobotocore", "urllib3", "filelock", "fsspec", "accelerate", "pyiceberg"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Of a server that is away our own warning tells, once.
+    for told in ("urllib3.connectionpool", "openlineage"):
+        logging.getLogger(told).setLevel(logging.ERROR)
     ended: list[tuple[list[str], int]] = []
 
     def guarded(config: DictConfig) -> None:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import http.client
 import sys
+import threading
 from typing import NoReturn
 
 from jobs.guard import EXIT_ERROR, tell
 
 _PATH = "/api/healthz"
 _PORTS = range(1, 65536)
+_MOST_SECONDS = 3600
+_GRACE_SECONDS = 0.1
 
 
 def main(arguments: list[str]) -> int:
@@ -29,14 +32,30 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--port", type=int, default=52365, help="of the node's agent: ray start --dashboard-agent-listen-port (52365)"
     )
-    parser.add_argument("--seconds", type=float, default=5, help="how long it may take to answer, above 0 (5)")
+    parser.add_argument(
+        "--seconds", type=float, default=5, help="how long it may take to answer, above 0, at most 3600 (5)"
+    )
     parser.error = _refuse  # type: ignore[method-assign]
     asked = parser.parse_args(arguments)
     if asked.port not in _PORTS:
         parser.error(f"--port={asked.port}: must be from {_PORTS[0]} to {_PORTS[-1]}")
-    if not asked.seconds > 0:
-        parser.error(f"--seconds={asked.seconds:g}: must be above 0")
-    return _ask(asked.port, asked.seconds)
+    if not 0 < asked.seconds <= _MOST_SECONDS:
+        parser.error(f"--seconds={asked.seconds:g}: must be above 0, at most {_MOST_SECONDS}")
+    return _within(asked.port, asked.seconds)
+
+
+def _within(port: int, seconds: float) -> int:
+    """Ask, and wait no longer than that: each byte of an answer begins the time of the socket anew."""
+    ended: list[int] = []
+    # A daemon, so that one that goes on waiting keeps no process alive.
+    asking = threading.Thread(target=lambda: ended.append(_ask(port, seconds)), daemon=True)
+    asking.start()
+    # The socket's own time ends first, and says more.
+    asking.join(seconds + _GRACE_SECONDS)
+    if ended:
+        return ended[0]
+    tell(f"no Ray node answers on port {port}: its answer is not whole after {seconds:g} s")
+    return EXIT_ERROR
 
 
 def _ask(port: int, seconds: float) -> int:

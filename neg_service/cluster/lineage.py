@@ -1,8 +1,10 @@
 """What a scan tells a lineage server, or a file: that it started, and that it completed, failed or was aborted.
 
-Events are OpenLineage's, by its own client. They leave from a thread of their own: a server that is away or slow costs
-a scan a warning, and at its end no more than `_LAST_SECONDS`. A driver that is killed sends nothing more, so that its
-run is one that started and never ended; the next start of the same scan is another run of the same job.
+Events are OpenLineage's, by its own transports: what its client would take from files of the working folder and from
+the environment decides nothing here. They leave from a thread of their own: a server that is away or slow costs a scan
+a warning, and at its end no more than `_LAST_SECONDS`, as a store does that is away. A driver that is killed sends
+nothing more, so that its run is one that started and never ended; the next start of the same scan is another run of
+the same job.
 """
 
 from __future__ import annotations
@@ -15,27 +17,26 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Self
 
-from neg_service.cluster.prepare import Prepared
+from neg_service.cluster.lineage_place import KEY, address_of, path_of, require_place_of_events
 from neg_service.errors import ConfigurationError, NegServiceError, one_line
-from neg_service.places import local_path, require_place, split_scheme, without_credentials
 from neg_service.redaction import without_secrets
 from neg_service.storage.run import Snapshot
 
 if TYPE_CHECKING:
-    from openlineage.client import OpenLineageClient
     from openlineage.client.event_v2 import RunEvent
+    from openlineage.client.transport import Transport
+
+    from neg_service.cluster.prepare import Prepared
 
 log = logging.getLogger(__name__)
 
-_KEY = "job.lineage"
 # For a server to answer, and for all events to leave when a scan ends.
 _TIMEOUT_SECONDS, _LAST_SECONDS = 2.0, 5.0
 
 
-class Lineage:
+class RunEvents:
     """The events of one start of a scan; within it, the scan runs. Without a place for them, nothing is sent."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -49,7 +50,7 @@ class Lineage:
         self._counts: dict[str, int] = {}
         self._incomplete = ""
         self._snapshot: Snapshot | None = None
-        self._sender = None if place is None else _Sender(_client(place), place)
+        self._sender = None if place is None else _Sender(_transport(place), place)
 
     def __enter__(self) -> Self:
         """Say that it starts."""
@@ -66,6 +67,12 @@ class Lineage:
         if failed:
             shard, error = next(iter(failed.items()))
             self._incomplete = f"{len(failed)} shards failed, shard {shard} with: {error}"
+        # A store that is away is asked for minutes, for which the end of a scan does not wait.
+        looking = threading.Thread(target=self._look, args=(at,), name="lineage-store", daemon=True)
+        looking.start()
+        looking.join(_LAST_SECONDS)
+
+    def _look(self, at: Callable[[], Snapshot]) -> None:
         try:
             self._snapshot = at()
         except NegServiceError as error:
@@ -78,7 +85,10 @@ class Lineage:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             self._send("ABORT", "interrupted or stopped")
         elif error is not None:
-            self._send("FAIL", str(error) if isinstance(error, NegServiceError) else _named(error))
+            self._send(
+                "FAIL",
+                str(error) if isinstance(error, NegServiceError) else f"{type(error).__name__}: {one_line(error)}",
+            )
         elif self._incomplete:
             self._send("FAIL", self._incomplete)
         else:
@@ -97,8 +107,8 @@ class Lineage:
 class _Sender:
     """Sends events one after the other, in a thread that nobody waits for; of what fails the first is told."""
 
-    def __init__(self, client: OpenLineageClient, place: str) -> None:
-        self._client, self._place = client, place
+    def __init__(self, transport: Transport, place: str) -> None:
+        self._transport, self._place = transport, place
         self._events: queue.SimpleQueue[RunEvent | None] = queue.SimpleQueue()
         self._is_told = False
         # A daemon: a server that replies a byte a second keeps no process alive.
@@ -118,70 +128,46 @@ class _Sender:
     def _work(self) -> None:
         while (event := self._events.get()) is not None:
             try:
-                self._client.emit(event)
-            # What requests raises is an OSError; the client has RuntimeError for a file that it cannot write.
+                self._transport.emit(event)
+            # What requests raises is an OSError; the transport has RuntimeError for a file that it cannot write.
             except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
                 self._tell(one_line(error))
 
     def _tell(self, problem: str) -> None:
         if not self._is_told:
             self._is_told = True
-            log.warning("%s=%s: lineage is not told, the scan goes on: %s", _KEY, self._place, without_secrets(problem))
+            log.warning("%s=%s: lineage is not told, the scan goes on: %s", KEY, self._place, without_secrets(problem))
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def _client(place: str) -> OpenLineageClient:
-    """The client for a URL or a file.
+def _transport(place: str) -> Transport:
+    """What sends to a URL or adds to a file.
 
     Raises:
         ConfigurationError: the place is neither, or the file cannot be written, or the client is not installed.
     """
-    require_place(place, _KEY, ConfigurationError)
-    scheme = split_scheme(place)[0]
-    path = None if scheme in ("http", "https") else local_path(place, _KEY, ConfigurationError)
-    if path is None and scheme not in ("http", "https"):
-        raise ConfigurationError(setting=_KEY, value=without_credentials(place), allowed="an http(s) URL or a file")
-    try:
-        from openlineage.client import OpenLineageClient
-        from openlineage.client.transport.file import FileConfig, FileTransport
-    except ImportError as error:
-        raise ConfigurationError(
-            f"needs the extra `lineage`: pip install 'neg-service[lineage]' ({one_line(error)})",
-            setting=_KEY,
-            value=without_credentials(place),
-        ) from error
+    require_place_of_events(place)
+    path = path_of(place)
     if path is None:
-        return OpenLineageClient(transport=_to_server(place))
-    _require_writable(path.absolute())
-    return OpenLineageClient(transport=FileTransport(FileConfig(log_file_path=str(path.absolute()), append=True)))
+        return _to_server(place)
+    from openlineage.client.transport.file import FileConfig, FileTransport
+
+    _require_writable(path)
+    return FileTransport(FileConfig(log_file_path=str(path), append=True))
 
 
-def _to_server(url: str) -> Any:
+def _to_server(url: str) -> Transport:
     from openlineage.client.transport.http import ApiKeyTokenProvider, HttpConfig, HttpTransport
 
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigurationError(f"is no URL of a server: {error}", setting=_KEY, value=url) from error
-    if not host or parts.query or parts.fragment:
-        raise ConfigurationError(
-            "give http(s)://HOST:PORT, or the whole address of the endpoint without a query; an API key is set as "
-            "OPENLINEAGE_API_KEY in the environment",
-            setting=_KEY,
-            value=without_credentials(url),
-        )
+    address, path = address_of(url)
     config = HttpConfig(
-        url=f"{parts.scheme}://{parts.netloc}",
-        endpoint=parts.path.strip("/") or os.environ.get("OPENLINEAGE_ENDPOINT") or "api/v1/lineage",
+        url=address,
+        endpoint=path or os.environ.get("OPENLINEAGE_ENDPOINT") or "api/v1/lineage",
         timeout=_TIMEOUT_SECONDS,
         # The client would try six times, and a scan ends meanwhile.
         retry={"total": 1, "backoff_factor": 0.1, "allowed_methods": ["POST"], "status_forcelist": [502, 503, 504]},
     )
-    if key := os.environ.get("OPENLINEAGE_API_KEY"):
+    # A file of secrets ends with a newline, which no header may have.
+    if key := os.environ.get("OPENLINEAGE_API_KEY", "").strip():
         config.auth = ApiKeyTokenProvider({"api_key": key})
     return HttpTransport(config)
 
@@ -191,5 +177,5 @@ def _require_writable(path: Path) -> None:
         path.open("a").close()
     except OSError as error:
         raise ConfigurationError(
-            f"no events can be written there: {error.strerror or error}", setting=_KEY, value=path
+            f"no events can be written there: {error.strerror or error}", setting=KEY, value=path
         ) from error

@@ -23,7 +23,9 @@ from openlineage.client.uuid import generate_static_uuid
 
 import neg_service
 from neg_service.cluster.prepare import Prepared
-from neg_service.places import name_of, split_scheme
+from neg_service.models.source import DEFAULT
+from neg_service.places import is_chain, name_of, split_scheme, without_credentials
+from neg_service.prompts.facts import BUILT_IN
 from neg_service.storage.run import Snapshot
 
 PRODUCER = f"urn:neg-service:{neg_service.__version__}"
@@ -99,7 +101,7 @@ def job_name(prepared: Prepared) -> str:
 
 def _input(kind: str, prepared: Prepared) -> InputDataset:
     asked = prepared.request[kind]
-    namespace, name = _named(str(asked["source"]))
+    namespace, name = dataset_name(str(asked["source"]))
     known = prepared.identity.get("prompts", {}) if kind == "dataset" else {}
     version = asked.get("revision") or known.get("revision") or known.get("sha256") or prepared.info.identity
     facet = dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=str(version), producer=PRODUCER)
@@ -107,7 +109,7 @@ def _input(kind: str, prepared: Prepared) -> InputDataset:
 
 
 def _output(prepared: Prepared, table: str, at: Snapshot | None) -> OutputDataset:
-    namespace, name = _named(f"{prepared.uri}/{table}")
+    namespace, name = dataset_name(f"{prepared.uri}/{table}")
     columns = [
         schema_dataset.SchemaDatasetFacetFields(name=own.name, type=str(own.type)) for own in prepared.tables[table]
     ]
@@ -126,10 +128,19 @@ def _output(prepared: Prepared, table: str, at: Snapshot | None) -> OutputDatase
     return found
 
 
-def _named(place: str) -> tuple[str, str]:
-    """Namespace and name as OpenLineage has them: of a bucket and a key, a disk and a path, the hub and an id."""
-    scheme, path = split_scheme(place)
-    if scheme in ("", "file"):
+def dataset_name(place: str) -> tuple[str, str]:
+    """Namespace and name as OpenLineage has them: of a bucket and a key, a disk and a path, the hub and an id.
+
+    Of what is read out of an archive or by way of a copy it is the place of the archive, or of what is copied.
+    """
+    if place == DEFAULT or place in BUILT_IN:
+        return NAMESPACE, place
+    if is_chain(place):
+        return dataset_name(place.rpartition("::")[2])
+    scheme, path = split_scheme(without_credentials(place))
+    if scheme == "file":
+        return "file", path.removeprefix("localhost")
+    if not scheme:
         return ("file", path) if path.startswith("/") else ("hub", path)
     host, _, below = path.partition("/")
     return f"{scheme}://{host}", below or name_of(place)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from neg_service.batch_size import batch_size, check_batch_bytes
 from neg_service.cluster import extension
 from neg_service.cluster.inputs import Loaded, load
+from neg_service.cluster.lineage_place import require_place_of_events
 from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
@@ -116,6 +117,7 @@ def prepare(config: ScanConfig, at_most: int | None = None) -> Prepared:
 def _resolve(config: ScanConfig) -> tuple[ScanConfig, str]:
     """The configuration as replicas and later starts can use it, and the place for results."""
     check(config)
+    require_place_of_events(config.job.lineage)
     # Ray unpacks what a job is sent with into a directory of such a name, and runs the job there.
     if Path.cwd().name.startswith("_ray_pkg_"):
         require_lasting(config.storage.uri)

@@ -21,7 +21,7 @@ from neg_service.cluster.actors import RayActors
 from neg_service.cluster.connection import connect, disconnect
 from neg_service.cluster.driver import Driver, Outcome
 from neg_service.cluster.failures import Limits
-from neg_service.cluster.lineage import Lineage
+from neg_service.cluster.lineage import RunEvents
 from neg_service.cluster.logs import add_to_logs, tell_interrupted
 from neg_service.cluster.messages import Destination, LogStyle, WorkerSpec
 from neg_service.cluster.metrics import RunMetrics
@@ -105,9 +105,9 @@ def run(prepared: Prepared, *, stay_connected: bool = False) -> Summary:
     Raises:
         NegServiceError: a failure that concerns every shard. Shards that fail alone are given up, in the summary.
     """
-    with Lineage(prepared) as lineage:
+    with RunEvents(prepared) as events:
         summary, directory = _run(prepared, stay_connected)
-        lineage.done(
+        events.done(
             shards=summary.shards_done, prompts=summary.n_prompts_now, n_bytes=summary.bytes_now,
             failed=summary.failed, at=directory.snapshot,
         )  # fmt: skip

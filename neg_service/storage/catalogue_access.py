@@ -88,7 +88,7 @@ class Access:
         try:
             from pyiceberg import exceptions
             from sqlalchemy.exc import SQLAlchemyError
-            from strictyaml import YAMLError
+            from strictyaml import YAMLError  # type: ignore[import-untyped]  # what pyiceberg reads its file with
         except ImportError as error:
             raise ConfigurationError(
                 f"a catalogue needs the extra `catalogue`: pip install 'neg-service[catalogue]' ({one_line(error)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -57,7 +58,39 @@ def test_no_node_and_one_that_says_nothing(capsys: pytest.CaptureFixture[str]) -
     assert "refused" in refused
 
 
-@pytest.mark.parametrize("mistake", [["--port", "0"], ["--port", "x"], ["--seconds", "0"], ["--seconds", "nan"], ["x"]])
+def test_an_answer_that_drips_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    over = threading.Event()
+
+    def drip(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            while not over.wait(0.1):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=(listening,))
+        thread.start()
+        began = time.monotonic()
+        assert main(["--port", str(listening.getsockname()[1]), "--seconds", "0.4"]) == 1
+        assert time.monotonic() - began < 2
+        over.set()
+        thread.join()
+    assert "not whole after 0.4 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--port", "0"],
+        ["--port", "x"],
+        ["--seconds", "0"],
+        ["--seconds", "nan"],
+        ["--seconds", "inf"],
+        ["--seconds", "1e10"],
+        ["x"],
+    ],
+)
 def test_mistakes_are_told_in_one_line(mistake: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(mistake)
