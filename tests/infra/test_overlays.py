@@ -132,7 +132,7 @@ def test_what_stays_of_a_scan_is_what_the_operator_takes() -> None:
     assert operator_refuses(of_ray(rendered("one-scan"))) == []
     kept = of_ray(rendered("one-scan", "keep-failed"))
     assert operator_refuses(kept) == []
-    # However a scan ends, its cluster goes.
+    # However a scan ends by itself, its cluster goes.
     ends = [
         one["condition"]
         for one in kept["spec"]["deletionStrategy"]["deletionRules"]
