@@ -30,7 +30,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from neg_service.errors import ConfigurationError, DestinationError, StorageError, one_line
 from neg_service.places import split_scheme
-from neg_service.storage.catalogue_access import Access
+from neg_service.storage.catalogue_access import Access, make_if_missing
 from neg_service.storage.objects import Entry
 from neg_service.storage.parts import footer_in, foreign_of
 from neg_service.storage.reader import Run, open_run
@@ -132,7 +132,7 @@ def register_run(
         left_out |= _not_whole(opened, table, _fresh(own, known[table], looked[table]))
     shards = opened.done(at) - set(left_out)
     with access.told():
-        catalogue.create_namespace_if_not_exists(namespace)
+        make_if_missing(lambda: catalogue.create_namespace_if_not_exists(namespace))
         tables = tuple(
             _register(catalogue, opened, table, namespace, shards, set(left_out), roots) for table in opened.tables
         )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
 from neg_service.errors import ConfigurationError, one_line
 from neg_service.places import local_path, require_place, split_scheme
@@ -22,9 +24,12 @@ from neg_service.redaction import without_secrets
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
 
+T = TypeVar("T")
+
 _URI, _WAREHOUSE = "catalogue.uri", "catalogue.warehouse"
 _KNOWN = "https://HOST, sqlite:////PATH.db, postgresql://HOST/NAME or thrift://HOST:PORT"
 _NO_PLACE = "it has no place for new tables: give catalogue.warehouse, a path or s3://bucket/prefix"
+_ATTEMPTS = 5
 # For a server to take the connection, and to begin its answer.
 _SECONDS = (5, 20)
 
@@ -70,7 +75,8 @@ class Access:
             if "warehouse" not in known:
                 raise ConfigurationError(f"the catalogue cannot be used: {_NO_PLACE}", **self.where())
         given = {"uri": self.uri, "warehouse": self.warehouse, **_properties_of_s3(self.endpoint_url)}
-        return load_catalog(self.name, **{key: value for key, value in given.items() if value is not None})
+        settled = {key: value for key, value in given.items() if value is not None}
+        return make_if_missing(lambda: load_catalog(self.name, **settled))
 
     def where(self) -> dict[str, Any]:
         """Setting and value, for messages."""
@@ -133,6 +139,21 @@ class Access:
     def _is_new_file(self) -> bool:
         path = _sqlite_path(self.uri or "")
         return path is not None and not path.exists()
+
+
+def make_if_missing(make: Callable[[], T]) -> T:
+    """What that gives, once more where somebody else has made the same between its look and its making.
+
+    pyiceberg makes the data base's own tables and namespaces so.
+    """
+    again = retry_if_exception(_is_made_already)
+    return Retrying(retry=again, stop=stop_after_attempt(_ATTEMPTS), wait=wait_random(0, 0.2), reraise=True)(make)
+
+
+def _is_made_already(error: BaseException) -> bool:
+    from sqlalchemy.exc import DBAPIError, IntegrityError
+
+    return isinstance(error, IntegrityError) or (isinstance(error, DBAPIError) and "already exists" in str(error.orig))
 
 
 def _said(error: BaseException) -> str:

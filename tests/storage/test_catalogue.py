@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyiceberg.catalog.sql import SqlCatalog, SqlCatalogBaseTable
 
 import neg_service
 from jobs.catalogue import CatalogueConfig, catalogue
@@ -102,13 +103,43 @@ def test_keys_with_odd_characters_are_found_on_a_disk(tmp_path: Path, place: Pla
 def test_two_registrations_at_once_add_each_part_once(tmp_path: Path, place: Place) -> None:
     run = begin(tmp_path / "run")
     put(run, 0, 1, 2)
-    place.open()
     with ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda _: place.register(run.store.uri), range(3)))
     for name in range(len(TABLES)):
         assert sum(one.tables[name].added for one in done) == 3
         assert {one.tables[name].n_rows for one in done} == {done[0].tables[name].n_rows}
     require_same_rows(place.open(), run.store.uri, done[0])
+
+
+@pytest.mark.parametrize("made", ["tables of the data base", "namespace"])
+def test_what_another_registration_makes_first_is_used(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    """Between a look and what it decides, another one makes the same: the data base refuses the second in earnest."""
+    run, seen = begin(tmp_path / "run"), []
+    put(run, 0)
+    create_tables, namespace_exists = SqlCatalog.create_tables, SqlCatalog.namespace_exists
+
+    def make_twice(catalogue: SqlCatalog) -> None:
+        create_tables(catalogue)
+        if not seen:
+            seen.append(made)
+            SqlCatalogBaseTable.metadata.create_all(catalogue.engine, checkfirst=False)
+
+    def look_too_early(catalogue: SqlCatalog, identifier: str) -> bool:
+        if seen:
+            return namespace_exists(catalogue, identifier)
+        seen.append(made)
+        catalogue.create_namespace(identifier)
+        return False
+
+    if made == "namespace":
+        monkeypatch.setattr(SqlCatalog, "namespace_exists", look_too_early)
+    else:
+        monkeypatch.setattr(SqlCatalog, "create_tables", make_twice)
+    done = place.register(run.store.uri)
+    assert seen == [made]
+    require_same_rows(place.open(), run.store.uri, done)
 
 
 def test_a_table_that_holds_something_else_stays_as_it_is(tmp_path: Path, place: Place) -> None:
