@@ -72,7 +72,15 @@ def test_neurgrad_with_a_shared_header_equals_a_backward_pass_a_target(
 
 @pytest.mark.parametrize(
     ("family", "dtype", "tolerance"),
-    [*((family, torch.bfloat16, 0.5) for family in FAMILIES), *((own, torch.float16, 0.15) for own in OF_EACH_KIND)],
+    [
+        *((family, torch.bfloat16, 0.5) for family in OF_EACH_KIND),
+        *((family, torch.float16, 0.15) for family in OF_EACH_KIND),
+        *(
+            pytest.param(family, torch.bfloat16, 0.5, marks=pytest.mark.faults)
+            for family in FAMILIES
+            if family not in OF_EACH_KIND
+        ),
+    ],
 )
 def test_low_precision_is_off_by_its_rounding_alone(family: str, dtype: torch.dtype, tolerance: float) -> None:
     # A step of bfloat16 is 0.8 %, of float16 0.1 %; it adds up over three layers and the softmax of large logits.
@@ -93,7 +101,7 @@ def test_joint_interventions_equal_full_forward_passes(family: str, basis: str) 
 
 # What is read of a prompt is the same for all bases: each where a layer is plain, and where its projection is fused.
 MASKED_ALONE = [
-    (family, basis)
+    pytest.param(family, basis, marks=() if family in OF_EACH_KIND else pytest.mark.faults)
     for family in FAMILIES
     for basis in bases_of(family)
     if FAMILIES[family].is_masked and (basis == "paper" or family in ("BERT", "ModernBERT", "EuroBERT"))
