@@ -34,9 +34,9 @@ demo: model ## scan the facts with the default model; prints, plots and names th
 scan: model ## python -m jobs.scan with ARGS="..."
 	$(BIN)/python -m jobs.scan $(ARGS)
 
-# Four processes on two cores, each with one thread: they wait for Ray, for storage, and for what they start.
+# Three processes on two cores, each with one thread: a fourth makes it no faster.
 test: check model ## checks, then all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=25
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=... repeats one
 	FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest tests/faults -m '' -v
