@@ -90,6 +90,7 @@ def _submit(asked: argparse.Namespace, config: DictConfig) -> int:
 def _planned(asked: argparse.Namespace, config: DictConfig, address: str) -> Prepared | None:
     """The plan of a scan, seen to fit the cluster; None for other jobs, and where --unchecked leaves it to the job."""
     # Slow to load: see `entry.py`.
+    from neg_service.cluster.lineage_place import require_lasting_place
     from neg_service.cluster.prepare import prepare, require_lasting
     from neg_service.cluster.submission import check_room
 
@@ -97,6 +98,7 @@ def _planned(asked: argparse.Namespace, config: DictConfig, address: str) -> Pre
         require_lasting(str(config.storage.uri))
         if config.job.extend is not None:
             require_lasting(str(config.job.extend), "job.extend")
+        require_lasting_place(config.job.get("lineage"))
     if asked.job != "scan":
         return None
     scan = typed(ScanConfig, config)

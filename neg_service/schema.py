@@ -295,16 +295,17 @@ def change_columns(own: pa.Schema) -> tuple[str, str]:
     return ("max_abs_delta", "delta") if "max_abs_delta" in own.names else ("max_abs_delta_p", "delta_p")
 
 
-def aggregate_importance(n_neurons: Neurons) -> pa.Schema:
+def aggregate_importance(n_neurons: Neurons, is_of_probability: bool = True) -> pa.Schema:
     """One row for each layer and shard. `aggregate_importance` [N]: sums over the shard's prompts.
 
     What is added up is a neuron's largest |NeurGrad| over the prompt's targets, in probability per unit of
-    |activation|.
+    |activation|. Of another readout rows name it, and are in its unit.
     """
     return pa.schema(
         [
             *_LAYER,
             pa.field("basis", pa.string(), nullable=False),
+            *([] if is_of_probability else [READOUT]),
             pa.field("n_prompts", pa.int32(), nullable=False),
             _of_each_neuron("aggregate_importance", pa.float64(), n_neurons),
         ]

@@ -83,7 +83,7 @@ def per_second(metric: str) -> tuple[str, str]:
 
 
 def hours(metric: str) -> str:
-    """Hours that a run has spent in the time that is looked at, over all its drivers: each begins to count at 0."""
+    """Hours that a run has spent, over its drivers heard of in the time looked at: each counts since it began."""
     return f"sum by (run) (max_over_time({metric}{RUN}[$__range])) / 3600"
 
 
@@ -205,11 +205,11 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "What it costs": [
         number(
-            "GPU-hours", "GPUs that replicas held, times the hours for which they did, in the time that is looked at.",
+            "GPU-hours", "GPUs that replicas held, times hours: of starts heard of in the time looked at, as a whole.",
             "none", 8, hours("ray_neg_gpu_seconds_total"), is_instant=True,
         ),
         number(
-            "CPU-hours", "CPUs that replicas held, times the hours for which they did, in the time that is looked at.",
+            "CPU-hours", "CPUs that replicas held, times hours: of starts heard of in the time looked at, as a whole.",
             "none", 8, hours("ray_neg_cpu_seconds_total"), is_instant=True,
         ),
         number(

@@ -16,6 +16,7 @@ from neg_service.config import ScanConfig
 from neg_service.errors import ConfigurationError, DestinationError, PromptError
 from neg_service.measures.base import Measure
 from neg_service.places import without_credentials
+from neg_service.prompts.encoding import Encode
 from neg_service.prompts.prompt import Prompt, digest
 from neg_service.schema import SCHEMA_VERSION
 from neg_service.storage.neurons import NEURONS_FILE
@@ -89,8 +90,10 @@ def opened_base(config: ScanConfig, uri: str) -> Run:
     return base
 
 
-def require_prompts_of(base: Run, prompts: Sequence[Prompt], source: str) -> None:
+def require_prompts_of(base: Run, prompts: Sequence[Prompt], source: str, encode: Encode) -> None:
     """Refuse a data set that does not begin with the prompts of `base`, or adds none.
+
+    `encode` is asked only where what differs is the place of neurons, of which runs store the token.
 
     Raises:
         PromptError: saying how many are missing, changed or moved, and which.
@@ -106,7 +109,7 @@ def require_prompts_of(base: Run, prompts: Sequence[Prompt], source: str) -> Non
             value=without_credentials(source),
         )
     raise PromptError(
-        f"does not begin with the {n_before} prompts of job.extend={base.uri}: {_differences(base, prompts)}",
+        f"does not begin with the {n_before} prompts of job.extend={base.uri}: {_differences(base, prompts, encode)}",
         setting="dataset.source",
         value=without_credentials(source),
     )
@@ -148,7 +151,7 @@ def calibration_for(base: Run, measure: Measure[Any]) -> dict[str, Any]:
     return {"calibration": found}
 
 
-def _differences(base: Run, prompts: Sequence[Prompt]) -> str:
+def _differences(base: Run, prompts: Sequence[Prompt], encode: Encode) -> str:
     """How the first prompts differ from those that a run has stored, and what to do."""
     advice = "the prompts of the run have to come first, as they were and in their order"
     if "prompts" not in base.tables or not set(_COLUMNS) <= set(base.schemas["prompts"].names):
@@ -176,8 +179,10 @@ def _differences(base: Run, prompts: Sequence[Prompt]) -> str:
             "; where rows have an answer and no targets, these are drawn from the answers of all rows: give the old "
             "rows the targets that the run's table prompts has"
         )
+    if not said and (ids := _otherwise(base, prompts, encode)):
+        said = [f"{len(ids)} {'has' if len(ids) == 1 else 'have'} another at or other messages ({_named(ids)})"]
     if not said:
-        said = ["their texts, targets and answers are as they were, so that something else of them differs, such as at"]
+        said = ["their texts, targets and answers are as they were, so that something else differs, such as wanted"]
     return "; ".join([", ".join(said), advice])
 
 
@@ -187,6 +192,22 @@ def _stored(base: Run) -> Iterator[tuple[str, str, int]]:
         for batch in base.table("prompts", columns=_COLUMNS).to_batches():
             for row in batch.to_pylist():
                 yield row["prompt_id"], row["prompt"], hash((tuple(row["targets"]), row["answer"]))
+
+
+def _otherwise(base: Run, prompts: Sequence[Prompt], encode: Encode) -> list[str]:
+    """The ids of prompts whose text is as it was, and whose neurons are at another token, or whose messages differ."""
+    columns = [name for name in ("position", "messages") if name in base.schemas["prompts"].names]
+    stored: list[dict[str, Any]] = []
+    with reading(base):
+        for batch in base.table("prompts", columns=columns).to_batches():
+            stored += batch.to_pylist()
+    found = []
+    for one, before in zip(encode(islice(prompts, len(stored))), stored, strict=True):
+        messages = [{"role": role, "content": content} for role, content in one.prompt.messages or ()]
+        now = {"position": one.at, "messages": messages}
+        if any(before[name] != now[name] for name in columns):
+            found.append(one.prompt.id)
+    return found
 
 
 def _named(ids: Sequence[str]) -> str:

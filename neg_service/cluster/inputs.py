@@ -82,7 +82,7 @@ def load(config: ScanConfig, base: Run | None, at_most: int | None) -> Loaded:
         prompts = extension.Window(prompts, 0, at_most)
     added = prompts
     if base is not None:
-        extension.require_prompts_of(base, prompts, config.dataset.source)
+        extension.require_prompts_of(base, prompts, config.dataset.source, encode_with)
         added = extension.Window(prompts, n_before, len(prompts))
     return Loaded(prompts, added, Encoding(added, encode_with, ids), local, info, about, identity)
 

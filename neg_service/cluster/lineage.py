@@ -2,9 +2,9 @@
 
 Events are OpenLineage's, by its own transports: what its client would take from files of the working folder and from
 the environment decides nothing here. They leave from a thread of their own: a server that is away or slow costs a scan
-a warning, and at its end no more than `_LAST_SECONDS`, as a store does that is away. A driver that is killed sends
-nothing more, so that its run is one that started and never ended; the next start of the same scan is another run of
-the same job.
+a warning, and at its end no more than `_LAST_SECONDS`; a store that is away then costs as many again. A driver that is
+killed sends nothing more, so that its run is one that started and never ended; the next start of the same scan is
+another run of the same job.
 """
 
 from __future__ import annotations

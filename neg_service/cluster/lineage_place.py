@@ -48,6 +48,24 @@ def require_place_of_events(place: str | None) -> None:
         raise ConfigurationError(setting=KEY, value=path, allowed="a file, not a pipe, socket or disk")
 
 
+def require_lasting_place(place: str | None) -> None:
+    """Refuse a file in the working folder, of a job whose folder goes when the job does.
+
+    Raises:
+        ConfigurationError: the path is relative.
+    """
+    if (
+        place is not None
+        and path_of(place) is not None
+        and not Path(str(local_path(place, KEY, ConfigurationError))).is_absolute()
+    ):
+        raise ConfigurationError(
+            "would lie in the job's own directory, which goes when the job does: give an absolute path, or a server",
+            setting=KEY,
+            value=place,
+        )
+
+
 def path_of(place: str) -> Path | None:
     """The file; None of a URL."""
     require_place(place, KEY, ConfigurationError)

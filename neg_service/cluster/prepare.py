@@ -19,7 +19,7 @@ import pyarrow as pa
 from neg_service.batch_size import batch_size, check_batch_bytes
 from neg_service.cluster import extension
 from neg_service.cluster.inputs import Loaded, load
-from neg_service.cluster.lineage_place import require_place_of_events
+from neg_service.cluster.lineage_place import require_lasting_place, require_place_of_events
 from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
@@ -121,6 +121,7 @@ def _resolve(config: ScanConfig) -> tuple[ScanConfig, str]:
     # Ray unpacks what a job is sent with into a directory of such a name, and runs the job there.
     if Path.cwd().name.startswith("_ray_pkg_"):
         require_lasting(config.storage.uri)
+        require_lasting_place(config.job.lineage)
     place = open_store(config.storage.uri, config.storage.endpoint_url).uri
     # Replicas, and a later repair of the run, do not share this process's working directory.
     config = replace(

@@ -29,6 +29,7 @@ from neg_service.measures.gradients import reduced_gradients
 from neg_service.measures.readouts import Readouts, check_logits, check_readouts
 from neg_service.measures.reductions import all_neurons
 from neg_service.measures.signs import Floats
+from neg_service.measures.tables import tell_of_underflow
 from neg_service.measures.targets import check_at, check_each
 from neg_service.models.language_model import LanguageModel
 from neg_service.prompts.chat import prompts_of
@@ -137,6 +138,7 @@ def neurgrad(
     for index, found in reduced_gradients(
         model, encoded, wanted, basis, chosen, budget, all_neurons, readouts, each=at == "each"
     ):
+        tell_of_underflow(f"prompts[{index}]", found.token_log_p, readout, "")
         neurgrad_km, activation_m = found.values
         place = slots.places(index, found.slots)
         result.probability[index, : len(wanted[index])] = found.probability_k

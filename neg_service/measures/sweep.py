@@ -95,8 +95,9 @@ def sweep_rows(
             estimates = (neurgrad_kn, gradient_kn)
             table = _table(shard, prompt, own, found, sweep, estimates, interventions.probability_k, noise_k, output)
             of_prompt = prompt_tables(
-                prompt, probability_k, interventions.routing, sizes.has_experts, interventions.token_log_p
-            )
+                prompt, probability_k, interventions.routing, sizes.has_experts, interventions.token_log_p,
+                readouts.readout,
+            )  # fmt: skip
             yield index, {**of_prompt, "sweep": table}
 
 

@@ -32,22 +32,36 @@ def prompt_tables(
     routing: PromptRouting,
     has_experts: bool,
     token_log_p: Sequence[NDArray[Any]] | None = None,
+    readout: str = "probability",
 ) -> dict[str, pa.Table]:
     """The tables that `schema.prompt_tables` says: the same for every measure.
 
-    token_log_p: of each target its tokens' log p, where any is several tokens.
+    token_log_p: of each target its tokens' log p, where any is several tokens. readout: what is measured of a target.
     """
+    tell_of_underflow(prompt.prompt.id, token_log_p, readout)
     found = {"prompts": prompt_row(prompt, probability_k, token_log_p)}
     return {**found, "routing": routing.table(prompt.prompt.id)} if has_experts else found
 
 
+def tell_of_underflow(
+    prompt_id: str, token_log_p: Sequence[NDArray[Any]] | None, readout: str = "probability", setting: str = "measure."
+) -> None:
+    """Say once of a prompt that the numbers of a target are lost with its probability, in one of several tokens.
+
+    token_log_p: of each target its tokens' log p, where any is several tokens. setting: what the readout is called.
+    """
+    log_p = [float(own.sum(dtype=np.float64)) for own in token_log_p or ()]
+    if readout == "probability" and min(log_p, default=0.0) < _LEAST_LOG_P:
+        _tell_once(prompt_id, setting)
+
+
 @cache
-def _tell_of_underflow(prompt_id: str) -> None:
+def _tell_once(prompt_id: str, setting: str) -> None:
     log.warning(
         "prompt %r has a target whose probability is below what float32 holds, so that its NEG and NeurGrad are lost: "
-        "measure.readout=log_probability keeps them",
-        prompt_id,
-    )
+        "%sreadout=log_probability keeps them",
+        prompt_id, setting,
+    )  # fmt: skip
 
 
 def prompt_row(
@@ -57,8 +71,6 @@ def prompt_row(
     of_sequences: dict[str, Any] = {}
     if token_log_p is not None:
         log_p = [float(own.sum(dtype=np.float64)) for own in token_log_p]
-        if min(log_p) < _LEAST_LOG_P:
-            _tell_of_underflow(prompt.prompt.id)
         of_sequences = {
             # By the logarithms: the products may be below what float32 holds.
             "prediction": int(np.argmax(log_p)),

@@ -84,6 +84,9 @@ class Chat:
                 change="dataset.source",
             ) from error
         self._refuse_two_beginnings(who, text)
+        begun = messages[-1][1] if is_begun else ""
+        if not text.endswith(begun[len(begun.rstrip()) :]):
+            _tell_trimmed(self.model, who)
         for role, content in messages:
             if content.strip() not in text:
                 _tell_left_out(role, self.model, who)
@@ -226,6 +229,16 @@ def prompts_of(
         PromptError: messages that are none, or that the template refuses, or what is no place of a token.
         ModelError: the model has no template, or is a masked one.
     """
+    is_one = isinstance(neurons_at, str) or not isinstance(neurons_at, Sequence | None)
+    if is_one or (
+        isinstance(neurons_at, tuple) and len(neurons_at) == 2 and all(type(end) is int for end in neurons_at)
+    ):
+        # Letters, and a range of characters, would be read as places of several prompts.
+        raise ConfigurationError(
+            setting="neurons_at",
+            value=neurons_at,
+            allowed='a list with one for each prompt, such as [-2] or ["France"]',
+        )
     if neurons_at is not None and len(neurons_at) != len(asked):
         raise ConfigurationError(
             f"{len(neurons_at)} for {len(asked)} prompts; one for each prompt is needed", setting="neurons_at"
@@ -269,6 +282,16 @@ def _tell_left_out(role: str, model: str, who: str) -> None:
         log.warning(
             "the chat template of %s leaves out, or changes, what messages of the role %r say; prompt %r is the first",
             model, role, who,
+        )  # fmt: skip
+
+
+def _tell_trimmed(model: str, who: str) -> None:
+    if ("", model) not in _told:
+        _told.add(("", model))
+        log.warning(
+            "the chat template of %s takes off the white space at the end of a begun message: targets follow without, "
+            "and should begin with it; prompt %r is the first",
+            model, who,
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
@@ -143,7 +143,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
         hashes.append(hash(prompt.id))
         if not prompt.text:
             raise PromptError(f"prompt {prompt.id!r} is empty; it needs at least one token", change="dataset.source")
-        if any(_is_not_text(text) for text in (prompt.id, prompt.text, *prompt.targets)):
+        if any(map(_is_not_text, _texts_of(prompt))):
             raise PromptError(
                 f"prompt {prompt.id!r} holds a lone surrogate, which no text has", change="dataset.source"
             )
@@ -193,6 +193,15 @@ def is_conversation(given: object) -> bool:
 def _is_list(given: object) -> bool:
     # Anything that has elements, such as an array.
     return isinstance(given, Iterable) and not isinstance(given, str | bytes)
+
+
+def _texts_of(prompt: Prompt) -> Iterator[str]:
+    yield from (prompt.id, prompt.text, *prompt.targets)
+    yield from chain.from_iterable(prompt.messages or ())
+    if isinstance(prompt.at, str):
+        yield prompt.at
+    if prompt.wanted is not None and prompt.wanted[2] is not None:
+        yield prompt.wanted[2]
 
 
 def _is_not_text(text: str) -> bool:

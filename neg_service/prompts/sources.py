@@ -199,6 +199,9 @@ def _read_targets(place: str, row: dict[str, Any], how: DatasetConfig) -> None:
     What is no list of texts stays as it is, and is refused later.
     """
     targets, answer = row["targets"], row["answer"]
+    if how.answer_is == "index" and targets is None:
+        # Its number would be taken for an answer whose targets are to be found.
+        raise PromptError("there are no targets, of which answer is the index (dataset.answer_is=index)", given=place)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         return
     row["targets"] = prefixed = [how.target_prefix + target for target in targets]

@@ -71,6 +71,8 @@ def place_of(who: str, text: str, ids: tuple[int, ...], at: At, read: Read, *, i
             raise _refused(who, f"characters {list(at)} end beyond the prompt, which has {len(text)}")
         end = at[1]
     before = read(text[:end])
+    if text[end - 1].isspace() and before == read(text[:end].rstrip()):
+        raise _refused(who, f"{text[:end][-20:]!r} ends with white space, which is no token of its own")
     if not before or ids[: len(before)] != before:
         raise _refused(
             who, f"{text[:end][-20:]!r} ends within a token of the prompt; a token's place says which is meant"

@@ -126,7 +126,7 @@ def register_run(
         moved = sorted({str(one.properties.get(_PLACE)) for one in known.values() if one is not None} - {opened.uri})
         looked = {table: {} if one is None else _files(one) for table, one in known.items()}
     at = opened.snapshot()
-    left_out = _damaged(opened, endpoint_url) if check else {}
+    left_out = _damaged(opened, at, endpoint_url) if check else {}
     for table in opened.tables:
         own = [part for part in _parts(opened, table, at, roots) if part.shard not in left_out]
         left_out |= _not_whole(opened, table, _fresh(own, known[table], looked[table]))
@@ -134,7 +134,7 @@ def register_run(
     with access.told():
         make_if_missing(lambda: catalogue.create_namespace_if_not_exists(namespace))
         tables = tuple(
-            _register(catalogue, opened, table, namespace, shards, set(left_out), roots) for table in opened.tables
+            _register(catalogue, opened, table, namespace, shards, set(left_out), roots, at) for table in opened.tables
         )
     return Registration(opened.uri, tables, {shard: left_out[shard] for shard in sorted(left_out)}, moved)
 
@@ -227,8 +227,12 @@ def _register(
     shards: set[int],
     left_out: set[int],
     roots: dict[str, str],
+    at: Snapshot,
 ) -> RegisteredTable:
-    """Make a table hold the parts of these shards; looked at anew whenever somebody else has changed it meanwhile."""
+    """Make a table hold the parts of these shards; looked at anew whenever somebody else has changed it meanwhile.
+
+    left_out: shards that are not whole, as they were in the snapshot `at`.
+    """
     from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
 
     def attempt() -> RegisteredTable:
@@ -238,7 +242,7 @@ def _register(
         # and those are not gone.
         now = run.snapshot()
         known = {part.shard for part in _parts(run, table, now, roots) if part.location in files}
-        later = known - left_out
+        later = known - {shard for shard in left_out if _is_as_it_was(run, shard, at, now)}
         parts = [part for part in _parts(run, table, now, roots) if part.shard in shards | later]
         return _change(found, files, run, table, identifier_of(run, table, namespace), parts)
 
@@ -275,32 +279,39 @@ def _change(
     replaced = [files[part.location] for part in fresh if part.location in files]
     removed = [own for location, own in files.items() if location not in wanted]
     if fresh or removed:
-        try:
-            with found.transaction() as change:
-                if replaced or removed:
-                    with change.update_snapshot().overwrite() as overwrite:
-                        for file in chain.from_iterable((*replaced, *removed)):
-                            overwrite.delete_data_file(file)
+        with found.transaction() as change:
+            if replaced or removed:
+                with change.update_snapshot().overwrite() as overwrite:
+                    for file in chain.from_iterable((*replaced, *removed)):
+                        overwrite.delete_data_file(file)
+            try:
                 # What was taken out just now is looked at above; all others are not in it.
                 change.add_files([part.location for part in fresh], check_duplicate_files=False)
-                newest = max((part.entry.modified for part in parts), default=0.0)
-                change.set_properties({_NEWEST: repr(newest), _PLACE: run.uri, **_KEEP})
-        except (ValueError, KeyError) as error:
-            raise DestinationError(
-                f"the table {identifier} of the catalogue has other columns than table {table!r} of {run.uri}: "
-                f"{one_line(error)}; {_ADVICE}"
-            ) from error
+            except (ValueError, KeyError) as error:
+                raise DestinationError(
+                    f"the table {identifier} of the catalogue does not take the parts of table {table!r} of {run.uri}: "
+                    f"{one_line(error)}; where it has other columns, {_ADVICE}"
+                ) from error
+            newest = max((part.entry.modified for part in parts), default=0.0)
+            change.set_properties({_NEWEST: repr(newest), _PLACE: run.uri, **_KEEP})
     n_rows = sum(file.record_count for own in _files(found).values() for file in own)
     added = len(fresh) - len(replaced)
     return RegisteredTable(table, identifier, added, len(replaced), len(removed), len(parts), n_rows)
 
 
-def _damaged(run: Run, endpoint_url: str | None) -> dict[int, str]:
-    """The shards of which something is wrong, as a check of every byte finds."""
+def _is_as_it_was(run: Run, shard: int, at: Snapshot, now: Snapshot) -> bool:
+    """Whether nothing of a shard was put since, so that what was found of it holds."""
+    stored = {run.stored_name(table) for table in run.tables}
+    return all(at.parts[name].get(shard) == now.parts[name].get(shard) for name in stored)
+
+
+def _damaged(run: Run, at: Snapshot, endpoint_url: str | None) -> dict[int, str]:
+    """The shards that are done of which something is wrong, as a check of every byte finds."""
     found: dict[int, str] = {}
+    done = run.done(at)
     for owner in run.lineage:
         for finding in verify(owner.directory.store, endpoint_url=endpoint_url).findings:
-            if finding.shard is not None:
+            if finding.shard is not None and finding.shard in done:
                 found.setdefault(finding.shard, str(finding))
     return found
 

@@ -278,6 +278,14 @@ def test_prompts_that_changed_or_are_gone_are_named(
     assert [Path(base.uri)] == list(Path(config.storage.uri).iterdir())
 
 
+def test_a_prompt_whose_neurons_are_elsewhere_is_named(config: ScanConfig, tmp_path: Path) -> None:
+    rows = [row(place, prompt="w1 w20 w2", at="w1" if place == 1 else None) for place in range(3)]
+    done = scan_here(replace(config, dataset=replace(config.dataset, source=words(tmp_path, rows, "old"))))
+    changed = [*rows[:2], row(2, prompt="w1 w20 w2", at="w20"), row(3)]
+    with refused(PromptError, "dataset.source", ANY, says=re.escape("1 has another at or other messages ('p2')")):
+        prepare(more(config, done, changed))
+
+
 def test_whatever_else_would_differ_is_refused_by_name(config: ScanConfig, base: Run) -> None:
     asked = more(config, base, N_NEW)
     for changed, says in (

@@ -14,6 +14,7 @@ import torch
 
 import neg_service
 from neg_service.cluster.prepare import prepare
+from neg_service.cluster.ranking import ranking_of, strongest
 from neg_service.config import DatasetConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures import measure_of
@@ -116,6 +117,31 @@ def test_errors_in_float32_are_within_what_is_stated() -> None:
     off = np.abs(found.neg - exact.neg)
     assert off.max() > 0
     assert (off <= found.error).mean() > 0.95
+
+
+def test_a_ranking_of_what_float32_loses_is_refused_and_told_of(
+    tiny_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "".join(f" w{i}" for i in range(3, 40))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "w1 w2", "targets": [long, f"{long} w5"], "id": "long"}))
+    config = ScanConfig(
+        model=ModelConfig(source=str(tiny_directory)),
+        dataset=DatasetConfig(source=str(tmp_path / "rows.jsonl"), not_one_token="sequence"),
+        storage=StorageConfig(uri=str(tmp_path / "results")),
+        measure={"name": "sweep"},
+        neurons=NeuronsConfig(choose="top", count=3, over="dataset"),
+    )
+    with refused(ConfigurationError, "neurons.over", "dataset", says="use measure.readout=log_probability"):
+        strongest(scan_here(ranking_of(config)).uri, config)
+    assert "prompt 'long' has a target whose probability is below what float32 holds" in caplog.text
+    kept = replace(config, measure={"name": "sweep", "readout": "log_probability"})
+    assert len(strongest(scan_here(ranking_of(kept)).uri, kept).list or ()) == 3
+    caplog.clear()
+    model = neg_service.load_model(tiny_directory)
+    found = neg_service.neurgrad(model, ["w1 w2"], [[long]], not_one_token="sequence")
+    assert not found.neurgrad.any()
+    assert "prompt 'prompts[0]' has a target" in caplog.text
+    assert "lost: readout=log_probability keeps them" in caplog.text
 
 
 def test_measures_and_models_without_use_for_them_refuse_them_by_name() -> None:

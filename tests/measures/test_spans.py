@@ -25,6 +25,7 @@ from neg_service.prompts.sources import load_dataset
 from neg_service.prompts.tokens import encode
 from tests import oracle
 from tests.mixtures import tiny_mixture
+from tests.refusals import refused
 from tests.shards import measured_shard
 from tests.tiny_models import tiny_model
 
@@ -230,6 +231,16 @@ def test_files_say_it_in_a_column(tmp_path: Path) -> None:
 def test_what_is_no_place_is_refused(at: Any, says: str) -> None:
     with pytest.raises(PromptError, match=f"prompt '0': .*{says}"):
         neg_service.neurgrad(tiny_model("Llama 2"), [TEXT], [[" w7"]], neurons_at=[at])
+
+
+def test_places_are_a_list_and_blanks_are_no_tokens() -> None:
+    model, two = tiny_model("Llama 2"), ([TEXT, TEXT], [[" w7"], [" w7"]])
+    for given in (-2, "w1", (0, 2)):
+        with refused(ConfigurationError, "neurons_at", given, says="a list with one for each prompt"):
+            neg_service.neurgrad(model, *two, neurons_at=given)  # type: ignore[arg-type]
+    for at in ((2, 3), "w3 "):
+        with pytest.raises(PromptError, match="ends with white space, which is no token of its own"):
+            neg_service.neurgrad(model, [TEXT], [[" w7"]], neurons_at=[at])
 
 
 def test_of_a_chat_a_text_alone_says_it() -> None:

@@ -14,7 +14,8 @@ import torch
 
 import neg_service
 from neg_service import schema
-from neg_service.config import NeuronsConfig
+from neg_service.cluster.ranking import ranking_of
+from neg_service.config import NeuronsConfig, ScanConfig
 from neg_service.errors import ConfigurationError
 from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures import measure_of
@@ -74,6 +75,29 @@ def test_each_prompts_strongest_neurons_are_swept() -> None:
         expected = {((0, 2)[i // 40], i % 40) for i in best.tolist()}
         rows = table.filter(pc.field("prompt_id") == prompt.id)
         assert set(zip(rows["layer"].to_pylist(), rows["neuron"].to_pylist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"readout": "log_odds", "against": "others"},
+        {"readout": "logit", "against": 0},
+        {"readout": "log_probability", "at": "each"},
+    ],
+)
+def test_neurons_are_ranked_by_what_is_measured_of_them(asked: dict[str, Any]) -> None:
+    model, prompts = tiny_model("Llama 2"), [own for own in PROMPTS if len(own.targets) > 1]
+    sweep = measure_of({"name": "sweep", **asked})
+    few = NeuronsConfig([0, 2], choose="top", count=5, over="dataset")
+    ranking = ranking_of(ScanConfig(measure=sweep.configuration(), neurons=few))
+    measure = measure_of(ranking.measure)
+    assert measure.fingerprint_inputs() != measure_of({"name": "aggregate_importance"}).fingerprint_inputs()
+    found = total([measured_shard(measure, model, prompts, ranking.neurons)["aggregate_importance"]])
+    expected = sum(
+        np.nanmax(np.abs(neg_service.neurgrad(model, [p.text], [p.targets], layers=[0, 2], **asked).neurgrad[0]), 0)
+        for p in prompts
+    )
+    np.testing.assert_allclose(np.stack(list(found.values())), expected, rtol=1e-4)
 
 
 def test_strength_over_a_data_set_is_the_sum_of_each_prompts_largest() -> None:

@@ -247,6 +247,17 @@ def test_what_a_template_leaves_out_is_told_once(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_begun_message_whose_end_is_taken_off_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    chats._told.clear()
+    begun: Messages = (*SAID, ("assistant", "It is "))
+    with caplog.at_level(logging.WARNING):
+        assert chat_of(tokenizer(CHATML), "m").text("x", begun).endswith("It is ")
+        assert not caplog.records
+        assert chat_of(tokenizer(LLAMA_3), "m").text("x", begun).endswith("It is")
+    assert "takes off the white space at the end of a begun message" in caplog.text
+    assert "prompt 'x' is the first" in caplog.text
+
+
 def test_a_template_that_writes_the_date_is_told_of_and_can_be_told_a_date(caplog: pytest.LogCaptureFixture) -> None:
     dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     own = tokenizer(dated + "{{ date_string }}" + CHATML)

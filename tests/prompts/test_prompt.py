@@ -55,6 +55,15 @@ def test_targets_of_several_tokens_can_be_left_out_with_prompts_whose_answers_th
         ([Prompt("x", "", ("b",))], ("dataset.source", ANY, "prompt 'x' is empty")),
         ([Prompt("x", "a", ())], ("dataset.source", ANY, "prompt 'x' has no targets")),
         ([Prompt("x", "a\ud800", ("b",))], ("dataset.source", ANY, "prompt 'x' holds a lone surrogate")),
+        ([Prompt("x", "a", ("b",), at="\ud800")], ("dataset.source", ANY, "prompt 'x' holds a lone surrogate")),
+        (
+            [Prompt("x", "a", ("b",), wanted=("margin", 1.0, "\udfff"))],
+            ("dataset.source", ANY, "prompt 'x' holds a lone surrogate"),
+        ),
+        (
+            [Prompt("x", "a", ("b",), messages=(("system", "\ud800"), ("user", "a")))],
+            ("dataset.source", ANY, "prompt 'x' holds a lone surrogate"),
+        ),
         ([Prompt("x", "a", ("b",), 1)], ("dataset.source", ANY, "prompt 'x' has answer 1, but its 1 targets")),
     ],
 )

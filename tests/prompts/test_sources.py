@@ -238,6 +238,14 @@ def test_a_lone_surrogate_is_refused_by_its_prompt_also_where_targets_are_drawn(
         check_prompts(load_prompts(str(tmp_path / "a.jsonl")))
 
 
+def test_an_index_without_targets_is_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a", "targets": ["b", "c"], "answer": "1"}\n{"prompt": "d", "targets": null, "answer": "0"}\n'
+    )
+    with refused(PromptError, says="a.jsonl: line 2: there are no targets, of which answer is the index"):
+        load_prompts(str(tmp_path / "a.jsonl"), None, DatasetConfig(answer_is="index"))
+
+
 def test_ids_and_groups_may_be_what_something_else_is_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
     found = load_prompts(str(tmp_path / "a.jsonl"), None, DatasetConfig(columns={"id": "prompt", "group": "answer"}))

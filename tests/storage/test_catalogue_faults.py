@@ -17,6 +17,7 @@ from jobs.catalogue import CatalogueConfig, catalogue, describe
 from jobs.entry import composed
 from neg_service.errors import ConfigurationError
 from neg_service.redaction import without_secrets
+from neg_service.storage import catalogue as storage_catalogue
 from neg_service.storage import catalogue_access
 from neg_service.storage.catalogue import register_run
 from neg_service.storage.objects import LocalStore
@@ -24,7 +25,7 @@ from neg_service.storage.parts import part_key
 from neg_service.storage.reader import Run
 from tests.catalogues import Place, counts
 from tests.refusals import refused
-from tests.storage.conftest import begin, put
+from tests.storage.conftest import TABLES, begin, put
 
 KEY = part_key("neurgrad", 1)
 
@@ -100,6 +101,33 @@ def test_what_was_registered_meanwhile_is_not_taken_out(
 
     monkeypatch.setattr(Run, "snapshot", snapshot)
     assert counts(place.register(early)) == {(0, 0, 0, 3)}
+
+
+def test_a_check_judges_what_is_done_as_it_was_when_it_was_read(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(tmp_path / "run")
+    put(run, 0, 1, 2)
+    tables = list(TABLES)
+    run.store.delete(part_key(tables[-1], 2))
+    # A shard under way is not damaged.
+    assert not place.register(run.store.uri, check=True).left_out
+    whole, key = run.store.get(part_key(tables[0], 1)) or b"", part_key(tables[0], 1)
+    run.store.put(key, whole[:40] + b"xxxx" + whole[44:])
+    checked = storage_catalogue.verify
+
+    def mended_meanwhile(*given: Any, **more: Any) -> Any:
+        found = checked(*given, **more)
+        run.store.put(key, whole)
+        monkeypatch.setattr(storage_catalogue, "verify", checked)
+        place.register(run.store.uri)
+        return found
+
+    monkeypatch.setattr(storage_catalogue, "verify", mended_meanwhile)
+    done = place.register(run.store.uri, check=True)
+    assert set(done.left_out) == {1}
+    assert {one.removed for one in done.tables} == {0}
+    assert place.open().load_table(done.tables[0].identifier).scan().count() == done.tables[0].n_rows > 0
 
 
 def test_a_part_that_stands_in_a_table_twice_is_put_anew(tmp_path: Path, place: Place) -> None:

@@ -133,8 +133,11 @@ class NeurGrad(Measure[NeurGradOptions]):
         ):  # fmt: skip
             prompt = shard.prompts[index]
             own = tables(prompt, found, layers_of_model(sizes), self.options, self._readouts)
-            p_k, log_p = found.probability_k, found.token_log_p
-            yield index, {**prompt_tables(prompt, p_k, found.routing, has_experts(sizes), log_p), **own}
+            of_prompt = prompt_tables(
+                prompt, found.probability_k, found.routing, has_experts(sizes), found.token_log_p,
+                self._readouts.readout,
+            )  # fmt: skip
+            yield index, {**of_prompt, **own}
 
     @property
     def _readouts(self) -> Readouts:
