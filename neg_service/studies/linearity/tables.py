@@ -87,9 +87,9 @@ def linearity_tables(triples: Triples) -> dict[str, Rows]:
 def range_table(run: Run, largest: float) -> Rows:
     """How linear curves are over a range, in probability and in log-odds, from a sweep of its own."""
     names = ["layer", "r", "r2", "max_abs_delta_p", "resolution", "n_shifts", "probability"]
-    table, _ = routed_rows(run, [*names, "delta_p"])
+    table, _ = routed_rows(run, [*names, "prompt_id", "delta_p"])
     layer, r, r2, moved, resolution, n_shifts, p = (table[name].to_numpy().astype(np.float64) for name in names)
-    noise = noise_of_changes(run, resolution, n_shifts)
+    noise = noise_of_changes(run, table["prompt_id"], resolution, n_shifts)
     shifts = np.array(run.config["measure"]["shifts"], np.float64)
     log_odds_r = r_in_log_odds(shifts, _curves_of(table, len(shifts)), p)
     return by_range(largest, r, r2, moved, layer.astype(np.int64), noise, log_odds_r)

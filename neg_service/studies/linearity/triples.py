@@ -98,7 +98,7 @@ def triples_of(sweep: Run, estimators: Sequence[str], seed: int) -> Triples:
         neg=column("neg"),
         r=column("r"),
         r2=column("r2"),
-        noise=noise_of_changes(sweep, column("resolution"), column("n_shifts")),
+        noise=noise_of_changes(sweep, table["prompt_id"], column("resolution"), column("n_shifts")),
         is_resolved=table["is_resolved"].to_numpy(),
         estimates={name: values for name, values in made.items() if name in estimators},
         routing=routing,
@@ -124,7 +124,7 @@ def routed_rows(sweep: Run, names: Sequence[str]) -> tuple[pa.Table, CurveRoutin
     return table.select(there), routing
 
 
-def noise_of_changes(sweep: Run, resolution_i: Doubles, n_shifts_i: Doubles) -> Doubles:
+def noise_of_changes(sweep: Run, prompt_id_i: pa.ChunkedArray, resolution_i: Doubles, n_shifts_i: Doubles) -> Doubles:
     """What a single |Δp| has to exceed, from the resolution of the NEGs, which are weighted sums of several.
 
     n_shifts_i: how many each NEG is of.
@@ -136,13 +136,25 @@ def noise_of_changes(sweep: Run, resolution_i: Doubles, n_shifts_i: Doubles) -> 
         grid = coarse_grid(measure["max_shift"], measure["step"])
     elif measure["grid"] == "adaptive":
         grid = adapted(full, measure["tolerance"])
-    is_per_row = bool(sweep.about["calibration"]["noise"].get("is_per_row"))
     counts, place_i = np.unique(n_shifts_i, return_inverse=True)
     stages = [grid.stage_of(int(count)) for count in counts]
     # Where errors are a share of effects they grow with shifts: what those of the largest have.
-    gains = np.array([stage.share_of_largest if is_per_row else stage.noise_gain for stage in stages])
-    noise_i: Doubles = resolution_i / gains[place_i]
+    gains = np.array([[stage.noise_gain, stage.share_of_largest] for stage in stages])
+    is_per_row = bool(sweep.about["calibration"]["noise"].get("is_per_row"))
+    is_share_i = is_per_row & ~pc.is_in(prompt_id_i, _with_rows_of_several_tokens(sweep)).to_numpy()
+    noise_i: Doubles = resolution_i / gains[place_i, is_share_i.astype(int)]
     return noise_i
+
+
+def _with_rows_of_several_tokens(sweep: Run) -> pa.Array:
+    """The ids of prompts whose neurons are at an earlier token, or with targets of several: their noise is one σ."""
+    names = [name for name in ("position", "target_sequences") if name in sweep.schemas["prompts"].names]
+    with reading(sweep):
+        table = sweep.table("prompts", ["prompt_id", *names]).to_table()
+    is_tree = np.zeros(len(table), bool)
+    for name in names:
+        is_tree |= table[name].is_valid().to_numpy()
+    return table["prompt_id"].combine_chunks().filter(pa.array(is_tree))
 
 
 def _random(triples: Triples, seed: int) -> Doubles:
