@@ -57,10 +57,14 @@ def mute(answer: Callable[[socket.socket], None] = lambda client: None, backlog:
                     client = kept.enter_context(listener.accept()[0])
                     threading.Thread(target=answer, args=(client,), daemon=True).start()
 
+        serving = threading.Thread(target=serve, daemon=True)
         if backlog:
-            threading.Thread(target=serve, daemon=True).start()
+            serving.start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
+        if backlog:
+            # Whoever it takes last is to be kept, too, before all are closed.
+            serving.join()
 
 
 def drip(client: socket.socket) -> None:
