@@ -62,9 +62,11 @@ def run_recipe(uri: str, endpoint_url: str | None, place: Place) -> dict[str, An
     """The names that the README's recipe leaves, of a run with a layer 1 and of its neuron 2."""
     readme = (Path(neg_service.__file__).parent / "storage" / "README.md").read_text()
     (recipe,) = (own for own in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "register_run" in own)
+    # Before the places are put in, whose names may have the same digits.
+    recipe = recipe.replace("29", "1").replace("865", "3")
     for key, value in {"uri": uri, "endpoint_url": endpoint_url, "catalogue_uri": place.given["uri"]}.items():
         recipe = re.sub(rf"^{key} = .*$", f"{key} = {value!r}", recipe, flags=re.MULTILINE)
-    recipe = recipe.replace("s3://runs/warehouse", place.given["warehouse"]).replace("29", "1").replace("865", "3")
+    recipe = recipe.replace("s3://runs/warehouse", place.given["warehouse"])
     names: dict[str, Any] = {}
     exec(recipe, names)
     return names
