@@ -172,6 +172,11 @@ def test_what_is_refused_without_a_model_and_without_a_look_at_it(
     os.mkfifo(tmp_path / "pipe")
     with refused(ConfigurationError, "job.lineage", says="not a pipe"):
         planned(asked, str(tmp_path / "pipe"))
+    own = tmp_path / "_ray_pkg_0123"
+    own.mkdir()
+    monkeypatch.chdir(own)
+    with refused(ConfigurationError, "job.lineage", "events.jsonl", says="would lie in the job's own directory"):
+        planned(asked, "events.jsonl")
     monkeypatch.setenv("OPENLINEAGE_DISABLED", "true")
     with refused(ConfigurationError, "job.lineage", says="OPENLINEAGE_DISABLED"):
         planned(asked, "http://127.0.0.1:9")

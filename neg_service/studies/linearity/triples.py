@@ -139,7 +139,7 @@ def noise_of_changes(sweep: Run, prompt_id_i: pa.ChunkedArray, resolution_i: Dou
     counts, place_i = np.unique(n_shifts_i, return_inverse=True)
     stages = [grid.stage_of(int(count)) for count in counts]
     # Where errors are a share of effects they grow with shifts: what those of the largest have.
-    gains = np.array([[stage.noise_gain, stage.share_of_largest] for stage in stages])
+    gains = np.array([[stage.noise_gain, stage.share_of_largest] for stage in stages]).reshape(-1, 2)
     is_per_row = bool(sweep.about["calibration"]["noise"].get("is_per_row"))
     is_share_i = is_per_row & ~pc.is_in(prompt_id_i, _with_rows_of_several_tokens(sweep)).to_numpy()
     noise_i: Doubles = resolution_i / gains[place_i, is_share_i.astype(int)]
