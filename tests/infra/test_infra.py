@@ -127,7 +127,8 @@ def test_alerts_fire_when_they_should_and_else_are_silent(tmp_path: Path) -> Non
     # The test of the tests: without its conditions an alert fires where it should not.
     text = (INFRA / "prometheus" / "alerts.yaml").read_text()
     (tmp_path / "alerts.yaml").write_text(re.sub(r"> \d[\d.]*\n", "> -1\n", text))
-    shutil.copy(INFRA / "prometheus" / "alerts_test.yaml", tmp_path)
+    tests = yaml.safe_load((INFRA / "prometheus" / "alerts_test.yaml").read_text())
+    (tmp_path / "alerts_test.yaml").write_text(yaml.safe_dump({**tests, "tests": tests["tests"][:1]}))
     wrong = ["promtool", "test", "rules", str(tmp_path / "alerts_test.yaml")]
     assert subprocess.run(wrong, check=False, capture_output=True).returncode != 0
 

@@ -78,7 +78,7 @@ for source in sources:
 
 
 def test_a_data_set_takes_offsets_and_not_its_texts(tmp_path: Path) -> None:
-    n, lengths = 5000, (100, 2000)
+    n, lengths = 3000, (100, 2000)
     sources = [rows(tmp_path / f"{letters}.jsonl", n, letters) for letters in lengths]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, rows(tmp_path / "few.jsonl", 3, 100), *sources],
@@ -89,7 +89,7 @@ def test_a_data_set_takes_offsets_and_not_its_texts(tmp_path: Path) -> None:
         assert count == n
         # Eight bytes of a prompt, give or take how arrays grow.
         assert kept < 20 * n + 50_000
-        # A block of prompts at once, and their lines; the file has 10 MB in the second case.
+        # A block of prompts at once, and their lines; the file has 6 MB in the second case.
         assert peak < 4 * 1000 * (letters + 500)
 
 

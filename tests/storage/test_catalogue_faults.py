@@ -52,7 +52,7 @@ def test_a_damaged_footer_never_stops_a_registration(tmp_path: Path, place: Plac
     put(run, 0, 1)
     file = tmp_path / "run" / KEY
     problems = set()
-    for index, data in enumerate(footers_of(file, 24)):
+    for index, data in enumerate(footers_of(file, 8)):
         file.write_bytes(data)
         done = Place(tmp_path / "1").register if index == 0 else place.register
         (tmp_path / "1").mkdir(exist_ok=True)
