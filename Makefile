@@ -14,12 +14,14 @@ TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# pip compiles on one processor, which takes longer than all else it does; here it is done on all of them.
+# pip compiles on one processor, which takes longer than all else it does; here it is done on all of them, and what is
+# seldom or never loaded is left to whoever loads it.
+SELDOM := /(tests|testing|_inductor|pip|networkx|hive_metastore)/|/transformers/models/|/ray/(rllib|serve|tune|train|llm)/
 $(READY): requirements.lock pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
-	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
+	$(BIN)/python -m compileall -qq -j 0 -x '$(SELDOM)' $(VENV)/lib || true
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
