@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 
 from jobs.report import write_report
@@ -28,7 +27,7 @@ from neg_service.storage.reader import Run
 from neg_service.studies.kinds import STUDY_VIEWS
 from tests.here import scan_here
 from tests.quantized_checkpoints import KINDS, make
-from tests.refusals import ANY, refused
+from tests.refusals import refused
 from tests.report.conftest import unrendered
 
 ROWS = [
@@ -273,18 +272,6 @@ def test_runs_of_a_study_are_found_beside_it_wherever_both_are(
         load(["x-study"], None, STUDY_VIEWS)
 
 
-def test_a_run_that_a_study_names_at_an_impossible_place_is_told_of_the_setting_that_was_given(tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text(json.dumps({"runs": {"sweep": "gs://bucket/run"}}))
-    with refused(DestinationError, "runs", says="scheme 'gs' is unknown"):
-        load([str(tmp_path)], None, STUDY_VIEWS)
-
-
-def test_a_study_that_nobody_shows_is_no_study(tmp_path: Path) -> None:
-    (tmp_path / "study.json").write_text("{}")
-    with refused(DestinationError, "runs", says="there is no run, no study and no probe"):
-        load([str(tmp_path)], None, [view for view in STUDY_VIEWS if view.kind != "study"])
-
-
 def test_of_a_list_of_runs_the_first_says_with_what_it_was_computed(
     place: Path, tiny_directory: Path, tmp_path: Path
 ) -> None:
@@ -295,27 +282,6 @@ def test_of_a_list_of_runs_the_first_says_with_what_it_was_computed(
     assert [(what, own.uri) for what, own in study.runs.items()] == [("first", run.uri)]
     # It has no section of its own, and is not listed among the runs.
     assert (loaded.runs, study.names_runs) == ([], False)
-
-
-@pytest.mark.parametrize(
-    ("said", "refusal"),
-    [
-        (b"{", ("runs", ANY, "study.json: is not JSON")),
-        (b"[" * 100_000, ("runs", ANY, "study.json: is JSON with lists or objects nested too deep")),
-        (b"[]", ("runs", ANY, r"study.json: must be a JSON object, not \[\]")),
-        (b"{}", ("runs", ANY, "found.parquet: is damaged: .*CRC checksum")),
-    ],
-)
-def test_studies_that_are_damaged_are_one_line(tmp_path: Path, said: bytes, refusal: tuple[Any, ...]) -> None:
-    table = tmp_path / "found.parquet"
-    pq.write_table(pa.table({"a": range(100)}), table, write_page_checksum=True, use_dictionary=False)
-    content = bytearray(table.read_bytes())
-    column = pq.read_metadata(table).row_group(0).column(0)
-    content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
-    table.write_bytes(content)
-    (tmp_path / "study.json").write_bytes(said)
-    with refused(DestinationError, *refusal):
-        load([str(tmp_path)], None, STUDY_VIEWS)
 
 
 def test_damage_is_one_line(place: Path, tiny_directory: Path, tmp_path: Path) -> None:
