@@ -217,7 +217,8 @@ class JobConfig:
     limit: int | None = setting(None, "only the first so many prompts, for a trial", least=1)
     shard_size: Any = setting(
         "auto",
-        "prompts of a shard, which is part of a run's identity; `auto`: by the size of the results",
+        "prompts of a shard, which is part of a run's identity; `auto`: about half a minute of a replica's work, and "
+        "at most 64 MiB of results",
         allowed=_AUTO,
         least=1,
         is_whole=True,

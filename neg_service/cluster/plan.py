@@ -24,13 +24,6 @@ if TYPE_CHECKING:
     from neg_service.measures.base import Cost
     from neg_service.models.inspection import ModelInfo
 
-# A shard is the unit of loss and of memory: its parts are encoded in memory, two at a time.
-SHARD_BYTES = 64 * 2**20
-SHARD_PROMPTS = 64
-# A row takes about a millisecond on a few CPU cores: minutes of work. One prompt is the least that a shard can hold,
-# and a sweep of all neurons of a large model takes longer than that.
-SHARD_ROWS = 2**17
-
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Python, torch and Ray before any model is loaded; measured on Linux, in bytes.
 _RUNTIME_BYTES = 600 * 2**20
@@ -69,13 +62,9 @@ class Plan:
         return range(start, min(start + self.shard_size, self.n_prompts))
 
 
-def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int | str, first_shard: int = 0) -> Plan:
-    """Cut the prompts into shards; `auto` makes them as large as memory and the cost of a retry allow."""
+def make_plan(prompts: Sequence[Prompt], cost_a_prompt: Cost, shard_size: int, first_shard: int = 0) -> Plan:
+    """Cut the prompts into shards; how large `auto` is, says `shard_size.py`."""
     n_prompts = len(prompts)
-    if isinstance(shard_size, str):
-        fitting = SHARD_BYTES // max(1, sum(cost_a_prompt.bytes.values()))
-        short = int(SHARD_ROWS // max(1, cost_a_prompt.rows))
-        shard_size = max(1, min(SHARD_PROMPTS, fitting, short, n_prompts))
     return Plan(
         n_prompts=n_prompts,
         n_targets=sum(len(prompt.targets) for prompt in prompts),

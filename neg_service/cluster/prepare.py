@@ -22,6 +22,7 @@ from neg_service.cluster.inputs import Loaded, load
 from neg_service.cluster.lineage_place import require_lasting_place, require_place_of_events
 from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
+from neg_service.cluster.shard_size import automatic_shard_size, plans_for_accelerator
 from neg_service.config import DatasetConfig, ScanConfig, check, typed
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.measures import measure_of
@@ -103,14 +104,15 @@ def prepare(config: ScanConfig, at_most: int | None = None) -> Prepared:
         base = extension.opened_base(config, extended)
         config = replace(config, job=replace(config.job, extend=base.uri))
     loaded = load(config, base, at_most)
-    prepared = _plan(config, loaded, place, base)
+    prepared = _plan(config, loaded, place, base, wanted)
     _tell_old_name(config, loaded.info)
     if wanted is not None:
         stored = {"fingerprint": wanted.fingerprint, "identity": wanted.config}
         require_same(wanted.directory.store, stored, prepared.identity)
         prepared = replace(prepared, uri=wanted.uri)
     if needs_ranking(config.neurons):
-        prepared = replace(prepared, ranking=_plan(_with_files_read(ranking_of(config)), loaded, place))
+        ranked = None if wanted is None else _ranking_before(wanted, config)
+        prepared = replace(prepared, ranking=_plan(_with_files_read(ranking_of(config)), loaded, place, like=ranked))
     return prepared
 
 
@@ -140,8 +142,19 @@ def _with_files_read(config: ScanConfig) -> ScanConfig:
     return replace(config, neurons=with_list_read(config.neurons))
 
 
-def _plan(config: ScanConfig, loaded: Loaded, place: str, base: Run | None = None) -> Prepared:
-    """What the scan will do, and what identifies it."""
+def _ranking_before(run: Run, config: ScanConfig) -> Run | None:
+    """The ranking of a run that goes on, where it can still be read; else its neurons are ranked anew."""
+    try:
+        return open_run(str(run.about["ranked_by"]), config.storage.endpoint_url)
+    except (KeyError, DestinationError):
+        return None
+
+
+def _plan(config: ScanConfig, loaded: Loaded, place: str, base: Run | None = None, like: Run | None = None) -> Prepared:
+    """What the scan will do, and what identifies it; `like`: the run that goes on.
+
+    Where it is left to the plan, a shard is as large as in a run that there is: by other rules that one began.
+    """
     prompts, info = loaded.added, loaded.info
     measure = measure_of(config.measure)
     measure.check_targets(info, config.dataset.not_one_token)
@@ -156,7 +169,13 @@ def _plan(config: ScanConfig, loaded: Loaded, place: str, base: Run | None = Non
     extends, first_shard = None, 0
     if base is not None:
         extends, first_shard = identity_of_extension(base.fingerprint, base.config), base.n_shards
-        shard_size = base.config["plan"]["shard_size"] if shard_size == "auto" else shard_size
+    if shard_size == "auto":
+        before = base or like
+        shard_size = (
+            automatic_shard_size(prompts, info, cost, plans_for_accelerator(config, info))
+            if before is None
+            else before.config["plan"]["shard_size"]
+        )
     plan = make_plan(prompts, cost, shard_size, first_shard)
     inputs = measure.fingerprint_inputs()
     identity = identity_of(config, info, inputs, loaded.prompts, plan, loaded.identity, extends)
@@ -188,6 +207,22 @@ def _tell_old_name(config: ScanConfig, info: ModelInfo) -> None:
         log.warning(
             "%s=%s is called cluster.batch_bytes by now: use about cluster.batch_bytes=%d",
             asked.key, asked.value, batch_bytes(info, config.model.dtype, asked),
+        )  # fmt: skip
+
+
+def tell_of_better_shards(prepared: Prepared, *, has_accelerator: bool) -> None:
+    """Say once where shards were sized for replicas with an accelerator and these have none, or the other way round."""
+    job, plan = prepared.config.job, prepared.plan
+    if job.shard_size != "auto" or job.resume is not None or job.extend is not None:
+        return
+    cost = prepared.measure.cost(prepared.info, prepared.config.neurons, plan.n_targets / plan.n_prompts)
+    better = automatic_shard_size(prepared.prompts, prepared.info, cost, has_accelerator)
+    if better != plan.shard_size:
+        kinds = ("without an accelerator", "with one") if has_accelerator else ("with an accelerator", "without one")
+        log.info(
+            "shards of %d prompts are sized for replicas %s, and these are %s: cluster.gpus_per_replica=%d begins "
+            "another run, with shards of %d",
+            plan.shard_size, *kinds, has_accelerator, better,
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from neg_service.cluster.messages import Destination, LogStyle, WorkerSpec
 from neg_service.cluster.metrics import RunMetrics
 from neg_service.cluster.observer import RunNotes, RunObserver
 from neg_service.cluster.plan import shards_of
-from neg_service.cluster.prepare import Prepared
+from neg_service.cluster.prepare import Prepared, tell_of_better_shards
 from neg_service.cluster.progress import Progress
 from neg_service.cluster.ranking import strongest
 from neg_service.cluster.replica import scan_worker
@@ -190,6 +190,7 @@ def _execute(prepared: Prepared, place: _Place) -> _Executed:
     """Run what is not done, between two looks at the place for results."""
     config = prepared.config
     size = wait_for_size(config.cluster, config.model.device, prepared.memory)
+    tell_of_better_shards(prepared, has_accelerator=size.gpus > 0)
     # Written before a model is loaded, which shows at once whether the place can be written at all.
     is_new = place.at_once.get(RUN_FILE) is None
     _begin(prepared, place.at_once)

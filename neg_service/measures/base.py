@@ -69,12 +69,14 @@ class Cost:
     """What a prompt is expected to cost.
 
     bytes: of each table, before compression. rows: how many rows run through layers: targets, or interventions.
-    rows_are: what a person calls them.
+    rows_are: what a person calls them. passes: how often a row runs through all layers and the head: there and back are
+    two, half of the layers a half.
     """
 
     bytes: dict[str, int]
     rows: float
     rows_are: str = "gradients"
+    passes: float = field(default=2.0, kw_only=True)
 
 
 @dataclass(frozen=True)

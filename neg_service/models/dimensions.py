@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
+
+from neg_service.layer_neurons import LayerNeurons
 
 
 def vocabulary(model: PreTrainedModel) -> tuple[int | None, int | None]:
@@ -18,6 +22,20 @@ def vocabulary(model: PreTrainedModel) -> tuple[int | None, int | None]:
         min(int(rows) for rows in read if rows),
         int(config.vocab_size) if predicted is None else int(predicted.shape[0]),
     )
+
+
+def token_weights(model: PreTrainedModel, layers: Sequence[LayerNeurons], is_gated: bool) -> tuple[int, int]:
+    """About how many weights a token is multiplied with: in all layers, of experts in those that it uses; in the head.
+
+    Tables of embeddings are only looked up.
+    """
+    looked_up = {id(own.weight): own.weight for own in model.modules() if isinstance(own, nn.Embedding)}
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    n_head = 0 if head is None else head.numel()
+    others = sum(own.numel() for own in model.parameters() if id(own) not in looked_up and own is not head)
+    of_neuron = (3 if is_gated else 2) * int(model.config.get_text_config().hidden_size)
+    unused = sum((own.n_experts - own.n_chosen) * own.n_of_expert for own in layers) * of_neuron
+    return max(others - unused, 1), n_head
 
 
 def attention_heads(config: Any) -> int:

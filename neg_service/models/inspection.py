@@ -10,7 +10,14 @@ from transformers import PreTrainedModel
 from neg_service.errors import ModelError
 from neg_service.layer_neurons import LayerNeurons, described_layers
 from neg_service.models.configuration import auto_class_of, is_masked_architecture, read_config, without_weights
-from neg_service.models.dimensions import context_length, kept_values, row_values, slope_values, vocabulary
+from neg_service.models.dimensions import (
+    context_length,
+    kept_values,
+    row_values,
+    slope_values,
+    token_weights,
+    vocabulary,
+)
 from neg_service.models.engines.base import LAST_TOKEN, MASK_TOKEN
 from neg_service.models.engines.select import candidates
 from neg_service.models.feed_forward import find_feed_forward
@@ -47,13 +54,18 @@ class ModelInfo:
     engine: str = ""
     row_is: str = ""
     rows_are_prompts: bool = False
+    # Weights that a token is multiplied with: in all layers, of experts those that it uses, and in the vocabulary head.
+    token_weights: int = 0
+    head_weights: int = 0
     # What neurons each layer has; left out, as many in each, without experts.
     layer_neurons: tuple[LayerNeurons, ...] = ()
     # What its weights are made from, where its checkpoint is a quantised one.
     dequantised: Dequantised | None = None
 
     def __post_init__(self) -> None:
-        """Where nothing else is said, all layers are equal."""
+        """Where nothing else is said, all layers are equal, and a token meets all weights."""
+        if not self.token_weights:
+            object.__setattr__(self, "token_weights", self.n_parameters)
         if not self.layer_neurons:
             object.__setattr__(self, "layer_neurons", (LayerNeurons(self.n_neurons),) * self.n_layers)
 
@@ -93,6 +105,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
     if check_files and local.has_weights:
         tensors = rehearse(local, auto_class, model, trust_remote_code, quantization=quantization)
     n_input_ids, n_output_ids = vocabulary(model)
+    of_token, of_head = token_weights(model, found.layer_neurons, found.is_gated)
     sizes = (model.config, found.n_layers, found.n_neurons)
     is_masked = is_masked_architecture(type(model).__name__)
     fitting = candidates(model, MASK_TOKEN if is_masked else LAST_TOKEN)
@@ -115,6 +128,8 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         engine=engine.name,
         row_is=engine.row_is,
         rows_are_prompts=engine.rows_are_prompts,
+        token_weights=of_token,
+        head_weights=of_head,
         layer_neurons=found.layer_neurons,
         dequantised=quantization.dequantised(tensors) if quantization else None,
     )

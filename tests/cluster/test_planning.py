@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from jobs.entry import CONF
 from neg_service.batch_size import batch_size
-from neg_service.cluster.plan import SHARD_BYTES, SHARD_ROWS, make_plan, shards_of
+from neg_service.cluster.plan import make_plan, shards_of
 from neg_service.cluster.prepare import Prepared, prepare, prepare_again
 from neg_service.cluster.ranking import ranking_of
 from neg_service.cluster.scan import run
@@ -61,17 +61,9 @@ def test_done_shards_are_left_out_and_the_others_keep_their_numbers() -> None:
     assert [shard.index for shard in shards_of(ENCODED, plan, {0, 2})] == [1, 3]
 
 
-def test_automatic_shards_are_sized_by_their_bytes() -> None:
-    assert make_plan(PROMPTS * 100, Cost({"t": 1}, 1), "auto").shard_size == 64
-    assert make_plan(PROMPTS, Cost({"a": SHARD_BYTES // 4, "b": SHARD_BYTES // 4}, 1), "auto").shard_size == 2
-    assert make_plan(PROMPTS, Cost({"t": 10 * SHARD_BYTES}, 1), "auto").shard_size == 1
-    assert make_plan(PROMPTS, Cost({"a": 5, "b": 7}, 1), "auto").total_bytes == 120
-
-
-def test_automatic_shards_hold_minutes_of_interventions_at_most() -> None:
-    assert make_plan(PROMPTS, Cost({"t": 1}, SHARD_ROWS / 3), "auto").shard_size == 3
-    assert make_plan(PROMPTS, Cost({"t": 1}, 46080 * 40), "auto").shard_size == 1
-    assert make_plan(PROMPTS, Cost({"t": 1}, 46080 * 40), "auto").n_rows == 10 * 46080 * 40
+def test_a_plan_adds_up_what_its_prompts_cost() -> None:
+    assert make_plan(PROMPTS, Cost({"a": 5, "b": 7}, 1), 4).total_bytes == 120
+    assert make_plan(PROMPTS, Cost({"t": 1}, 46080 * 40), 1).n_rows == 10 * 46080 * 40
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sizes of a model: its vocabulary, and how long a prompt may be."""
+"""Sizes of a model: its vocabulary, how long a prompt may be, and what a token is multiplied with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import transformers as hf
 import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import PromptError
+from neg_service.layer_neurons import LayerNeurons
+from neg_service.models.dimensions import token_weights
 from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
 from tests.refusals import refused
@@ -57,3 +59,21 @@ def test_the_ids_of_a_model_are_those_of_its_shortest_table() -> None:
     assert (model.n_input_ids, model.n_output_ids) == (90, 97)
     with refused(PromptError, "model", says="its token 'w92' has the id 92, but model embeds only the ids below 90"):
         neg_service.neurgrad(model, ["w92 w3"], [[" w4"]])
+
+
+def test_of_embeddings_a_token_meets_nothing_and_of_experts_those_that_it_uses(tmp_path: Path) -> None:
+    sizes = {"intermediate_size": 40, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    made = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY, **sizes))
+    # Four square matrices of attention, three of the MLP, two norms; the last norm; the head.
+    layer = 4 * 24 * 24 + 3 * 24 * 40 + 2 * 24
+    assert token_weights(made, [LayerNeurons(40)] * 2, is_gated=True) == (2 * layer + 24, 97 * 24)
+    tied = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY, **{**sizes, "tie_word_embeddings": True}))
+    assert token_weights(tied, [LayerNeurons(40)] * 2, is_gated=True) == (2 * layer + 24, 97 * 24)
+    # Eight experts of which two are used, and their router.
+    mixture = hf.MixtralForCausalLM(hf.MixtralConfig(**TINY, **sizes, num_local_experts=8, num_experts_per_tok=2))
+    layer = 4 * 24 * 24 + 2 * 3 * 24 * 40 + 8 * 24 + 2 * 24
+    assert token_weights(mixture, [LayerNeurons(0, 8, 40, 2)] * 2, is_gated=True) == (2 * layer + 24, 97 * 24)
+    made.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    info = inspect_model(fetch(str(tmp_path)))
+    assert (info.token_weights, info.head_weights) == token_weights(made, [LayerNeurons(40)] * 2, is_gated=True)

@@ -64,7 +64,8 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
         layers = checked_layers(neurons, info.n_layers)
         kept = kept_targets(self.options.keep, n_targets)
         values = int(4 * n_slots(info, layers) * kept)
-        return Cost({**prompt_bytes(info), _NAME: values}, self.options.steps * len(layers) * kept)
+        # There and back through the layers from its own on.
+        return Cost({**prompt_bytes(info), _NAME: values}, self.options.steps * len(layers) * kept, passes=1.0)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then layer."""

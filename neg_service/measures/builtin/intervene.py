@@ -80,7 +80,7 @@ class Intervene(Measure[InterveneOptions]):
         """A row of numbers for each target and edit."""
         n_edits = len(self.options.edits)
         edited = {"intervene": int(40 * n_edits * n_targets)}
-        return Cost({**prompt_bytes(info), **edited}, 1 + n_edits, "interventions")
+        return Cost({**prompt_bytes(info), **edited}, 1 + n_edits, "interventions", passes=1.0)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by edit, then target."""

@@ -114,7 +114,9 @@ class NeuronSweep(Measure[SweepOptions]):
         n = count_of(neurons, layers_of_model(info))
         # Eight numbers, and the key and marks of a row, which compress to little.
         row = 120 + (4 * len(grid.shifts) if self.options.keep_curves else 0)
-        return Cost({**prompt_bytes(info), "sweep": int(row * n * n_targets)}, math.ceil(n * n_shifts), "interventions")
+        # A row begins at its neuron's layer.
+        tables = {**prompt_bytes(info), "sweep": int(row * n * n_targets)}
+        return Cost(tables, math.ceil(n * n_shifts), "interventions", passes=0.5)
 
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
