@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from neg_service.cluster import replica as replica_module
 from neg_service.cluster.gcs import end_with_the_driver
 from neg_service.cluster.messages import Destination, Shard, WorkerInfo
 from neg_service.cluster.ray_errors import Unexpected
@@ -132,6 +133,35 @@ def test_what_failed_is_done_again_and_few_answers_are_kept(replica: Replica, wo
     replica.run(Shard(8, ()))
     replica.run(Shard(0, ()))
     assert worker.computed == [0, *range(9), 0]
+
+
+def test_parts_are_encoded_while_the_next_shard_is_computed(
+    replica: Replica, worker: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, encode = threading.Event(), replica_module.encode_part
+
+    def waiting(name: str, table: pa.Table, fingerprint: str, shard: int) -> bytes:
+        if shard == 0:
+            encoding.set()
+            # Until the next one is computed, which the thread that computes could not be while it is here.
+            for _ in range(2000):
+                if 1 in worker.computed:
+                    break
+                time.sleep(0.01)
+            assert 1 in worker.computed
+            raise ValueError("not to be encoded")
+        return encode(name, table, fingerprint, shard)
+
+    monkeypatch.setattr(replica_module, "encode_part", waiting)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(replica.run, Shard(0, ()))
+        assert encoding.wait(20)
+        second = pool.submit(replica.run, Shard(1, ()))
+        # What goes wrong there is a failure of that shard alone.
+        with pytest.raises(Unexpected, match="not to be encoded"):
+            first.result(30)
+        assert second.result(30).bytes["rows"] > 0
+    assert worker.computed == [0, 1]
 
 
 def test_the_calibration_goes_with_each_shard_and_is_what_json_gives_back(replica: Replica, worker: Counting) -> None:
