@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from neg_service.report.figures import Draw, Theme
-from neg_service.report.wishes import Carried, Doubles
+from neg_service.report.wishes import Carried, Doubles, Quartiles
 
 Flags = NDArray[np.bool_]
 
@@ -163,6 +163,63 @@ def effects(points: Mapping[str, tuple[Doubles, Doubles]], least: float) -> Draw
         _legend(figure, axes)
 
     return draw
+
+
+@dataclass(frozen=True)
+class ByNeurons:
+    """Of runs with different numbers of neurons: what the same wishes came to, in the order of `n_moved`.
+
+    reached: percent, by the size of wishes. achieved: probabilities, by what was wanted. share: percent of ‖a‖.
+    """
+
+    n_moved: Sequence[float]
+    reached: Mapping[str, Doubles]
+    passes: Sequence[Quartiles]
+    share: Sequence[Quartiles]
+    achieved: Mapping[float, Sequence[Quartiles]]
+
+
+def by_neurons(found: ByNeurons) -> Draw:
+    """Four panels against the number of neurons: the reached share, achieved probabilities, passes, norms."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        panels = figure.subplots(2, 2, sharex=True)
+        (reached, achieved), (passes, share) = panels
+        for (name, percent), colour in zip(found.reached.items(), theme.cycle, strict=False):
+            reached.plot(found.n_moved, percent, "o-", markersize=5, alpha=0.8, color=colour, label=name)
+        reached.set_ylabel("reached, %")
+        reached.set_ylim(-4, 104)
+        reached.legend(fontsize=8.5, title="to go", title_fontsize=8.5)
+        for (wanted, own), colour in zip(found.achieved.items(), theme.cycle, strict=False):
+            achieved.axhline(wanted, color=colour, linewidth=0.9, linestyle="--", alpha=0.7)
+            _with_middle(achieved, found.n_moved, own, colour)
+        achieved.set_ylabel("probability achieved")
+        achieved.set_ylim(-0.03, 1.03)
+        _with_middle(passes, found.n_moved, found.passes, theme.cycle[0])
+        passes.set_ylabel("passes")
+        passes.set_ylim(bottom=0)
+        _with_middle(share, found.n_moved, found.share, theme.cycle[0])
+        share.set_yscale("log")
+        share.set_ylabel("‖shift‖ over ‖activations‖, %")
+        for formatted in (share.yaxis.set_major_formatter, share.yaxis.set_minor_formatter):
+            formatted(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        share.tick_params(axis="y", which="minor", labelsize=8)
+        for axes in panels.flat:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(FixedLocator(sorted(set(found.n_moved))))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        for axes in panels[1]:
+            axes.set_xlabel("neurons that a shift moves")
+
+    return draw
+
+
+def _with_middle(axes: Axes, n_moved: Sequence[float], found: Sequence[Quartiles], colour: str) -> None:
+    """A line through medians, and the middle half about it."""
+    low, median, high = np.array(found).T
+    axes.plot(n_moved, median, "o-", markersize=5, color=colour)
+    axes.fill_between(n_moved, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _between(low: float, high: float) -> str:

@@ -94,6 +94,14 @@ def to_go(table: pa.Table) -> Doubles:
     return far_w
 
 
+def off(kind: str, wanted: float, achieved: float) -> float:
+    """How far what was achieved of a wish is from what was wanted, in nats: of log-odds, or of a margin."""
+    if kind == "probability":
+        return abs(float(log_odds(achieved) - log_odds(wanted)))
+    # The top is any margin above 0.
+    return max(0.0, -achieved) if kind == "top" else abs(achieved - wanted)
+
+
 def moved(table: pa.Table) -> Doubles:
     """By how much each shift raised its target's log-odds, signed, in nats [W]."""
     moved_w: Doubles = log_odds(table["probability"].to_numpy()) - log_odds(table["probability_before"].to_numpy())
@@ -110,7 +118,7 @@ def by_size(table: pa.Table) -> list[tuple[str, ...]]:
         return []
     value = {name: own[name].to_numpy() for name in _NUMBERS}
     found = []
-    for low, high, is_own in _within(to_go(own), SIZES):
+    for low, high, is_own in within(to_go(own), SIZES):
         of = {name: column[is_own] for name, column in value.items()}
         found.append(
             (
@@ -141,6 +149,10 @@ class Quartiles(NamedTuple):
         """Of numbers, at least one."""
         return cls(*(float(own) for own in np.quantile(values, (0.25, 0.5, 0.75))))
 
+    def scaled(self, factor: float) -> Quartiles:
+        """In another unit, by a factor above 0."""
+        return Quartiles(*(factor * own for own in self))
+
 
 class Carried(NamedTuple):
     """Of shifts that move log-odds by `low` to `high` nats, signed: the share of the change that is predicted.
@@ -168,7 +180,7 @@ def carried(table: pa.Table) -> list[Carried]:
     gave, moved_w = after - before, moved(table)
     edges = (*(-size for size in reversed(SIZES[1:])), *SIZES)
     found = []
-    for low, high, is_own in _within(np.where(gave == 0, np.nan, moved_w), edges):
+    for low, high, is_own in within(np.where(gave == 0, np.nan, moved_w), edges):
         shares = [
             Quartiles.of((predicted[is_own] - before[is_own]) / gave[is_own]) for predicted in (by_neg, by_log_odds)
         ]
@@ -189,7 +201,7 @@ def log_odds(p: Any) -> Any:
     return np.log(p) - np.log1p(-p)
 
 
-def _within(values: Doubles, edges: tuple[float, ...]) -> Iterator[tuple[float, float, NDArray[np.bool_]]]:
+def within(values: Doubles, edges: tuple[float, ...]) -> Iterator[tuple[float, float, NDArray[np.bool_]]]:
     """The bins that hold anything, and what they hold; NaN is in none."""
     for low, high in pairwise(edges):
         is_own = (values >= low) & (values < high)

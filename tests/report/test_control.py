@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from neg_service.report.page import Section
 from neg_service.report.sections import control as sections
 from neg_service.report.sections import sections_of, side_effects
 from neg_service.report.sections.loading import Loaded
-from neg_service.report.wishes import BY_SIZE, Carried, Quartiles, by_size, carried, met_in, moved, to_go
+from neg_service.report.wishes import BY_SIZE, Carried, Quartiles, by_size, carried, met_in, moved, off, to_go
 from neg_service.storage.reader import Run
 from tests.here import scan_here
 from tests.mixtures import tiny_mixture
@@ -43,6 +44,10 @@ def run(place: Path, tiny_directory: Path) -> Run:
 @pytest.fixture(scope="module")
 def section(run: Run) -> Section:
     return only_section(run)
+
+
+def shown_value(number: float) -> str:
+    return f"{number:.4f}" if abs(number) >= 1e-3 or number == 0 else f"{number:.1e}"
 
 
 def titled(section: Section, title: str) -> list[dict[str, str]]:
@@ -80,6 +85,9 @@ def test_numbers_of_wishes_are_those_by_hand() -> None:
     table = by_hand()
     np.testing.assert_allclose(to_go(table), [math.log(1.5), math.log(99), math.log(9), 3.0])
     np.testing.assert_allclose(moved(table), [math.log(1.5), math.log(66), -math.log(9), 0.0], atol=1e-12)
+    # Between 0.5 and 0.6, of margins the difference, and of the top what is lacking.
+    assert off("probability", 0.5, 0.6) == pytest.approx(math.log(1.5))
+    assert [off("margin", 2.0, -1.5), off("top", 0.0, -0.5), off("top", 0.0, 0.3)] == [3.5, 0.5, 0.0]
     rows = [dict(zip(BY_SIZE, row, strict=True)) for row in by_size(table)]
     # Of 0.41, 2.20 and 4.60 nats; a margin is no probability.
     assert [(row["nats to go"], row["wishes"], row["reached"]) for row in rows] == [
@@ -134,10 +142,20 @@ def test_the_section_says_what_the_tables_say(run: Run, section: Section) -> Non
     assert f"NEG predicts {share} of the change of probability" in section.text
     shown = titled(section, "How far predictions carry")
     assert sum(int(row["shifts"]) for row in shown) == sum(row["norm"] > 0 for row in rows)
-    missed = grid_of(section, "unmet")
-    assert [(row["target"], row["wanted"], row["p achieved"], row["why"]) for row in missed] == [
-        (row["target"], f"{row['wanted']:g}", f"{row['probability']:.4f}", row["reason"]) for row in unmet
-    ]
+    texts = {row["prompt_id"]: row["prompt"] for row in run.table("prompts").to_table().to_pylist()}
+    assert [tuple(row.values()) for row in grid_of(section, "wishes")] == [
+        (
+            texts[row["prompt_id"]], row["target"], shown_value(row["value_before"]), f"{row['wanted']:g}",
+            shown_value(row["first_shot"]), shown_value(row["achieved"]), "yes" if row["reached"] else "no",
+            row["reason"],
+            str(row["passes"]), f"{100 * row['relative_norm']:.2f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    (each,) = [grid for grid in section.grids if grid.title == "Each wish"]
+    reasons = Counter(row["reason"] for row in unmet)
+    assert f"Not reached: {len(unmet)}; " in each.caption
+    assert all(f"{reason}: {count}" in each.caption for reason, count in reasons.items())
     assert not [grid for grid in section.grids if grid.name.startswith("written")]
     names = ["wanted-0", "effort-0", "predictions-0", "effects-0"]
     assert [picture.name for picture in section.pictures] == names
@@ -227,10 +245,16 @@ def test_many_wishes_are_counted_and_of_few_it_is_shown_what_they_are(
     assert sum(int(row["wishes"]) for row in sizes) == 9
     captions = {grid.title: grid.caption for grid in few.grids}
     assert captions["What it took, by size of the wish"].endswith("Of 9 of the 15 wishes, drawn at random.")
-    n_unmet = sum(not row["reached"] for row in run.table("control").to_table().to_pylist())
-    assert captions["Wishes that were not reached"].endswith(f"The first 3 of {n_unmet}.")
+    assert captions["The wishes that are furthest off"].endswith(
+        " 3 of 15: those that were not reached, and those furthest off in nats, first."
+    )
     assert captions["Side effects, by method"].endswith("Of 12 of 45 rows, drawn at random.")
-    assert len(grid_of(few, "unmet")) == 3
+    rows = run.table("control").to_table().to_pylist()
+    distance = [abs(math.log(p / (1 - p) * (1 - q) / q)) for p, q in ((row["achieved"], row["wanted"]) for row in rows)]
+    order = sorted(range(15), key=lambda place: (rows[place]["reached"], -distance[place]))
+    assert [row["achieved"] for row in grid_of(few, "wishes")] == [
+        shown_value(rows[own]["achieved"]) for own in order[:3]
+    ]
     assert {row["prompt"] for row in grid_of(few, "moved")} == {"w20 <b>w21</b>"}
     assert len(grid_of(few, "effects-each")) == 5
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from neg_service.report.page import Section
+from neg_service.report.sections.comparison import comparison_sections
 from neg_service.report.sections.loading import Loaded, StudyView
 from neg_service.report.sections.overview import overview
 from neg_service.report.sections.runs import run_sections
@@ -24,6 +25,7 @@ def sections_of(loaded: Loaded, views: Sequence[StudyView] = ()) -> list[Section
     for number, study in enumerate(loaded.studies):
         own = sections[study.kind](study)
         made += own if kinds.count(study.kind) == 1 else [_numbered(one, study, number) for one in own]
+    made += comparison_sections(loaded.runs)
     for number, run in enumerate(loaded.runs):
         made += run_sections(run, number)
     return [section for section in made if section.grids or section.pictures]

@@ -6,6 +6,7 @@ Side effects are in `side_effects.py`.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from neg_service.report.figures import drawn
 from neg_service.report.page import Grid, Picture, Section
 from neg_service.report.sections.accumulators import STRONGEST, Row, Sample, neuron_cells, texts_of
 from neg_service.report.sections.side_effects import is_of_side_effects, side_effects_shown
-from neg_service.report.wishes import BY_SIZE, Carried, Met, Quartiles, by_size, carried, sizes_text, to_go
+from neg_service.report.wishes import BY_SIZE, Carried, Met, Quartiles, by_size, carried, off, sizes_text, to_go
 from neg_service.storage.reader import Run
 
 # Wishes that medians are of, those that are points, and those that tables name.
@@ -45,18 +46,35 @@ class _Kept:
 
     met: Met = field(default_factory=Met)
     sample: Sample = field(default_factory=lambda: Sample(_SAMPLED))
-    unmet: list[Row] = field(default_factory=list)
+    # Rows of the first wishes, and of those that are furthest off, with what they are ordered by.
+    few: list[Row] = field(default_factory=list)
+    furthest: list[tuple[tuple[bool, float, int], Row]] = field(default_factory=list)
     # The first wishes, by what names them: what was wanted.
     first: dict[Key, str] = field(default_factory=dict)
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Rows of table `control`."""
+        n_before = self.met.n
         self.met.add(batch)
         self.sample.add(batch)
         for row in batch.slice(0, max(0, _NAMED - len(self.first))).to_pylist():
             self.first[key_of(row)] = wanted_text(row)
-        unmet = batch.filter(pc.invert(batch["reached"]))
-        self.unmet += unmet.slice(0, max(0, _NAMED - len(self.unmet))).to_pylist()
+        self.few += batch.slice(0, max(0, _NAMED - len(self.few))).to_pylist()
+        kinds = (batch[name].to_pylist() for name in ("kind", "wanted", "achieved", "reached"))
+        for place, (kind, wanted, achieved, is_reached) in enumerate(zip(*kinds, strict=True)):
+            # Those that were not reached before all others, and of equal ones the first.
+            order = (not is_reached, off(kind, wanted, achieved), -n_before - place)
+            if len(self.furthest) < _NAMED:
+                heapq.heappush(self.furthest, (order, batch.slice(place, 1).to_pylist()[0]))
+            elif order > self.furthest[0][0]:
+                heapq.heapreplace(self.furthest, (order, batch.slice(place, 1).to_pylist()[0]))
+
+    @property
+    def shown(self) -> list[Row]:
+        """The wishes that have a row each: all as they come, or of many those furthest off, the furthest first."""
+        if self.met.n <= _NAMED:
+            return self.few
+        return [row for _, row in sorted(self.furthest, key=lambda own: own[0], reverse=True)]
 
 
 def key_of(row: Row) -> Key:
@@ -75,7 +93,7 @@ def control_section(run: Run, name: str, number: int) -> Section:
         return Section(f"run-{number}", title)
     bins = carried(table)
     of = f" Of {table.num_rows} of the {kept.met.n} wishes, drawn at random." * (table.num_rows < kept.met.n)
-    grids = [*_by_size(table, of), *_carried(bins, of), *_unmet(run, kept, number)]
+    grids = [_each(run, kept, number), *_by_size(table, of), *_carried(bins, of)]
     grids += [*_written(run, name, kept, number), *_strongest(run, kept, number)]
     pictures = [*_wanted(table, number), _effort(table, number), *_predictions(table, bins, number)]
     for other in run.tables:
@@ -144,25 +162,37 @@ def _share(own: Quartiles) -> str:
     return f"{100 * own.median:.1f} ({100 * own.low:.1f} to {100 * own.high:.1f})"
 
 
-def _unmet(run: Run, kept: _Kept, number: int) -> list[Grid]:
-    if not kept.unmet:
-        return []
-    n = kept.met.n - kept.met.n_reached
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in kept.met.reasons.most_common())
-    caption = f"How near they came, and why they came no nearer; {reasons}."
-    caption += f" The first {len(kept.unmet)} of {n}." * (n > len(kept.unmet))
-    head = ("prompt", "target", "wanted", "p before", "p achieved", "achieved", "passes", "shift, % of ‖a‖", "why")
-    texts = texts_of(run, {row["prompt_id"] for row in kept.unmet})
+def _each(run: Run, kept: _Kept, number: int) -> Grid:
+    """A row for each wish, or for those furthest off."""
+    shown, n = kept.shown, kept.met.n
+    caption = (
+        "Probabilities, and of margins and the top nats above other tokens: before, with the first shift that was "
+        "tried, and with the last; passes are interventions and further gradients."
+    )
+    if reasons := ", ".join(f"{reason}: {count}" for reason, count in kept.met.reasons.most_common()):
+        caption += f" Not reached: {n - kept.met.n_reached}; {reasons}."
+    if n > len(shown):
+        caption += f" {len(shown)} of {n}: those that were not reached, and those furthest off in nats, first."
+    head = (
+        "prompt", "target", "before", "wanted", "first shot", "achieved", "reached", "reason", "passes",
+        "shift, % of ‖a‖",
+    )  # fmt: skip
+    texts = texts_of(run, {row["prompt_id"] for row in shown})
     rows = [
         (
-            texts[row["prompt_id"]], row["target"], wanted_text(row),
-            f"{row['probability_before']:.4f}", f"{row['probability']:.4f}", f"{row['achieved']:.4f}",
-            str(row["passes"]), f"{100 * row['relative_norm']:.2f}", row["reason"],
+            texts[row["prompt_id"]], row["target"], _value(row["value_before"]), wanted_text(row),
+            _value(row["first_shot"]), _value(row["achieved"]), "yes" if row["reached"] else "no", row["reason"],
+            str(row["passes"]), f"{100 * row['relative_norm']:.2f}",
         )
-        for row in kept.unmet
+        for row in shown
     ]  # fmt: skip
-    title = "Wishes that were not reached"
-    return [Grid(title, caption, head, rows, range(3, 8), is_interactive=True, name=f"unmet-{number}")]
+    title = "Each wish" if n == len(shown) else "The wishes that are furthest off"
+    return Grid(title, caption, head, rows, (2, 4, 5, 8, 9), is_interactive=True, name=f"wishes-{number}")
+
+
+def _value(value: float) -> str:
+    """A probability, or nats; of what is close to 0 its size."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def _written(run: Run, name: str, kept: _Kept, number: int) -> list[Grid]:
