@@ -32,13 +32,13 @@ def control(config: DictConfig) -> int:
     settings = {own.name: getattr(asked, own.name) for own in fields(ScanConfig)}
     try:
         prepared = prepare(replace(ScanConfig(**settings), measure=asdict(asked.control)))
+        summary = None if prepared.config.job.dry_run else run(prepared)
     except NegServiceError as error:
         # By the name under which it was given.
         raise error.renamed({f"measure.{own.name}": f"control.{own.name}" for own in fields(ControlOptions)}) from error
-    if prepared.config.job.dry_run:
+    if summary is None:
         print(describe_plan(prepared))
         return 0
-    summary = run(prepared)
     found = open_run(summary.uri, prepared.config.storage.endpoint_url)
     say(f"\n{results_text(found)}\n{describe_summary(prepared, summary)}", prepared.config.job.log)
     return EXIT_INCOMPLETE if summary.failed else 0

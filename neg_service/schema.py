@@ -79,6 +79,9 @@ _MESSAGES = pa.field(
     nullable=False,
 )
 
+# Texts that ask the same, of a run that measures what shifts do there: a further column of `prompts`.
+WORDINGS = pa.field("wordings", pa.list_(pa.string()), nullable=False)
+
 # One row for each prompt and layer that has experts: those that its readout token used, ascending, and the router's
 # weights; of Llama 4, whose router scales what experts read, 1.
 ROUTING = pa.schema(
@@ -228,9 +231,10 @@ POSITIONS = pa.schema(
 )
 
 
-def prompt_tables(has_experts: bool) -> dict[str, Table]:
+def prompt_tables(has_experts: bool, has_wordings: bool = False) -> dict[str, Table]:
     """The tables of a prompt itself: `prompts`, and `routing` of models with experts."""
-    return {"prompts": Table(PROMPTS), **({"routing": Table(ROUTING)} if has_experts else {})}
+    prompts = PROMPTS.append(WORDINGS) if has_wordings else PROMPTS
+    return {"prompts": Table(prompts), **({"routing": Table(ROUTING)} if has_experts else {})}
 
 
 def sweep(n_shifts: int | None = None, has_experts: bool = False, is_of_probability: bool = True) -> pa.Schema:

@@ -180,7 +180,8 @@ def _differences(base: Run, prompts: Sequence[Prompt], encode: Encode) -> str:
             "rows the targets that the run's table prompts has"
         )
     if not said and (ids := _otherwise(base, prompts, encode)):
-        said = [f"{len(ids)} {'has' if len(ids) == 1 else 'have'} another at or other messages ({_named(ids)})"]
+        have = "has" if len(ids) == 1 else "have"
+        said = [f"{len(ids)} {have} another at, other messages or other wordings ({_named(ids)})"]
     if not said:
         said = ["their texts, targets and answers are as they were, so that something else differs, such as wanted"]
     return "; ".join([", ".join(said), advice])
@@ -195,8 +196,8 @@ def _stored(base: Run) -> Iterator[tuple[str, str, int]]:
 
 
 def _otherwise(base: Run, prompts: Sequence[Prompt], encode: Encode) -> list[str]:
-    """The ids of prompts whose text is as it was, and whose neurons are at another token, or whose messages differ."""
-    columns = [name for name in ("position", "messages") if name in base.schemas["prompts"].names]
+    """The ids of prompts whose text is as it was, and whose neurons' token, messages or wordings are others."""
+    columns = [name for name in ("position", "messages", "wordings") if name in base.schemas["prompts"].names]
     stored: list[dict[str, Any]] = []
     with reading(base):
         for batch in base.table("prompts", columns=columns).to_batches():
@@ -204,7 +205,8 @@ def _otherwise(base: Run, prompts: Sequence[Prompt], encode: Encode) -> list[str
     found = []
     for one, before in zip(encode(islice(prompts, len(stored))), stored, strict=True):
         messages = [{"role": role, "content": content} for role, content in one.prompt.messages or ()]
-        now = {"position": one.at, "messages": messages}
+        wordings = [text for text, _ in one.prompt.wordings or ()]
+        now = {"position": one.at, "messages": messages, "wordings": wordings}
         if any(before[name] != now[name] for name in columns):
             found.append(one.prompt.id)
     return found

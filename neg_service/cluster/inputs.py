@@ -91,7 +91,7 @@ def _kept_prompts(encoded: Iterable[EncodedPrompt], ids: Ids, n_before: int) -> 
     """What encoding has not left out; the ids of all but the first `n_before` are kept in `ids`."""
     for place, one in enumerate(encoded):
         if place >= n_before:
-            ids.append(one.ids, one.target_ids, one.following, one.at)
+            ids.append(one.ids, one.target_ids, one.following, one.at, one.wordings)
         yield one.prompt
 
 

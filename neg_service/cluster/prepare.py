@@ -104,6 +104,7 @@ def prepare(config: ScanConfig, at_most: int | None = None) -> Prepared:
         base = extension.opened_base(config, extended)
         config = replace(config, job=replace(config.job, extend=base.uri))
     loaded = load(config, base, at_most)
+    config = replace(config, measure=measure_of(config.measure).of_prompts(loaded.prompts).configuration())
     prepared = _plan(config, loaded, place, base, wanted)
     _tell_old_name(config, loaded.info)
     if wanted is not None:

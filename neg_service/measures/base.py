@@ -112,6 +112,8 @@ class Measure(ABC, Generic[OptionsT]):
     TAKES_SEQUENCES: ClassVar[bool] = False
     # Whether a list may have other neurons for each task.
     TAKES_NEURONS_BY_TASK: ClassVar[bool] = False
+    # Whether rows' `wordings` are read.
+    USES_WORDINGS: ClassVar[bool] = False
     # Memory that a batch may take, where a replica says it; for what has no shard, such as calibrating.
     budget: Budget | None = None
 
@@ -234,6 +236,21 @@ class Measure(ABC, Generic[OptionsT]):
             raise PromptError(
                 f"prompt {first.id!r} says at which token its neurons are (at), and {why}", change="dataset.source"
             )
+
+    def of_prompts(self, prompts: Iterable[Prompt]) -> Self:
+        """The same, with options complete that follow from what the rows of a data set say.
+
+        Raises:
+            PromptError: a row has `wordings`, and this measure has no use for them.
+        """
+        first = None if self.USES_WORDINGS else next((prompt for prompt in prompts if prompt.wordings), None)
+        if first is not None:
+            raise PromptError(
+                f"prompt {first.id!r} has wordings, and measure={self.name} has no use for them: leave them out with "
+                "dataset.columns={wordings: ''}",
+                change="dataset.source",
+            )
+        return self
 
     def fingerprint_inputs(self) -> dict[str, Any]:
         """The options that decide the numbers; they go into the run's fingerprint."""

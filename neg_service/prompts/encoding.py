@@ -9,9 +9,10 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
-from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.prompt import EncodedPrompt, EncodedWording, Prompt
 
 Encode = Callable[[Iterable[Prompt]], Iterator[EncodedPrompt]]
+OfPrompt = tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...], int | None, tuple[EncodedWording, ...]]
 
 
 class Ids:
@@ -23,6 +24,9 @@ class Ids:
         self._ends, self._target_ends, self._following_ends = array("q", [0]), array("q", [0]), array("q", [0])
         # Of the few that say it.
         self._at: dict[int, int] = {}
+        # Of wordings, one behind the other, where any prompt has some; and up to which each prompt's are.
+        self._wordings: Ids | None = None
+        self._wording_ends = array("q", [0])
 
     def __len__(self) -> int:
         """How many prompts."""
@@ -30,7 +34,7 @@ class Ids:
 
     def append(
         self, ids: Sequence[int], target_ids: Sequence[int], following: Sequence[Sequence[int]] = (),
-        at: int | None = None,
+        at: int | None = None, wordings: Sequence[EncodedWording] = (),
     ) -> None:  # fmt: skip
         """Of the next prompt; see `EncodedPrompt`."""
         if at is not None:
@@ -44,16 +48,26 @@ class Ids:
             self._following.append(len(own))
             self._following.extend(own)
         self._following_ends.append(len(self._following))
+        for wording in wordings:
+            self._wordings = self._wordings or Ids()
+            self._wordings.append(wording.ids, wording.target_ids)
+        self._wording_ends.append(0 if self._wordings is None else len(self._wordings))
 
-    def of(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...], int | None]:
-        """Of a prompt, of its targets the first ones, what follows these, and what is shifted; see `EncodedPrompt`."""
+    def of(self, index: int) -> OfPrompt:
+        """Of a prompt, its targets' first tokens, those behind, what is shifted, and wordings; see `EncodedPrompt`."""
         ids = self._ids[self._ends[index] : self._ends[index + 1]]
         target_ids = self._target_ids[self._target_ends[index] : self._target_ends[index + 1]]
         following, at, end = [], self._following_ends[index], self._following_ends[index + 1]
         while at < end:
             start, at = at + 1, at + 1 + self._following[at]
             following.append(tuple(self._following[start:at]))
-        return tuple(ids), tuple(target_ids), tuple(following), self._at.get(index)
+        return tuple(ids), tuple(target_ids), tuple(following), self._at.get(index), self._wordings_of(index)
+
+    def _wordings_of(self, index: int) -> tuple[EncodedWording, ...]:
+        if self._wordings is None:
+            return ()
+        places = range(self._wording_ends[index], self._wording_ends[index + 1])
+        return tuple(EncodedWording(*self._wordings.of(place)[:2]) for place in places)
 
 
 class Encoding(Sequence[EncodedPrompt]):
@@ -73,7 +87,7 @@ class Encoding(Sequence[EncodedPrompt]):
         if len(self._ids) < len(self._prompts):
             remaining = (self._prompts[index] for index in range(len(self._ids), len(self._prompts)))
             for encoded in self._encode(remaining):
-                self._ids.append(encoded.ids, encoded.target_ids, encoded.following, encoded.at)
+                self._ids.append(encoded.ids, encoded.target_ids, encoded.following, encoded.at, encoded.wordings)
 
     def __len__(self) -> int:
         """How many prompts."""

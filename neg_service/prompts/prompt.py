@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,8 @@ MASK = "[MASK]"
 Messages = tuple[tuple[str, str], ...]
 # A text whose last token is meant, a range of characters, of which it is the last one's, or a token's place.
 At = str | tuple[int, int] | int
+# Another text that asks the same, and what a chat template made it of.
+Wording = tuple[str, Messages | None]
 # What programs give for a prompt: a text, or messages as mappings of `role` and `content`.
 Asked = str | Sequence[Mapping[str, str]]
 
@@ -32,7 +34,7 @@ class Prompt:
 
     messages: what a chat template made the text of, which then has all special tokens that it needs; see `chat.py`.
     at: at which token neurons are read and shifted, if it is not the readout position; see `spans.py`.
-    wanted: what `control` shall make of its targets; see `wanted.py`.
+    wanted: what `control` shall make of its targets; see `wanted.py`. wordings: texts that ask the same; `wordings.py`.
     """
 
     id: str
@@ -42,6 +44,14 @@ class Prompt:
     messages: Messages | None = None
     at: At | None = None
     wanted: WantedOfRow | None = None
+    wordings: tuple[Wording, ...] | None = None
+
+
+class EncodedWording(NamedTuple):
+    """A wording as token ids, and the token of each of its prompt's targets behind it."""
+
+    ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class EncodedPrompt:
 
     following: of targets of several tokens, the tokens behind the first of each target; empty where all targets of the
     prompt are one token. at: the place of the token whose neurons are read and shifted, None of the readout position.
+    wordings: of each wording of the prompt, in their order.
     """
 
     prompt: Prompt
@@ -57,6 +68,7 @@ class EncodedPrompt:
     target_ids: tuple[int, ...]
     following: tuple[tuple[int, ...], ...] = ()
     at: int | None = None
+    wordings: tuple[EncodedWording, ...] = ()
 
     @property
     def has_sequences(self) -> bool:
@@ -85,6 +97,19 @@ class EncodedPrompt:
         places = {token: place for place, token in reversed([*enumerate(self.target_ids)])}
         targets = tuple(self.prompt.targets[place] for place in places.values())
         return EncodedPrompt(replace(self.prompt, targets=targets, answer=None), self.ids, tuple(places), (), self.at)
+
+    def worded(self, target: int) -> list[EncodedPrompt]:
+        """Its wordings as prompts of their own, each with one of its targets alone."""
+        return [
+            EncodedPrompt(
+                Prompt(f"{self.prompt.id}, wording {number}", text, (self.prompt.targets[target],), messages=messages),
+                own.ids,
+                (own.target_ids[target],),
+            )
+            for number, ((text, messages), own) in enumerate(
+                zip(self.prompt.wordings or (), self.wordings, strict=True)
+            )
+        ]
 
     @property
     def target_tokens(self) -> tuple[tuple[int, ...], ...]:
@@ -119,7 +144,7 @@ def digest(prompts: Iterable[Prompt]) -> str:
         # Not `asdict`, which copies all texts.
         content = dict(vars(prompt))
         # As it was before prompts could have these.
-        for name in ("messages", "at", "wanted"):
+        for name in ("messages", "at", "wanted", "wordings"):
             if content[name] is None:
                 del content[name]
         sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
@@ -202,6 +227,8 @@ def _texts_of(prompt: Prompt) -> Iterator[str]:
         yield prompt.at
     if prompt.wanted is not None and prompt.wanted[2] is not None:
         yield prompt.wanted[2]
+    for text, messages in prompt.wordings or ():
+        yield from (text, *chain.from_iterable(messages or ()))
 
 
 def _is_not_text(text: str) -> bool:

@@ -1,7 +1,7 @@
 """Rows of a JSONL, Parquet or CSV file at any fsspec URI, or of a data set of the hub, with their places for messages.
 
-A row is a mapping of columns; what a file calls them says `dataset.columns`. In CSV, `targets` is a JSON list in one
-cell, and there are no messages. What rows say: `sources.py`.
+A row is a mapping of columns; what a file calls them says `dataset.columns`. In CSV, `targets` and
+`wordings` are JSON lists in their cells, and there are no messages. What rows say: `sources.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from neg_service.prompts.facts import BUILT_IN
 from neg_service.prompts.hub import HubTable, is_data_set, open_data_set
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-COLUMNS = ("prompt", "messages", "targets", "answer", "id", "group", "at", "wanted")
+COLUMNS = ("prompt", "messages", "targets", "answer", "id", "group", "at", "wanted", "wordings")
 # A token's place, or a range of characters, and no text.
 _AT_OF_CSV = re.compile(r"-?\d+|\[\s*\d+\s*,\s*\d+\s*\]")
 # What runs before there were splits of files say of them.
@@ -115,19 +115,20 @@ def _csv_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mappi
         given: dict[str, Any] = {
             name: cell or (cell if name == names["prompt"] else None) for name, cell in zip(header, row, strict=True)
         }
-        if given.get(names["targets"]) is not None:
-            given[names["targets"]] = _json_list(f"{where}: line {number}", given[names["targets"]])
+        for column in ("targets", "wordings"):
+            if given.get(names[column]) is not None:
+                given[names[column]] = _json_list(f"{where}: line {number}", column, given[names[column]])
         if _AT_OF_CSV.fullmatch(given.get(names["at"]) or ""):
             given[names["at"]] = json_value(given[names["at"]])
         yield f"line {number}", given
 
 
-def _json_list(where: str, cell: str) -> Any:
+def _json_list(where: str, column: str, cell: str) -> Any:
     try:
         return json_value(cell)
     except ValueError as error:
         raise PromptError(
-            f'targets must be a JSON list such as [" a", " b"], not {shortened(cell)}, which {one_line(error)}',
+            f'{column} must be a JSON list such as [" a", " b"], not {shortened(cell)}, which {one_line(error)}',
             given=where,
         ) from error
 

@@ -25,11 +25,12 @@ from neg_service.prompts.chat import USER, MakeChat, in_json, messages_of
 from neg_service.prompts.facts import BUILT_IN
 from neg_service.prompts.hub import is_data_set
 from neg_service.prompts.mceval8k import chosen_splits, chosen_tasks, load_tasks
-from neg_service.prompts.prompt import Messages, Prompt
+from neg_service.prompts.prompt import Messages, Prompt, Wording
 from neg_service.prompts.rows import Rows, columns_of, missing_column, opened_rows
 from neg_service.prompts.spans import at_of
 from neg_service.prompts.store import PromptFile
 from neg_service.prompts.wanted import wanted_of
+from neg_service.prompts.wordings import wordings_of
 
 
 def load_dataset(dataset: DatasetConfig, limit: int | None = None, chat: MakeChat | None = None) -> Sequence[Prompt]:
@@ -274,6 +275,7 @@ class _Asked(NamedTuple):
     id: str
     text: str
     messages: Messages | None = None
+    wordings: tuple[Wording, ...] | None = None
 
 
 def _asked(
@@ -287,7 +289,7 @@ def _asked(
         raise PromptError(f"prompt must be a text, not {shortened(text)}", given=where)
     who = f"{index:06d}" if row["id"] is None else _name(where, "id", row["id"])
     if messages is None and not (how.chat and text):
-        return _Asked(who, text)
+        return _Asked(who, text, None, wordings_of(who, where, row["wordings"], (text, None), how.chat, chat))
     if text is not None and messages is not None:
         raise PromptError(
             f"prompt {who!r}: has a prompt and messages, of which a row has one; dataset.columns={{prompt: ''}} leaves "
@@ -295,7 +297,8 @@ def _asked(
             given=where,
         )
     conversation = ((USER, text),) if messages is None else messages_of(who, messages, where)
-    return _Asked(who, chat().text(who, conversation), conversation)
+    own = (chat().text(who, conversation), conversation)
+    return _Asked(who, *own, wordings_of(who, where, row["wordings"], own, how.chat, chat))
 
 
 def _prompt(where: str, asked: _Asked, row: Mapping[str, Any], names: Mapping[str, str]) -> Prompt:
@@ -310,7 +313,7 @@ def _prompt(where: str, asked: _Asked, row: Mapping[str, Any], names: Mapping[st
         raise PromptError(f"answer {shortened(answer)} is not one of the targets {shortened(targets)}", given=where)
     place = None if answer is None else targets.index(answer)
     return Prompt(asked.id, asked.text, tuple(targets), place, asked.messages, at_of(asked.id, row["at"]),
-                  wanted_of(asked.id, row["wanted"]))  # fmt: skip
+                  wanted_of(asked.id, row["wanted"]), asked.wordings)  # fmt: skip
 
 
 def _name(where: str, column: str, value: Any) -> str:

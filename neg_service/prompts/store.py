@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import overload
 
@@ -15,6 +16,7 @@ from neg_service.prompts.prompt import Prompt
 
 # Read together when all are read.
 _BLOCK = 1000
+_FIELDS = [own.name for own in fields(Prompt)]
 
 
 class PromptFile(Sequence[Prompt]):
@@ -29,8 +31,7 @@ class PromptFile(Sequence[Prompt]):
         with os.fdopen(self._file, "wb", closefd=False) as file:
             for prompt in prompts:
                 # Only this process reads it, so that what marshal writes need not be read elsewhere.
-                own = (prompt.id, prompt.text, prompt.targets, prompt.answer, prompt.messages, prompt.at, prompt.wanted)
-                size = file.write(marshal.dumps(own))
+                size = file.write(marshal.dumps(tuple(getattr(prompt, name) for name in _FIELDS)))
                 self._ends.append(self._ends[-1] + size)
 
     def __len__(self) -> int:

@@ -13,9 +13,10 @@ from itertools import groupby, islice
 
 from neg_service.errors import ConfigurationError, PromptError, TargetError
 from neg_service.prompts.added import added_by, read_once, readable, tell_what_is_odd
-from neg_service.prompts.prompt import MASK, EncodedPrompt, Prompt, Vocabulary
+from neg_service.prompts.prompt import MASK, EncodedPrompt, EncodedWording, Prompt, Vocabulary
 from neg_service.prompts.reading import AsWritten, Reading, Tokenizer, Unread, read_texts
 from neg_service.prompts.spans import place_of
+from neg_service.prompts.wordings import as_prompts
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,9 @@ class Skips:
 
 
 def encode(
-    tokenizer: Tokenizer,
-    prompts: Iterable[Prompt],
-    context_length: int | None,
-    mask_token: int | None = None,
-    batch: int = 256,
-    model: Vocabulary | None = None,
-    skips: Skips | None = None,
-    *,
-    sequences: bool = False,
-) -> Iterator[EncodedPrompt]:
+    tokenizer: Tokenizer, prompts: Iterable[Prompt], context_length: int | None, mask_token: int | None = None,
+    batch: int = 256, model: Vocabulary | None = None, skips: Skips | None = None, *, sequences: bool = False,
+) -> Iterator[EncodedPrompt]:  # fmt: skip
     """Encode prompts and their targets in context, lazily and in order.
 
     A target follows the prompt; with `mask_token`, the id of a masked model's mask token, it stands in its place. A
@@ -90,7 +84,13 @@ def encode(
         following = _checked_sequences(tokenizer, read, mask_token, model) if sequences else ()
         # A target's last token is predicted, and not read.
         longest = len(read.ids) + max((len(own) - 1 for own in following), default=0)
-        if skips.too_long and context_length is not None and longest > context_length:
+        worded: tuple[EncodedWording, ...] = ()
+        if prompt.wordings and not sequences:
+            # What is wrong with the prompt itself says more than what is wrong with a wording of it.
+            tokens = tokens or _checked_targets(tokenizer, read, mask_token, model)
+            worded = _wordings(tokenizer, prompt, None if skips.too_long else context_length, mask_token, model)
+        longest_of_all = max((longest, *(len(own.ids) for own in worded)))
+        if skips.too_long and context_length is not None and longest_of_all > context_length:
             skips.n_too_long += 1
             skips.first_too_long = skips.first_too_long or prompt.id
             continue
@@ -100,9 +100,16 @@ def encode(
             rest = tuple(own[1:] for own in following)
             yield EncodedPrompt(prompt, read.ids, tuple(own[0] for own in following), rest if any(rest) else (), at)
             continue
-        if tokens is None:
-            tokens = _checked_targets(tokenizer, read, mask_token, model)
-        yield EncodedPrompt(prompt, read.ids, tuple(tokens.values()), (), at)
+        tokens = tokens or _checked_targets(tokenizer, read, mask_token, model)
+        yield EncodedPrompt(prompt, read.ids, tuple(tokens.values()), (), at, worded)
+
+
+def _wordings(
+    tokenizer: Tokenizer, prompt: Prompt, most: int | None, mask_token: int | None, model: Vocabulary | None
+) -> tuple[EncodedWording, ...]:
+    """The wordings of a prompt, each with its targets in context, which are one token there, too."""
+    found = encode(tokenizer, as_prompts(prompt), most, mask_token, model=model)
+    return tuple(EncodedWording(one.ids, one.target_ids) for one in found)
 
 
 def _place_of(

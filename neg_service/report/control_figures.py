@@ -165,6 +165,22 @@ def effects(points: Mapping[str, tuple[Doubles, Doubles]], least: float) -> Draw
     return draw
 
 
+def carried_over(points: Mapping[str, tuple[Doubles, Doubles]]) -> Draw:
+    """Change of the target's probability at other wordings against that where it is steered, by method."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.add_subplot()
+        ends = _extent(np.concatenate([np.r_[own_w, 0.0] for pair in points.values() for own_w in pair]))
+        axes.plot(ends, ends, color=theme.faint, zorder=0)
+        for (name, (steered_w, worded_w)), colour, marker in zip(points.items(), theme.cycle, "os^vD*", strict=False):
+            axes.plot(steered_w, worded_w, marker, markersize=4.5, alpha=0.6, color=colour, label=name)
+        axes.set_xlabel("change of the target's probability where it is steered")
+        axes.set_ylabel("change at other wordings")
+        _legend(figure, axes)
+
+    return draw
+
+
 @dataclass(frozen=True)
 class ByNeurons:
     """Of runs with different numbers of neurons: what the same wishes came to, in the order of `n_moved`.

@@ -282,7 +282,9 @@ def test_a_prompt_whose_neurons_are_elsewhere_is_named(config: ScanConfig, tmp_p
     rows = [row(place, prompt="w1 w20 w2", at="w1" if place == 1 else None) for place in range(3)]
     done = scan_here(replace(config, dataset=replace(config.dataset, source=words(tmp_path, rows, "old"))))
     changed = [*rows[:2], row(2, prompt="w1 w20 w2", at="w20"), row(3)]
-    with refused(PromptError, "dataset.source", ANY, says=re.escape("1 has another at or other messages ('p2')")):
+    with refused(
+        PromptError, "dataset.source", ANY, says=re.escape("1 has another at, other messages or other wordings ('p2')")
+    ):
         prepare(more(config, done, changed))
 
 

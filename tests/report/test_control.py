@@ -308,5 +308,6 @@ def test_figures_can_be_of_a_single_wish_and_of_what_is_far_off() -> None:
         control_figures.effort(one, one, np.array([0.0]), reached),
         control_figures.predictions(np.array([[0.5], [0.5]]), {"NEG": np.array([-700.0])}, bins),
         control_figures.effects({"shift": (one, np.array([0.0]))}, 1e-10),
+        control_figures.carried_over({"shift": (one, np.array([0.0]))}),
     ):
         assert set(drawn(draw, (4, 2))) == {"light", "dark"}

@@ -6,11 +6,12 @@ itself (`wanted`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from neg_service import schema
 from neg_service.config import NeuronsConfig
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 # About how many passes a wish takes.
 _PASSES = 5
+# About how many wordings a row has.
+_WORDINGS = 3
 KEEP_SHIFT = ("strongest", "all")
 
 
@@ -84,6 +87,9 @@ class ControlOptions:
         "or a data set of its own",
         kind=str | list[Any] | None,
     )
+    wordings: bool | None = setting(
+        None, "whether side effects are measured at rows' `wordings`; not given: where any row has some"
+    )
 
 
 class Control(Measure[ControlOptions]):
@@ -92,6 +98,7 @@ class Control(Measure[ControlOptions]):
     Options = ControlOptions
     NAMES = ("control",)
     MEASURES_SINGLE_NEURONS = True
+    USES_WORDINGS = True
 
     def with_files_read(self) -> Self:
         """References themselves in the place of their files, half of them held where that is asked for."""
@@ -105,6 +112,20 @@ class Control(Measure[ControlOptions]):
                 )  # fmt: skip
             return type(self)(replace(options, references=references[1::2], holding=references[::2]))
         return type(self)(replace(options, references=references, holding=pairs_of("measure.holding", options.holding)))
+
+    def of_prompts(self, prompts: Iterable[Prompt]) -> Self:
+        """Whether there are wordings, which decides the tables.
+
+        Raises:
+            ConfigurationError: they are asked for, and no row has any.
+        """
+        wanted = self.options.wordings
+        has_some = wanted is not False and any(prompt.wordings for prompt in prompts)
+        if wanted and not has_some:
+            raise ConfigurationError(
+                "no row of the data set has any", setting="measure.wordings", value="true", allowed="left out, or false"
+            )
+        return type(self)(replace(self.options, wordings=has_some))
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse wishes that cannot be met by anything, and choices of neurons that there are not, too."""
@@ -123,6 +144,12 @@ class Control(Measure[ControlOptions]):
                     f"prompt {prompt.id!r} is steered, and in {others[prompt.text]}, too: leave it out of one of them",
                     change=others[prompt.text],
                 )
+            for number, (text, _) in enumerate(prompt.wordings or ()):
+                if text in others:
+                    raise PromptError(
+                        f"prompt {prompt.id!r}: its wording {number} is in {others[text]}, too: leave it out of one of "
+                        "them", change=others[text],
+                    )  # fmt: skip
             for own in wishes_of(prompt, wishes):
                 steered = [prompt.targets[k] for k in wanted_targets(prompt, self.options.keep)]
                 if own.against is not None and own.against in steered:
@@ -156,16 +183,17 @@ class Control(Measure[ControlOptions]):
         given = self.configuration()
         if self.options.keep_shift == "all":
             del given["top_k"]
-        return {name: value for name, value in given.items() if name not in ("references", "holding", "write") or value}
+        without = ("references", "holding", "write", "wordings")
+        return {name: value for name, value in given.items() if name not in without or value}
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
-        """`prompts`, `control`, `control_side_effects` where there are references, and `control_shift`."""
+        """`prompts`, `control`, `control_side_effects` of references and wordings, and `control_shift`."""
         note = "What is added to the neuron's activation, so that the target is as probable as was wanted."
         effects = {"control_side_effects": Table(CONTROL_SIDE_EFFECTS, "side effects")}
         return {
-            **schema.prompt_tables(has_experts(sizes)),
+            **schema.prompt_tables(has_experts(sizes), bool(self.options.wordings)),
             "control": Table(CONTROL, "probability", schema.PROBABILITY),
-            **(effects if self.options.references else {}),
+            **(effects if self.options.references or self.options.wordings else {}),
             "control_shift": Table(CONTROL_SHIFT, "shift", "units of activation", "shift", note),
         }
 
@@ -174,10 +202,11 @@ class Control(Measure[ControlOptions]):
         n = kept_targets(self.options.keep, n_targets) * len(self._wishes)
         moved = count_of(neurons, layers_of_model(info))
         kept = moved if self.options.keep_shift == "all" else min(moved, self.options.top_k)
-        n_others = len(self.options.references or ())
-        effects = {"control_side_effects": int(3 * 250 * n)} if n_others else {}
+        n_kinds = bool(self.options.references) + bool(self.options.wordings)
+        n_others = len(self.options.references or ()) + _WORDINGS * bool(self.options.wordings)
+        effects = {"control_side_effects": int(3 * 250 * n_kinds * n)} if n_kinds else {}
         own = {"control": int(160 * n), **effects, "control_shift": int(22 * kept * n)}
-        # The shift and random neurons, on each reference.
+        # The shift and random neurons, on each reference and wording.
         return Cost({**prompt_bytes(info), **own}, (_PASSES + 2 * n_others) * n, "interventions")
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
@@ -208,6 +237,9 @@ class Control(Measure[ControlOptions]):
             first = found[places[0]]
             probability_k = first.logits_before_v.softmax(0)[list(prompt.target_ids)].float().numpy()
             of_prompt = prompt_tables(prompt, probability_k, first.routing, model.feed_forward.has_experts)
+            if options.wordings:
+                texts_of_wordings = pa.array([[text for text, _ in prompt.prompt.wordings or ()]], schema.WORDINGS.type)
+                of_prompt["prompts"] = of_prompt["prompts"].append_column(schema.WORDINGS, texts_of_wordings)
             own_tables = [self._tables_of(prompt, asked[place], found[place], texts[place], model) for place in places]
             joined = {name: pa.concat_tables([own[name] for own in own_tables]) for name in own_tables[0]}
             if effects is not None:
@@ -252,21 +284,24 @@ class Control(Measure[ControlOptions]):
     def _effects(
         self, shard: ShardInput, rows: ShiftedRows, asked: Sequence[_Asked], found: Sequence[Steered]
     ) -> list[pa.Table] | None:
-        """Rows of side effects of each shift; None without references."""
+        """Rows of side effects of each shift; None without references and wordings."""
         from neg_service.measures.control.control import result_of
         from neg_service.measures.control.references import encoded_references
         from neg_service.measures.control.side_effects import effects_on_others
 
-        if not self.options.references:
+        references, has_wordings = self.options.references, self.options.wordings
+        if not references and not has_wordings:
             return None
-        others = encoded_references(shard.model, self.options.references, "measure.references", least=2)
+        others = encoded_references(shard.model, references, "measure.references", least=2) if references else []
+        worded = [shard.prompts[own.index].worded(own.target) for own in asked] if has_wordings else []
         result = result_of(shard.model, found, shard.layers, self.options.basis, rows.dtype)
         alone = [_with_target_alone(shard.prompts[own.index], own.target) for own in asked]
-        table = effects_on_others(shard.model, rows, result, alone, others).table()
-        of_shift = table.num_rows // len(asked)
+        table = effects_on_others(shard.model, rows, result, alone, others, worded).table()
+        # A shift has rows of the kinds that its prompt has.
+        of_shift = [table.filter(pc.equal(table["prompt_id"], str(place))) for place in range(len(asked))]
         return [
-            side_effect_rows(shard.prompts[own.index], own.target, own.wish, table.slice(place * of_shift, of_shift))
-            for place, own in enumerate(asked)
+            side_effect_rows(shard.prompts[own.index], own.target, own.wish, found)
+            for own, found in zip(asked, of_shift, strict=True)
         ]
 
     @property
@@ -278,7 +313,7 @@ class Control(Measure[ControlOptions]):
         if options.top or options.margin is not None:
             probabilities = [0.5]
         return [
-            Wanted.checked(one, options.top, options.margin, options.against, options.tolerance, group="measure")
+            Wanted.checked(one, options.top, options.margin, options.against, options.tolerance)
             for one in probabilities
         ]
 

@@ -104,8 +104,8 @@ class ControlResult:
 
 @told_by_parameters(
     model__source="model", dataset__source="prompts", dataset__chat_template="model.tokenizer.chat_template",
-    control__probability="probability", control__top="top", control__margin="margin", control__against="against",
-    control__tolerance="tolerance", control__norm="norm", control__max_passes="max_passes", control__holding="holding",
+    model__dtype="load_model's dtype", model__engine="load_model's engine", neurons__layers="neurons",
+    neurons__count="neurons", neurons__list="neurons",
 )  # fmt: skip
 def control(
     model: LanguageModel,
@@ -174,9 +174,9 @@ def _to_hold(
 ) -> list[EncodedPrompt]:
     if holding is None:
         return []
-    references = encoded_references(model, holding, "control.holding")
+    references = encoded_references(model, holding, "measure.holding")
     steered_texts = {own.prompt.text: f"prompt {index}, which is steered" for index, own in enumerate(steered_prompts)}
-    check_apart(references, steered_texts, "control.holding", "what is held still cannot move")
+    check_apart(references, steered_texts, "measure.holding", "what is held still cannot move")
     return references
 
 
@@ -228,7 +228,7 @@ def checked_movable(model: LanguageModel, neurons: Any, norm: str) -> tuple[list
         ConfigurationError: neurons that do not exist, more than there are, or an unknown norm.
     """
     if norm not in NORMS:
-        raise ConfigurationError(setting="control.norm", value=norm, allowed=f"one of {', '.join(NORMS)}")
+        raise ConfigurationError(setting="measure.norm", value=norm, allowed=f"one of {', '.join(NORMS)}")
     sizes = model.feed_forward.layer_neurons
     everywhere = layers_with_neurons(NeuronsConfig("all"), sizes)
     if isinstance(neurons, str):
@@ -256,7 +256,7 @@ def check_passes(max_passes: int) -> None:
         ConfigurationError: naming what it may be.
     """
     if not isinstance(max_passes, int) or isinstance(max_passes, bool) or max_passes < 1:
-        raise ConfigurationError(setting="control.max_passes", value=max_passes, allowed="at least 1")
+        raise ConfigurationError(setting="measure.max_passes", value=max_passes, allowed="at least 1")
 
 
 def _are_layers(neurons: Any) -> bool:
@@ -282,11 +282,11 @@ def asked_prompts(prompts: Any, targets: Any) -> tuple[list[Asked], list[str]]:
 def _wanted(n: int, probability: Any, top: Any, margin: Any, against: Any, tolerance: Any) -> list[Wanted]:
     if (top or margin is not None) and not (np.isscalar(probability) and probability == 0.5):
         raise ConfigurationError(
-            "one wish at a time can be met", setting="control.probability", value=probability,
+            "one wish at a time can be met", setting="measure.probability", value=probability,
             allowed="left out where top or a margin is asked for",
         )  # fmt: skip
-    columns = (each(probability, n, "control.probability"), each(margin, n, "control.margin"),
-               each(against, n, "control.against"))  # fmt: skip
+    columns = (each(probability, n, "measure.probability"), each(margin, n, "measure.margin"),
+               each(against, n, "measure.against"))  # fmt: skip
     return [
         Wanted.checked(one, top, own_margin, other, tolerance)  # type: ignore[arg-type]
         for one, own_margin, other in zip(*columns, strict=True)

@@ -28,7 +28,7 @@ class Wanted:
     @classmethod
     def checked(
         cls, probability: float = 0.5, top: bool = False, margin: float | None = None, against: str | None = None,
-        tolerance: float = 0.01, *, group: str = "control",
+        tolerance: float = 0.01,
     ) -> Wanted:  # fmt: skip
         """What settings say; `probability` counts where neither `top` nor `margin` is given.
 
@@ -38,7 +38,7 @@ class Wanted:
         """
 
         def refused(name: str, value: object, allowed: str, reason: str = "") -> ConfigurationError:
-            return ConfigurationError(reason, setting=f"{group}.{name}", value=value, allowed=allowed)
+            return ConfigurationError(reason, setting=f"measure.{name}", value=value, allowed=allowed)
 
         if not isinstance(top, bool):
             raise refused("top", top, "true or false")
@@ -95,5 +95,5 @@ def wishes_of(prompt: Prompt, wishes: Sequence[Wanted]) -> Sequence[Wanted]:
     kind, number, against = prompt.wanted
     tolerance = wishes[0].tolerance
     if kind == "probability":
-        return [Wanted.checked(number, tolerance=tolerance, group="measure")]
+        return [Wanted.checked(number, tolerance=tolerance)]
     return [Wanted(kind, number, tolerance, against)]

@@ -113,9 +113,8 @@ class SideEffects:
 
 
 @told_by_parameters(
-    model__source="model", dataset__source="prompts", dataset__chat_template="model.tokenizer.chat_template",
-    control__references="references", control__wordings="wordings", control__seed="seed",
-)  # fmt: skip
+    model__source="model", dataset__source="prompts", dataset__chat_template="model.tokenizer.chat_template"
+)
 def side_effects(
     model: LanguageModel,
     result: ControlResult,
@@ -147,9 +146,9 @@ def side_effects(
     asked, steered_targets = asked_prompts(prompts, targets)
     _check_result(model, result, len(asked))
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ConfigurationError(setting="control.seed", value=seed, allowed="a whole number, at least 0")
+        raise ConfigurationError(setting="measure.seed", value=seed, allowed="a whole number, at least 0")
     encoded = encoded_texts(model, asked, [[target] for target in steered_targets])
-    others = encoded_references(model, references, "control.references", least=2)
+    others = encoded_references(model, references, "measure.references", least=2)
     worded = _wordings(model, wordings, encoded)
     _check_apart(encoded, others, worded, result.held)
 
@@ -221,17 +220,17 @@ def _wordings(
     if wordings is None:
         return []
     if isinstance(wordings, str) or any(isinstance(own, str) for own in wordings):
-        raise PromptError('must be a list of texts for each prompt: [["..."]]', setting="control.wordings")
+        raise PromptError('must be a list of texts for each prompt: [["..."]]', setting="measure.wordings")
     if len(wordings) != len(steered):
         raise PromptError(
-            setting="control.wordings", value=f"lists for {len(wordings)} prompts",
+            setting="measure.wordings", value=f"lists for {len(wordings)} prompts",
             allowed=f"a list for each of the {len(steered)} prompts; an empty one where there are none",
         )  # fmt: skip
     asked = [one for own in wordings for one in own]
     targets = [prompt.prompt.targets for own, prompt in zip(wordings, steered, strict=True) for _ in own]
     if not asked:
-        raise PromptError("holds no text: leave it out", setting="control.wordings")
-    encoded = iter(encoded_as(model, asked, targets, "control.wordings", "wording"))
+        raise PromptError("holds no text: leave it out", setting="measure.wordings")
+    encoded = iter(encoded_as(model, asked, targets, "measure.wordings", "wording"))
     return [[next(encoded) for _ in own] for own in wordings]
 
 
@@ -246,12 +245,12 @@ def _check_apart(
     """
     steered_texts = {own.prompt.text: f"prompt {index}, which is steered" for index, own in enumerate(steered)}
     held_texts = dict.fromkeys(held, "one of those that were held")
-    check_apart(references, steered_texts, "control.references", "a side effect is what happens elsewhere")
-    check_apart(references, held_texts, "control.references", "measure at others than those that were held")
+    check_apart(references, steered_texts, "measure.references", "a side effect is what happens elsewhere")
+    check_apart(references, held_texts, "measure.references", "measure at others than those that were held")
     reference_texts = {own.prompt.text: own.prompt.id for own in references}
     for prompt, own in zip(steered, worded, strict=False):
         its_own = {prompt.prompt.text: "the text that is steered"}
-        check_apart(own, its_own | held_texts | reference_texts, "control.wordings", "a wording is neither")
+        check_apart(own, its_own | held_texts | reference_texts, "measure.wordings", "a wording is neither")
 
 
 def _draws(n: int, seed: int) -> Doubles:

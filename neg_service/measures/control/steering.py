@@ -244,7 +244,7 @@ def _require_resolution(
         raise ConfigurationError(
             f"{named(prompt, model)} is told to about {resolution:.1g} only; or use model.dtype=float32, or an engine "
             "that has difference arithmetic (model.engine=differences)",
-            setting="control.tolerance",
+            setting="measure.tolerance",
             value=aim.tolerance,
             allowed=f"at least {resolution:.1g}",
         )

@@ -25,7 +25,7 @@ _MEANS = (
     "kl", "same_top", "answer_probability_before", "answer_probability", "target_probability_before",
     "target_probability",
 )  # fmt: skip
-_REFERENCES = "references"
+_REFERENCES, _WORDINGS = "references", "wordings"
 # What is smaller differs from nothing by rounding alone.
 _LEAST_KL = 1e-10
 
@@ -51,7 +51,10 @@ def side_effects_shown(
     if table is None or not table.num_rows:
         return [], []
     of = f" Of {table.num_rows} of {n} rows, drawn at random." * (table.num_rows < n)
-    return [_by_method(table, of, number), *_listed(run, listed, wanted, n, number)], _effects(table, number)
+    return [_by_method(table, of, number), *_listed(run, listed, wanted, n, number)], [
+        *_effects(table, number),
+        *_carried(table, number),
+    ]
 
 
 def _groups(table: pa.Table) -> list[tuple[str, str, pa.Table]]:
@@ -86,7 +89,8 @@ def _by_method(table: pa.Table, of: str, number: int) -> Grid:
         "What shifts do to prompts that are not steered: of each shift the mean over these, here the median over "
         "shifts with the values between which the middle half is. A logit constant moves the target's logit so that it "
         "is as probable where it is steered; a shift is worth something where it does less. Random neurons are shifted "
-        f"by the same values, which gives them the same size and not the same effect.{of}",
+        "by the same values, which gives them the same size and not the same effect. At wordings, which ask the same "
+        f"as the steered prompt, its target is wanted, too.{of}",
         head, rows, range(2, len(head)), is_interactive=True, name=f"effects-{number}",
     )  # fmt: skip
 
@@ -164,5 +168,24 @@ def _effects(table: pa.Table, number: int) -> list[Picture]:
             f"and not its effect. What is below {_LEAST_KL:.0e} stands there.",
             "A scatter plot of the divergence on references against the change of the target's probability",
             drawn(control_figures.effects(points, _LEAST_KL)),
+        )
+    ]  # fmt: skip
+
+
+def _carried(table: pa.Table, number: int) -> list[Picture]:
+    points = {}
+    for kind, method, own in _groups(table.slice(0, _POINTS)):
+        if kind == _WORDINGS:
+            column = {name: own[name].to_numpy() for name in (*_STEERED, *_MEANS)}
+            points[method] = (_change(column, "steered_probability"), _change(column, "target_probability"))
+    if not points:
+        return []
+    return [
+        Picture(
+            f"carried-{number}", "Does it carry over to other wordings?",
+            "A point is a wish with a method: the mean change of the target's probability at texts that ask the same, "
+            "against its change where it is steered; on the grey diagonal it is as large there.",
+            "A scatter plot of the change at other wordings against the change where the target is steered",
+            drawn(control_figures.carried_over(points)),
         )
     ]  # fmt: skip

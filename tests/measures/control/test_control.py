@@ -173,7 +173,8 @@ def test_weights_in_bfloat16_are_steered_by_differences_and_not_by_rows() -> Non
 
 
 def test_a_tolerance_that_the_precision_cannot_tell() -> None:
-    with refused(ConfigurationError, setting="tolerance"):
+    # By what is called in a notebook, and by no setting of a command.
+    with refused(ConfigurationError, setting="tolerance", says=r"or use load_model's dtype=float32, or an engine"):
         control(tiny_model("Llama 2"), TEXTS[0], TARGETS[0], tolerance=1e-9)
     mixture = tiny_mixture("Mixtral", torch.bfloat16)
     with refused(ConfigurationError, setting="tolerance"):
@@ -199,6 +200,7 @@ def test_a_tolerance_that_the_precision_cannot_tell() -> None:
         ("max_passes", {"max_passes": 0}),
         ("neurons", {"neurons": 0}),
         ("neurons", {"neurons": "some"}),
+        ("neurons", {"neurons": [99]}),
         ("neurons", {"neurons": [(0, 10**6)]}),
         ("basis", {"basis": "none"}),
     ],
