@@ -19,7 +19,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,14 @@ class OwnCluster:
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
         )  # fmt: skip
         settings = {"num_cpus": 0, "metrics_export_port": self.metrics} | head
-        self.head = self.add(
-            include_dashboard=True, dashboard_port=self.dashboard,
-            _system_config={"metrics_report_interval_ms": 1000, "health_check_period_ms": 500}, **settings,
-        )  # fmt: skip
+        try:
+            self.head = self.add(
+                include_dashboard=True, dashboard_port=self.dashboard,
+                _system_config={"metrics_report_interval_ms": 1000, "health_check_period_ms": 500}, **settings,
+            )  # fmt: skip
+        except AssertionError:
+            self.close()
+            raise
         self.address = self.head["address"]
         (Path(self._place) / "ray" / "ray_current_cluster").write_text(self.address)
         self.jobs = f"http://127.0.0.1:{self.dashboard}"
@@ -128,11 +132,19 @@ class OwnCluster:
 @contextmanager
 def own_cluster(**head: Any) -> Iterator[OwnCluster]:
     """A cluster for the duration of a test."""
-    cluster = OwnCluster(**head)
+    cluster = _started(head)
     try:
         yield cluster
     finally:
         cluster.close()
+
+
+def _started(head: dict[str, Any]) -> OwnCluster:
+    """Ray gives a node thirty seconds to start in, which are too few beside much else: it is tried twice more."""
+    for _ in range(2):
+        with suppress(AssertionError):
+            return OwnCluster(**head)
+    return OwnCluster(**head)
 
 
 def eventually(condition: Any, seconds: float = 300) -> Any:
