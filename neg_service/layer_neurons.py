@@ -32,7 +32,11 @@ class LayerNeurons:
     @property
     def n_slots(self) -> int:
         """How many act on a token."""
-        return self.n_mlp + self.n_chosen * self.n_of_expert
+        return self.n_slots_of(1)
+
+    def n_slots_of(self, n_tokens: int) -> int:
+        """How many act on any of some tokens, at the most."""
+        return self.n_mlp + min(self.n_experts, n_tokens * self.n_chosen) * self.n_of_expert
 
     @property
     def mlps(self) -> list[tuple[int, int]]:

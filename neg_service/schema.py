@@ -281,7 +281,8 @@ def sweep(n_shifts: int | None = None, has_experts: bool = False, is_of_probabil
     ]
     if has_experts:
         fields += [
-            # Whether the readout token used the neuron's expert; otherwise all of its values are 0.
+            # Whether the readout token used the neuron's expert, or, with measure.at=each, any token that predicts one
+            # of the target's; otherwise all of its values are 0.
             pa.field("is_routed", pa.bool_(), nullable=False),
             # The share of its shifts for which a layer above chose other experts, 0..1.
             pa.field("routing_changed", pa.float32(), nullable=False),
@@ -337,7 +338,7 @@ _INTERVENE = pa.schema(
 
 def intervene(has_experts: bool = False) -> pa.Schema:
     """One row for each prompt, edit and target."""
-    # How many of an edit's neurons the edited row's token used, and were changed.
+    # How many of an edit's neurons the edited row's token, or any of its tokens, used, and were changed.
     n_routed = pa.field("n_routed", pa.int32(), nullable=False)
     return _INTERVENE.append(n_routed) if has_experts else _INTERVENE
 

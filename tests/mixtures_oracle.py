@@ -21,21 +21,30 @@ from tests.mixtures import Mixture
 
 ALWAYS_ON = -1
 Key = tuple[int, int]
-# Given (layer, expert) and the neurons [N] of an expert or MLP at the position, it gives those that go on.
-Touch = Callable[[Key, Tensor], Tensor]
+# Given (layer, expert) and the neurons [N] of an expert or MLP at the position, it gives those that go on; of several
+# positions, (layer, expert, position).
+Touch = Callable[[Any, Tensor], Tensor]
 
 
 class _State:
     """What the pass that runs is to do: one at a time."""
 
     basis: ClassVar[str] = ""
-    position: ClassVar[int] = -1
+    position: ClassVar[int | Sequence[int]] = -1
     touch: ClassVar[Touch] = staticmethod(lambda key, x: x)
     layer_of: ClassVar[dict[int, int]] = {}
     routing: ClassVar[dict[int, tuple[list[int], list[float]]]] = {}
 
+    @classmethod
+    def is_read(cls, t: int) -> bool:
+        return t == cls.position if isinstance(cls.position, int) else t in cls.position
 
-def _gated(module: Any, gate: Tensor, up: Tensor, key: Key, is_read: bool) -> Tensor:
+    @classmethod
+    def key(cls, layer: int, expert: int, t: int) -> Any:
+        return (layer, expert) if isinstance(cls.position, int) else (layer, expert, t)
+
+
+def _gated(module: Any, gate: Tensor, up: Tensor, key: Any, is_read: bool) -> Tensor:
     if is_read and _State.basis == "paper":
         up = _State.touch(key, up)
     if type(module).__name__ == "GptOssExperts":
@@ -50,7 +59,7 @@ def _gated(module: Any, gate: Tensor, up: Tensor, key: Key, is_read: bool) -> Te
     return _State.touch(key, hidden) if is_read and _State.basis == "hidden" else hidden
 
 
-def _one(module: Any, x: Tensor, expert: int, is_read: bool) -> Tensor:
+def _one(module: Any, x: Tensor, expert: int, t: int, is_read: bool) -> Tensor:
     """What one expert makes of one token."""
     is_columns = type(module).__name__ == "Llama4TextExperts" or module.is_transposed
     up_and_gate, down = module.gate_up_proj[expert], module.down_proj[expert]
@@ -59,7 +68,7 @@ def _one(module: Any, x: Tensor, expert: int, is_read: bool) -> Tensor:
         both = both + module.gate_up_proj_bias[expert]
     half = len(both) // 2
     gate, up = (both[:half], both[half:]) if getattr(module, "is_concatenated", True) else (both[::2], both[1::2])
-    hidden = _gated(module, gate, up, (_State.layer_of[id(module)], expert), is_read)
+    hidden = _gated(module, gate, up, _State.key(_State.layer_of[id(module)], expert, t), is_read)
     out = hidden @ down if is_columns else down @ hidden
     return out + module.down_proj_bias[expert] if getattr(module, "has_bias", False) else out
 
@@ -67,11 +76,11 @@ def _one(module: Any, x: Tensor, expert: int, is_read: bool) -> Tensor:
 def _token_by_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     rows = []
     for t, x in enumerate(hidden_states):
-        is_read = t == _State.position
+        is_read = _State.is_read(t)
         chosen = top_k_index[t].tolist()
         if is_read:
             _State.routing[_State.layer_of[id(self)]] = (chosen, top_k_weights[t].tolist())
-        terms = [_one(self, x, expert, is_read) * top_k_weights[t, slot] for slot, expert in enumerate(chosen)]
+        terms = [_one(self, x, expert, t, is_read) * top_k_weights[t, slot] for slot, expert in enumerate(chosen)]
         rows.append(torch.stack(terms).sum(0))
     return torch.stack(rows).to(hidden_states.dtype)
 
@@ -85,15 +94,18 @@ def _llama_4(self: Any, hidden_states: Tensor) -> Tensor:
     for expert, tokens in enumerate(hidden_states.view(self.num_experts, -1, self.hidden_size)):
         for t, x in enumerate(tokens):
             is_chosen = bool((x != 0).any())
-            if is_chosen and t == _State.position:
+            if is_chosen and _State.is_read(t):
                 _State.routing[_State.layer_of[id(self)]] = ([expert], [1.0])
-            out.append(_one(self, x, expert, is_chosen and t == _State.position))
+            out.append(_one(self, x, expert, t, is_chosen and _State.is_read(t)))
     return torch.stack(out)
 
 
 @contextmanager
-def token_by_token(model: Any, family: Mixture, basis: str, position: int, touch: Touch) -> Iterator[None]:
-    """Let a model run its experts one by one, and `touch` see and change the neurons of a basis at a position."""
+def token_by_token(
+    model: Any, family: Mixture, basis: str, position: int | Sequence[int], touch: Touch
+) -> Iterator[None]:
+    """Let a model run its experts one by one, and `touch` see and change the neurons of a basis at a position, or at
+    several."""
     with ExitStack() as stack:
         _State.basis, _State.position, _State.touch = basis, position, staticmethod(touch)
         _State.layer_of, _State.routing = {}, {}
@@ -113,13 +125,14 @@ def token_by_token(model: Any, family: Mixture, basis: str, position: int, touch
         yield
 
 
-def _touched(mlp: nn.Module, key: Key, basis: str, position: int) -> Any:
+def _touched(mlp: nn.Module, key: Key, basis: str, position: int | Sequence[int]) -> Any:
     module, side = oracle.neuron_module(mlp, basis)
 
     def change(x: Tensor) -> Tensor:
         rows = list(x.reshape(-1, x.shape[-1]))
         start = x.shape[-1] // 2 if side.startswith("second") else 0
-        rows[position] = torch.cat([rows[position][:start], _State.touch(key, rows[position][start:])])
+        for t in [position] if isinstance(position, int) else position:
+            rows[t] = torch.cat([rows[t][:start], _State.touch(_State.key(*key, t), rows[t][start:])])
         return torch.stack(rows).view_as(x)
 
     if side == "input":

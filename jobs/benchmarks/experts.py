@@ -188,7 +188,7 @@ def _interventions(settings: Settings, model: LanguageModel, plain: LoadedModel)
     floors = Floor(plain, ids)
     found: dict[str, Callable[[], float]] = {}
     for layer in (0, settings.layers // 2, settings.layers - 1):
-        expert = int(interventions.routing.of_layer(layer)[0])
+        expert = int(interventions.routing.experts[layer][0])
         neurons = NeuronSet.of_mlps({(layer, expert): np.arange(settings.swept)})
 
         def engine(neurons: NeuronSet = neurons) -> float:

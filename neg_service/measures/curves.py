@@ -43,12 +43,13 @@ _SMALL = 0.01
 class SweepResult:
     """What a sweep of one prompt found, float64 on the model's device, in the order of the set.
 
-    activation_n: at the readout position. is_routed_n: whether the readout token used the neuron's expert.
+    activation_n: at the readout position. is_routed_nc: whether, for each value, a token at which the neuron is shifted
+    used its expert: the readout token, or any that predicts one of the target's.
     """
 
     evaluated: Evaluated
     activation_n: Tensor
-    is_routed_n: NDArray[np.bool_]
+    is_routed_nc: NDArray[np.bool_]
 
 
 def sweep_prompt(
@@ -90,6 +91,7 @@ def sweep_prompt(
     if gradient_km is None and sweep.uses_slope and sweep.shift == "signed":
         gradient_km = interventions.gradient(neurons.layers, budget, output)
     activation_m = torch.cat([interventions.activation[site].to(device) for site in sites.sites])
+    is_routed_nk = interventions.are_routed(neurons)
     in_order = np.argsort(place_n, kind="stable")
     for own in _groups(in_order[place_n[in_order] >= 0], place_n, sites):
         own_n, of_set_n = (torch.from_numpy(at).to(device) for at in (place_n[own], own))
@@ -101,10 +103,12 @@ def sweep_prompt(
                 slope_nk = gradient_km[:, own_n].T.double()
             elif sweep.shift == "signed":
                 slope_nk = signed_by(activation_m[own_n, None], slope_nk)
-        values = swept(interventions, sites, place_n[own], slope_nk, sweep, noise, budget, keep_curves, output)
+        values = swept(
+            interventions, sites, place_n[own], slope_nk, sweep, noise, budget, keep_curves, output, is_routed_nk[own]
+        )
         found.put(of_set_n, values)
         on_done(len(own))
-    return SweepResult(found, activation_n, place_n >= 0)
+    return SweepResult(found, activation_n, output.depends(is_routed_nk))
 
 
 @dataclass(frozen=True)
@@ -140,15 +144,20 @@ def _groups(in_order: NDArray[np.int64], place_n: NDArray[np.int64], sites: Site
 
 def swept(
     interventions: Interventions, sites: Sites, place_n: NDArray[np.int64], slope_nk: Tensor, sweep: Sweep,
-    noise: RowNoise, budget: Budget, keep_curves: bool, output: Output,
+    noise: RowNoise, budget: Budget, keep_curves: bool, output: Output, is_routed_nk: NDArray[np.bool_],
 ) -> Evaluated:  # fmt: skip
-    """Sweep the neurons at some places, which ascend."""
+    """Sweep the neurons at some places, which ascend; of targets for which they are not there, nothing changes."""
     device, p_k, rest_k = interventions.device, interventions.probabilities_for(output), interventions.rest_k
+    is_silent_nk = None if is_routed_nk.all() else torch.from_numpy(~is_routed_nk).to(device)
 
     def run(shifts: Doubles, own_m: Tensor) -> Swept:
         some = replace(sweep, grid=given_grid(shifts))
         (own_m,) = fetched([own_m])
         log_p_msk, logit_msk, changed_ms, spread_ms = curves(interventions, sites, place_n[own_m.numpy()], some, budget)
+        if is_silent_nk is not None:
+            # Exactly, where rounding differs from row to row.
+            is_silent_m1k = is_silent_nk[sent(own_m, device), None]
+            log_p_msk, logit_msk = (own.to(device).masked_fill(is_silent_m1k, 0.0) for own in (log_p_msk, logit_msk))
         if changed_ms is None:
             changed_ms = torch.zeros(log_p_msk.shape[:2], dtype=torch.bool)
         return Swept(

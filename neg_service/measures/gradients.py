@@ -26,19 +26,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.errors import ModelError, NonFiniteError
+from neg_service.errors import ModelError
 from neg_service.layer_neurons import NO_EXPERT
+from neg_service.measures.batches_of_gradients import BatchGradients, columns_of_prompts
 from neg_service.measures.batching import in_batches, named
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import PLAIN, Readouts
-from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
+from neg_service.measures.routing import PromptRouting, experts_of_prompts, routing_of_rows, slots_of
 from neg_service.measures.sequences import TokenLogP, differentiated_sequences
 from neg_service.measures.signs import Floats, sign
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import TargetGradients, target_gradients
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.language_model import LanguageModel
-from neg_service.models.transfer import fetched, indices, sent
+from neg_service.models.transfer import indices, sent
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
@@ -118,8 +119,8 @@ def gradients(
             PromptGradients(
                 targets,
                 probability_k,
-                gradient_rm[rows].copy(),
-                activation_bm[b].copy(),
+                gradient_rm[rows, batch.columns_of(b)].copy(),
+                activation_bm[b, batch.columns_of(b)].copy(),
                 batch.slots[b],
                 routing,
                 found.log_p_b[b],
@@ -169,7 +170,7 @@ def reduced_gradients(
 
     def finish(batch: BatchGradients, indices: Sequence[int]) -> list[PromptReduced]:
         values_b = [
-            tuple(reduce(index, batch.slots[b], batch.gradient_rm[rows], batch.activation_bm[b]))
+            tuple(reduce(index, batch.slots[b], *batch.of_prompt(b, rows)))
             for b, (index, rows) in enumerate(zip(indices, batch.rows, strict=True))
         ]
         found = batch.fetched([value for own in values_b for value in own])
@@ -214,56 +215,6 @@ def _batches(
     return in_batches(model, prompts, counts, run, budget, n_targets)
 
 
-@dataclass(frozen=True)
-class _Fetched:
-    tensors: list[Tensor]
-    probability_bk: list[Floats]
-    log_p_b: list[TokenLogP]
-
-
-@dataclass(frozen=True)
-class BatchGradients:
-    """Of a batch of prompts, on the model's device.
-
-    who: names the prompts in messages. rows: where along R a prompt's targets are. gradient_rm: probability per
-    activation unit, or the readout's unit. activation_bm: of each prompt's readout position. finite_r: whether logits
-    and gradients are. probability_bk: of all targets of each prompt, of which `n_tokens` has as many; what is behind
-    them means nothing. log_p_bks: of their tokens, where targets are several, zero behind the last of a target.
-    """
-
-    who: list[str]
-    targets: list[tuple[int, ...]]
-    rows: list[slice]
-    n_tokens: list[list[int]]
-    gradient_rm: Tensor
-    activation_bm: Tensor
-    finite_r: Tensor
-    probability_bk: Tensor
-    slots: list[Slots]
-    routings: list[PromptRouting]
-    log_p_bks: Tensor | None = None
-
-    def fetched(self, tensors: Sequence[Tensor]) -> _Fetched:
-        """Tensors on the CPU, with the prompts' probabilities, by one wait.
-
-        Raises:
-            NonFiniteError: NaN or infinity in logits or gradients of a prompt.
-        """
-        beside = [] if self.log_p_bks is None else [self.log_p_bks]
-        finite_r, probability_bk, *found = fetched([self.finite_r, self.probability_bk, *tensors, *beside])
-        log_p_b: list[TokenLogP] = [None] * len(self.who)
-        if beside:
-            log_p_bks = found.pop().numpy()
-            log_p_b = [
-                tuple(log_p_bks[b, k, :n].copy() for k, n in enumerate(own)) for b, own in enumerate(self.n_tokens)
-            ]
-        for who, rows in zip(self.who, self.rows, strict=True):
-            if not finite_r[rows].all():
-                raise NonFiniteError(f"{who}: NaN or infinity in logits or gradients; try another model.dtype")
-        p_bk = probability_bk.numpy()
-        return _Fetched(found, [p_bk[b, : len(own)].copy() for b, own in enumerate(self.n_tokens)], log_p_b)
-
-
 def batch_gradients(
     model: LanguageModel,
     prompts: Sequence[EncodedPrompt],
@@ -284,7 +235,7 @@ def batch_gradients(
         model, prompts, run_of, points, shared, readouts, each, of_logits
     )
     device = found.log_p_rv.device
-    first_b = indices(ends[:-1], device)
+    first_b, widths = indices(ends[:-1], device), [own.shape[1] for own in found.gradient_srn]
     parts = [slice(*own) for own in pairwise(ends)]
     if readouts.is_plain:
         gradient_rm, finite_r = _joined(found, p_r1)
@@ -300,10 +251,13 @@ def batch_gradients(
         finite_r &= gradient_rm.sum(-1).isfinite()
         parts = [slice(*own) for own in pairwise(np.cumsum([0, *map(len, wanted)]).tolist())]
     routings = routing_of_rows(model.feed_forward, found.routing, found.place_r[ends[:-1]])
+    experts_b = [routing.experts for routing in routings]
+    if found.used:
+        experts_b = experts_of_prompts(model.feed_forward, found.used, len(prompts))
     if model.feed_forward.has_experts:
-        slots = [slots_of(model.feed_forward, routing, points) for routing in routings]
+        slots = [slots_of(model.feed_forward, experts, points) for experts in experts_b]
     else:
-        slots = [slots_of(model.feed_forward, PromptRouting(), points)] * len(prompts)
+        slots = [slots_of(model.feed_forward, {}, points)] * len(prompts)
     first_of = {own.device: sent(first_b, own.device) for own in found.activation_srn}
     return BatchGradients(
         who=[named(prompt, model) for prompt in prompts],
@@ -317,6 +271,7 @@ def batch_gradients(
         log_p_bks=tokens_bks,
         slots=slots,
         routings=routings,
+        columns=columns_of_prompts(points, widths, slots) if found.used else None,
     )
 
 

@@ -36,6 +36,7 @@ from neg_service.models.experts_function import watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
+from neg_service.models.transfer import sent
 from neg_service.prompts.chat import prompts_of
 from neg_service.prompts.prompt import Asked, At, EncodedPrompt, check_prompts, check_texts
 
@@ -54,7 +55,7 @@ class InterveneResult:
     delta_p: [P, E, K], the difference of the two, far more exact than subtracting them.
     prediction_before: [P], prediction: [P, E]: index of the most probable target, the lower one on a tie.
     n_targets: [P], how many of the K are real. n_routed: [P, E], how many of an edit's neurons were there to be
-    changed: all of them, but those of experts that the token does not use.
+    changed: all of them, but those of experts that the token does not use, or none of those at which it is edited.
     """
 
     edits: tuple[str, ...]
@@ -116,7 +117,7 @@ def intervene(
         )
     asked = prompts_of(model, prompts, targets, given, neurons_at)
     check_prompts(asked)
-    check_at(at, model.feed_forward.has_experts, "at")
+    check_at(at, "at")
     checked = checked_edits(edits, model.feed_forward.layer_neurons)
     encoded = encoded_prompts(model, asked, not_one_token)
     check_each(at, encoded)
@@ -238,12 +239,13 @@ def _run_batch(
         experts = model.feed_forward.experts[site.layer]
         chosen_tk = routing[experts.module].expert_tk if site.is_experts and experts is not None else None
         n_of_expert = 0 if experts is None else experts.n_neurons
+        was_there_i = torch.zeros(len(own.row_i), dtype=torch.bool, device=neurons.device)
         # The readout position first; then its place in a row's other sequences, and other tokens.
-        for q, positions_r in enumerate(positions_rq.T):
-            some = own if q == 0 else own.of_rows(positions_r >= 0)
-            is_there_i = _edit(some, neurons, positions_r, chosen_tk, n_of_expert)
-            if q == 0:
-                n_routed_r.index_add_(0, own.row_i, is_there_i.long().cpu())
+        for positions_r in positions_rq.T:
+            is_token_r = positions_r >= 0
+            own_i = sent(is_token_r[own.row_i].nonzero()[:, 0], neurons.device)
+            was_there_i[own_i] |= _edit(own.of_rows(is_token_r), neurons, positions_r, chosen_tk, n_of_expert)
+        n_routed_r.index_add_(0, own.row_i, was_there_i.long().cpu())
         return changed
 
     with (

@@ -21,212 +21,37 @@ Axes: K targets, I interventions, R rows of a batch, M neurons of several sites,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from neg_service.errors import ModelError, NonFiniteError
-from neg_service.measures.adaptive import RowNoise
-from neg_service.measures.batching import in_parts, named, naming_memory
+from neg_service.errors import NonFiniteError
+from neg_service.measures.batching import in_parts
 from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.outputs import Output
-from neg_service.measures.readout import Readout
+from neg_service.measures.prepared_prompt import PreparedPrompt
 from neg_service.measures.readouts import PLAIN
-from neg_service.measures.routing import (
-    PromptRouting,
-    other_experts,
-    require_same_experts,
-    routing_changed,
-    routing_of_rows,
-    slots_of,
-)
-from neg_service.measures.sequences import TokenLogP, TreeBaseline, gradients_of_targets, shifts_of_rows, tree_of
+from neg_service.measures.routing import require_same_experts, routing_changed
+from neg_service.measures.sequences import gradients_of_targets, nodes_of_targets, shifts_of_rows
 from neg_service.measures.signs import signed_by
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import target_gradients
-from neg_service.models.engines.base import Rows, TreeRows
-from neg_service.models.engines.difference_program import Differences, Shifts
+from neg_service.models.engines.difference_program import Shifts
 from neg_service.models.experts_function import Routing, watching_routing
-from neg_service.models.feed_forward import Point, Site, hooks
-from neg_service.models.language_model import LanguageModel
-from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
-from neg_service.models.transfer import fetched, indices, sent
-from neg_service.prompts.prompt import EncodedPrompt
-from neg_service.slots import Slots
+from neg_service.models.feed_forward import Site, hooks
+from neg_service.models.start_at_layer import flat, start_at_layer
+from neg_service.models.transfer import fetched, sent
 
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
-class Interventions:
-    """One prompt, ready for interventions: layer inputs are stored, and the baseline output is known.
-
-    probability_k: of each target without a shift [K], at least float32, on the model's device. rest_k: of all other
-    tokens [K], float64. tokens_k: how many each has; the error of Δ log p adds up over them.
-    activation: of each site's neurons at the readout position, on the layer's device; points: where they are.
-    routing: the experts that the readout token used.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        prompt: EncodedPrompt,
-        basis: str,
-        shared: Sequence[int] = (),
-        *,
-        by_rows: bool = False,
-        each: str | None = None,
-    ) -> None:
-        """Run the prompt once; `shared` are first tokens that it shares with others, and that run only once for all.
-
-        by_rows: run rows and not their differences, for measures that change more than single neurons. each: shift,
-        and differentiate, at every token that predicts one of a target's, `magnitude` or `signed` as shifts are.
-
-        Raises:
-            NonFiniteError: NaN or infinity in the prompt's logits.
-            DoesNotFit: the prompt alone does not fit.
-            ModelError: the model fails its self-check, or does to its logits what no difference passes through.
-        """
-        self._who = named(prompt, model)
-        self._feed_forward, self._model_dtype = model.feed_forward, model.dtype
-        self.points: dict[Site, Point] = model.feed_forward.sites(basis)
-        self._layers = model.feed_forward.layers
-        self._readout = Readout(model)
-        self._target_ids, self._prompt = list(prompt.target_ids), prompt
-        self._each = each if prompt.has_sequences else None
-        self._tree = tree_of(prompt) if prompt.is_tree else None
-        selection = model.ensure_checked_for_trees() if self._tree else model.ensure_checked()
-        engine, checked = selection.engine, selection.check
-        self._engine_name = engine.name
-        self._late_expansion, self._starts_at_layers = checked.late_expansion, checked.starts_at_layers
-        self.device = model.device
-        self._differences: Differences | None = None
-        self._stored: tuple[list[Tensor], list[Any]] | None = None
-        with self.naming_memory("its tokens do"):
-            trees = engine.trees([prompt.until_shifted], [[self._tree.row]], shared) if self._tree else None
-            self._tree_rows: TreeRows | None = trees
-            self.rows: Rows = trees or model.rows([prompt.ids], shared)
-            if not by_rows and self._tree is None:
-                self._differences = engine.differences(self.rows, prompt.ids, shared, self.points)
-            if self._differences is None:
-                head_sv, logits_sv, self.activation, self.routing = self._run_once()
-            else:
-                head_sv, logits_sv = self._differences.head_v[None], self._differences.logits_v[None]
-                self.activation, self.routing = self._differences.activation, PromptRouting()
-        self._read_targets(head_sv, logits_sv)
-
-    def _read_targets(self, head_sv: Tensor, logits_sv: Tensor) -> None:
-        """Take over what the row without a shift says of the targets."""
-        self.tokens_k = torch.tensor([len(own) for own in self._prompt.target_tokens], device=self.device).double()
-        self.token_log_p: TokenLogP = None
-        if self._tree is not None:
-            self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
-            self._log_p_k = self._of_tree.log_p_k.to(self.device)
-            self.token_log_p = self._of_tree.token_log_p()
-            self.probability_k, self.rest_k = self._log_p_k.exp(), -torch.expm1(self._log_p_k)
-            return
-        baseline = self._readout.baseline(head_sv[0], logits_sv[0], self._who)
-        p_v, at_k = baseline.p_v, indices(self._target_ids, baseline.p_v.device)
-        self.probability_k = p_v[at_k].to(self.device)
-        # As exact as the probabilities are, also where one is nearly 1.
-        self.rest_k = (p_v.double().sum() - p_v[at_k].double()).to(self.device)
-        self._log_p_k = self.probability_k.double().log()
-        self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
-
-    @torch.no_grad()
-    def _run_once(self) -> tuple[Tensor, Tensor, dict[Site, Tensor], PromptRouting]:
-        """Run one row and store the input of each layer; the head's output and logits behind each token that is read
-        [S, V], activations, and routing."""
-        captured: dict[Site, Tensor] = {}
-        with ExitStack() as stack:
-            self._stored = stack.enter_context(keep_inputs(self._layers))
-            stack.enter_context(hooks(self.points, lambda site, x: captured.update({site: x})))
-            routing = stack.enter_context(watching_routing())
-            head_rv = stack.enter_context(self._readout.watching())
-            logits_rv = self.rows.run([1])
-        place = self.rows.positions([1])
-        activation = {
-            site: point.neurons(flat(captured[site])[sent(place, captured[site].device)])[0]
-            for site, point in self.points.items()
-        }
-        (own,) = routing_of_rows(self._feed_forward, routing, place)
-        return head_rv[0], logits_rv, activation, own
-
-    @property
-    def _layer_inputs(self) -> tuple[list[Tensor], list[Any]]:
-        """The input of each layer, and what else its output holds."""
-        if self._stored is None:
-            self._run_once()
-        assert self._stored is not None
-        return self._stored
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether any layer has experts, so that a shift may change which ones run."""
-        return self._feed_forward.has_experts
-
-    @property
-    def errors_are_shares(self) -> bool:
-        """Whether the error of a row is a share of what it moves, as difference arithmetic has it."""
-        return self._differences is not None
-
-    @property
-    def row_dtype(self) -> torch.dtype:
-        """The precision that rows, or their differences, are worked out in, at the least."""
-        return torch.promote_types(self._model_dtype, torch.float32)
-
-    @property
-    def gradients_are_exact(self) -> bool:
-        """Whether gradients have the digits that interventions have: not where differences of weights in low precision
-        are worked out in a higher one."""
-        return self._differences is None or self._model_dtype in (torch.float32, torch.float64)
-
-    def require_kind_of_noise(self, noise: RowNoise) -> None:
-        """See that noise is not that of difference arithmetic where there is none; the reverse is on the safe side.
-
-        Raises:
-            ModelError: it is.
-        """
-        if noise.is_per_row and not self.errors_are_shares:
-            raise ModelError(
-                f"{self._who}: runs as {self._engine_name}, and the run's noise was measured with difference "
-                "arithmetic: begin a new run, or set model.engine",
-                change="model.engine",
-            )
-
-    def noise_of(self, output: Output) -> Tensor:
-        """How much further than the Δ log p of a token each value's change is off [C], float64."""
-        own_c = output.noise(self.probabilities_for(output), self.rest_k)
-        return own_c * (self.tokens_k.max() if output.readouts.is_contrast else self.tokens_k[list(output.kept)])
-
-    def probabilities_for(self, output: Output) -> Tensor:
-        """Of each target [K], float64; where they are only compared with each other, over the largest of them."""
-        if not output.readouts.is_contrast:
-            return self.probability_k.double()
-        return (self._log_p_k - self._log_p_k.max()).exp()
-
-    def require_values(self, output: Output) -> None:
-        """See that what is to be measured has a value.
-
-        Raises:
-            NonFiniteError: log-odds of a target whose probability leaves nothing to others.
-        """
-        if not self.noise_of(output).isfinite().all():
-            raise NonFiniteError(f"{self._who}: a target's probability is 1 to all digits, which has no log-odds")
+class Interventions(PreparedPrompt):
+    """A prompt that is ready for interventions, and what they do."""
 
     def gradient(self, layers: Sequence[int], budget: Budget, output: Output | None = None) -> Tensor | None:
         """The plain gradient [C, M], where neurons are shifted at every token: there no sign makes it of NeurGrad."""
         return None if self._each is None else self._gradients(layers, budget, "signed", output)
-
-    def sites(self, layers: Sequence[int]) -> list[Site]:
-        """Those of some layers."""
-        wanted = set(layers)
-        return [site for site in self.points if site.layer in wanted]
-
-    def slots(self, sites: Sequence[Site]) -> Slots:
-        """The neurons at some sites that act on the prompt, in the order in which their values stand."""
-        return slots_of(self._feed_forward, self.routing, sites)
 
     def neurgrad(self, layers: Sequence[int], budget: Budget, output: Output | None = None) -> Tensor:
         """NeurGrad [C, M] of the layers' neurons, over the same prefix; of the probability where no output is given.
@@ -246,15 +71,21 @@ class Interventions:
         of_logits = output.differentiates_logits
 
         def run(part: range) -> Tensor:
+            tokens: list[int] | None = None
             if self._tree_rows is not None:
-                found = gradients_of_targets(self._tree_rows, self._prompt, part, points, each, of_logits=of_logits)
+                found = gradients_of_targets(
+                    self._tree_rows, self._prompt, part, points, each, self._experts.used() if each else None,
+                    of_logits=of_logits,
+                )  # fmt: skip
+                if each and self._tree is not None:
+                    tokens = [node for own in nodes_of_targets(self._tree)[part.start : part.stop] for node in own]
             else:
                 ids = [self._target_ids[part.start : part.stop]]
                 found = target_gradients(self.rows, ids, points, of_logits=of_logits)
             if self.has_experts:
-                require_same_experts(
-                    self._who, {n: self._other_experts(n, found.routing, found.place_r) for n in layers}
-                )
+                place_rs = found.place_r[:, None] if found.place_a is None else found.place_a[None]
+                others = {n: self._experts.is_other(n, found.routing, place_rs, self.device, tokens) for n in layers}
+                require_same_experts(self._who, others)
             pairs = zip(points, found.gradient_srn, strict=True)
             signed = [own if each else signed_by(self.activation[site], own) for site, own in pairs]
             return torch.cat([own.to(self.device, self.probability_k.dtype) for own in signed], 1)
@@ -267,10 +98,6 @@ class Interventions:
         if not neurgrad_km.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
         return neurgrad_km
-
-    def naming_memory(self, what: str) -> AbstractContextManager[None]:
-        """See `batching.naming_memory`."""
-        return naming_memory(self._who, self.device, f"{what} not fit", "use a larger device or a shorter prompt")
 
     def delta_log_p(
         self, site: Site, neurons_i: Tensor, shifts_i: Tensor, budget: Budget
@@ -327,8 +154,8 @@ class Interventions:
         # Several sites grow rows in one layer only where it has one.
         is_late = len(changes) == 1 and self._late_expansion.issuperset(changes)
         if self._tree_rows is not None:
-            # What goes beside the neurons does not broadcast where it is of several sequences.
-            is_late &= self._tree_rows.copies([1]).shape[1] == 1
+            # What goes beside the neurons does not broadcast where it is of several sequences, or tokens of experts.
+            is_late &= self._tree_rows.copies([1]).shape[1] == 1 and not any(site.is_experts for site in changes)
 
         def change_copy(site: Site, x: Tensor) -> Tensor:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
@@ -376,18 +203,18 @@ class Interventions:
             neurons_i, shifts_i, place_i = (sent(own, x_tf.device) for own in (neurons_r, shifts_r, position_r[1:]))
             own_tn = self.points[site].neurons(x_tf)
             if self._tree_rows is not None:
-                place_i, neurons_i, shifts_i = shifts_of_rows(self._tree_rows, own_tn, neurons_i, shifts_i, self._each)
+                experts = self._experts_at(site, routing) if self._each else None
+                place_i, neurons_i, shifts_i = shifts_of_rows(
+                    self._tree_rows, own_tn, neurons_i, shifts_i, self._each, experts
+                )
             own_tn[place_i, neurons_i] += shifts_i.to(x_tf.dtype)
             return x_tf
 
         n_read = 1 if self._tree is None else len(self._tree.row.read)
         with self._readout.differences([n_rows], [n_read]) as head_rv, watching_routing() as routing:
             self.run_from(site.layer, n_rows, {site: shift})
-        other_experts = self._other_experts(site.layer, routing, self.rows.positions([n_rows]))
-        read_rs = self.rows.positions([n_rows])[:, None]
-        if self._tree_rows is not None:
-            read_rs = self._tree_rows.read_positions([n_rows]).view(n_rows, -1)
-        changed = routing_changed(self._feed_forward, site.layer, routing, read_rs, self.device)
+        other_experts = self._experts.is_other(site.layer, routing, self._moved_places(n_rows), self.device)
+        changed = routing_changed(self._feed_forward, site.layer, routing, self._read_places(n_rows), self.device)
         if self._tree is not None:
             log_p_rk, logit_rk = self._of_tree.changes(self._readout, head_rv[0].view(n_rows, n_read, -1)[1:])
             # Of targets of several tokens, what is compared is log p.
@@ -396,5 +223,10 @@ class Interventions:
         read = self._readout.rows_read(self._baseline, head_rv[0][1:], self._target_ids)
         return Changes(read.log_p_rk, read.logit_rk, changed, None, other_experts)
 
-    def _other_experts(self, layer: int, routing: Mapping[nn.Module, Routing], position_r: Tensor) -> Tensor:
-        return other_experts(self._feed_forward, self.routing, layer, routing, position_r, self.device)
+    def _experts_at(self, site: Site, routing: Mapping[nn.Module, Routing]) -> tuple[Tensor, Tensor] | None:
+        """Of a site of experts, those that each token of the pass chose, and those of which neurons are numbered."""
+        experts = self._feed_forward.experts[site.layer]
+        if not site.is_experts or experts is None:
+            return None
+        chosen_tk = routing[experts.module].expert_tk
+        return chosen_tk, sent(torch.from_numpy(self._experts.experts[site.layer]), chosen_tk.device)

@@ -51,8 +51,8 @@ class NegResult:
     of an MLP that every token uses. shifts: [S] activation units. delta_p: [n, S] probability; of the adaptive grid as
     measured at the shifts that were run, and as fitted between them.
     neg, r, r2: [n]. activation: [n] at the readout position. probability: without a shift, 0..1.
-    is_routed: [n], whether the readout token used the neuron's expert. routing_changed: [n], the share of its shifts
-    for which a layer above chose other experts, 0..1.
+    is_routed: [n], whether the readout token used the neuron's expert, or any token at which it is moved.
+    routing_changed: [n], the share of its shifts for which a layer above chose other experts, 0..1.
     error: [n], how far NEG may be off that of the whole grid without rounding, an estimate: of the shifts that were
     left out, or three standard deviations of the noise, whichever is larger. n_shifts: [n], how many were run.
     """
@@ -133,7 +133,7 @@ def neg(
     asked = prompts_of(model, [prompt], [[target] if against is None else [target, against]], neurons_at=[neurons_at])
     check_prompts(asked)
     check_shift(shift)
-    check_at(at, model.feed_forward.has_experts, "at")
+    check_at(at, "at")
     sweep = Sweep(chosen_grid(grid, shifts, tolerance=tolerance), basis, shift, at == "each")
     asked_rows = _asked_rows(neurons, model.feed_forward.layer_neurons)
     (encoded,) = encoded_prompts(model, asked, not_one_token)
@@ -169,7 +169,7 @@ def neg(
         r2=column(found.linearity_nk.r2),
         activation=column(swept.activation_n),
         probability=float(probability[0]),
-        is_routed=swept.is_routed_n[place_n],
+        is_routed=swept.is_routed_nc[place_n, 0],
         routing_changed=column(found.routing_changed_n),
         error=column(found.error(noise_k, interventions.row_dtype)),
         n_shifts=column(found.n_shifts_n),

@@ -15,7 +15,7 @@ Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.gradients import reduced_gradients
 from neg_service.measures.readouts import Readouts, check_logits, check_readouts
 from neg_service.measures.reductions import all_neurons
+from neg_service.measures.sequences import tokens_moved
 from neg_service.measures.signs import Floats
 from neg_service.measures.tables import tell_of_underflow
 from neg_service.measures.targets import check_at, check_each
@@ -50,9 +51,10 @@ class NeurGradResult:
     layers: the layer numbers along L.
 
     Of a model with experts N is F, the slots of a token: the neurons of its chosen experts, these in ascending order,
-    then those of the layer's MLP that is always on. What they are say expert: [P, L, F], -1 of an always-on MLP, and
-    neuron: [P, L, F], its number there; both are -2, and values NaN, where a layer has fewer slots. Of models without
-    experts both are None.
+    then those of the layer's MLP that is always on; with `at="each"` of all experts that any of the tokens uses at
+    which neurons are moved, where activations are 0 of those that the readout token does not use. What they are say
+    expert: [P, L, F], -1 of an always-on MLP, and neuron: [P, L, F], its number there; both are -2, and values NaN,
+    where a layer has fewer slots. Of models without experts both are None.
     """
 
     probability: Floats
@@ -112,7 +114,7 @@ def neurgrad(
         ModelError: the model fails its self-check, which runs once, before the first measurement.
         NonFiniteError: NaN or infinity in a prompt's logits.
     """
-    check_at(at, model.feed_forward.has_experts, "at")
+    check_at(at, "at")
     readouts = Readouts.checked(readout, against)
     encoded = encoded_texts(model, prompts, targets, not_one_token, neurons_at)
     check_each(at, encoded)
@@ -125,7 +127,8 @@ def neurgrad(
     budget = budget_of(model, batch_bytes, batch_tokens)
     wanted = [tuple(range(len(prompt.target_ids))) for prompt in encoded]
 
-    p, k, slots = len(encoded), max(map(len, wanted)), slots_by_layer(model, p=len(encoded), layers=chosen)
+    n_tokens = max(tokens_moved(prompt, each=at == "each") for prompt in encoded)
+    p, k, slots = len(encoded), max(map(len, wanted)), slots_by_layer(model, len(encoded), chosen, n_tokens)
     result = NeurGradResult(
         probability=np.full((p, k), np.nan, np.float32),
         neurgrad=np.full((p, k, len(chosen), slots.n), np.nan, np.float32),
@@ -145,7 +148,21 @@ def neurgrad(
         for k, own_m in zip(found.targets, neurgrad_km, strict=True):
             result.neurgrad[index][k, *place] = own_m
         result.activation[index, *place] = activation_m
-    return result
+    return result if n_tokens == 1 else _without_empty_slots(result)
+
+
+def _without_empty_slots(result: NeurGradResult) -> NeurGradResult:
+    """How many experts some tokens use together is known only when they have run."""
+    if result.neuron is None or result.expert is None:
+        return result
+    n = int((result.neuron != _NO_SLOT).sum(-1).max())
+    return replace(
+        result,
+        neurgrad=result.neurgrad[..., :n].copy(),
+        activation=result.activation[..., :n].copy(),
+        expert=result.expert[..., :n].copy(),
+        neuron=result.neuron[..., :n].copy(),
+    )
 
 
 @dataclass(frozen=True)
@@ -171,9 +188,9 @@ class SlotsByLayer:
         return place
 
 
-def slots_by_layer(model: LanguageModel, p: int, layers: Sequence[int]) -> SlotsByLayer:
-    """Arrays for `p` prompts and some layers of a model."""
-    n = max(model.feed_forward.layer_neurons[layer].n_slots for layer in layers)
+def slots_by_layer(model: LanguageModel, p: int, layers: Sequence[int], n_tokens: int = 1) -> SlotsByLayer:
+    """Arrays for `p` prompts and some layers of a model, of neurons that act on any of some tokens."""
+    n = max(model.feed_forward.layer_neurons[layer].n_slots_of(n_tokens) for layer in layers)
     if not model.feed_forward.has_experts:
         return SlotsByLayer(tuple(layers), n, None, None)
     expert, neuron = (np.full((p, len(layers), n), _NO_SLOT, np.int64) for _ in range(2))

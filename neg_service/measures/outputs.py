@@ -26,7 +26,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.measures.readouts import Readouts
@@ -107,6 +109,14 @@ class Output:
         if self.readouts.readout == "logit":
             return own_kk - (1 - own_kk) / (self.n_targets - 1)
         return own_kk - _others(p_k)
+
+    def depends(self, is_there_nk: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whether what is there for each target [n, K] is there for each value [n, C]: also for what it is compared
+        with."""
+        if self.readouts.is_contrast:
+            others = range(self.n_targets) if self.against is None else [self.against]
+            is_there_nk = is_there_nk | is_there_nk[:, list(others)].any(1, keepdims=True)
+        return is_there_nk[:, list(self.kept)]
 
     def noise(self, p_k: Tensor, rest_k: Tensor) -> Tensor:
         """How much further than Δ log p each value's change is off [C], float64."""

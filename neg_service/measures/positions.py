@@ -125,9 +125,9 @@ def _slots(
 ) -> list[Slots]:
     """Which neurons each token uses."""
     if not model.feed_forward.has_experts:
-        return [slots_of(model.feed_forward, PromptRouting(), points)] * n_tokens
+        return [slots_of(model.feed_forward, {}, points)] * n_tokens
     of_tokens = routing_of_rows(model.feed_forward, routing, torch.arange(n_tokens))
-    return [slots_of(model.feed_forward, own, points) for own in of_tokens]
+    return [slots_of(model.feed_forward, own.experts, points) for own in of_tokens]
 
 
 def _named(

@@ -1,12 +1,13 @@
-"""Which experts a prompt's readout token used, and the neurons that act on the prompt because of that.
+"""Which experts a prompt's readout token used, or several tokens, and the neurons that act on the prompt because of it.
 
-Axes: E layers with experts, k chosen experts, R rows.
+Axes: E layers with experts, k chosen experts, R rows, S tokens, X experts of a layer, U of them that any token uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from neg_service import schema
 from neg_service.errors import NonFiniteError
 from neg_service.layer_neurons import ALWAYS_ON
+from neg_service.models.engines.token_sums import UsedExperts
 from neg_service.models.experts_function import Routing
 from neg_service.models.feed_forward import FeedForward, Site
 from neg_service.models.transfer import fetched, sent
-from neg_service.neurons import Ints
+from neg_service.neurons import Ints, NeuronSet
 from neg_service.slots import Slots
 
 
@@ -36,9 +38,10 @@ class PromptRouting:
     expert: tuple[Ints, ...] = ()
     weight: tuple[NDArray[np.float32], ...] = ()
 
-    def of_layer(self, layer: int) -> Ints:
-        """The experts of a layer that has some."""
-        return self.expert[self.layer.index(layer)]
+    @property
+    def experts(self) -> dict[int, Ints]:
+        """By layer."""
+        return dict(zip(self.layer, self.expert, strict=True))
 
     def table(self, prompt_id: str) -> pa.Table:
         """Rows of the table `routing`."""
@@ -88,8 +91,21 @@ def routing_changed(
     return changed
 
 
-def slots_of(feed_forward: FeedForward, routing: PromptRouting, sites: Iterable[Site]) -> Slots:
-    """The MLPs and experts at some sites that act on a prompt, in the order of the sites."""
+def experts_of_prompts(feed_forward: FeedForward, used: UsedExperts, n_prompts: int) -> list[dict[int, Ints]]:
+    """By layer with experts, those that any of some tokens of each prompt uses, ascending."""
+    layers = {layer: own.module for layer, own in enumerate(feed_forward.experts) if own is not None}
+    is_used = [own.numpy() for own in fetched([used[module] for module in layers.values()])]
+    return [
+        {layer: np.flatnonzero(own_bx[b]) for layer, own_bx in zip(layers, is_used, strict=True)}
+        for b in range(n_prompts)
+    ]
+
+
+def slots_of(feed_forward: FeedForward, experts_of: Mapping[int, Ints], sites: Iterable[Site]) -> Slots:
+    """The MLPs and experts at some sites that act on a prompt, in the order of the sites.
+
+    experts_of: by layer that has some, the experts that act on it, ascending.
+    """
     if not feed_forward.has_experts:
         sizes = feed_forward.neurons_by_layer
         return Slots.of_layers({site.layer: sizes[site.layer] for site in sites})
@@ -97,7 +113,7 @@ def slots_of(feed_forward: FeedForward, routing: PromptRouting, sites: Iterable[
     for site in sites:
         own = feed_forward.layer_neurons[site.layer]
         if site.is_experts:
-            experts = routing.of_layer(site.layer).tolist()
+            experts = experts_of[site.layer].tolist()
             layer += [site.layer] * len(experts)
             expert += experts
             size += [own.n_of_expert] * len(experts)
@@ -108,20 +124,69 @@ def slots_of(feed_forward: FeedForward, routing: PromptRouting, sites: Iterable[
     return Slots(np.array(layer, np.int64), np.array(expert, np.int64), np.array(size, np.int64))
 
 
-def other_experts(
-    feed_forward: FeedForward, known: PromptRouting, layer: int, seen: Mapping[nn.Module, Routing], position_r: Tensor,
-    device: torch.device,
-) -> Tensor:  # fmt: skip
-    """Whether a layer used other experts at some positions of a pass than those whose neurons are counted, []."""
-    experts = feed_forward.experts[layer]
-    if experts is None:
-        return torch.zeros((), dtype=torch.bool, device=device)
-    chosen_tk = seen[experts.module].expert_tk
-    # Where rows grew behind the experts, these ran for one row alone.
-    place_r = position_r if len(chosen_tk) > int(position_r[-1]) else position_r[:1]
-    chosen_rk = chosen_tk[sent(place_r, chosen_tk.device)]
-    expected_k = sent(torch.from_numpy(known.of_layer(layer)), chosen_rk.device)
-    return (chosen_rk != expected_k).any().to(device)
+@dataclass(frozen=True)
+class TokenExperts:
+    """Which experts each of some tokens of a prompt uses: the first is the one that is shifted, mostly its last one.
+
+    expert_sk: by layer that has some [S, k], ascending, on the CPU.
+    """
+
+    feed_forward: FeedForward
+    expert_sk: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, feed_forward: FeedForward, seen: Mapping[nn.Module, Routing], place_s: Tensor) -> TokenExperts:
+        """Of the tokens at some places of a pass."""
+        layers = {layer: own.module for layer, own in enumerate(feed_forward.experts) if own is not None}
+        chosen = [seen[module].expert_tk[sent(place_s, seen[module].expert_tk.device)] for module in layers.values()]
+        return cls(feed_forward, dict(zip(layers, fetched(chosen), strict=True)))
+
+    @cached_property
+    def experts(self) -> dict[int, Ints]:
+        """By layer those that any of them uses, ascending."""
+        return {layer: np.unique(own_sk.numpy()) for layer, own_sk in self.expert_sk.items()}
+
+    def used(self) -> UsedExperts:
+        """The same, as gradients take it."""
+        found = {}
+        for layer, experts in self.experts.items():
+            own = self.feed_forward.experts[layer]
+            assert own is not None
+            is_used_x = torch.zeros(own.n_experts, dtype=torch.bool)
+            is_used_x[torch.from_numpy(experts)] = True
+            found[own.module] = sent(is_used_x[None], next(own.module.parameters()).device)
+        return found
+
+    def are_used(self, neurons: NeuronSet, tokens: Sequence[int]) -> NDArray[np.bool_]:
+        """Of which neurons some of the tokens use the expert [n]; of MLPs of all."""
+        n_experts = max((own.n_experts for own in self.feed_forward.layer_neurons), default=0)
+        is_used_lx = np.zeros((self.feed_forward.n_layers, n_experts + 1), bool)
+        for layer, own_sk in self.expert_sk.items():
+            is_used_lx[layer, own_sk[list(tokens)].flatten().numpy()] = True
+        return (neurons.expert < 0) | is_used_lx[neurons.layer, np.maximum(neurons.expert, 0)]
+
+    def spread(self, layer: int, activation_f: Tensor) -> Tensor:
+        """The first token's neurons [k·N] among those of the experts that any token uses [U·N], 0 of all others."""
+        experts, first_k = torch.from_numpy(self.experts[layer]), self.expert_sk[layer][0]
+        own_kn = activation_f.view(len(first_k), -1)
+        place_k = sent(torch.searchsorted(experts, first_k), activation_f.device)
+        return own_kn.new_zeros(len(experts), own_kn.shape[1]).index_copy(0, place_k, own_kn).flatten()
+
+    def is_other(
+        self, layer: int, seen: Mapping[nn.Module, Routing], place_rs: Tensor, device: torch.device,
+        token_s: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Whether a layer used others at some places of a pass, []; token_s: which of the tokens these are."""
+        experts = self.feed_forward.experts[layer]
+        if experts is None:
+            return torch.zeros((), dtype=torch.bool, device=device)
+        chosen_tk, expected_sk = seen[experts.module].expert_tk, self.expert_sk[layer]
+        if token_s is not None:
+            expected_sk = expected_sk[list(token_s)]
+        # Where rows grew behind the experts, these ran for one row alone.
+        place_rs = place_rs if len(chosen_tk) > int(place_rs.max()) else place_rs[:1]
+        chosen_rsk = chosen_tk[sent(place_rs, chosen_tk.device)]
+        return (chosen_rsk != sent(expected_sk, chosen_rsk.device)).any().to(device)
 
 
 def require_same_experts(who: str, other_experts: Mapping[int, Tensor]) -> None:

@@ -158,7 +158,7 @@ def _table(
         gradient=_column(gradient_kn),
         resolution=_column(resolution_kn),
         is_resolved=is_resolved,
-        is_routed=np.tile(found.is_routed_n, k),
+        is_routed=found.is_routed_nc.T.ravel(),
         routing_changed=_column(evaluated.routing_changed_n.expand(k, n)),
         signs_agree=pa.array(_column(neg_kn.sign() == estimate_kn.sign()), mask=~is_resolved),
         **curves,

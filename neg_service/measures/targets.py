@@ -29,18 +29,14 @@ def check_keep(keep: str, known: Sequence[str], prompts: Sequence[Prompt]) -> No
             )
 
 
-def check_at(at: str, has_experts: bool, setting: str = "measure.at") -> None:
-    """Refuse an unknown place for shifts, and more than one of a model with experts: each token chooses its own.
+def check_at(at: str, setting: str = "measure.at") -> None:
+    """Refuse an unknown place for shifts.
 
     Raises:
         ConfigurationError: naming what it may be.
     """
     if at not in AT:
         raise ConfigurationError(setting=setting, value=at, allowed=f"one of {', '.join(AT)}")
-    if at == "each" and has_experts:
-        raise ConfigurationError(
-            "the model has experts, which each token chooses anew", setting=setting, value=at, allowed="readout"
-        )
 
 
 def wanted_targets(prompt: Prompt, keep: str) -> tuple[int, ...]:

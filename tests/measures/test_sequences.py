@@ -213,10 +213,3 @@ def test_a_sweep_at_every_token_has_both_estimates_of_its_own() -> None:
     assert ((a_tln < 0).any(0) & (a_tln > 0).any(0))[0].any()
     assert np.corrcoef([row["neg"] for row in rows], neurgrad)[0, 1] > 0.9
     assert np.corrcoef([row["neg"] for row in signed], gradient)[0, 1] > 0.9
-
-
-def test_neurons_of_experts_move_at_the_readout_position_alone() -> None:
-    with refused(ConfigurationError, setting="at", value="each", says="experts"):
-        neg_service.neurgrad(tiny_mixture("Mixtral"), ["w1"], [[" w2 w3"]], not_one_token="sequence", at="each")
-    with refused(ConfigurationError, setting="at", value="all"):
-        neg_service.neurgrad(tiny_model("Llama 2"), ["w1"], [[" w2 w3"]], not_one_token="sequence", at="all")

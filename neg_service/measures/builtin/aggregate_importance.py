@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from neg_service import schema
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.layer_neurons import NO_EXPERT
-from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, n_slots
+from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, layers_of_model, n_slots
 from neg_service.measures.readouts import Readouts, against_setting, check_readouts, readout_setting
 from neg_service.measures.sums import Sums
 from neg_service.measures.tables import lists, mlp_columns, table_of, tell_of_underflow
@@ -56,7 +56,7 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts without a target to compare with, too."""
         super().validate(info, neurons, prompts)
-        check_at(self.options.at, has_experts(info))
+        check_at(self.options.at)
         check_readouts(self._readouts, prompts)
 
     def fingerprint_inputs(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Intervene(Measure[InterveneOptions]):
                 "measure.edits names the neurons; leave it at all", setting="neurons.layers", value=neurons.layers
             )
         super().validate(info, neurons, prompts)
-        check_at(self.options.at, has_experts(info))
+        check_at(self.options.at)
         checked_edits(self.options.edits, layers_of_model(info))
 
     def fingerprint_inputs(self) -> dict[str, Any]:

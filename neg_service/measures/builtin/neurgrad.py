@@ -70,7 +70,7 @@ class NeurGrad(Measure[NeurGradOptions]):
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, or more neurons than there are, too."""
         super().validate(info, neurons, prompts)
-        check_at(self.options.at, has_experts(info))
+        check_at(self.options.at)
         check_keep(self.options.keep, KEEP, prompts)
         check_readouts(self._readouts, prompts, self.options.keep)
         in_all = n_slots(info, checked_layers(neurons, info.n_layers))

@@ -68,7 +68,7 @@ class NeuronSweep(Measure[SweepOptions]):
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse an unknown shift and a bad grid or choice of neurons, too."""
         super().validate(info, neurons, prompts)
-        check_at(self.options.at, has_experts(info))
+        check_at(self.options.at)
         self.grid()
         check_readouts(self._readouts, prompts)
         check_choice(neurons, layers_of_model(info))

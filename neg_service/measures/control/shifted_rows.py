@@ -162,7 +162,7 @@ class ShiftedRows:
                 slope_rm[start:end].double().numpy(),
                 activation_bm[b].double().numpy(),
                 log_p_bv[b].double(),
-                slots_of(self._model.feed_forward, routings[b], self._points),
+                slots_of(self._model.feed_forward, routings[b].experts, self._points),
                 routings[b],
             )
             for b, (start, end) in enumerate(pairwise(ends))

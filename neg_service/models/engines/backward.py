@@ -13,12 +13,13 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from neg_service.models.engines.base import Rows, TreeRows
+from neg_service.models.engines.token_sums import UsedExperts, expert_row_sums, row_sums, united, used_experts
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
@@ -34,6 +35,8 @@ class TargetGradients:
 
     Each site's [R, N] lies where its layer does. routing: of the pass, by module; place_r: where in it rows are read.
     rest_r: of targets of several tokens, if it was asked for, what probability leaves to all else [R], float64.
+    Of gradients that are sums over tokens: place_a, where these are, row by row; used: see `token_sums.py`, where N is
+    U·N of a site of experts.
     """
 
     log_p_rv: Tensor
@@ -42,6 +45,8 @@ class TargetGradients:
     routing: dict[nn.Module, Routing]
     place_r: Tensor
     rest_r: Tensor | None = None
+    place_a: Tensor | None = None
+    used: UsedExperts = field(default_factory=dict)
 
 
 def target_gradients(
@@ -82,7 +87,8 @@ def target_gradients(
 
 def sequence_gradients(
     rows: TreeRows, targets: Sequence[Sequence[Sequence[int]]], points: Mapping[Site, Point], each: str | None = None,
-    behind: Sequence[int] | None = None, *, of_logits: bool = False, with_rest: bool = False,
+    behind: Sequence[int] | None = None, used: UsedExperts | None = None, *, of_logits: bool = False,
+    with_rest: bool = False,
 ) -> TargetGradients:  # fmt: skip
     """The same of targets of several tokens: log p of `targets[b][k]`, the sum over its tokens, is differentiated.
 
@@ -92,12 +98,12 @@ def sequence_gradients(
 
     each: differentiate at every token of a chain, and not at the first alone: `signed` sums these gradients, with the
     neuron moved alike at all of them, `magnitude` their products with the activations' signs there, with +1 at zero.
+    used: experts whose neurons have a place, too, whether or not these tokens choose them.
     """
     tokens_r = [tokens for own in targets for tokens in own]
     counts = [len(own) for own in targets]
     place_r = rows.positions(counts)
     at_rq = place_r[:, None] if each is None else rows.each_positions(counts)
-    row_a = (at_rq >= 0).nonzero()[:, 0]
     leaves = _Leaves(points, at_rq[at_rq >= 0])
     with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
         logits_mv = at_least_float32(rows.run(counts))
@@ -114,9 +120,7 @@ def sequence_gradients(
     own = [point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)]
     activations = [leaves.activations[site] for site in points]
     if each is not None:
-        own = [_summed(row_a, slope, a, each, len(place_r)) for slope, a in zip(own, activations, strict=True)]
-        first_r = torch.searchsorted(row_a, torch.arange(len(place_r)))
-        activations = [a[sent(first_r, a.device)] for a in activations]
+        used, own, activations = _summed(points, own, activations, routing, at_rq, counts, each, used or {})
     return TargetGradients(
         log_p_rv=log_p_rs,
         gradient_srn=own,
@@ -124,6 +128,8 @@ def sequence_gradients(
         routing=routing,
         place_r=place_r,
         rest_r=rest_r,
+        place_a=None if each is None else at_rq[at_rq >= 0],
+        used=used or {},
     )
 
 
@@ -150,11 +156,24 @@ def _read(
     return indices(found, device)
 
 
-def _summed(row_a: Tensor, slope_an: Tensor, activation_an: Tensor, each: str, n_rows: int) -> Tensor:
-    """Gradients [A, N] at several tokens of each row, added up by row [R, N]."""
-    if each == "magnitude":
-        slope_an = torch.where(activation_an < 0, -slope_an, slope_an)
-    return slope_an.new_zeros(n_rows, slope_an.shape[1]).index_add(0, sent(row_a, slope_an.device), slope_an)
+def _summed(
+    points: Mapping[Site, Point], slopes: Sequence[Tensor], activations: Sequence[Tensor],
+    routing: Mapping[nn.Module, Routing], at_rq: Tensor, counts: Sequence[int], each: str, used: UsedExperts,
+) -> tuple[UsedExperts, list[Tensor], list[Tensor]]:  # fmt: skip
+    """Gradients [R, N] over the tokens of each row, activations at its first, and the experts of which these are."""
+    is_there_rq = at_rq >= 0
+    row_a, place_a = is_there_rq.nonzero()[:, 0], at_rq[is_there_rq]
+    prompt_r = torch.tensor([b for b, n in enumerate(counts) for _ in range(n)])
+    used = united(used, used_experts(routing, place_a, prompt_r[row_a], len(counts)))
+    by_sign, sums = each == "magnitude", []
+    for point, slope_an, activation_an in zip(points.values(), slopes, activations, strict=True):
+        if point.module not in used:
+            sums.append(row_sums(row_a, slope_an, activation_an, len(at_rq), by_sign=by_sign))
+            continue
+        chosen_tk, is_used_bx = routing[point.module].expert_tk, used[point.module]
+        expert_ak = chosen_tk[sent(place_a, chosen_tk.device)]
+        sums.append(expert_row_sums(row_a, slope_an, activation_an, prompt_r, expert_ak, is_used_bx, by_sign=by_sign))
+    return used, [summed for summed, _ in sums], [first for _, first in sums]
 
 
 class _Leaves:

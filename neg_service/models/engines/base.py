@@ -235,7 +235,7 @@ class TreeRows(Rows, Protocol):
     def each_positions(self, counts: Sequence[int]) -> Tensor:
         """All places of each token of each row [R, Q], those of a prompt's rows in one order; -1 where a row has fewer.
 
-        What an engine fills rows up with may be among them: nothing that is read depends on it.
+        Of a row that is a chain, those that are there stand in the order of its tokens.
         """
 
     def read_positions(self, counts: Sequence[int]) -> Tensor:

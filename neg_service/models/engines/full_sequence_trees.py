@@ -40,6 +40,7 @@ class FullSequenceTrees:
             depths, of_place = row.depths, {place: q for q, chain in reversed([*enumerate(own)]) for place in chain}
             self._read_of_row.append([(of_place[place], len(prompt) - 1 + depths[place]) for place in row.read])
         self._ids_qt = torch.tensor(found, device=model.device)
+        self._n_behind = torch.tensor([len(chain) for own in sequences for chain in own])
         self.sizes = _sizes(model, self.tokens, max(self._n_sequences), max(len(row.ids) for row in rows))
 
     def with_rows(self, rows: Sequence[Sequence[Row]]) -> FullSequenceTrees:
@@ -75,9 +76,10 @@ class FullSequenceTrees:
         return places.view(counts[0], -1)
 
     def each_positions(self, counts: Sequence[int]) -> Tensor:
-        """See `TreeRows`: all tokens of each sequence from the prompt's last one on."""
-        behind = torch.arange(self.tokens - len(self._prompt) + 1)
-        return (self.copies(counts)[..., None] + behind).flatten(1)
+        """See `TreeRows`: of each sequence the tokens from the prompt's last one on, not what fills it up."""
+        behind, places_rq = torch.arange(self.tokens - len(self._prompt) + 1), self.copies(counts)
+        is_own = behind < self._n_behind.view(-1, places_rq.shape[1], 1)
+        return torch.where(is_own, places_rq[..., None] + behind, -1).flatten(1)
 
     def read_positions(self, counts: Sequence[int]) -> Tensor:
         """See `TreeRows`."""

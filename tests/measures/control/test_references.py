@@ -164,7 +164,7 @@ def test_rows_of_experts_are_zero_where_the_reference_uses_others(family: str) -
     held = HeldReferences.of(rows, encoded)
     (steered,) = encoded_references(model, [(TEXT, TARGET)], "holding")
     (found,) = rows.slopes([steered], [steered.target_ids], [None])
-    slots = slots_of(model.feed_forward, found.routing, model.feed_forward.sites("paper"))
+    slots = slots_of(model.feed_forward, found.routing.experts, model.feed_forward.sites("paper"))
     row_qm = held(slots)
     assert row_qm.shape == (K * len(REFERENCES), slots.m)
     n_zero = 0
