@@ -7,7 +7,8 @@ that a wrong row in the engine's table cannot agree with itself here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,13 @@ def probabilities_with_scaled_layer(
     model: nn.Module, ids: Sequence[int], basis: str, layer: int, factor: float, position: int = -1
 ) -> tuple[Tensor, Tensor]:
     """Probabilities [V] when all neurons of a layer are multiplied at a position, and these neurons [N]: a graph."""
+    with scaled_layer(model, basis, layer, factor, position) as scaled, torch.enable_grad():
+        return _logits(model, ids)[position].softmax(-1), scaled[0]
+
+
+@contextmanager
+def scaled_layer(model: nn.Module, basis: str, layer: int, factor: float, position: int) -> Iterator[list[Tensor]]:
+    """Let all neurons of a layer be multiplied at a position; what they are then [N] is a leaf, and is in the list."""
     module, side = neuron_module(layers_of(model)[layer], basis)
     scaled: list[Tensor] = []
 
@@ -209,8 +217,7 @@ def probabilities_with_scaled_layer(
     else:
         handle = module.register_forward_hook(lambda _m, _i, output: scale(output))
     try:
-        with torch.enable_grad():
-            return _logits(model, ids)[position].softmax(-1), scaled[0]
+        yield scaled
     finally:
         handle.remove()
 

@@ -16,8 +16,11 @@ Source: Dai et al., "Knowledge Neurons in Pretrained Transformers", ACL 2022 (ar
 
 A layer's experts and its MLP are scaled together; which experts were chosen does not depend on that.
 
+Neurons may be at an earlier token, and targets several tokens, whose p is the product over them (`sequences.py`):
+neurons are scaled at one token all the same, the one that is shifted.
+
 Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer, M neurons of several layers, J scaled
-points of a batch, F features, V vocabulary.
+points of a batch, F features, S tokens that are read, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,13 +41,16 @@ from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import encoded_texts, slots_by_layer
 from neg_service.measures.routing import PromptRouting
+from neg_service.measures.sequences import TokenLogP
 from neg_service.measures.signs import Floats
+from neg_service.measures.tables import tell_of_underflow
 from neg_service.models.batches import Budget
 from neg_service.models.feed_forward import Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
-from neg_service.prompts.prompt import Asked, EncodedPrompt
+from neg_service.models.transfer import indices
+from neg_service.prompts.prompt import Asked, At, EncodedPrompt
 from neg_service.slots import Slots
 
 # So many targets are differentiated at once.
@@ -57,7 +63,7 @@ class IntegratedGradientsResult:
 
     probability: [P, K] float32, 0..1.
     integrated_gradients: [P, K, L, N] float32, probability.
-    activation: [P, L, N] float32, at each prompt's readout position.
+    activation: [P, L, N] float32, at each prompt's readout position, or at the token that `neurons_at` says.
     n_targets: [P], how many of the K are real.
     layers: the layer numbers along L. expert, neuron: what stands along N of models with experts; `NeurGradResult`.
     """
@@ -87,6 +93,8 @@ def integrated_gradients(
     m: int = 20,
     batch_bytes: int | None = None,
     batch_tokens: int | None = None,
+    not_one_token: str = "error",
+    neurons_at: Sequence[At | None] | None = None,
 ) -> IntegratedGradientsResult:
     """Integrated gradients of every feed-forward neuron for every target of every prompt, at its readout position.
 
@@ -95,7 +103,10 @@ def integrated_gradients(
     Args:
         model: from `load_model`.
         prompts: P texts; or lists of messages, `{"role": ..., "content": ...}`, for the model's chat template.
-        targets: for each prompt, texts that follow it verbatim; each must be one token there.
+        targets: for each prompt, texts that follow it verbatim; each must be one token there, unless `not_one_token`
+            is `sequence`: then the probability of a target is the product over its tokens.
+        neurons_at: where neurons are, if not at the readout position: for each prompt a text of it, whose last token
+            is meant, a range of characters, or a token's place from either end.
         basis: which tensor is "the neuron": `paper`, `hidden` or `gate`.
         layers: layer numbers from 0; all layers if not given.
         m: how many points between zero (not one of them) and the activations (the last) are summed over.
@@ -113,7 +124,7 @@ def integrated_gradients(
         DoesNotFit: one scaled point of a prompt does not fit.
     """
     check_steps(m)
-    encoded = encoded_texts(model, prompts, targets)
+    encoded = encoded_texts(model, prompts, targets, not_one_token, neurons_at)
     chosen = layers_with_neurons(
         NeuronsConfig("all" if layers is None else list(layers)), model.feed_forward.layer_neurons
     )
@@ -132,6 +143,7 @@ def integrated_gradients(
         neuron=slots.neuron,
     )
     for index, found in integrals(model, encoded, wanted, basis, chosen, m, budget):
+        tell_of_underflow(f"prompts[{index}]", found.token_log_p)
         place = slots.places(index, found.slots)
         result.probability[index, : len(found.targets)] = found.probability_k
         result.integrated_gradients[index][: len(found.targets), *place] = found.integral_km
@@ -147,7 +159,8 @@ class PromptIntegrals:
     probability_k: of *all* targets of the prompt, 0..1.
     integral_km: probability.
     activation_m: the neurons' activations at the readout position.
-    slots: which neurons stand along M. routing: the experts that were chosen, of all layers.
+    slots: which neurons stand along M. routing: the experts that were chosen, of all layers. token_log_p: of each
+    target its tokens' log p, where any is several tokens.
     """
 
     targets: tuple[int, ...]
@@ -156,6 +169,7 @@ class PromptIntegrals:
     activation_m: Floats
     slots: Slots
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
 
 def integrals(
@@ -171,14 +185,14 @@ def integrals(
 
     `wanted[i]` are the indices of the targets of prompt i to integrate for; probabilities cover all targets.
     """
-    for group in model.groups([prompt.ids for prompt in prompts]):
+    for group in model.groups([prompt.until_shifted for prompt in prompts]):
         for index in group.members:
             prompt, own = prompts[index], tuple(wanted[index])
             interventions = Interventions(model, prompt, basis, prompt.ids[: group.shared], by_rows=True)
-            tokens = [prompt.target_ids[k] for k in own]
+            paths = [interventions.paths[k] for k in own]
             # Some layers of a hybrid have no neurons.
             integrated = [layer for layer in layers if interventions.sites([layer])]
-            by_layer = [_integral(interventions, layer, tokens, m, budget) for layer in integrated]
+            by_layer = [_integral(interventions, layer, paths, m, budget) for layer in integrated]
             is_finite = [bool(found.isfinite().all()) for found in by_layer]
             if not all(is_finite):
                 raise NonFiniteError(
@@ -196,26 +210,31 @@ def integrals(
                     activation_m=torch.cat(activations).numpy(),
                     slots=interventions.slots(sites),
                     routing=interventions.routing,
+                    token_log_p=interventions.token_log_p,
                 ),
             )
 
 
-def _integral(interventions: Interventions, layer: int, tokens: Sequence[int], m: int, budget: Budget) -> Tensor:
+# Of a target (place among the tokens that are read, token that is predicted behind it), token by token.
+Path = Sequence[tuple[int, int]]
+
+
+def _integral(interventions: Interventions, layer: int, paths: Sequence[Path], m: int, budget: Budget) -> Tensor:
     """Integrated gradients [K, M] of one layer, in float32 or better; what did not fit shrinks the budget."""
 
     def run(part: range) -> Tensor:
-        return _summed_slopes(interventions, layer, tokens, range(1, m + 1)[part.start : part.stop], m)
+        return _summed_slopes(interventions, layer, paths, range(1, m + 1)[part.start : part.stop], m)
 
     # A point's row keeps a graph through the layers; the ways back of several targets are run together.
     sizes = interventions.rows.sizes
-    point = sizes.graph + min(len(tokens), _TARGETS_TOGETHER) * sizes.slope
+    point = sizes.graph + min(len(paths), _TARGETS_TOGETHER) * sizes.slope
     with interventions.naming_memory(f"one scaled point of layer {layer} does"):
         parts = [found for _, found in in_parts([point] * m, run, budget)]
     activation_m = torch.cat([interventions.activation[site] for site in interventions.sites([layer])])
     return at_least_float32(activation_m) * torch.stack(parts).sum(0) / m
 
 
-def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[int], steps: range, m: int) -> Tensor:
+def _summed_slopes(interventions: Interventions, layer: int, paths: Sequence[Path], steps: range, m: int) -> Tensor:
     """Σ_j ∂p[k] / ∂a [K, M] of the scaled points `steps` of a layer.
 
     A point is one row for all targets, and only the way back is run for each, vectorised. On SmolLM2 on one core, with
@@ -227,17 +246,21 @@ def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[in
     factor_j1 = torch.tensor(steps, dtype=torch.float64, device=device)[:, None] / m
     shifts: dict[Site, Tensor] = {}
 
-    def scale(site: Site, x_tf: Tensor, position_j: Tensor) -> Tensor:
+    def scale(site: Site, x_tf: Tensor, place_jq: Tensor) -> Tensor:
         activation_n = interventions.activation[site]
-        interventions.points[site].neurons(x_tf)[position_j] = (activation_n * factor_j1).to(activation_n.dtype)
+        scaled_jn = (activation_n * factor_j1).to(activation_n.dtype)
         # Nothing frozen requires a gradient; a shift by zero of the scaled points does.
         shifts[site] = x_tf.new_zeros(len(steps), x_tf.shape[1], requires_grad=True)
-        return x_tf.index_add(0, position_j, shifts[site])
+        for place_j in place_jq.T:
+            interventions.points[site].neurons(x_tf)[place_j] = scaled_jn
+        for place_j in place_jq.T:
+            x_tf = x_tf.index_add(0, place_j, shifts[site])
+        return x_tf
 
     with torch.enable_grad():
-        logits_jv = interventions.run_from(layer, len(steps), {site: partial(scale, site) for site in sites})
-        log_p_jv = log_softmax(at_least_float32(logits_jv))
-        log_p_jk = log_p_jv[:, list(tokens)]
+        logits_mv = interventions.run_from(layer, len(steps), {site: partial(scale, site) for site in sites})
+        log_p_jsv = log_softmax(at_least_float32(logits_mv)).view(len(steps), -1, logits_mv.shape[-1])
+        log_p_jk = _log_p_of_targets(log_p_jsv, paths)
         slopes = []
         for summed_k in torch.split(log_p_jk.sum(0), _TARGETS_TOGETHER):
             one_each = torch.eye(len(summed_k), dtype=summed_k.dtype, device=summed_k.device)
@@ -249,6 +272,14 @@ def _summed_slopes(interventions: Interventions, layer: int, tokens: Sequence[in
             slopes.append(at_least_float32(torch.cat(own, -1)))
     p_kj1 = log_p_jk.detach().exp().T[..., None].to(device)
     return (p_kj1 * torch.cat(slopes)).sum(1)
+
+
+def _log_p_of_targets(log_p_jsv: Tensor, paths: Sequence[Path]) -> Tensor:
+    """Of each target the sum over its tokens [J, K]."""
+    of_tokens = [(k, place, token) for k, path in enumerate(paths) for place, token in path]
+    target_a, place_a, token_a = (indices(own, log_p_jsv.device) for own in zip(*of_tokens, strict=True))
+    log_p_ja = log_p_jsv[:, place_a, token_a]
+    return log_p_ja.new_zeros(len(log_p_ja), len(paths)).index_add(1, target_a, log_p_ja)
 
 
 def check_steps(steps: int) -> None:

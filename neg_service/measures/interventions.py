@@ -148,9 +148,12 @@ class Interventions(PreparedPrompt):
         """Logits [R, V] of rows that begin at a layer, with what `changes` make of the tensors of some of its sites.
 
         Each is given a copy of that tensor for all rows as [tokens, F], which it may write to, and where in it each
-        row's readout position is [R].
+        row's shifted token is [R, Q], which an engine may run several times. Of rows of several tokens logits are of
+        all that are read, one row after the other [R·S, V].
         """
-        position_r = self.rows.positions([n_rows])
+        place_rq = self.rows.positions([n_rows])[:, None]
+        if self._tree_rows is not None:
+            place_rq = self._tree_rows.copies([n_rows])
         # Several sites grow rows in one layer only where it has one.
         is_late = len(changes) == 1 and self._late_expansion.issuperset(changes)
         if self._tree_rows is not None:
@@ -159,7 +162,7 @@ class Interventions(PreparedPrompt):
 
         def change_copy(site: Site, x: Tensor) -> Tensor:
             copied = (self.rows.expand_rows(x, n_rows) if is_late else x).clone()
-            return changes[site](flat(copied), sent(position_r, x.device)).view_as(copied)
+            return changes[site](flat(copied), sent(place_rq, x.device)).view_as(copied)
 
         with (
             self._starting_at(layer, 1 if is_late else n_rows),
@@ -199,8 +202,8 @@ class Interventions(PreparedPrompt):
         ((site, neurons_r, shifts_r),) = moved
         n_rows = len(shifts_r) + 1
 
-        def shift(x_tf: Tensor, position_r: Tensor) -> Tensor:
-            neurons_i, shifts_i, place_i = (sent(own, x_tf.device) for own in (neurons_r, shifts_r, position_r[1:]))
+        def shift(x_tf: Tensor, place_rq: Tensor) -> Tensor:
+            neurons_i, shifts_i, place_i = (sent(own, x_tf.device) for own in (neurons_r, shifts_r, place_rq[1:, 0]))
             own_tn = self.points[site].neurons(x_tf)
             if self._tree_rows is not None:
                 experts = self._experts_at(site, routing) if self._each else None

@@ -215,6 +215,11 @@ class PreparedPrompt:
         """The neurons at some sites that act on the prompt, in the order in which their values stand."""
         return slots_of(self._feed_forward, self._experts.experts, sites)
 
+    @property
+    def paths(self) -> Sequence[Sequence[tuple[int, int]]]:
+        """Of each target (place among the tokens that are read, token that is predicted behind it), token by token."""
+        return [((0, token),) for token in self._target_ids] if self._tree is None else self._tree.paths
+
     def are_routed(self, neurons: NeuronSet) -> NDArray[np.bool_]:
         """Of which neurons the experts are used by a token at which they are shifted, for each target [n, K]."""
         nodes = nodes_of_targets(self._tree) if self._tree is not None and self._each else [[0]] * len(self._target_ids)

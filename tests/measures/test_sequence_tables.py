@@ -145,11 +145,11 @@ def test_a_ranking_of_what_float32_loses_is_refused_and_told_of(
 
 
 def test_measures_and_models_without_use_for_them_refuse_them_by_name() -> None:
-    for name in ("skill_scores", "integrated_gradients"):
+    for name in ("skill_scores", "positions"):
         with refused(ConfigurationError, setting="dataset.not_one_token", value="sequence", says=f"measure={name}"):
             measure_of({"name": name}).check_targets(INFO, "sequence")
     measure_of({"name": "skill_scores"}).check_targets(INFO, "skip")
-    for name in ("neurgrad", "gradient", "aggregate_importance", "sweep"):
+    for name in ("neurgrad", "gradient", "integrated_gradients", "aggregate_importance", "sweep"):
         measure_of({"name": name}).check_targets(INFO, "sequence")
         with refused(ConfigurationError, setting="dataset.not_one_token", says="masked model"):
             measure_of({"name": name}).check_targets(replace(INFO, is_masked=True), "sequence")

@@ -255,7 +255,7 @@ def test_of_a_chat_a_text_alone_says_it() -> None:
 def test_who_has_no_use_for_it_says_so() -> None:
     prompts = [Prompt("a", TEXT, (" w7",), 0), Prompt("b", TEXT, (" w7",), 0, at=1)]
     for options, says in (
-        ({"name": "integrated_gradients"}, "measure=integrated_gradients has no use for that"),
+        ({"name": "skill_scores"}, "measure=skill_scores has no use for that"),
         ({"name": "neurgrad", "at": "each"}, "measure.at=each moves neurons at several"),
     ):
         with pytest.raises(PromptError, match=f"prompt 'b' says at which token its neurons are .at., and {says}"):

@@ -47,6 +47,7 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
 
     Options = IntegratedGradientsOptions
     NAMES = (_NAME,)
+    TAKES_SEQUENCES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, too."""
@@ -81,4 +82,5 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
             values = target_layer_rows(
                 table_schema, prompt, found.targets, found.slots, options.basis, p_k, found.integral_km
             )
-            yield index, {**prompt_tables(prompt, p_k, found.routing, has_experts(sizes)), _NAME: values}
+            of_prompt = prompt_tables(prompt, p_k, found.routing, has_experts(sizes), found.token_log_p)
+            yield index, {**of_prompt, _NAME: values}
