@@ -155,6 +155,12 @@ def encoded_prompts(model: LanguageModel, prompts: Sequence[Prompt], not_one_tok
     """
     if not_one_token not in ("error", "sequence"):
         raise ConfigurationError(setting="not_one_token", value=not_one_token, allowed="error or sequence")
+    if not_one_token == "sequence" and model.is_masked:
+        # Leaving targets out is for data sets.
+        raise ConfigurationError(
+            "a masked model predicts one token in the place of its mask", setting="not_one_token", value="sequence",
+            allowed="error",
+        )  # fmt: skip
     return list(
         encode(
             model.tokenizer, prompts, model.context_length, model.mask_token, model=model,

@@ -128,6 +128,9 @@ def test_the_library_reads_sequences_where_it_is_asked_to_and_single_tokens_the_
         neg_service.neurgrad(model, prompts, several)
     with refused(ConfigurationError, setting="not_one_token", value="skip"):
         neg_service.neurgrad(model, prompts, several, not_one_token="skip")
+    # What is left of the two for a masked model.
+    with refused(ConfigurationError, setting="not_one_token", value="sequence", says="masked model", allowed="error"):
+        neg_service.neurgrad(tiny_model("BERT"), ["w1 [MASK]"], [["w2 w3"]], not_one_token="sequence")
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "gpt-oss", "Phi-3.5 MoE"])
