@@ -254,9 +254,9 @@ def test_what_is_interpolated_is_run_in_full_where_routing_changes() -> None:
 def test_rounding_that_has_another_expert_chosen_in_another_batch_is_told() -> None:
     model = model_of("Mixtral")
     interventions = Interventions(model, _encoded(model, "w3 w14 w9"), "paper")
-    chosen = interventions.routing
-    others = tuple(np.sort((own + 1) % 5) for own in chosen.expert)
-    interventions.routing = replace(chosen, expert=others)
+    chosen = interventions._experts
+    others = {layer: ((own_sk + 1) % 5).sort().values for layer, own_sk in chosen.expert_sk.items()}
+    interventions._experts = replace(chosen, expert_sk=others)
     with refused(NonFiniteError, says="rounding has layer 0 choose other experts"):
         interventions.neurgrad(range(3), Budget(2**28))
     with refused(NonFiniteError, says="rounding has layer 2 choose other experts"):
