@@ -28,7 +28,7 @@ from neg_service.errors import ConfigurationError, PromptError, told_by_paramete
 from neg_service.layer_neurons import ALWAYS_ON, LayerNeurons
 from neg_service.measures.batching import budget_of, encoded_prompts
 from neg_service.measures.choice import checked_neurons
-from neg_service.measures.curves import sweep_prompt
+from neg_service.measures.curves import SweepResult, sweep_prompt
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.noise import row_noise
 from neg_service.measures.outputs import Output
@@ -151,8 +151,14 @@ def neg(
     noise = row_noise(model, basis, budget, sequences=encoded.is_tree)
     output = Output(readouts, len(encoded.target_ids), None if against is None else 1)
     swept = sweep_prompt(interventions, chosen, sweep, budget, keep_curves=True, noise=noise, output=output)
+    return _result(swept, interventions, chosen, sweep, noise.sigma * interventions.noise_of(output), place_n)
+
+
+def _result(
+    swept: SweepResult, interventions: Interventions, chosen: NeuronSet, sweep: Sweep, noise_k: Tensor, place_n: Ints
+) -> NegResult:
+    """Of a sweep for one target; `place_n` says for each neuron that was asked for which of `chosen` it is."""
     found, probability = swept.evaluated, interventions.probability_k.double()
-    noise_k = noise.sigma * interventions.noise_of(output)
     assert found.curve_nsk is not None
     names_n3 = np.stack([chosen.layer, chosen.neuron, np.maximum(chosen.expert, ALWAYS_ON)], 1)
 
@@ -161,7 +167,7 @@ def neg(
         return ours
 
     return NegResult(
-        neurons=(names_n3 if model.feed_forward.has_experts else names_n3[:, :2])[place_n],
+        neurons=(names_n3 if interventions.has_experts else names_n3[:, :2])[place_n],
         shifts=sweep.grid.shifts,
         delta_p=found.curve_nsk[..., 0].cpu().numpy()[place_n],
         neg=column(found.linearity_nk.neg),

@@ -109,9 +109,7 @@ def measure_noise(
     n_neurons = 0
     errors: list[Tensor] = []
     row_gains: list[Tensor] = []
-    relative: list[Tensor] = []
-    own_negs: list[Tensor] = []
-    true_negs: list[Tensor] = []
+    negs: list[tuple[Tensor, Tensor]] = []
     for place, prompt in enumerate(prompts):
         try:
             few = _few_that_act(model, prompt, neurons, sweep.basis)
@@ -134,10 +132,7 @@ def measure_noise(
         n_neurons = max(n_neurons, len(own_nsk))
         error_nsk = own_nsk - true_nsk
         if prompt.is_tree:
-            # Errors of a target's tokens are taken to add up; of the targets the one that is worst by its token counts.
-            error_nsk = error_nsk / torch.tensor([len(own) for own in prompt.target_tokens])
-            worst = int(error_nsk.square().sum((0, 1)).argmax())
-            error_nsk = error_nsk[..., worst : worst + 1]
+            error_nsk = _of_a_token(error_nsk, prompt)
         if spread_ns is not None:
             # A neuron that moves no logit has no error either.
             error_nsk = torch.where(spread_ns[acts_n][..., None] > 0, error_nsk / spread_ns[acts_n][..., None], 0.0)
@@ -145,26 +140,27 @@ def measure_noise(
         errors.append(error_nsk.flatten())
         # In units of p, so that prompts and targets compare.
         own_nk, true_nk = (linearity(sweep.grid, (p_k * x.expm1()).mT).neg / p_k for x in (own_nsk, true_nsk))
-        relative.append(((own_nk - true_nk) / true_nk).abs().flatten())
-        own_negs.append(own_nk.flatten())
-        true_negs.append(true_nk.flatten())
-    own, true = torch.cat(own_negs), torch.cat(true_negs)
+        negs.append((own_nk.flatten(), true_nk.flatten()))
+    own, true = (torch.cat(parts) for parts in zip(*negs, strict=True))
     sigma = float(torch.cat(errors).square().mean().sqrt())
-    neg_error = float(torch.cat(relative).nanmedian())
+    neg_error = float(((own - true) / true).abs().nanmedian())
     least = row_resolution(torch.cat(row_gains), sigma) if row_gains else resolution(sweep.grid, sigma)
     is_resolved = own.abs() > least
     agree = (own.sign() == true.sign())[is_resolved]
     return Noise(
-        dtype=_name(own_dtype),
-        reference=_name(reference),
-        n_neurons=n_neurons,
-        n_prompts=len(errors),
-        sigma=sigma,
+        _name(own_dtype), _name(reference), n_neurons, len(errors), sigma,
         neg_error=neg_error if math.isfinite(neg_error) else None,
         resolved=float(is_resolved.double().mean()),
         signs_agree=float(agree.double().mean()) if len(agree) else None,
         is_per_row=bool(row_gains),
-    )
+    )  # fmt: skip
+
+
+def _of_a_token(error_nsk: Tensor, prompt: EncodedPrompt) -> Tensor:
+    """Of targets of several tokens [n, S, 1]: errors of tokens are taken to add up, and the worst target counts."""
+    error_nsk = error_nsk / torch.tensor([len(own) for own in prompt.target_tokens])
+    worst = int(error_nsk.square().sum((0, 1)).argmax())
+    return error_nsk[..., worst : worst + 1]
 
 
 def row_noise(model: LanguageModel, basis: str, budget: Budget | None = None, *, sequences: bool = False) -> RowNoise:

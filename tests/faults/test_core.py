@@ -55,6 +55,8 @@ def test_replicas_killed_in_a_shard_and_between_computing_and_putting(
     invariant(disturbed)
 
 
+# `e2e/test_kill.py` kills one in the middle.
+@pytest.mark.faults
 def test_a_driver_killed_at_any_time_and_resumed_with_another_number_of_replicas(
     disturbed: Disturbed,
     drive: Callable[[], Running],

@@ -142,6 +142,15 @@ def test_panels_show_and_alerts_fire_for_a_scan_that_meets_with_everything(watch
     again = watched.scan()
     watched.falls_silent("NegRunUnfinished", run)
     assert again.finish() == 0, again.output
+    with acting_as(watched.store.writer):
+        assert len(neg_service.open_run(uri, endpoint_url=watched.store.endpoint_url).done()) == N_PROMPTS
+    assert_an_ended_run_leaves(watched, run)
+    assert_rules_ask_for_what_there_was(seen)
+
+
+def assert_an_ended_run_leaves(watched: Watched, run: str) -> None:
+    """Its numbers go, nothing fires for it, and what its drivers told adds up."""
+    seen, cluster = watched.seen, watched.cluster
     eventually(lambda: seen.ask(f'{ENDED}{{run="{run}"}}'), 30)
     began = time.monotonic()
     eventually(lambda: exported(cluster, run) == {ENDED}, 60)
@@ -150,11 +159,8 @@ def test_panels_show_and_alerts_fire_for_a_scan_that_meets_with_everything(watch
     assert not {name for name, of in seen.firing() if of == run}
     # Each driver's numbers count from 0: over both they give what the whole run took.
     prompts = f'sum(max_over_time(ray_neg_prompts_total{{run="{run}"}}[1h]))'
-    with acting_as(watched.store.writer):
-        assert len(neg_service.open_run(uri, endpoint_url=watched.store.endpoint_url).done()) == N_PROMPTS
     assert N_PROMPTS * 0.97 <= value(seen, prompts) <= N_PROMPTS + 20
     assert value(seen, f'sum(max_over_time(ray_neg_cpu_seconds_total{{run="{run}"}}[1h]))') > N_PROMPTS * 0.25
-    assert_rules_ask_for_what_there_was(seen)
 
 
 def assert_jobs_find_the_nodes(seen: Prometheus) -> None:

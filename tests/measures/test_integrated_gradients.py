@@ -62,7 +62,13 @@ def integral_kln(found: PromptIntegrals) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("engine", "family", "basis"),
-    [(engine, family, basis) for engine, own in ENGINES.items() for family in own for basis in bases_of(family)],
+    [
+        # Where neurons are taken is the same for every engine.
+        pytest.param(engine, family, basis, marks=() if basis == "paper" or family == "Llama 2" else pytest.mark.faults)
+        for engine, own in ENGINES.items()
+        for family in own
+        for basis in bases_of(family)
+    ],
 )
 def test_equals_the_oracle_on_every_engine(engine: str, family: str, basis: str) -> None:
     model = model_of(family)

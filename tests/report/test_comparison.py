@@ -22,8 +22,7 @@ from neg_service.report.sections.comparison import comparison_sections
 from neg_service.report.sections.loading import Loaded
 from neg_service.report.wishes import Quartiles
 from neg_service.storage.reader import Run
-from tests.report.test_control import REFERENCES, titled
-from tests.report.test_sections import run_of
+from tests.report.runs import REFERENCES, run_of, titled
 
 MEASURE = {"name": "control", "probability": [0.02, 0.9], "max_passes": 3, "references": REFERENCES[:2]}
 TOP = NeuronsConfig(choose="top", count=6)

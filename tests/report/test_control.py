@@ -24,9 +24,8 @@ from neg_service.report.wishes import BY_SIZE, Carried, Quartiles, by_size, carr
 from neg_service.storage.reader import Run
 from tests.here import scan_here
 from tests.mixtures import tiny_mixture
-from tests.report.test_sections import grid_of, only_section, run_of
+from tests.report.runs import REFERENCES, grid_of, only_section, run_of, titled
 
-REFERENCES = [["w50 w51", " w1"], ["w53 w54 w55", " w2"], ["w56 w57", " w9"]]
 MEASURE = {"name": "control", "probability": [0.02, 0.3, 0.9], "max_passes": 4, "references": REFERENCES}
 
 
@@ -48,11 +47,6 @@ def section(run: Run) -> Section:
 
 def shown_value(number: float) -> str:
     return f"{number:.4f}" if abs(number) >= 1e-3 or number == 0 else f"{number:.1e}"
-
-
-def titled(section: Section, title: str) -> list[dict[str, str]]:
-    (grid,) = [grid for grid in section.grids if grid.title == title]
-    return [dict(zip(grid.head, row, strict=True)) for row in grid.rows]
 
 
 def by_hand() -> pa.Table:

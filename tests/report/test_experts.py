@@ -19,7 +19,7 @@ from neg_service.report.sections.loading import Loaded
 from neg_service.schema import LINEAR
 from neg_service.storage.reader import Run
 from tests.mixtures import tiny_mixture
-from tests.report.test_sections import grid_of, only_section, run_of
+from tests.report.runs import grid_of, only_section, run_of
 
 # Layer and expert; None of the dense layer.
 Mlp = tuple[int, int | None]

@@ -23,52 +23,17 @@ from neg_service.report.page import Grid, Picture, Section, render
 from neg_service.report.sections import sections_of
 from neg_service.report.sections.loading import Loaded, load
 from neg_service.report.sections.overview import overview
-from neg_service.storage.reader import Run
 from neg_service.studies.kinds import STUDY_VIEWS
 from tests.here import scan_here
 from tests.quantized_checkpoints import KINDS, make
 from tests.refusals import refused
 from tests.report.conftest import unrendered
-
-ROWS = [
-    {"prompt": f"w{i} <b>w{i + 1}</b>", "targets": [" w7", " w8", " w11"], "answer": " w8", "id": f"p{i}"}
-    for i in range(20, 25)
-]
+from tests.report.runs import ROWS, grid_of, only_section, run_of
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("report")
-
-
-def run_of(
-    place: Path, model: Path, measure: dict[str, Any], neurons: NeuronsConfig | None = None, *, answered: bool = True,
-    shards: int | None = None,
-) -> Run:  # fmt: skip
-    file = place / f"prompts{answered}.jsonl"
-    rows = ROWS if answered else [{key: row[key] for key in ("prompt", "targets", "id")} for row in ROWS]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    config = ScanConfig(
-        model=ModelConfig(source=str(model)),
-        dataset=DatasetConfig(source=str(file)),
-        measure=measure,
-        neurons=neurons or NeuronsConfig(),
-        storage=StorageConfig(uri=str(place / "runs")),
-        job=JobConfig(shard_size=2),
-    )
-    return scan_here(config, shards)
-
-
-def only_section(run: Run) -> Section:
-    overview, section = sections_of(Loaded([run]))
-    assert overview.title == "What was run"
-    return section
-
-
-def grid_of(section: Section, name: str) -> list[dict[str, str]]:
-    (grid,) = [grid for grid in section.grids if grid.name.startswith(name)]
-    assert grid.is_interactive
-    return [dict(zip(grid.head, row, strict=True)) for row in grid.rows]
 
 
 @pytest.mark.parametrize("answered", [True, False])

@@ -25,7 +25,7 @@ from neg_service.studies.scans import StudyScans
 from neg_service.studies.tables import StudyTables
 from tests.here import scan_here
 from tests.mixtures import tiny_mixture
-from tests.studies.linearity.test_pipeline import configured, rows
+from tests.studies.linearity.scans import configured, rows
 
 ESTIMATORS = ["neurgrad", "integrated_gradients", "random"]
 OPTIONS = LinearityOptions(

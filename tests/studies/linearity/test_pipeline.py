@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from neg_service.cluster.prepare import prepare
-from neg_service.config import DatasetConfig, JobConfig, ModelConfig, NeuronsConfig, ScanConfig, StorageConfig
+from neg_service.config import NeuronsConfig, ScanConfig
 from neg_service.errors import ConfigurationError
 from neg_service.storage.reader import Run, open_run
 from neg_service.studies.linearity.options import LinearityOptions
@@ -22,6 +21,7 @@ from neg_service.studies.scans import StudyScans
 from neg_service.studies.tables import StudyTables
 from tests.here import scan_here
 from tests.refusals import refused
+from tests.studies.linearity.scans import configured, rows
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 N_LAYERS, N_NEURONS = 3, 40
@@ -37,21 +37,6 @@ def predictions(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) 
     run = scan_here(configured(tiny_directory, folder, rows()))
     table = run.table("prompts").to_table()
     return dict(zip(table["prompt_id"].to_pylist(), table["prediction"].to_pylist(), strict=True))
-
-
-def rows() -> list[dict[str, Any]]:
-    return [{"prompt": f"w{i} w{i + 1}", "targets": [" w7", " w8", " w11"], "id": f"p{i}"} for i in range(20, 26)]
-
-
-def configured(model: Path, folder: Path, prompts: list[dict[str, Any]]) -> ScanConfig:
-    file = folder / "prompts.jsonl"
-    file.write_text("\n".join(map(json.dumps, prompts)))
-    return ScanConfig(
-        model=ModelConfig(source=str(model)),
-        dataset=DatasetConfig(source=str(file)),
-        storage=StorageConfig(uri=str(folder / "runs")),
-        job=JobConfig(shard_size=2),
-    )
 
 
 def study(config: ScanConfig, options: LinearityOptions, neurons: NeuronsConfig | None = None) -> Study:
