@@ -122,7 +122,7 @@ def test_panels_show_and_alerts_fire_for_a_scan_that_meets_with_everything(watch
     # Shards that fail, of which some are given up.
     fail = Path(f"{cluster.gate}.fail")
     fail.touch()
-    eventually(lambda: scan.output.count("failed on replica") > 12, 60)
+    eventually(lambda: scan.output.count("failed on replica") > 12, 300)
     fail.unlink()
     watched.fires("NegShardsFail", run)
     watched.fires("NegShardsSetAside", run)
@@ -133,7 +133,7 @@ def test_panels_show_and_alerts_fire_for_a_scan_that_meets_with_everything(watch
     left = value(seen, f'neg:shards_left{{run="{run}"}}')
     watched.fires("NegDriverGone", run)
     # Nothing of it stays: all that is told from here on is what Prometheus remembers.
-    eventually(lambda: not exported(cluster, run), 60)
+    eventually(lambda: not exported(cluster, run), 120)
     summary = watched.fires("NegRunUnfinished", run)
     assert abs(int(re.findall(r"with (\d+) shards", summary)[0]) - left) < 60
     watched.falls_silent("NegDriverGone", run)
@@ -151,9 +151,9 @@ def test_panels_show_and_alerts_fire_for_a_scan_that_meets_with_everything(watch
 def assert_an_ended_run_leaves(watched: Watched, run: str) -> None:
     """Its numbers go, nothing fires for it, and what its drivers told adds up."""
     seen, cluster = watched.seen, watched.cluster
-    eventually(lambda: seen.ask(f'{ENDED}{{run="{run}"}}'), 30)
+    eventually(lambda: seen.ask(f'{ENDED}{{run="{run}"}}'), 120)
     began = time.monotonic()
-    eventually(lambda: exported(cluster, run) == {ENDED}, 60)
+    eventually(lambda: exported(cluster, run) == {ENDED}, 120)
     sys.stdout.write(f"\nall but one number of the ended run is gone after {time.monotonic() - began:.0f} s\n")
     time.sleep(60)
     assert not {name for name, of in seen.firing() if of == run}
