@@ -31,6 +31,7 @@ from neg_service.cluster.ray_errors import translated
 from neg_service.cluster.replica import scan_worker
 from neg_service.cluster.resources import ReplicaSize, nodes, replica_count, wait_for_size
 from neg_service.cluster.sampling import (
+    MOST_PROMPTS,
     MOST_SHARDS,
     Measured,
     Piece,
@@ -302,7 +303,8 @@ def _can_share(prepared: Prepared) -> bool:
 def _shards_looked_at(prepared: Prepared) -> list[range]:
     """The places of the prompts of all shards, or of enough of them at even steps."""
     plan = prepared.plan
-    looked_at = even_steps(plan.n_shards, min(plan.n_shards, MOST_SHARDS))
+    most = min(MOST_SHARDS, max(1, MOST_PROMPTS // plan.shard_size))
+    looked_at = even_steps(plan.n_shards, min(plan.n_shards, most))
     return [plan.places_of(plan.shards[int(place)]) for place in looked_at]
 
 

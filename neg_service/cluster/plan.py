@@ -1,7 +1,7 @@
 """What will be done, before anything is: shards, bytes, memory, and the identity of the run.
 
-Pure functions on plain data. The plan depends on the prompts and the measure alone, never on how many replicas there
-are, because the shard plan is part of the run's identity.
+Pure functions on plain data. The plan depends on the prompts, the measure, the model, and on whether replicas have an
+accelerator, never on how many replicas there are, because the shard plan is part of the run's identity.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from neg_service.cluster.lineage_place import require_lasting_place, require_pla
 from neg_service.cluster.plan import Plan, batch_bytes, identity_of, make_plan, replica_bytes, run_name
 from neg_service.cluster.ranking import needs_ranking, ranking_of
 from neg_service.cluster.shard_size import automatic_shard_size, plans_for_accelerator
-from neg_service.config import DatasetConfig, ScanConfig, check, typed
+from neg_service.config import DatasetConfig, ScanConfig, check, device_names, typed
 from neg_service.errors import ConfigurationError, DestinationError
 from neg_service.measures import measure_of
 from neg_service.measures.base import Measure
@@ -214,7 +214,8 @@ def _tell_old_name(config: ScanConfig, info: ModelInfo) -> None:
 def tell_of_better_shards(prepared: Prepared, *, has_accelerator: bool) -> None:
     """Say once where shards were sized for replicas with an accelerator and these have none, or the other way round."""
     job, plan = prepared.config.job, prepared.plan
-    if job.shard_size != "auto" or job.resume is not None or job.extend is not None:
+    is_named = device_names(prepared.config.model.device) != ["auto"]
+    if job.shard_size != "auto" or job.resume is not None or job.extend is not None or is_named:
         return
     cost = prepared.measure.cost(prepared.info, prepared.config.neurons, plan.n_targets / plan.n_prompts)
     better = automatic_shard_size(prepared.prompts, prepared.info, cost, has_accelerator)

@@ -36,6 +36,8 @@ _LEAST_SECONDS, _MOST_SECONDS, _SHARE = 8.0, 60.0, 0.05
 _PIECES, _MOST_PIECES, _FACTORS = 6, 24, (0.5, 1.5)
 # A run of millions of shards is known well enough from so many of them.
 MOST_SHARDS = 1000
+# Their prompts are all encoded.
+MOST_PROMPTS = 64 * MOST_SHARDS
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ def automatic_shard_size(prompts: Sequence[Prompt], info: ModelInfo, cost: Cost,
     speed = ACCELERATOR_SPEED if has_accelerator else CPU_SPEED
     seconds = max(1e-9, multiplications(info, cost, texts) / speed)
     few = max(-(-n_prompts // FEWEST_SHARDS), min(LEAST_PROMPTS, int(LEAST_SECONDS / seconds)))
-    stored = SHARD_BYTES // max(1, sum(cost.bytes.values()))
+    stored = SHARD_BYTES // max(1, sum(cost.bytes.values()), cost.held)
     # A token takes three bytes there, and a chat lies there once more as it was before its template.
-    message = MESSAGE_BYTES // int(_PROMPT_BYTES + 2 * texts.bytes)
+    message = MESSAGE_BYTES // int(_PROMPT_BYTES + 2 * texts.bytes + texts.beside_bytes)
     return max(1, min(int(SHARD_SECONDS / seconds), stored, message, few, n_prompts))
 
 
@@ -66,20 +66,26 @@ def plans_for_accelerator(config: ScanConfig, info: ModelInfo) -> bool:
 
 @dataclass(frozen=True)
 class Texts:
-    """Of a data set's prompts, in the mean: bytes of a text, and of what it does not share with those beside it."""
+    """Of a data set's prompts, in the mean: bytes of a text, and of what it does not share with those beside it.
+
+    beside_bytes: of its wordings, as texts and tokens.
+    """
 
     bytes: float
     own_bytes: float
+    beside_bytes: float = 0.0
 
 
 def texts_of(prompts: Sequence[Prompt]) -> Texts:
     """Looks at some prompts, at even steps; beside each other lie those whose texts begin alike."""
     steps = min(len(prompts), _LOOKED_AT)
-    texts = sorted(prompts[(2 * i + 1) * len(prompts) // (2 * steps)].text.encode() for i in range(steps))
+    looked_at = [prompts[(2 * i + 1) * len(prompts) // (2 * steps)] for i in range(steps)]
+    texts = sorted(prompt.text.encode() for prompt in looked_at)
+    beside = sum(_PROMPT_BYTES + 2 * len(text.encode()) for prompt in looked_at for text, _ in prompt.wordings or ())
     total = sum(map(len, texts))
     shared = sum(_n_shared(*pair) for pair in pairwise(texts))
     # The last token is each prompt's own, also where prompts are equal.
-    return Texts(total / steps, max(_TOKEN_BYTES, (total - shared) / steps))
+    return Texts(total / steps, max(_TOKEN_BYTES, (total - shared) / steps), beside / steps)
 
 
 def _n_shared(one: bytes, other: bytes) -> int:

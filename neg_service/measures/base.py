@@ -70,13 +70,14 @@ class Cost:
 
     bytes: of each table, before compression. rows: how many rows run through layers: targets, or interventions.
     rows_are: what a person calls them. passes: how often a row runs through all layers and the head: there and back are
-    two, half of the layers a half.
+    two, half of the layers a half. held: bytes of memory that are kept of a prompt until its whole shard is measured.
     """
 
     bytes: dict[str, int]
     rows: float
     rows_are: str = "gradients"
     passes: float = field(default=2.0, kw_only=True)
+    held: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,15 @@ def _wordings(
 ) -> tuple[EncodedWording, ...]:
     """The wordings of a prompt, each with its targets in context, which are one token there, too."""
     found = encode(tokenizer, as_prompts(prompt), most, mask_token, model=model)
-    return tuple(EncodedWording(one.ids, one.target_ids) for one in found)
+    try:
+        return tuple(EncodedWording(one.ids, one.target_ids) for one in found)
+    except TargetError as error:
+        # What leaves targets of the prompt out does not help here.
+        said = str(error).partition(" (dataset.source")[0]
+        raise TargetError(
+            f"{said}; mend the wording, or leave all of them out by dataset.columns={{wordings: ''}}",
+            change="dataset.columns",
+        ) from error
 
 
 def _place_of(

@@ -79,7 +79,7 @@ def compared(runs: Sequence[Run]) -> list[list[Moving]]:
     for run in runs:
         if (name := _table_of_wishes(run)) is not None:
             groups.setdefault(_shared(run, name), []).append(run)
-    found = [_moving(own) for own in groups.values() if len(own) > 1]
+    found = [_moving(own) for own in groups.values() if len({json.dumps(run.config.get("neurons")) for run in own}) > 1]
     return [own for own in found if own]
 
 
@@ -102,7 +102,11 @@ def _table_of_wishes(run: Run) -> str | None:
 
 def _shared(run: Run, table: str) -> str:
     """What runs of a group have in common."""
-    model = {key: run.config["model"][key] for key in ("identity", "dtype")}
+    model = {
+        key: run.config["model"][key]
+        for key in ("identity", "dtype", "engine", "products")
+        if key in run.config["model"]
+    }
     measure = {key: value for key, value in run.config["measure"].items() if key not in _MAY_DIFFER}
     return json.dumps([table, model, run.config["prompts"]["sha256"], measure], sort_keys=True)
 

@@ -77,8 +77,13 @@ def test_a_shard_is_half_a_minute_of_the_kind_of_replica_that_is_asked_for() -> 
 def test_neither_results_nor_the_message_to_a_replica_become_too_large() -> None:
     assert size(20_000, cost(1, SHARD_BYTES // 7)) == 7
     assert size(20_000, cost(1, 10 * SHARD_BYTES)) == 1
+    # What is kept of each prompt until all of the shard are measured counts as results do.
+    assert size(20_000, replace(cost(1), held=SHARD_BYTES // 7)) == 7
     long = [Prompt("0", "x" * 100_000, ())] * 1000
     assert automatic_shard_size(long, SMALL, cost(1e-9), has_accelerator=True) == MESSAGE_BYTES // 200_256
+    worded = [Prompt("0", "x" * 1000, (), wordings=(("y" * 1000, None),) * 20)] * 10_000
+    sent = 256 + 2 * 1000 + 20 * (256 + 2 * 1000)
+    assert automatic_shard_size(worded, SMALL, cost(1e-9), has_accelerator=True) == MESSAGE_BYTES // sent
 
 
 def test_a_small_data_set_still_has_several_shards() -> None:

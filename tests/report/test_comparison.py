@@ -66,6 +66,8 @@ def test_the_same_wishes_are_compared_with_the_most_neurons_first(runs: list[Run
         assert row["‖shift‖"] == f"{np.median([one['norm'] for one in own]):.3g}"
         assert "p achieved" not in row
     assert section.text.startswith("3 runs of the same model")
+    # Two of which the same neurons may move differ in something else.
+    assert compared([runs[0], runs[0]]) == []
     share = 100 * np.mean([one["reached"] for one in three])
     assert f"{share:.3g} % were reached where a list of 3 may move (3 did" in section.text
 

@@ -207,7 +207,9 @@ class Control(Measure[ControlOptions]):
         effects = {"control_side_effects": int(3 * 250 * n_kinds * n)} if n_kinds else {}
         own = {"control": int(160 * n), **effects, "control_shift": int(22 * kept * n)}
         # The shift and random neurons, on each reference and wording.
-        return Cost({**prompt_bytes(info), **own}, (_PASSES + 2 * n_others) * n, "interventions")
+        # Of each wish activations and shift, and logits without it and with it, in float64.
+        held = int(16 * (moved + (info.n_output_ids or 0)) * n)
+        return Cost({**prompt_bytes(info), **own}, (_PASSES + 2 * n_others) * n, "interventions", held=held)
 
     def rows(self, shard: ShardInput) -> Iterator[tuple[int, dict[str, pa.Table]]]:
         """Rows by target, then wish."""
@@ -385,5 +387,7 @@ def _token_against(model: Any, prompt: EncodedPrompt, wanted: Wanted) -> int | N
         return None
     if wanted.against in prompt.prompt.targets:
         return prompt.target_ids[prompt.prompt.targets.index(wanted.against)]
-    (found,) = encoded_prompts(model, [replace(prompt.prompt, targets=(wanted.against,), answer=None)], "error")
+    (found,) = encoded_prompts(
+        model, [replace(prompt.prompt, targets=(wanted.against,), answer=None, wordings=None)], "error"
+    )
     return found.target_ids[0]
