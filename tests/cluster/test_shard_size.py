@@ -93,8 +93,8 @@ def test_a_small_data_set_still_has_several_shards() -> None:
     rows = CPU_SPEED / 2.5 / 62.5e6
     n = size(300, cost(rows, passes=0.5))
     assert n == -(-300 // FEWEST_SHARDS)
-    # A prompt of a second: two make a shard, however few there are.
-    assert size(20, cost(2.4 * rows, passes=0.5)) == 2
+    # A prompt of a second: three make a shard, however few there are.
+    assert size(20, cost(2.4 * rows, passes=0.5)) == 3
 
 
 def test_the_kind_of_replica_is_what_the_settings_say_else_what_models_of_the_size_need() -> None:
