@@ -34,8 +34,8 @@ CPU_PARAMETERS = 10**9
 SHARD_BYTES = 64 * 2**20
 # Prompts go to a replica as a message, and the driver holds two of each replica.
 MESSAGE_BYTES = 4 * 2**20
-# Of a small data set several replicas should have something: so many shards at the least, but none of under three seconds
-# that holds under 64 prompts, which share beginnings and batches.
+# Of a small data set several replicas should have something: so many shards at the least, but none of under three
+# seconds that holds under 64 prompts, which share beginnings and batches.
 FEWEST_SHARDS, LEAST_SECONDS, LEAST_PROMPTS = 32, 3.0, 64
 
 # Bytes of UTF-8 that a token stands for; what a prompt takes in a message beside its text and tokens.
