@@ -15,12 +15,15 @@ import neg_service
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, PromptError
 from neg_service.measures import measure_of
+from neg_service.measures.builtin.control import _token_against
+from neg_service.measures.control.options import Wanted
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import Prompt
+from neg_service.prompts.tokens import encode
 from tests.mixtures import tiny_mixture
 from tests.refusals import refused
 from tests.shards import INFO, PROMPTS, measured_shard
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
 def scanned(prompts: list[Prompt] = PROMPTS, neurons: NeuronsConfig | None = None, **options: Any) -> Any:
@@ -70,6 +73,16 @@ def test_a_row_says_what_is_wanted_of_it() -> None:
     assert all(row["reached"] for row in rows)
     assert rows[0]["probability"] == pytest.approx(0.03, abs=1e-4)
     assert rows[2]["achieved"] == pytest.approx(-2.0, abs=1e-4)
+
+
+def test_what_a_margin_is_against_need_not_follow_wordings() -> None:
+    # Of so many words none fits the context; that a text follows the prompt itself is all that it takes.
+    long = replace(PROMPTS[2], wordings=((" ".join(["w3"] * 5000), None),))
+    (encoded,) = encode(tiny_tokenizer(), [PROMPTS[2]], None)
+    against = _token_against(
+        tiny_model("Llama 2"), replace(encoded, prompt=long), Wanted("margin", -2.0, against=" w20")
+    )
+    assert against == 20
 
 
 def test_all_targets_and_chosen_neurons() -> None:
