@@ -140,7 +140,7 @@ def own_cluster(**head: Any) -> Iterator[OwnCluster]:
 
 
 def _started(head: dict[str, Any]) -> OwnCluster:
-    """Ray gives a node thirty seconds to start in, which are too few beside much else: it is tried twice more."""
+    """Ray gives a head node thirty seconds to start in, too few beside much else: all of it is tried twice more."""
     for _ in range(2):
         with suppress(AssertionError):
             return OwnCluster(**head)
@@ -163,6 +163,19 @@ def _free_port() -> int:
         return port
 
 
+def _node_of(cluster: Any, settings: dict[str, Any], tries: int = 3) -> Any:
+    """A node that joins a cluster. Beside much else Ray's time for that is too short: what it began ends, and anew."""
+    before = psutil.Process().children(recursive=True)
+    for _ in range(tries - 1):
+        with suppress(Exception):
+            return cluster.add_node(**settings)
+        half_started = [one for one in psutil.Process().children(recursive=True) if one not in before]
+        for process in half_started:
+            process.kill()
+        psutil.wait_procs(half_started, timeout=20)
+    return cluster.add_node(**settings)
+
+
 def _serve() -> None:
     from ray.cluster_utils import Cluster
 
@@ -171,7 +184,7 @@ def _serve() -> None:
         command = json.loads(line)
         answer = {}
         if "add" in command:
-            node = cluster.add_node(**command["add"])
+            node = _node_of(cluster, command["add"], tries=3 if nodes else 1)
             nodes[node.node_id] = node
             answer = {"id": node.node_id, "address": cluster.address}
         elif "kill" in command:

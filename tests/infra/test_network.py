@@ -72,6 +72,23 @@ class Place:
         self.ray(self.head, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
         for worker in self.workers:
             self.join(worker)
+        self._ended = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._keeper.start()
+
+    def close(self) -> None:
+        """No node is started again from now on."""
+        self._ended.set()
+        self._keeper.join()
+
+    def _keep(self) -> None:
+        """Start a worker again that was given up, as Kubernetes does a pod: a node may end long after its link's fault.
+
+        The head misses its signs of life, and once they meet again tells it that it counts as dead.
+        """
+        while not self._ended.wait(0.3):
+            for host in [host for host, node in self.nodes.items() if node.poll() is not None]:
+                self.join(host)
 
     def ray(self, host: Host, *arguments: str) -> subprocess.Popen[bytes]:
         """Ray on a host; ends when its node is given up."""
@@ -84,7 +101,7 @@ class Place:
         self.nodes[host] = self.ray(host, f"--address={self.head.address}:6379", "--num-cpus=1")
 
     def await_nodes(self) -> None:
-        """Until both workers belong to the cluster; one that was given up is started again, as a pod would be."""
+        """Until both workers belong to the cluster."""
         asked = (
             "import ray, sys, time\n"
             "while not ray.is_initialized():\n"
@@ -97,8 +114,6 @@ class Place:
         until = time.monotonic() + 200
         while asking.poll() is None:
             assert time.monotonic() < until, "the workers do not join"
-            for host in [host for host, node in self.nodes.items() if node.poll() is not None]:
-                self.join(host)
             time.sleep(0.3)
         assert asking.returncode == 0
 
@@ -172,6 +187,7 @@ def place(
         made = Place(network, tmp_path_factory.mktemp("network"), tiny_directory)
         made.await_nodes()
         yield made
+        made.close()
         with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             sys.stdout.write("\n" + "".join(f"  {line}\n" for line in made.told))
 
