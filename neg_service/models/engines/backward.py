@@ -50,13 +50,18 @@ class TargetGradients:
 
 
 def target_gradients(
-    rows: Rows, target_ids: Sequence[Sequence[int]], points: Mapping[Site, Point], *, of_logits: bool = False
-) -> TargetGradients:
+    rows: Rows, target_ids: Sequence[Sequence[int]], points: Mapping[Site, Point], *,
+    of_logits: bool = False, least_rows: int = 1,
+) -> TargetGradients:  # fmt: skip
     """Differentiate log p of `target_ids[b]`, the targets of prompt b, at the neurons of `points`, by site.
 
-    of_logits: differentiate their logits in its place.
+    of_logits: differentiate their logits in its place. least_rows: where targets have rows of their own, run so many at
+    least.
     """
     counts = [1 if rows.targets_share_rows else len(own) for own in target_ids]
+    n_read = sum(counts)
+    if not rows.targets_share_rows:
+        counts[-1] += max(0, least_rows - n_read)
     place_r = rows.positions(counts)
     leaves = _Leaves(points, place_r)
     with torch.enable_grad(), watching_routing() as routing, hooks(points, leaves.capture):
@@ -75,7 +80,9 @@ def target_gradients(
             activations = {site: own[prompt_of[own.device]] for site, own in activations.items()}
         else:
             ids_r1 = indices([token for own in target_ids for token in own], log_p.device)[:, None]
-            slopes = leaves.slopes(differentiated.gather(1, ids_r1).sum())
+            log_p, place_r = log_p[:n_read], place_r[:n_read]
+            slopes = [own[:n_read] for own in leaves.slopes(differentiated[:n_read].gather(1, ids_r1).sum())]
+            activations = {site: own[:n_read] for site, own in activations.items()}
     return TargetGradients(
         log_p_rv=log_p.detach(),
         gradient_srn=[point.neurons(slope) for point, slope in zip(points.values(), slopes, strict=True)],
