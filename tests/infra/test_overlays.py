@@ -152,12 +152,16 @@ def test_what_kueue_manages_is_what_it_takes(overlay: str) -> None:
     own = of_ray(rendered(overlay, "kueue"))
     queue = own["metadata"]["labels"][QUEUE]
     assert queue == settings(overlay)["queue"]
-    # A LocalQueue's name, and a label's value.
+    # As Kueue's Workload defines `queueName`; and the value of a label.
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", queue)
     assert len(queue) <= 63
     cluster = own["spec"].get("rayClusterSpec", own["spec"])
     assert cluster["enableInTreeAutoscaling"] is False
-    assert len(cluster["workerGroupSpecs"]) <= 7
+    # A Workload has eight pod sets at most, named by labels of DNS: the head, each group, and who submits a job.
+    pod_sets = ["head", *(group["groupName"] for group in cluster["workerGroupSpecs"])]
+    pod_sets += ["submitter"] * (own["kind"] == "RayJob")
+    assert len(set(pod_sets)) == len(pod_sets) <= 8
+    assert all(re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in pod_sets)
     (gpu,) = [group for group in cluster["workerGroupSpecs"] if group["groupName"] == "gpu"]
     assert gpu["replicas"] == gpu["maxReplicas"] == int(settings(overlay)["gpu-workers"]), "all are there at the start"
     if own["kind"] == "RayJob":
