@@ -45,7 +45,7 @@ test-faults: model ## every fault, ROUNDS=3 times at random moments; FAULT_SEED=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/faults -m faults -n 2 --dist loadfile --no-loadscope-reorder -v
 
 test-infra: model ## as root: build the image, make hosts, cut their links, start servers; a quarter of an hour
-	$(BIN)/python -m pytest tests/infra -m infra -n 3 --dist loadfile --no-loadscope-reorder -v -rs --durations=0
+	$(BIN)/python -m pytest tests/infra -m '' -n 3 --dist loadfile --no-loadscope-reorder -v -rsP --durations=25
 
 check: $(READY) ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

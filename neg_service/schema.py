@@ -13,10 +13,12 @@ Tables of models with experts have what others lack: `routing`, and columns that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from neg_service.errors import DestinationError
 from neg_service.layer_neurons import LayerSize, layers_of_sizes
 from neg_service.table import (
     ESTIMATES,
@@ -47,6 +49,22 @@ Neurons = int | Sequence[LayerSize]
 # 4: neurons are (layer, expert, neuron); tables, columns and engines have the field's names (`former_names.py`).
 # 5: sweeps say how far NEG may be off, and how many shifts they ran. 6: prompts have the tokens of long targets.
 SCHEMA_VERSION = 6
+
+
+def known_schema_version(uri: str, identity: dict[str, Any]) -> int:
+    """By which schema the tables of a run were written.
+
+    Raises:
+        DestinationError: by a later one, whose columns may mean something else.
+    """
+    version = int(identity.get("schema_version", SCHEMA_VERSION))
+    if version > SCHEMA_VERSION:
+        raise DestinationError(
+            f"{uri}: was stored by a later version of neg_service (schema {version}; this one reads up to "
+            f"{SCHEMA_VERSION}): read it with that one"
+        )
+    return version
+
 
 PROMPTS = pa.schema(
     [

@@ -67,7 +67,7 @@ def opened_base(config: ScanConfig, uri: str) -> Run:
     base = open_run(uri, config.storage.endpoint_url, key="job.extend")
     if (version := base.config.get("schema_version")) != SCHEMA_VERSION:
         raise DestinationError(
-            f"was stored by an earlier version (schema {version}; this one writes {SCHEMA_VERSION}), and a run has "
+            f"was stored by another version (schema {version}; this one writes {SCHEMA_VERSION}), and a run has "
             "parts of one schema: scan the whole data set again",
             setting="job.extend",
             value=base.uri,

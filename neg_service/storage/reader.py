@@ -27,7 +27,7 @@ from neg_service.former_names import COLUMNS, FAILED_FOLDER, MEASURES, current_a
 from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerNeurons
 from neg_service.neurons import NeuronSet, require_existing
 from neg_service.places import name_of
-from neg_service.schema import SCHEMA_VERSION, Table, under_present_names
+from neg_service.schema import Table, known_schema_version, under_present_names
 from neg_service.storage.extension import extended_run
 from neg_service.storage.neurons import read_neurons
 from neg_service.storage.objects import Entry, ObjectStore
@@ -356,11 +356,11 @@ def run_from(store: ObjectStore, parsed: dict[str, Any], endpoint_url: str | Non
     """The run at a store, whose run.json was read and parsed already.
 
     Raises:
-        DestinationError: it extends a run that is not to be found.
+        DestinationError: it extends a run that is not to be found, or was stored by a later version.
     """
-    extended = extended_run(store, parsed, endpoint_url)
+    version, extended = known_schema_version(store.uri, parsed["identity"]), extended_run(store, parsed, endpoint_url)
     stored = {name: schema_from_json(described) for name, described in parsed["tables"].items()}
-    is_of_former_names = int(parsed["identity"].get("schema_version", SCHEMA_VERSION)) < 4
+    is_of_former_names = version < 4
     schemas = stored
     if is_of_former_names:
         present = {name: MEASURES.get(name, name) for name in stored}

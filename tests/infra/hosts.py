@@ -8,6 +8,7 @@ whatever runs there included.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -32,11 +33,11 @@ def missing() -> str | None:
 
 
 class Host:
-    """One of them. `address` is the one that others reach it at."""
+    """One of them. `address` is the one that others reach it at; `lost`: packets that faults of its filters took."""
 
     def __init__(self, name: str, switch: str, number: int) -> None:
         """On the bridge of the namespace `switch`."""
-        self.name, self.address = name, _ADDRESS.format(_FIRST + number)
+        self.name, self.address, self.lost = name, _ADDRESS.format(_FIRST + number), 0
         self._started: list[subprocess.Popen[bytes]] = []
         self._switch, self._space, self._link = switch, f"{switch}-{name}", f"to-{name}"
         _run("ip", "netns", "add", self._space)
@@ -118,20 +119,20 @@ class Host:
     @contextmanager
     def losing(self, percent: int) -> Iterator[None]:
         """So many of 100 packets get lost on their way in, and on their way out."""
-        rule = f"numgen random mod 100 < {percent} drop"
+        rule = f"numgen random mod 100 < {percent} counter drop"
         with self._filtered(outwards=rule, inwards=rule):
             yield
 
     @contextmanager
     def deaf_to(self, other: Host) -> Iterator[None]:
         """What it sends to another host is lost."""
-        with self._filtered(outwards=f"ip daddr {other.address} drop"):
+        with self._filtered(outwards=f"ip daddr {other.address} counter drop"):
             yield
 
     @contextmanager
     def slow(self, kilobytes_a_second: int) -> Iterator[None]:
         """What it sends beyond so much is lost, which slows the senders down to that."""
-        rule = f"oif eth0 limit rate over {kilobytes_a_second} kbytes/second burst 32 kbytes drop"
+        rule = f"oif eth0 limit rate over {kilobytes_a_second} kbytes/second burst 4 kbytes counter drop"
         with self._filtered(outwards=rule):
             yield
 
@@ -146,10 +147,11 @@ class Host:
         try:
             yield
         finally:
+            self.lost += sum(map(int, re.findall(r"counter packets (\d+)", self._nft("list table ip fault"))))
             self._nft("delete table ip fault")
 
-    def _nft(self, rules: str) -> None:
-        _run("ip", "netns", "exec", self._space, "nft", rules)
+    def _nft(self, rules: str) -> str:
+        return _run("ip", "netns", "exec", self._space, "nft", rules)
 
     def close(self) -> None:
         """End all that runs there, and remove it."""
@@ -193,6 +195,7 @@ def _children(pid: int) -> Sequence[int]:
         return []
 
 
-def _run(*command: str, check: bool = True) -> None:
+def _run(*command: str, check: bool = True) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout

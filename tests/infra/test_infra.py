@@ -15,6 +15,7 @@ from botocore.session import get_session
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from infra.docker.lock import EXTRAS
 from infra.grafana import dashboard
 from neg_service import errors
 from neg_service.cluster import metrics
@@ -27,6 +28,9 @@ def test_the_launchers_file_is_valid() -> None:
     launcher = yaml.safe_load((INFRA / "ray" / "aws.yaml").read_text())
     validate_config(prepare_config(launcher))
     assert launcher["head_node_type"] in launcher["available_node_types"]
+    # What the image has is there, too.
+    (extras,) = re.findall(r"neg_service\[([\w,]+)\]", "\n".join(launcher["setup_commands"]))
+    assert extras.split(",") == sorted(EXTRAS)
 
 
 def test_every_command_of_the_readme_is_there() -> None:

@@ -16,7 +16,7 @@ import pytest
 import neg_service
 from neg_service import schema
 from neg_service.errors import ConfigurationError, DestinationError
-from neg_service.schema import Table
+from neg_service.schema import SCHEMA_VERSION, Table
 from neg_service.storage.objects import LocalStore
 from neg_service.storage.parts import encode_part, part_key
 from neg_service.storage.reader import Run
@@ -226,6 +226,14 @@ def test_an_expert_of_a_model_without_experts_is_refused(run: Run, tmp_path: Pat
     assert "expert" not in neg_service.open_run(older).table("neurgrad").schema.names
     with pytest.raises(ConfigurationError, match=r"has no neuron \(1, 2, 0\); layer 1 has no experts"):
         neg_service.open_run(older).neuron(1, 2, expert=0)
+
+
+def test_a_run_of_a_later_version_is_refused(run: Run, tmp_path: Path) -> None:
+    later = dict(identity(), schema_version=SCHEMA_VERSION + 1)
+    store = LocalStore(tmp_path / "later")
+    write_or_match(store, later, {"prompts": schema.PROMPTS}, {})
+    with pytest.raises(DestinationError, match=rf"schema {SCHEMA_VERSION + 1}; this one reads up to {SCHEMA_VERSION}"):
+        neg_service.open_run(tmp_path / "later")
 
 
 def test_a_run_of_before_is_read_alone_and_beside_another(run: Run, tmp_path: Path) -> None:
