@@ -166,7 +166,7 @@ MEASURES = [
     ["measure=neurgrad"],
     ["measure=sweep", "measure.shifts=[-1,1]", "neurons=sample", "neurons.count=1"],
     *OTHERS,
-    ["measure=neuron_predictions", "neurons=top", "neurons.count=3", "neurons.over=dataset"],
+    ["measure=neuron_predictions", "neurons=list", "neurons.list=[[1,3,0],[2,3,4]]"],
 ]
 
 
