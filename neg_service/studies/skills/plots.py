@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from neg_service.studies.skills.report import first_row, tasks_in
 from neg_service.studies.tables import Rows
 
 _WORST, _BEST = 0.0, 1.0
+# Of the letters of a title, and of a label with its line, as they are written below.
+_INCHES_A_LETTER, _INCHES_A_LABEL = 0.085, 1.1
 
 
 def plots(tables: Mapping[str, pa.Table]) -> dict[str, bytes]:
@@ -138,8 +141,11 @@ def _ticks(axes: mpl.axes.Axes, places: Sequence[int]) -> None:
 
 def _finished(figure: Figure, panels: Mapping[str, mpl.axes.Axes], title: str) -> bytes:
     handles, labels = next(iter(panels.values())).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
+    # With one panel there is less room than a title or a row of labels takes.
+    width = figure.get_figwidth()
+    columns = min(len(labels), int(width / _INCHES_A_LABEL))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.suptitle(textwrap.fill(title, int(width / _INCHES_A_LETTER)), fontsize=10)
     return png(figure)
 
 
