@@ -241,9 +241,12 @@ def _download_default(scratch: Path) -> Path:
 
 
 def _file_digest(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and time of change: checkpoints are large and stay as they are."""
+    """SHA-256 of a file, remembered by what changes with it: checkpoints are large and stay as they are.
+
+    The time of its content (mtime) is set by whatever copies it along; that of its inode, and the inode, are not.
+    """
     stat = file.stat()
-    about = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    about = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     memo = cache_directory() / "digests" / hashlib.sha256(about.encode()).hexdigest()
     if memo.is_file():
         return memo.read_text()
