@@ -2,8 +2,8 @@
 
 transformers has a table of keys for each architecture; what is not in it is left at the default of the class, without a
 word. Here every key of the architecture (`llama.…`) is read: as what the configuration has already, as a number that
-can be put there, as one that shapes of tensors decide, or else as a reason to refuse the file. What other programs
-derive from the number of layers alone, and do not write down, is left out.
+can be put there, as one that shapes of tensors decide, or else as a reason to refuse the file. The one number that
+llama.cpp derives from the number of layers, and no file says, is derived here too.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ _SCALING = {
 }
 
 
+# Gemma 2 of 27 billion parameters: llama.cpp scales its attention by the width of the model over its heads.
+_LAYERS_OF_GEMMA_2_27B = 46
+
+
 def apply_metadata(file: Path, config: PreTrainedConfig, metadata: Mapping[str, Any]) -> None:
     """Put into a configuration what transformers left out of it, in place.
 
@@ -88,6 +92,8 @@ def apply_metadata(file: Path, config: PreTrainedConfig, metadata: Mapping[str, 
     architecture = metadata["general.architecture"]
     text = config.get_text_config()
     _require_rotary_scaling(file, text, metadata)
+    if architecture == "gemma2" and text.num_hidden_layers == _LAYERS_OF_GEMMA_2_27B:
+        text.query_pre_attn_scalar = text.hidden_size // text.num_attention_heads
     for full, value in metadata.items():
         key = full.removeprefix(f"{architecture}.")
         if key == full or _is_known(text, key, value, _mapped(architecture)):

@@ -120,6 +120,13 @@ def test_numbers_of_a_pass_are_put_into_the_configuration() -> None:
     assert mixed.rope_parameters["sliding_attention"]["rope_theta"] == 2e4
 
 
+def test_attention_of_the_largest_gemma_2_has_its_scale() -> None:
+    # Of its published configuration: query_pre_attn_scalar 144, where heads have 128 dimensions.
+    sizes = {"hidden_size": 4608, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}
+    assert applied("gemma2", hf.Gemma2Config(num_hidden_layers=46, **sizes)).query_pre_attn_scalar == 144
+    assert applied("gemma2", hf.Gemma2Config(num_hidden_layers=42)).query_pre_attn_scalar == 256
+
+
 @pytest.mark.parametrize(
     ("architecture", "config", "key", "value", "words"),
     [
