@@ -168,6 +168,10 @@ MEASURES = [
     ["measure=neurgrad"],
     ["measure=sweep", "measure.shifts=[-1,1]", "neurons=sample", "neurons.count=1"],
     *OTHERS,
+    ["measure=activation"],
+    ["measure=gradient_x_activation"],
+    ["measure=positions"],
+    ["measure=control", "measure.probability=0.05"],
     ["measure=neuron_predictions", "neurons=list", "neurons.list=[[1,3,0],[2,3,4]]"],
 ]
 
