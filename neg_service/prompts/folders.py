@@ -103,8 +103,10 @@ def open_folder(source: str, subset: str | None, split: Any) -> Folder | None:
     if formats == {None}:
         log.warning("%s: files such as %s are read by the datasets library, not strictly", source, used[0])
         return None
-    if len(formats) > 1 or not used:
-        raise _refusal(source, f"split {asked} has no files of one format", used or names)
+    if not used:
+        raise _refusal(source, f"split {asked} has no files", names)
+    if len(formats) > 1:
+        raise _refusal(source, f"split {asked} has files of several formats", used)
     _tell_missing(source, used)
     log.info("reading split %s of %s: %s", asked, source, shortened(", ".join(used)))
     return Folder(place, cuts)
@@ -137,7 +139,8 @@ def _files_below(source: str, place: Path) -> list[str]:
         found += [
             (at / name).relative_to(place).as_posix()
             for name in names
-            if not name.startswith(".") and (at / name).is_file()
+            # A link to nothing, as to content that was not fetched, is refused when it is opened.
+            if not name.startswith(".") and ((at / name).is_file() or (at / name).is_symlink())
         ]
     return sorted(found)
 
@@ -238,7 +241,7 @@ def _config_of(source: str, place: Path, subset: str | None) -> Mapping[str, Any
                 f"{source} has {', '.join(known)}", setting="dataset.subset", value=subset, allowed="one of them"
             )
         subset = default[0] if default else "default"
-    if subset not in known:
+    if (subset := str(subset)) not in known:
         raise PromptError(
             f"{source}: {nearest(subset, known)}it has {', '.join(known)}", setting="dataset.subset", value=subset
         )

@@ -102,6 +102,7 @@ def test_a_readme_says_which_files(tmp_path: Path) -> None:
     for text, reason in {
         "configs: [{config_name: a, data_files: ../x.jsonl}]": "which is not in the folder",
         "configs: [{config_name: a, data_files: no.jsonl}]": "'no.jsonl', which it does not have; it has .*one/a",
+        "configs: [{config_name: a, data_files: 'no*.jsonl'}]": "split train has no files; it has README.md, one/a",
         "configs: [{config_name: a, sep: x}]": "'sep' of 'a' in its README.md is not understood",
         "configs: [{config_name: a, data_files: [{split: x}]}]": "not split and path",
         "configs: [": "README.md cannot be read",
@@ -191,7 +192,9 @@ def test_a_folder_that_says_too_little_is_refused_with_what_it_has(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path / "both", "a.csv", "b.jsonl", "state.json", "notes.txt")
-    with refused(PromptError, "dataset.source", says=r"has no files of one format; it has a\.csv, b\.jsonl"):
+    with refused(
+        PromptError, "dataset.source", says=r"split train has files of several formats; it has a\.csv, b\.jsonl"
+    ):
         ids(tmp_path / "both")
     make(tmp_path / "none", "notes.txt", "train.jsonl.bak")
     with refused(PromptError, "dataset.source", says=r"no file in it ends in .*; it has notes\.txt, train\.jsonl\.bak"):
@@ -199,6 +202,10 @@ def test_a_folder_that_says_too_little_is_refused_with_what_it_has(
     make(tmp_path / "odd", "data/my-set-00000-of-00001.jsonl")
     with refused(PromptError, "dataset.source", says="'my-set' cannot be the name of a split"):
         ids(tmp_path / "odd")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "train-2.jsonl").symlink_to("not-fetched")
+    with refused(PromptError, "dataset.source", says=r"train-2\.jsonl: cannot be read: .*No such file"):
+        ids(tmp_path / "link")
     make(tmp_path / "part", "train-00001-of-00003.jsonl")
     assert ids(tmp_path / "part") == ["train-00001-of-00003.jsonl"]
     assert "of the 3 files train-... there are 1" in caplog.text
