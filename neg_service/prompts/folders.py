@@ -39,7 +39,7 @@ _KEYWORDS = {
 }
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5}).*\.[^/]*")
 _SPLIT = re.compile(r"\w+(\.\w+)*")
-_CUT = re.compile(r"\s*(\w+(?:\.\w+)*)\s*(?:\[\s*(-?\d+)?(%)?\s*:\s*(-?\d+)?(%)?\s*\])?\s*")
+_CUT = re.compile(r"\s*(\w+(?:\.\w+)*)\s*(?:\[\s*(?:(-?\d+)(%)?)?\s*:\s*(?:(-?\d+)(%)?)?\s*\])?\s*")
 _FRONT_MATTER = re.compile(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:\r?\n|$)", re.DOTALL)
 _CONFIG = ("config_name", "data_files", "data_dir", "default", "description", "version")
 
@@ -87,17 +87,19 @@ def open_folder(source: str, subset: str | None, split: Any) -> Folder | None:
     names = _files_below(source, place)
     splits = _splits(source, place, names, subset)
     asked = chosen_split(source, split, list(splits))
-    cuts = []
+    cuts: list[Cut] = []
     for part in asked.split("+"):
         found = _CUT.fullmatch(part)
-        if found is None or (found[2] and found[4] and found[3] != found[5]):
+        given = [] if found is None else [int(one) for one in (found[2], found[4]) if one is not None]
+        is_percent = found is not None and bool(found[3] or found[5])
+        if found is None or (len(given) == 2 and found[3] != found[5]) or (is_percent and max(map(abs, given)) > 100):
             raise PromptError(
                 f"{part.strip()!r} cannot be read; a cut is NAME[FROM:TO] in rows, or both in percent",
                 setting="dataset.split",
                 value=split,
             )
         start, end = (None if one is None else int(one) for one in (found[2], found[4]))
-        cuts.append(Cut(splits[found[1]], start, end, bool(found[3] or found[5])))
+        cuts.append(Cut(splits[found[1]], start, end, is_percent))
     used = list(dict.fromkeys(name for cut in cuts for name in cut.files))
     formats = {_format(name) for name in used}
     if formats == {None}:

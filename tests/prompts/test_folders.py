@@ -80,7 +80,7 @@ def test_splits_are_cut_and_added(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         assert ids(place, f"train{cut}") == wanted
     assert ids(place, "test + train[4:]") == ["test.jsonl", "train-4.jsonl"]
-    for wrong in ("train[1]", "train[:5%](closest)", "train[1:50%]"):
+    for wrong in ("train[1]", "train[:5%](closest)", "train[1:50%]", "train[:200%]", "train[%:]"):
         with refused(PromptError, "dataset.split", wrong, says="a cut is NAME"):
             ids(place, wrong)
 
@@ -145,6 +145,10 @@ def test_ids_and_answers_are_texts_as_they_are_written(tmp_path: Path) -> None:
     assert ids(tmp_path / "jsonl") == ids(tmp_path / "json") == numbers
     make(tmp_path / "dates", "a.jsonl", **{"a.jsonl": json.dumps(row("2026-11-25"))})
     assert ids(tmp_path / "dates") == ["2026-11-25"]
+
+
+def test_a_file_that_two_patterns_find_is_read_once(tmp_path: Path) -> None:
+    assert ids(make(tmp_path, "train-train.jsonl", "train-a.jsonl")) == ["train-a.jsonl", "train-train.jsonl"]
 
 
 def test_rows_without_an_id_are_numbered_through_all_files(tmp_path: Path) -> None:
