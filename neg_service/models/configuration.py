@@ -45,6 +45,8 @@ _SIZES = re.compile(
 )
 _EPSILONS = re.compile(r"(.*_)?eps(ilon)?")
 _POSITIVE = re.compile(r"rope_theta|rotary_emb_base|rope_local_base_freq|partial_rotary_factor|rotary_pct")
+# What rotary embeddings have that are not scaled, and need no type for.
+_UNSCALED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 _ACTIVATIONS = re.compile(r"hidden_act|hidden_activation|activation_function|activation|conv_act")
 # Its infinity is meant, in models that other checks refuse by name.
 _MAY_BE_INFINITE = "time_step_limit"
@@ -176,6 +178,54 @@ def _check(local: LocalModel, raw: dict[str, Any]) -> None:
                 setting="model.source",
                 value=local.directory,
             )
+    # A model that comes with its own code may have keys of its own.
+    reason = None if "auto_map" in raw else _objection_to_scaling(raw)
+    if reason:
+        raise ModelError(f"cannot be loaded: {CONFIG}: {reason}", setting="model.source", value=local.directory)
+
+
+def _objection_to_scaling(config: dict[str, Any], above: str = "") -> str | None:
+    """Numbers of rotary embeddings that transformers would leave unused without a word."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope, theta = config.get(key), config.get("rope_theta")
+        if isinstance(rope, dict):
+            reason = _unused_scaling(f"{above}{key}", rope) or _unused_theta(f"{above}{key}", rope, above, theta)
+            if reason:
+                return reason
+    text = config.get("text_config")
+    return _objection_to_scaling(text, f"{above}text_config.") if isinstance(text, dict) else None
+
+
+def _unused_scaling(place: str, rope: dict[str, Any]) -> str | None:
+    """What is wrong with the parameters of one kind of layers, or of each."""
+    nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
+    if nested:
+        return next(filter(None, (_unused_scaling(f"{place}.{key}", value) for key, value in nested.items())), None)
+    kind = rope.get("rope_type", rope.get("type"))
+    given = {key: value for key, value in rope.items() if value is not None and key not in _UNSCALED}
+    if kind is None:
+        # A factor of 1 scales nothing.
+        key = next((key for key, value in given.items() if (key, value) != ("factor", 1)), None)
+    else:
+        key = "factor" if kind == "default" and given.get("factor", 1) != 1 else None
+    if key is None:
+        return None
+    has = "has no rope_type" if kind is None else f"has rope_type={_shown(kind)}"
+    return (
+        f"{place}.{key}={_shown(rope[key])}: would not be used, for {place} {has}: give the kind of scaling as "
+        "rope_type (such as linear), or leave it out"
+    )
+
+
+def _unused_theta(place: str, rope: dict[str, Any], above: str, theta: Any) -> str | None:
+    full = rope.get("full_attention")
+    own = (full if isinstance(full, dict) else rope).get("rope_theta")
+    if own is None or theta is None or own == theta:
+        return None
+    return (
+        f"{above}rope_theta={_shown(theta)}: would not be used, for {place} has rope_theta={_shown(own)}: leave out "
+        "the one that is not meant"
+    )
 
 
 def _values(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, str, Any]]:

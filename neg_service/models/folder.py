@@ -29,10 +29,11 @@ _READ = (
     CONFIG, "generation_config.json", "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py",
 )  # fmt: skip
-_ADAPTER_FILES = (
-    "adapter_config.json", "adapter*.safetensors", "adapter*.bin", "adapter*.pt", "adapter*.npz",
-    "*lora*.safetensors", "*lora*.bin", "*lora*.pt", "pytorch_adapter.bin",
-)  # fmt: skip
+# Weights whose name says what they are, in whatever format; words that only have those letters in them are none.
+_ADAPTER_FILE = re.compile(
+    r"adapter_config\.json|(.*(?<![fp])lora|.*adapter).*\.(safetensors|bin|pt|pth|gguf|ckpt|h5|msgpack|npz)",
+    re.IGNORECASE,
+)
 _ADAPTER_TENSOR = re.compile(
     r"(^|[._])(lora|lokr|loha|ia3|vera|hada|oft|boft|adapters?|soft_prompts?|(prompt|prefix)_(encoder|embeddings?|tuning)|"
     r"control_vectors?)(?=_|\.|$)",
@@ -96,7 +97,7 @@ def require_plain_files(source: str, directory: Path) -> None:
     Raises:
         ModelError: naming the file and what to do.
     """
-    adapter = _matching(directory, _ADAPTER_FILES)
+    adapter = sorted(file for file in directory.iterdir() if _ADAPTER_FILE.fullmatch(file.name))
     if adapter:
         beside = "beside full weights" if any(directory.glob("*.safetensors")) else "without its base model"
         raise ModelError(
@@ -172,6 +173,7 @@ def _used_files(source: str, directory: Path) -> list[Path]:
         if not chosen.endswith(".index.json"):
             return [index]
     elif (directory / WEIGHTS).is_file() or (directory / WEIGHTS).is_symlink():
+        _require_no_second_set(source, directory)
         return [directory / WEIGHTS]
     if not index.is_file():
         found = ", ".join(file.name for file in _matching(directory, ("*.safetensors",))[:3])
@@ -197,6 +199,36 @@ def _used_files(source: str, directory: Path) -> list[Path]:
             value=source,
         )
     return [directory / name for name in names]
+
+
+def _require_no_second_set(source: str, directory: Path) -> None:
+    """Refuse shards that are a whole model too, and another one: which of them is meant nothing says."""
+    one, index = directory / WEIGHTS, directory / INDEX
+    if not one.is_file() or not index.is_file():
+        return
+    try:
+        shards = [directory / name for name in _names_in_index(source, index)]
+        if one in shards or not all(file.is_file() for file in shards):
+            return
+        own, others = stored_tensors(source, [one]), stored_tensors(source, shards)
+    except ModelError:
+        # It is no whole model; if it is the first that is damaged, whoever reads it says so.
+        return
+    different = [name for name in sorted(own.keys() | others.keys()) if not _is_same_stored(name, own, others)]
+    if different:
+        raise ModelError(
+            f"{WEIGHTS} and the {len(shards)} files of {INDEX} are two models, which differ in {len(different)} "
+            f"tensors ({', '.join(different[:3])}): take the one that is not meant out of the folder",
+            setting="model.source",
+            value=source,
+        )
+
+
+def _is_same_stored(name: str, own: Mapping[str, StoredTensor], others: Mapping[str, StoredTensor]) -> bool:
+    one, other = own.get(name), others.get(name)
+    if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return _is_same(name, one.file, other.file)
 
 
 def _chosen_by_configuration(directory: Path) -> str | None:

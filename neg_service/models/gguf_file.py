@@ -1,7 +1,8 @@
 """A .gguf file, unpacked by transformers to a folder with safetensors, a configuration and a tokenizer.
 
 What transformers leaves out without a word is refused here: tensors that its table of names does not have (biases of
-attention in a Llama), and rotary embeddings that are scaled, which its configurations of most architectures lose.
+attention in a Llama), and rotary embeddings that are scaled, which its configurations of most architectures lose. What
+it leaves out of the metadata, `gguf_metadata` puts back or refuses.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader, dequantize
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from neg_service.errors import ModelError, NegServiceError, one_line
 from neg_service.models.folder import require_real_file
+from neg_service.models.gguf_metadata import apply_metadata, is_rotary_scaled
 from neg_service.models.library_log import hear_libraries
 from neg_service.models.weights import require_complete, require_used
 
@@ -43,8 +45,11 @@ def unpack(file: Path, target: Path) -> None:
         metadata, names = read_gguf_metadata(str(file))
         _require_a_whole_model(file, metadata)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        apply_metadata(file, config, metadata)
         model, report = AutoModelForCausalLM.from_pretrained(
             file.parent,
+            config=config,
             gguf_file=file.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
@@ -80,16 +85,6 @@ def _require_a_whole_model(file: Path, metadata: dict[str, Any]) -> None:
 
 def _require_all_taken(file: Path, model: PreTrainedModel, metadata: dict[str, Any], names: tuple[str, ...]) -> None:
     architecture = metadata["general.architecture"]
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    is_scaled = rope.get("rope_type", "default") != "default"
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" and not is_scaled:
-        raise ModelError(
-            f"has scaled rotary embeddings ({architecture}.rope.scaling.type={scaling}), which are lost where "
-            "GGUF is unpacked: give the model's directory with safetensors",
-            setting="model.source",
-            value=file,
-        )
     if is_gguf_arch_supported(architecture):
         # What is not taken is in transformers' own report.
         return
@@ -105,7 +100,7 @@ def _require_all_taken(file: Path, model: PreTrainedModel, metadata: dict[str, A
             setting="model.source",
             value=file,
         )
-    if factors and not is_scaled and not _are_ones(file, factors):
+    if factors and not is_rotary_scaled(model.config.get_text_config()) and not _are_ones(file, factors):
         raise ModelError(
             f"has scaled rotary embeddings ({', '.join(factors)}), which are lost where GGUF is unpacked: give "
             "the model's directory with safetensors",

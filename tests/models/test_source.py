@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -70,6 +71,35 @@ def test_a_path_is_as_good_as_its_text(tiny_directory: Path) -> None:
     for bad in (None, 3, ["a"]):
         with refused(ModelError, "source", bad, allowed="a text or a path, such as smollm2"):
             neg_service.load_model(bad)  # type: ignore[arg-type]
+
+
+# In place, so that only the time of its inode tells; and as another file with the first one's time and size.
+@pytest.mark.parametrize("by", ["writing", "renaming"])
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_weights_that_changed_at_equal_size_and_time_are_others(
+    by: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(file: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "config.json").write_text(file.read_text())
+
+    monkeypatch.setattr(source, "_unpack_gguf", leave)
+    monkeypatch.setenv("NEG_SERVICE_CACHE", str(tmp_path / "cache"))
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    file = directory / {"directory": "model.safetensors", "gguf": "model.gguf"}[kind]
+    asked = directory if kind == "directory" else file
+    file.write_bytes(b"first")
+    stat = file.stat()
+    first = source.fetch(asked).identity
+    assert source.fetch(asked).identity == first
+    time.sleep(0.02)
+    other = file if by == "writing" else file.with_suffix(".new")
+    other.write_bytes(b"other")
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(file)
+    assert source.fetch(asked).identity != first
 
 
 def test_a_directory_may_be_called_like_a_file(tiny_directory: Path, tmp_path: Path) -> None:
