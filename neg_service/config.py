@@ -133,7 +133,9 @@ class NeuronsConfig:
     layers: Any = setting("all", "`all`, or a list of layers from 0: `[0,15,29]`")
     choose: str = setting("all", "which neurons of these layers", allowed=("all", "sample", "top", "list"))
     count: int = setting(0, "how many, for `sample` and `top`")
-    per: str = setting("layer", "`sample`: so many of each layer, or of the whole model", allowed=("layer", "model"))
+    per: str = setting(
+        "layer", "`sample`: so many of each MLP and expert, or of the whole model", allowed=("layer", "model")
+    )
     seed: int = setting(0, "of the sample", least=0)
     over: str = setting(
         "prompt", "`top`: rank for each prompt, or once over the data set", allowed=("prompt", "dataset")

@@ -107,15 +107,15 @@ def _refuse_no_text(where: str, beginning: bytes, refusal: Refusal) -> None:
         raise refusal(f"is {other}", given=where)
 
 
-def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError) -> Any:
-    """What a file of JSON says.
+def json_of(where: str, content: bytes, refusal: Refusal = ConfigurationError, *, as_written: bool = False) -> Any:
+    """What a file of JSON says; `as_written` as of `json_lines`.
 
     Raises:
         ConfigurationError: it is not JSON, an object has a key twice, or it is nested too deep.
     """
     text = text_of(where, content, refusal)
     try:
-        return json_value(text)
+        return json_value(text, as_written=as_written)
     except ValueError as problem:
         raise refusal(str(problem), given=where) from problem
 

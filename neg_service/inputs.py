@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import posixpath
 import struct
 import tarfile
 import zipfile
@@ -117,13 +118,23 @@ def _content(files: AbstractFileSystem, place: str) -> bytes:
     content: bytes = files.cat_file(place, **whole)
     # A copy that is kept stands before what it is of.
     archive = getattr(files, "fs", files)
-    if isinstance(archive, ZipFileSystem) and archive.zip.namelist().count(place.lstrip("/")) > 1:
+    names: list[str] = []
+    if isinstance(archive, ZipFileSystem):
+        names = archive.zip.namelist()
+    elif isinstance(archive, TarFileSystem):
+        names = archive.tar.getnames()
+    if [_in_archive(name) for name in names].count(_in_archive(place)) > 1:
         raise ValueError(f"the archive has two files {place!r}; names must differ")
     if isinstance(files, TarFileSystem):
         # The checksum of a compressed archive stands at its end.
         while files.fo.read(_PIECE):
             pass
     return content
+
+
+def _in_archive(name: str) -> str:
+    """One name for what programs write as `a`, `/a` and `./a`."""
+    return posixpath.normpath(name.lstrip("/"))
 
 
 def suffix_of(source: str) -> str:

@@ -84,6 +84,25 @@ def test_the_checksums_of_archives_are_verified(tmp_path: Path, name: str) -> No
             read_input("dataset.source", uri, PromptError)
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("other", ["a.jsonl", "./a.jsonl", "/a.jsonl"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path: Path, kind: str, other: str) -> None:
+    place = tmp_path / f"x.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(place, "w") as archive:
+            for name in ("a.jsonl", other):
+                archive.writestr(name, ROWS)
+    else:
+        with tarfile.open(place, "w") as archive:
+            for name in ("a.jsonl", other):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(ROWS)
+                archive.addfile(entry, io.BytesIO(ROWS))
+    with refused(PromptError, "dataset.source", says="the archive has two files 'a.jsonl'; names must differ"):
+        read_input("dataset.source", f"{kind}://a.jsonl::{place}", PromptError)
+
+
 def _flipped(content: bytes, at: int) -> bytes:
     broken = bytearray(content)
     broken[at] ^= 2

@@ -130,7 +130,8 @@ def _named(cluster: ClusterConfig, key: str) -> tuple[str, str]:
     if address in ("", "auto") and os.environ.get("RAY_ADDRESS"):
         address, said = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
     address = address or "local"
-    named = f"{said}={address}"
+    # What stands before an @ may be a password.
+    named = f"{said}={re.sub('.*@', '***@', address)}"
     if re.match(r"https?://", address, re.IGNORECASE):
         raise ConfigurationError(
             f"is the address of a job server, to which python -m jobs.submit --address {address} sends a job; a "

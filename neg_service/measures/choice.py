@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from neg_service.config import NeuronsConfig, checked_layers
 from neg_service.errors import ConfigurationError
-from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerSize, layers_of_sizes
+from neg_service.layer_neurons import ALWAYS_ON, NO_EXPERT, LayerNeurons, LayerSize, layers_of_sizes
 from neg_service.neurons import Neurons, NeuronSet, require_existing, rows_of
 from neg_service.settings import check_fields
 from neg_service.slots import Slots
@@ -154,8 +154,18 @@ def count_of(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> in
     if config.choose == "top":
         return config.count
     chosen = chosen_neurons(config, neurons_by_layer)
-    if config.choose == "list":
-        return len(chosen)
+    return len(chosen) if config.choose == "list" else _used_of(chosen, sizes)
+
+
+def n_used(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> int:
+    """How many of these a prompt uses, about: of a list each neuron is told, also where its expert was not chosen."""
+    if config.choose != "list":
+        return count_of(config, neurons_by_layer)
+    return _used_of(chosen_neurons(config, neurons_by_layer), layers_of_sizes(neurons_by_layer))
+
+
+def _used_of(chosen: NeuronSet, sizes: Sequence[LayerNeurons]) -> int:
+    """Of an expert's neurons the share of its layer's experts that a token uses."""
     share = np.array([own.n_chosen / max(1, own.n_experts) for own in sizes])
     return math.ceil(float(np.where(chosen.expert >= 0, share[chosen.layer], 1.0).sum()))
 

@@ -90,7 +90,8 @@ def sweep_prompt(
         neurgrad_km = interventions.neurgrad(neurons.layers, budget, output)
     if gradient_km is None and sweep.uses_slope and sweep.shift == "signed":
         gradient_km = interventions.gradient(neurons.layers, budget, output)
-    activation_m = torch.cat([interventions.activation[site].to(device) for site in sites.sites])
+    # Of a sample a prompt may use none.
+    activation_m = torch.cat([interventions.activation[site].to(device) for site in sites.sites] or [activation_n])
     is_routed_nk = interventions.are_routed(neurons)
     in_order = np.argsort(place_n, kind="stable")
     for own in _groups(in_order[place_n[in_order] >= 0], place_n, sites):

@@ -123,7 +123,13 @@ def read_edits(source: Any) -> Any:
     content = read_input("measure.edits", source)
     where = f"measure.edits={without_credentials(source)}"
     is_lines = suffix_of(source) == ".jsonl"
-    edits = [edit for _, edit in json_lines(where, content)] if is_lines else json_of(where, content)
+
+    def read(*, as_written: bool = False) -> Any:
+        if not is_lines:
+            return json_of(where, content, as_written=as_written)
+        return [edit for _, edit in json_lines(where, content, as_written=as_written)]
+
+    edits = read()
     # Before anything walks through them.
     if is_deeper(edits, _LEVELS):
         raise ConfigurationError(
@@ -131,7 +137,19 @@ def read_edits(source: Any) -> Any:
             '"shift": 0.5}',
             given=where,
         )
-    return edits
+    return _named_as_written(edits, read(as_written=True))
+
+
+def _named_as_written(edits: Any, written: Any) -> Any:
+    """Edits with names for texts: 1.10 is another name than 1.1."""
+    if not isinstance(edits, list):
+        return edits
+    return [
+        edit | {"name": str(own["name"])}
+        if isinstance(edit, dict) and isinstance(edit.get("name"), int | float) and not isinstance(edit["name"], bool)
+        else edit
+        for edit, own in zip(edits, written, strict=True)
+    ]
 
 
 def _checked(edit: Edit | Mapping[str, Any], index: int, neurons_by_layer: Sequence[LayerSize]) -> CheckedEdit:

@@ -56,8 +56,8 @@ class Chat:
         `who` is the prompt's id.
 
         Raises:
-            PromptError: the template refuses the messages, leaves nothing of them, or the text begins with the
-                tokenizer's first token twice.
+            PromptError: the template refuses the messages, leaves nothing of them, or the text begins with its first
+                special tokens twice.
         """
         is_begun = messages[-1][0] == ASSISTANT
         try:
@@ -83,7 +83,9 @@ class Chat:
                 f"{one_line(error)}",
                 change="dataset.source",
             ) from error
-        self._refuse_two_beginnings(who, text)
+        first = self._refuse_two_beginnings(who, text)
+        if any(token in content for token in first for _, content in messages):
+            _tell_spelled(first, self.model, who)
         begun = messages[-1][1] if is_begun else ""
         if not text.endswith(begun[len(begun.rstrip()) :]):
             _tell_trimmed(self.model, who)
@@ -104,15 +106,27 @@ class Chat:
         found: dict[str, Any] = {"template_sha256": hashlib.sha256(self.template.encode()).hexdigest()}
         return {**found, "arguments": dict(self.arguments)} if self.arguments else found
 
-    def _refuse_two_beginnings(self, who: str, text: str) -> None:
-        """The template writes the first token itself; messages that spell it, too, would have it twice."""
-        first = getattr(self.tokenizer, "bos_token", None)
-        if first and text.lstrip().removeprefix(first).lstrip().startswith(first) and text.lstrip().startswith(first):
-            raise PromptError(
-                f"prompt {who!r} would begin with {first!r} twice: the chat template writes it, and a message or the "
-                "template spells it again; leave that out",
-                change="dataset.source",
-            )
+    def _refuse_two_beginnings(self, who: str, text: str) -> tuple[str, ...]:
+        """The special tokens that the text begins with; a message that spells them again would have them twice."""
+        special = sorted({*getattr(self.tokenizer, "all_special_tokens", ()), *self._added}, key=len, reverse=True)
+        first: list[str] = []
+        rest = text.lstrip()
+        while token := next((own for own in special if own and rest.startswith(own)), None):
+            if token in first:
+                raise PromptError(
+                    f"prompt {who!r} would begin with {token!r} twice: the chat template writes it, and a message or "
+                    "the template spells it again; leave that out",
+                    change="dataset.source",
+                )
+            first.append(token)
+            rest = rest.removeprefix(token).lstrip()
+        return tuple(first)
+
+    @property
+    def _added(self) -> list[str]:
+        """Special tokens that have no name of their own, such as [gMASK] and <sop>."""
+        known = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return [str(own) for own in known.values() if getattr(own, "special", False)]
 
 
 MakeChat = Callable[[], Chat]
@@ -282,6 +296,16 @@ def _tell_left_out(role: str, model: str, who: str) -> None:
         log.warning(
             "the chat template of %s leaves out, or changes, what messages of the role %r say; prompt %r is the first",
             model, role, who,
+        )  # fmt: skip
+
+
+def _tell_spelled(first: Sequence[str], model: str, who: str) -> None:
+    if ("".join(first), model) not in _told:
+        _told.add(("".join(first), model))
+        log.warning(
+            "the chat template of %s begins with %s, and messages spell that, too, where it stays as it is; prompt %r "
+            "is the first",
+            model, "".join(first), who,
         )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Data sets of the Hugging Face hub, and folders of files that are one, as the `datasets` library reads them.
+"""Data sets of the Hugging Face hub, as the `datasets` library reads them.
 
-`OWNER/NAME`, `OWNER/NAME@REVISION`, or a folder of this machine, with a subset and a split where there are several. The
-library downloads what it does not have yet, keeps it in its own cache, and is asked for rows as they are stored. It is
-an extra, because single files need none: `hf://datasets/OWNER/NAME@REVISION/FILE` is a place like others.
+`OWNER/NAME` or `OWNER/NAME@REVISION`, with a subset and a split where there are several; and folders whose files have
+no strict reader (`folders.py`). The library downloads what it does not have yet, keeps it in its own cache, and is
+asked for rows as they are stored. It is an extra, because single files need none, nor do folders of them:
+`hf://datasets/OWNER/NAME@REVISION/FILE` is a place like others.
 """
 
 from __future__ import annotations
@@ -73,16 +74,25 @@ def open_data_set(source: str, subset: str | None, split: Any) -> HubTable:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     library.disable_progress_bars()
+    # The library's cache knows a file by its time, which a changed one may keep.
+    mode = "force_redownload" if is_here(source) else None
     if is_here(source):
         place, revision = absolute(source), None
+        if odd := re.search(r"[*?\[\]]|::", place):
+            raise PromptError(
+                f"has {odd[0]!r} in its path, which the datasets library takes for a pattern: rename the folder, or "
+                "store its rows as Parquet",
+                setting="dataset.source",
+                value=source,
+            )
     else:
         place, revision = _asked_of_hub(source)
     try:
         builder = library.load_dataset_builder(place, subset, revision=revision)
         splits = [str(one) for one in (builder.config.data_files or builder.info.splits or ())]
-        chosen = _chosen_split(source, split, splits)
+        chosen = chosen_split(source, split, splits)
         log.info("reading split %s of %s", chosen, source)
-        builder.download_and_prepare()
+        builder.download_and_prepare(download_mode=mode)
         dataset = builder.as_dataset(split=chosen)
     except PromptError:
         raise
@@ -100,8 +110,9 @@ def _library(source: str) -> Any:
     # A folder of this name beside the program can be imported, too.
     if not hasattr(library, "load_dataset_builder"):
         raise PromptError(
-            "data sets of the hub, and folders, are read by the datasets library, which is not installed: pip install "
-            "'neg-service[datasets]'; single files need none, such as hf://datasets/OWNER/NAME@REVISION/FILE.parquet",
+            "data sets of the hub, and formats such as Arrow, are read by the datasets library, which is not "
+            "installed: pip install 'neg-service[datasets]'; single files need none, such as "
+            "hf://datasets/OWNER/NAME@REVISION/FILE.parquet",
             setting="dataset.source",
             value=source,
         )
@@ -136,8 +147,12 @@ def _not_given(source: str, reason: str) -> PromptError:
     )
 
 
-def _chosen_split(source: str, split: Any, splits: Sequence[str]) -> str:
-    """The split that was asked for, or the only one."""
+def chosen_split(source: str, split: Any, splits: Sequence[str]) -> str:
+    """The split that was asked for, or the only one.
+
+    Raises:
+        PromptError: there are several, or none of that name.
+    """
     if split is None and len(splits) == 1:
         return splits[0]
     if not isinstance(split, str):

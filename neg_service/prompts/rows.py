@@ -1,7 +1,7 @@
-"""Rows of a JSONL, Parquet or CSV file at any fsspec URI, or of a data set of the hub, with their places for messages.
+"""Rows of a JSONL, Parquet or CSV file at any fsspec URI, of a folder of them, or of a data set of the hub.
 
-A row is a mapping of columns; what a file calls them says `dataset.columns`. In CSV, `targets` and
-`wordings` are JSON lists in their cells, and there are no messages. What rows say: `sources.py`.
+Each comes with its place, for messages. A row is a mapping of columns; what a file calls them says `dataset.columns`.
+In CSV, `targets` and `wordings` are JSON lists in their cells, and there are no messages. What rows say: `sources.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from neg_service.config import DatasetConfig
-from neg_service.contents import csv_of, json_lines, json_value, parquet_batches, parquet_of, repeated
+from neg_service.contents import csv_of, json_lines, json_value, parquet_batches, parquet_of, repeated, text_of
 from neg_service.errors import PromptError, one_line, shortened
 from neg_service.inputs import opened_input, suffix_of
 from neg_service.places import is_here
 from neg_service.prompts.facts import BUILT_IN
+from neg_service.prompts.folders import Folder, open_folder
 from neg_service.prompts.hub import HubTable, is_data_set, open_data_set
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -42,6 +44,9 @@ def opened_rows(source: str, shown: str, how: DatasetConfig) -> Iterator[tuple[C
             setting="dataset.source",
             value=shown,
         )
+    if is_here(source) and is_table and (folder := open_folder(source, how.subset, how.split)) is not None:
+        yield _folder_rows, folder, folder
+        return
     if is_table:
         table = open_data_set(source, how.subset, how.split)
         yield _hub_rows, table, table
@@ -149,6 +154,53 @@ def _parquet_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: M
         for row in rows:
             yield f"row {number}", row
             number += 1
+
+
+def _json_rows(where: str, file: BinaryIO, names: Mapping[str, str], named: Mapping[str, str]) -> Rows:
+    """Of a list of objects; files of this name may also hold an object a line."""
+    text = text_of(where, file.read(), PromptError)
+    file.seek(0)
+    if not text.lstrip().startswith("["):
+        yield from _jsonl_rows(where, file, names, named)
+        return
+    try:
+        rows = json_value(text, as_written=True)
+    except ValueError as error:
+        raise PromptError(str(error), given=where) from error
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise PromptError(f"row {number} is not a JSON object", given=where)
+        yield f"row {number}", row
+    if rows:
+        _require_named(where, list(dict.fromkeys(name for row in rows for name in row)), named)
+
+
+def _folder_rows(where: str, folder: Folder, names: Mapping[str, str], named: Mapping[str, str]) -> Rows:
+    for cut in folder.cuts:
+        rows = partial(_rows_of_files, where, folder.place, cut.files, names, named)
+        start, end = cut.range(partial(_count, rows))
+        # Also behind the last: what is wrong with a file is wrong with all of it.
+        yield from (row for index, row in enumerate(rows()) if start <= index < end)
+
+
+def _count(rows: Callable[[], Rows]) -> int:
+    return sum(1 for _ in rows())
+
+
+def _rows_of_files(
+    where: str, folder: Path, files: Sequence[str], names: Mapping[str, str], named: Mapping[str, str]
+) -> Rows:
+    """The rows of several files, each read as if it were given alone."""
+    rows_of = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+    for name in files:
+        own = f"{where}: {name}"
+        try:
+            opened = (folder / name).open("rb")
+        except OSError as error:
+            raise PromptError(f"cannot be read: {one_line(error)}", given=own) from error
+        with opened as file:
+            for place, row in rows_of[Path(name).suffix.lower()](own, file, names, named):
+                yield f"{name}: {place}", row
 
 
 def _hub_rows(where: str, table: HubTable, names: Mapping[str, str], named: Mapping[str, str]) -> Rows:

@@ -119,7 +119,9 @@ def test_a_sweep_says_what_was_used(source: tuple[str, list[str]], tmp_path: Pat
     neurons = run.listed_neurons()
     assert neurons is not None
     assert neurons.names() == [(1, 3, 0), (1, 3, 1), (2, 3, 4)]
-    # A sample has rows of what was used alone.
+    # A sample has rows of what was used alone; of two neurons of all experts a prompt may use none.
+    few = scanned(source, tmp_path, "measure=sweep", "neurons=sample", "neurons.count=2", "neurons.per=model")
+    assert few.table("prompts").to_table().num_rows == len(ROWS)
     sample = scanned(source, tmp_path, *settings[:2], "neurons=sample", "neurons.count=1").table("sweep").to_table()
     assert sample["is_routed"].to_numpy().all()
     assert all(
@@ -166,6 +168,10 @@ MEASURES = [
     ["measure=neurgrad"],
     ["measure=sweep", "measure.shifts=[-1,1]", "neurons=sample", "neurons.count=1"],
     *OTHERS,
+    ["measure=activation"],
+    ["measure=gradient_x_activation"],
+    ["measure=positions"],
+    ["measure=control", "measure.probability=0.05"],
     ["measure=neuron_predictions", "neurons=list", "neurons.list=[[1,3,0],[2,3,4]]"],
 ]
 

@@ -213,7 +213,7 @@ FAULTS: dict[str, tuple[Callable[[Place], Callable[[], None]], int]] = {
     "a worker away for 10 s": (lambda place: _for(10, _left(place).cut), 0),
     "packets to the store dropped for 20 s": (lambda place: _for(20, lambda: _left(place).deaf_to(place.store)), 0),
     "10 % of packets lost for 30 s": (lambda place: _for(30, lambda: _left(place).losing(10)), 0),
-    "a slow link for 30 s": (lambda place: _for(30, lambda: _left(place).slow(50)), 0),
+    "a slow link for 30 s": (lambda place: _for(30, lambda: _left(place).slow(8)), 0),
     "the head away for 25 s": (lambda place: _for(25, place.head.cut), 4),
     "a worker away for 30 s": (lambda place: _for(30, _left(place).cut), 4),
 }

@@ -21,6 +21,7 @@ from neg_service.measures.choice import (
     count_of,
     described,
     identity_of_choice,
+    n_used,
     resolved,
     strongest_neurons,
     with_list_read,
@@ -162,6 +163,10 @@ def test_all_neurons_with_experts_are_counted_as_those_that_act_on_a_prompt() ->
     # Of layer 1 the MLP and two of four experts, of layer 2 one of two.
     assert count_of(NeuronsConfig(), MIXTURE) == 40 + (30 + 2 * 20) + 20
     assert count_of(NeuronsConfig([2]), MIXTURE) == 20
+    # Of a list all are told, and of those of experts a prompt uses 2 of 4 (see MIXTURE).
+    rows = [(0, NO_EXPERT, 1), *((1, n % 4, n) for n in range(8)), (1, ALWAYS_ON, 2)]
+    of_list = NeuronsConfig(choose="list", list=NeuronSet.distinct(np.array(rows))[0])
+    assert (count_of(of_list, MIXTURE), n_used(of_list, MIXTURE)) == (10, 6)
 
 
 def test_a_sample_is_of_each_expert_and_of_each_mlp() -> None:

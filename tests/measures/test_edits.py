@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from neg_service.errors import ConfigurationError
-from neg_service.measures.edits import checked_edits, edit_name
+from neg_service.measures.edits import checked_edits, edit_name, read_edits
 from tests.refusals import refused
 
 
@@ -42,3 +44,12 @@ def test_an_edit_takes_neurons_of_no_expert_and_refuses_those_of_one() -> None:
 @pytest.mark.parametrize(("name", "called"), [(0, "0"), (0.0, "0.0"), ("x", "x"), ("", "edit-3"), (None, "edit-3")])
 def test_an_edit_is_called_by_its_name(name: object, called: str) -> None:
     assert edit_name({"name": name}, 3) == called
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_names_in_a_file_are_as_they_are_written(ending: str, tmp_path: Path) -> None:
+    rows = ['{"name": 1.10, "neurons": [[0, 1]], "shift": 0.50}', '{"name": 1.1, "neurons": [[0, 2]], "shift": 1e5}']
+    (tmp_path / f"edits.{ending}").write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")
+    edits = read_edits(str(tmp_path / f"edits.{ending}"))
+    assert [(own["name"], type(own["shift"])) for own in edits] == [("1.10", float), ("1.1", float)]
+    assert [edit.name for edit in checked_edits(edits, [8])] == ["1.10", "1.1"]

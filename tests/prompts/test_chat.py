@@ -167,18 +167,12 @@ def row(messages: Any, **more: Any) -> dict[str, Any]:
         (row([QUESTION | {"tool_calls": ["f"]}]), "prompt 'fr': message 1 has 'tool_calls'"),
         (row([QUESTION], prompt="a"), "prompt 'fr': has a prompt and messages"),
         (row([QUESTION] * 2), "prompt 'fr': the chat template of m refuses its messages (roles: 'user, user'): Conv"),
-        (row([{"role": "user", "content": "<s>a"}]), None),
+        (row([{"role": "user", "content": "<s>a"}]), "prompt 'fr' would begin with '<s>' twice"),
     ],
 )  # fmt: skip
-def test_what_is_no_conversation_is_refused_with_its_row(
-    given: dict[str, Any], says: str | None, tmp_path: Path
-) -> None:
+def test_what_is_no_conversation_is_refused_with_its_row(given: dict[str, Any], says: str, tmp_path: Path) -> None:
     asked = DatasetConfig(in_file(tmp_path / "a.jsonl", [given]))
     chat = made_of(tokenizer(TEMPLATES["llama-2"]))
-    if says is None:
-        # In a turn it stays where it is: "<s>[INST] <s>a".
-        assert load_dataset(asked, None, chat)[0].text.count("<s>") == 2
-        return
     with refused(PromptError, "dataset.source", says=re.escape(says)) as caught:
         load_dataset(asked, None, chat)
     assert "\n" not in str(caught.value)
@@ -234,6 +228,22 @@ def test_arguments_are_told_to_the_template_and_unknown_ones_refused() -> None:
     ):
         with refused(ConfigurationError, "dataset.chat_arguments", says=says):
             chat_of(own, "m", None, {name: False})
+
+
+def test_several_first_tokens_stand_once_too(caplog: pytest.LogCaptureFixture) -> None:
+    own = tokenizer("[gMASK]<sop><|user|>{{ messages[0]['content'] }}")
+    own.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>", "<|user|>"]})
+    chat = chat_of(own, "glm")
+    assert chat.text("x", SAID) == "[gMASK]<sop><|user|>France?"
+    with refused(PromptError, "dataset.source", says="would begin with '\\[gMASK\\]' twice"):
+        chat.text("x", (("user", "[gMASK]<sop><|user|>France?"),))
+    with caplog.at_level(logging.WARNING):
+        assert not caplog.records
+        for who in ("y", "z"):
+            chat.text(who, (("user", "In [gMASK]<sop> France?"),))
+    (told,) = caplog.records
+    assert "begins with [gMASK]<sop><|user|>, and messages spell that, too" in told.getMessage()
+    assert "prompt 'y' is the first" in told.getMessage()
 
 
 def test_what_a_template_leaves_out_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -88,6 +88,7 @@ def test_without_a_network_both_forms_are_refused_within_seconds(tmp_path: Path)
 
 def test_the_extra_is_named_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "data.arrow").write_bytes(b"")
     for source in (NAME, str(tmp_path)):
         with refused(
             PromptError, "dataset.source", source, says=r"not installed: pip install 'neg-service\[datasets\]'"
@@ -152,7 +153,6 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-@pytest.mark.usefixtures("library")
 def test_a_folder_is_read_split_by_split(folder: Path) -> None:
     source = str(folder)
     assert list(load_dataset(DatasetConfig(source, split="train"))) == list(
@@ -174,7 +174,6 @@ def test_a_folder_is_read_split_by_split(folder: Path) -> None:
     assert load_dataset(DatasetConfig(source, split="train"))[0].id == "x0"
 
 
-@pytest.mark.usefixtures("library")
 def test_a_folder_of_parquet_has_messages_and_answers_alone(tmp_path: Path) -> None:
     place = tmp_path / "chats"
     place.mkdir()
@@ -188,11 +187,28 @@ def test_a_folder_of_parquet_has_messages_and_answers_alone(tmp_path: Path) -> N
     assert all(one.answer is not None and len(set(one.targets)) == 4 for one in found)
 
 
+def _write_arrow(place: Path, first: str) -> None:
+    with pa.OSFile(str(place), "wb") as file:
+        table = pa.Table.from_pylist([{**ROWS[0], "id": first}])
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+
+
 @pytest.mark.usefixtures("library")
-def test_a_broken_file_of_a_folder_is_one_line(tmp_path: Path) -> None:
+def test_arrow_is_left_to_the_library_and_not_to_its_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place = tmp_path / "arrows"
+    place.mkdir()
+    for first in ("a0", "b0"):
+        _write_arrow(place / "train.arrow", first)
+        os.utime(place / "train.arrow", (10**9, 10**9))
+        assert [one.id for one in load_dataset(DatasetConfig(str(place)))] == [first]
+    assert "train.arrow are read by the datasets library, not strictly" in caplog.text
+    place.rename(tmp_path / "arrow[s]")
+    with refused(PromptError, "dataset.source", says=r"has '\[' in its path"):
+        load_dataset(DatasetConfig(str(tmp_path / "arrow[s]")))
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "train.jsonl").write_text('{"prompt": \n')
-    with refused(PromptError, "dataset.source", says="cannot be read by the datasets library: .*JSON"):
+    (tmp_path / "broken" / "train.arrow").write_text("no Arrow")
+    with refused(PromptError, "dataset.source", says="cannot be read by the datasets library: "):
         load_dataset(DatasetConfig(str(tmp_path / "broken")))
 
 

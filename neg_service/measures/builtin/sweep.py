@@ -13,7 +13,7 @@ from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError
 from neg_service.measures.base import Cost, Measure, ShardInput, Sizes, has_experts, layers_of_model, prompt_bytes
-from neg_service.measures.choice import check_choice, chosen_neurons, count_of
+from neg_service.measures.choice import check_choice, chosen_neurons, count_of, n_used
 from neg_service.measures.readouts import Readouts, against_setting, check_readouts, readout_setting
 from neg_service.measures.shifts import GRIDS, SHIFTS, TOLERANCE, AdaptiveGrid, Grid, Sweep, chosen_grid
 from neg_service.measures.targets import check_at
@@ -111,12 +111,12 @@ class NeuronSweep(Measure[SweepOptions]):
         else:
             # Where experts may change the two ends of an interpolated curve are run as well, at the least.
             n_shifts = len(grid.shifts) + 2 * (grid.interpolation is not None and has_experts(info))
-        n = count_of(neurons, layers_of_model(info))
+        n, used = count_of(neurons, layers_of_model(info)), n_used(neurons, layers_of_model(info))
         # Eight numbers, and the key and marks of a row, which compress to little.
         row = 120 + (4 * len(grid.shifts) if self.options.keep_curves else 0)
         # A row begins at its neuron's layer.
         tables = {**prompt_bytes(info), "sweep": int(row * n * n_targets)}
-        return Cost(tables, math.ceil(n * n_shifts), "interventions", passes=0.5)
+        return Cost(tables, math.ceil(used * n_shifts), "interventions", passes=0.5)
 
     def calibrate(
         self, model: LanguageModel, prompts: Sequence[EncodedPrompt], neurons: NeuronsConfig
