@@ -41,7 +41,7 @@ from neg_service.cluster.logs import log_to_stderr, tell_interrupted
 from neg_service.errors import NOT_GIVEN, ConfigurationError, NegServiceError
 from neg_service.former_names import SETTINGS, current_measure
 from neg_service.former_names import tell as tell_former_name
-from neg_service.places import refuse_credentials, texts_of
+from neg_service.places import refuse_credentials, require_utf8, texts_of
 
 EXIT_INCOMPLETE, EXIT_STOPPED = 3, 143
 
@@ -77,6 +77,7 @@ def start(config_name: str, job: Callable[[DictConfig], int], settings: type) ->
             _speak(OmegaConf.select(config, "job.log"), OmegaConf.select(config, "job.traceback"))
             for key, text in (*texts_of(OmegaConf.to_container(config)), *texts_of(resolved)):
                 refuse_credentials(key, text)
+                require_utf8(key, text)
             _use_present_names(config)
             require_text(config, settings)
             end.code = job(config)

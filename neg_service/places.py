@@ -256,6 +256,20 @@ def refuse_credentials(key: str, value: str, error: type[ConfigurationError] = C
         )
 
 
+def require_utf8(key: str, value: str, error: type[ConfigurationError] = ConfigurationError) -> None:
+    """Refuse a text with bytes of another encoding, as names of files may have: no run could keep it.
+
+    Raises:
+        ConfigurationError: of the class `error`.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise error(
+            "has bytes that are no UTF-8, which is what results are kept in: rename it, or make a link of another name",
+            setting=key,
+            value=ascii(value),
+        )
+
+
 def texts_of(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """All texts of a configuration with their keys."""
     if isinstance(value, Mapping):

@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from neg_service.errors import ConfigurationError, ModelError, one_line
 from neg_service.models.folder import CONFIG, LocalModel, require_plain_files
 from neg_service.models.library_log import hear_libraries
-from neg_service.places import refuse_credentials, without_credentials
+from neg_service.places import refuse_credentials, require_utf8, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def fetch(
         raise ModelError(setting="model.source", value=repr(source), allowed=f"a text or a path, such as {DEFAULT}")
     named = os.fsdecode(source)
     refuse_credentials("model.source", named, ModelError)
+    require_utf8("model.source", named, ModelError)
     if not named.strip():
         raise ModelError(
             f"has no value; give {DEFAULT}, a directory, a .gguf file, or a hub id", setting="model.source", value=named

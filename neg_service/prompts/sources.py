@@ -20,7 +20,7 @@ import numpy as np
 
 from neg_service.config import DatasetConfig
 from neg_service.errors import PromptError, nearest, shortened
-from neg_service.places import file_name_of, refuse_credentials, without_credentials
+from neg_service.places import file_name_of, refuse_credentials, require_utf8, without_credentials
 from neg_service.prompts.chat import USER, MakeChat, in_json, messages_of
 from neg_service.prompts.facts import BUILT_IN
 from neg_service.prompts.hub import is_data_set
@@ -132,6 +132,7 @@ def read_prompts(
     All rows are checked, also beyond `limit`.
     """
     refuse_credentials("dataset.source", source, PromptError)
+    require_utf8("dataset.source", source, PromptError)
     shown = without_credentials(source)
     how = how or DatasetConfig(source)
     names = columns_of(how.columns)

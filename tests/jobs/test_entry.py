@@ -339,3 +339,11 @@ def test_a_completion_that_no_shell_asks_for_is_an_error() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: --shell-completion: a shell asks for it")
     assert "traceback" not in done.stderr
+
+
+def test_bytes_that_are_no_utf8_are_refused_where_they_stand() -> None:
+    # As a shell gives a name in Latin-1.
+    done = started("", "run=e\udce8.jsonl")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(r"error: run='e\udce8.jsonl': has bytes that are no UTF-8")

@@ -134,3 +134,8 @@ def test_a_cache_that_cannot_be_is_told(
     asked = {"directory": tiny_directory, "gguf": file, "hub": "someone/something"}[model]
     with refused(ConfigurationError, "NEG_SERVICE_CACHE", place, says="set it to a directory"):
         source.fetch(asked)
+
+
+def test_a_name_that_is_no_utf8_is_refused() -> None:
+    with refused(ModelError, "source", says="has bytes that are no UTF-8"):
+        neg_service.load_model("e\udce8")

@@ -270,3 +270,8 @@ def test_an_address_is_printed_without_what_it_hides() -> None:
     with refused(PromptError, "dataset.source") as caught:
         load_prompts("memory://me:secret@host/a.jsonl")
     assert "secret" not in str(caught.value)
+
+
+def test_a_name_that_is_no_utf8_is_refused() -> None:
+    with refused(PromptError, "dataset.source", says="has bytes that are no UTF-8"):
+        load_prompts("e\udce8.jsonl")
