@@ -173,8 +173,10 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line that an error says, or its class if it says nothing."""
-    return next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line that an error says, with the next after a colon, or its class if it says nothing."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    first = next((place for place, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: first + 1]) or type(error).__name__
 
 
 def shortened(value: object) -> str:

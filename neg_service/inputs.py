@@ -225,4 +225,6 @@ def _reason(problem: BaseException, may_be_quoted: bool) -> str:
         return "nothing answers there"
     if isinstance(problem, FileNotFoundError):
         return "no such file"
-    return text
+    # Where a library did not expect what it was given, its words say nothing to who gave it.
+    is_puzzled = isinstance(problem, TypeError | AttributeError | KeyError | IndexError | AssertionError)
+    return f"fsspec cannot open it ({type(problem).__name__}: {text})" if is_puzzled and may_be_quoted else text

@@ -302,6 +302,8 @@ class _Raising(AbstractFileSystem):
         (socket.gaierror(-2, "Name or service not known"), "nothing answers there"),
         (ConnectionResetError(104, "Connection reset by peer"), "Connection reset"),
         (ssl.SSLCertVerificationError("certificate verify failed"), "certificate verify failed"),
+        (type("Invalid", (Exception,), {})("Validation failed:\nname: [a"), r"Validation failed: name: \[a"),
+        (TypeError("None has no startswith"), r"fsspec cannot open it \(TypeError: None has no startswith\)"),
     ],
 )
 def test_whatever_a_library_raises_is_told(problem: Exception, reason: str) -> None:

@@ -44,7 +44,8 @@ def find_measure(name: str) -> type[Measure[Any]]:
     if name in known:
         return known[name]
     path, _, wanted = name.partition(":")
-    module = _module(path) if "." in path or wanted else None
+    is_path = all(part.isidentifier() for part in path.split("."))
+    module = _module(path) if is_path and ("." in path or wanted) else None
     if module is None:
         raise ConfigurationError(
             setting="measure.name",

@@ -192,6 +192,8 @@ def _objection_to_scaling(config: dict[str, Any], above: str = "") -> str | None
             reason = _unused_scaling(f"{above}{key}", rope) or _unused_theta(f"{above}{key}", rope, above, theta)
             if reason:
                 return reason
+    if reason := _unused_parameters(config, above):
+        return reason
     text = config.get("text_config")
     return _objection_to_scaling(text, f"{above}text_config.") if isinstance(text, dict) else None
 
@@ -226,6 +228,21 @@ def _unused_theta(place: str, rope: dict[str, Any], above: str, theta: Any) -> s
         f"{above}rope_theta={_shown(theta)}: would not be used, for {place} has rope_theta={_shown(own)}: leave out "
         "the one that is not meant"
     )
+
+
+def _unused_parameters(config: dict[str, Any], above: str) -> str | None:
+    """What of `rope_parameters` a `rope_scaling` beside it, which is taken in their place, does not say, too."""
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    if not (scaling and isinstance(scaling, dict) and isinstance(parameters, dict)):
+        return None
+    said = {"rope_type": scaling.get("type"), **config, **scaling}
+    for key, value in parameters.items():
+        if value is not None and said.get("rope_type" if key == "type" else key) != value:
+            return (
+                f"{above}rope_parameters.{key}={_shown(value)}: would not be used, for there is a rope_scaling beside "
+                "it that does not say the same: leave out the one that is not meant"
+            )
+    return None
 
 
 def _values(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, str, Any]]:

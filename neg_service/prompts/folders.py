@@ -1,4 +1,4 @@
-"""Folders of this machine as data sets: which files are of which split, as the `datasets` library tells by names.
+"""Folders as data sets, here or on the hub: which files are of which split, as the `datasets` library tells by names.
 
 The files themselves are read like single ones (`rows.py`): strictly, and each time, without a cache. In this order:
 what `configs` in the front matter of a README.md say; `data/NAME-00000-of-00002.*`; folders, then files, whose names
@@ -20,9 +20,8 @@ from typing import Any
 import yaml
 from fsspec.utils import glob_translate
 
-from neg_service.errors import PromptError, nearest, one_line, shortened
+from neg_service.errors import NOT_GIVEN, PromptError, nearest, one_line, shortened
 from neg_service.places import absolute
-from neg_service.prompts.hub import chosen_split
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +29,8 @@ log = logging.getLogger(__name__)
 STRICT = {".jsonl": "JSON", ".json": "JSON", ".csv": "CSV", ".parquet": "Parquet"}
 _OTHERS = (".arrow", ".tsv", ".ndjson", ".geoparquet", ".gpq", ".lance", ".vortex", ".h5", ".hdf5", ".zip", ".tar")
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+# Where a data set says what its splits are.
+DESCRIBED_IN = ("README.md", ".huggingface.yaml")
 # What libraries and people write beside the data.
 _BESIDE = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _KEYWORDS = {
@@ -84,8 +85,23 @@ def open_folder(source: str, subset: str | None, split: Any) -> Folder | None:
         PromptError: subset or split are not among its own, or which files are meant cannot be told from their names.
     """
     place = Path(absolute(source)).resolve()
-    names = _files_below(source, place)
-    splits = _splits(source, place, names, subset)
+    heads = (place / name for name in DESCRIBED_IN)
+    cuts = chosen_files(source, _files_below(source, place), [head for head in heads if head.is_file()], subset, split)
+    return None if cuts is None else Folder(place, cuts)
+
+
+def chosen_files(
+    source: str, names: Sequence[str], heads: Sequence[Path], subset: str | None, split: Any
+) -> list[Cut] | None:
+    """The files of a split among `names`; None where only the `datasets` library has a reader of their format.
+
+    `heads` are those of DESCRIBED_IN that there are, as files of this machine.
+
+    Raises:
+        PromptError: as `open_folder`.
+    """
+    names = sorted(name for name in names if not _is_hidden(name))
+    splits = _splits(source, heads, names, subset)
     asked = chosen_split(source, split, list(splits))
     cuts: list[Cut] = []
     for part in asked.split("+"):
@@ -111,7 +127,32 @@ def open_folder(source: str, subset: str | None, split: Any) -> Folder | None:
         raise _refusal(source, f"split {asked} has files of several formats", used)
     _tell_missing(source, used)
     log.info("reading split %s of %s: %s", asked, source, shortened(", ".join(used)))
-    return Folder(place, cuts)
+    return cuts
+
+
+def chosen_split(source: str, split: Any, splits: Sequence[str]) -> str:
+    """The split that was asked for, or the only one.
+
+    Raises:
+        PromptError: there are several, or none of that name.
+    """
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if not isinstance(split, str):
+        given = NOT_GIVEN if split is None else split
+        raise PromptError(
+            f"{source} has {', '.join(splits)}", setting="dataset.split", value=given, allowed="one split"
+        )
+    # As the library writes them, splits may be added and cut: train[:100]+test.
+    for part in split.split("+"):
+        name = part.partition("[")[0].strip()
+        if splits and name not in splits:
+            raise PromptError(
+                f"{source} has no split {name!r}; {nearest(name, splits)}it has {', '.join(splits)}",
+                setting="dataset.split",
+                value=split,
+            )
+    return split
 
 
 def _format(name: str) -> str | None:
@@ -128,8 +169,14 @@ def _is_data(name: str) -> bool:
     return ending in STRICT or ending in _OTHERS or inner in STRICT or inner in _OTHERS
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file is hidden, or of a folder such as __pycache__."""
+    *folders, last = PurePosixPath(name).parts
+    return last.startswith(".") or any(one.startswith((".", "__")) or one == "lost+found" for one in folders)
+
+
 def _files_below(source: str, place: Path) -> list[str]:
-    """All files but hidden ones, and those of folders such as __pycache__, as paths relative to the folder, sorted."""
+    """All files as paths relative to the folder; hidden folders are not gone into."""
 
     def refuse(error: OSError) -> None:
         raise PromptError(f"cannot be read: {one_line(error)}", setting="dataset.source", value=source) from error
@@ -142,14 +189,14 @@ def _files_below(source: str, place: Path) -> list[str]:
             (at / name).relative_to(place).as_posix()
             for name in names
             # A link to nothing, as to content that was not fetched, is refused when it is opened.
-            if not name.startswith(".") and ((at / name).is_file() or (at / name).is_symlink())
+            if (at / name).is_file() or (at / name).is_symlink()
         ]
-    return sorted(found)
+    return found
 
 
-def _splits(source: str, place: Path, names: Sequence[str], subset: str | None) -> dict[str, list[str]]:
+def _splits(source: str, heads: Sequence[Path], names: Sequence[str], subset: str | None) -> dict[str, list[str]]:
     """The files of each split."""
-    config = _config_of(source, place, subset)
+    config = _config_of(source, heads, subset)
     below = posixpath.normpath(str(config.get("data_dir") or ".")) + "/"
     below = "" if below == "./" else below
     inner = [name.removeprefix(below) for name in names if name.startswith(below)]
@@ -225,9 +272,9 @@ def _patterns(source: str, given: Any) -> dict[str, list[str]]:
     return found
 
 
-def _config_of(source: str, place: Path, subset: str | None) -> Mapping[str, Any]:
+def _config_of(source: str, heads: Sequence[Path], subset: str | None) -> Mapping[str, Any]:
     """The configuration that was asked for, or the default one, of those that a README.md has; empty without."""
-    configs = _front_matter(source, place).get("configs") or []
+    configs = _front_matter(source, heads).get("configs") or []
     if not isinstance(configs, list) or not all(isinstance(one, Mapping) and "config_name" in one for one in configs):
         raise _refusal(source, "configs in its README.md are no list of entries with config_name", [])
     by_name = {str(one["config_name"]): one for one in configs}
@@ -253,17 +300,16 @@ def _config_of(source: str, place: Path, subset: str | None) -> Mapping[str, Any
     return config
 
 
-def _front_matter(source: str, place: Path) -> Mapping[str, Any]:
+def _front_matter(source: str, heads: Sequence[Path]) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
-    for name in ("README.md", ".huggingface.yaml"):
-        if not (place / name).is_file():
-            continue
+    for place in heads:
+        is_page = place.suffix == ".md"
         try:
-            text = (place / name).read_text(encoding="utf-8-sig")
-            head = _FRONT_MATTER.match(text) if name.endswith(".md") else None
-            said = yaml.safe_load(head[1] if head else "" if name.endswith(".md") else text)
+            text = place.read_text(encoding="utf-8-sig")
+            head = _FRONT_MATTER.match(text) if is_page else None
+            said = yaml.safe_load(head[1] if head else "" if is_page else text)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise _refusal(source, f"{name} cannot be read: {one_line(error)}", []) from error
+            raise _refusal(source, f"{place.name} cannot be read: {one_line(error)}", []) from error
         if isinstance(said, Mapping):
             found |= said
     return found

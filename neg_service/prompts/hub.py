@@ -1,26 +1,32 @@
-"""Data sets of the Hugging Face hub, as the `datasets` library reads them.
+"""Data sets of the Hugging Face hub: `OWNER/NAME` or `OWNER/NAME@REVISION`, with a subset and a split.
 
-`OWNER/NAME` or `OWNER/NAME@REVISION`, with a subset and a split where there are several; and folders whose files have
-no strict reader (`folders.py`). The library downloads what it does not have yet, keeps it in its own cache, and is
-asked for rows as they are stored. It is an extra, because single files need none, nor do folders of them:
-`hf://datasets/OWNER/NAME@REVISION/FILE` is a place like others.
+Their files are those of a folder (`folders.py`), which the hub lists and its client downloads once. What has no strict
+reader here, such as Arrow, in folders too, is left to the `datasets` library: an extra, because the rest needs none. A
+single file, `hf://datasets/OWNER/NAME@REVISION/FILE`, is a place like others.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, cached_assets_path, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from neg_service.errors import NOT_GIVEN, PromptError, nearest, one_line
+from neg_service.errors import PromptError, one_line
 from neg_service.places import absolute, is_here
+from neg_service.prompts.folders import DESCRIBED_IN, Folder, chosen_files, chosen_split
 from neg_service.redaction import without_secrets
 from neg_service.refusals import is_silence
 
@@ -62,16 +68,76 @@ class HubTable:
             yield from part.to_pylist()
 
 
-def open_data_set(source: str, subset: str | None, split: Any) -> HubTable:
-    """One split of a data set, downloaded where it is not here yet.
+class _Listed(NamedTuple):
+    """The files of a data set at one commit."""
+
+    commit: str | None
+    names: list[str]
+
+
+def open_listed(source: str, subset: str | None, split: Any) -> Folder | None:
+    """The files of a split of a data set of the hub, downloaded where they are not here yet.
+
+    None where only the `datasets` library has a reader of their format.
+
+    Raises:
+        PromptError: the hub does not answer or does not have it, or subset or split are not among its own.
+    """
+    # Each retry would be announced over two lines; what came of it is told below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    listed = _listed(source)
+    heads = [_fetched(source, listed, name) for name in DESCRIBED_IN if name in listed.names]
+    cuts = chosen_files(source, listed.names, heads, subset, split)
+    if cuts is None:
+        return None
+    place = Path()
+    for name in dict.fromkeys(name for cut in cuts for name in cut.files):
+        place = _fetched(source, listed, name).parents[len(PurePosixPath(name).parts) - 1]
+    return Folder(place, cuts)
+
+
+def _listed(source: str) -> _Listed:
+    """What the hub lists, or listed when it was asked last; or what a person downloaded whole."""
+    name, revision = _named(source)
+    place = cached_assets_path("neg_service", name, "listed") / f"{(revision or 'main').replace('/', '--')}.json"
+    if not constants.HF_HUB_OFFLINE:
+        info = _asked_of_hub(source)
+        listed = _Listed(info.sha, [one.rfilename for one in info.siblings or ()])
+        place.write_text(json.dumps(listed), encoding="utf-8")
+        return listed
+    if place.is_file():
+        return _Listed(*json.loads(place.read_text(encoding="utf-8")))
+    try:
+        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise _not_given(source, "HF_HUB_OFFLINE is set, and it was not downloaded before") from error
+    names = [one.relative_to(folder).as_posix() for one in folder.rglob("*") if not one.is_dir()]
+    return _Listed(revision, names)
+
+
+def _fetched(source: str, listed: _Listed, file: str) -> Path:
+    """Where a file lies on this machine."""
+    name, _ = _named(source)
+    try:
+        return Path(hf_hub_download(name, file, repo_type="dataset", revision=listed.commit))
+    # Whatever its client is built on has errors of its own.
+    except Exception as error:
+        reason = "it does not answer" if is_silence(error) else without_secrets(one_line(error))
+        if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set, and it was not downloaded before"
+        raise PromptError(
+            f"the hub did not give its file {file!r}: {reason}", setting="dataset.source", value=source
+        ) from error
+
+
+def open_by_library(source: str, subset: str | None, split: Any) -> HubTable:
+    """One split of a folder or a data set of the hub as the `datasets` library reads it.
 
     Raises:
         PromptError: the library is not installed, the hub does not answer or does not have it, or subset or split are
             not among its own.
     """
     library = _library(source)
-    # Each retry would be announced over two lines; what came of it is told below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     library.disable_progress_bars()
     # The library's cache knows a file by its time, which a changed one may keep.
@@ -86,7 +152,9 @@ def open_data_set(source: str, subset: str | None, split: Any) -> HubTable:
                 value=source,
             )
     else:
-        place, revision = _asked_of_hub(source)
+        place, revision = _named(source)
+        if not constants.HF_HUB_OFFLINE:
+            revision = _asked_of_hub(source).sha
     try:
         builder = library.load_dataset_builder(place, subset, revision=revision)
         splits = [str(one) for one in (builder.config.data_files or builder.info.splits or ())]
@@ -119,16 +187,18 @@ def _library(source: str) -> Any:
     return library
 
 
-def _asked_of_hub(source: str) -> tuple[str, str | None]:
-    """The name and the commit of a data set: one question, because the library would repeat its own for minutes."""
-    named = _NAMED.fullmatch(source)
-    assert named is not None
-    name, revision = named.groups()
-    if constants.HF_HUB_OFFLINE:
-        # The library takes what it downloaded before.
-        return name, revision
+def _named(source: str) -> tuple[str, str | None]:
+    """The name and the revision."""
+    found = _NAMED.fullmatch(source)
+    assert found is not None
+    return found[1], found[2]
+
+
+def _asked_of_hub(source: str) -> Any:
+    """What the hub says of a data set: one question, because the library would repeat its own for minutes."""
+    name, revision = _named(source)
     try:
-        return name, HfApi().dataset_info(name, revision=revision, timeout=_HUB_SECONDS).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=_HUB_SECONDS)
     except GatedRepoError as error:
         raise _not_given(source, "it asks for an agreement on its page, and for HF_TOKEN of who agreed") from error
     except RevisionNotFoundError as error:
@@ -145,31 +215,6 @@ def _not_given(source: str, reason: str) -> PromptError:
     return PromptError(
         f"no such folder or file here, and the hub gave no data set: {reason}", setting="dataset.source", value=source
     )
-
-
-def chosen_split(source: str, split: Any, splits: Sequence[str]) -> str:
-    """The split that was asked for, or the only one.
-
-    Raises:
-        PromptError: there are several, or none of that name.
-    """
-    if split is None and len(splits) == 1:
-        return splits[0]
-    if not isinstance(split, str):
-        given = NOT_GIVEN if split is None else split
-        raise PromptError(
-            f"{source} has {', '.join(splits)}", setting="dataset.split", value=given, allowed="one split"
-        )
-    # As the library writes them, splits may be added and cut: train[:100]+test.
-    for part in split.split("+"):
-        name = part.partition("[")[0].strip()
-        if splits and name not in splits:
-            raise PromptError(
-                f"{source} has no split {name!r}; {nearest(name, splits)}it has {', '.join(splits)}",
-                setting="dataset.split",
-                value=split,
-            )
-    return split
 
 
 def _refusal(source: str, subset: str | None, error: Exception) -> PromptError:

@@ -21,7 +21,7 @@ from neg_service.inputs import opened_input, suffix_of
 from neg_service.places import is_here
 from neg_service.prompts.facts import BUILT_IN
 from neg_service.prompts.folders import Folder, open_folder
-from neg_service.prompts.hub import HubTable, is_data_set, open_data_set
+from neg_service.prompts.hub import HubTable, is_data_set, open_by_library, open_listed
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 COLUMNS = ("prompt", "messages", "targets", "answer", "id", "group", "at", "wanted", "wordings")
@@ -44,11 +44,12 @@ def opened_rows(source: str, shown: str, how: DatasetConfig) -> Iterator[tuple[C
             setting="dataset.source",
             value=shown,
         )
-    if is_here(source) and is_table and (folder := open_folder(source, how.subset, how.split)) is not None:
-        yield _folder_rows, folder, folder
-        return
     if is_table:
-        table = open_data_set(source, how.subset, how.split)
+        open_files = open_folder if is_here(source) else open_listed
+        if (folder := open_files(source, how.subset, how.split)) is not None:
+            yield _folder_rows, folder, folder
+            return
+        table = open_by_library(source, how.subset, how.split)
         yield _hub_rows, table, table
         return
     for key, value in (("subset", how.subset), ("split", None if how.split == _SPLIT_OF_TASKS else how.split)):

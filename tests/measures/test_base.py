@@ -246,6 +246,8 @@ OF_BEFORE = "Options = read = check = identity = tables = cost_a_prompt = calibr
             "own.odd",
             ("measure.name", "own.odd", r"own\.odd defines no subclass"),
         ),
+        ("", ".odd", ("measure.name", ".odd", "one of activation, aggregate_importance")),
+        ("", "own..odd:Pull", ("measure.name", "own..odd:Pull", "one of activation, aggregate_importance")),
         ("", "own.none", ("measure.name", "own.none", "one of activation, aggregate_importance, control, gradient")),
     ],
 )

@@ -135,19 +135,45 @@ def test_null_means_what_transformers_says(family: str, key: str, tmp_path: Path
     torch.testing.assert_close(load_model(str(tmp_path)).model(ids).logits, model_of(family).model(ids).logits)
 
 
+LINEAR = {"type": "linear", "factor": 4.0}
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "values",
     [
-        ("rope_theta", 1e4),
-        ("rope_theta", None),
-        ("rope_scaling", {}),
-        ("rope_scaling", {"factor": 1.0}),
-        ("rope_scaling", {"type": "linear", "factor": 4.0}),
-        ("rope_parameters", {"rope_theta": 5e5, "partial_rotary_factor": 1.0, "factor": None}),
+        {"rope_theta": 1e4},
+        {"rope_theta": None},
+        {"rope_scaling": {}},
+        {"rope_scaling": {"factor": 1.0}, "rope_parameters": None},
+        {"rope_scaling": LINEAR, "rope_parameters": None},
+        {"rope_scaling": LINEAR, "rope_theta": 5e5, "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5}},
+        {"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 4, "rope_theta": None}},
+        {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0, "factor": None}},
     ],
 )
-def test_rotary_embeddings_that_are_used_as_they_stand_are_none_to_refuse(key: str, value: Any, tmp_path: Path) -> None:
-    assert refusal(tmp_path, folder_of("Llama 2", tmp_path) | {key: value}) is None
+def test_rotary_embeddings_that_are_used_as_they_stand_are_none_to_refuse(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    assert refusal(tmp_path, folder_of("Llama 2", tmp_path) | values) is None
+
+
+# transformers takes the old name's, and forgets the base that only the new one's have.
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"rope_type": "linear", "factor": 8.0}, "rope_parameters.factor=8.0"),
+        ({**LINEAR, "rope_theta": 5e5}, "rope_parameters.rope_theta=500000.0"),
+        ({"rope_type": "default"}, 'rope_parameters.rope_type="default"'),
+        ({"full_attention": LINEAR}, "rope_parameters.full_attention="),
+    ],
+)
+def test_rotary_parameters_that_another_name_hides_are_refused(
+    parameters: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    text = refusal(tmp_path, folder_of("Llama 2", tmp_path) | {"rope_scaling": LINEAR, "rope_parameters": parameters})
+    assert text is not None
+    assert words in text
+    assert "would not be used, for there is a rope_scaling beside it" in text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Data sets of the hub: files by their place; whole ones, and folders, by the `datasets` library, if it is there."""
+"""Data sets of the hub: files by their place, whole ones as folders; other formats by the `datasets` library."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -81,19 +82,18 @@ def test_without_a_network_both_forms_are_refused_within_seconds(tmp_path: Path)
         (file, of_file), (whole, of_whole) = read_by_others(address, tmp_path, *asked)
     assert file == f"dataset.source=hf://datasets/{NAME}@main/a.jsonl: cannot be read: nothing answers there"
     assert whole.startswith(f"dataset.source={NAME}: ")
-    assert "the hub gave no data set: it does not answer" in whole or "is not installed" in whole
-    # Importing the library takes most of it.
+    assert "the hub gave no data set: it does not answer" in whole
+    # Importing takes most of it.
     assert max(of_file, of_whole) < 20
 
 
 def test_the_extra_is_named_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "data.arrow").write_bytes(b"")
-    for source in (NAME, str(tmp_path)):
-        with refused(
-            PromptError, "dataset.source", source, says=r"not installed: pip install 'neg-service\[datasets\]'"
-        ):
-            load_dataset(DatasetConfig(source))
+    with refused(
+        PromptError, "dataset.source", str(tmp_path), says=r"not installed: pip install 'neg-service\[datasets\]'"
+    ):
+        load_dataset(DatasetConfig(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -212,17 +212,65 @@ def test_arrow_is_left_to_the_library_and_not_to_its_cache(tmp_path: Path, caplo
         load_dataset(DatasetConfig(str(tmp_path / "broken")))
 
 
-@pytest.mark.usefixtures("library")
 def test_a_data_set_of_the_hub_is_read_and_stays_readable_without_it(tmp_path: Path) -> None:
-    files = {"data/train.jsonl": lines(ROWS), "data/test.jsonl": lines(ROWS[:1])}
+    files = {"data/train.jsonl": lines(ROWS), "data/test.jsonl": lines(ROWS[:1]), ".gitattributes": b""}
     asked = [{"source": f"{NAME}{of}", "split": "train"} for of in ("", "@main", f"@{COMMIT}", "@v2")]
     with hub(files) as address:
         *read, wrong, none = read_by_others(address, tmp_path, *asked, {"source": "owner/other"})
     assert [found for found, _ in read] == [["r0", "r1", "r2"]] * 3
-    (again,) = read_by_others(address, tmp_path, asked[0], is_offline=True)
-    assert again[0] == ["r0", "r1", "r2"]
+    offline = [{**one, "split": "train[1:]"} for one in asked] + [{**asked[0], "split": "train+test"}]
+    *again, other, more = (found for found, _ in read_by_others(address, tmp_path, *offline, is_offline=True))
+    assert again == [["r1", "r2"]] * 3
+    assert "HF_HUB_OFFLINE is set, and it was not downloaded before" in other
+    assert "the hub did not give its file 'data/test.jsonl': HF_HUB_OFFLINE is set, and it was not" in more
     assert "it has no revision 'v2'" in wrong[0]
     assert "it has none of this name, or one that needs HF_TOKEN" in none[0]
+
+
+def test_what_a_person_downloaded_whole_is_read_without_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "hub" / f"datasets--{NAME.replace('/', '--')}"
+    for name, content in {f"snapshots/{COMMIT}/train.jsonl": lines(ROWS), "refs/main": COMMIT.encode()}.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+    asked = [{"source": f"{NAME}{of}"} for of in ("", f"@{COMMIT}", "@v2")]
+    *read, none = (found for found, _ in read_by_others("http://127.0.0.1:9", tmp_path, *asked, is_offline=True))
+    assert read == [["r0", "r1", "r2"]] * 2
+    assert "HF_HUB_OFFLINE is set, and it was not downloaded before" in none
+
+
+def test_files_of_the_hub_are_read_as_strictly_as_single_ones(tmp_path: Path) -> None:
+    flipped = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), flipped, compression="none", write_page_checksum=True)
+    files = {
+        # Numbers would lose their zeros, and a column that is there twice its first values.
+        "numbers/train.csv": b'id,prompt,targets\n007,of one,"["" a"", "" b""]"\n',
+        "twice/train.csv": b'id,prompt,prompt,targets\n1,one,two,"["" a"", "" b""]"\n',
+        "dates/train.jsonl": lines([{**ROWS[0], "id": "2026-11-25"}]),
+        "flipped/train.parquet": flipped.getvalue().replace(b"w2", b"w7", 1),
+        "README.md": b"---\nconfigs:\n"
+        + b"".join(
+            f"- config_name: {name}\n  data_files: {name}/*\n".encode()
+            for name in ("numbers", "twice", "dates", "flipped")
+        )
+        + b"---\n",
+    }
+    asked = [{"source": NAME, "subset": name} for name in ("numbers", "dates", "twice", "flipped", None)]
+    with hub(files) as address:
+        numbers, dates, twice, broken, which = (found for found, _ in read_by_others(address, tmp_path, *asked))
+    assert (numbers, dates) == (["007"], ["2026-11-25"])
+    assert "twice/train.csv: " in twice
+    assert "two columns 'prompt'" in twice
+    assert "flipped/train.parquet: " in broken
+    assert "checksum" in broken
+    assert which.startswith("dataset.subset=None: must be one of them; ")
+
+
+def test_arrow_of_the_hub_is_left_to_the_library(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the extra [datasets] is not installed")
+    _write_arrow(tmp_path / "train.arrow", "a0")
+    with hub({"train.arrow": (tmp_path / "train.arrow").read_bytes()}) as address:
+        ((found, _),) = read_by_others(address, tmp_path, {"source": NAME})
+    assert found == ["a0"]
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
