@@ -158,7 +158,8 @@ def n_chosen_of(module: nn.Module, layer: nn.Module, config: Any) -> int | None:
         own = part is not module and next(
             (part.__dict__[name] for name in ("top_k", "topk", "k") if type(part.__dict__.get(name)) is int), None
         )
-        if own and any(word in type(part).__name__.lower() for word in ("rout", "gate", "moe")):
+        # True is an int, too.
+        if type(own) is int and any(word in type(part).__name__.lower() for word in ("rout", "gate", "moe")):
             found = int(own)
             break
     for name in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"):

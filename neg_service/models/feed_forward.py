@@ -319,7 +319,10 @@ def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
         raise _refusal(
             f"{whose}: nothing tells how many of its experts ({type(module).__name__}) a token uses",
         )
-    return Experts(module, n_experts_of(module), n_chosen, n_neurons_of(module))
+    n_experts = n_experts_of(module)
+    if not 1 <= n_chosen <= n_experts:
+        raise _refusal(f"{whose}: a token would use {n_chosen} of its {n_experts} experts (num_experts_per_tok)")
+    return Experts(module, n_experts, n_chosen, n_neurons_of(module))
 
 
 def _mlp(layer: nn.Module, index: int, whose: str, experts: nn.Module | None) -> Mlp | None:

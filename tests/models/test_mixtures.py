@@ -347,6 +347,14 @@ def test_experts_that_are_not_known_are_refused_by_name(monkeypatch: pytest.Monk
         find_feed_forward(model)
 
 
+@pytest.mark.parametrize("n_chosen", [0, 6])
+def test_more_experts_than_there_are_and_none_are_refused(n_chosen: int) -> None:
+    model = tiny_mixture("Mixtral").model
+    model.model.layers[0].mlp.top_k = n_chosen
+    with refused(ModelError, "model.source", says=f"a token would use {n_chosen} of its 5 experts"):
+        find_feed_forward(model)
+
+
 def test_experts_that_do_not_ask_the_interface_are_seen() -> None:
     model = tiny_mixture("Mixtral")
     experts = model.feed_forward.experts_modules[1]
