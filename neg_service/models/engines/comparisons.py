@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
 from neg_service.models.onednn import plain_products
 from neg_service.models.precision import at_least_float32
-from neg_service.models.start_at_layer import flat, keep_inputs, start_at_layer
+from neg_service.models.start_at_layer import flat
 
 # A prime number: nothing that cuts prompts into blocks comes out even.
 CHECK_TOKENS = 13
@@ -341,53 +341,6 @@ def _log_p_of_shifts(
         logits_rv = plain.run([2 * len(shift)])
     log_p_r = logits_rv.double().log_softmax(-1)[:, target].cpu().tolist()
     return {site: (log_p_r[row], log_p_r[row + 1]) for site, row in rows.items()}
-
-
-@torch.no_grad()
-def starts_and_expansion(engine: Engine, ids: Sequence[int], tolerance: float) -> tuple[bool, frozenset[Site]]:
-    """Whether passes may begin at any layer, and the sites at which one row may become many.
-
-    Passes of several rows begin at each layer with that layer's stored input, and have to end as whole ones. Not where
-    something else happens between two layers (a convolution in DeBERTa 2), where layers use keys and values of others
-    (Gemma 3n), or hand on what one row chose (HY 4); there every intervention runs all layers.
-
-    A layer may run as one row up to its neurons and as several from there, by broadcasting, in most MLPs. One that
-    reshapes its output as its input was (OPT, most blocks of experts) cannot; there every row runs the whole layer.
-    """
-    layers, rows = engine.model.feed_forward.layers, engine.rows([ids])
-    with keep_inputs(layers) as (inputs, structures):
-        rows.run([1])
-    plain = rows.run([2])
-
-    def agrees(first: int | None, n_rows: int, points: Mapping[Site, Point]) -> bool:
-        try:
-            started: Any = nullcontext()
-            if first is not None:
-                hidden = inputs[first] if n_rows == 1 else rows.expand_rows(inputs[first], n_rows)
-                started = start_at_layer(layers, first, hidden, structures)
-            with started, hooks(points, lambda _site, x: rows.expand_rows(x, 2).clone()):
-                found = rows.run([n_rows])
-        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError):
-            return False
-        return found.shape == plain.shape and deviation_of(found, plain) <= tolerance
-
-    points = engine.model.feed_forward.sites("paper")
-    starts, expanding = len(inputs) == len(layers), set()
-    for layer in range(len(layers)):
-        sites = [site for site in points if site.layer == layer]
-        first = layer if starts else None
-        found = [site for site in sites if agrees(first, 1, {site: points[site]})]
-        # One row that becomes two in a layer shows that a pass may begin there, unless the layers below hand on more.
-        is_shown = found and not _has_tensors(structures[layer - 1])
-        if starts and layer and not is_shown and not agrees(layer, 2, {}):
-            starts = False
-            found = [site for site in sites if agrees(None, 1, {site: points[site]})]
-        expanding.update(found)
-    return starts, frozenset(expanding)
-
-
-def _has_tensors(structure: Any) -> bool:
-    return isinstance(structure, tuple) and any(own is not None for own in structure)
 
 
 def deviation_of(found: Tensor, expected: Tensor) -> float:

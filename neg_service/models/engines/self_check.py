@@ -38,9 +38,9 @@ from neg_service.models.engines.comparisons import (
     readout_deviation,
     short_limits,
     spread_ids,
-    starts_and_expansion,
 )
 from neg_service.models.engines.needs import has_states
+from neg_service.models.engines.partial_passes import starts_and_expansion
 from neg_service.models.feed_forward import Site
 from neg_service.models.precision import in_precision
 
