@@ -170,6 +170,20 @@ MIXTURES: dict[str, Mixture] = {
         "feed_forward.shared_expert",
         "feed_forward",
     ),
+    "DBRX": Mixture(
+        hf.DbrxConfig,
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 24,
+            "n_heads": 6,
+            "n_layers": 3,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 4.0, "rope_theta": 1e4},
+            "ffn_config": {"hidden_size": 24, "ffn_hidden_size": 14, "moe_num_experts": 6, "moe_top_k": 3},
+            "pad_token_id": 0,
+        },
+    ),
+    "JetMoE": Mixture(hf.JetMoeConfig, {**_BASE, **_SIX, "kv_channels": 8}),
     "Gemma 4 MoE": Mixture(
         hf.Gemma4TextConfig,
         {

@@ -20,6 +20,8 @@ from tests import oracle
 from tests.mixtures import Mixture
 
 ALWAYS_ON = -1
+# What a layer's experts are called.
+_EXPERTS = ("Experts", "JetMoeMoE")
 Key = tuple[int, int]
 # Given (layer, expert) and the neurons [N] of an expert or MLP at the position, it gives those that go on; of several
 # positions, (layer, expert, position).
@@ -52,15 +54,28 @@ def _gated(module: Any, gate: Tensor, up: Tensor, key: Any, is_read: bool) -> Te
         act = limited * torch.sigmoid(limited * module.alpha)
         up = torch.clamp(up, min=-module.limit, max=module.limit) + 1
     else:
-        act = module.act_fn(gate)
+        act = _act(module)(gate)
     if is_read and _State.basis == "gate":
         act = _State.touch(key, act)
     hidden = act * up
     return _State.touch(key, hidden) if is_read and _State.basis == "hidden" else hidden
 
 
+def _act(module: Any) -> Any:
+    path = {"DbrxExperts": "mlp.activation_fn", "JetMoeMoE": "activation"}.get(type(module).__name__, "act_fn")
+    return module.get_submodule(path)
+
+
 def _one(module: Any, x: Tensor, expert: int, t: int, is_read: bool) -> Tensor:
     """What one expert makes of one token."""
+    key = _State.key(_State.layer_of[id(module)], expert, t)
+    if type(module).__name__ == "DbrxExperts":
+        # All experts' rows in one matrix.
+        rows = slice(expert * module.ffn_hidden_size, (expert + 1) * module.ffn_hidden_size)
+        return _gated(module, module.mlp.w1[rows] @ x, module.mlp.v1[rows] @ x, key, is_read) @ module.mlp.w2[rows]
+    if type(module).__name__ == "JetMoeMoE":
+        gate, up = (module.input_linear.weight[expert] @ x).chunk(2)
+        return module.output_linear.weight[expert] @ _gated(module, gate, up, key, is_read)
     is_columns = type(module).__name__ == "Llama4TextExperts" or module.is_transposed
     up_and_gate, down = module.gate_up_proj[expert], module.down_proj[expert]
     both = x @ up_and_gate if is_columns else up_and_gate @ x
@@ -68,7 +83,7 @@ def _one(module: Any, x: Tensor, expert: int, t: int, is_read: bool) -> Tensor:
         both = both + module.gate_up_proj_bias[expert]
     half = len(both) // 2
     gate, up = (both[:half], both[half:]) if getattr(module, "is_concatenated", True) else (both[::2], both[1::2])
-    hidden = _gated(module, gate, up, _State.key(_State.layer_of[id(module)], expert, t), is_read)
+    hidden = _gated(module, gate, up, key, is_read)
     out = hidden @ down if is_columns else down @ hidden
     return out + module.down_proj_bias[expert] if getattr(module, "has_bias", False) else out
 
@@ -100,6 +115,26 @@ def _llama_4(self: Any, hidden_states: Tensor) -> Tensor:
     return torch.stack(out)
 
 
+def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return _token_by_token(self, hidden_states[0], top_k_index, top_k_weights)[None]
+
+
+def _jet_moe(self: Any, layer_input: Tensor) -> Tensor:
+    """The router's scores, of the largest of which a softmax makes the weights."""
+    logits = self.router.layer(layer_input[0])
+    weights, chosen = logits.topk(self.router.top_k, -1)
+    return _token_by_token(self, layer_input[0], chosen, weights.softmax(-1))[None] + self.bias
+
+
+# Families whose experts do not ask transformers' interface.
+_FORWARDS = {"Llama4TextExperts": _llama_4, "DbrxExperts": _dbrx, "JetMoeMoE": _jet_moe}
+
+
+def layers_of(model: Any) -> Any:
+    """The layers of a family's model."""
+    return model.transformer.blocks if hasattr(model, "transformer") else model.model.layers
+
+
 @contextmanager
 def token_by_token(
     model: Any, family: Mixture, basis: str, position: int | Sequence[int], touch: Touch
@@ -109,12 +144,12 @@ def token_by_token(
     with ExitStack() as stack:
         _State.basis, _State.position, _State.touch = basis, position, staticmethod(touch)
         _State.layer_of, _State.routing = {}, {}
-        for index, layer in enumerate(model.model.layers):
-            experts = [part for part in layer.modules() if type(part).__name__.endswith("Experts")]
+        for index, layer in enumerate(layers_of(model)):
+            experts = [part for part in layer.modules() if type(part).__name__.endswith(_EXPERTS)]
             for part in experts:
                 _State.layer_of[id(part)] = index
-                if type(part).__name__ == "Llama4TextExperts":
-                    part.forward = _llama_4.__get__(part)
+                if (forward := _FORWARDS.get(type(part).__name__)) is not None:
+                    part.forward = forward.__get__(part)
                     stack.callback(part.__dict__.pop, "forward")
             path = family.always_on if experts else family.dense
             if path:

@@ -9,9 +9,10 @@ of a token compute, laid side by side in the order of their numbers:
 | `gate`   | the activated gate                                                                            |
 | `hidden` | the input of the down projection                                                              |
 
-Modeling code calls its experts through the interface, so nothing of it is copied; Llama 4, which runs all experts for
-all tokens on inputs that it scaled, has its experts' `forward` replaced while a pass of ours runs. What is computed:
-`experts_function.py`. The self-check compares each layer with the modeling code's own loop.
+Modeling code calls its experts through the interface, so nothing of it is copied. Three families have none: Llama 4,
+which runs all experts for all tokens on inputs that it scaled, DBRX and JetMoE; of these the `forward` of the experts
+is replaced while a pass of ours runs. What is computed: `experts_function.py`. The self-check compares each layer with
+the modeling code's own loop.
 
 Axes: T tokens, k chosen experts of a token, X experts of a layer, N neurons of an expert, H hidden size, S = T·k.
 """
@@ -29,13 +30,13 @@ from transformers import __version__ as transformers_version
 from neg_service.errors import ModelError
 from neg_service.models.experts_function import (
     EXPERTS,
+    FORWARDS,
     LLAMA_4,
     LLAMA_4_CHOSEN,
     VISITS,
     Visit,
     gate_of,
     lacks_of_interface,
-    llama_4_forward,
 )
 
 
@@ -62,12 +63,12 @@ class ExpertsPoint:
 def own_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let these experts modules run by the function here, and put them back as they were, also after an error."""
     with ExitStack() as stack:
-        for config in {id(own.config): own.config for own in modules if type(own).__name__ != LLAMA_4}.values():
+        for config in {id(own.config): own.config for own in modules if type(own).__name__ not in FORWARDS}.values():
             stack.enter_context(_implementation(config, EXPERTS))
         for module in modules:
-            if type(module).__name__ == LLAMA_4:
+            if (forward := FORWARDS.get(type(module).__name__)) is not None:
                 had = module.__dict__.get("forward")
-                module.forward = llama_4_forward.__get__(module)
+                module.forward = forward.__get__(module)
                 stack.callback(_put_forward_back, module, had)
         yield
 
@@ -101,17 +102,12 @@ def _put_forward_back(module: nn.Module, had: Any) -> None:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a layer's experts, by its name; of which kind says `check_experts`."""
+    if type(module).__name__ in FORWARDS:
+        return True
     return "Experts" in type(module).__name__ and any(
         isinstance(getattr(module, name, None), nn.Parameter) and getattr(module, name).ndim == 3
         for name in ("down_proj", "gate_up_proj", "up_proj")
     )
-
-
-def n_neurons_of(module: nn.Module) -> int:
-    """How many neurons each of its experts has."""
-    down = module.get_parameter("down_proj")
-    is_transposed = type(module).__name__ == LLAMA_4 or module.is_transposed
-    return int(down.shape[1] if is_transposed else down.shape[2])
 
 
 def check_experts(module: nn.Module, whose: str) -> None:
@@ -128,7 +124,7 @@ def check_experts(module: nn.Module, whose: str) -> None:
             "model.source",
             change="model.source",
         )
-    if name == LLAMA_4:
+    if name in FORWARDS:
         return
     missing = [
         attribute
@@ -159,7 +155,7 @@ def n_chosen_of(module: nn.Module, layer: nn.Module, config: Any) -> int | None:
             (part.__dict__[name] for name in ("top_k", "topk", "k") if type(part.__dict__.get(name)) is int), None
         )
         # True is an int, too.
-        if type(own) is int and any(word in type(part).__name__.lower() for word in ("rout", "gate", "moe")):
+        if type(own) is int and any(word in type(part).__name__.lower() for word in ("rout", "gate", "moe", "ffn")):
             found = int(own)
             break
     for name in ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"):

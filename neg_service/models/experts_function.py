@@ -29,7 +29,37 @@ EXPERTS = "neg_service_experts"
 Visit = Callable[[Tensor], Tensor | None]
 
 VISITS: WeakKeyDictionary[nn.Module, dict[str, list[Visit]]] = WeakKeyDictionary()
-LLAMA_4 = "Llama4TextExperts"
+LLAMA_4, DBRX, JET_MOE = "Llama4TextExperts", "DbrxExperts", "JetMoeMoE"
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The weights of a layer's experts [X, O, I], or transposed.
+
+    into: of the gate and the up projection in one tensor or in one each, or of the up projection alone.
+    """
+
+    into: tuple[Tensor, ...]
+    down: Tensor
+    is_into_transposed: bool
+    is_down_transposed: bool
+
+
+def projections_of(module: Any) -> Projections:
+    """Where a class keeps its weights."""
+    kind = type(module).__name__
+    if kind == LLAMA_4:
+        return Projections((module.gate_up_proj,), module.down_proj, True, True)
+    if kind == JET_MOE:
+        return Projections((module.input_linear.weight,), module.output_linear.weight, False, False)
+    if kind == DBRX:
+        gate, up, down = (
+            own.view(module.num_experts, module.ffn_hidden_size, module.hidden_size)
+            for own in (module.mlp.w1, module.mlp.v1, module.mlp.w2)
+        )
+        return Projections((gate, up), down, False, True)
+    into = module.gate_up_proj if module.has_gate else module.up_proj
+    return Projections((into,), module.down_proj, module.is_transposed, module.is_transposed)
 
 
 @dataclass(frozen=True)
@@ -72,12 +102,18 @@ def summed(module: nn.Module, output: Tensor) -> Tensor:
 
 def n_experts_of(module: nn.Module) -> int:
     """How many experts it has."""
-    return int(module.get_parameter("down_proj").shape[0])
+    return int(projections_of(module).down.shape[0])
+
+
+def n_neurons_of(module: nn.Module) -> int:
+    """How many neurons each of its experts has."""
+    own = projections_of(module)
+    return int(own.down.shape[1 if own.is_down_transposed else 2])
 
 
 def is_gated(module: nn.Module) -> bool:
     """Whether its experts have a gate beside their up projection."""
-    return type(module).__name__ == LLAMA_4 or bool(module.has_gate)
+    return type(module).__name__ in FORWARDS or bool(module.has_gate)
 
 
 # --- what an experts class computes between its projections: (activated gate, the factor that the up projection gives)
@@ -117,6 +153,9 @@ def _soft_capped(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
 
 
 _GATES: dict[str, Gate] = {
+    LLAMA_4: _plain_gate,
+    DBRX: lambda module, gate, up: (module.mlp.activation_fn(gate), up),
+    JET_MOE: lambda module, gate, up: (module.activation(gate), up),
     "BeamExperts": _in_float32,
     "Inkling2Experts": _soft_capped,
     "GptOssExperts": _swish_plus_one("limit", "alpha"),
@@ -195,6 +234,7 @@ class _Run:
 
     def __init__(self, module: nn.Module, expert_tk: Tensor, weight_tk: Tensor) -> None:
         self.module: Any = module
+        self.projections = projections_of(module)
         self.expert_tk, self.weight_tk = expert_tk, weight_tk
         self.slots = _Pairs.of(expert_tk, n_experts_of(module))
 
@@ -218,39 +258,44 @@ class _Run:
 
     def neurons(self, x_sh: Tensor) -> Tensor:
         """The input of the down projection, from each pair's input."""
-        module = self.module
+        module, own = self.module, self.projections
         has_gate = is_gated(module)
         name = "gate_up_proj" if has_gate else "up_proj"
         bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
-        product = self.slots.linear(x_sh, getattr(module, name), bias, self._is_transposed, product_of(module))
+        products = [
+            self.slots.linear(x_sh, weight, bias, own.is_into_transposed, product_of(module)) for weight in own.into
+        ]
         if not has_gate:
-            (hidden,) = self.at("paper", module.act_fn(product))
+            (hidden,) = self.at("paper", module.act_fn(products[0]))
         else:
-            is_concatenated = getattr(module, "is_concatenated", True)
-            gate, up = product.chunk(2, -1) if is_concatenated else (product[..., ::2], product[..., 1::2])
+            gate, up = products if len(products) == 2 else self._halves(products[0])
             up, gate = self.at("paper", up, gate)
-            apply = gate_of(module) if hasattr(module, "has_gate") else _plain_gate
+            apply = gate_of(module)
             assert apply is not None
             act, factor = apply(module, gate, up)
             act, factor = self.at("gate", act, factor)
             # Some gate in float32.
-            hidden = (act * factor).to(product.dtype)
+            hidden = (act * factor).to(products[0].dtype)
         (hidden,) = self.at("hidden", hidden)
         return hidden
+
+    def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up of one product."""
+        if getattr(self.module, "is_concatenated", True):
+            gate, up = both.chunk(2, -1)
+            return gate, up
+        return both[..., ::2], both[..., 1::2]
 
     def output(self, hidden_sn: Tensor) -> Tensor:
         """What the layer's experts give for each token [T, H], by the router's weights."""
         module = self.module
         bias = module.down_proj_bias if getattr(module, "has_bias", False) else None
-        out_sh = self.slots.linear(hidden_sn, module.down_proj, bias, self._is_transposed, product_of(module))
+        own = self.projections
+        out_sh = self.slots.linear(hidden_sn, own.down, bias, own.is_down_transposed, product_of(module))
         if getattr(module, "has_post_expert_norm", False):
             out_sh = module.post_expert_norm(out_sh)
         out_sh = out_sh * self.slots.of_experts(self.weight_tk[..., None])
         return self.slots.of_tokens(out_sh).sum(1)
-
-    @property
-    def _is_transposed(self) -> bool:
-        return type(self.module).__name__ == LLAMA_4 or self.module.is_transposed
 
 
 def _note(module: nn.Module, expert_tk: Tensor, weight_tk: Tensor) -> None:
@@ -273,7 +318,7 @@ def llama_4_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
     The scores of experts that were not chosen are zero, and so is what they read.
     """
-    n_experts = self.get_parameter("down_proj").shape[0]
+    n_experts = n_experts_of(self)
     x_xth = hidden_states.view(n_experts, -1, hidden_states.shape[-1])
     size_tx = x_xth.detach().abs().amax(-1).T
     n_chosen = int(LLAMA_4_CHOSEN[self])
@@ -285,6 +330,32 @@ def llama_4_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     out_th = run.output(run.neurons(run.slots.of_experts(x_tkh))).to(hidden_states.dtype)
     # The caller adds up what the experts give.
     return torch.cat([out_th, out_th.new_zeros((n_experts - 1) * len(out_th), out_th.shape[-1])])
+
+
+def dbrx_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """In the place of `DbrxExperts.forward`, which is called as the interface would be, with sequences of tokens."""
+    out_th = _experts(self, hidden_states.flatten(0, -2), top_k_index, top_k_weights)
+    return out_th.view(hidden_states.shape)
+
+
+def jet_moe_forward(self: Any, layer_input: Tensor) -> Tensor:
+    """In the place of `JetMoeMoE.forward`, whose router gives pairs (token, expert) in the order of the experts."""
+    x_th = layer_input.flatten(0, -2)
+    order_s, _, weight_s, counts, _ = self.router(x_th)
+    expert_s = torch.arange(len(counts), device=x_th.device).repeat_interleave(torch.tensor(counts, device=x_th.device))
+    expert_tk, weight_tk = (
+        torch.empty_like(own_s).index_copy(0, order_s, own_s).view(len(x_th), -1) for own_s in (expert_s, weight_s)
+    )
+    out_th: Tensor = _experts(self, x_th, expert_tk, weight_tk) + self.bias
+    return out_th.view(layer_input.shape)
+
+
+# What has no interface, and runs by these while a pass of ours runs.
+FORWARDS: dict[str, Callable[..., Tensor]] = {
+    LLAMA_4: llama_4_forward,
+    DBRX: dbrx_forward,
+    JET_MOE: jet_moe_forward,
+}
 
 
 def lacks_of_interface() -> str | None:

@@ -36,8 +36,8 @@ from transformers import PreTrainedModel
 from neg_service.errors import ConfigurationError, ModelError
 from neg_service.layer_neurons import LayerNeurons
 from neg_service.models import layouts
-from neg_service.models.experts import ExpertsPoint, check_experts, is_experts, n_chosen_of, n_neurons_of
-from neg_service.models.experts_function import is_gated, n_experts_of
+from neg_service.models.experts import ExpertsPoint, check_experts, is_experts, n_chosen_of
+from neg_service.models.experts_function import is_gated, n_experts_of, n_neurons_of
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.layers import find_layers
 from neg_service.models.layouts import LAYOUTS, Function, Layout, layout_of
@@ -332,7 +332,7 @@ def _mlp(layer: nn.Module, index: int, whose: str, experts: nn.Module | None) ->
     """
     usual = getattr(layer, "mlp", None)
     usual = usual if isinstance(usual, nn.Module) else layer
-    if (layout := layout_of(usual)) is not None:
+    if usual is not experts and (layout := layout_of(usual)) is not None:
         return _mlp_of(usual, layout, index)
     found: list[Mlp] = []
     # Beside experts it has a name of its own in each architecture; and so where layers have no module `mlp`.

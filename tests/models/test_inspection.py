@@ -23,26 +23,6 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
 @pytest.mark.parametrize(
     ("config", "refusal"),
     [
-        # Experts that do not go through transformers' interface for them.
-        (
-            hf.DbrxConfig(
-                vocab_size=97,
-                d_model=24,
-                n_layers=2,
-                n_heads=4,
-                attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
-                ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 4},
-            ),
-            ("model.source", ANY, r"the experts of layer 0 of DbrxForCausalLM \(DbrxExperts\) are not known"),
-        ),
-        (
-            hf.JetMoeConfig(**TINY),
-            (
-                "model.source",
-                ANY,
-                r"the experts of layer 0 of JetMoeForCausalLM \(JetMoeParallelExperts\) are not known",
-            ),
-        ),
         (
             # Its experts lie in embeddings, beside an MLP of a make that is known.
             hf.DogeConfig(**TINY, intermediate_size=40, is_moe=True, keep_window_size=0),
