@@ -35,8 +35,9 @@ def hub(files: Mapping[str, bytes], revisions: tuple[str, ...] = ("main", COMMIT
             """Nothing is printed."""
 
         def _answer(self, form: Mapping[str, list[str]] | None = None, has_body: bool = True) -> None:
-            path = unquote(urlsplit(self.path).path)
-            status, headers, body = _reply(path, form or {}, files, revisions)
+            asked = urlsplit(self.path)
+            form = {**parse_qs(asked.query), **(form or {})}
+            status, headers, body = _reply(unquote(asked.path), form, files, revisions)
             if (span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) and status == 200:
                 start, stop = int(span[1]), int(span[2] or len(body) - 1) + 1
                 headers["Content-Range"] = f"bytes {start}-{min(stop, len(body)) - 1}/{len(body)}"
@@ -77,7 +78,8 @@ def _reply(
         tag = hashlib.sha1(files[name], usedforsecurity=False).hexdigest()
         return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{tag}"', "Accept-Ranges": "bytes"}, files[name]
     if what in ("tree", "paths-info"):
-        wanted = form["paths"] if what == "paths-info" else _within(name or "", files)
+        is_whole = form.get("recursive", [""])[0].lower() == "true"
+        wanted = form["paths"] if what == "paths-info" else list(files) if is_whole else _within(name or "", files)
         listed = [
             {"type": "file", "path": one, "size": len(files[one]), "oid": "0" * 40}
             if one in files

@@ -20,8 +20,6 @@ from tests import oracle
 from tests.mixtures import Mixture
 
 ALWAYS_ON = -1
-# What a layer's experts are called.
-_EXPERTS = ("Experts", "JetMoeMoE")
 Key = tuple[int, int]
 # Given (layer, expert) and the neurons [N] of an expert or MLP at the position, it gives those that go on; of several
 # positions, (layer, expert, position).
@@ -62,8 +60,7 @@ def _gated(module: Any, gate: Tensor, up: Tensor, key: Any, is_read: bool) -> Te
 
 
 def _act(module: Any) -> Any:
-    path = {"DbrxExperts": "mlp.activation_fn", "JetMoeMoE": "activation"}.get(type(module).__name__, "act_fn")
-    return module.get_submodule(path)
+    return module.mlp.activation_fn if type(module).__name__ == "DbrxExperts" else module.act_fn
 
 
 def _one(module: Any, x: Tensor, expert: int, t: int, is_read: bool) -> Tensor:
@@ -73,9 +70,6 @@ def _one(module: Any, x: Tensor, expert: int, t: int, is_read: bool) -> Tensor:
         # All experts' rows in one matrix.
         rows = slice(expert * module.ffn_hidden_size, (expert + 1) * module.ffn_hidden_size)
         return _gated(module, module.mlp.w1[rows] @ x, module.mlp.v1[rows] @ x, key, is_read) @ module.mlp.w2[rows]
-    if type(module).__name__ == "JetMoeMoE":
-        gate, up = (module.input_linear.weight[expert] @ x).chunk(2)
-        return module.output_linear.weight[expert] @ _gated(module, gate, up, key, is_read)
     is_columns = type(module).__name__ == "Llama4TextExperts" or module.is_transposed
     up_and_gate, down = module.gate_up_proj[expert], module.down_proj[expert]
     both = x @ up_and_gate if is_columns else up_and_gate @ x
@@ -119,15 +113,8 @@ def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     return _token_by_token(self, hidden_states[0], top_k_index, top_k_weights)[None]
 
 
-def _jet_moe(self: Any, layer_input: Tensor) -> Tensor:
-    """The router's scores, of the largest of which a softmax makes the weights."""
-    logits = self.router.layer(layer_input[0])
-    weights, chosen = logits.topk(self.router.top_k, -1)
-    return _token_by_token(self, layer_input[0], chosen, weights.softmax(-1))[None] + self.bias
-
-
 # Families whose experts do not ask transformers' interface.
-_FORWARDS = {"Llama4TextExperts": _llama_4, "DbrxExperts": _dbrx, "JetMoeMoE": _jet_moe}
+_FORWARDS = {"Llama4TextExperts": _llama_4, "DbrxExperts": _dbrx}
 
 
 def layers_of(model: Any) -> Any:
@@ -145,7 +132,7 @@ def token_by_token(
         _State.basis, _State.position, _State.touch = basis, position, staticmethod(touch)
         _State.layer_of, _State.routing = {}, {}
         for index, layer in enumerate(layers_of(model)):
-            experts = [part for part in layer.modules() if type(part).__name__.endswith(_EXPERTS)]
+            experts = [part for part in layer.modules() if type(part).__name__.endswith("Experts")]
             for part in experts:
                 _State.layer_of[id(part)] = index
                 if (forward := _FORWARDS.get(type(part).__name__)) is not None:

@@ -61,11 +61,14 @@ def read_config(local: LocalModel, trust_remote_code: bool = False) -> Any:
     raw = _json_of(local)
     _check(local, raw)
     try:
-        return AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(local.directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # Any class of configuration may run, also one that comes with the model.
         raise ModelError(
             f"cannot be loaded: {CONFIG}: {_said(error, raw)}", setting="model.source", value=local.directory
         ) from error
+    if "auto_map" not in raw and (reason := _unused_parameters(raw, config)):
+        raise ModelError(f"cannot be loaded: {CONFIG}: {reason}", setting="model.source", value=local.directory)
+    return config
 
 
 def without_weights(
@@ -192,8 +195,6 @@ def _objection_to_scaling(config: dict[str, Any], above: str = "") -> str | None
             reason = _unused_scaling(f"{above}{key}", rope) or _unused_theta(f"{above}{key}", rope, above, theta)
             if reason:
                 return reason
-    if reason := _unused_parameters(config, above):
-        return reason
     text = config.get("text_config")
     return _objection_to_scaling(text, f"{above}text_config.") if isinstance(text, dict) else None
 
@@ -230,19 +231,29 @@ def _unused_theta(place: str, rope: dict[str, Any], above: str, theta: Any) -> s
     )
 
 
-def _unused_parameters(config: dict[str, Any], above: str) -> str | None:
-    """What of `rope_parameters` a `rope_scaling` beside it, which is taken in their place, does not say, too."""
-    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    if not (scaling and isinstance(scaling, dict) and isinstance(parameters, dict)):
-        return None
-    said = {"rope_type": scaling.get("type"), **config, **scaling}
-    for key, value in parameters.items():
-        if value is not None and said.get("rope_type" if key == "type" else key) != value:
-            return (
-                f"{above}rope_parameters.{key}={_shown(value)}: would not be used, for there is a rope_scaling beside "
-                "it that does not say the same: leave out the one that is not meant"
-            )
-    return None
+def _unused_parameters(raw: dict[str, Any], config: Any, above: str = "") -> str | None:
+    """What of `rope_parameters` is not in the configuration that was made: a `rope_scaling` beside it hid it."""
+    given, made = raw.get("rope_parameters"), getattr(config, "rope_parameters", None)
+    if raw.get("rope_scaling") and isinstance(given, dict) and isinstance(made, dict):
+        for key, value in given.items():
+            if value is not None and not _is_in("rope_type" if key == "type" else key, value, made):
+                return (
+                    f"{above}rope_parameters.{key}={_shown(value)}: would not be used, for there is a rope_scaling "
+                    "beside it that does not say the same: leave out the one that is not meant"
+                )
+    text = raw.get("text_config")
+    return (
+        _unused_parameters(text, config.get_text_config(), f"{above}text_config.") if isinstance(text, dict) else None
+    )
+
+
+def _is_in(key: str, value: Any, made: dict[str, Any]) -> bool:
+    """Whether parameters of rotary embeddings say so; those that are made may be of each kind of layers."""
+    if isinstance(value, dict):
+        own = made.get(key)
+        return isinstance(own, dict) and all(_is_in(inner, one, own) for inner, one in value.items() if one is not None)
+    kinds = [own for own in made.values() if isinstance(own, dict)]
+    return all(own.get(key) == value for own in kinds) if kinds else made.get(key) == value
 
 
 def _values(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -9,10 +9,10 @@ of a token compute, laid side by side in the order of their numbers:
 | `gate`   | the activated gate                                                                            |
 | `hidden` | the input of the down projection                                                              |
 
-Modeling code calls its experts through the interface, so nothing of it is copied. Three families have none: Llama 4,
-which runs all experts for all tokens on inputs that it scaled, DBRX and JetMoE; of these the `forward` of the experts
-is replaced while a pass of ours runs. What is computed: `experts_function.py`. The self-check compares each layer with
-the modeling code's own loop.
+Modeling code calls its experts through the interface, so nothing of it is copied. Two families have none: DBRX, and
+Llama 4, which runs all experts for all tokens on inputs that it scaled; of these the `forward` of the experts is
+replaced while a pass of ours runs. What is computed: `experts_function.py`. The self-check compares each layer with the
+modeling code's own loop.
 
 Axes: T tokens, k chosen experts of a token, X experts of a layer, N neurons of an expert, H hidden size, S = T·k.
 """

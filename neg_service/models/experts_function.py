@@ -29,7 +29,7 @@ EXPERTS = "neg_service_experts"
 Visit = Callable[[Tensor], Tensor | None]
 
 VISITS: WeakKeyDictionary[nn.Module, dict[str, list[Visit]]] = WeakKeyDictionary()
-LLAMA_4, DBRX, JET_MOE = "Llama4TextExperts", "DbrxExperts", "JetMoeMoE"
+LLAMA_4, DBRX = "Llama4TextExperts", "DbrxExperts"
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ def projections_of(module: Any) -> Projections:
     kind = type(module).__name__
     if kind == LLAMA_4:
         return Projections((module.gate_up_proj,), module.down_proj, True, True)
-    if kind == JET_MOE:
-        return Projections((module.input_linear.weight,), module.output_linear.weight, False, False)
     if kind == DBRX:
         gate, up, down = (
             own.view(module.num_experts, module.ffn_hidden_size, module.hidden_size)
@@ -155,7 +153,6 @@ def _soft_capped(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
 _GATES: dict[str, Gate] = {
     LLAMA_4: _plain_gate,
     DBRX: lambda module, gate, up: (module.mlp.activation_fn(gate), up),
-    JET_MOE: lambda module, gate, up: (module.activation(gate), up),
     "BeamExperts": _in_float32,
     "Inkling2Experts": _soft_capped,
     "GptOssExperts": _swish_plus_one("limit", "alpha"),
@@ -338,24 +335,8 @@ def dbrx_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     return out_th.view(hidden_states.shape)
 
 
-def jet_moe_forward(self: Any, layer_input: Tensor) -> Tensor:
-    """In the place of `JetMoeMoE.forward`, whose router gives pairs (token, expert) in the order of the experts."""
-    x_th = layer_input.flatten(0, -2)
-    order_s, _, weight_s, counts, _ = self.router(x_th)
-    expert_s = torch.arange(len(counts), device=x_th.device).repeat_interleave(torch.tensor(counts, device=x_th.device))
-    expert_tk, weight_tk = (
-        torch.empty_like(own_s).index_copy(0, order_s, own_s).view(len(x_th), -1) for own_s in (expert_s, weight_s)
-    )
-    out_th: Tensor = _experts(self, x_th, expert_tk, weight_tk) + self.bias
-    return out_th.view(layer_input.shape)
-
-
 # What has no interface, and runs by these while a pass of ours runs.
-FORWARDS: dict[str, Callable[..., Tensor]] = {
-    LLAMA_4: llama_4_forward,
-    DBRX: dbrx_forward,
-    JET_MOE: jet_moe_forward,
-}
+FORWARDS: dict[str, Callable[..., Tensor]] = {LLAMA_4: llama_4_forward, DBRX: dbrx_forward}
 
 
 def lacks_of_interface() -> str | None:

@@ -32,7 +32,9 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 # Where a data set says what its splits are.
 DESCRIBED_IN = ("README.md", ".huggingface.yaml")
 # What libraries and people write beside the data.
-_BESIDE = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_BESIDE = (
+    "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "dummy_data.zip",
+)  # fmt: skip
 _KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -69,6 +71,15 @@ class Cut:
         )
         return (max(n + start, 0) if start < 0 else start), (max(n + end, 0) if end < 0 else end)
 
+    @property
+    def says(self) -> str:
+        """The cut as it is written."""
+        return ":".join("" if one is None else f"{one}{'%' * self.is_percent}" for one in (self.start, self.end))
+
+    def is_beyond(self, count: int) -> bool:
+        """Whether it names rows that there are not, of so many."""
+        return not self.is_percent and any(abs(one) > count for one in (self.start, self.end) if one is not None)
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -101,7 +112,13 @@ def chosen_files(
         PromptError: as `open_folder`.
     """
     names = sorted(name for name in names if not _is_hidden(name))
-    splits = _splits(source, heads, names, subset)
+    config = _config_of(source, heads, subset)
+    if more := sorted(set(config) - set(_CONFIG)):
+        log.warning(
+            "%s: its README.md says %s of its files: the datasets library reads them, not strictly", source, more[0]
+        )
+        return None
+    splits = _splits(source, config, names)
     asked = chosen_split(source, split, list(splits))
     cuts: list[Cut] = []
     for part in asked.split("+"):
@@ -194,9 +211,8 @@ def _files_below(source: str, place: Path) -> list[str]:
     return found
 
 
-def _splits(source: str, heads: Sequence[Path], names: Sequence[str], subset: str | None) -> dict[str, list[str]]:
+def _splits(source: str, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[str]]:
     """The files of each split."""
-    config = _config_of(source, heads, subset)
     below = posixpath.normpath(str(config.get("data_dir") or ".")) + "/"
     below = "" if below == "./" else below
     inner = [name.removeprefix(below) for name in names if name.startswith(below)]
@@ -295,8 +311,6 @@ def _config_of(source: str, heads: Sequence[Path], subset: str | None) -> Mappin
             f"{source}: {nearest(subset, known)}it has {', '.join(known)}", setting="dataset.subset", value=subset
         )
     config: Mapping[str, Any] = by_name.get(subset, {})
-    if more := sorted(set(config) - set(_CONFIG)):
-        raise _refusal(source, f"{more[0]!r} of {subset!r} in its README.md is not understood", [])
     return config
 
 

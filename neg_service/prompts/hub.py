@@ -10,13 +10,17 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, cached_assets_path, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -38,6 +42,9 @@ _OF_FILE = re.compile(r"hf://datasets/[^/@]+/[^/@]+@(refs/[^/]+/[^/]+|[^/]+)/", 
 # The hub answers in less than a second, or not at all.
 _HUB_SECONDS = 10.0
 _ROWS = 1000
+_DEFAULT = "main"
+# Files that are fetched beside each other.
+_AT_ONCE = 8
 
 
 def is_data_set(source: str) -> bool:
@@ -83,36 +90,100 @@ def open_listed(source: str, subset: str | None, split: Any) -> Folder | None:
     Raises:
         PromptError: the hub does not answer or does not have it, or subset or split are not among its own.
     """
-    # Each retry would be announced over two lines; what came of it is told below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    listed = _listed(source)
-    heads = [_fetched(source, listed, name) for name in DESCRIBED_IN if name in listed.names]
-    cuts = chosen_files(source, listed.names, heads, subset, split)
-    if cuts is None:
-        return None
-    place = Path()
-    for name in dict.fromkeys(name for cut in cuts for name in cut.files):
-        place = _fetched(source, listed, name).parents[len(PurePosixPath(name).parts) - 1]
-    return Folder(place, cuts)
+    with _quiet("huggingface_hub"):
+        listed = _listed(source)
+        heads = [_fetched(source, listed, name) for name in DESCRIBED_IN if name in listed.names]
+        script = f"{_named(source)[0].partition('/')[2]}.py"
+        if script in listed.names:
+            raise PromptError(
+                f"which rows it has says a program of its own ({script}), which is not run: name one of its files, as "
+                "hf://datasets/OWNER/NAME@REVISION/FILE",
+                setting="dataset.source",
+                value=source,
+            )
+        cuts = chosen_files(source, listed.names, heads, subset, split)
+        if cuts is None:
+            return None
+        names = list(dict.fromkeys(name for cut in cuts for name in cut.files))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            places = list(pool.map(partial(_fetched, source, listed), names))
+    return Folder(places[0].parents[len(PurePosixPath(names[0]).parts) - 1], cuts)
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Each retry would be announced over two lines; what came of it is told by us."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _listed(source: str) -> _Listed:
-    """What the hub lists, or listed when it was asked last; or what a person downloaded whole."""
+    """What the hub lists, or listed when it was asked last; or what a person downloaded."""
+    if constants.HF_HUB_OFFLINE:
+        return _listed_before(source)
     name, revision = _named(source)
-    place = cached_assets_path("neg_service", name, "listed") / f"{(revision or 'main').replace('/', '--')}.json"
-    if not constants.HF_HUB_OFFLINE:
-        info = _asked_of_hub(source)
-        listed = _Listed(info.sha, [one.rfilename for one in info.siblings or ()])
-        place.write_text(json.dumps(listed), encoding="utf-8")
-        return listed
-    if place.is_file():
+    commit = _commit_of(source)
+    try:
+        names = HfApi().list_repo_files(name, repo_type="dataset", revision=commit)
+    # Whatever its client is built on has errors of its own.
+    except Exception as error:
+        raise _not_given(source, _reason(error)) from error
+    listed = _Listed(commit, sorted(names))
+    for kept in (revision or _DEFAULT, commit):
+        _keep(listed, _place(name, kept))
+    return listed
+
+
+def _place(name: str, revision: str) -> Path:
+    """Where what the hub listed is kept."""
+    return Path(constants.HF_ASSETS_CACHE) / "neg_service" / name / f"{revision.replace('/', '--')}.json"
+
+
+def _keep(listed: _Listed, place: Path) -> None:
+    """Keep a list for times without the hub, where the cache can be written; others may write and read it meanwhile."""
+    own = place.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(json.dumps(listed), encoding="utf-8")
+        own.replace(place)
+
+
+def _kept(place: Path) -> _Listed | None:
+    with suppress(OSError, ValueError, TypeError):
         return _Listed(*json.loads(place.read_text(encoding="utf-8")))
+    return None
+
+
+def _listed_before(source: str) -> _Listed:
+    """The list that was kept; after a later download by a person, of that."""
+    name, revision = _named(source)
+    place = _place(name, revision or _DEFAULT)
+    listed = _kept(place)
     try:
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise _not_given(source, "HF_HUB_OFFLINE is set, and it was not downloaded before") from error
-    names = [one.relative_to(folder).as_posix() for one in folder.rglob("*") if not one.is_dir()]
-    return _Listed(revision, names)
+    # Names that the hub's client does not take, and a cache that cannot be read, too.
+    except Exception as error:
+        if listed is None:
+            raise _not_given(source, _reason(error)) from error
+        return listed
+    if listed is not None and (listed.commit == folder.name or not _is_later(folder, revision, place)):
+        return listed
+    if (listed := _kept(_place(name, folder.name))) is None:
+        log.warning("%s: what was downloaded of it is taken for all of it: %s", source, folder)
+        names = [one.relative_to(folder).as_posix() for one in folder.rglob("*") if not one.is_dir()]
+        listed = _Listed(folder.name, sorted(names))
+    return listed
+
+
+def _is_later(folder: Path, revision: str | None, place: Path) -> bool:
+    """Whether a branch or tag came to what it is here after a list was kept: this program moves none."""
+    reference = folder.parents[1] / "refs" / (revision or _DEFAULT)
+    return reference.is_file() and reference.stat().st_mtime > place.stat().st_mtime
 
 
 def _fetched(source: str, listed: _Listed, file: str) -> Path:
@@ -120,14 +191,17 @@ def _fetched(source: str, listed: _Listed, file: str) -> Path:
     name, _ = _named(source)
     try:
         return Path(hf_hub_download(name, file, repo_type="dataset", revision=listed.commit))
-    # Whatever its client is built on has errors of its own.
+    # As above.
     except Exception as error:
-        reason = "it does not answer" if is_silence(error) else without_secrets(one_line(error))
-        if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set, and it was not downloaded before"
         raise PromptError(
-            f"the hub did not give its file {file!r}: {reason}", setting="dataset.source", value=source
+            f"the hub did not give its file {file!r}: {_reason(error)}", setting="dataset.source", value=source
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and it was not downloaded before"
+    return "it does not answer" if is_silence(error) else without_secrets(one_line(error))
 
 
 def open_by_library(source: str, subset: str | None, split: Any) -> HubTable:
@@ -154,7 +228,7 @@ def open_by_library(source: str, subset: str | None, split: Any) -> HubTable:
     else:
         place, revision = _named(source)
         if not constants.HF_HUB_OFFLINE:
-            revision = _asked_of_hub(source).sha
+            revision = _commit_of(source)
     try:
         builder = library.load_dataset_builder(place, subset, revision=revision)
         splits = [str(one) for one in (builder.config.data_files or builder.info.splits or ())]
@@ -194,21 +268,21 @@ def _named(source: str) -> tuple[str, str | None]:
     return found[1], found[2]
 
 
-def _asked_of_hub(source: str) -> Any:
-    """What the hub says of a data set: one question, because the library would repeat its own for minutes."""
+def _commit_of(source: str) -> str:
+    """The commit of a revision: one question with a limit, because later ones would be repeated for minutes."""
     name, revision = _named(source)
     try:
-        return HfApi().dataset_info(name, revision=revision, timeout=_HUB_SECONDS)
+        return str(HfApi().dataset_info(name, revision=revision, timeout=_HUB_SECONDS).sha)
     except GatedRepoError as error:
         raise _not_given(source, "it asks for an agreement on its page, and for HF_TOKEN of who agreed") from error
     except RevisionNotFoundError as error:
         raise _not_given(source, f"it has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise _not_given(source, "it has none of this name, or one that needs HF_TOKEN in the environment") from error
-    # Whatever its client is built on has errors of its own.
+    # As above.
     except Exception as error:
-        reason = "it does not answer" if is_silence(error) else without_secrets(one_line(error))
-        raise _not_given(source, f"{reason}; with HF_HUB_OFFLINE=1 what was downloaded before is read") from error
+        reason = f"{_reason(error)}; with HF_HUB_OFFLINE=1 what was downloaded before is read"
+        raise _not_given(source, reason) from error
 
 
 def _not_given(source: str, reason: str) -> PromptError:

@@ -180,8 +180,15 @@ def _folder_rows(where: str, folder: Folder, names: Mapping[str, str], named: Ma
     for cut in folder.cuts:
         rows = partial(_rows_of_files, where, folder.place, cut.files, names, named)
         start, end = cut.range(partial(_count, rows))
+        count = 0
         # Also behind the last: what is wrong with a file is wrong with all of it.
-        yield from (row for index, row in enumerate(rows()) if start <= index < end)
+        for count, row in enumerate(rows(), 1):
+            if start < count <= end:
+                yield row
+        if cut.is_beyond(count):
+            raise PromptError(
+                f"{where}: there are {count} rows to cut", setting="dataset.split", value=f"...[{cut.says}]"
+            )
 
 
 def _count(rows: Callable[[], Rows]) -> int:

@@ -165,6 +165,7 @@ def test_rotary_embeddings_that_are_used_as_they_stand_are_none_to_refuse(
         ({**LINEAR, "rope_theta": 5e5}, "rope_parameters.rope_theta=500000.0"),
         ({"rope_type": "default"}, 'rope_parameters.rope_type="default"'),
         ({"full_attention": LINEAR}, "rope_parameters.full_attention="),
+        ({"factor": 4.0, "rope_type": "yarn"}, 'rope_parameters.rope_type="yarn"'),
     ],
 )
 def test_rotary_parameters_that_another_name_hides_are_refused(

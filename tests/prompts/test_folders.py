@@ -75,14 +75,27 @@ def test_splits_are_cut_and_added(tmp_path: Path) -> None:
     place = make(tmp_path, *(f"train-{i}.jsonl" for i in range(5)), "test.jsonl")
     own = [f"train-{i}.jsonl" for i in range(5)]
     for cut, wanted in {
-        "[1:3]": own[1:3], "[:2]": own[:2], "[-2:]": own[-2:], "[:-4]": own[:1], "[-9:1]": own[:1], "[4:99]": own[4:],
+        "[1:3]": own[1:3], "[:2]": own[:2], "[-2:]": own[-2:], "[:-4]": own[:1], "[-5:1]": own[:1], "[4:5]": own[4:],
         "[:40%]": own[:2], "[-20%:]": own[4:], "[:]": own, "": own,
     }.items():  # fmt: skip
         assert ids(place, f"train{cut}") == wanted
     assert ids(place, "test + train[4:]") == ["test.jsonl", "train-4.jsonl"]
+    for wrong in ("[:6]", "[6:]", "[-6:]", "[2:99]"):
+        with refused(PromptError, "dataset.split", f"...{wrong}", says="there are 5 rows to cut"):
+            ids(place, f"train{wrong}")
     for wrong in ("train[1]", "train[:5%](closest)", "train[1:50%]", "train[:200%]", "train[%:]"):
         with refused(PromptError, "dataset.split", wrong, says="a cut is NAME"):
             ids(place, wrong)
+
+
+def test_what_a_readme_says_of_how_files_are_read_is_for_the_library(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("datasets", reason="the extra [datasets] is not installed")
+    (tmp_path / "a.csv").write_text('id;prompt;targets\n7;w1;"["" a"", "" b""]"\n')
+    (tmp_path / "README.md").write_text("---\nconfigs: [{config_name: a, data_files: a.csv, sep: ';'}]\n---\n")
+    assert open_folder(str(tmp_path), None, None) is None
+    assert "its README.md says sep of its files: the datasets library reads them, not strictly" in caplog.text
 
 
 def test_a_readme_says_which_files(tmp_path: Path) -> None:
@@ -103,7 +116,6 @@ def test_a_readme_says_which_files(tmp_path: Path) -> None:
         "configs: [{config_name: a, data_files: ../x.jsonl}]": "which is not in the folder",
         "configs: [{config_name: a, data_files: no.jsonl}]": "'no.jsonl', which it does not have; it has .*one/a",
         "configs: [{config_name: a, data_files: 'no*.jsonl'}]": "split train has no files; it has README.md, one/a",
-        "configs: [{config_name: a, sep: x}]": "'sep' of 'a' in its README.md is not understood",
         "configs: [{config_name: a, data_files: [{split: x}]}]": "not split and path",
         "configs: [": "README.md cannot be read",
         "configs: [{config_name: a}, {config_name: a}]": "a config_name twice",

@@ -232,9 +232,14 @@ def test_what_a_person_downloaded_whole_is_read_without_the_hub(tmp_path: Path) 
     for name, content in {f"snapshots/{COMMIT}/train.jsonl": lines(ROWS), "refs/main": COMMIT.encode()}.items():
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(content)
+    # What the hub lists cannot be kept, and was not.
+    (tmp_path / "cache" / "assets").write_bytes(b"")
     asked = [{"source": f"{NAME}{of}"} for of in ("", f"@{COMMIT}", "@v2")]
     *read, none = (found for found, _ in read_by_others("http://127.0.0.1:9", tmp_path, *asked, is_offline=True))
     assert read == [["r0", "r1", "r2"]] * 2
+    with hub({"train.jsonl": lines(ROWS[:1])}) as address:
+        ((found, _),) = read_by_others(address, tmp_path, {"source": f"{NAME}@{COMMIT}"})
+    assert found == ["r0", "r1", "r2"]
     assert "HF_HUB_OFFLINE is set, and it was not downloaded before" in none
 
 
@@ -263,6 +268,30 @@ def test_files_of_the_hub_are_read_as_strictly_as_single_ones(tmp_path: Path) ->
     assert "flipped/train.parquet: " in broken
     assert "checksum" in broken
     assert which.startswith("dataset.subset=None: must be one of them; ")
+
+
+def test_a_program_that_makes_rows_is_not_passed_over(tmp_path: Path) -> None:
+    with hub({"facts.py": b"", "en/train.jsonl": lines(ROWS), "de/train.jsonl": lines(ROWS)}) as address:
+        ((found, _),) = read_by_others(address, tmp_path, {"source": NAME})
+    assert "which rows it has says a program of its own (facts.py), which is not run" in found
+
+
+def test_a_later_download_counts_without_the_hub(tmp_path: Path) -> None:
+    asked = [{"source": f"{NAME}{of}", "split": "train"} for of in ("", f"@{COMMIT}")]
+    with hub({"train.jsonl": lines(ROWS), "test.jsonl": lines(ROWS)}) as address:
+        read_by_others(address, tmp_path, asked[0])
+    # Of the commit itself the list is known as well, of which one file is here.
+    whole = {"source": f"{NAME}@{COMMIT}"}
+    ((found, _),) = read_by_others(address, tmp_path, whole, is_offline=True)
+    assert "has train, test" in found
+    folder = tmp_path / "cache" / "hub" / f"datasets--{NAME.replace('/', '--')}"
+    later = "f" * 40
+    (folder / "snapshots" / later).mkdir()
+    (folder / "snapshots" / later / "train.jsonl").write_bytes(lines(ROWS[1:]))
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(later)
+    found, pinned = (ids for ids, _ in read_by_others(address, tmp_path, *asked, is_offline=True))
+    assert (found, pinned) == (["r1", "r2"], ["r0", "r1", "r2"])
 
 
 def test_arrow_of_the_hub_is_left_to_the_library(tmp_path: Path) -> None:
