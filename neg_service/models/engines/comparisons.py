@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from neg_service.models.experts_function import summed, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
 from neg_service.models.onednn import plain_products
-from neg_service.models.precision import at_least_float32
+from neg_service.models.precision import at_least_float32, in_precision
 from neg_service.models.start_at_layer import flat
 
 # A prime number: nothing that cuts prompts into blocks comes out even.
@@ -40,6 +40,7 @@ _BLOCK, _UNNAMED_BLOCK, _LONGEST_BLOCK = re.compile("(chunk|block)_size$"), 64, 
 # nothing; and what rounding alone makes of a difference of two log p in float32, with logits up to `_LOGITS`.
 _LOG_P_STEPS, _LARGEST_STEP, _STEP_OF_NOTHING = (1e-2, 1e-3, 1e-4), 1.0, 1e-2
 _ROUNDING, _LOGITS = 5e-6, 20
+_STEP_IN_FLOAT64 = 1e-5
 _DRAWS = 8
 # What share of the tolerance leaves no doubt.
 _CLEARLY = 0.1
@@ -266,7 +267,7 @@ def finite_difference_deviation(engine: Engine, ids: Sequence[int], tolerance: f
     compared with the sum of gradients, relative to the gradient's norm, which is what that sum is expected to be. The
     step that agrees best counts: a large one leaves the straight part of the curve, and a small one drowns in rounding,
     but gradients that are wrong agree at none. So the first that agrees clearly, within a tenth of `tolerance`, is
-    enough.
+    enough. Where none does, as of neurons that hardly act and soon bend, a smaller one is tried in float64.
     """
     model = engine.model
     # A few tokens are enough for that, and each site has rows of its own.
@@ -281,26 +282,32 @@ def finite_difference_deviation(engine: Engine, ids: Sequence[int], tolerance: f
     found = target_gradients(engine.rows([ids]), [[target, 0]], points)
     draw = torch.Generator().manual_seed(0)
     checked = {
-        site: _SiteCheck(gradient_rn[0].double().cpu(), draw, _ROUNDING * unit)
+        site: _SiteCheck(gradient_rn[0].double().cpu(), draw)
         for site, gradient_rn in zip(points, found.gradient_srn, strict=True)
     }
-    plain = UnpaddedEngine(model).rows([ids])
-    for change in (step * unit for step in _LOG_P_STEPS):
-        unsure = {site: own for site, own in checked.items() if not own.best <= _CLEARLY * tolerance}
-        shifts = {site: own.step(change) * own.sign_n for site, own in unsure.items()}
-        for site, (up, down) in _log_p_of_shifts(plain, points, shifts, target).items():
-            unsure[site].compare(up - down, change)
+
+    def compare(plain: Rows, changes: Iterable[float], enough: float, rounding: float) -> None:
+        for change in changes:
+            unsure = {site: own for site, own in checked.items() if not own.best <= enough}
+            shifts = {site: own.step(change) * own.sign_n for site, own in unsure.items()}
+            for site, (up, down) in _log_p_of_shifts(plain, points, shifts, target).items():
+                unsure[site].compare(up - down, change, rounding)
+
+    steps = (step * unit for step in _LOG_P_STEPS)
+    compare(UnpaddedEngine(model).rows([ids]), steps, _CLEARLY * tolerance, _ROUNDING * unit)
+    if any(not own.best <= tolerance for own in checked.values()):
+        with in_precision(model.module, model.feed_forward.layers, torch.float64):
+            compare(UnpaddedEngine(model).rows([ids]), [_STEP_IN_FLOAT64 * unit], tolerance, 0.0)
     return max(own.best for own in checked.values())
 
 
 class _SiteCheck:
     """What is said of a site's neurons [N], moved together by equal amounts up or down, and how well it agreed.
 
-    best: the smallest deviation of all steps tried. rounding: what it alone makes of a difference of two log p.
+    best: the smallest deviation of all steps tried.
     """
 
-    def __init__(self, slope_n: Tensor, draw: torch.Generator, rounding: float) -> None:
-        self._rounding = rounding
+    def __init__(self, slope_n: Tensor, draw: torch.Generator) -> None:
         signs_xn = torch.randint(0, 2, (_DRAWS, *slope_n.shape), generator=draw).double() * 2 - 1
         # Of several draws the one that moves the most: a factor in all gradients shows in it best.
         self.sign_n = signs_xn[(signs_xn @ slope_n).abs().argmax()]
@@ -311,10 +318,13 @@ class _SiteCheck:
         """By how much each neuron moves, so that log p changes by about `change`."""
         return min(change / self._norm, _LARGEST_STEP) if self._norm else _STEP_OF_NOTHING
 
-    def compare(self, difference: float, change: float) -> None:
-        """Take note of what a step up and one down made of log p, the one less the other."""
+    def compare(self, difference: float, change: float, rounding: float) -> None:
+        """Take note of what a step up and one down made of log p, the one less the other.
+
+        rounding: what it alone makes of that.
+        """
         way = 2 * self.step(change)
-        off = max(0.0, abs(difference - way * self._expected) - self._rounding)
+        off = max(0.0, abs(difference - way * self._expected) - rounding)
         agrees = off / (way * self._norm) if self._norm else float("inf")
         self.best = min(self.best, agrees if off else 0.0)
 
