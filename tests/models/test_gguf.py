@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,8 @@ import torch
 import neg_service
 from neg_service.errors import ModelError
 from tests.refusals import refused
-from tests.tiny_models import VOCABULARY, tiny_model
+from tests.tiny_gguf import closed, writer_of
+from tests.tiny_models import tiny_model
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
@@ -32,21 +32,10 @@ def written(file: Path, more: dict[str, np.ndarray] | None = None, **metadata: A
     """The tiny Llama as a .gguf file, with further tensors and metadata."""
     model = tiny_model("Llama 2").model
     config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer = writer_of(file, "llama", config)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(f"w{i}" for i in range(VOCABULARY - 2)), "w", "1"])
-    writer.add_token_merges(["w 1"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
     for key, value in metadata.items():
         name = key.replace("__", ".")
         if isinstance(value, str):
@@ -59,10 +48,7 @@ def written(file: Path, more: dict[str, np.ndarray] | None = None, **metadata: A
         writer.add_tensor(name, weight.numpy())
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    closed(writer)
     return file
 
 

@@ -15,6 +15,7 @@ import neg_service
 from neg_service.errors import ModelError
 from neg_service.models.gguf_metadata import apply_metadata
 from tests.refusals import refused
+from tests.tiny_gguf import closed, writer_of
 from tests.tiny_models import VOCABULARY
 
 SIZES = {
@@ -28,18 +29,7 @@ FILE = Path("tiny.gguf")
 def written(file: Path, model: hf.PreTrainedModel, architecture: str, **metadata: Any) -> Path:
     """A model as a .gguf file, by the names of tensors of the gguf package; keys have `__` for the dot."""
     config = model.config
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(f"w{i}" for i in range(VOCABULARY - 2)), "w", "1"])
-    writer.add_token_merges(["w 1"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer = writer_of(file, architecture, config)
     writer.add_pad_token_id(0)
     for key, value in metadata.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
@@ -49,10 +39,7 @@ def written(file: Path, model: hf.PreTrainedModel, architecture: str, **metadata
     for name, weight in model.state_dict().items():
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(own, weight.numpy().astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    closed(writer)
     return file
 
 
