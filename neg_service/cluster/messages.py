@@ -62,12 +62,14 @@ class WorkerInfo:
     """What a worker says when it is ready: what it runs on, and what it found out about its model.
 
     engine: how the model's rows are run, see `models/engines/`. cpu_product: what multiplies its matrices and what that
-    gains, see `models/cpu_product.py`; None where there is no choice.
+    gains, see `models/cpu_product.py`; None where there is no choice. dequantised: what its weights were made from, if
+    quantised, see `models/quantized.py`.
     """
 
     runs_on: str
     engine: str = ""
     cpu_product: Mapping[str, Any] | None = None
+    dequantised: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,9 @@ class RunObserver(Observer):
         self._notes.add(engine=info.worker.engine, runs_on=info.worker.runs_on)
         if info.worker.cpu_product is not None:
             self._notes.add(cpu_product=dict(info.worker.cpu_product))
+        if info.worker.dequantised is not None:
+            # The plan of a checkpoint whose files are not on the driver's machine does not know how many tensors.
+            self._notes.add(dequantised=dict(info.worker.dequantised))
         if self._calibration is not None:
             self._notes.add(calibration=self._calibration)
             with self._metrics.waits():

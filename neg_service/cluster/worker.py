@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -64,8 +65,12 @@ class ScanWorker:
         log.info("a batch takes up to %.0f MiB of memory", self._budget.bytes / 2**20)
         devices = ", ".join(f"{device} ({processor_name(device)})" for device in self._model.devices)
         product = self._model.cpu_product
+        made = self._model.dequantised
         return WorkerInfo(
-            f"{devices}, {self._threads} threads", chosen.engine.name, None if product is None else product.as_dict()
+            f"{devices}, {self._threads} threads",
+            chosen.engine.name,
+            None if product is None else product.as_dict(),
+            None if made is None else asdict(made),
         )
 
     def _batch_bytes(self) -> int:

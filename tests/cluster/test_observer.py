@@ -70,6 +70,12 @@ def test_what_multiplies_is_kept(tmp_path: Path) -> None:
     assert run.about["cpu_product"] == {"name": "onednn", "gain": 2.0}
 
 
+def test_what_weights_were_made_from_is_kept(tmp_path: Path) -> None:
+    run, made = Run(tmp_path, calibration={}), {"method": "fp8", "tensors": 14, "activations": "not quantised"}
+    run.observer.replica_ready(ReplicaInfo(1, "here", WorkerInfo("a CPU", "kv_cache", None, made)))
+    assert run.about["dequantised"] == made
+
+
 def test_what_is_to_be_calibrated_is_kept_with_what_was_found_before(tmp_path: Path) -> None:
     run = Run(tmp_path, calibration=None)
     run.observer.replica_ready(READY)

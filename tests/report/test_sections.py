@@ -175,6 +175,9 @@ def test_quantised_weights_are_said_to_be(place: Path, tiny_directory: Path, tmp
     text = overview(Loaded([run, plain], [])).text
     assert f"Weights of {quantised}: dequantised from gptq (14 tensors); activations: not quantised." in text
     assert text.count("dequantised") == 1
+    # Planned without its files, as a checkpoint of the hub is, its replicas know how many all the same.
+    run.about["model"]["dequantised"], run.about["dequantised"] = {**made, "tensors": None}, made
+    assert overview(Loaded([run, plain], [])).text == text
 
 
 def test_a_run_that_is_not_done_shows_what_it_has(place: Path, tiny_directory: Path) -> None:

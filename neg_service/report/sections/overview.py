@@ -31,10 +31,7 @@ def overview(loaded: Loaded) -> Section:
     )
     if engines := sorted({run.about["engine"] for run in runs if run.about.get("engine")}):
         text += f" Engine: {', '.join(engines)}."
-    models = [run.about.get("model", {}) for run in runs]
-    for made in dict.fromkeys(
-        f"{m['source']}: {dequantised_text(m['dequantised'])}" for m in models if "dequantised" in m
-    ):
+    for made in dict.fromkeys(filter(None, (_made_from(run.about) for run in runs))):
         text += f" Weights of {made}."
     grids = []
     if loaded.studies:
@@ -81,6 +78,13 @@ def _layers_of(run: Run) -> str:
     if has_experts(run):
         return described_layers([LayerNeurons(*own) for own in model["layer_neurons"]])
     return f"{model.get('layers', '?')} × {model.get('neurons_a_layer', '?')}"
+
+
+def _made_from(about: Mapping[str, Any]) -> str:
+    """What a run's weights were made from, if quantised: as its first replica said, or as it was planned."""
+    model = about.get("model", {})
+    made = about.get("dequantised", model.get("dequantised"))
+    return "" if made is None else f"{model['source']}: {dequantised_text(made)}"
 
 
 def _model_of(model: Mapping[str, Any]) -> str:
