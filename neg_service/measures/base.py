@@ -111,6 +111,8 @@ class Measure(ABC, Generic[OptionsT]):
     MEASURES_SINGLE_NEURONS: ClassVar[bool] = False
     # Whether targets may be several tokens: whoever takes `EncodedPrompt.target_ids` for all of a target does not.
     TAKES_SEQUENCES: ClassVar[bool] = False
+    # Whether rows may say at which token neurons are (`at`): not of whoever takes them for those at the last one.
+    TAKES_PLACES: ClassVar[bool] = False
     # Whether a list may have other neurons for each task.
     TAKES_NEURONS_BY_TASK: ClassVar[bool] = False
     # Whether rows' `wordings` are read.
@@ -227,7 +229,7 @@ class Measure(ABC, Generic[OptionsT]):
             PromptError: naming the first one.
         """
         moves_each = getattr(self.options, "at", "readout") == "each"
-        if self.TAKES_SEQUENCES and not moves_each:
+        if self.TAKES_PLACES and not moves_each:
             return
         first = next((prompt for prompt in prompts if prompt.at is not None), None)
         if first is not None:

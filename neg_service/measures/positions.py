@@ -8,11 +8,16 @@ in probability per unit of |activation|. At the readout position itself it is wh
 it, a neuron acts through the attention of later ones. The whole prompt runs as a plain pass of the model's own code,
 with one backward pass for each target, whatever the engine.
 
-Axes: K targets, T tokens, L layers, N neurons, M neurons of a token's slots.
+A target of several tokens has a pass of its own, over the prompt and all of it but its last token; p is the product
+over its tokens (`sequences.py`), and the map goes on along the target.
+
+Axes: K targets, T tokens of a pass, S tokens that are read, L layers, N neurons, M neurons of a token's slots, V
+vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +29,9 @@ from torch import Tensor, nn
 from neg_service.errors import NonFiniteError
 from neg_service.measures.batching import named, naming_memory
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
+from neg_service.measures.sequences import TokenLogP, chain_of
 from neg_service.measures.signs import signed_by
+from neg_service.models.engines.base import Rows
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
@@ -37,20 +44,33 @@ from neg_service.slots import Slots
 
 
 @dataclass(frozen=True)
-class PositionMap:
-    """NeurGrad of one prompt by token and layer, summed up over each layer's neurons.
+class TargetMap:
+    """NeurGrad of one target by token and layer, summed up over each layer's neurons.
 
-    probability_k: of the targets, 0..1. layers: the L layers. total_ktl: Σ_n |NeurGrad|. strongest_ktl: NeurGrad of the
-    neuron where it is largest; which one: expert_ktl (see `Slots`) and neuron_ktl. routing: the readout token's.
+    ids_t: the prompt's tokens, and of a target of several all of its tokens but the last. total_tl: Σ_n |NeurGrad|.
+    strongest_tl: NeurGrad of the neuron where it is largest; which one: expert_tl (see `Slots`) and neuron_tl.
+    """
+
+    ids_t: tuple[int, ...]
+    total_tl: NDArray[np.float32]
+    strongest_tl: NDArray[np.float32]
+    expert_tl: NDArray[np.int64]
+    neuron_tl: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PositionMap:
+    """The maps of one prompt's targets.
+
+    probability_k: of the targets, 0..1. layers: the L layers. routing: the readout token's. token_log_p: of each target
+    its tokens' log p, where any is several tokens.
     """
 
     probability_k: NDArray[np.float32]
     layers: tuple[int, ...]
-    total_ktl: NDArray[np.float32]
-    strongest_ktl: NDArray[np.float32]
-    expert_ktl: NDArray[np.int64]
-    neuron_ktl: NDArray[np.int64]
+    targets: tuple[TargetMap, ...]
     routing: PromptRouting
+    token_log_p: TokenLogP = None
 
 
 def position_map(
@@ -67,11 +87,49 @@ def position_map(
     points = model.feed_forward.sites(basis, layers)
     what, advice = "the gradients of all its tokens do not fit", "use a larger device, or fewer neurons.layers"
     with naming_memory(named(prompt, model), model.device, what, advice):
-        return _map(model, prompt, points)
+        found = [_differentiated(model, own, points) for own in _passes(model, prompt)]
+    log_p = [values for own in found for values in own.log_p]
+    maps = [target for own in found for target in own.targets]
+    if not all(np.isfinite(values).all() for values in (*log_p, *(own.total_tl for own in maps))):
+        raise NonFiniteError(f"{named(prompt, model)}: NaN or infinity in logits or gradients; try another model.dtype")
+    return PositionMap(
+        np.array([math.exp(float(values.sum())) for values in log_p], np.float32),
+        tuple(dict.fromkeys(site.layer for site in points)),
+        tuple(maps),
+        found[0].routing,
+        tuple(log_p) if prompt.has_sequences else None,
+    )
 
 
-def _map(model: LanguageModel, prompt: EncodedPrompt, points: dict[Site, Point]) -> PositionMap:
-    rows = model.whole_prompt(prompt.ids)
+@dataclass(frozen=True)
+class _Pass:
+    """A plain pass over some tokens, and the targets that it reads: of each (place among those read, token) [S]."""
+
+    rows: Rows
+    ids: tuple[int, ...]
+    paths: Sequence[Sequence[tuple[int, int]]]
+
+
+def _passes(model: LanguageModel, prompt: EncodedPrompt) -> Iterator[_Pass]:
+    """One for all targets of one token, or one for each target."""
+    if not prompt.has_sequences:
+        yield _Pass(model.whole_prompt(prompt.ids), prompt.ids, [[(0, token)] for token in prompt.target_ids])
+        return
+    for tokens in prompt.target_tokens:
+        rows = model.whole_prompt(prompt.ids, chain_of(prompt, tokens))
+        yield _Pass(rows, (*prompt.ids, *tokens[:-1]), [list(enumerate(tokens))])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a pass says: its targets' maps, their tokens' log p, float64, and the readout token's routing."""
+
+    targets: list[TargetMap]
+    log_p: list[NDArray[np.float64]]
+    routing: PromptRouting
+
+
+def _differentiated(model: LanguageModel, own: _Pass, points: dict[Site, Point]) -> _Found:
     leaves: dict[Site, Tensor] = {}
 
     def capture(site: Site, x: Tensor) -> Tensor:
@@ -80,44 +138,40 @@ def _map(model: LanguageModel, prompt: EncodedPrompt, points: dict[Site, Point])
         return leaves[site]
 
     with torch.enable_grad(), watching_routing() as routing, hooks(points, capture):
-        log_p_v = log_softmax(at_least_float32(rows.run([1])))[0]
+        log_p_sv = log_softmax(at_least_float32(own.rows.run([1])))
     activation = {site: points[site].neurons(flat(leaf.detach())) for site, leaf in leaves.items()}
-    p_k = log_p_v.detach()[list(prompt.target_ids)].exp()
-    slots_t = _slots(model, points, routing, len(prompt.ids))
+    slots_t = _slots(model, points, routing, len(own.ids))
     layers = tuple(dict.fromkeys(site.layer for site in points))
-    found = []
-    for place, target in enumerate(prompt.target_ids):
-        is_last = place == len(prompt.target_ids) - 1
+    values: list[Tensor] = []
+    for number, path in enumerate(own.paths):
+        log_p_s = torch.stack([log_p_sv[place, token] for place, token in path])
         slopes = torch.autograd.grad(
-            log_p_v[target], [leaves[site] for site in points], retain_graph=not is_last, materialize_grads=True
-        )
+            log_p_s.sum(), [leaves[site] for site in points], retain_graph=number < len(own.paths) - 1,
+            materialize_grads=True,
+        )  # fmt: skip
+        p = log_p_s.detach().sum().exp()
         neurgrad = {
-            site: signed_by(activation[site], points[site].neurons(flat(slope)).float()) * p_k[place].to(slope.device)
+            site: signed_by(activation[site], points[site].neurons(flat(slope)).float()) * p.to(slope.device)
             for site, slope in zip(points, slopes, strict=True)
         }
-        found += list(_by_layer(neurgrad, layers))
-    on_cpu = fetched([p_k.float(), *found])
-    if not all(own.isfinite().all() for own in on_cpu):
-        raise NonFiniteError(f"{named(prompt, model)}: NaN or infinity in logits or gradients; try another model.dtype")
-    total, strongest, at = (
-        torch.stack(on_cpu[1 + i :: 3]).view(len(p_k), len(layers), -1).transpose(1, 2).numpy() for i in range(3)
-    )
-    expert_ktl, neuron_ktl = _named(at.astype(np.int64), slots_t, layers)
-    return PositionMap(
-        on_cpu[0].numpy(), layers, np.ascontiguousarray(total), np.ascontiguousarray(strongest), expert_ktl,
-        neuron_ktl, routing_of_rows(model.feed_forward, routing, rows.positions([1]))[0],
-    )  # fmt: skip
+        values += [log_p_s.detach(), *_by_layer(neurgrad, layers)]
+    on_cpu = [value.numpy() for value in fetched(values)]
+    targets = []
+    for total_tl, strongest_tl, place_tl in zip(on_cpu[1::4], on_cpu[2::4], on_cpu[3::4], strict=True):
+        targets.append(TargetMap(own.ids, total_tl, strongest_tl, *_named(place_tl.astype(np.int64), slots_t, layers)))
+    of_readout = routing_of_rows(model.feed_forward, routing, own.rows.positions([1]))[0]
+    return _Found(targets, [values.astype(np.float64) for values in on_cpu[::4]], of_readout)
 
 
-def _by_layer(neurgrad: dict[Site, Tensor], layers: Sequence[int]) -> Iterator[Tensor]:
-    """For each layer Σ|NeurGrad|, the largest NeurGrad, and where along the layer's slots it is; [T] each, float32."""
+def _by_layer(neurgrad: dict[Site, Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """Σ|NeurGrad|, the largest NeurGrad, and where along its layer's slots it is: [T, L] each, float32."""
+    found = []
     for layer in layers:
         own_tm = torch.cat([values for site, values in neurgrad.items() if site.layer == layer], 1)
-        place_t = own_tm.abs().argmax(1)
-        yield own_tm.abs().sum(1)
-        yield own_tm.gather(1, place_t[:, None])[:, 0]
+        place_t1 = own_tm.abs().argmax(1, keepdim=True)
         # A place along a layer's slots is far below 2²⁴.
-        yield place_t.float()
+        found.append((own_tm.abs().sum(1), own_tm.gather(1, place_t1)[:, 0], place_t1[:, 0].float()))
+    return [torch.stack([values_t.to(own[0].device) for values_t in own], 1) for own in zip(*found, strict=True)]
 
 
 def _slots(
@@ -131,12 +185,12 @@ def _slots(
 
 
 def _named(
-    place_ktl: NDArray[np.int64], slots_t: Sequence[Slots], layers: Sequence[int]
+    place_tl: NDArray[np.int64], slots_t: Sequence[Slots], layers: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Expert and number of the neurons at places along their layers' slots."""
-    expert_ktl, neuron_ktl = np.empty_like(place_ktl), np.empty_like(place_ktl)
+    expert_tl, neuron_tl = np.empty_like(place_tl), np.empty_like(place_tl)
     for t, slots in enumerate(slots_t):
         first_l = slots.start[np.searchsorted(slots.layer, layers)]
-        rows = slots.rows_at((place_ktl[:, t] + first_l).ravel())
-        expert_ktl[:, t], neuron_ktl[:, t] = (rows[:, i].reshape(-1, len(layers)) for i in (1, 2))
-    return expert_ktl, neuron_ktl
+        rows = slots.rows_at(place_tl[t] + first_l)
+        expert_tl[t], neuron_tl[t] = rows[:, 1], rows[:, 2]
+    return expert_tl, neuron_tl

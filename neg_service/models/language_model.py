@@ -19,7 +19,7 @@ from neg_service.models.batches import Group
 from neg_service.models.configuration import is_masked_architecture
 from neg_service.models.cpu_product import CpuProduct
 from neg_service.models.dimensions import context_length, row_values, steady_temperature, vocabulary
-from neg_service.models.engines.base import Engine, Ids, LoadedModel, Rows
+from neg_service.models.engines.base import Engine, Ids, LoadedModel, Row, Rows
 from neg_service.models.engines.difference_products import EXACT
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.select import AUTO, Selection, select_engine, select_for_trees
@@ -168,9 +168,13 @@ class LanguageModel:
         """Which prompts to run together: those with a common beginning, or all, where nothing can be shared."""
         return self.engine.groups(prompts)
 
-    def whole_prompt(self, prompt: Ids) -> Rows:
-        """A prompt as a row of all its tokens, by a plain pass whatever the engine is."""
-        return FullSequenceEngine(self._loaded).rows([prompt])
+    def whole_prompt(self, prompt: Ids, row: Row | None = None) -> Rows:
+        """A prompt as a row of all its tokens, by a plain pass whatever the engine is.
+
+        row: tokens from the prompt's last one on, all of which are read.
+        """
+        engine = FullSequenceEngine(self._loaded)
+        return engine.rows([prompt]) if row is None else engine.trees([prompt], [[row]])
 
     def forget_prefixes(self) -> None:
         """Free the memory of shared prefixes that are kept for prompts to come."""

@@ -52,6 +52,7 @@ class AggregateImportance(Measure[AggregateImportanceOptions]):
     Options = AggregateImportanceOptions
     NAMES = ("aggregate_importance",)
     TAKES_SEQUENCES = True
+    TAKES_PLACES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts without a target to compare with, too."""

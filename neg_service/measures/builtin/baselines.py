@@ -75,6 +75,7 @@ class BaselineEstimate(Measure[BaselineOptions]):
     Options = BaselineOptions
     NAMES = ("gradient", "gradient_x_activation", "activation", "random")
     TAKES_SEQUENCES = True
+    TAKES_PLACES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, too."""

@@ -48,6 +48,7 @@ class IntegratedGradients(Measure[IntegratedGradientsOptions]):
     Options = IntegratedGradientsOptions
     NAMES = (_NAME,)
     TAKES_SEQUENCES = True
+    TAKES_PLACES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, too."""

@@ -46,6 +46,7 @@ class Intervene(Measure[InterveneOptions]):
     Options = InterveneOptions
     NAMES = ("intervene",)
     TAKES_SEQUENCES = True
+    TAKES_PLACES = True
 
     def with_files_read(self) -> Self:
         """The edits themselves in the place of their file."""

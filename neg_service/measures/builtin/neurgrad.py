@@ -66,6 +66,7 @@ class NeurGrad(Measure[NeurGradOptions]):
     Options = NeurGradOptions
     NAMES = ("neurgrad",)
     TAKES_SEQUENCES = True
+    TAKES_PLACES = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
         """Refuse to keep answers that there are not, or more neurons than there are, too."""

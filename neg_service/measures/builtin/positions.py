@@ -1,6 +1,6 @@
 """The measure `positions`: NeurGrad at every token of a prompt, summed up over each layer. Formula: one level up.
 
-Axes: K targets, T tokens, L layers.
+Axes: K targets, T tokens of one of them, L layers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Positions(Measure[PositionsOptions]):
 
     Options = PositionsOptions
     NAMES = ("positions",)
+    TAKES_SEQUENCES = True
+    # It has all tokens.
+    TAKES_PLACES = False
 
     def tables(self, sizes: Sizes) -> dict[str, Table]:
         """`prompts` and `positions`."""
@@ -49,7 +52,7 @@ class Positions(Measure[PositionsOptions]):
         return {**schema.prompt_tables(has_experts(sizes)), "positions": table}
 
     def cost(self, info: ModelInfo, neurons: NeuronsConfig, n_targets: float) -> Cost:
-        """A backward pass over the whole prompt for each target."""
+        """A backward pass over the whole prompt for each target; one of several tokens makes it a little longer."""
         n = len(checked_layers(neurons, info.n_layers)) * _TOKENS * n_targets
         return Cost({**prompt_bytes(info), "positions": int(_ROW * n)}, _TOKENS * n_targets)
 
@@ -60,24 +63,30 @@ class Positions(Measure[PositionsOptions]):
         model = shard.model
         for index, prompt in enumerate(shard.prompts):
             found = position_map(model, prompt, self.options.basis, shard.layers)
-            tokens = [model.tokenizer.decode([token]) for token in prompt.ids]
-            of_prompt = prompt_tables(prompt, found.probability_k, found.routing, model.feed_forward.has_experts)
-            yield index, {**of_prompt, "positions": _table(prompt, found, tokens, self.options.basis)}
+            of_prompt = prompt_tables(
+                prompt, found.probability_k, found.routing, model.feed_forward.has_experts, found.token_log_p
+            )
+            maps = [
+                _table(prompt, found, k, [model.tokenizer.decode([token]) for token in own.ids_t], self.options.basis)
+                for k, own in enumerate(found.targets)
+            ]
+            yield index, {**of_prompt, "positions": pa.concat_tables(maps)}
 
 
-def _table(prompt: EncodedPrompt, found: PositionMap, tokens: Sequence[str], basis: str) -> pa.Table:
-    """Rows by target, then token, then layer."""
-    k, t, n_layers = found.total_ktl.shape
+def _table(prompt: EncodedPrompt, found: PositionMap, k: int, token_t: Sequence[str], basis: str) -> pa.Table:
+    """Rows of one target by token, then layer."""
+    own = found.targets[k]
+    t, n_layers = own.total_tl.shape
     return table_of(
         schema.POSITIONS,
-        k * t * n_layers,
-        **key_columns(prompt, np.repeat(np.arange(k), t * n_layers)),
-        **mlp_columns(np.tile(found.layers, k * t), found.expert_ktl.ravel()),
-        neuron=found.neuron_ktl.ravel(),
+        t * n_layers,
+        **key_columns(prompt, np.repeat(k, t * n_layers)),
+        **mlp_columns(np.tile(found.layers, t), own.expert_tl.ravel()),
+        neuron=own.neuron_tl.ravel(),
         basis=basis,
-        probability=np.repeat(found.probability_k, t * n_layers),
-        position=np.tile(np.repeat(np.arange(t), n_layers), k),
-        token=np.tile(np.repeat(np.array(tokens, dtype=object), n_layers), k),
-        neurgrad=found.strongest_ktl.ravel(),
-        total=found.total_ktl.ravel(),
+        probability=np.repeat(found.probability_k[k], t * n_layers),
+        position=np.repeat(np.arange(t), n_layers),
+        token=np.repeat(np.array(token_t, dtype=object), n_layers),
+        neurgrad=own.strongest_tl.ravel(),
+        total=own.total_tl.ravel(),
     )

@@ -63,6 +63,7 @@ class NeuronSweep(Measure[SweepOptions]):
     Options = SweepOptions
     NAMES = ("sweep",)
     TAKES_SEQUENCES = True
+    TAKES_PLACES = True
     MEASURES_SINGLE_NEURONS = True
 
     def validate(self, info: ModelInfo, neurons: NeuronsConfig, prompts: Sequence[Prompt]) -> None:
