@@ -90,7 +90,8 @@ def position_map(
         found = [_differentiated(model, own, points) for own in _passes(model, prompt)]
     log_p = [values for own in found for values in own.log_p]
     maps = [target for own in found for target in own.targets]
-    if not all(np.isfinite(values).all() for values in (*log_p, *(own.total_tl for own in maps))):
+    is_finite = [np.isfinite(values).all() for values in log_p] + [np.isfinite(own.total_tl).all() for own in maps]
+    if not all(is_finite):
         raise NonFiniteError(f"{named(prompt, model)}: NaN or infinity in logits or gradients; try another model.dtype")
     return PositionMap(
         np.array([math.exp(float(values.sum())) for values in log_p], np.float32),
