@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neg_service.errors import NonFiniteError
+from neg_service.measures.batches_of_gradients import columns_of_prompts
 from neg_service.measures.batching import named, naming_memory
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.measures.signs import signed_by
@@ -32,6 +33,7 @@ from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
 from neg_service.models.start_at_layer import flat
 from neg_service.models.transfer import fetched
+from neg_service.neurons import Ints
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
@@ -102,7 +104,7 @@ def _map(model: LanguageModel, prompt: EncodedPrompt, points: dict[Site, Point])
     total, strongest, at = (
         torch.stack(on_cpu[1 + i :: 3]).view(len(p_k), len(layers), -1).transpose(1, 2).numpy() for i in range(3)
     )
-    expert_ktl, neuron_ktl = _named(at.astype(np.int64), slots_t, layers)
+    expert_ktl, neuron_ktl = _named(at.astype(np.int64), slots_t, _columns(points, slots_t), layers)
     return PositionMap(
         on_cpu[0].numpy(), layers, np.ascontiguousarray(total), np.ascontiguousarray(strongest), expert_ktl,
         neuron_ktl, routing_of_rows(model.feed_forward, routing, rows.positions([1]))[0],
@@ -130,13 +132,25 @@ def _slots(
     return [slots_of(model.feed_forward, own.experts, points) for own in of_tokens]
 
 
+def _columns(points: dict[Site, Point], slots_t: Sequence[Slots]) -> tuple[Ints, list[Ints] | None]:
+    """Where each layer's first column is among those of all, and which of these are each token's neurons."""
+    width_of = {site: point.size for site, point in points.items()}
+    layer_w = np.repeat([site.layer for site in width_of], list(width_of.values()))
+    first_l = np.unique(layer_w, return_index=True)[1]
+    return first_l, columns_of_prompts(points, list(width_of.values()), slots_t)
+
+
 def _named(
-    place_ktl: NDArray[np.int64], slots_t: Sequence[Slots], layers: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Expert and number of the neurons at places along their layers' slots."""
+    place_ktl: Ints, slots_t: Sequence[Slots], columns: tuple[Ints, list[Ints] | None], layers: Sequence[int]
+) -> tuple[Ints, Ints]:
+    """Expert and number of the neurons at places along their layers' columns."""
+    first_l, columns_t = columns
     expert_ktl, neuron_ktl = np.empty_like(place_ktl), np.empty_like(place_ktl)
     for t, slots in enumerate(slots_t):
-        first_l = slots.start[np.searchsorted(slots.layer, layers)]
-        rows = slots.rows_at((place_ktl[:, t] + first_l).ravel())
+        place_kl = place_ktl[:, t] + first_l
+        if columns_t is not None:
+            # Not of identities, unless all of a layer's neurons are silent.
+            place_kl = np.minimum(np.searchsorted(columns_t[t], place_kl), slots.m - 1)
+        rows = slots.rows_at(place_kl.ravel())
         expert_ktl[:, t], neuron_ktl[:, t] = (rows[:, i].reshape(-1, len(layers)) for i in (1, 2))
     return expert_ktl, neuron_ktl
