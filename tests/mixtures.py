@@ -358,6 +358,8 @@ MIXTURES: dict[str, Mixture] = {
             **{"moe_intermediate_size": 14, "n_routed_experts": 6, "n_shared_experts": 2, "mlp_layer_types": _SPARSE},
             "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
             "sliding_window_size": WINDOW,
+            # Shorter than prompts: further tokens scale their attention.
+            "log_scaling_n_floor": 6,
             "logits_mup_width_multiplier": 2.0,
             "route_scale": 2.0,
         },
