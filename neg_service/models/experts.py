@@ -127,15 +127,12 @@ def _put_forward_back(module: nn.Module, had: Any) -> None:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a layer's experts that are chosen, by its name; of which kind says `check_experts`."""
-    if type(module).__name__ in FORWARDS:
-        return True
-    return (
-        not is_shared(module)
-        and "Experts" in type(module).__name__
-        and any(
-            isinstance(getattr(module, name, None), nn.Parameter) and getattr(module, name).ndim == 3
-            for name in ("down_proj", "gate_up_proj", "up_proj")
-        )
+    if type(module).__name__ in _FORWARDS:
+        # Of LongCat all may be identities.
+        return not is_shared(module) and bool(getattr(module, "num_routed_experts", True))
+    return "Experts" in type(module).__name__ and any(
+        isinstance(getattr(module, name, None), nn.Parameter) and getattr(module, name).ndim == 3
+        for name in ("down_proj", "gate_up_proj", "up_proj")
     )
 
 

@@ -268,15 +268,18 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
         if index in silent:
             mlps.append(())
         elif several is not None:
-            mlps.append([_known_mlp(module, index, whose) for module in several(layer)])
+            modules = list(several(layer))
+            if len(set(map(id, modules))) < len(modules):
+                raise _refusal(f"{whose} runs one MLP several times")
+            mlps.append([_known_mlp(module, index, whose) for module in modules])
         else:
             mlps.append(_mlps(layer, index, whose, None if own is None else own.module))
     if not any(mlps) and not any(experts):
         raise _refusal(f"{name} has no feed-forward layers")
-    modules = [own.module for own in experts if own]
-    if len(set(map(id, modules))) < len(modules):
+    found = FeedForward(layers, _told_apart(layers, mlps), tuple(experts))
+    if len(set(map(id, found.experts_modules))) < len(found.experts_modules):
         raise _refusal(f"layers of {name} share one set of experts")
-    return FeedForward(layers, _told_apart(layers, mlps), tuple(experts))
+    return found
 
 
 def _refusal(reason: str) -> ModelError:

@@ -271,6 +271,17 @@ def test_neurons_of_several_mlps_of_a_layer_are_numbered_through(basis: str) -> 
     assert not torch.equal(getattr(moved[modules[1]][0], side), getattr(before[modules[1]][0], side))
 
 
+def test_one_mlp_in_two_places_of_a_layer_and_experts_that_are_all_identities_are_refused() -> None:
+    model = tiny("longcat_flash", is_masked=False)
+    model.model.layers[1].mlps[1] = model.model.layers[1].mlps[0]
+    with refused(ModelError, "model.source", says="layer 1 of LongcatFlashForCausalLM runs one MLP several times"):
+        find_feed_forward(model)
+    config = tiny("longcat_flash", is_masked=False).config
+    config.n_routed_experts = 0
+    with refused(ModelError, "model.source", says=r"experts of layer 0 .* \(LongcatFlashExperts\) are not known"):
+        find_feed_forward(type(model)(config))
+
+
 def test_experts_that_are_always_on_are_an_mlp_made_of_one_after_the_other() -> None:
     model = tiny("inkling_text", is_masked=False)
     found = find_feed_forward(model)
