@@ -16,7 +16,9 @@ NO_EXPERT, ALWAYS_ON = -2, -1
 class LayerNeurons:
     """What neurons a layer has: those of its MLP, and of each of its experts, of which a token uses some.
 
-    n_mlp: of the only MLP, or of the one that is always on beside experts; 0 of a layer that has experts alone.
+    n_mlp: of the only MLP, or of the one that is always on beside experts; 0 of a layer that has experts alone. Where
+    several MLPs run one after another, of all of them: the neurons of the first one have the first numbers.
+    n_chosen: how many experts a token uses, at the most: some routers may choose identities in their place.
     """
 
     n_mlp: int

@@ -101,7 +101,8 @@ _MESSAGES = pa.field(
 WORDINGS = pa.field("wordings", pa.list_(pa.string()), nullable=False)
 
 # One row for each prompt and layer that has experts: those that its readout token used, ascending, and the router's
-# weights; of Llama 4, whose router scales what experts read, 1.
+# weights; of Llama 4, whose router scales what experts read, 1. Identities, which some routers may choose in the place
+# of experts, are left out.
 ROUTING = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),

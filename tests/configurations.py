@@ -93,10 +93,13 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "hunyuan_v1_dense": {"head_dim": _HEAD},
     "hunyuan_v1_moe": {"head_dim": _HEAD, "num_experts": 4, "moe_topk": 2},
+    "inkling_text": {"n_shared_experts": 2},
     "jamba": {"attn_layer_offset": 1},
     "lfm2": {"num_hidden_layers": 4, "layer_types": _CONVOLUTIONS, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": _CONVOLUTIONS, "num_dense_layers": 1},
     "lfm3": {"layer_types": _CONVOLUTIONS},
+    # So many that a token chooses experts and identities.
+    "longcat_flash": {"moe_topk": 4},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": _HEAD},
     "nemotron": {"num_key_value_heads": 2},

@@ -36,7 +36,7 @@ from neg_service import LanguageModel
 from neg_service.errors import ModelError
 from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
-from neg_service.models.experts import ExpertsPoint, own_experts
+from neg_service.models.experts import own_experts
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.start_at_layer import flat
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
@@ -119,15 +119,17 @@ def deviations(model: LanguageModel) -> tuple[float, float]:
     interventions, budget = Interventions(model, prompt, "paper"), Budget(2**28)
     layers = range(model.feed_forward.n_layers)
     found_km = interventions.neurgrad(list(layers), budget)
-    plain_km, log_p_k = _plain_neurgrad(model, ids, interventions.points)
+    plain_of, log_p_k = _plain_neurgrad(model, ids, interventions.points)
+    # Behind the neurons of chosen experts are places of identities, which have none.
+    sizes = {site: len(own) for site, own in interventions.activation.items()}
+    plain_km = torch.cat([own_kn[:, : sizes[site]] for site, own_kn in plain_of.items()], 1)
+    assert not any(own_kn[:, sizes[site] :].any() for site, own_kn in plain_of.items())
     neurgrad = float((found_km.cpu() - plain_km).abs().max() / plain_km.abs().max())
-    slots = interventions.slots(list(interventions.points))
-    worst, start = 0.0, 0
+    worst = 0.0
     for site, point in _of_each_kind(interventions.points).items():
-        own = [i for i in range(len(slots.size)) if slots.layer[i] == site.layer]
-        own = [i for i in own if (len(own) == 1) or ((slots.expert[i] >= 0) == site.is_experts)]
-        start, stop = int(slots.start[own[0]]), int(slots.start[own[-1] + 1])
-        neuron = int(plain_km[0, start:stop].abs().argmax())
+        if not sizes[site]:
+            continue
+        neuron = int(plain_of[site][0, : sizes[site]].abs().argmax())
         at = torch.tensor([neuron])
         found, _ = interventions.delta_log_p(site, at, torch.tensor([SHIFT]), budget)
         expected = _plain_log_p(model, ids, point, neuron, SHIFT) - log_p_k
@@ -136,16 +138,18 @@ def deviations(model: LanguageModel) -> tuple[float, float]:
 
 
 def _of_each_kind(points: Mapping[Site, Point]) -> dict[Site, Point]:
-    """The first and the last MLP, and the first and the last experts."""
+    """The first and the last MLP, also of those that are a layer's second one, and the first and the last experts."""
     found: dict[Site, Point] = {}
-    for is_experts in (False, True):
-        own = [site for site, point in points.items() if isinstance(point, ExpertsPoint) == is_experts]
+    for kind in dict.fromkeys((site.is_experts, site.part) for site in points):
+        own = [site for site in points if (site.is_experts, site.part) == kind]
         found |= {site: points[site] for site in own[:1] + own[-1:]}
     return found
 
 
-def _plain_neurgrad(model: LanguageModel, ids: Sequence[int], points: Mapping[Site, Point]) -> tuple[Tensor, Tensor]:
-    """NeurGrad [K, M] in probability and log p [K]: the whole prompt at once, a backward pass for each target."""
+def _plain_neurgrad(
+    model: LanguageModel, ids: Sequence[int], points: Mapping[Site, Point]
+) -> tuple[dict[Site, Tensor], Tensor]:
+    """NeurGrad [K, N] in probability, by site, and log p [K]: the whole prompt at once, a backward pass a target."""
     place, leaves, activations = readout(ids, model.is_masked), {}, {}
 
     def capture(site: Site, x: Tensor) -> Tensor:
@@ -162,8 +166,8 @@ def _plain_neurgrad(model: LanguageModel, ids: Sequence[int], points: Mapping[Si
                 points[site].neurons(flat(slope.contiguous()))[place] * torch.where(activations[site] < 0, -1, 1)
                 for site, slope in zip(points, slopes, strict=True)
             ]
-            rows.append(torch.cat(own) * log_p.detach().exp())
-    return torch.stack(rows), log_p_k.detach()
+            rows.append([own_n * log_p.detach().exp() for own_n in own])
+    return {site: torch.stack(own) for site, own in zip(points, zip(*rows, strict=True), strict=True)}, log_p_k.detach()
 
 
 @torch.no_grad()

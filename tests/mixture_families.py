@@ -78,6 +78,8 @@ def neurgrad_deviation(family: str, basis: str, lengths: Sequence[int], header: 
         chosen = mixtures_oracle.routing()
         for layer, expert, weight in zip(*_columns(found[i].routing), strict=True):
             order = np.argsort(chosen[layer][0])
+            # Without identities.
+            order = order[np.sort(chosen[layer][0]) < model.feed_forward.layer_neurons[layer].n_experts]
             assert expert.tolist() == np.array(chosen[layer][0])[order].tolist()
             worst = max(worst, relative(weight, np.array(chosen[layer][1])[order]))
     return worst
@@ -96,6 +98,9 @@ def sweep_deviation(family: str, basis: str, length: int = 9) -> float:
     _, _, activations = mixtures_oracle.gradients(float64_of(family), mixture, ids, [7], basis)
     last = {(layer, expert >= 0): (layer, expert) for layer, expert in sorted(activations)}
     swept = [(key, len(activations[key]) - 1) for key in last.values()]
+    if " " in mixture.always_on:
+        # Those are of the last MLP of a layer.
+        swept += [(key, 0) for key in last.values() if key[1] == ALWAYS_ON]
     worst = 0.0
     # Truly float64, for the engine and for the oracle: many architectures cast to float32 on their own.
     with in_precision(model.model, model.feed_forward.layers, torch.float64):
@@ -150,14 +155,13 @@ def _edited(
     model: Any, family: str, ids: Sequence[int], basis: str, edit: dict[str, Any], before: dict[Key, np.ndarray]
 ) -> tuple[torch.Tensor, int]:
     """Probabilities with an edit, and how many of its neurons were there; `before`: activations without it."""
-    n_routed = 0
+    routed: set[tuple[Key, int]] = set()
 
     def touch(key: Key, x: torch.Tensor) -> torch.Tensor:
-        nonlocal n_routed
         x = x.clone()
         for layer, neuron, expert in edit["neurons"]:
             if (layer, expert) == key:
-                n_routed += 1
+                routed.add((key, neuron))
                 was = before[key][neuron] if key in before else 0.0
                 if "scale" in edit:
                     x[neuron] *= edit["scale"]
@@ -169,7 +173,7 @@ def _edited(
 
     with torch.no_grad():
         p = mixtures_oracle.probabilities(model, MIXTURES[family], ids, basis, touch)
-    return p, n_routed
+    return p, len(routed)
 
 
 def _joined(values: dict[Key, np.ndarray]) -> np.ndarray:

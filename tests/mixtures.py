@@ -68,8 +68,9 @@ _SPARSE = ["dense", "sparse", "sparse"]
 class Mixture:
     """How a family's tiny mixture is made.
 
-    engine: what is known to fit it. always_on: the path of the MLP beside the experts in a layer; dense: of a layer
-    without experts. attention: the family's own attention that is right for it.
+    engine: what is known to fit it. always_on: the path of the MLP beside the experts in a layer, or the paths of
+    several, in the order in which they run; dense: of a layer without experts. attention: the family's own attention
+    that is right for it.
     """
 
     config: Any
@@ -88,10 +89,7 @@ MIXTURES: dict[str, Mixture] = {
         hf.Qwen2MoeConfig,
         {
             **_BASE,
-            "moe_intermediate_size": 14,
-            "shared_expert_intermediate_size": 18,
-            "num_experts": 6,
-            "num_experts_per_tok": 3,
+            **_SHARED,
             "mlp_only_layers": [1],
             "norm_topk_prob": False,
         },
@@ -274,11 +272,8 @@ MIXTURES: dict[str, Mixture] = {
         hf.FlintConfig,
         {
             **_BASE,
+            **_SHARED,
             "head_dim": 8,
-            "moe_intermediate_size": 14,
-            "shared_expert_intermediate_size": 18,
-            "num_experts": 6,
-            "num_experts_per_tok": 3,
             "sliding_window": WINDOW,
             "layer_types": _MIXED,
         },
@@ -288,11 +283,8 @@ MIXTURES: dict[str, Mixture] = {
         hf.LagunaConfig,
         {
             **_BASE,
+            **_SHARED,
             "head_dim": 8,
-            "moe_intermediate_size": 14,
-            "shared_expert_intermediate_size": 18,
-            "num_experts": 6,
-            "num_experts_per_tok": 3,
             "sliding_window": WINDOW,
             "layer_types": _MIXED,
         },
@@ -314,6 +306,21 @@ MIXTURES: dict[str, Mixture] = {
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             "mlp_layer_types": _SPARSE,
         },
+    ),
+    # Two attentions and MLPs a layer, and identities among the experts.
+    "LongCat Flash": Mixture(
+        hf.LongcatFlashConfig,
+        {
+            **_LATENT,
+            "num_hidden_layers": 6,
+            "head_dim": 4,
+            "expert_ffn_hidden_size": 14,
+            "n_routed_experts": 5,
+            "zero_expert_num": 4,
+            "moe_topk": 3,
+            "routed_scaling_factor": 2.0,
+        },
+        "mlps.0 mlps.1",
     ),
     # What has recurrent layers, or attention that chooses what it looks at, beside experts.
     "Qwen 3 Next": Mixture(
@@ -340,6 +347,22 @@ MIXTURES: dict[str, Mixture] = {
             "logits_scaling": 3.0,
         },
         "shared_mlp",
+        engine=RecurrentStateEngine,
+    ),
+    # Experts that are always on, and weighed.
+    "Inkling": Mixture(
+        hf.InklingTextConfig,
+        {
+            **{**_BASE, "head_dim": 8, "d_rel": 4, "rel_extent": 6, "conv_kernel_size": 3, "num_experts_per_tok": 3},
+            **{"swa_num_attention_heads": 6, "swa_num_key_value_heads": 3, "swa_head_dim": 8},
+            **{"moe_intermediate_size": 14, "n_routed_experts": 6, "n_shared_experts": 2, "mlp_layer_types": _SPARSE},
+            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+            "sliding_window_size": WINDOW,
+            # Shorter than prompts: further tokens scale their attention.
+            "log_scaling_n_floor": 6,
+            "logits_mup_width_multiplier": 2.0,
+            "route_scale": 2.0,
+        },
         engine=RecurrentStateEngine,
     ),
     "MiniMax": Mixture(

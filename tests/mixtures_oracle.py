@@ -70,7 +70,7 @@ def _one(module: Any, x: Tensor, expert: int, t: int, is_read: bool) -> Tensor:
         # All experts' rows in one matrix.
         rows = slice(expert * module.ffn_hidden_size, (expert + 1) * module.ffn_hidden_size)
         return _gated(module, module.mlp.w1[rows] @ x, module.mlp.v1[rows] @ x, key, is_read) @ module.mlp.w2[rows]
-    is_columns = type(module).__name__ == "Llama4TextExperts" or module.is_transposed
+    is_columns = type(module).__name__ == "Llama4TextExperts" or getattr(module, "is_transposed", False)
     up_and_gate, down = module.gate_up_proj[expert], module.down_proj[expert]
     both = x @ up_and_gate if is_columns else up_and_gate @ x
     if getattr(module, "has_bias", False):
@@ -89,9 +89,15 @@ def _token_by_token(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         chosen = top_k_index[t].tolist()
         if is_read:
             _State.routing[_State.layer_of[id(self)]] = (chosen, top_k_weights[t].tolist())
-        terms = [_one(self, x, expert, t, is_read) * top_k_weights[t, slot] for slot, expert in enumerate(chosen)]
+        # What an identity gives is what it reads.
+        given = [x if _is_identity(self, expert) else _one(self, x, expert, t, is_read) for expert in chosen]
+        terms = [own * top_k_weights[t, slot] for slot, own in enumerate(given)]
         rows.append(torch.stack(terms).sum(0))
     return torch.stack(rows).to(hidden_states.dtype)
+
+
+def _is_identity(module: Any, expert: int) -> bool:
+    return type(module).__name__ == "LongcatFlashExperts" and expert >= module.num_routed_experts
 
 
 ALL_EXPERTS_FUNCTIONS.register("token_by_token", _token_by_token)
@@ -113,8 +119,25 @@ def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     return _token_by_token(self, hidden_states[0], top_k_index, top_k_weights)[None]
 
 
+def _inkling_shared(self: Any, hidden_states: Tensor, gammas: Tensor) -> Tensor:
+    """All of these experts run for each token; their neurons are those of one after those of the other."""
+    rows, layer = [], _State.layer_of[id(self)]
+    weights = gammas.reshape(-1, len(self.down_proj))
+    for t, x in enumerate(hidden_states.reshape(-1, hidden_states.shape[-1])):
+        gate, up = (torch.cat([own @ x for own in every]) for every in (self.gate_proj, self.up_proj))
+        hidden = _gated(self, gate, up, _State.key(layer, ALWAYS_ON, t), _State.is_read(t))
+        parts = hidden.view(len(self.down_proj), -1)
+        rows.append(sum(weights[t, s] * (down @ parts[s]) for s, down in enumerate(self.down_proj)))
+    return torch.stack(rows).view_as(hidden_states)
+
+
 # Families whose experts do not ask transformers' interface.
-_FORWARDS = {"Llama4TextExperts": _llama_4, "DbrxExperts": _dbrx}
+_FORWARDS = {
+    "Llama4TextExperts": _llama_4,
+    "DbrxExperts": _dbrx,
+    "LongcatFlashExperts": _token_by_token,
+    "InklingSharedExperts": _inkling_shared,
+}
 
 
 def layers_of(model: Any) -> Any:
@@ -138,28 +161,37 @@ def token_by_token(
                 if (forward := _FORWARDS.get(type(part).__name__)) is not None:
                     part.forward = forward.__get__(part)
                     stack.callback(part.__dict__.pop, "forward")
-            path = family.always_on if experts else family.dense
-            if path:
-                stack.callback(_touched(layer.get_submodule(path), (index, ALWAYS_ON), basis, position).remove)
+            paths = (family.always_on if experts else family.dense).split()
+            for part, path in enumerate(paths):
+                of_parts = (part, len(paths))
+                own = _touched(layer.get_submodule(path), (index, ALWAYS_ON), basis, position, of_parts)
+                stack.callback(own.remove)
         before = model.config._experts_implementation_internal
         model.config._experts_implementation_internal = "token_by_token"
         stack.callback(setattr, model.config, "_experts_implementation_internal", before)
         yield
 
 
-def _touched(mlp: nn.Module, key: Key, basis: str, position: int | Sequence[int]) -> Any:
+def _touched(mlp: nn.Module, key: Key, basis: str, position: int | Sequence[int], of_parts: tuple[int, int]) -> Any:
     module, side = oracle.neuron_module(mlp, basis)
 
     def change(x: Tensor) -> Tensor:
         rows = list(x.reshape(-1, x.shape[-1]))
         start = x.shape[-1] // 2 if side.startswith("second") else 0
         for t in [position] if isinstance(position, int) else position:
-            rows[t] = torch.cat([rows[t][:start], _State.touch(_State.key(*key, t), rows[t][start:])])
+            rows[t] = torch.cat([rows[t][:start], _of_part(_State.key(*key, t), rows[t][start:], *of_parts)])
         return torch.stack(rows).view_as(x)
 
     if side == "input":
         return module.register_forward_pre_hook(lambda _m, inputs: (change(inputs[0]), *inputs[1:]))
     return module.register_forward_hook(lambda _m, _i, output: change(output))
+
+
+def _of_part(key: Any, x: Tensor, part: int, n_parts: int) -> Tensor:
+    """What `touch` makes of the neurons of one of a layer's MLPs; it sees them in their places among those of all."""
+    n = len(x)
+    among_all = torch.cat([x.new_zeros(part * n), x, x.new_zeros((n_parts - part - 1) * n)])
+    return _State.touch(key, among_all)[part * n : (part + 1) * n]
 
 
 def probabilities(
@@ -172,7 +204,7 @@ def probabilities(
 
 
 def routing() -> dict[int, tuple[list[int], list[float]]]:
-    """By layer the experts of the last token of the last pass, in the router's order, and its weights."""
+    """By layer what the last token of the last pass chose, in the router's order, and the weights of that."""
     return dict(_State.routing)
 
 
@@ -184,9 +216,10 @@ def gradients(
     activations: dict[Key, np.ndarray] = {}
 
     def touch(key: Key, x: Tensor) -> Tensor:
-        activations[key] = x.detach().double().numpy().copy()
-        leaves[key] = torch.zeros_like(x, requires_grad=True)
-        return x + leaves[key]
+        # Of several MLPs of a layer each in turn, among zeros.
+        activations[key] = activations.get(key, 0) + x.detach().double().numpy()
+        leaf = leaves.setdefault(key, torch.zeros_like(x, requires_grad=True))
+        return x + leaf
 
     with torch.enable_grad():
         p = probabilities(model, family, ids, basis, touch)

@@ -21,6 +21,9 @@ from tests.configurations import model_types
         # Experts that gate in their own way.
         ("beam", "causal", "shared_prefix"),
         ("inkling2_text", "causal", "recurrent_state"),
+        # Experts that are always on, and weighed; several MLPs a layer, and identities among the experts.
+        ("inkling_text", "causal", "recurrent_state"),
+        ("longcat_flash", "causal", "shared_prefix"),
         ("bert", "masked", "full_sequence"),
     ],
 )

@@ -1,7 +1,8 @@
 """Gradients of a batch of prompts, where the model computed them, and how they are fetched.
 
-All prompts of a batch share two arrays. Where neurons are those of all experts that any of several tokens uses, prompts
-have unequal numbers of them, and each has columns of its own.
+All prompts of a batch share two arrays. Where neurons are those of all experts that any of several tokens uses, or
+where a token chose identities in the place of experts, prompts have unequal numbers of them, and each has columns of
+its own.
 
 Axes: B prompts, K targets of a prompt, M neurons that act on one in the chosen layers, R rows: (prompt, target), S
 tokens of a target.
@@ -94,13 +95,19 @@ class BatchGradients:
 
 def columns_of_prompts(
     points: Iterable[Site], widths: Sequence[int], slots: Sequence[Slots]
-) -> list[NDArray[np.int64]]:
-    """Where each prompt's neurons stand, of which a site has as many columns as the prompt with the most needs."""
-    starts = np.cumsum([0, *widths[:-1]])
+) -> list[NDArray[np.int64]] | None:
+    """Where each prompt's neurons stand, of which a site has as many columns as the prompt with the most needs.
+
+    None where every prompt needs all of them.
+    """
+    if all(own.m == sum(widths) for own in slots):
+        return None
+    starts, sites = np.cumsum([0, *widths[:-1]]), list(points)
     found = []
     for own in slots:
         of_site = [
-            int(own.size[(own.layer == site.layer) & ((own.expert >= 0) == site.is_experts)].sum()) for site in points
+            int(own.size[(own.layer == site.layer) & (own.expert >= 0)].sum()) if site.is_experts else width
+            for site, width in zip(sites, widths, strict=True)
         ]
         found.append(np.concatenate([start + np.arange(n) for start, n in zip(starts, of_site, strict=True)]))
     return found

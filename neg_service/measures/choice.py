@@ -166,7 +166,8 @@ def n_used(config: NeuronsConfig, neurons_by_layer: Sequence[LayerSize]) -> int:
 
 def _used_of(chosen: NeuronSet, sizes: Sequence[LayerNeurons]) -> int:
     """Of an expert's neurons the share of its layer's experts that a token uses."""
-    share = np.array([own.n_chosen / max(1, own.n_experts) for own in sizes])
+    # A token may choose more than there are experts with neurons.
+    share = np.array([min(own.n_chosen / max(1, own.n_experts), 1.0) for own in sizes])
     return math.ceil(float(np.where(chosen.expert >= 0, share[chosen.layer], 1.0).sum()))
 
 

@@ -276,7 +276,7 @@ def batch_gradients(
         log_p_bks=tokens_bks,
         slots=slots,
         routings=routings,
-        columns=columns_of_prompts(points, widths, slots) if found.used else None,
+        columns=columns_of_prompts(points, widths, slots),
     )
 
 

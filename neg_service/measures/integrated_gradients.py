@@ -252,7 +252,7 @@ def _summed_slopes(interventions: Interventions, layer: int, paths: Sequence[Pat
         # Nothing frozen requires a gradient; a shift by zero of the scaled points does.
         shifts[site] = x_tf.new_zeros(len(steps), x_tf.shape[1], requires_grad=True)
         for place_j in place_jq.T:
-            interventions.points[site].neurons(x_tf)[place_j] = scaled_jn
+            interventions.points[site].neurons(x_tf)[place_j, : len(activation_n)] = scaled_jn
         for place_j in place_jq.T:
             x_tf = x_tf.index_add(0, place_j, shifts[site])
         return x_tf
@@ -268,7 +268,10 @@ def _summed_slopes(interventions: Interventions, layer: int, paths: Sequence[Pat
                 summed_k, list(shifts.values()), grad_outputs=one_each, is_grads_batched=True, retain_graph=True
             )
             by_site = dict(zip(shifts, slopes_skjf, strict=True))
-            own = [interventions.points[site].neurons(by_site[site]) for site in sites]
+            own = [
+                interventions.points[site].neurons(by_site[site])[..., : len(interventions.activation[site])]
+                for site in sites
+            ]
             slopes.append(at_least_float32(torch.cat(own, -1)))
     p_kj1 = log_p_jk.detach().exp().T[..., None].to(device)
     return (p_kj1 * torch.cat(slopes)).sum(1)

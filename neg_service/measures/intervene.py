@@ -12,7 +12,7 @@ Axes: P prompts, E edits, K targets of a prompt, R rows of a batch, i single cha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,7 +33,7 @@ from neg_service.models.batches import Budget
 from neg_service.models.engines.base import Rows
 from neg_service.models.engines.trees import TargetTree
 from neg_service.models.experts_function import watching_routing
-from neg_service.models.feed_forward import Point, Site, hooks
+from neg_service.models.feed_forward import FeedForward, Point, Site, hooks
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
 from neg_service.models.transfer import sent
@@ -229,7 +229,7 @@ def _run_batch(
     counts = [1 + len(edits)] * len(prompts)
     trees = [tree_of(prompt) for prompt in prompts if prompt.is_tree]
     rows, positions_rq = _rows(model, prompts, trees, counts, shared, each)
-    changes = _changes(edits, signs)
+    changes = _changes(model.feed_forward, points, edits, signs)
     n_read = [len(tree.row.read) for tree in trees] or [1] * len(prompts)
     n_routed_r = torch.zeros(sum(counts), dtype=torch.int64)
 
@@ -323,7 +323,10 @@ def _edit(own: _Change, neurons: Tensor, positions_r: Tensor, chosen_tk: Tensor 
     return is_there_i
 
 
-def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doubles]]) -> dict[Site, _Change]:
+def _changes(
+    feed_forward: FeedForward, sites: Iterable[Site], edits: Mapping[int, CheckedEdit],
+    signs: Sequence[Mapping[int, Doubles]],
+) -> dict[Site, _Change]:  # fmt: skip
     """The changes of each site, for `len(signs)` prompts with a row without edits and one for each edit."""
     n_prompts, n_rows = len(signs), 1 + len(edits)
     parts: dict[Site, list[NDArray[np.float64]]] = {}
@@ -340,10 +343,13 @@ def _changes(edits: Mapping[int, CheckedEdit], signs: Sequence[Mapping[int, Doub
             layer, expert, neuron = edit.neurons.layer, edit.neurons.expert, edit.neurons.neuron
             row = np.full(len(factor), b * n_rows + 1 + place)
             by_sign_n = np.full(len(factor), by_sign)
-            columns = np.stack([row, row - 1 - place, expert, neuron, factor, constant, by_sign_n])
-            for site in {Site(*own) for own in zip(layer.tolist(), (expert >= 0).tolist(), strict=True)}:
-                is_own = (layer == site.layer) & ((expert >= 0) == site.is_experts)
-                parts.setdefault(site, []).append(columns[:, is_own])
+            edited = set(layer.tolist())
+            for site in [site for site in sites if site.layer in edited]:
+                is_own = feed_forward.are_at(site, layer, expert, neuron)
+                if is_own.any():
+                    place_n = neuron - feed_forward.numbers(site).start
+                    columns = np.stack([row, row - 1 - place, expert, place_n, factor, constant, by_sign_n])
+                    parts.setdefault(site, []).append(columns[:, is_own])
     return {site: _change(np.concatenate(own, 1)) for site, own in sorted(parts.items())}
 
 

@@ -12,8 +12,8 @@ activations here are that row's, too. Its batches hold rows of several layers, w
 
 Targets of several tokens are read from rows of several tokens, always as rows (`sequences.py`).
 
-Neurons of a layer's experts and of its MLP pass by at two *sites*. An intervention does not change which experts its
-own layer chose; layers above may choose others, and each intervention says whether they did.
+Neurons of a layer's experts and of its MLPs pass by at *sites* of their own. An intervention does not change which
+experts its own layer chose; layers above may choose others, and each intervention says whether they did.
 
 Axes: K targets, I interventions, R rows of a batch, M neurons of several sites, F features.
 """
@@ -86,8 +86,12 @@ class Interventions(PreparedPrompt):
                 place_rs = found.place_r[:, None] if found.place_a is None else found.place_a[None]
                 others = {n: self._experts.is_other(n, found.routing, place_rs, self.device, tokens) for n in layers}
                 require_same_experts(self._who, others)
-            pairs = zip(points, found.gradient_srn, strict=True)
-            signed = [own if each else signed_by(self.activation[site], own) for site, own in pairs]
+            # Behind the neurons of experts that were chosen nothing stands but identities' places.
+            pairs = [
+                (self.activation[site], own[:, : len(self.activation[site])])
+                for site, own in zip(points, found.gradient_srn, strict=True)
+            ]
+            signed = [own if each else signed_by(activation, own) for activation, own in pairs]
             return torch.cat([own.to(self.device, self.probability_k.dtype) for own in signed], 1)
 
         sizes, shares = self.rows.sizes, self.rows.targets_share_rows

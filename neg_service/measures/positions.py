@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neg_service.errors import NonFiniteError
+from neg_service.measures.batches_of_gradients import columns_of_prompts
 from neg_service.measures.batching import named, naming_memory
 from neg_service.measures.routing import PromptRouting, routing_of_rows, slots_of
 from neg_service.measures.sequences import TokenLogP, chain_of
@@ -39,6 +40,7 @@ from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
 from neg_service.models.start_at_layer import flat
 from neg_service.models.transfer import fetched
+from neg_service.neurons import Ints
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
@@ -157,9 +159,10 @@ def _differentiated(model: LanguageModel, own: _Pass, points: dict[Site, Point])
         }
         values += [log_p_s.detach(), *_by_layer(neurgrad, layers)]
     on_cpu = [value.numpy() for value in fetched(values)]
-    targets = []
+    targets, columns = [], _columns(points, slots_t)
     for total_tl, strongest_tl, place_tl in zip(on_cpu[1::4], on_cpu[2::4], on_cpu[3::4], strict=True):
-        targets.append(TargetMap(own.ids, total_tl, strongest_tl, *_named(place_tl.astype(np.int64), slots_t, layers)))
+        names = _named(place_tl.astype(np.int64), slots_t, columns)
+        targets.append(TargetMap(own.ids, total_tl, strongest_tl, *names))
     of_readout = routing_of_rows(model.feed_forward, routing, own.rows.positions([1]))[0]
     return _Found(targets, [values.astype(np.float64) for values in on_cpu[::4]], of_readout)
 
@@ -185,13 +188,23 @@ def _slots(
     return [slots_of(model.feed_forward, own.experts, points) for own in of_tokens]
 
 
-def _named(
-    place_tl: NDArray[np.int64], slots_t: Sequence[Slots], layers: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Expert and number of the neurons at places along their layers' slots."""
+def _columns(points: dict[Site, Point], slots_t: Sequence[Slots]) -> tuple[Ints, list[Ints] | None]:
+    """Where each layer's first column is among those of all, and which of these are each token's neurons."""
+    width_of = {site: point.size for site, point in points.items()}
+    layer_w = np.repeat([site.layer for site in width_of], list(width_of.values()))
+    first_l = np.unique(layer_w, return_index=True)[1]
+    return first_l, columns_of_prompts(points, list(width_of.values()), slots_t)
+
+
+def _named(place_tl: Ints, slots_t: Sequence[Slots], columns: tuple[Ints, list[Ints] | None]) -> tuple[Ints, Ints]:
+    """Expert and number of the neurons at places along their layers' columns."""
+    first_l, columns_t = columns
     expert_tl, neuron_tl = np.empty_like(place_tl), np.empty_like(place_tl)
     for t, slots in enumerate(slots_t):
-        first_l = slots.start[np.searchsorted(slots.layer, layers)]
-        rows = slots.rows_at(place_tl[t] + first_l)
+        place_l = place_tl[t] + first_l
+        if columns_t is not None:
+            # Not of identities, unless all of a layer's neurons are silent.
+            place_l = np.minimum(np.searchsorted(columns_t[t], place_l), slots.m - 1)
+        rows = slots.rows_at(place_l)
         expert_tl[t], neuron_tl[t] = rows[:, 1], rows[:, 2]
     return expert_tl, neuron_tl

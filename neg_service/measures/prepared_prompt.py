@@ -130,7 +130,8 @@ class PreparedPrompt:
         }
         (own,) = routing_of_rows(self._feed_forward, routing, place)
         self._experts = TokenExperts.of(self._feed_forward, routing, self._moved_places(1)[0])
-        for site in [site for site in activation if site.is_experts and self._each]:
+        for site in [site for site in activation if site.is_experts]:
+            # Without `each` this only leaves out identities that the readout token chose.
             activation[site] = self._experts.spread(site.layer, activation[site])
         return head_rv[0], logits_rv, activation, own
 

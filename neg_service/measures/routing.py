@@ -28,7 +28,7 @@ from neg_service.slots import Slots
 
 @dataclass(frozen=True)
 class PromptRouting:
-    """The experts that one prompt's readout token used.
+    """The experts that one prompt's readout token used, without identities, which have no neurons.
 
     layer: [E]. expert: [E] arrays [k], ascending. weight: [E] arrays [k], the router's; of Llama 4, whose router scales
     what experts read, 1.
@@ -58,16 +58,23 @@ def routing_of_rows(
     """What the tokens at some positions of a pass used, each."""
     layers: list[int] = []
     chosen: list[Tensor] = []
+    n_experts: list[int] = []
     for layer, own in enumerate(feed_forward.experts):
         if own is not None:
             routing = seen[own.module]
             place_r = sent(position_r, routing.expert_tk.device)
             layers.append(layer)
+            n_experts.append(own.n_experts)
             chosen += [routing.expert_tk[place_r], routing.weight_tk[place_r].float()]
     values = [own.numpy() for own in fetched(chosen)]
     experts, weights = values[::2], values[1::2]
+    have_neurons = [own < n for own, n in zip(experts, n_experts, strict=True)]
     return [
-        PromptRouting(tuple(layers), tuple(own[r] for own in experts), tuple(own[r] for own in weights))
+        PromptRouting(
+            tuple(layers),
+            tuple(own[r, there[r]] for own, there in zip(experts, have_neurons, strict=True)),
+            tuple(own[r, there[r]] for own, there in zip(weights, have_neurons, strict=True)),
+        )
         for r in range(len(position_r))
     ]
 
@@ -117,7 +124,8 @@ def slots_of(feed_forward: FeedForward, experts_of: Mapping[int, Ints], sites: I
             layer += [site.layer] * len(experts)
             expert += experts
             size += [own.n_of_expert] * len(experts)
-        else:
+        elif site.part == 0:
+            # Several MLPs of a layer, whose neurons are numbered through, are one here.
             layer.append(site.layer)
             expert.append(ALWAYS_ON if own.n_experts else own.mlps[0][0])
             size.append(own.n_mlp)
@@ -128,7 +136,7 @@ def slots_of(feed_forward: FeedForward, experts_of: Mapping[int, Ints], sites: I
 class TokenExperts:
     """Which experts each of some tokens of a prompt uses: the first is the one that is shifted, mostly its last one.
 
-    expert_sk: by layer that has some [S, k], ascending, on the CPU.
+    expert_sk: by layer that has some [S, k], ascending, identities among them last, on the CPU.
     """
 
     feed_forward: FeedForward
@@ -143,8 +151,15 @@ class TokenExperts:
 
     @cached_property
     def experts(self) -> dict[int, Ints]:
-        """By layer those that any of them uses, ascending."""
-        return {layer: np.unique(own_sk.numpy()) for layer, own_sk in self.expert_sk.items()}
+        """By layer those that any of them uses, ascending, without identities."""
+        return {layer: np.unique(self._with_neurons(layer, own_sk)) for layer, own_sk in self.expert_sk.items()}
+
+    def _with_neurons(self, layer: int, chosen: Tensor) -> Ints:
+        """Of what tokens chose the experts, one after the other."""
+        experts = self.feed_forward.experts[layer]
+        assert experts is not None
+        found: Ints = chosen[chosen < experts.n_experts].numpy()
+        return found
 
     def used(self) -> UsedExperts:
         """The same, as gradients take it."""
@@ -162,13 +177,14 @@ class TokenExperts:
         n_experts = max((own.n_experts for own in self.feed_forward.layer_neurons), default=0)
         is_used_lx = np.zeros((self.feed_forward.n_layers, n_experts + 1), bool)
         for layer, own_sk in self.expert_sk.items():
-            is_used_lx[layer, own_sk[list(tokens)].flatten().numpy()] = True
+            is_used_lx[layer, self._with_neurons(layer, own_sk[list(tokens)])] = True
         return (neurons.expert < 0) | is_used_lx[neurons.layer, np.maximum(neurons.expert, 0)]
 
     def spread(self, layer: int, activation_f: Tensor) -> Tensor:
         """The first token's neurons [k·N] among those of the experts that any token uses [U·N], 0 of all others."""
-        experts, first_k = torch.from_numpy(self.experts[layer]), self.expert_sk[layer][0]
-        own_kn = activation_f.view(len(first_k), -1)
+        chosen_k = self.expert_sk[layer][0]
+        experts, first_k = torch.from_numpy(self.experts[layer]), torch.from_numpy(self._with_neurons(layer, chosen_k))
+        own_kn = activation_f.view(len(chosen_k), -1)[: len(first_k)]
         place_k = sent(torch.searchsorted(experts, first_k), activation_f.device)
         return own_kn.new_zeros(len(experts), own_kn.shape[1]).index_copy(0, place_k, own_kn).flatten()
 

@@ -34,7 +34,7 @@ def token_weights(model: PreTrainedModel, layers: Sequence[LayerNeurons], is_gat
     n_head = 0 if head is None else head.numel()
     others = sum(own.numel() for own in model.parameters() if id(own) not in looked_up and own is not head)
     of_neuron = (3 if is_gated else 2) * int(model.config.get_text_config().hidden_size)
-    unused = sum((own.n_experts - own.n_chosen) * own.n_of_expert for own in layers) * of_neuron
+    unused = sum(max(0, own.n_experts - own.n_chosen) * own.n_of_expert for own in layers) * of_neuron
     return max(others - unused, 1), n_head
 
 

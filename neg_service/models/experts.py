@@ -9,10 +9,11 @@ of a token compute, laid side by side in the order of their numbers:
 | `gate`   | the activated gate                                                                            |
 | `hidden` | the input of the down projection                                                              |
 
-Modeling code calls its experts through the interface, so nothing of it is copied. Two families have none: DBRX, and
-Llama 4, which runs all experts for all tokens on inputs that it scaled; of these the `forward` of the experts is
-replaced while a pass of ours runs. What is computed: `experts_function.py`. The self-check compares each layer with the
-modeling code's own loop.
+Modeling code calls its experts through the interface, so nothing of it is copied. Three families have none: DBRX;
+Llama 4, which runs all experts for all tokens on inputs that it scaled; and LongCat, some of whose experts are
+identities and have no neurons. Of these the `forward` of the experts is replaced while a pass of ours runs, and so is
+that of experts that are always on (`shared_experts.py`). What is computed: `experts_function.py`. The self-check
+compares each layer with the modeling code's own loop.
 
 Axes: T tokens, k chosen experts of a token, X experts of a layer, N neurons of an expert, H hidden size, S = T·k.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
@@ -38,11 +39,16 @@ from neg_service.models.experts_function import (
     gate_of,
     lacks_of_interface,
 )
+from neg_service.models.shared_experts import SHARED_FORWARDS, is_shared, n_shared_neurons_of
+
+_FORWARDS = FORWARDS | SHARED_FORWARDS
 
 
 @dataclass(frozen=True)
 class ExpertsPoint:
-    """Where the neurons of a layer's chosen experts pass by: [T, k·N], in their order."""
+    """Where the neurons of a layer's experts pass by, in their order: those of the chosen ones [T, k·N], or of all that
+    are always on.
+    """
 
     module: nn.Module
     basis: str
@@ -59,14 +65,33 @@ class ExpertsPoint:
         return lambda: own.remove(visit)
 
 
+@dataclass(frozen=True)
+class SharedExperts:
+    """The experts of a layer that are always on, which are its MLP."""
+
+    module: nn.Module
+
+    is_gated: ClassVar[bool] = True
+    offers_gate: ClassVar[bool] = True
+
+    @property
+    def n_neurons(self) -> int:
+        """How many neurons they have, all together."""
+        return n_shared_neurons_of(self.module)
+
+    def point(self, basis: str) -> ExpertsPoint:
+        """Where their neurons of a basis are."""
+        return ExpertsPoint(self.module, basis, self.n_neurons)
+
+
 @contextmanager
 def own_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let these experts modules run by the function here, and put them back as they were, also after an error."""
     with ExitStack() as stack:
-        for config in {id(own.config): own.config for own in modules if type(own).__name__ not in FORWARDS}.values():
+        for config in {id(own.config): own.config for own in modules if type(own).__name__ not in _FORWARDS}.values():
             stack.enter_context(_implementation(config, EXPERTS))
         for module in modules:
-            if (forward := FORWARDS.get(type(module).__name__)) is not None:
+            if (forward := _FORWARDS.get(type(module).__name__)) is not None:
                 had = module.__dict__.get("forward")
                 module.forward = forward.__get__(module)
                 stack.callback(_put_forward_back, module, had)
@@ -101,9 +126,10 @@ def _put_forward_back(module: nn.Module, had: Any) -> None:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is a layer's experts, by its name; of which kind says `check_experts`."""
-    if type(module).__name__ in FORWARDS:
-        return True
+    """Whether a module is a layer's experts that are chosen, by its name; of which kind says `check_experts`."""
+    if type(module).__name__ in _FORWARDS:
+        # Of LongCat all may be identities.
+        return not is_shared(module) and bool(getattr(module, "num_routed_experts", True))
     return "Experts" in type(module).__name__ and any(
         isinstance(getattr(module, name, None), nn.Parameter) and getattr(module, name).ndim == 3
         for name in ("down_proj", "gate_up_proj", "up_proj")

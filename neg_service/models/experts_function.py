@@ -3,6 +3,9 @@
 Registered with transformers' experts interface as `EXPERTS`. The chosen experts of a token stand side by side, in the
 order of their numbers. What an experts class computes between its projections is known by its class (`_GATES`).
 
+A router may also choose identities (LongCat), which hand on what they read: their numbers are above those of all
+experts, they have no neurons, and what stands in their places is zero and goes nowhere.
+
 Axes: T tokens, k chosen experts of a token, N neurons of an expert, H hidden size, S = T·k.
 """
 
@@ -29,7 +32,7 @@ EXPERTS = "neg_service_experts"
 Visit = Callable[[Tensor], Tensor | None]
 
 VISITS: WeakKeyDictionary[nn.Module, dict[str, list[Visit]]] = WeakKeyDictionary()
-LLAMA_4, DBRX = "Llama4TextExperts", "DbrxExperts"
+LLAMA_4, DBRX, LONGCAT = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ def projections_of(module: Any) -> Projections:
             for own in (module.mlp.w1, module.mlp.v1, module.mlp.w2)
         )
         return Projections((gate, up), down, False, True)
+    if kind == LONGCAT:
+        # The first tensor has places for the identities, too.
+        return Projections((module.gate_up_proj[: module.num_routed_experts],), module.down_proj, False, False)
     into = module.gate_up_proj if module.has_gate else module.up_proj
     return Projections((into,), module.down_proj, module.is_transposed, module.is_transposed)
 
@@ -64,7 +70,7 @@ def projections_of(module: Any) -> Projections:
 class Routing:
     """Which experts a layer chose for each token, in ascending order, and the router's weights: [T, k] both.
 
-    Of Llama 4 the weights are 1: its router scales what the experts read.
+    Identities among them stand last. Of Llama 4 the weights are 1: its router scales what the experts read.
     """
 
     expert_tk: Tensor
@@ -101,6 +107,11 @@ def summed(module: nn.Module, output: Tensor) -> Tensor:
 def n_experts_of(module: nn.Module) -> int:
     """How many experts it has."""
     return int(projections_of(module).down.shape[0])
+
+
+def n_choices_of(module: Any) -> int:
+    """Among how many its router chooses: experts, and identities behind them."""
+    return int(module.total_experts) if type(module).__name__ == LONGCAT else n_experts_of(module)
 
 
 def n_neurons_of(module: nn.Module) -> int:
@@ -152,6 +163,7 @@ def _soft_capped(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
 
 _GATES: dict[str, Gate] = {
     LLAMA_4: _plain_gate,
+    LONGCAT: _plain_gate,
     DBRX: lambda module, gate, up: (module.mlp.activation_fn(gate), up),
     "BeamExperts": _in_float32,
     "Inkling2Experts": _soft_capped,
@@ -186,11 +198,11 @@ class _Pairs:
         self.t, self.k, self._order, self._counts = t, k, order_s, counts
 
     @classmethod
-    def of(cls, expert_tk: Tensor, n_experts: int) -> _Pairs:
+    def of(cls, expert_tk: Tensor, n_choices: int) -> _Pairs:
         """The pairs of tokens that chose these experts."""
         t, k = expert_tk.shape
         expert_s, order_s = expert_tk.flatten().sort(stable=True)
-        counts_x = expert_s.new_zeros(n_experts).scatter_add(0, expert_s, torch.ones_like(expert_s))
+        counts_x = expert_s.new_zeros(n_choices).scatter_add(0, expert_s, torch.ones_like(expert_s))
         # Products are made one expert after the other, so that their numbers are needed here: on an accelerator this
         # waits for all that came before, once in a pass of a layer.
         return cls(t, k, order_s, counts_x.cpu().tolist())
@@ -217,9 +229,11 @@ class _Pairs:
     def linear(
         self, x_sf: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool, product: Product
     ) -> Tensor:
-        """Each pair's product with its expert's matrix."""
+        """Each pair's product with its expert's matrix; zero of an identity, which has none."""
         parts = [
             product(part, weight[expert].T if is_transposed else weight[expert], None if bias is None else bias[expert])
+            if expert < len(weight)
+            else part.new_zeros(len(part), weight.shape[-1 if is_transposed else -2])
             for expert, part in enumerate(torch.split(x_sf, self._counts))
             if self._counts[expert]
         ]
@@ -233,7 +247,7 @@ class _Run:
         self.module: Any = module
         self.projections = projections_of(module)
         self.expert_tk, self.weight_tk = expert_tk, weight_tk
-        self.slots = _Pairs.of(expert_tk, n_experts_of(module))
+        self.slots = _Pairs.of(expert_tk, n_choices_of(module))
 
     def at(self, basis: str, x_sn: Tensor, *beside: Tensor) -> list[Tensor]:
         """What visits make of a basis' neurons; `beside` are grown with them."""
@@ -335,8 +349,15 @@ def dbrx_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     return out_th.view(hidden_states.shape)
 
 
+def longcat_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """In the place of `LongcatFlashExperts.forward`: of identities what a token reads goes on, weighed as they are."""
+    passed_t1 = (top_k_weights * (top_k_index >= n_experts_of(self))).sum(-1, keepdim=True)
+    out_th = _experts(self, hidden_states, top_k_index, top_k_weights)
+    return out_th + (passed_t1 * hidden_states).to(out_th.dtype)
+
+
 # What has no interface, and runs by these while a pass of ours runs.
-FORWARDS: dict[str, Callable[..., Tensor]] = {LLAMA_4: llama_4_forward, DBRX: dbrx_forward}
+FORWARDS: dict[str, Callable[..., Tensor]] = {LLAMA_4: llama_4_forward, DBRX: dbrx_forward, LONGCAT: longcat_forward}
 
 
 def lacks_of_interface() -> str | None:

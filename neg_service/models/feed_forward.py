@@ -18,29 +18,36 @@ mislead (`_REFUSED`).
 A layer has an MLP, or experts, of which each token uses some (`experts.py`), or both: then the MLP is always on. Each
 of the two is a *site*, where neurons pass by: the MLP's, or those of a token's chosen experts side by side. A layer of
 a hybrid may have neither. Where layers share an MLP's modules, a hook knows which layer runs.
+
+A layer may have several MLPs that run one after another (`_SEVERAL`): each is a site, and their neurons are numbered
+through, those of the first one first, so that outside of a pass they are one MLP's.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neg_service.errors import ConfigurationError, ModelError
 from neg_service.layer_neurons import LayerNeurons
-from neg_service.models import layouts
-from neg_service.models.experts import ExpertsPoint, check_experts, is_experts, n_chosen_of
-from neg_service.models.experts_function import is_gated, n_experts_of, n_neurons_of
+from neg_service.models.experts import ExpertsPoint, SharedExperts, check_experts, is_experts, n_chosen_of
+from neg_service.models.experts_function import is_gated, n_choices_of, n_experts_of, n_neurons_of
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.layers import find_layers
-from neg_service.models.layouts import LAYOUTS, Function, Layout, layout_of
+from neg_service.models.layouts import LAYOUTS, layout_of
+from neg_service.models.mlp import Mlp, mlp_of
+from neg_service.models.shared_experts import is_shared
+from neg_service.neurons import Ints
 from neg_service.settings import BASES
 
 K = TypeVar("K")
@@ -59,9 +66,8 @@ _REFUSED = {
     "flaubert": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
     "funnel": "pools tokens on the way up, so that a neuron acts on several at once",
     "hrm_text": _ONE_FOR_ALL,
-    "longcat_flash": "has several MLPs a layer, and experts that do nothing",
     "longformer": "pads prompts to whole windows, so that its layers see other tokens",
-    "mobilebert": "has several MLPs a layer",
+    "mobilebert": "multiplies by the weight of its vocabulary head without running it, so that no difference is seen",
     "perceiver": "has no layers on tokens: its layers run on latents",
     "prophetnet": "runs several streams of tokens through its MLPs, one for each token that it predicts",
     "reformer": "has reversible layers, which run once more on the way back",
@@ -71,6 +77,8 @@ _REFUSED = {
     "xlnet": "looks at later tokens too, so that its last token predicts none",
     "yoso": "chooses by random hashes what its attention looks at, so that no two passes are equal",
 }
+# Of families with several MLPs a layer these, in the order in which they run.
+_SEVERAL: dict[str, Callable[[Any], Iterable[nn.Module]]] = {"longcat_flash": lambda layer: layer.mlps}
 # Of models of images and text: what names the layers that do not run on text alone. They have no neurons then.
 _OF_IMAGES_ALONE = {"mllama_text_model": "cross_attention_layers"}
 
@@ -79,51 +87,14 @@ Point = HookPoint | ExpertsPoint
 
 
 class Site(NamedTuple):
-    """Neurons of a layer that pass by in one tensor: those of its chosen experts, or of its MLP."""
+    """Neurons of a layer that pass by in one tensor: those of its chosen experts, or of an MLP.
+
+    part: which one of the layer's MLPs.
+    """
 
     layer: int
     is_experts: bool = False
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """The MLP of a layer, with the names inside it and how many neurons it has.
-
-    within: its layer, where other layers have the same modules. added: see `Layout`.
-    """
-
-    module: nn.Module
-    layout: Layout
-    n_neurons: int
-    within: nn.Module | None = None
-    added: nn.Module | None = None
-
-    def point(self, basis: str) -> HookPoint:
-        """Where its neurons of a basis are."""
-        layout = self.layout
-        if basis == "gate":
-            assert layout.act is not None
-            return self._output(layout.act)
-        if basis == "hidden" or not layout.is_gated:
-            down = self.module.get_submodule(layout.norm or layout.down)
-            return HookPoint(down, "input", 0, self.n_neurons, self.within)
-        point = self._output(layout.up, self.n_neurons if layout.fused else 0)
-        return replace(point, added=self.added)
-
-    def activated(self) -> tuple[HookPoint, Function]:
-        """Where the activated values are, of a gate or of plain neurons, or what they are made of, and how."""
-        if self.layout.act is not None:
-            return self._output(self.layout.act), lambda x: x
-        assert self.layout.function is not None
-        return self._output(self.layout.gate or self.layout.up), self.layout.function
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        """The modules at which its neurons can be seen."""
-        return [self.module.get_submodule(name) for name in self.layout.names]
-
-    def _output(self, name: str, start: int = 0) -> HookPoint:
-        return HookPoint(self.module.get_submodule(name), "output", start, self.n_neurons, self.within)
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,10 +113,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The layers of a model, and in each its MLP, its experts, or both."""
+    """The layers of a model, and in each its MLP, its experts, or both.
+
+    mlps: of each layer, in the order in which they run; most have one.
+    """
 
     layers: nn.ModuleList
-    mlps: tuple[Mlp | None, ...]
+    mlps: tuple[tuple[Mlp | SharedExperts, ...], ...]
     experts: tuple[Experts | None, ...]
 
     @property
@@ -153,12 +127,17 @@ class FeedForward:
         """How many layers there are."""
         return len(self.layers)
 
+    @property
+    def n_blocks(self) -> int:
+        """How many times an attention and an MLP run: as often as there are layers, where these have one MLP each."""
+        return sum(max(1, len(own)) for own in self.mlps)
+
     @cached_property
     def layer_neurons(self) -> tuple[LayerNeurons, ...]:
         """What neurons each layer has."""
         found = []
-        for mlp, experts in zip(self.mlps, self.experts, strict=True):
-            n_mlp = mlp.n_neurons if mlp else 0
+        for mlps, experts in zip(self.mlps, self.experts, strict=True):
+            n_mlp = sum(mlp.n_neurons for mlp in mlps)
             if experts is None:
                 found.append(LayerNeurons(n_mlp))
             else:
@@ -182,21 +161,42 @@ class FeedForward:
 
     @cached_property
     def experts_modules(self) -> tuple[nn.Module, ...]:
-        """The experts of all layers that have some."""
-        return tuple(own.module for own in self.experts if own)
+        """The experts of all layers that have some, and those that are always on."""
+        shared = [mlp.module for mlp in self.mlp_at.values() if isinstance(mlp, SharedExperts)]
+        return (*(own.module for own in self.experts if own), *shared)
 
     @property
     def is_gated(self) -> bool:
         """Whether all MLPs and experts have a gate."""
-        return all(mlp.layout.is_gated for mlp in self.mlps if mlp) and all(map(is_gated, self.experts_modules))
+        experts = [is_gated(own.module) for own in self.experts if own]
+        return all(experts) and all(mlp.is_gated for mlp in self.mlp_at.values())
 
     @property
     def offers_gate(self) -> bool:
         """Whether all of these gates' activations can be seen and replaced."""
-        return self.is_gated and all(mlp.layout.act for mlp in self.mlps if mlp)
+        return self.is_gated and all(mlp.offers_gate for mlp in self.mlp_at.values())
+
+    @cached_property
+    def mlp_at(self) -> dict[Site, Mlp | SharedExperts]:
+        """The MLPs by their sites."""
+        return {Site(layer, part=part): mlp for layer, own in enumerate(self.mlps) for part, mlp in enumerate(own)}
+
+    def numbers(self, site: Site) -> range:
+        """The numbers of the neurons at a site: in each expert, or among those of all MLPs of the layer."""
+        if site.is_experts:
+            return range(self.layer_neurons[site.layer].n_of_expert)
+        start = sum(mlp.n_neurons for mlp in self.mlps[site.layer][: site.part])
+        return range(start, start + self.mlp_at[site].n_neurons)
+
+    def are_at(self, site: Site, layer: Ints, expert: Ints, neuron: Ints) -> NDArray[np.bool_]:
+        """Which of some neurons pass by at a site."""
+        numbers = self.numbers(site)
+        is_own = (layer == site.layer) & ((expert >= 0) == site.is_experts)
+        found: NDArray[np.bool_] = is_own & (neuron >= numbers.start) & (neuron < numbers.stop)
+        return found
 
     def sites(self, basis: str, layers: Iterable[int] | None = None) -> dict[Site, Point]:
-        """Where the neurons of a basis pass by: by layer, its experts before its MLP.
+        """Where the neurons of a basis pass by: by layer, its experts before its MLPs.
 
         Raises:
             ConfigurationError: an unknown basis, or `gate` where an MLP has none.
@@ -206,8 +206,8 @@ class FeedForward:
         for layer in range(self.n_layers) if layers is None else layers:
             if (experts := self.experts[layer]) is not None:
                 found[Site(layer, True)] = experts.point(basis)
-            if (mlp := self.mlps[layer]) is not None:
-                found[Site(layer)] = mlp.point(basis)
+            for part, mlp in enumerate(self.mlps[layer]):
+                found[Site(layer, part=part)] = mlp.point(basis)
         return found
 
     def check_basis(self, basis: str) -> None:
@@ -220,8 +220,8 @@ class FeedForward:
 
     @property
     def _class_name(self) -> str:
-        plain = next((mlp for mlp in self.mlps if mlp and not (mlp.layout.is_gated and mlp.layout.act)), None)
-        some = plain or next(own for own in (*self.mlps, *self.experts) if own)
+        plain = next((mlp for mlp in self.mlp_at.values() if not mlp.offers_gate), None)
+        some = plain or next(own for own in (*self.mlp_at.values(), *self.experts) if own)
         return type(some.module).__name__
 
 
@@ -258,33 +258,46 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     if len(set(map(id, layers))) < len(layers):
         raise _refusal(f"{name} {_ONE_FOR_ALL}")
     silent = getattr(config, _OF_IMAGES_ALONE.get(config.model_type, ""), None) or ()
-    mlps: list[Mlp | None] = []
+    mlps: list[Sequence[Mlp | SharedExperts]] = []
     experts: list[Experts | None] = []
+    several = _SEVERAL.get(config.model_type)
     for index, layer in enumerate(layers):
         whose = f"layer {index} of {name}"
         own = None if index in silent else _experts(layer, whose, config)
-        mlp = None if index in silent else _mlp(layer, index, whose, None if own is None else own.module)
         experts.append(own)
-        mlps.append(mlp)
+        if index in silent:
+            mlps.append(())
+        elif several is not None:
+            modules = list(several(layer))
+            if len(set(map(id, modules))) < len(modules):
+                raise _refusal(f"{whose} runs one MLP several times")
+            mlps.append([_known_mlp(module, index, whose) for module in modules])
+        else:
+            mlps.append(_mlps(layer, index, whose, None if own is None else own.module))
     if not any(mlps) and not any(experts):
         raise _refusal(f"{name} has no feed-forward layers")
-    modules = [own.module for own in experts if own]
-    if len(set(map(id, modules))) < len(modules):
+    found = FeedForward(layers, _told_apart(layers, mlps), tuple(experts))
+    if len(set(map(id, found.experts_modules))) < len(found.experts_modules):
         raise _refusal(f"layers of {name} share one set of experts")
-    return FeedForward(layers, _told_apart(layers, mlps), tuple(experts))
+    return found
 
 
 def _refusal(reason: str) -> ModelError:
     return ModelError(f"{reason}: choose another model.source", change="model.source")
 
 
-def _told_apart(layers: nn.ModuleList, mlps: list[Mlp | None]) -> tuple[Mlp | None, ...]:
+def _told_apart(
+    layers: nn.ModuleList, mlps: list[Sequence[Mlp | SharedExperts]]
+) -> tuple[tuple[Mlp | SharedExperts, ...], ...]:
     """Where layers share modules of their MLPs, each with its layer."""
-    users = Counter(id(part) for mlp in mlps if mlp for part in mlp.parts)
-    return tuple(
-        replace(mlp, within=layer) if mlp and any(users[id(part)] > 1 for part in mlp.parts) else mlp
-        for layer, mlp in zip(layers, mlps, strict=True)
-    )
+    users = Counter(id(part) for own in mlps for mlp in own if isinstance(mlp, Mlp) for part in mlp.parts)
+
+    def told(layer: nn.Module, mlp: Mlp | SharedExperts) -> Mlp | SharedExperts:
+        if isinstance(mlp, SharedExperts) or all(users[id(part)] == 1 for part in mlp.parts):
+            return mlp
+        return replace(mlp, within=layer)
+
+    return tuple(tuple(told(layer, mlp) for mlp in own) for layer, own in zip(layers, mlps, strict=True))
 
 
 @contextmanager
@@ -319,22 +332,28 @@ def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
         raise _refusal(
             f"{whose}: nothing tells how many of its experts ({type(module).__name__}) a token uses",
         )
-    n_experts = n_experts_of(module)
-    if not 1 <= n_chosen <= n_experts:
-        raise _refusal(f"{whose}: a token would use {n_chosen} of its {n_experts} experts (num_experts_per_tok)")
-    return Experts(module, n_experts, n_chosen, n_neurons_of(module))
+    n_choices = n_choices_of(module)
+    if not 1 <= n_chosen <= n_choices:
+        raise _refusal(f"{whose}: a token would use {n_chosen} of its {n_choices} experts (num_experts_per_tok)")
+    return Experts(module, n_experts_of(module), n_chosen, n_neurons_of(module))
 
 
-def _mlp(layer: nn.Module, index: int, whose: str, experts: nn.Module | None) -> Mlp | None:
+def _known_mlp(module: nn.Module, index: int, whose: str) -> Mlp:
+    if (layout := layout_of(module)) is None:
+        raise _unknown(module, whose)
+    return mlp_of(module, layout, index)
+
+
+def _mlps(layer: nn.Module, index: int, whose: str, experts: nn.Module | None) -> Sequence[Mlp | SharedExperts]:
     """The layer's MLP; some (OPT) have its parts in the layer itself.
 
-    None of a layer that has experts alone, or attention or a recurrence alone.
+    Nothing of a layer that has experts alone, or attention or a recurrence alone.
     """
     usual = getattr(layer, "mlp", None)
     usual = usual if isinstance(usual, nn.Module) else layer
     if usual is not experts and (layout := layout_of(usual)) is not None:
-        return _mlp_of(usual, layout, index)
-    found: list[Mlp] = []
+        return [mlp_of(usual, layout, index)]
+    found: list[Mlp | SharedExperts] = [SharedExperts(part) for part in layer.modules() if is_shared(part)]
     # Beside experts it has a name of its own in each architecture; and so where layers have no module `mlp`.
     if experts is not None or usual is layer:
         # Norms and routers may have small MLPs of their own.
@@ -343,22 +362,17 @@ def _mlp(layer: nn.Module, index: int, whose: str, experts: nn.Module | None) ->
         for part in layer.modules():
             layout = None if part in inside else layout_of(part, is_whole=False)
             if layout is not None:
-                found.append(_mlp_of(part, layout, index))
+                found.append(mlp_of(part, layout, index))
     if len(found) > 1:
         raise _refusal(f"{whose} has several MLPs ({', '.join(type(own.module).__name__ for own in found)})")
     is_without = usual is layer and all(_NO_MLP.search(type(part).__name__) for part in layer.children())
     if found or experts is not None or is_without:
-        return found[0] if found else None
+        return found
+    raise _unknown(usual, whose)
+
+
+def _unknown(module: nn.Module, whose: str) -> ModelError:
     known = "; ".join("/".join(row.names) for row in LAYOUTS)
-    raise _refusal(
-        f"the neurons of {type(usual).__name__} ({whose}) are not known; known are MLPs made of {known}",
+    return _refusal(
+        f"the neurons of {type(module).__name__} ({whose}) are not known; known are MLPs made of {known}",
     )
-
-
-def _mlp_of(module: nn.Module, layout: Layout, layer: int) -> Mlp:
-    added = None
-    if layout.added is not None:
-        # By the model's own table: which of them is the layer's.
-        places: Any = module.layer_dic
-        added = module.get_submodule(f"{layout.added}.{places[layer]}")
-    return Mlp(module, layout, layouts.n_neurons_of(module, layout), added=added)

@@ -45,6 +45,9 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _number(config: Any) -> int | None:
     """How many layers; a decoder of an encoder-decoder, used alone, has a number beside the encoder's."""
+    if config.model_type == "longcat_flash":
+        # It counts layers' two attentions under the usual name.
+        return int(config.num_layers)
     names = ("num_hidden_layers",) if config.is_encoder_decoder else ("decoder_layers", "num_decoder_layers")
     found = next((getattr(config, own, None) for own in (*names, "num_hidden_layers") if hasattr(config, own)), None)
     return found if type(found) is int else None

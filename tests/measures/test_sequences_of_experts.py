@@ -42,6 +42,8 @@ FAMILIES = [
     "Qwen 2 MoE",
     "DeepSeek 3",
     "Phi-3.5 MoE",
+    # Two MLPs a layer, and identities among the experts.
+    "LongCat Flash",
     *(pytest.param(name, marks=pytest.mark.faults) for name in ("Mixtral", "Granite 4 MoE")),
 ]
 BASIS = "hidden"
@@ -69,9 +71,9 @@ def differentiated(family: str, i: int, k: int) -> tuple[float, dict[Token, np.n
     activations: dict[Token, np.ndarray] = {}
 
     def touch(key: Token, x: Tensor) -> Tensor:
-        activations[key] = x.detach().double().numpy().copy()
-        leaves[key] = torch.zeros_like(x, requires_grad=True)
-        return x + leaves[key]
+        # Of several MLPs of a layer each in turn, among zeros.
+        activations[key] = activations.get(key, 0) + x.detach().double().numpy()
+        return x + leaves.setdefault(key, torch.zeros_like(x, requires_grad=True))
 
     with torch.enable_grad():
         p = plain(family, IDS[i], TARGETS[i][k], touch)
@@ -149,7 +151,8 @@ def test_a_neuron_is_shifted_at_every_token_that_chose_its_expert(family: str) -
                     return x + 0.5 * sign * (torch.arange(len(x)) == 1)
 
                 expected = float(plain(family, IDS[0], target, touch)) - p
-                assert swept.delta_p[i, 0] == pytest.approx(expected, rel=1e-4, abs=1e-9 * p)
+                # LongCat's router computes in float32 in any precision.
+                assert swept.delta_p[i, 0] == pytest.approx(expected, rel=1e-4, abs=1e-6 * p)
                 there = activations.get((*own, readout), np.zeros(2))[1]
                 assert swept.activation[i] == pytest.approx(there, rel=1e-4, abs=1e-7)
 

@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from neg_service.errors import ConfigurationError, ModelError
-from neg_service.models.feed_forward import FeedForward, check_basis, find_feed_forward, hooks
+from neg_service.models.experts import own_experts
+from neg_service.models.feed_forward import FeedForward, Site, check_basis, find_feed_forward, hooks
+from neg_service.models.mlp import Mlp
 from neg_service.models.start_at_layer import keep_inputs, start_at_layer
 from tests.configurations import tiny
 from tests.refusals import refused
@@ -66,7 +69,6 @@ def test_a_model_without_feed_forward_layers_is_refused_for_that(model_type: str
     ("model_type", "says"),
     [
         ("hrm_text", "runs one layer's weights as several layers"),
-        ("inkling_text", r"several sets of experts \(InklingExperts, InklingSharedExperts\)"),
         ("blt", "runs on patches of several bytes"),
         ("xlnet", "looks at later tokens too"),
     ],
@@ -88,25 +90,24 @@ def test_layers_of_a_hybrid_may_have_no_mlp() -> None:
     found = find_feed_forward(model)
     kinds = [type(layer.mixer).__name__ for layer in found.layers]
     assert {"NemotronHMamba2Mixer", "NemotronHAttention", "NemotronHMoE"} <= set(kinds)
-    for kind, layer, mlp, experts in zip(kinds, found.layers, found.mlps, found.experts, strict=True):
+    for kind, layer, mlps, experts in zip(kinds, found.layers, found.mlps, found.experts, strict=True):
         assert (experts is not None) == (kind == "NemotronHMoE")
         # Beside experts one is always on.
         expected = {"NemotronHMLP": layer.mixer, "NemotronHMoE": getattr(layer.mixer, "shared_experts", None)}.get(kind)
-        assert (mlp and mlp.module) is expected
+        assert [mlp.module for mlp in mlps] == ([] if expected is None else [expected])
 
 
 def test_layers_that_text_alone_does_not_run_have_no_neurons() -> None:
     model = tiny("mllama", is_masked=False)
     found = find_feed_forward(model)
     ran = _runs(model, list(found.layers))
-    assert [mlp is not None for mlp in found.mlps] == [layer in ran for layer in found.layers]
+    assert [len(mlps) for mlps in found.mlps] == [int(layer in ran) for layer in found.layers]
     assert not all(found.mlps)
 
 
 def test_sizes_tell_a_fused_projection_from_a_plain_one_of_the_same_name() -> None:
     model = tiny("moshi", is_masked=False)
-    mlp = find_feed_forward(model).mlps[0]
-    assert mlp is not None
+    (mlp,) = find_feed_forward(model).mlps[0]
     ran = _runs(model, [mlp.module.fc1, mlp.module.fc2])
     gate, up = ran[mlp.module.fc1][0].output.chunk(2, -1)
     assert torch.equal(_shown(model, "paper")[0], up)
@@ -122,7 +123,7 @@ def test_an_activation_that_is_no_module_leaves_two_bases() -> None:
     for layer, own in enumerate(hand):
         assert torch.equal(_shown(model, "paper")[layer], ran[own.w3][0].output)
         assert torch.equal(_shown(model, "hidden")[layer], ran[own.w2][0].input)
-        gate, make = found.mlps[layer].activated()  # type: ignore[union-attr]
+        gate, make = _mlp(found, layer).activated()
         assert gate.module is own.w1
         torch.testing.assert_close(make(ran[own.w1][0].output) * ran[own.w3][0].output, ran[own.w2][0].input)
     with refused(ConfigurationError, "measure.basis", "gate", says="Lfm2MLP is no module"):
@@ -144,7 +145,7 @@ def test_what_a_layer_adds_to_a_shared_projection_is_in_its_neurons() -> None:
     found = find_feed_forward(model)
     mixed = [layer for layer, mlp in enumerate(found.mlps) if mlp]
     assert mixed == [1, 3]
-    assert found.mlps[0] is found.mlps[2] is None
+    assert found.mlps[0] == found.mlps[2] == ()
     mlps = [model.model.layers[layer].shared_transformer.feed_forward for layer in mixed]
     # Weights are shared, what is added to their product is not.
     assert mlps[0].gate_up_proj.weight is mlps[1].gate_up_proj.weight
@@ -155,7 +156,7 @@ def test_what_a_layer_adds_to_a_shared_projection_is_in_its_neurons() -> None:
         up = (ran[mlp.gate_up_proj][0].output + ran[adapter][0].output).chunk(2, -1)[1]
         assert torch.equal(_shown(model, "paper")[layer], up)
         # Put in its place, it goes on: down reads act(gate) times what was put there.
-        point = found.mlps[layer].point("paper")  # type: ignore[union-attr]
+        point = _mlp(found, layer).point("paper")
         gate = ran[mlp.down_proj][0].input / up
         with hooks({0: point}, lambda _, x, point=point: _with(x, point, torch.zeros_like(point.neurons(x)) + 2)):
             moved = _runs(model, [mlp.down_proj])[mlp.down_proj][0].input
@@ -221,7 +222,7 @@ def test_layers_that_share_an_activation_module_are_told_apart() -> None:
     assert blocks[0].mlp.act is blocks[1].mlp.act
     runs = [own.output for own in _runs(model, [blocks[0].mlp.act])[blocks[0].mlp.act]]
     found, seen = find_feed_forward(model), {}
-    points = {layer: mlp.activated()[0] for layer, mlp in enumerate(found.mlps) if mlp}
+    points = {layer: _mlp(found, layer).activated()[0] for layer in range(found.n_layers)}
     with hooks(points, lambda layer, x: seen.update({layer: x})):
         _logits(model)
     assert len(runs) == len(seen) == 4
@@ -231,9 +232,79 @@ def test_layers_that_share_an_activation_module_are_told_apart() -> None:
 def test_a_gate_inside_a_norm_is_no_mlp() -> None:
     model = tiny("axk2", is_masked=False)
     found = find_feed_forward(model)
-    assert [mlp and mlp.module for mlp in found.mlps] == [
+    assert [_mlp(found, layer).module for layer in range(found.n_layers)] == [
         layer.mlp if index == 0 else layer.mlp.shared_experts for index, layer in enumerate(model.model.layers)
     ]
+
+
+@pytest.mark.parametrize("basis", ["paper", "hidden", "gate"])
+def test_neurons_of_several_mlps_of_a_layer_are_numbered_through(basis: str) -> None:
+    model = tiny("longcat_flash", is_masked=False)
+    found = find_feed_forward(model)
+    # As many as there are modules, and not as the configuration says, which counts attentions.
+    assert (found.n_layers, model.config.num_hidden_layers) == (4, 8)
+    assert found.layers is model.model.layers
+    for layer, own in enumerate(model.model.layers):
+        assert [mlp.module for mlp in found.mlps[layer]] == list(own.mlps)
+    assert {(own.n_mlp, own.n_experts, own.n_of_expert, own.n_chosen) for own in found.layer_neurons} == {
+        (96, 4, 24, 4)
+    }
+    first, second, experts = Site(2), Site(2, part=1), Site(2, True)
+    assert [found.numbers(site) for site in (first, second, experts)] == [range(48), range(48, 96), range(24)]
+    assert [site for site in found.sites(basis) if site.layer == 2] == [experts, first, second]
+    neurons = np.array([(2, -1, 0), (2, -1, 47), (2, -1, 48), (2, -1, 95), (2, 3, 0), (1, -1, 0)]).T
+    assert found.are_at(first, *neurons).tolist() == [True, True, False, False, False, False]
+    assert found.are_at(second, *neurons).tolist() == [False, False, True, True, False, False]
+    assert found.are_at(experts, *neurons).tolist() == [False, False, False, False, True, False]
+    # The second one reads what the first one gave.
+    part, side = {"paper": ("up_proj", "output"), "hidden": ("down_proj", "input"), "gate": ("act_fn", "output")}[basis]
+    modules = [own.get_submodule(part) for own in model.model.layers[2].mlps]
+    points = {site: found.sites(basis)[site] for site in (first, second)}
+    before = _runs(model, modules)
+    seen: dict[Site, Tensor] = {}
+    with hooks(points, lambda site, x: seen.update({site: x})):
+        _logits(model)
+    for site, module in zip(points, modules, strict=True):
+        assert torch.equal(seen[site], getattr(before[module][0], side))
+    with hooks({0: points[first]}, lambda _, x: x + 1):
+        moved = _runs(model, modules)
+    assert not torch.equal(getattr(moved[modules[1]][0], side), getattr(before[modules[1]][0], side))
+
+
+def test_one_mlp_in_two_places_of_a_layer_and_experts_that_are_all_identities_are_refused() -> None:
+    model = tiny("longcat_flash", is_masked=False)
+    model.model.layers[1].mlps[1] = model.model.layers[1].mlps[0]
+    with refused(ModelError, "model.source", says="layer 1 of LongcatFlashForCausalLM runs one MLP several times"):
+        find_feed_forward(model)
+    config = tiny("longcat_flash", is_masked=False).config
+    config.n_routed_experts = 0
+    with refused(ModelError, "model.source", says=r"experts of layer 0 .* \(LongcatFlashExperts\) are not known"):
+        find_feed_forward(type(model)(config))
+
+
+def test_experts_that_are_always_on_are_an_mlp_made_of_one_after_the_other() -> None:
+    model = tiny("inkling_text", is_masked=False)
+    found = find_feed_forward(model)
+    layer = next(index for index, own in enumerate(found.experts) if own)
+    own = model.model.layers[layer].mlp
+    assert [mlp.module for mlp in found.mlps[layer]] == [own.shared_experts]
+    assert found.experts[layer].module is own.experts  # type: ignore[union-attr]
+    assert found.layer_neurons[layer].n_mlp == 2 * 24
+    given = _runs(model, [own.shared_experts])[own.shared_experts][0]
+    gate, up = (
+        torch.cat([given.input[0] @ weight.T for weight in every], -1)
+        for every in (own.shared_experts.gate_proj, own.shared_experts.up_proj)
+    )
+    expected = {"paper": up, "gate": silu(gate), "hidden": silu(gate) * up}
+    with own_experts(found.experts_modules):
+        for basis, neurons in expected.items():
+            torch.testing.assert_close(_shown(model, basis)[layer], neurons)
+        again = _runs(model, [own.shared_experts])[own.shared_experts][0]
+    torch.testing.assert_close(again.output, given.output)
+    # Two more layers of such a kind in one are no MLP that is known.
+    model.model.layers[layer].mlp.more = own.shared_experts.__class__(model.config)
+    with refused(ModelError, "model.source", says=r"several MLPs \(InklingSharedExperts, InklingSharedExperts\)"):
+        find_feed_forward(model)
 
 
 # --- by hand
@@ -262,6 +333,13 @@ def _hooked(modules: Sequence[nn.Module], visit: Callable[[nn.Module, Any, Any],
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mlp(found: FeedForward, layer: int) -> Mlp:
+    """The only MLP of a layer."""
+    (mlp,) = found.mlps[layer]
+    assert isinstance(mlp, Mlp)
+    return mlp
 
 
 def _shown(model: Any, basis: str) -> dict[int, Tensor]:

@@ -57,7 +57,7 @@ def test_the_suffix_may_be_in_capitals(name: str, tmp_path: Path) -> None:
     model = neg_service.load_model(written(tmp_path / name))
     assert model.feed_forward.n_layers == 3
     # The order of rotary dimensions differs, the MLPs do not.
-    read, expected = (own.feed_forward.mlps[1].module.up_proj.weight for own in (model, tiny_model("Llama 2")))
+    read, expected = (own.feed_forward.mlps[1][0].module.up_proj.weight for own in (model, tiny_model("Llama 2")))
     torch.testing.assert_close(read, expected)
 
 

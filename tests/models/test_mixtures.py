@@ -18,11 +18,12 @@ from neg_service.errors import ConfigurationError, ModelError, NonFiniteError
 from neg_service.measures import measure_of
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
-from neg_service.models import experts_function
+from neg_service.models import experts_function, shared_experts
 from neg_service.models.batches import Budget
 from neg_service.models.engines import prefix_attention
 from neg_service.models.engines.base import LoadedModel
 from neg_service.models.engines.shared_prefix import SharedPrefixEngine
+from neg_service.models.experts import _FORWARDS
 from neg_service.models.feed_forward import Site, find_feed_forward
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.prompts.tokens import encode
@@ -36,13 +37,13 @@ from tests.shards import measured_shard
 # `make families` compares all bases of all families; here one, and all where experts compute otherwise than others.
 BASES = [
     *((family, "paper") for family in MIXTURES),
-    *((own, b) for own in ("gpt-oss", "Llama 4") for b in ("hidden", "gate")),
+    *((own, b) for own in ("gpt-oss", "Llama 4", "LongCat Flash", "Inkling") for b in ("hidden", "gate")),
 ]
 # Each makes its experts, its routing, what stands beside them or its attention in another way; the others share theirs
 # with one of these.
 OF_EACH_KIND = (
     "Mixtral", "Qwen 2 MoE", "gpt-oss", "DeepSeek 3", "Granite MoE, shared", "Phi-3.5 MoE", "Llama 4", "Gemma 4 MoE",
-    "ERNIE 4.5 MoE", "Laguna", "Qwen 3.5 MoE", "Granite 4 MoE", "DBRX",
+    "ERNIE 4.5 MoE", "Laguna", "Qwen 3.5 MoE", "Granite 4 MoE", "DBRX", "LongCat Flash", "Inkling",
 )  # fmt: skip
 SHIFTED = [
     pytest.param(family, basis, marks=() if family in OF_EACH_KIND else pytest.mark.faults) for family, basis in BASES
@@ -185,6 +186,21 @@ def test_a_gate_that_is_another_familys_is_seen_by_the_check(family: str, monkey
     monkeypatch.setitem(experts_function._GATES, name, lambda module, gate, up: (torch.sigmoid(gate), up))
     with refused(ModelError, "model.source", says="experts are .* off"):
         tiny_mixture(family).ensure_checked()
+
+
+def test_identities_that_hand_on_nothing_are_seen_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_FORWARDS, experts_function.LONGCAT, experts_function._experts)
+    with refused(ModelError, "model.source", says="experts are .* off"):
+        tiny_mixture("LongCat Flash").ensure_checked()
+
+
+def test_always_on_experts_that_nothing_weighs_are_seen_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unweighed(self: Any, hidden_states: Tensor, gammas: Tensor) -> Tensor:
+        return shared_experts.inkling_forward(self, hidden_states, torch.ones_like(gammas))
+
+    monkeypatch.setitem(_FORWARDS, shared_experts.INKLING, unweighed)
+    with refused(ModelError, "model.source", says="experts are .* off"):
+        tiny_mixture("Inkling").ensure_checked()
 
 
 # --- what is said of experts

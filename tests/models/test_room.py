@@ -34,6 +34,7 @@ FAMILIES = [
         for own in (
             "BERT", "RecurrentGemma", "gpt-oss", "GPT-2", "GPT-J", "Gemma 2", "DeBERTa 2 and 3",
             "DeepSeek 3.2, above its limit", "Bamba", "Falcon-H1", "Jamba", "Mixtral", "DeepSeek 3", "Granite 4 MoE",
+            "LongCat Flash", "Inkling",
         )
     ),
 ]  # fmt: skip

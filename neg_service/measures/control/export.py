@@ -11,8 +11,9 @@ below. It is the same for every prompt where the neurons are what the down proje
 else a gate or a norm multiplies them, which depends on the prompt. It is worked out by one plain pass for each layer
 that is shifted, and one more; added at the same position it gives the same pass, but for rounding.
 
-Experts are not exported: what reaches the output of theirs depends on the router, whose choice and weights change from
-token to token, so that neither form would be the shift. What is written and how it is read again: `exported.py`.
+Experts are not exported, also where they are always on: what reaches the output of theirs depends on the router, whose
+choice and weights change from token to token, so that neither form would be the shift. What is written and how it is
+read again: `exported.py`.
 
 Axes: N neurons of an MLP, H hidden size, V vocabulary.
 """
@@ -34,9 +35,10 @@ from neg_service.errors import ConfigurationError, ModelError, PromptError, told
 from neg_service.measures.control.control import ControlResult
 from neg_service.measures.control.exported import BIAS, VECTOR, ExportedShift, Part, checked_place, part_of, write
 from neg_service.measures.control.plain_passes import READOUT, Addition, adding, encoded, experts_for, moved_by
-from neg_service.models.feed_forward import Mlp, Site, hooks
+from neg_service.models.feed_forward import Site, hooks
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.language_model import LanguageModel
+from neg_service.models.mlp import Mlp
 from neg_service.prompts.prompt import Asked, EncodedPrompt
 
 FORMS = (BIAS, VECTOR)
@@ -88,7 +90,7 @@ def export_shift(
             "the last token: choose a causal model", change="model.source",
         )  # fmt: skip
     moved = moved_by(model, result, index)
-    _require_exportable(moved, index)
+    _require_exportable(model, moved, index)
     if target is not None and prompt is None:
         raise ConfigurationError(setting="target", value=target, allowed="given together with its prompt")
     folder, measured = checked_place(place), _side_effects(side_effects)
@@ -108,12 +110,12 @@ def export_shift(
     return folder
 
 
-def _require_exportable(moved: Mapping[Site, Addition], index: int) -> None:
+def _require_exportable(model: LanguageModel, moved: Mapping[Site, Addition], index: int) -> None:
     if not moved:
         raise ConfigurationError(
             "the shift of this prompt is zero: there is nothing to export", setting="index", value=index
         )
-    layers = [site.layer for site in moved if site.is_experts]
+    layers = [site.layer for site in moved if not isinstance(model.feed_forward.mlp_at.get(site), Mlp)]
     if layers:
         raise ConfigurationError(
             f"the shift moves neurons of experts in layer {layers[0]}; what these add depends on the router, which "
@@ -297,8 +299,8 @@ def _in_json(value: Any) -> Any:
 
 
 def _mlp(model: LanguageModel, site: Site) -> Mlp:
-    mlp = model.feed_forward.mlps[site.layer]
-    assert mlp is not None
+    mlp = model.feed_forward.mlp_at[site]
+    assert isinstance(mlp, Mlp)
     return mlp
 
 

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from neg_service.layer_neurons import NO_EXPERT
 from neg_service.measures.control.control import ControlResult
 from neg_service.measures.control.shifted_rows import Shift, ShiftedRows
 from neg_service.models.language_model import LanguageModel
@@ -62,7 +63,9 @@ def shift_of(model: LanguageModel, result: ControlResult, index: int) -> Shift:
             # A layer's only MLP.
             expert_s = np.repeat([one for one, _ in own.mlps], [n for _, n in own.mlps])
         else:
-            expert_s = result.expert[index, place, : own.n_slots]
+            expert_s = result.expert[index, place]
+            # A prompt has fewer neurons than others in layers without experts, or with identities in their place.
+            expert_s = expert_s[expert_s != NO_EXPERT]
         bounds = [0, *(np.flatnonzero(np.diff(expert_s)) + 1).tolist(), len(expert_s)]
         for start, end in pairwise(bounds):
             layer.append(number)

@@ -34,7 +34,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.batching import encoded_prompts
 from neg_service.measures.control.control import ControlResult
 from neg_service.models.experts import ExpertsPoint, own_experts, plain_experts
-from neg_service.models.experts_function import Routing, watching_routing
+from neg_service.models.experts_function import Routing, n_choices_of, watching_routing
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat
@@ -48,7 +48,7 @@ PLACES = (READOUT, ALL)
 
 @dataclass(frozen=True, eq=False)
 class Addition:
-    """A constant that is added where something passes by: [N] at a module, [X, n] at a layer's experts."""
+    """A constant that is added where something passes by: [N] at a module, [X, n] at what a layer's router chooses."""
 
     point: Point
     constant: Tensor
@@ -75,7 +75,7 @@ def moved_by(model: LanguageModel, result: ControlResult, index: int) -> dict[Si
     layer_n, neuron_n = rows_n[:, 0], rows_n[:, 1]
     # Below zero: the MLP, only or always on.
     expert_n = rows_n[:, 2] if rows_n.shape[1] > 2 else np.full(len(rows_n), -1)
-    sizes = model.feed_forward.layer_neurons
+    feed_forward, sizes = model.feed_forward, model.feed_forward.layer_neurons
     for layer, neuron, expert in zip(layer_n.tolist(), neuron_n.tolist(), expert_n.tolist(), strict=True):
         size = 0 if layer >= len(sizes) else sizes[layer].n_of_expert if expert >= 0 else sizes[layer].n_mlp
         if neuron >= size or (expert >= 0 and expert >= sizes[layer].n_experts):
@@ -85,15 +85,15 @@ def moved_by(model: LanguageModel, result: ControlResult, index: int) -> dict[Si
                 change="result",
             )
     found = {}
-    for site, point in model.feed_forward.sites(result.basis, sorted(set(layer_n.tolist()))).items():
-        own_n = (layer_n == site.layer) & ((expert_n >= 0) == site.is_experts)
+    for site, point in feed_forward.sites(result.basis, sorted(set(layer_n.tolist()))).items():
+        own_n, numbers = feed_forward.are_at(site, layer_n, expert_n, neuron_n), feed_forward.numbers(site)
         if not own_n.any():
             continue
-        if site.is_experts:
-            constant = torch.zeros(sizes[site.layer].n_experts, sizes[site.layer].n_of_expert, dtype=torch.float64)
-            where: tuple[Any, ...] = (expert_n[own_n], neuron_n[own_n])
-        else:
-            constant, where = torch.zeros(point.size, dtype=torch.float64), (neuron_n[own_n],)
+        where: tuple[Any, ...] = (neuron_n[own_n] - numbers.start,)
+        constant = torch.zeros(len(numbers), dtype=torch.float64)
+        if (experts := feed_forward.experts[site.layer]) is not None and site.is_experts:
+            # Of identities, which a token may choose, too, nothing is moved.
+            constant, where = constant.repeat(n_choices_of(experts.module), 1), (expert_n[own_n], *where)
         constant[where] = torch.from_numpy(added_n[own_n]).double()
         found[site] = Addition(point, constant)
     return found
@@ -173,7 +173,7 @@ def _add(addition: Addition, running: _Pass, routing: dict[nn.Module, Routing], 
     # Some layers flatten prompts and positions.
     neurons_fn, constant = addition.point.neurons(flat(changed)), sent(addition.constant, x.device).double()
     places = slice(None) if running.is_everywhere else slice(running.n_positions - 1, None, running.n_positions)
-    if isinstance(addition.point, ExpertsPoint):
+    if constant.ndim > 1:
         # Of each token what its experts have: a token that does not use an expert has nothing of it.
         constant = constant[routing[addition.point.module].expert_tk[places]].flatten(1)
     neurons_fn[places] = (neurons_fn[places].double() + constant).to(x.dtype)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from neg_service.errors import NonFiniteError
 from neg_service.layer_neurons import NO_EXPERT
+from neg_service.measures.batches_of_gradients import columns_of_prompts
 from neg_service.measures.batching import in_batches, named, naming_memory
 from neg_service.measures.control.least_shift import Vector
 from neg_service.measures.readout import Baseline, Readout
@@ -148,6 +149,8 @@ class ShiftedRows:
         first = torch.tensor(ends[:-1])
         routings = routing_of_rows(self._model.feed_forward, found.routing, found.place_r[first])
         device = found.log_p_rv.device
+        slots = [slots_of(self._model.feed_forward, own.experts, self._points) for own in routings]
+        columns = columns_of_prompts(self._points, [own.shape[1] for own in found.gradient_srn], slots)
         slope_rm, activation_bm, log_p_bv = fetched(
             [
                 torch.cat([own.to(device) for own in found.gradient_srn], 1),
@@ -159,13 +162,14 @@ class ShiftedRows:
         self._require_finite([prompts[b] for b, own in enumerate(tokens) for _ in own], slope_rm)
         return [
             Slopes(
-                slope_rm[start:end].double().numpy(),
-                activation_bm[b].double().numpy(),
+                slope_rm[start:end].double().numpy()[:, own],
+                activation_bm[b].double().numpy()[own],
                 log_p_bv[b].double(),
-                slots_of(self._model.feed_forward, routings[b].experts, self._points),
+                slots[b],
                 routings[b],
             )
             for b, (start, end) in enumerate(pairwise(ends))
+            for own in [slice(None) if columns is None else columns[b]]
         ]
 
     def _require_finite(self, prompts: Sequence[EncodedPrompt], values_rx: Tensor) -> None:
@@ -209,8 +213,8 @@ class _Added:
         cls, site: Site, size: int, shifts: Sequence[Shift | None], feed_forward: FeedForward, dtype: type[np.floating]
     ) -> _Added:
         """Of the shifts of all rows; `dtype`: to which they are rounded already."""
-        n = feed_forward.layer_neurons[site.layer].n_of_expert if site.is_experts else size
-        k = size // n
+        numbers = feed_forward.numbers(site)
+        n, k = len(numbers), size // len(numbers)
         shift_rkn = np.zeros((len(shifts), k, n), dtype)
         expert_rk = np.full((len(shifts), k), NO_EXPERT)
         for r, own in enumerate(shifts):
@@ -219,7 +223,8 @@ class _Added:
             slots = own.slots
             is_own = (slots.layer == site.layer) & ((slots.expert >= 0) == site.is_experts)
             for place, group in enumerate(is_own.nonzero()[0].tolist()):
-                shift_rkn[r, place] = own.shift_m[slots.start[group] : slots.start[group + 1]]
+                of_group = own.shift_m[slots.start[group] : slots.start[group + 1]]
+                shift_rkn[r, place] = of_group[numbers.start : numbers.stop]
                 expert_rk[r, place] = slots.expert[group]
         if site.is_experts:
             return cls(torch.from_numpy(shift_rkn), torch.from_numpy(expert_rk))
@@ -285,10 +290,12 @@ class _ByDifferences:
     def _moved(self, shift: Shift) -> dict[Site, Shifts]:
         """Of models without experts, which difference arithmetic does not take."""
         moved = {}
-        for group, layer in enumerate(shift.slots.layer.tolist()):
-            own_n = shift.shift_m[shift.slots.start[group] : shift.slots.start[group + 1]]
+        start_of = dict(zip(shift.slots.layer.tolist(), shift.slots.start.tolist(), strict=False))
+        for site in [own for own in self._points if own.layer in start_of]:
+            numbers, start = self._model.feed_forward.numbers(site), start_of[site.layer]
+            own_n = shift.shift_m[start + numbers.start : start + numbers.stop]
             (neuron_i,) = own_n.nonzero()
             if len(neuron_i):
                 row_i = torch.zeros(len(neuron_i), dtype=torch.long)
-                moved[Site(layer)] = Shifts(row_i, torch.from_numpy(neuron_i), torch.from_numpy(own_n[neuron_i]))
+                moved[site] = Shifts(row_i, torch.from_numpy(neuron_i), torch.from_numpy(own_n[neuron_i]))
         return moved

@@ -165,7 +165,7 @@ class LoadedModel:
         one layer. Of SmolLM2 in float32, with 20 tokens, peaks of the allocator say that `run` is 2.5 times what a row
         takes, the graph and the slopes together 1.6 times, and a frozen token 0.9 times.
         """
-        config, n_neurons, n_layers = self.module.config, self.feed_forward.n_neurons, self.feed_forward.n_layers
+        config, n_neurons, n_layers = self.module.config, self.feed_forward.n_neurons, self.feed_forward.n_blocks
         attention, hidden_size = self._attention_values(attended), int(config.get_text_config().hidden_size)
         # What each chosen expert gives, before it is weighed and added up.
         experts = max(own.n_chosen for own in self.feed_forward.layer_neurons) * hidden_size
@@ -187,7 +187,7 @@ class LoadedModel:
 
     def frozen_bytes(self, tokens: int, attended: int) -> int:
         """What tokens of a prefix take while they run, each of which looks at no more than `attended`."""
-        values = frozen_values(self.module.config, self.feed_forward.n_layers, self.feed_forward.n_neurons)
+        values = frozen_values(self.module.config, self.feed_forward.n_blocks, self.feed_forward.n_neurons)
         return self._wide * tokens * (values + self._attention_values(attended))
 
     def _attention_values(self, attended: int) -> int:

@@ -24,6 +24,7 @@ from neg_service.models.engines.full_sequence import UnpaddedEngine
 from neg_service.models.experts_function import summed, watching_routing
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.head import log_softmax
+from neg_service.models.mlp import Mlp
 from neg_service.models.onednn import plain_products
 from neg_service.models.precision import at_least_float32, in_precision
 from neg_service.models.start_at_layer import flat
@@ -134,7 +135,8 @@ def longer_than_a_block(model: LoadedModel) -> int:
 @torch.no_grad()
 def neurons_deviation(model: LoadedModel, ids: tuple[int, ...]) -> float:
     """The input of MLPs' down projections against what it should be made of: the activation, times up if gated."""
-    mlps = {Site(layer): mlp for layer, mlp in enumerate(model.feed_forward.mlps) if mlp}
+    # Those made of experts' weights are compared with the experts.
+    mlps = {site: mlp for site, mlp in model.feed_forward.mlp_at.items() if isinstance(mlp, Mlp)}
     points: dict[str, dict[Site, Point]] = {
         "act": {site: mlp.activated()[0] for site, mlp in mlps.items()},
         "paper": {site: mlp.point("paper") for site, mlp in mlps.items()},
@@ -164,7 +166,7 @@ def experts_deviation(engine: Engine, ids: tuple[int, ...]) -> float:
         MismatchError: experts that do not run by own code, or another number of them than is known.
     """
     model = engine.model
-    found = {own.module: own for own in model.feed_forward.experts if own}
+    n_chosen_of = {own.module: own.n_chosen for own in model.feed_forward.experts if own}
     deviations: dict[Any, float] = {}
     reasons: list[str] = []
 
@@ -173,12 +175,15 @@ def experts_deviation(engine: Engine, ids: tuple[int, ...]) -> float:
         handles.pop(module).remove()
         with model.own_experts(), watching_routing() as routing:
             deviations[module] = deviation_of(summed(module, module(*args, **kwargs)), summed(module, output))
+        if (expected := n_chosen_of.get(module)) is None:
+            return
         if module not in routing:
             reasons.append(f"{type(module).__name__} does not go through transformers' experts interface")
-        elif (n_chosen := routing[module].expert_tk.shape[1]) != found[module].n_chosen:
-            reasons.append(f"a token uses {n_chosen} experts, its configuration says {found[module].n_chosen}")
+        elif (n_chosen := routing[module].expert_tk.shape[1]) != expected:
+            reasons.append(f"a token uses {n_chosen} experts, its configuration says {expected}")
 
-    handles = {module: module.register_forward_hook(compare, with_kwargs=True) for module in found}
+    modules = model.feed_forward.experts_modules
+    handles = {module: module.register_forward_hook(compare, with_kwargs=True) for module in modules}
     try:
         plain_logits(model, ids)
     finally:

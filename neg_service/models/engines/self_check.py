@@ -42,6 +42,7 @@ from neg_service.models.engines.comparisons import (
 from neg_service.models.engines.needs import has_states
 from neg_service.models.engines.partial_passes import starts_and_expansion
 from neg_service.models.feed_forward import Site
+from neg_service.models.mlp import Mlp
 from neg_service.models.precision import in_precision
 
 # How far rows' logits may be from plain ones, against the largest plain logit; gradients from plain ones, against the
@@ -181,7 +182,8 @@ def _check_logits(engine: Engine, ids: tuple[int, ...]) -> tuple[float, list[str
 
 def _tried_of_neurons(model: LoadedModel, has_gradients: bool) -> Iterator[str]:
     """What is compared of neurons, for a person."""
-    mlps, experts = sum(map(bool, model.feed_forward.mlps)), sum(map(bool, model.feed_forward.experts))
+    mlps = sum(isinstance(own, Mlp) for own in model.feed_forward.mlp_at.values())
+    experts = sum(map(bool, model.feed_forward.experts))
     if mlps:
         yield f"what the down projections of {mlps} MLPs read against their activation, times up where there is a gate"
     if experts:

@@ -63,7 +63,8 @@ class SharedPrefixEngine(Engine):
         require_single_tokens(self, prompts)
         prefix = run_prefix(self.model, [prompt.ids for prompt in prompts], self.shared_prefix(shared))
         n_layers = len(self.model.feed_forward.layers)
-        if any(prefix.own_lengths) and len(prefix.keys_bgtd) != n_layers:
+        # Some have two attentions a layer (LongCat).
+        if any(prefix.own_lengths) and len(prefix.keys_bgtd) < n_layers:
             raise MismatchError(
                 f"{n_layers - len(prefix.keys_bgtd)} of the {n_layers} layers do not go through transformers' "
                 f"attention interface"

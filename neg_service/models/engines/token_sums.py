@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from neg_service.models.experts_function import Routing, n_experts_of
+from neg_service.models.experts_function import Routing, n_choices_of, n_experts_of
 from neg_service.models.transfer import sent
 
 # By module of experts, which of them some tokens of each prompt use [B, X].
@@ -29,9 +29,10 @@ def used_experts(
     found = {}
     for module, own in routing.items():
         device = own.expert_tk.device
-        is_used_bx = torch.zeros(n_prompts, n_experts_of(module), dtype=torch.bool, device=device)
+        is_used_bx = torch.zeros(n_prompts, n_choices_of(module), dtype=torch.bool, device=device)
         is_used_bx[sent(prompt_a, device)[:, None], own.expert_tk[sent(place_a, device)]] = True
-        found[module] = is_used_bx
+        # Identities have no neurons.
+        found[module] = is_used_bx[:, : n_experts_of(module)]
     return found
 
 
@@ -65,14 +66,17 @@ def expert_row_sums(
     n_rows, device = len(prompt_r), slope_an.device
     row_a, prompt_r, is_used_bx = (sent(own, device) for own in (row_a, prompt_r, is_used_bx))
     n_used = int(is_used_bx.sum(1).max())
-    slot_ak = (is_used_bx.cumsum(1) - 1)[prompt_r[row_a][:, None], sent(expert_ak, device)]
+    expert_ak, n_experts = sent(expert_ak, device), is_used_bx.shape[1]
+    # Identities have no neurons, and no place.
+    is_there_s = (expert_ak < n_experts).flatten()
+    slot_ak = (is_used_bx.cumsum(1) - 1)[prompt_r[row_a][:, None], expert_ak.clamp(max=n_experts - 1)]
     if by_sign:
         slope_an = torch.where(activation_an < 0, -slope_an, slope_an)
-    place_s = (row_a[:, None] * n_used + slot_ak).flatten()
+    place_s = (row_a[:, None] * n_used + slot_ak).flatten()[is_there_s]
     is_first_a = torch.cat([row_a.new_ones(1, dtype=torch.bool), row_a[1:] != row_a[:-1]])
     found = []
     for own_an in (slope_an, activation_an * is_first_a[:, None]):
-        own_sn = own_an.reshape(len(place_s), -1)
+        own_sn = own_an.reshape(len(is_there_s), -1)[is_there_s]
         summed = own_sn.new_zeros(n_rows * n_used, own_sn.shape[1]).index_add(0, place_s, own_sn)
         found.append(summed.view(n_rows, -1))
     return found[0], found[1]

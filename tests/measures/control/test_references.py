@@ -156,7 +156,7 @@ def test_what_is_held_stays_held_where_gradients_are_taken_anew() -> None:
     assert seen[1] < 0.05 < 0.5 < seen[0]
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen 2 MoE"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen 2 MoE", "LongCat Flash"])
 def test_rows_of_experts_are_zero_where_the_reference_uses_others(family: str) -> None:
     model = tiny_mixture(family, torch.float64)
     rows = _rows(model)

@@ -179,7 +179,7 @@ def test_batches_do_not_change_results(llama: LanguageModel, result: ControlResu
         np.testing.assert_allclose(own.kl, whole.kl, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen 2 MoE"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen 2 MoE", "LongCat Flash", "Inkling"])
 def test_a_mixture_has_shifts_where_a_reference_uses_the_same_experts(family: str) -> None:
     model = tiny_mixture(family, torch.float64)
     result = neg_service.control(model, TEXTS[:1], TARGETS[0], probability=0.02, holding=REFERENCES[3:])

@@ -42,8 +42,7 @@ def test_windows_that_a_short_prompt_never_meets_are_checked(monkeypatch: pytest
 def test_the_self_check_finds_neurons_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Phi-3 and 4")
     # As if the fused projection gave up before gate.
-    for own in model.feed_forward.mlps:
-        assert own is not None
+    for (own,) in model.feed_forward.mlps:
         mlp: Any = own.module
         up = mlp.gate_up_proj.weight
         up.copy_(torch.cat(up.chunk(2)[::-1]))
