@@ -21,6 +21,8 @@ from tests.configurations import model_types
         # Experts that gate in their own way.
         ("beam", "causal", "shared_prefix"),
         ("inkling2_text", "causal", "recurrent_state"),
+        # Attention that chooses experts, too.
+        ("jetmoe", "causal", "shared_prefix"),
         ("bert", "masked", "full_sequence"),
     ],
 )

@@ -9,10 +9,10 @@ of a token compute, laid side by side in the order of their numbers:
 | `gate`   | the activated gate                                                                            |
 | `hidden` | the input of the down projection                                                              |
 
-Modeling code calls its experts through the interface, so nothing of it is copied. Two families have none: DBRX, and
-Llama 4, which runs all experts for all tokens on inputs that it scaled; of these the `forward` of the experts is
-replaced while a pass of ours runs. What is computed: `experts_function.py`. The self-check compares each layer with the
-modeling code's own loop.
+Modeling code calls its experts through the interface, so nothing of it is copied. Three families have none: DBRX,
+JetMoE, and Llama 4, which runs all experts for all tokens on inputs that it scaled; of these the `forward` of the
+experts is replaced while a pass of ours runs. What is computed: `experts_function.py`. The self-check compares each
+layer with the modeling code's own loop.
 
 Axes: T tokens, k chosen experts of a token, X experts of a layer, N neurons of an expert, H hidden size, S = T·k.
 """
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 
 from neg_service.errors import ModelError
+from neg_service.models.attention_experts import noting_attention
 from neg_service.models.experts_function import (
     EXPERTS,
     FORWARDS,
@@ -60,9 +61,13 @@ class ExpertsPoint:
 
 
 @contextmanager
-def own_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let these experts modules run by the function here, and put them back as they were, also after an error."""
+def own_experts(modules: Sequence[nn.Module], attention_routers: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Let these experts modules run by the function here, and put them back as they were, also after an error.
+
+    attention_routers: what these choose is seen as routing (`attention_experts.py`).
+    """
     with ExitStack() as stack:
+        stack.enter_context(noting_attention(attention_routers))
         for config in {id(own.config): own.config for own in modules if type(own).__name__ not in FORWARDS}.values():
             stack.enter_context(_implementation(config, EXPERTS))
         for module in modules:

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 from neg_service.errors import ConfigurationError, ModelError
 from neg_service.layer_neurons import LayerNeurons
 from neg_service.models import layouts
+from neg_service.models.attention_experts import attention_routers
 from neg_service.models.experts import ExpertsPoint, check_experts, is_experts, n_chosen_of
 from neg_service.models.experts_function import is_gated, n_experts_of, n_neurons_of
 from neg_service.models.hook_points import HookPoint
@@ -128,12 +129,16 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer, of which each token uses `n_chosen`."""
+    """The experts of a layer, of which each token uses `n_chosen`.
+
+    attention_routers: what chooses those of the layer's attention, where it has some, too.
+    """
 
     module: nn.Module
     n_experts: int
     n_chosen: int
     n_neurons: int
+    attention_routers: tuple[nn.Module, ...] = ()
 
     def point(self, basis: str) -> ExpertsPoint:
         """Where the chosen ones' neurons of a basis are."""
@@ -184,6 +189,11 @@ class FeedForward:
     def experts_modules(self) -> tuple[nn.Module, ...]:
         """The experts of all layers that have some."""
         return tuple(own.module for own in self.experts if own)
+
+    @cached_property
+    def attention_routers(self) -> tuple[nn.Module, ...]:
+        """What chooses experts of attention, in all layers."""
+        return tuple(router for own in self.experts if own for router in own.attention_routers)
 
     @property
     def is_gated(self) -> bool:
@@ -322,7 +332,7 @@ def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
     n_experts = n_experts_of(module)
     if not 1 <= n_chosen <= n_experts:
         raise _refusal(f"{whose}: a token would use {n_chosen} of its {n_experts} experts (num_experts_per_tok)")
-    return Experts(module, n_experts, n_chosen, n_neurons_of(module))
+    return Experts(module, n_experts, n_chosen, n_neurons_of(module), attention_routers(layer))
 
 
 def _mlp(layer: nn.Module, index: int, whose: str, experts: nn.Module | None) -> Mlp | None:

@@ -24,15 +24,6 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
     ("config", "refusal"),
     [
         (
-            # Its attention chooses experts, too, which nothing watches.
-            hf.JetMoeConfig(**TINY),
-            (
-                "model.source",
-                ANY,
-                r"the experts of layer 0 of JetMoeForCausalLM \(JetMoeParallelExperts\) are not known",
-            ),
-        ),
-        (
             # Its experts lie in embeddings, beside an MLP of a make that is known.
             hf.DogeConfig(**TINY, intermediate_size=40, is_moe=True, keep_window_size=0),
             ("model.source", ANY, r"the experts of layer 0 of DogeForCausalLM \(DogeCDMoE\) are not known"),
