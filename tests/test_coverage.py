@@ -21,8 +21,10 @@ from tests.configurations import model_types
         # Experts that gate in their own way.
         ("beam", "causal", "shared_prefix"),
         ("inkling2_text", "causal", "recurrent_state"),
-        # Attention that chooses experts, too.
+        # Attention that chooses experts, too; layers that run again.
         ("jetmoe", "causal", "shared_prefix"),
+        ("hrm_text", "causal", "differences"),
+        ("albert", "masked", "full_sequence"),
         ("bert", "masked", "full_sequence"),
     ],
 )
@@ -38,7 +40,7 @@ def test_a_configuration_is_measured_as_the_plain_model_says(model_type: str, re
     ("model_type", "status", "says"),
     [
         ("mamba", coverage.WITHOUT, "has no feed-forward layers"),
-        ("hrm_text", coverage.REFUSED, "runs one layer's weights as several layers"),
+        ("xlnet", coverage.REFUSED, "looks at later tokens too"),
         ("musicgen", coverage.APART, "predicts codes of sound"),
     ],
 )

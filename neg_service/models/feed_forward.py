@@ -17,7 +17,8 @@ mislead (`_REFUSED`).
 
 A layer has an MLP, or experts, of which each token uses some (`experts.py`), or both: then the MLP is always on. Each
 of the two is a *site*, where neurons pass by: the MLP's, or those of a token's chosen experts side by side. A layer of
-a hybrid may have neither. Where layers share an MLP's modules, a hook knows which layer runs.
+a hybrid may have neither. Where layers share an MLP's modules, a hook knows which layer runs; where one layer's weights
+run as several layers, each run has modules of its own (`repeated_layers.py`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from neg_service.models.experts_function import is_gated, n_experts_of, n_neuron
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.layers import find_layers
 from neg_service.models.layouts import LAYOUTS, Function, Layout, layout_of
+from neg_service.models.repeated_layers import layers_as_run
 from neg_service.settings import BASES
 
 K = TypeVar("K")
@@ -54,12 +56,10 @@ _AROUND_MLP = re.compile("(Norm|Router)$")
 _ONE_FOR_ALL = "runs one layer's weights as several layers, so that a neuron has several activations"
 # What no name inside an MLP would show.
 _REFUSED = {
-    "albert": _ONE_FOR_ALL,
     "blt": "has no one stack of layers: its middle one runs on patches of several bytes, not on tokens",
     "cpmant": "puts tokens of its own before a prompt",
     "flaubert": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
     "funnel": "pools tokens on the way up, so that a neuron acts on several at once",
-    "hrm_text": _ONE_FOR_ALL,
     "longcat_flash": "has several MLPs a layer, and experts that do nothing",
     "longformer": "pads prompts to whole windows, so that its layers see other tokens",
     "mobilebert": "has several MLPs a layer",
@@ -264,7 +264,7 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     name, config = type(model).__name__, model.config.get_text_config()
     if reason := _REFUSED.get(model.config.model_type):
         raise _refusal(f"{name} {reason}")
-    layers = find_layers(model)[1]
+    layers = layers_as_run(model) or find_layers(model)[1]
     if len(set(map(id, layers))) < len(layers):
         raise _refusal(f"{name} {_ONE_FOR_ALL}")
     silent = getattr(config, _OF_IMAGES_ALONE.get(config.model_type, ""), None) or ()

@@ -42,10 +42,6 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
             ("model.source", ANY, "RwkvForCausalLM has no feed-forward layers: its channel mixing"),
         ),
         (
-            hf.AlbertConfig(**TINY, embedding_size=8),
-            ("model.source", ANY, "AlbertForMaskedLM runs one layer's weights as several layers"),
-        ),
-        (
             hf.MobileBertConfig(vocab_size=97, num_hidden_layers=2),
             ("model.source", ANY, "MobileBertForMaskedLM has several MLPs a layer"),
         ),
