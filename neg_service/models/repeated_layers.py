@@ -76,7 +76,7 @@ def layers_as_run(model: PreTrainedModel) -> nn.ModuleList | None:
 
 @contextmanager
 def as_loaded(model: PreTrainedModel) -> Iterator[bool]:
-    """Let an unrolled model run as it was loaded, for as long as this lasts; gives whether it is one."""
+    """Let an unrolled model run, and be saved, as it was loaded, for as long as this lasts; gives whether it is one."""
     found = _known(model)
     changes = () if found is None else found.changes
     for owner, name, was, _ in changes:
