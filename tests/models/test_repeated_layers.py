@@ -181,6 +181,16 @@ def test_an_unrolled_model_is_the_one_that_was_loaded(kind: str) -> None:
     assert find_feed_forward(other).layers is not layers
 
 
+def test_an_unrolled_model_generates_over_its_cache_as_it_did() -> None:
+    model, ids = loaded("hrm_text"), torch.tensor([ids_of("hrm_text")])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    before = model.generate(ids, **options)
+    LanguageModel(model, tiny_tokenizer())
+    # Each run has keys and values of its own.
+    assert torch.equal(model.generate(ids, **options), before)
+    assert torch.equal(model.generate(ids, use_cache=False, **options), before)
+
+
 @pytest.mark.parametrize("kind", ORDERS)
 def test_runs_of_the_same_layer_share_its_weights_and_no_others(kind: str) -> None:
     layers = find_feed_forward(loaded(kind)).layers
