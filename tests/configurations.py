@@ -90,7 +90,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": VOCABULARY - 1},
     "granitemoehybrid": {"layer_types": _MIXED},
-    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    # By default it is 50, for embeddings as they are before training; here a shift would move next to nothing.
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None, "embedding_scale": 5.0},
     "hunyuan_v1_dense": {"head_dim": _HEAD},
     "hunyuan_v1_moe": {"head_dim": _HEAD, "num_experts": 4, "moe_topk": 2},
     "inkling_text": {"n_shared_experts": 2},

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from neg_service.models.repeated_layers import as_loaded
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -32,6 +33,8 @@ def save_family(family: str, directory: Path) -> Path:
 @functools.cache
 def _files_of(family: str) -> dict[str, bytes]:
     with TemporaryDirectory() as place:
-        tiny_model(family).model.save_pretrained(place)
+        model = tiny_model(family).model
+        with as_loaded(model):
+            model.save_pretrained(place)
         tiny_tokenizer().save_pretrained(place)
         return {path.name: path.read_bytes() for path in Path(place).iterdir()}

@@ -28,8 +28,8 @@ NEURGRAD_TOLERANCE, SWEEP_TOLERANCE, JOINT_TOLERANCE = 2e-5, 1e-6, 1e-5
 HYBRID_NEURGRAD_TOLERANCE = 5e-5
 PLAIN = (
     "Phi", "GPT-2", "GPT-NeoX (Pythia)", "OPT", "OPT, norm after", "StarCoder", "StarCoder 2", "Nemotron", "BERT",
-    "RoBERTa", "XLM-R", "ELECTRA generator", "DistilBERT", "DeBERTa", "DeBERTa 2 and 3", "MPNet", "GPT-Neo", "GPT-J",
-    "CodeGen", "Falcon", "Falcon, new decoder", "Falcon, ALiBi", "BLOOM", "MPT",
+    "RoBERTa", "XLM-R", "ELECTRA generator", "ALBERT", "DistilBERT", "DeBERTa", "DeBERTa 2 and 3", "MPNet", "GPT-Neo",
+    "GPT-J", "CodeGen", "Falcon", "Falcon, new decoder", "Falcon, ALiBi", "BLOOM", "MPT",
 )  # fmt: skip
 
 PLAIN_HYBRIDS = ("Nemotron-H",)

@@ -181,6 +181,7 @@ MIXTURES: dict[str, Mixture] = {
             "pad_token_id": 0,
         },
     ),
+    "JetMoE": Mixture(hf.JetMoeConfig, {**_BASE, **_SIX, "kv_channels": 8}),
     "Gemma 4 MoE": Mixture(
         hf.Gemma4TextConfig,
         {

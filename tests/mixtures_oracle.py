@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tests import oracle
 from tests.mixtures import Mixture
 
-ALWAYS_ON = -1
+ALWAYS_ON, ATTENTION = -1, -1
 Key = tuple[int, int]
 # Given (layer, expert) and the neurons [N] of an expert or MLP at the position, it gives those that go on; of several
 # positions, (layer, expert, position).
@@ -33,6 +33,7 @@ class _State:
     position: ClassVar[int | Sequence[int]] = -1
     touch: ClassVar[Touch] = staticmethod(lambda key, x: x)
     layer_of: ClassVar[dict[int, int]] = {}
+    # Under `ATTENTION` less its layer what attention chose, where it has experts, too.
     routing: ClassVar[dict[int, tuple[list[int], list[float]]]] = {}
 
     @classmethod
@@ -60,6 +61,8 @@ def _gated(module: Any, gate: Tensor, up: Tensor, key: Any, is_read: bool) -> Te
 
 
 def _act(module: Any) -> Any:
+    if type(module).__name__ == "JetMoeMoE":
+        return module.activation
     return module.mlp.activation_fn if type(module).__name__ == "DbrxExperts" else module.act_fn
 
 
@@ -70,6 +73,9 @@ def _one(module: Any, x: Tensor, expert: int, t: int, is_read: bool) -> Tensor:
         # All experts' rows in one matrix.
         rows = slice(expert * module.ffn_hidden_size, (expert + 1) * module.ffn_hidden_size)
         return _gated(module, module.mlp.w1[rows] @ x, module.mlp.v1[rows] @ x, key, is_read) @ module.mlp.w2[rows]
+    if type(module).__name__ == "JetMoeMoE":
+        gate, up = (module.input_linear.weight[expert] @ x).chunk(2)
+        return module.output_linear.weight[expert] @ _gated(module, gate, up, key, is_read)
     is_columns = type(module).__name__ == "Llama4TextExperts" or getattr(module, "is_transposed", False)
     up_and_gate, down = module.gate_up_proj[expert], module.down_proj[expert]
     both = x @ up_and_gate if is_columns else up_and_gate @ x
@@ -131,13 +137,41 @@ def _inkling_shared(self: Any, hidden_states: Tensor, gammas: Tensor) -> Tensor:
     return torch.stack(rows).view_as(hidden_states)
 
 
+def _chosen_by_jetmoe(router: Any, x_th: Tensor) -> tuple[Tensor, Tensor]:
+    largest, chosen = router.layer(x_th).float().topk(router.top_k, -1)
+    return chosen, largest.softmax(-1).to(x_th.dtype)
+
+
+def _jetmoe(self: Any, layer_input: Tensor) -> Tensor:
+    """Router and experts in one."""
+    (x_th,) = layer_input
+    return _token_by_token(self, x_th, *_chosen_by_jetmoe(self.router, x_th))[None] + self.bias
+
+
+def _noted(index: int) -> Any:
+    """A hook on what chooses the experts of a layer's attention."""
+
+    def note(router: Any, inputs: tuple[Tensor], _output: Any) -> None:
+        chosen, weights = _chosen_by_jetmoe(router, inputs[0])
+        for t in filter(_State.is_read, range(len(chosen))):
+            _State.routing[ATTENTION - index] = (chosen[t].tolist(), weights[t].tolist())
+
+    return note
+
+
 # Families whose experts do not ask transformers' interface.
 _FORWARDS = {
     "Llama4TextExperts": _llama_4,
     "DbrxExperts": _dbrx,
+    "JetMoeMoE": _jetmoe,
     "LongcatFlashExperts": _token_by_token,
     "InklingSharedExperts": _inkling_shared,
 }
+
+
+def _is_experts(part: nn.Module) -> bool:
+    name = type(part).__name__
+    return name in _FORWARDS or (name.endswith("Experts") and name != "JetMoeParallelExperts")
 
 
 def layers_of(model: Any) -> Any:
@@ -155,12 +189,15 @@ def token_by_token(
         _State.basis, _State.position, _State.touch = basis, position, staticmethod(touch)
         _State.layer_of, _State.routing = {}, {}
         for index, layer in enumerate(layers_of(model)):
-            experts = [part for part in layer.modules() if type(part).__name__.endswith("Experts")]
+            experts = [part for part in layer.modules() if _is_experts(part)]
             for part in experts:
                 _State.layer_of[id(part)] = index
                 if (forward := _FORWARDS.get(type(part).__name__)) is not None:
                     part.forward = forward.__get__(part)
                     stack.callback(part.__dict__.pop, "forward")
+            for part in layer.modules():
+                if type(part).__name__ == "JetMoeMoA":
+                    stack.callback(part.router.register_forward_hook(_noted(index)).remove)
             paths = (family.always_on if experts else family.dense).split()
             for part, path in enumerate(paths):
                 of_parts = (part, len(paths))
@@ -204,7 +241,10 @@ def probabilities(
 
 
 def routing() -> dict[int, tuple[list[int], list[float]]]:
-    """By layer what the last token of the last pass chose, in the router's order, and the weights of that."""
+    """By layer what the last token of the last pass chose, in the router's order, and the weights of that.
+
+    Those of a layer's attention, where it has some, are under `ATTENTION` less its number.
+    """
     return dict(_State.routing)
 
 

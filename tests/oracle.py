@@ -48,6 +48,7 @@ _PLAIN = {
     **dict.fromkeys(("NemotronMLP", "NemotronHMLP"), ("down_proj", "input")),
     "MptBlock": ("ffn.down_proj", "input"),
     "TransformerBlock": ("ffn.lin2", "input"),
+    "AlbertLayer": ("ffn_output", "input"),
     **dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer"), ("intermediate", "output")),
     **dict.fromkeys(("DebertaLayer", "DebertaV2Layer", "MPNetLayer"), ("intermediate", "output")),
 }
@@ -64,6 +65,9 @@ _LAYERS = {
     "DistilBertForMaskedLM": "distilbert.transformer.layer",
     **dict.fromkeys(("DebertaForMaskedLM", "DebertaV2ForMaskedLM"), "deberta.encoder.layer"),
     "MPNetForMaskedLM": "mpnet.encoder.layer",
+    # Unrolled: `test_repeated_layers.py` compares with runs that are counted.
+    "AlbertForMaskedLM": "albert.encoder.albert_layer_groups",
+    "HrmTextForCausalLM": "model.L_module.layers",
 }
 
 

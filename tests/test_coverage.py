@@ -24,6 +24,10 @@ from tests.configurations import model_types
         # Experts that are always on, and weighed; several MLPs a layer, and identities among the experts.
         ("inkling_text", "causal", "recurrent_state"),
         ("longcat_flash", "causal", "shared_prefix"),
+        # Attention that chooses experts, too; layers that run again.
+        ("jetmoe", "causal", "shared_prefix"),
+        ("hrm_text", "causal", "differences"),
+        ("albert", "masked", "full_sequence"),
         ("bert", "masked", "full_sequence"),
     ],
 )
@@ -39,7 +43,7 @@ def test_a_configuration_is_measured_as_the_plain_model_says(model_type: str, re
     ("model_type", "status", "says"),
     [
         ("mamba", coverage.WITHOUT, "has no feed-forward layers"),
-        ("hrm_text", coverage.REFUSED, "runs one layer's weights as several layers"),
+        ("xlnet", coverage.REFUSED, "looks at later tokens too"),
         ("musicgen", coverage.APART, "predicts codes of sound"),
     ],
 )

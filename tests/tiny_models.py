@@ -38,6 +38,7 @@ _BASE: dict[str, Any] = {
 _PLAIN = {**_BASE, "intermediate_size": 40, "num_attention_heads": 4}
 _GROUPED = {**_BASE, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2}
 _OLD = {"vocab_size": VOCABULARY, "n_layer": 3, "n_embd": 24, "n_inner": 40, "n_head": 4, "n_positions": 64, **_TOKENS}
+_FALCON = {**_BASE, "num_attention_heads": 4, "ffn_hidden_size": 40}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -169,25 +170,10 @@ FAMILIES: dict[str, Family] = {
     "OPT, norm after": _shared_prefix(
         hf.OPTConfig, **_BASE, ffn_dim=40, num_attention_heads=4, word_embed_proj_dim=20, do_layer_norm_before=False
     ),
-    "Falcon": _kv_cache(hf.FalconConfig, **_BASE, num_attention_heads=4, ffn_hidden_size=40, multi_query=True),
-    "Falcon, new decoder": _kv_cache(
-        hf.FalconConfig,
-        **_BASE,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        ffn_hidden_size=40,
-        new_decoder_architecture=True,
-    ),
+    "Falcon": _kv_cache(hf.FalconConfig, **_FALCON, multi_query=True),
+    "Falcon, new decoder": _kv_cache(hf.FalconConfig, **_FALCON, num_kv_heads=2, new_decoder_architecture=True),
     "Falcon, ALiBi": _kv_cache(
-        hf.FalconConfig,
-        "eager",
-        **_BASE,
-        num_attention_heads=4,
-        ffn_hidden_size=40,
-        multi_query=False,
-        alibi=True,
-        parallel_attn=False,
-        bias=True,
+        hf.FalconConfig, "eager", **_FALCON, multi_query=False, alibi=True, parallel_attn=False, bias=True
     ),
     "BLOOM": _kv_cache(hf.BloomConfig, "eager", vocab_size=VOCABULARY, hidden_size=24, n_layer=3, n_head=4, **_TOKENS),
     "MPT": _kv_cache(
@@ -221,10 +207,21 @@ FAMILIES: dict[str, Family] = {
     "Nemotron": _shared_prefix(hf.NemotronConfig, **_GROUPED, head_dim=4),
     "Helium": _shared_prefix(hf.HeliumConfig, **_GROUPED, head_dim=4),
     "Seed-OSS": _shared_prefix(hf.SeedOssConfig, **_GROUPED, head_dim=8),
+    # One low layer that runs twice, then one high layer, and that twice.
+    "HRM": _shared_prefix(
+        hf.HrmTextConfig,
+        **{**_PLAIN, "num_hidden_layers": 1},
+        head_dim=8,
+        H_cycles=2,
+        L_cycles=2,
+        embedding_scale=2.0,
+    ),
     "BERT": _full_sequence(hf.BertConfig, **_PLAIN),
     "RoBERTa": _full_sequence(hf.RobertaConfig, **_PLAIN),
     "XLM-R": _full_sequence(hf.XLMRobertaConfig, **_PLAIN),
     "ELECTRA generator": _full_sequence(hf.ElectraConfig, **_PLAIN, embedding_size=20),
+    # The first of its groups runs twice, the second once.
+    "ALBERT": _full_sequence(hf.AlbertConfig, **_PLAIN, embedding_size=20, num_hidden_groups=2),
     "DistilBERT": _full_sequence(
         hf.DistilBertConfig,
         vocab_size=VOCABULARY,

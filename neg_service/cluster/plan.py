@@ -136,7 +136,9 @@ def replica_bytes(info: ModelInfo, dtype: str, plan: Plan, batch: BatchSize) -> 
     layer, and pieces of the embeddings and the head (`models/precision.py`).
     """
     weights = info.n_parameters * _DTYPE_BYTES[dtype]
-    in_float64 = info.n_parameters // info.n_layers * _DTYPE_BYTES["float64"] + 2 * 2**28
+    # Where layers share weights, a token meets more of them than there are.
+    of_layer = max(info.n_parameters, info.token_weights) // info.n_layers
+    in_float64 = of_layer * _DTYPE_BYTES["float64"] + 2 * 2**28
     shard = plan.total_bytes // max(1, plan.n_shards)
     return weights + max(weights // 5, in_float64) + _RUNTIME_BYTES + batch_bytes(info, dtype, batch) + 4 * shard
 

@@ -84,15 +84,16 @@ def routing_changed(
 ) -> Tensor | None:
     """Whether layers above one chose other experts for a row than for the first, which is not shifted [R - 1].
 
-    position_rs: where each row's tokens are that count, those that are read. None of a model without experts.
+    Those of attention count, too: a curve breaks there likewise. position_rs: where each row's tokens are that count,
+    those that are read. None of a model without experts.
     """
     if not feed_forward.has_experts:
         return None
     n_rows = len(position_rs)
     changed = torch.zeros(n_rows - 1, dtype=torch.bool, device=device)
     for experts in feed_forward.experts[layer + 1 :]:
-        if experts is not None:
-            chosen = seen[experts.module].expert_tk
+        for module in () if experts is None else (experts.module, *experts.attention_routers):
+            chosen = seen[module].expert_tk
             chosen_rk = chosen[sent(position_rs.flatten(), chosen.device)].view(n_rows, -1)
             changed |= (chosen_rk[1:] != chosen_rk[:1]).any(-1).to(device)
     return changed

@@ -84,7 +84,8 @@ def frozen_values(config: Any, n_layers: int, n_neurons: int) -> int:
     """About how many values a token of a prefix takes while it runs: keys and values of all layers, and one layer's."""
     text = config.get_text_config()
     heads = attention_heads(config)
-    groups = _most(text, "num_key_value_heads") or heads
+    # JetMoE keeps them once for each expert of attention that a token chose.
+    groups = heads if text.model_type == "jetmoe" else _most(text, "num_key_value_heads") or heads
     size = _most(text, "head_dim") or int(text.hidden_size) // max(1, heads)
     return 2 * n_layers * groups * size + token_values(config, n_neurons)
 

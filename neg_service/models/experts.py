@@ -9,8 +9,8 @@ of a token compute, laid side by side in the order of their numbers:
 | `gate`   | the activated gate                                                                            |
 | `hidden` | the input of the down projection                                                              |
 
-Modeling code calls its experts through the interface, so nothing of it is copied. Three families have none: DBRX;
-Llama 4, which runs all experts for all tokens on inputs that it scaled; and LongCat, some of whose experts are
+Modeling code calls its experts through the interface, so nothing of it is copied. Four families have none: DBRX;
+JetMoE; Llama 4, which runs all experts for all tokens on inputs that it scaled; and LongCat, some of whose experts are
 identities and have no neurons. Of these the `forward` of the experts is replaced while a pass of ours runs, and so is
 that of experts that are always on (`shared_experts.py`). What is computed: `experts_function.py`. The self-check
 compares each layer with the modeling code's own loop.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 
 from neg_service.errors import ModelError
+from neg_service.models.attention_experts import noting_attention
 from neg_service.models.experts_function import (
     EXPERTS,
     FORWARDS,
@@ -85,9 +86,13 @@ class SharedExperts:
 
 
 @contextmanager
-def own_experts(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let these experts modules run by the function here, and put them back as they were, also after an error."""
+def own_experts(modules: Sequence[nn.Module], attention_routers: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Let these experts modules run by the function here, and put them back as they were, also after an error.
+
+    attention_routers: what these choose is seen as routing (`attention_experts.py`).
+    """
     with ExitStack() as stack:
+        stack.enter_context(noting_attention(attention_routers))
         for config in {id(own.config): own.config for own in modules if type(own).__name__ not in _FORWARDS}.values():
             stack.enter_context(_implementation(config, EXPERTS))
         for module in modules:

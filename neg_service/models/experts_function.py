@@ -32,7 +32,8 @@ EXPERTS = "neg_service_experts"
 Visit = Callable[[Tensor], Tensor | None]
 
 VISITS: WeakKeyDictionary[nn.Module, dict[str, list[Visit]]] = WeakKeyDictionary()
-LLAMA_4, DBRX, LONGCAT = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
+LLAMA_4, DBRX = "Llama4TextExperts", "DbrxExperts"
+JETMOE, LONGCAT = "JetMoeMoE", "LongcatFlashExperts"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def projections_of(module: Any) -> Projections:
     if kind == LONGCAT:
         # The first tensor has places for the identities, too.
         return Projections((module.gate_up_proj[: module.num_routed_experts],), module.down_proj, False, False)
+    if kind == JETMOE:
+        return Projections((module.input_linear.weight,), module.output_linear.weight, False, False)
     into = module.gate_up_proj if module.has_gate else module.up_proj
     return Projections((into,), module.down_proj, module.is_transposed, module.is_transposed)
 
@@ -71,10 +74,12 @@ class Routing:
     """Which experts a layer chose for each token, in ascending order, and the router's weights: [T, k] both.
 
     Identities among them stand last. Of Llama 4 the weights are 1: its router scales what the experts read.
+    is_attention: they are no feed-forward experts.
     """
 
     expert_tk: Tensor
     weight_tk: Tensor
+    is_attention: bool = False
 
 
 # Who watches: the routing of each experts module in the pass that runs, the last one's.
@@ -165,6 +170,7 @@ _GATES: dict[str, Gate] = {
     LLAMA_4: _plain_gate,
     LONGCAT: _plain_gate,
     DBRX: lambda module, gate, up: (module.mlp.activation_fn(gate), up),
+    JETMOE: lambda module, gate, up: (module.activation(gate), up),
     "BeamExperts": _in_float32,
     "Inkling2Experts": _soft_capped,
     "GptOssExperts": _swish_plus_one("limit", "alpha"),
@@ -309,16 +315,17 @@ class _Run:
         return self.slots.of_tokens(out_sh).sum(1)
 
 
-def _note(module: nn.Module, expert_tk: Tensor, weight_tk: Tensor) -> None:
+def note_routing(module: nn.Module, expert_tk: Tensor, weight_tk: Tensor, *, is_attention: bool = False) -> None:
+    """Let those who watch see what a module's tokens chose, ascending."""
     for seen in _WATCHERS:
-        seen[module] = Routing(expert_tk, weight_tk.detach())
+        seen[module] = Routing(expert_tk, weight_tk.detach(), is_attention)
 
 
 def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of a layer, as transformers' interface calls them."""
     expert_tk, order = top_k_index.sort(-1)
     weight_tk = top_k_weights.gather(-1, order)
-    _note(module, expert_tk, weight_tk)
+    note_routing(module, expert_tk, weight_tk)
     run = _Run(module, expert_tk, weight_tk)
     hidden = run.neurons(hidden_states[run.slots.token_s])
     return run.output(hidden).to(hidden_states.dtype)
@@ -335,7 +342,7 @@ def llama_4_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     n_chosen = int(LLAMA_4_CHOSEN[self])
     expert_tk = size_tx.topk(n_chosen, -1).indices.sort(-1).values
     weight_tk = torch.ones_like(expert_tk, dtype=x_xth.dtype)
-    _note(self, expert_tk, weight_tk)
+    note_routing(self, expert_tk, weight_tk)
     run = _Run(self, expert_tk, weight_tk)
     x_tkh = x_xth.transpose(0, 1).gather(1, expert_tk[..., None].expand(-1, -1, x_xth.shape[-1]))
     out_th = run.output(run.neurons(run.slots.of_experts(x_tkh))).to(hidden_states.dtype)
@@ -356,8 +363,29 @@ def longcat_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return out_th + (passed_t1 * hidden_states).to(out_th.dtype)
 
 
+def jetmoe_forward(self: Any, layer_input: Tensor) -> Tensor:
+    """In the place of `JetMoeMoE.forward`, which is router and experts in one."""
+    x_th = layer_input.flatten(0, -2)
+    out_th: Tensor = _experts(self, x_th, *choice_of_jetmoe(self.router(x_th))) + self.bias
+    return out_th.view(layer_input.shape)
+
+
+def choice_of_jetmoe(routed: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The experts of each token, and their weights, from a router that gives pairs in the order of the experts."""
+    order_s, _, weight_s, counts, logits_tx = routed
+    expert_s = torch.arange(len(counts), device=order_s.device).repeat_interleave(order_s.new_tensor(counts))
+    by_token = (torch.empty_like(own).index_copy(0, order_s, own) for own in (expert_s, weight_s))
+    expert_tk, weight_tk = (own.view(len(logits_tx), -1) for own in by_token)
+    return expert_tk, weight_tk
+
+
 # What has no interface, and runs by these while a pass of ours runs.
-FORWARDS: dict[str, Callable[..., Tensor]] = {LLAMA_4: llama_4_forward, DBRX: dbrx_forward, LONGCAT: longcat_forward}
+FORWARDS: dict[str, Callable[..., Tensor]] = {
+    LLAMA_4: llama_4_forward,
+    DBRX: dbrx_forward,
+    JETMOE: jetmoe_forward,
+    LONGCAT: longcat_forward,
+}
 
 
 def lacks_of_interface() -> str | None:

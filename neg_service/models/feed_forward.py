@@ -17,7 +17,8 @@ mislead (`_REFUSED`).
 
 A layer has an MLP, or experts, of which each token uses some (`experts.py`), or both: then the MLP is always on. Each
 of the two is a *site*, where neurons pass by: the MLP's, or those of a token's chosen experts side by side. A layer of
-a hybrid may have neither. Where layers share an MLP's modules, a hook knows which layer runs.
+a hybrid may have neither. Where layers share an MLP's modules, a hook knows which layer runs; where one layer's weights
+run as several layers, each run has modules of its own (`repeated_layers.py`).
 
 A layer may have several MLPs that run one after another (`_SEVERAL`): each is a site, and their neurons are numbered
 through, those of the first one first, so that outside of a pass they are one MLP's.
@@ -40,12 +41,14 @@ from transformers import PreTrainedModel
 
 from neg_service.errors import ConfigurationError, ModelError
 from neg_service.layer_neurons import LayerNeurons
+from neg_service.models.attention_experts import attention_routers
 from neg_service.models.experts import ExpertsPoint, SharedExperts, check_experts, is_experts, n_chosen_of
 from neg_service.models.experts_function import is_gated, n_choices_of, n_experts_of, n_neurons_of
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.layers import find_layers
 from neg_service.models.layouts import LAYOUTS, layout_of
 from neg_service.models.mlp import Mlp, mlp_of
+from neg_service.models.repeated_layers import layers_as_run
 from neg_service.models.shared_experts import is_shared
 from neg_service.neurons import Ints
 from neg_service.settings import BASES
@@ -60,12 +63,10 @@ _AROUND_MLP = re.compile("(Norm|Router)$")
 _ONE_FOR_ALL = "runs one layer's weights as several layers, so that a neuron has several activations"
 # What no name inside an MLP would show.
 _REFUSED = {
-    "albert": _ONE_FOR_ALL,
     "blt": "has no one stack of layers: its middle one runs on patches of several bytes, not on tokens",
     "cpmant": "puts tokens of its own before a prompt",
     "flaubert": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
     "funnel": "pools tokens on the way up, so that a neuron acts on several at once",
-    "hrm_text": _ONE_FOR_ALL,
     "longformer": "pads prompts to whole windows, so that its layers see other tokens",
     "mobilebert": "multiplies by the weight of its vocabulary head without running it, so that no difference is seen",
     "perceiver": "has no layers on tokens: its layers run on latents",
@@ -99,12 +100,16 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer, of which each token uses `n_chosen`."""
+    """The experts of a layer, of which each token uses `n_chosen`.
+
+    attention_routers: what chooses those of the layer's attention, where it has some, too.
+    """
 
     module: nn.Module
     n_experts: int
     n_chosen: int
     n_neurons: int
+    attention_routers: tuple[nn.Module, ...] = ()
 
     def point(self, basis: str) -> ExpertsPoint:
         """Where the chosen ones' neurons of a basis are."""
@@ -164,6 +169,11 @@ class FeedForward:
         """The experts of all layers that have some, and those that are always on."""
         shared = [mlp.module for mlp in self.mlp_at.values() if isinstance(mlp, SharedExperts)]
         return (*(own.module for own in self.experts if own), *shared)
+
+    @cached_property
+    def attention_routers(self) -> tuple[nn.Module, ...]:
+        """What chooses experts of attention, in all layers."""
+        return tuple(router for own in self.experts if own for router in own.attention_routers)
 
     @property
     def is_gated(self) -> bool:
@@ -254,7 +264,7 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
     name, config = type(model).__name__, model.config.get_text_config()
     if reason := _REFUSED.get(model.config.model_type):
         raise _refusal(f"{name} {reason}")
-    layers = find_layers(model)[1]
+    layers = layers_as_run(model) or find_layers(model)[1]
     if len(set(map(id, layers))) < len(layers):
         raise _refusal(f"{name} {_ONE_FOR_ALL}")
     silent = getattr(config, _OF_IMAGES_ALONE.get(config.model_type, ""), None) or ()
@@ -335,7 +345,7 @@ def _experts(layer: nn.Module, whose: str, config: Any) -> Experts | None:
     n_choices = n_choices_of(module)
     if not 1 <= n_chosen <= n_choices:
         raise _refusal(f"{whose}: a token would use {n_chosen} of its {n_choices} experts (num_experts_per_tok)")
-    return Experts(module, n_experts_of(module), n_chosen, n_neurons_of(module))
+    return Experts(module, n_experts_of(module), n_chosen, n_neurons_of(module), attention_routers(layer))
 
 
 def _known_mlp(module: nn.Module, index: int, whose: str) -> Mlp:

@@ -24,6 +24,7 @@ from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.folder import LocalModel
 from neg_service.models.library_log import hear_libraries
 from neg_service.models.quantized import Dequantised, take_quantization
+from neg_service.models.repeated_layers import weights_run_again
 from neg_service.models.weights import rehearse
 
 
@@ -106,6 +107,7 @@ def inspect_model(local: LocalModel, trust_remote_code: bool = False, *, check_f
         tensors = rehearse(local, auto_class, model, trust_remote_code, quantization=quantization)
     n_input_ids, n_output_ids = vocabulary(model)
     of_token, of_head = token_weights(model, found.layer_neurons, found.is_gated)
+    of_token += weights_run_again(model)
     sizes = (model.config, found.n_layers, found.n_neurons)
     is_masked = is_masked_architecture(type(model).__name__)
     fitting = candidates(model, MASK_TOKEN if is_masked else LAST_TOKEN)

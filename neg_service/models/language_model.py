@@ -27,6 +27,7 @@ from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
 from neg_service.models.onednn import use_onednn
 from neg_service.models.quantized import Dequantised
+from neg_service.models.repeated_layers import unroll
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class LanguageModel:
         engine: str = AUTO,
         products: str = EXACT,
     ) -> None:
-        """Wrap a loaded model; its parameters are frozen.
+        """Wrap a loaded model; its parameters are frozen, and layers that it runs again unrolled.
 
         dequantised: what they were made from, if quantised. cpu_product: what was chosen to multiply them, where there
         is a choice.
@@ -59,6 +60,7 @@ class LanguageModel:
         require_measurable(model)
         self.model = model.eval().requires_grad_(False)
         steady_temperature(model)
+        unroll(model)
         self.tokenizer = tokenizer
         self.name = name
         self.identity = identity

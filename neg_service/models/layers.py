@@ -9,14 +9,17 @@ from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
 from neg_service.models.folder import OTHER_INPUT
+from neg_service.models.repeated_layers import stored_layers
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Where the layers that read text are in a model, and the list of them.
+    """Where the layers that read text are in a model, and the list of them, as they are stored.
 
     Raises:
         ModelError: there is no list of as many as the configuration says.
     """
+    if (stored := stored_layers(model)) is not None:
+        return stored
     name, config = type(model).__name__, model.config.get_text_config()
     n_layers = _number(config)
     if n_layers is None:

@@ -71,6 +71,7 @@ LAYOUTS = (
     Layout(up="intermediate.dense", act="intermediate.intermediate_act_fn", down="output.dense"),
     Layout(up="intermediate.dense", down="output.dense", function=gelu),  # ESM
     Layout(up="ffn.lin1", act="ffn.activation", down="ffn.lin2"),  # DistilBERT
+    Layout(up="ffn", act="activation", down="ffn_output"),  # ALBERT, in the layer itself
 )
 # Those that a module by itself may have, wherever in a layer it is.
 _OF_A_MODULE = tuple(row for row in LAYOUTS if not any("." in name for name in row.names))

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from neg_service.config import device_names
 from neg_service.errors import ConfigurationError, OutOfMemory
 from neg_service.models.feed_forward import find_feed_forward
+from neg_service.models.repeated_layers import layers_as_run
 
 _KINDS = ("cpu", "cuda")
 
@@ -70,8 +71,13 @@ def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[
     last. `model` may be one without weights.
 
     Raises:
-        ConfigurationError: fewer layers than devices.
+        ConfigurationError: fewer layers than devices, or a model whose layers run again.
     """
+    if layers_as_run(model) is not None:
+        raise ConfigurationError(
+            f"{type(model).__name__} runs one layer's weights as several layers, which all need them: use one device",
+            setting="model.device",
+        )
     layers = find_feed_forward(model).layers
     if len(layers) < len(devices):
         raise ConfigurationError(

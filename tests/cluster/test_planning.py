@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaForCausalLM
 
 from jobs.entry import CONF
-from neg_service.batch_size import batch_size
-from neg_service.cluster.plan import make_plan, shards_of
+from neg_service.batch_size import BatchSize, batch_size
+from neg_service.cluster.plan import make_plan, replica_bytes, shards_of
 from neg_service.cluster.prepare import Prepared, prepare, prepare_again
 from neg_service.cluster.ranking import ranking_of
 from neg_service.cluster.scan import run
@@ -34,6 +34,7 @@ from neg_service.errors import (
 )
 from neg_service.measures import find_measure
 from neg_service.measures.base import Cost
+from neg_service.models.inspection import ModelInfo
 from neg_service.models.loading import checked_dtype
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from neg_service.storage.reader import open_run
@@ -64,6 +65,16 @@ def test_done_shards_are_left_out_and_the_others_keep_their_numbers() -> None:
 def test_a_plan_adds_up_what_its_prompts_cost() -> None:
     assert make_plan(PROMPTS, Cost({"a": 5, "b": 7}, 1), 4).total_bytes == 120
     assert make_plan(PROMPTS, Cost({"t": 1}, 46080 * 40), 1).n_rows == 10 * 46080 * 40
+
+
+def test_a_replica_has_room_for_a_layer_in_float64_also_where_layers_share_weights() -> None:
+    plan, batch = make_plan(PROMPTS, Cost({"t": 1}, 1), 4), BatchSize("cluster.batch_bytes", 0, "bytes")
+    # A large model's layer is what counts: of 2e9 weights in 2 layers, then of 1e9 in one that runs as 12.
+    plain = ModelInfo("m", "-", "M", 2, 40, 64, 2 * 10**9, True, False, row_values=1)
+    again = replace(plain, n_layers=12, n_parameters=10**9, token_weights=12 * 10**9)
+    of_plain, of_again = (replica_bytes(info, "bfloat16", plan, batch) for info in (plain, again))
+    assert of_plain - of_again == 2 * 10**9
+    assert of_again > 2 * 10**9 + 8 * 10**9
 
 
 @pytest.mark.parametrize(

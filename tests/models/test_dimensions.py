@@ -11,9 +11,11 @@ import neg_service
 from neg_service import LanguageModel
 from neg_service.errors import PromptError
 from neg_service.layer_neurons import LayerNeurons
-from neg_service.models.dimensions import token_weights
+from neg_service.models.dimensions import frozen_values, token_values, token_weights
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine
 from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
+from tests.mixtures import tiny_mixture
 from tests.refusals import refused
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -77,3 +79,13 @@ def test_of_embeddings_a_token_meets_nothing_and_of_experts_those_that_it_uses(t
     tiny_tokenizer().save_pretrained(tmp_path)
     info = inspect_model(fetch(str(tmp_path)))
     assert (info.token_weights, info.head_weights) == token_weights(made, [LayerNeurons(40)] * 2, is_gated=True)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "JetMoE"])
+def test_keys_and_values_of_a_prefix_are_as_many_as_is_said(family: str) -> None:
+    model = tiny_mixture(family)
+    engine = model.engine
+    assert isinstance(engine, SharedPrefixEngine)
+    kept = engine.shared_prefix((3, 14, 15, 9))
+    found = sum(own.numel() for own in (*kept.keys_gcd.values(), *kept.values_gcd.values())) / 4
+    assert found == frozen_values(model.model.config, 3, 20) - token_values(model.model.config, 20)

@@ -26,7 +26,7 @@ from tests.tiny_models import FAMILIES, HYBRIDS, MASK
 
 # What a model is cast to, and at which point of an MLP its neurons are taken, is the same for all: for each engine and
 # kind of position a family.
-OF_EACH_KIND = ("Llama 2", "Gemma 2", "GPT-2", "GPT-J", "Falcon, ALiBi", "BERT", "ModernBERT")
+OF_EACH_KIND = ("Llama 2", "Gemma 2", "GPT-2", "GPT-J", "Falcon, ALiBi", "HRM", "BERT", "ALBERT", "ModernBERT")
 BASES = [
     pytest.param(family, basis, marks=() if basis == "paper" or family in OF_EACH_KIND else pytest.mark.faults)
     for family in FAMILIES

@@ -68,7 +68,7 @@ def test_a_model_without_feed_forward_layers_is_refused_for_that(model_type: str
 @pytest.mark.parametrize(
     ("model_type", "says"),
     [
-        ("hrm_text", "runs one layer's weights as several layers"),
+        ("cpmant", "puts tokens of its own before a prompt"),
         ("blt", "runs on patches of several bytes"),
         ("xlnet", "looks at later tokens too"),
     ],

@@ -24,15 +24,6 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
     ("config", "refusal"),
     [
         (
-            # Its attention chooses experts, too, which nothing watches.
-            hf.JetMoeConfig(**TINY),
-            (
-                "model.source",
-                ANY,
-                r"the experts of layer 0 of JetMoeForCausalLM \(JetMoeParallelExperts\) are not known",
-            ),
-        ),
-        (
             # Its experts lie in embeddings, beside an MLP of a make that is known.
             hf.DogeConfig(**TINY, intermediate_size=40, is_moe=True, keep_window_size=0),
             ("model.source", ANY, r"the experts of layer 0 of DogeForCausalLM \(DogeCDMoE\) are not known"),
@@ -49,10 +40,6 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
         (
             hf.RwkvConfig(vocab_size=97, hidden_size=24, num_hidden_layers=2),
             ("model.source", ANY, "RwkvForCausalLM has no feed-forward layers: its channel mixing"),
-        ),
-        (
-            hf.AlbertConfig(**TINY, embedding_size=8),
-            ("model.source", ANY, "AlbertForMaskedLM runs one layer's weights as several layers"),
         ),
         (
             hf.MobileBertConfig(vocab_size=97, num_hidden_layers=2),

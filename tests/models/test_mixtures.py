@@ -37,13 +37,13 @@ from tests.shards import measured_shard
 # `make families` compares all bases of all families; here one, and all where experts compute otherwise than others.
 BASES = [
     *((family, "paper") for family in MIXTURES),
-    *((own, b) for own in ("gpt-oss", "Llama 4", "LongCat Flash", "Inkling") for b in ("hidden", "gate")),
+    *((own, b) for own in ("gpt-oss", "Llama 4", "JetMoE", "LongCat Flash", "Inkling") for b in ("hidden", "gate")),
 ]
 # Each makes its experts, its routing, what stands beside them or its attention in another way; the others share theirs
 # with one of these.
 OF_EACH_KIND = (
     "Mixtral", "Qwen 2 MoE", "gpt-oss", "DeepSeek 3", "Granite MoE, shared", "Phi-3.5 MoE", "Llama 4", "Gemma 4 MoE",
-    "ERNIE 4.5 MoE", "Laguna", "Qwen 3.5 MoE", "Granite 4 MoE", "DBRX", "LongCat Flash", "Inkling",
+    "ERNIE 4.5 MoE", "Laguna", "Qwen 3.5 MoE", "Granite 4 MoE", "DBRX", "JetMoE", "LongCat Flash", "Inkling",
 )  # fmt: skip
 SHIFTED = [
     pytest.param(family, basis, marks=() if family in OF_EACH_KIND else pytest.mark.faults) for family, basis in BASES
@@ -106,8 +106,10 @@ def _checked_before() -> None:
 
 
 def test_experts_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = experts_function._note
-    monkeypatch.setattr(experts_function, "_note", lambda own, experts, weights: real(own, experts.flip(-1), weights))
+    real = experts_function.note_routing
+    monkeypatch.setattr(
+        experts_function, "note_routing", lambda own, experts, weights: real(own, experts.flip(-1), weights)
+    )
     assert is_seen(lambda: neurgrad_deviation("Mixtral", "paper", LENGTHS))
 
 

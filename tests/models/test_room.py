@@ -27,14 +27,14 @@ FAMILIES = [
     "Llama 2",
     # With states.
     "Qwen 3.5",
-    # Whole sequences of masked and of causal models, experts; of the same kinds, with indices of keys, and with experts
-    # beside states.
+    # Whole sequences of masked and of causal models, experts; of the same kinds, with indices of keys, with experts
+    # beside states or of attention, and with layers that run again.
     *(
         pytest.param(own, marks=pytest.mark.faults)
         for own in (
             "BERT", "RecurrentGemma", "gpt-oss", "GPT-2", "GPT-J", "Gemma 2", "DeBERTa 2 and 3",
             "DeepSeek 3.2, above its limit", "Bamba", "Falcon-H1", "Jamba", "Mixtral", "DeepSeek 3", "Granite 4 MoE",
-            "LongCat Flash", "Inkling",
+            "JetMoE", "LongCat Flash", "Inkling", "HRM", "ALBERT",
         )
     ),
 ]  # fmt: skip

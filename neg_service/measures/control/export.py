@@ -39,6 +39,7 @@ from neg_service.models.feed_forward import Site, hooks
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.mlp import Mlp
+from neg_service.models.repeated_layers import layers_as_run
 from neg_service.prompts.prompt import Asked, EncodedPrompt
 
 FORMS = (BIAS, VECTOR)
@@ -80,7 +81,8 @@ def export_shift(
     Raises:
         ConfigurationError: an unknown form, a basis that has no bias, no vector without a prompt, a target without its
             prompt, a shift that is zero or moves experts. PromptError: a prompt that is not the one of the result.
-        ModelError: a masked model. DestinationError: a folder that holds something, or cannot be written.
+        ModelError: a masked model, or one whose layers run again. DestinationError: a folder that holds something, or
+            cannot be written.
     """
     if form not in FORMS:
         raise ConfigurationError(setting="form", value=form, allowed=f"one of {', '.join(FORMS)}")
@@ -88,6 +90,11 @@ def export_shift(
         raise ModelError(
             f"{model.name} is a masked model, whose mask stands elsewhere in each prompt, and a shift is exported for "
             "the last token: choose a causal model", change="model.source",
+        )  # fmt: skip
+    if layers_as_run(model.model) is not None:
+        raise ModelError(
+            f"{model.name} runs one layer's weights as several layers, and what is added to a module of the plain "
+            "model acts in all of its runs: choose another model", change="model.source",
         )  # fmt: skip
     moved = moved_by(model, result, index)
     _require_exportable(model, moved, index)

@@ -151,8 +151,8 @@ class LoadedModel:
         return dtype
 
     def own_experts(self) -> AbstractContextManager[None]:
-        """Let passes show the neurons of experts: without experts nothing changes."""
-        return own_experts(self.feed_forward.experts_modules)
+        """Let passes show the neurons of experts, and what is routed: without experts nothing changes."""
+        return own_experts(self.feed_forward.experts_modules, self.feed_forward.attention_routers)
 
     def plain_experts(self) -> AbstractContextManager[None]:
         """Let passes run experts by the modeling code's own loop."""

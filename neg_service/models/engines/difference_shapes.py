@@ -69,8 +69,8 @@ def _cast(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
 # --- shapes
 
 
-@_rule("reshape", "view", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as",
-       "movedim", "swapaxes", "repeat_interleave", "narrow", "select", "t", "__getitem__", ".T", ".mT")  # fmt: skip
+@_rule("reshape", "view", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "expand", "movedim",
+        "swapaxes", "repeat_interleave", "narrow", "select", "t", "__getitem__", ".T", ".mT")  # fmt: skip
 def _shape(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     x, *rest = args
     if not all(map(_is_plain, (*rest, *kwargs.values()))):
@@ -84,6 +84,13 @@ def _shape(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     row = changed(1, x.row)
     shape = changed(trace.rows, _with_shape(x)).shape
     return trace.made(row, trace.step(changed, x), shape, x.dtype)
+
+
+@_rule("expand_as")
+def _expand_as(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Any:
+    x, like = args
+    # What has no rows of its own is the same in all of them.
+    return _shape(trace, Tensor.expand, (x, *like.shape), kwargs) if isinstance(x, Traced) else x.expand(like.shape)
 
 
 @_rule("chunk", "split", "unbind", "tensor_split", "split_with_sizes")

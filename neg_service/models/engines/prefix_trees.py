@@ -68,7 +68,8 @@ class _Grid:
         x_mhd = x_bjshd.reshape(-1, *x_bjshd.shape[3:])
         if not self._is_full:
             x_mhd = x_mhd[self._slots_on(x_mhd.device)]
-        return x_mhd.reshape(n_batch, -1, *x_mhd.shape[1:])
+        # Some code (JetMoE) takes its memory to be in this order.
+        return x_mhd.reshape(n_batch, -1, *x_mhd.shape[1:]).contiguous()
 
     def _slots_on(self, device: torch.device) -> Tensor:
         return self._slots_m if self._slots_m.device == device else sent(self._slots_m, device)

@@ -41,9 +41,11 @@ from neg_service.models.engines.comparisons import (
 )
 from neg_service.models.engines.needs import has_states
 from neg_service.models.engines.partial_passes import starts_and_expansion
+from neg_service.models.engines.unrolled_check import runs_otherwise
 from neg_service.models.feed_forward import Site
 from neg_service.models.mlp import Mlp
 from neg_service.models.precision import in_precision
+from neg_service.models.repeated_layers import layers_as_run
 
 # How far rows' logits may be from plain ones, against the largest plain logit; gradients from plain ones, against the
 # layer's largest; and how far a finite difference from the gradient. Measured deviations: about 1e-6 in float32, in
@@ -85,10 +87,11 @@ def check_plain(model: LoadedModel) -> None:
     """See whether the plain model runs at all, on a few tokens.
 
     Raises:
-        ModelError: it does not, or its logits are not finite.
+        ModelError: it does not, its logits are not finite, or it is not what it was loaded as.
     """
     try:
         plain = plain_logits(model, check_ids(model))
+        otherwise = runs_otherwise(model, LOGIT_TOLERANCE[model.dtype])
     except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"self-check of {name_of(model)}: the plain model does not run: {one_line(error)}: choose another "
@@ -100,6 +103,10 @@ def check_plain(model: LoadedModel) -> None:
             f"self-check of {name_of(model)}: the plain model's logits on {CHECK_TOKENS} tokens are not finite: "
             f"its weights are damaged (model.source), or too large for {_dtype(model)}",
             change="model.dtype",
+        )
+    if otherwise is not None:
+        raise ModelError(
+            f"self-check of {name_of(model)}: {otherwise}: choose another model.source", change="model.source"
         )
 
 
@@ -188,6 +195,8 @@ def _tried_of_neurons(model: LoadedModel, has_gradients: bool) -> Iterator[str]:
         yield f"what the down projections of {mlps} MLPs read against their activation, times up where there is a gate"
     if experts:
         yield f"the experts of {experts} layers against the modeling code's own loop, in float32 or better"
+    if layers_as_run(model.module) is not None:
+        yield f"logits with {model.feed_forward.n_layers} layers of their own against the model as it was loaded"
     yield "the neurons that rows show at the readout position against those of the plain model, in every layer"
     if has_gradients:
         yield "gradients at the input of every layer against those of the plain model's own pass"

@@ -28,6 +28,8 @@ def used_experts(
     """Of the tokens at some places of a pass, each of which belongs to a prompt."""
     found = {}
     for module, own in routing.items():
+        if own.is_attention:
+            continue
         device = own.expert_tk.device
         is_used_bx = torch.zeros(n_prompts, n_choices_of(module), dtype=torch.bool, device=device)
         is_used_bx[sent(prompt_a, device)[:, None], own.expert_tk[sent(place_a, device)]] = True

@@ -218,6 +218,11 @@ def _masked() -> tuple[LanguageModel, ControlResult]:
     return tiny_model("BERT"), steered("Llama 2")
 
 
+def _runs_again() -> tuple[LanguageModel, ControlResult]:
+    model = tiny_model("HRM")
+    return model, control(model, PROMPT, TARGET, probability=0.05)
+
+
 def _experts() -> tuple[LanguageModel, ControlResult]:
     model = tiny_mixture("Qwen 3 MoE", torch.float64)
     return model, control(model, PROMPT, TARGET, probability=0.05)
@@ -241,6 +246,7 @@ def _of(family: str, basis: str = "paper") -> Callable[[], tuple[LanguageModel, 
         (_of("Gemma 2", "gate"), {}, ConfigurationError, "form", "behind an activation in Gemma2MLP"),
         (_of("OPT"), {}, ConfigurationError, "form", "behind an activation in OPTDecoderLayer"),
         (_masked, {}, ModelError, "model", "BERT is a masked model"),
+        (_runs_again, {}, ModelError, "model", "HRM runs one layer's weights as several.* in all of its runs"),
         (_experts, {}, ConfigurationError, "index", "experts in layer 0.*router"),
         (_experts, {"form": "vector", "prompt": PROMPT}, ConfigurationError, "index", "experts in layer 0"),
         (_zero, {}, ConfigurationError, "index", "is zero"),
