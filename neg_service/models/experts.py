@@ -30,15 +30,13 @@ from transformers import __version__ as transformers_version
 
 from neg_service.errors import ModelError
 from neg_service.models.attention_experts import noting_attention
+from neg_service.models.experts_classes import LLAMA_4, gate_of, lacks_of_interface
 from neg_service.models.experts_function import (
     EXPERTS,
     FORWARDS,
-    LLAMA_4,
     LLAMA_4_CHOSEN,
     VISITS,
     Visit,
-    gate_of,
-    lacks_of_interface,
 )
 from neg_service.models.shared_experts import SHARED_FORWARDS, is_shared, n_shared_neurons_of
 

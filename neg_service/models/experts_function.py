@@ -1,7 +1,8 @@
 """The experts function: what the experts of a layer compute, with their neurons passing by one site of each basis.
 
 Registered with transformers' experts interface as `EXPERTS`. The chosen experts of a token stand side by side, in the
-order of their numbers. What an experts class computes between its projections is known by its class (`_GATES`).
+order of their numbers. Where the weights of a class of experts are, and what it computes between its projections:
+`experts_classes.py`.
 
 A router may also choose identities (LongCat), which hand on what they read: their numbers are above those of all
 experts, they have no neurons, and what stands in their places is zero and goes nowhere.
@@ -20,53 +21,26 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from neg_service.models.experts_classes import (
+    DBRX,
+    INTERFACE,
+    JETMOE,
+    LLAMA_4,
+    LONGCAT,
+    gate_of,
+    is_gated,
+    lacks_of_interface,
+    n_choices_of,
+    n_experts_of,
+    projections_of,
+)
 from neg_service.models.onednn import Product, product_of
-
-try:
-    from transformers.integrations import moe
-except ImportError:
-    moe = None
 
 EXPERTS = "neg_service_experts"
 # Given the tensor [T, k·N] of a basis, it may give another one in its place, of more tokens where it was of one.
 Visit = Callable[[Tensor], Tensor | None]
 
 VISITS: WeakKeyDictionary[nn.Module, dict[str, list[Visit]]] = WeakKeyDictionary()
-LLAMA_4, DBRX = "Llama4TextExperts", "DbrxExperts"
-JETMOE, LONGCAT = "JetMoeMoE", "LongcatFlashExperts"
-
-
-@dataclass(frozen=True)
-class Projections:
-    """The weights of a layer's experts [X, O, I], or transposed.
-
-    into: of the gate and the up projection in one tensor or in one each, or of the up projection alone.
-    """
-
-    into: tuple[Tensor, ...]
-    down: Tensor
-    is_into_transposed: bool
-    is_down_transposed: bool
-
-
-def projections_of(module: Any) -> Projections:
-    """Where a class keeps its weights."""
-    kind = type(module).__name__
-    if kind == LLAMA_4:
-        return Projections((module.gate_up_proj,), module.down_proj, True, True)
-    if kind == DBRX:
-        gate, up, down = (
-            own.view(module.num_experts, module.ffn_hidden_size, module.hidden_size)
-            for own in (module.mlp.w1, module.mlp.v1, module.mlp.w2)
-        )
-        return Projections((gate, up), down, False, True)
-    if kind == LONGCAT:
-        # The first tensor has places for the identities, too.
-        return Projections((module.gate_up_proj[: module.num_routed_experts],), module.down_proj, False, False)
-    if kind == JETMOE:
-        return Projections((module.input_linear.weight,), module.output_linear.weight, False, False)
-    into = module.gate_up_proj if module.has_gate else module.up_proj
-    return Projections((into,), module.down_proj, module.is_transposed, module.is_transposed)
 
 
 @dataclass(frozen=True)
@@ -107,90 +81,6 @@ def summed(module: nn.Module, output: Tensor) -> Tensor:
     if type(module).__name__ != LLAMA_4:
         return output
     return output.view(n_experts_of(module), -1, output.shape[-1]).sum(0)
-
-
-def n_experts_of(module: nn.Module) -> int:
-    """How many experts it has."""
-    return int(projections_of(module).down.shape[0])
-
-
-def n_choices_of(module: Any) -> int:
-    """Among how many its router chooses: experts, and identities behind them."""
-    return int(module.total_experts) if type(module).__name__ == LONGCAT else n_experts_of(module)
-
-
-def n_neurons_of(module: nn.Module) -> int:
-    """How many neurons each of its experts has."""
-    own = projections_of(module)
-    return int(own.down.shape[1 if own.is_down_transposed else 2])
-
-
-def is_gated(module: nn.Module) -> bool:
-    """Whether its experts have a gate beside their up projection."""
-    return type(module).__name__ in FORWARDS or bool(module.has_gate)
-
-
-# --- what an experts class computes between its projections: (activated gate, the factor that the up projection gives)
-
-Gate = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _plain_gate(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return module.act_fn(gate), up
-
-
-def _clamped(limit: str) -> Gate:
-    def apply(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        most = getattr(module, limit)
-        act = getattr(module, "act_fn", nn.functional.silu)
-        return act(gate.clamp(max=most)), up.clamp(-most, most)
-
-    return apply
-
-
-def _swish_plus_one(limit: str, alpha: str) -> Gate:
-    def apply(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        most = getattr(module, limit)
-        gate = gate.clamp(max=most)
-        return gate * torch.sigmoid(gate * getattr(module, alpha)), up.clamp(-most, most) + 1
-
-    return apply
-
-
-def _in_float32(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return module.act_fn(gate.float()), up.float()
-
-
-def _soft_capped(module: Any, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    own, gate, up = module.act_fn, gate.float(), up.float()
-    return own.gate_softcap(gate) * torch.sigmoid(gate), own.up_softcap(up)
-
-
-_GATES: dict[str, Gate] = {
-    LLAMA_4: _plain_gate,
-    LONGCAT: _plain_gate,
-    DBRX: lambda module, gate, up: (module.mlp.activation_fn(gate), up),
-    JETMOE: lambda module, gate, up: (module.activation(gate), up),
-    "BeamExperts": _in_float32,
-    "Inkling2Experts": _soft_capped,
-    "GptOssExperts": _swish_plus_one("limit", "alpha"),
-    "OpenAIPrivacyFilterExperts": _swish_plus_one("limit", "alpha"),
-    "MiniMaxM3VLExperts": _swish_plus_one("swiglu_limit", "swiglu_alpha"),
-    "DeepseekV4Experts": _clamped("limit"),
-    "Glm5NextTextExperts": _clamped("swiglu_limit"),
-    "HYV4Experts": _clamped("swiglu_limit"),
-}
-
-
-def gate_of(module: nn.Module) -> Gate | None:
-    """What a class computes between its projections; None of one that is not known."""
-    if (own := _GATES.get(type(module).__name__)) is not None:
-        return own
-    # The interface gives classes without a gate of their own this one.
-    return _plain_gate if getattr(type(module), "_apply_gate", None) is moe._default_apply_gate else None
-
-
-# --- the function
 
 
 class _Pairs:
@@ -388,14 +278,5 @@ FORWARDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def lacks_of_interface() -> str | None:
-    """What transformers' experts interface lacks of that for which this module was written, if anything."""
-    if moe is None:
-        return "transformers.integrations.moe"
-    names = ("ALL_EXPERTS_FUNCTIONS", "_default_apply_gate")
-    lacking = next((name for name in names if not hasattr(moe, name)), None)
-    return lacking or (None if hasattr(moe.ALL_EXPERTS_FUNCTIONS, "register") else "ALL_EXPERTS_FUNCTIONS.register")
-
-
 if lacks_of_interface() is None:
-    moe.ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)
+    INTERFACE.ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)

@@ -43,7 +43,7 @@ from neg_service.errors import ConfigurationError, ModelError
 from neg_service.layer_neurons import LayerNeurons
 from neg_service.models.attention_experts import attention_routers
 from neg_service.models.experts import ExpertsPoint, SharedExperts, check_experts, is_experts, n_chosen_of
-from neg_service.models.experts_function import is_gated, n_choices_of, n_experts_of, n_neurons_of
+from neg_service.models.experts_classes import is_gated, n_choices_of, n_experts_of, n_neurons_of
 from neg_service.models.hook_points import HookPoint
 from neg_service.models.layers import find_layers
 from neg_service.models.layouts import LAYOUTS, layout_of

@@ -18,7 +18,7 @@ from neg_service.errors import ConfigurationError, ModelError, NonFiniteError
 from neg_service.measures import measure_of
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
-from neg_service.models import experts_function, shared_experts
+from neg_service.models import experts_classes, experts_function, shared_experts
 from neg_service.models.batches import Budget
 from neg_service.models.engines import prefix_attention
 from neg_service.models.engines.base import LoadedModel
@@ -150,7 +150,7 @@ def test_routing_of_the_row_that_is_not_shifted(monkeypatch: pytest.MonkeyPatch)
     def stale(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return real(module, hidden, index[:1].expand_as(index), weights)
 
-    registered = experts_function.moe.ALL_EXPERTS_FUNCTIONS
+    registered = experts_classes.INTERFACE.ALL_EXPERTS_FUNCTIONS
     family = "Mixtral"
     assert any(_changes(family))
     registered.register(experts_function.EXPERTS, stale)
@@ -185,13 +185,13 @@ def test_chunks_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["Mixtral", "gpt-oss"])
 def test_a_gate_that_is_another_familys_is_seen_by_the_check(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = type(model_of(family).feed_forward.experts_modules[0]).__name__
-    monkeypatch.setitem(experts_function._GATES, name, lambda module, gate, up: (torch.sigmoid(gate), up))
+    monkeypatch.setitem(experts_classes._GATES, name, lambda module, gate, up: (torch.sigmoid(gate), up))
     with refused(ModelError, "model.source", says="experts are .* off"):
         tiny_mixture(family).ensure_checked()
 
 
 def test_identities_that_hand_on_nothing_are_seen_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_FORWARDS, experts_function.LONGCAT, experts_function._experts)
+    monkeypatch.setitem(_FORWARDS, experts_classes.LONGCAT, experts_function._experts)
     with refused(ModelError, "model.source", says="experts are .* off"):
         tiny_mixture("LongCat Flash").ensure_checked()
 
@@ -360,7 +360,7 @@ def test_experts_that_are_not_known_are_refused_by_name(monkeypatch: pytest.Monk
     with refused(ModelError, "model.source", says="MixtralExperts.* have a gate of their own"):
         find_feed_forward(model)
     monkeypatch.undo()
-    monkeypatch.setattr(experts_function, "moe", None)
+    monkeypatch.setattr(experts_classes, "INTERFACE", None)
     with refused(ModelError, "model.source", says="another interface"):
         find_feed_forward(model)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from neg_service import LanguageModel
 from neg_service.errors import ModelError
-from neg_service.models import experts_function
+from neg_service.models import experts_classes, experts_function
 from neg_service.models.engines import frozen_cache, kv_cache, prefix_attention, recurrent_state, shared_prefix
 from neg_service.models.feed_forward import HookPoint, Mlp
 from tests.mixtures import MIXTURES, tiny_mixture
@@ -183,7 +183,7 @@ def routers_gradient_left_out(patch: Patch) -> None:
 
 
 def with_experts(patch: Patch, change: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-    functions = experts_function.moe.ALL_EXPERTS_FUNCTIONS
+    functions = experts_classes.INTERFACE.ALL_EXPERTS_FUNCTIONS
     real = functions[experts_function.EXPERTS]
     patch.setitem(
         functions._global_mapping,

@@ -34,7 +34,8 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.batching import encoded_prompts
 from neg_service.measures.control.control import ControlResult
 from neg_service.models.experts import ExpertsPoint, own_experts, plain_experts
-from neg_service.models.experts_function import Routing, n_choices_of, watching_routing
+from neg_service.models.experts_classes import n_choices_of
+from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.start_at_layer import flat

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from neg_service.models.experts_function import Routing, n_choices_of, n_experts_of
+from neg_service.models.experts_classes import n_choices_of, n_experts_of
+from neg_service.models.experts_function import Routing
 from neg_service.models.transfer import sent
 
 # By module of experts, which of them some tokens of each prompt use [B, X].
