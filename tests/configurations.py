@@ -176,6 +176,10 @@ def fill(model: hf.PreTrainedModel) -> None:
         # Routers add it before they choose.
         if "correction_bias" in name:
             buffer.normal_(0, 0.1)
+        elif name.endswith("tid2eid"):
+            # Which experts DeepSeek 4 gives a token to: different ones.
+            order = torch.rand(len(buffer), model.config.num_local_experts).argsort(1)
+            buffer.copy_(order[:, : buffer.shape[1]])
 
 
 def _small(values: dict[str, Any]) -> dict[str, Any]:

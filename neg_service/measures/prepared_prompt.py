@@ -131,8 +131,12 @@ class PreparedPrompt:
         (own,) = routing_of_rows(self._feed_forward, routing, place)
         self._experts = TokenExperts.of(self._feed_forward, routing, self._moved_places(1)[0])
         for site in [site for site in activation if site.is_experts]:
-            # Without `each` this only leaves out identities that the readout token chose.
-            activation[site] = self._experts.spread(site.layer, activation[site])
+            if self._each:
+                activation[site] = self._experts.spread(site.layer, activation[site])
+            else:
+                # Behind the neurons of experts stand the places of identities.
+                n = len(own.experts[site.layer]) * len(self._feed_forward.numbers(site))
+                activation[site] = activation[site][:n]
         return head_rv[0], logits_rv, activation, own
 
     def _read_places(self, n_rows: int) -> Tensor:

@@ -43,7 +43,7 @@ TINY = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attent
         ),
         (
             hf.MobileBertConfig(vocab_size=97, num_hidden_layers=2),
-            ("model.source", ANY, "MobileBertForMaskedLM has several MLPs a layer"),
+            ("model.source", ANY, "MobileBertForMaskedLM multiplies by the weight of its vocabulary head"),
         ),
         (hf.ViTConfig(), ("model.source", ANY, r"\(vit\) is neither a causal nor a masked language model")),
         (
