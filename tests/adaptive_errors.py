@@ -40,7 +40,7 @@ The price of oil has gone | up
 In winter the lake is covered with | ice
 The dog barked at the | door
 She has been learning to play the | piano
-The museum is closed on | Mondays
+The museum is closed on | Sunday
 The results of the study were published in the | journal
 It is important to drink enough | water
 The plane landed safely at the | airport
@@ -131,6 +131,7 @@ def main() -> None:
     asked = parser.parse_args()
     model, reference = load_model("smollm2", device="cpu"), load_model("smollm2", device="cpu", dtype="float64")
     own, draw = prompts(asked.facts), np.random.default_rng(0)
+    kinds = {"facts": slice(0, asked.facts), "sentences": slice(asked.facts, None)}
     of_drawn, of_strong = [], []
     for text, target in own:
         drawn, strong = chosen(model, text, target, asked.drawn, asked.strong, draw)
@@ -140,7 +141,10 @@ def main() -> None:
         lines = (f"{text!r}{target}", told("  drawn", of_drawn[-1:]), told("  strong", of_strong[-1:]))
         sys.stdout.write("\n".join(lines) + "\n")
         sys.stdout.flush()
-    sys.stdout.write(f"{len(own)} prompts\n{told('drawn', of_drawn)}\n{told('strong', of_strong)}\n")
+    for kind, some in kinds.items():
+        if own[some]:
+            lines = (f"{len(own[some])} {kind}", told("  drawn", of_drawn[some]), told("  strong", of_strong[some]))
+            sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
