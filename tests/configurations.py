@@ -83,6 +83,9 @@ _INDEXER = {
 }
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    # Patches of one to several bytes, by a threshold in the middle of such a patcher's entropies.
+    "blt": {"patching_threshold": 4.13, "local_attention_window_len": 6},
+    "blt_local_encoder": {"num_hidden_layers": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2},

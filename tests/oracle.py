@@ -58,6 +58,7 @@ _LAYERS = {
     "MptForCausalLM": "transformer.blocks",
     "GPTNeoXForCausalLM": "gpt_neox.layers",
     "OPTForCausalLM": "model.decoder.layers",
+    "BltForCausalLM": "model.local_encoder.layers, model.local_decoder.layers",
     "Gemma3ForConditionalGeneration": "model.language_model.layers",
     "BertForMaskedLM": "bert.encoder.layer",
     **dict.fromkeys(("RobertaForMaskedLM", "XLMRobertaForMaskedLM"), "roberta.encoder.layer"),
@@ -92,7 +93,8 @@ _MLPS = {
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The MLP of each layer that has one, or the layer where that is not a module of its own."""
     name = type(model).__name__
-    layers = model.get_submodule(_LAYERS.get(name, "model.layers"))
+    paths = _LAYERS.get(name, "model.layers").split(", ")
+    layers = [layer for path in paths for layer in model.get_submodule(path).children()]
     mlps = [getattr(layer, _MLPS.get(name, "mlp"), layer) for layer in layers]
     return [mlp for mlp in mlps if type(mlp).__name__ not in _NO_MLPS]
 

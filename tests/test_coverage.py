@@ -28,6 +28,8 @@ from tests.configurations import model_types
         ("jetmoe", "causal", "shared_prefix"),
         ("hrm_text", "causal", "differences"),
         ("albert", "masked", "full_sequence"),
+        # Layers in two lists, around a transformer that runs on patches of several tokens.
+        ("blt", "causal", "full_sequence"),
         ("bert", "masked", "full_sequence"),
     ],
 )

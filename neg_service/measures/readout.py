@@ -35,6 +35,7 @@ from neg_service.errors import ModelError, NonFiniteError
 from neg_service.models.engines.self_check import LOGIT_TOLERANCE
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
+from neg_service.models.text_config import text_config
 from neg_service.models.transfer import indices
 
 # On a CPU so many rows at a time, or so many tokens and values: they stay in the processor's cache.
@@ -89,7 +90,7 @@ class Readout:
             )
         self._head: nn.Module = head
         self._name = type(model.model).__name__
-        config = model.model.config.get_text_config()
+        config = text_config(model.model.config)
         self._cap: float | None = next((own for own in (getattr(config, name, None) for name in _CAPS) if own), None)
         self._tolerance = LOGIT_TOLERANCE[model.dtype]
         self._reads_beyond = True

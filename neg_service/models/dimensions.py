@@ -9,11 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from neg_service.layer_neurons import LayerNeurons
+from neg_service.models.byte_patches import limits_of_bytes
+from neg_service.models.text_config import text_config
 
 
 def vocabulary(model: PreTrainedModel) -> tuple[int | None, int | None]:
     """How many ids can be read and predicted: rows of the embedding and of the vocabulary head."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     # Gemma 3n reads a second, shorter table of embeddings in each layer.
     read = [model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size_per_layer_input", None)]
     head = model.get_output_embeddings()
@@ -33,14 +35,14 @@ def token_weights(model: PreTrainedModel, layers: Sequence[LayerNeurons], is_gat
     head = getattr(model.get_output_embeddings(), "weight", None)
     n_head = 0 if head is None else head.numel()
     others = sum(own.numel() for own in model.parameters() if id(own) not in looked_up and own is not head)
-    of_neuron = (3 if is_gated else 2) * int(model.config.get_text_config().hidden_size)
+    of_neuron = (3 if is_gated else 2) * int(text_config(model.config).hidden_size)
     unused = sum(max(0, own.n_experts - own.n_chosen) * own.n_of_expert for own in layers) * of_neuron
     return max(others - unused, 1), n_head
 
 
 def attention_heads(config: Any) -> int:
     """How many heads attention has, the most where layers differ; 0 of a model without attention."""
-    return _most(config.get_text_config(), "num_attention_heads", "num_heads") or 0
+    return _most(text_config(config), "num_attention_heads", "num_heads") or 0
 
 
 def _most(config: Any, *names: str) -> int | None:
@@ -53,12 +55,12 @@ def _most(config: Any, *names: str) -> int | None:
 
 def token_values(config: Any, n_neurons: int) -> int:
     """About how many values a token of a row holds at once: a layer's neurons and hidden states, with copies."""
-    return 6 * n_neurons + 12 * int(config.get_text_config().hidden_size)
+    return 6 * n_neurons + 12 * int(text_config(config).hidden_size)
 
 
 def row_values(config: Any, n_neurons: int) -> int:
     """About how many values a row of one token holds at once: logits and differences, and those of the token."""
-    return 3 * int(config.get_text_config().vocab_size) + token_values(config, n_neurons)
+    return 3 * int(text_config(config).vocab_size) + token_values(config, n_neurons)
 
 
 def kept_values(config: Any, n_layers: int, n_neurons: int, is_gated: bool) -> tuple[int, int]:
@@ -68,7 +70,7 @@ def kept_values(config: Any, n_layers: int, n_neurons: int, is_gated: bool) -> t
     5.23). Gated ones keep 3 to 7 times the hidden size and 3 to 5 times the neurons, plain ones up to 3 times these;
     Gemma 2 keeps the most. What attention keeps for each token that is looked at comes on top.
     """
-    hidden = 7 * int(config.get_text_config().hidden_size)
+    hidden = 7 * int(text_config(config).hidden_size)
     return n_layers * hidden, n_layers * (5 if is_gated else 3) * n_neurons
 
 
@@ -77,12 +79,12 @@ def slope_values(config: Any, n_layers: int, n_neurons: int) -> int:
 
     The head's logits, their softmax and the slopes of both; of each layer gradients and activations, with copies.
     """
-    return 4 * int(config.get_text_config().vocab_size) + 5 * n_layers * n_neurons + token_values(config, n_neurons)
+    return 4 * int(text_config(config).vocab_size) + 5 * n_layers * n_neurons + token_values(config, n_neurons)
 
 
 def frozen_values(config: Any, n_layers: int, n_neurons: int) -> int:
     """About how many values a token of a prefix takes while it runs: keys and values of all layers, and one layer's."""
-    text = config.get_text_config()
+    text = text_config(config)
     heads = attention_heads(config)
     # JetMoE keeps them once for each expert of attention that a token chose.
     groups = heads if text.model_type == "jetmoe" else _most(text, "num_key_value_heads") or heads
@@ -92,10 +94,10 @@ def frozen_values(config: Any, n_layers: int, n_neurons: int) -> int:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens of a prompt: positions that there are, and for which rotary angles are the same in every pass."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     # xLSTM runs its layers again for each chunk of a longer prompt, so that a neuron acts several times.
     names = ("max_position_embeddings", "max_seq_len", "max_inference_chunksize")
-    limits = [getattr(config, name, None) for name in names]
+    limits = [*(getattr(config, name, None) for name in names), *limits_of_bytes(model.config)]
     # Beyond its original context `longrope` takes other angles for a whole pass, so that one prompt changes another's.
     # `dynamic` does so beyond max_position_embeddings.
     rope = getattr(config, "rope_parameters", None) or {}

@@ -50,6 +50,7 @@ from neg_service.models.layouts import LAYOUTS, layout_of
 from neg_service.models.mlp import Mlp, mlp_of
 from neg_service.models.repeated_layers import layers_as_run
 from neg_service.models.shared_experts import is_shared
+from neg_service.models.text_config import text_config
 from neg_service.neurons import Ints
 from neg_service.settings import BASES
 
@@ -63,7 +64,6 @@ _AROUND_MLP = re.compile("(Norm|Router)$")
 _ONE_FOR_ALL = "runs one layer's weights as several layers, so that a neuron has several activations"
 # What no name inside an MLP would show.
 _REFUSED = {
-    "blt": "has no one stack of layers: its middle one runs on patches of several bytes, not on tokens",
     "cpmant": "puts tokens of its own before a prompt",
     "flaubert": "keeps its MLPs apart from its layers, and is masked or causal by its configuration alone",
     "funnel": "pools tokens on the way up, so that a neuron acts on several at once",
@@ -261,7 +261,7 @@ def find_feed_forward(model: PreTrainedModel) -> FeedForward:
         ModelError: layers not found, none with an MLP, or an MLP or experts whose neurons are not known, naming their
             class.
     """
-    name, config = type(model).__name__, model.config.get_text_config()
+    name, config = type(model).__name__, text_config(model.config)
     if reason := _REFUSED.get(model.config.model_type):
         raise _refusal(f"{name} {reason}")
     layers = layers_as_run(model) or find_layers(model)[1]

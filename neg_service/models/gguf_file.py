@@ -23,6 +23,7 @@ from neg_service.errors import ModelError, NegServiceError, one_line
 from neg_service.models.folder import require_real_file
 from neg_service.models.gguf_metadata import apply_metadata, is_rotary_scaled
 from neg_service.models.library_log import hear_libraries
+from neg_service.models.text_config import text_config
 from neg_service.models.weights import require_complete, require_used
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def _require_all_taken(file: Path, model: PreTrainedModel, metadata: dict[str, A
             setting="model.source",
             value=file,
         )
-    if factors and not is_rotary_scaled(model.config.get_text_config()) and not _are_ones(file, factors):
+    if factors and not is_rotary_scaled(text_config(model.config)) and not _are_ones(file, factors):
         raise ModelError(
             f"has scaled rotary embeddings ({', '.join(factors)}), which are lost where GGUF is unpacked: give "
             "the model's directory with safetensors",

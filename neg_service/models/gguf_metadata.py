@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from neg_service.errors import ModelError, shortened
+from neg_service.models.text_config import text_config
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def apply_metadata(file: Path, config: PreTrainedConfig, metadata: Mapping[str, 
         ModelError: a key that neither the configuration has as it is, nor can take; by its name and value.
     """
     architecture = metadata["general.architecture"]
-    text = config.get_text_config()
+    text = text_config(config)
     _require_rotary_scaling(file, text, metadata)
     if architecture == "gemma2" and text.num_hidden_layers == _LAYERS_OF_GEMMA_2_27B:
         text.query_pre_attn_scalar = text.hidden_size // text.num_attention_heads

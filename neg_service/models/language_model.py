@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
 from neg_service.models.batches import Group
+from neg_service.models.byte_patches import steady_patches
 from neg_service.models.configuration import is_masked_architecture
 from neg_service.models.cpu_product import CpuProduct
 from neg_service.models.dimensions import context_length, row_values, steady_temperature, vocabulary
@@ -60,6 +61,7 @@ class LanguageModel:
         require_measurable(model)
         self.model = model.eval().requires_grad_(False)
         steady_temperature(model)
+        steady_patches(model)
         unroll(model)
         self.tokenizer = tokenizer
         self.name = name

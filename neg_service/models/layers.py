@@ -8,8 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
+from neg_service.models.byte_patches import layers_on_bytes
 from neg_service.models.folder import OTHER_INPUT
 from neg_service.models.repeated_layers import stored_layers
+from neg_service.models.text_config import text_config
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -20,7 +22,9 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     if (stored := stored_layers(model)) is not None:
         return stored
-    name, config = type(model).__name__, model.config.get_text_config()
+    if (on_bytes := layers_on_bytes(model)) is not None:
+        return on_bytes
+    name, config = type(model).__name__, text_config(model.config)
     n_layers = _number(config)
     if n_layers is None:
         raise ModelError(

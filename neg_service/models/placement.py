@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from neg_service.config import device_names
 from neg_service.errors import ConfigurationError, OutOfMemory
+from neg_service.models.byte_patches import layers_on_bytes
 from neg_service.models.feed_forward import find_feed_forward
 from neg_service.models.repeated_layers import layers_as_run
 
@@ -71,11 +72,16 @@ def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[
     last. `model` may be one without weights.
 
     Raises:
-        ConfigurationError: fewer layers than devices, or a model whose layers run again.
+        ConfigurationError: fewer layers than devices, or a model whose layers run again, or are in several lists.
     """
     if layers_as_run(model) is not None:
         raise ConfigurationError(
             f"{type(model).__name__} runs one layer's weights as several layers, which all need them: use one device",
+            setting="model.device",
+        )
+    if layers_on_bytes(model) is not None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has layers in several lists, others between them: use one device",
             setting="model.device",
         )
     layers = find_feed_forward(model).layers

@@ -28,6 +28,7 @@ from neg_service.errors import ModelError, one_line
 from neg_service.models import quantized_formats as formats
 from neg_service.models.folder import StoredTensor
 from neg_service.models.quantized_formats import Compute, Format, Settings, Unfit
+from neg_service.models.text_config import text_config
 
 # What settings of other types than they should be of come to.
 _MISREAD = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
@@ -107,7 +108,7 @@ def take_quantization(config: Any, name: str) -> Quantization | None:
         ModelError: a method, or a kind of it, that is not known here.
     """
     settings: dict[str, Any] | None = None
-    for own in (config, config.get_text_config()):
+    for own in (config, text_config(config)):
         found = getattr(own, "quantization_config", None)
         if found:
             settings = settings or (found if isinstance(found, dict) else found.to_dict())

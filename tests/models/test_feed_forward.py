@@ -69,7 +69,6 @@ def test_a_model_without_feed_forward_layers_is_refused_for_that(model_type: str
     ("model_type", "says"),
     [
         ("cpmant", "puts tokens of its own before a prompt"),
-        ("blt", "runs on patches of several bytes"),
         ("xlnet", "looks at later tokens too"),
     ],
 )

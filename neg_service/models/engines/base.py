@@ -41,6 +41,7 @@ from neg_service.models.dimensions import (
 from neg_service.models.engines.difference_program import Differences
 from neg_service.models.experts import own_experts, plain_experts
 from neg_service.models.feed_forward import FeedForward, Point, Site
+from neg_service.models.text_config import text_config
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -166,7 +167,7 @@ class LoadedModel:
         takes, the graph and the slopes together 1.6 times, and a frozen token 0.9 times.
         """
         config, n_neurons, n_layers = self.module.config, self.feed_forward.n_neurons, self.feed_forward.n_blocks
-        attention, hidden_size = self._attention_values(attended), int(config.get_text_config().hidden_size)
+        attention, hidden_size = self._attention_values(attended), int(text_config(config).hidden_size)
         # What each chosen expert gives, before it is weighed and added up.
         experts = max(own.n_chosen for own in self.feed_forward.layer_neurons) * hidden_size
         run = (

@@ -28,6 +28,7 @@ from neg_service.models.mlp import Mlp
 from neg_service.models.onednn import plain_products
 from neg_service.models.precision import at_least_float32, in_precision
 from neg_service.models.start_at_layer import flat
+from neg_service.models.text_config import text_config
 
 # A prime number: nothing that cuts prompts into blocks comes out even.
 CHECK_TOKENS = 13
@@ -110,7 +111,7 @@ def check_prompts(engine: Engine, ids: tuple[int, ...]) -> tuple[list[tuple[int,
 def short_limits(model: LoadedModel) -> Iterator[list[str]]:
     """Windows, chunks and the like shorter than the few tokens of a check, which would never meet them; their names."""
     before = []
-    for part in (model.module.config.get_text_config(), *model.feed_forward.layers.modules()):
+    for part in (text_config(model.module.config), *model.feed_forward.layers.modules()):
         for name, value in part.__dict__.items():
             if _LIMIT.search(name) and type(value) is int and value > SHORT_LIMIT:
                 before.append((part, name, value))
@@ -125,7 +126,7 @@ def short_limits(model: LoadedModel) -> Iterator[list[str]]:
 
 def longer_than_a_block(model: LoadedModel) -> int:
     """How many tokens are a bit more than two of the blocks that recurrent layers cut prompts into, or one, if long."""
-    own = (model.module.config.get_text_config(), *model.feed_forward.layers.modules())
+    own = (text_config(model.module.config), *model.feed_forward.layers.modules())
     blocks = [size for part in own for name, size in part.__dict__.items() if _BLOCK.search(name) and type(size) is int]
     longest = max([_UNNAMED_BLOCK, *(size for size in blocks if size <= _LONGEST_BLOCK)])
     wanted = (2 * longest if longest <= _UNNAMED_BLOCK else longest) + SHORT_LIMIT

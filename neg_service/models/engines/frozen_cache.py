@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 )
 
 from neg_service.models.engines.base import LoadedModel, MismatchError
+from neg_service.models.text_config import text_config
 
 # What a layer with states knows of them, apart from keys and values.
 _OF_STATES = (
@@ -62,7 +63,7 @@ def filled(model: LoadedModel, ids: Sequence[int], before: Cache | None = None) 
 
 def empty_cache(module: PreTrainedModel) -> Cache:
     """A cache whose attention keeps all tokens: masks decide which are looked at, as in a pass without a cache."""
-    config = module.config.get_text_config()
+    config = text_config(module.config)
     layers = DynamicCache(config=config).layers
     if all(map(_is_plain_attention, layers)):
         return DynamicCache()

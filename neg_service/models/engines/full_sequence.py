@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
+from neg_service.models.byte_patches import lacks_steady_bytes
 from neg_service.models.engines.base import (
     LAST_TOKEN,
     MASK_TOKEN,
     Engine,
     Ids,
     LoadedModel,
+    MismatchError,
     Row,
     RowSizes,
     SplitPrompt,
@@ -75,7 +77,13 @@ class FullSequenceEngine(Engine):
         return FullSequenceRows(self.model, [prompt.row for prompt in prompts], is_padded=self.runs_prompts_together)
 
     def trees(self, prompts: Sequence[Ids], rows: Sequence[Sequence[Row]], shared: Ids = ()) -> FullSequenceTrees:
-        """See `Engine`; of one prompt, and nothing is shared."""
+        """See `Engine`; of one prompt, and nothing is shared.
+
+        Raises:
+            MismatchError: what is behind a token changes it, so that targets could not be read from one sequence.
+        """
+        if (reason := lacks_steady_bytes(self.model.module)) is not None:
+            raise MismatchError(reason)
         (prompt,), (own,) = prompts, rows
         return FullSequenceTrees(self.model, prompt, own)
 

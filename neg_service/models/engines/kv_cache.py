@@ -32,6 +32,7 @@ from neg_service.models.engines.base import (
 from neg_service.models.engines.frozen_cache import FrozenCache, filled, positions
 from neg_service.models.engines.needs import lacks_keys_and_values
 from neg_service.models.head import exact_head_gradient
+from neg_service.models.text_config import text_config
 
 
 class KeyValueCacheEngine(Engine):
@@ -102,6 +103,6 @@ class KeyValueCacheRows:
 
 def _row_sizes(model: LoadedModel, n_tokens: int) -> RowSizes:
     """Keys and values are copied, and some architectures repeat them for each query head; so are an index's keys."""
-    config = model.module.config.get_text_config()
+    config = text_config(model.module.config)
     index = int(getattr(config, "index_head_dim", 0) or 0) + 3 * int(getattr(config, "index_n_heads", 0) or 0)
     return model.row_sizes(1, n_tokens, n_tokens * (4 * int(config.hidden_size) + index))

@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from neg_service.models.byte_patches import runs_on_bytes
+from neg_service.models.text_config import text_config
+
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 # Which keys are looked at is chosen anew for each token, from all that are kept.
 _INDEXED_ATTENTION = "indexed_attention"
@@ -46,14 +49,16 @@ def lacks_keys_and_values(model: PreTrainedModel) -> str | None:
 
 
 def _lacks_tokens(model: PreTrainedModel) -> str | None:
-    """Attention between blocks of tokens, which a single one is not."""
+    """Layers that run on blocks of tokens, which a single one is not."""
+    if runs_on_bytes(model):
+        return "layers that run on patches of several bytes, which a single one is not"
     if getattr(_text(model), "attention_type", None) == "block_sparse":
         return "sparse attention (attention_type=block_sparse), which depends on a prompt's length"
     return None
 
 
 def _text(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config()
+    return text_config(model.config)
 
 
 def kinds_of_layers(model: PreTrainedModel) -> set[str]:

@@ -41,6 +41,7 @@ from neg_service.models.engines.base import (
 from neg_service.models.engines.frozen_cache import FrozenCache, filled, positions, state_values
 from neg_service.models.engines.needs import has_states, kinds_of_layers
 from neg_service.models.head import exact_head_gradient
+from neg_service.models.text_config import text_config
 
 # Packages whose kernels transformers takes in the place of its own code when it finds them.
 _FUSED = ("mamba_ssm", "causal_conv1d", "fla")
@@ -79,7 +80,7 @@ class RecurrentStateEngine(Engine):
 
     def row_sizes(self, n_tokens: int) -> RowSizes:
         """See `Engine`: a row copies keys and values, or a state, or in some layers both."""
-        config = self.model.module.config.get_text_config()
+        config = text_config(self.model.module.config)
         keys, states = 4 * n_tokens * int(config.hidden_size), _STATES_OF_A_STEP * self._state_values
         has_both = any(kind.startswith("hybrid") for kind in kinds_of_layers(self.model.module))
         return self.model.row_sizes(1, n_tokens, keys + states if has_both else max(keys, states))
