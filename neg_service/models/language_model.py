@@ -20,7 +20,7 @@ from neg_service.models.byte_patches import steady_patches
 from neg_service.models.configuration import is_masked_architecture
 from neg_service.models.cpu_product import CpuProduct
 from neg_service.models.dimensions import context_length, row_values, steady_temperature, vocabulary
-from neg_service.models.engines.base import Engine, Ids, LoadedModel, Row, Rows
+from neg_service.models.engines.base import Engine, Ids, LoadedModel, MismatchError, Row, Rows
 from neg_service.models.engines.difference_products import EXACT
 from neg_service.models.engines.full_sequence import FullSequenceEngine
 from neg_service.models.engines.select import AUTO, Selection, select_engine, select_for_trees
@@ -176,9 +176,17 @@ class LanguageModel:
         """A prompt as a row of all its tokens, by a plain pass whatever the engine is.
 
         row: tokens from the prompt's last one on, all of which are read.
+
+        Raises:
+            ModelError: what is behind a token changes what is read at it, so that no row of several can be read.
         """
         engine = FullSequenceEngine(self._loaded)
-        return engine.rows([prompt]) if row is None else engine.trees([prompt], [[row]])
+        try:
+            return engine.rows([prompt]) if row is None else engine.trees([prompt], [[row]])
+        except MismatchError as error:
+            raise ModelError(
+                f"{self.name} runs no targets of several tokens: {error}", change="dataset.not_one_token"
+            ) from error
 
     def forget_prefixes(self) -> None:
         """Free the memory of shared prefixes that are kept for prompts to come."""

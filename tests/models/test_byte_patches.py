@@ -18,6 +18,7 @@ from neg_service import LanguageModel
 from neg_service.errors import ConfigurationError, ModelError
 from neg_service.measures.gradients import gradients
 from neg_service.measures.interventions import Interventions
+from neg_service.measures.positions import position_map
 from neg_service.models.batches import Budget
 from neg_service.models.byte_patches import layers_on_bytes
 from neg_service.models.dimensions import context_length
@@ -218,6 +219,8 @@ def test_patches_of_a_length_at_most_leave_targets_of_one_token() -> None:
         assert relative(found.neurgrad[0, k], expected) <= 1e-4
     with refused(ModelError, "model.engine", says="depends on the bytes behind it"):
         model.ensure_checked_for_trees()
+    with refused(ModelError, "dataset.not_one_token", says="depends on the bytes behind it"):
+        position_map(model, encoded(TEXT, TARGETS), "paper")
 
 
 def test_without_a_patcher_each_byte_is_a_patch() -> None:
