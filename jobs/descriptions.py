@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from neg_service.cluster.scan import Summary
 
 
+# So many rows are tokenised for a plan: some seconds. A scan looks at all before it starts.
+_ROWS_CHECKED = 10_000
+
+
 def describe_plan(prepared: Prepared) -> str:
-    """What a scan would do, and what it would cost."""
+    """What a scan would do, and what it would cost.
+
+    Raises:
+        PromptError: what is wrong with one of the first rows, which the scan would refuse.
+    """
     info, plan = prepared.info, prepared.plan
     source = without_credentials(prepared.config.dataset.source)
     tables = [f"{bytes_text(size):>10}  {table}" for table, size in plan.bytes_of_table.items()]
@@ -32,6 +40,7 @@ def describe_plan(prepared: Prepared) -> str:
                 "prompts",
                 f"{plan.n_prompts} with {plan.n_targets} targets, from {source}",
             ),
+            ("checked", _checked(prepared)),
             *_chat(prepared),
             *_extends(prepared),
             ("measure", ", ".join(f"{key}={_short(value)}" for key, value in prepared.identity["measure"].items())),
@@ -57,6 +66,15 @@ def _engine(prepared: Prepared) -> str:
         return found
     samples = [len(encoding[i].ids) for i in sorted({0, len(encoding) // 2, len(encoding) - 1})]
     return f"{found}, of {sum(samples) / len(samples):.0f} tokens: so many times the work of a row of one token"
+
+
+def _checked(prepared: Prepared) -> str:
+    """Which rows were tokenised, and found right."""
+    encoding = prepared.encoding
+    encoding[:_ROWS_CHECKED]
+    if len(encoding) <= _ROWS_CHECKED:
+        return "all rows with their targets"
+    return f"the first {_ROWS_CHECKED} rows with their targets; the others when it starts"
 
 
 def _chat(prepared: Prepared) -> list[tuple[str, str]]:

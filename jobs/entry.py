@@ -37,8 +37,9 @@ from jobs.advice import in_quotes
 from jobs.command_line import as_typed, require_text
 from jobs.conf_folder import CONF as CONF
 from jobs.guard import EXIT_ERROR, EXIT_INTERRUPTED, flush_or_silence, prepare_streams, speak, tell, tell_unforeseen
+from jobs.kinds import names_in, type_at
 from neg_service.cluster.logs import log_to_stderr, tell_interrupted
-from neg_service.errors import NOT_GIVEN, ConfigurationError, NegServiceError
+from neg_service.errors import NOT_GIVEN, ConfigurationError, NegServiceError, nearest
 from neg_service.former_names import SETTINGS, current_measure
 from neg_service.former_names import tell as tell_former_name
 from neg_service.places import refuse_credentials, require_utf8, texts_of
@@ -154,7 +155,7 @@ def composed(config_name: str, overrides: list[str], settings: type) -> DictConf
     Raises:
         ConfigurationError: a mistake in it, in one line.
     """
-    with _hydra_told(config_name), initialize_config_dir(CONF, version_base="1.3"):
+    with _hydra_told(config_name, settings), initialize_config_dir(CONF, version_base="1.3"):
         config = compose(config_name, overrides=as_typed(overrides, settings, is_sweep=False))
     _resolved(config)
     _use_present_names(config)
@@ -249,7 +250,7 @@ def _in_our_words(config_name: str, settings: type) -> Iterator[_Asked]:
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Hydra then hands on what it raises, in the place of printing it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with ExitStack() as scratch, _hydra_told(config_name):
+    with ExitStack() as scratch, _hydra_told(config_name, settings):
         try:
             refuse_credentials_in(before[1:])
             asked = _asked(before[1:], settings, scratch)
@@ -294,13 +295,28 @@ def in_one_line(parser: ArgumentParser) -> ArgumentParser:
 
 
 @contextmanager
-def _hydra_told(config_name: str) -> Iterator[None]:
+def _hydra_told(config_name: str, settings: type) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        reason = _reason(error)
         raise ConfigurationError(
-            f"{_reason(error)} (see `python -m jobs.{config_name} --help` for what can be set)"
+            f"{_unknown(reason, settings) or reason} (see `python -m jobs.{config_name} --help` for what can be set)"
         ) from error
+
+
+def _unknown(reason: str, settings: type) -> str | None:
+    """What is to be said of a setting that there is not, if that is the reason."""
+    found = re.search(r"Could not override '([\w.]+)'; Key '\w+' is not in struct", reason)
+    if found is None:
+        return None
+    above, _, name = found[1].rpartition(".")
+    known = names_in(type_at(settings, above) if above else settings)
+    if name in known:
+        # Others of the group have it.
+        return f"{found[1]} is no setting of this {above}"
+    question = nearest(name, known).rstrip()
+    return f"{found[1]} is no setting" + (f"; {question}" if question else "")
 
 
 def _tell_of_several(ended: list[tuple[list[str], int]]) -> None:

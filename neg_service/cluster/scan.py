@@ -47,6 +47,7 @@ from neg_service.storage.run import (
     RunDirectory,
     calibration_of,
     is_without_neurons,
+    parse_run_file,
     rewrite_copy,
     write_or_match,
 )
@@ -76,14 +77,14 @@ class _Place:
     """Where a scan's results go.
 
     at_once: the store without retries: what is wrong with the place at the start is told at once, and only later is it
-    worth waiting for. done: the shards that were done before this start. is_new: whether no start has come so far that
-    it wrote run.json.
+    worth waiting for. done: the shards that were done before this start. is_checked: whether an earlier start has found
+    all prompts right, by the same rule for targets that are not one token: runs of single tokens are the same by each.
     """
 
     at_once: ObjectStore
     directory: RunDirectory
     done: frozenset[int]
-    is_new: bool
+    is_checked: bool
 
     @property
     def store(self) -> ObjectStore:
@@ -123,10 +124,9 @@ def _run(prepared: Prepared, stay_connected: bool) -> tuple[Summary, RunDirector
     if prepared.ranking is not None and (len(place.done) < n_shards or is_without_neurons(place.at_once)):
         prepared = _with_strongest_listed(prepared, prepared.ranking)
         add_to_logs(run=run_name_of(place.store.uri))
+    if not place.is_checked:
+        prepared.encoding.encode_all()
     if len(place.done) < n_shards:
-        if place.is_new:
-            # Where it is not, an earlier start has found all of them right.
-            prepared.encoding.encode_all()
         with _connected(prepared.config, stay_connected):
             executed = _execute(prepared, place)
     else:
@@ -163,8 +163,10 @@ def _open(prepared: Prepared) -> _Place:
     at_once.check()
     done = RunDirectory(at_once, prepared.fingerprint, tables).done() & set(prepared.plan.shards)
     store = open_store(prepared.uri, storage.endpoint_url, storage.retry_timeout_seconds)
-    is_new = at_once.get(RUN_FILE) is None
-    return _Place(at_once, RunDirectory(store, prepared.fingerprint, tables), frozenset(done), is_new)
+    content = at_once.get(RUN_FILE)
+    before = {} if content is None else parse_run_file(at_once, content).get("request", {}).get("dataset", {})
+    is_checked = before.get("not_one_token") == prepared.config.dataset.not_one_token
+    return _Place(at_once, RunDirectory(store, prepared.fingerprint, tables), frozenset(done), is_checked)
 
 
 def _begin(prepared: Prepared, store: ObjectStore) -> None:

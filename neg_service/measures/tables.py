@@ -68,12 +68,13 @@ def prompt_row(
     prompt: EncodedPrompt, probability_k: NDArray[np.float32], token_log_p: Sequence[NDArray[Any]] | None = None
 ) -> pa.Table:
     """The row of table `prompts`: the same for every measure."""
+    prediction = int(probability_k.argmax())
     of_sequences: dict[str, Any] = {}
     if token_log_p is not None:
-        log_p = [float(own.sum(dtype=np.float64)) for own in token_log_p]
+        # By the logarithms: the products may be below what float32 holds.
+        prediction = int(np.argmax([own.sum(dtype=np.float64) for own in token_log_p]))
+    if token_log_p is not None and prompt.has_sequences:
         of_sequences = {
-            # By the logarithms: the products may be below what float32 holds.
-            "prediction": int(np.argmax(log_p)),
             "target_sequences": prompt.target_tokens,
             "token_probabilities": [np.exp(own) for own in token_log_p],
             "prediction_per_token": int(np.argmax([own.mean() for own in token_log_p])),
@@ -87,7 +88,9 @@ def prompt_row(
                 "target_tokens": list(prompt.target_ids),
                 "answer": prompt.prompt.answer,
                 "probabilities": probability_k,
-                "prediction": int(probability_k.argmax()),
+                "prediction": prediction,
+                # The same where each target is one token.
+                "prediction_per_token": prediction,
                 "position": prompt.at,
                 **of_sequences,
             }

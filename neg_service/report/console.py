@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,22 +22,41 @@ from neg_service.storage.reader import Run
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of the prompts that have an answer, how many were predicted rightly."""
+    """Of the prompts that have an answer, how many were predicted rightly.
+
+    right_per_token: by the mean log probability of a target's tokens, where any target is several.
+    """
 
     right: int
     of: int
+    right_per_token: int | None = None
 
     def __str__(self) -> str:
         """For example `91.8 % (290 of 316)`."""
-        return f"{_percent(self.right, self.of)} ({self.right} of {self.of})" if self.of else "no answers given"
+        if not self.of:
+            return "no answers given"
+        found = f"{_percent(self.right, self.of)} ({self.right} of {self.of})"
+        if self.right_per_token is None:
+            return found
+        return f"{found}; by the mean over a target's tokens {_percent(self.right_per_token, self.of)}"
 
 
 def accuracy(run: Run) -> Accuracy:
     """The model's accuracy on a run's prompts, choosing among the targets."""
-    rows = run.table("prompts").to_table(columns=["answer", "prediction"])
+    of_sequences = ["prediction_per_token", "target_sequences"]
+    if not set(of_sequences) <= set(run.schemas["prompts"].names):
+        of_sequences = []
+    rows = run.table("prompts").to_table(columns=["answer", "prediction", *of_sequences])
     answered = rows.filter(pc.is_valid(rows["answer"]))
-    right = pc.sum(pc.equal(answered["answer"], answered["prediction"])).as_py() or 0
-    return Accuracy(right, answered.num_rows)
+
+    def right(predicted: pa.ChunkedArray) -> int:
+        return int(pc.sum(pc.equal(answered["answer"], predicted)).as_py() or 0)
+
+    found = Accuracy(right(answered["prediction"]), answered.num_rows)
+    if not of_sequences or answered["target_sequences"].null_count == answered.num_rows:
+        return found
+    per_token = pc.coalesce(answered["prediction_per_token"], answered["prediction"])
+    return replace(found, right_per_token=right(per_token))
 
 
 def dequantised_text(found: Mapping[str, Any]) -> str:

@@ -106,8 +106,11 @@ def strength_heat_map(share_lb: Doubles, layers: Sequence[int], edges_b: Doubles
     return draw
 
 
-def position_map(total_lt: Doubles, first_layer: int, tokens: Sequence[str], unit: str) -> Draw:
-    """Sizes by layer (rows, the first at the bottom) and token of a prompt (columns); what is zero stays blank."""
+def position_map(total_lt: Doubles, first_layer: int, tokens: Sequence[str], unit: str, n_of_target: int = 0) -> Draw:
+    """Sizes by layer (rows, the first at the bottom) and token (columns); what is zero stays blank.
+
+    n_of_target: how many of the last tokens are the target's, behind a line.
+    """
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
@@ -121,6 +124,8 @@ def position_map(total_lt: Doubles, first_layer: int, tokens: Sequence[str], uni
             mesh = axes.pcolormesh(np.arange(len(tokens) + 1) - 0.5, places, shown, cmap=colours, norm=norm)
             figure.colorbar(mesh, ax=axes, label=unit)
         labels = [_drawable(token.replace(" ", "␣").replace("\n", "⏎"))[:16] for token in tokens]
+        if n_of_target:
+            axes.axvline(len(tokens) - n_of_target - 0.5, color=theme.ink, linewidth=1.2, linestyle="--")
         axes.set_xticks(range(len(tokens)), labels, rotation=60, ha="right", fontsize=8, parse_math=False)
         axes.set_ylabel("layer")
         axes.grid(visible=False)

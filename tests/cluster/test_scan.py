@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jobs import descriptions
 from jobs.descriptions import describe_plan
 from neg_service.cluster import inputs as preparing
 from neg_service.cluster import scan
@@ -16,7 +17,10 @@ from neg_service.cluster.driver import Outcome
 from neg_service.cluster.prepare import Prepared, prepare
 from neg_service.cluster.progress import Progress
 from neg_service.config import ScanConfig, typed
+from neg_service.errors import PromptError
 from neg_service.prompts.tokens import encode
+from neg_service.storage.parts import encode_part, part_key
+from tests.refusals import refused
 from tests.tiny_models import tiny_model
 
 
@@ -89,6 +93,45 @@ def test_a_run_that_goes_on_encodes_what_is_left_when_it_is_its_turn(
     scan._begin(prepared, scan.open_store(prepared.uri))
     scan.run(prepared)
     assert encoded == ["000002", "000003", "000008"]
+
+
+def test_what_a_run_of_longer_targets_found_right_is_refused_by_a_command_that_takes_single_tokens(
+    asked: dict[str, Any], encoded: list[str]
+) -> None:
+    longer = Path(asked["dataset"]["source"]).with_name("longer.jsonl")
+    longer.write_text('{"prompt": "w1 w2", "targets": [" w3 w4", " w4"], "id": "long"}\n')
+    asked["dataset"]["source"] = str(longer)
+    sequences = {**asked["dataset"], "not_one_token": "sequence"}
+    prepared = prepare(typed(ScanConfig, {**asked, "dataset": sequences}))
+    directory = scan._open(prepared).directory
+    scan._begin(prepared, directory.store)
+    for name, schema in prepared.tables.items():
+        part = encode_part(name, schema.empty_table(), prepared.fingerprint, 0)
+        directory.store.put(part_key(name, 0), part)
+    # Done by either, as single tokens would be.
+    single = prepare(typed(ScanConfig, asked))
+    assert single.uri == prepared.uri
+    with refused(PromptError, "dataset.source", says="prompt 'long': target ' w3 w4' is 2 tokens"):
+        scan.run(single)
+    before = len(encoded)
+    assert scan.run(prepare(typed(ScanConfig, {**asked, "dataset": sequences}))).shards_before == 1
+    assert len(encoded) == before
+
+
+def test_a_plan_looks_at_the_first_rows(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(typed(ScanConfig, asked))
+    assert "checked    all rows with their targets" in describe_plan(prepared)
+    monkeypatch.setattr(descriptions, "_ROWS_CHECKED", 8)
+    assert "checked    the first 8 rows with their targets; the others when it starts" in describe_plan(prepared)
+    file = Path(asked["dataset"]["source"])
+    for row, says in (
+        ('{"prompt": "w1", "targets": [" w3 w4"]}', "is 2 tokens"),
+        ('{"prompt": "w1", "targets": [""]}', "is 0 tokens"),
+        ('{"prompt": "w1 w1", "targets": [" w3"], "at": "w1"}', "2 times"),
+    ):  # fmt: skip
+        file.write_text(f"{row}\n")
+        with refused(PromptError, says=says):
+            describe_plan(prepare(typed(ScanConfig, asked)))
 
 
 def test_the_scan_that_ranks_neurons_is_planned_and_shown(asked: dict[str, Any]) -> None:

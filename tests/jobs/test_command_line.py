@@ -213,7 +213,8 @@ def test_quotes_hold_whatever_a_text_has() -> None:
         ("scan", "scan: is not a setting, which is KEY=VALUE"), ("=x", "=x: is not a setting"),
         ("my file=x", "'my file' is not the name of a setting"), ("job.limit=(3", "job.limit=(3: cannot be read"),
         ("job.limit=1,2", "job.limit=1,2: a comma stands for the values of several jobs, which --multirun runs"),
-        ("job.nme=x", "Key 'nme' is not in struct"), ("job.limit=x=y", "job.limit=x=y: cannot be read"),
+        ("job.nme=x", "job.nme is no setting; did you mean name?"), ("job.limit=x=y", "job.limit=x=y: cannot be read"),
+        ("measure.steps=3", "measure.steps is no setting of this measure (see"), ("xyz=1", "xyz is no setting (see"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(given: str, message: str) -> None:

@@ -59,7 +59,8 @@ def test_a_row_of_prompts_has_all_tokens_and_what_is_likeliest_by_token(keep: st
         np.testing.assert_allclose(row["probabilities"], [np.exp(own.sum()) for own in log_p], rtol=1e-4)
         assert row["prediction"] == int(np.argmax([own.sum() for own in log_p]))
         if prompt.id == "b":
-            assert row["target_sequences"] is row["token_probabilities"] is row["prediction_per_token"] is None
+            assert row["target_sequences"] is row["token_probabilities"] is None
+            assert row["prediction_per_token"] == row["prediction"]
             continue
         assert row["target_sequences"] == [[int(w[1:]) for w in target.split()] for target in prompt.targets]
         assert row["target_tokens"] == [own[0] for own in row["target_sequences"]]
@@ -73,7 +74,7 @@ def test_a_row_of_prompts_has_all_tokens_and_what_is_likeliest_by_token(keep: st
 
 def test_a_longer_target_may_be_the_likelier_one_by_token() -> None:
     rows = scanned(model_of("Llama 2"), name="neurgrad")["prompts"].to_pylist()
-    assert any(row["prediction_per_token"] not in (None, row["prediction"]) for row in rows)
+    assert any(row["prediction_per_token"] != row["prediction"] for row in rows)
 
 
 def test_sweeps_and_edits_store_what_plain_passes_give() -> None:
@@ -145,11 +146,11 @@ def test_a_ranking_of_what_float32_loses_is_refused_and_told_of(
 
 
 def test_measures_and_models_without_use_for_them_refuse_them_by_name() -> None:
-    for name in ("skill_scores", "positions"):
+    for name in ("skill_scores", "control"):
         with refused(ConfigurationError, setting="dataset.not_one_token", value="sequence", says=f"measure={name}"):
             measure_of({"name": name}).check_targets(INFO, "sequence")
     measure_of({"name": "skill_scores"}).check_targets(INFO, "skip")
-    for name in ("neurgrad", "gradient", "integrated_gradients", "aggregate_importance", "sweep"):
+    for name in ("neurgrad", "gradient", "integrated_gradients", "aggregate_importance", "sweep", "positions"):
         measure_of({"name": name}).check_targets(INFO, "sequence")
         with refused(ConfigurationError, setting="dataset.not_one_token", says="masked model"):
             measure_of({"name": name}).check_targets(replace(INFO, is_masked=True), "sequence")

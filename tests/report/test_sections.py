@@ -222,6 +222,36 @@ def test_wrong_targets_at_the_end_of_a_shard_harm_nothing(place: Path, tiny_dire
     assert len(grid_of(only_section(scan_here(config)), "strongest")) == 5 * 171
 
 
+def test_a_map_shows_where_the_target_begins_and_accuracy_is_told_by_token_too(
+    place: Path, tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"prompt": "w20 w21 w22", "targets": [" w7 w8 w9", " w8"], "answer": " w7 w8 w9", "id": "long"},
+        {"prompt": "w20 w21", "targets": [" w7", " w8"], "answer": " w8", "id": "short"},
+    ]
+    (place / "longer.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = ScanConfig(
+        model=ModelConfig(source=str(tiny_directory)),
+        dataset=DatasetConfig(source=str(place / "longer.jsonl"), not_one_token="sequence"),
+        measure={"name": "positions"},
+        storage=StorageConfig(uri=str(place / "runs")),
+    )
+    run, drawn = scan_here(config), []
+    real = figures.position_map
+    monkeypatch.setattr(figures, "position_map", lambda *given: [drawn.append((given[2], given[4])), real(*given)][1])
+    pictures = only_section(run).pictures
+    assert [(len(tokens), n) for tokens, n in drawn] == [(5, 2), (2, 0)]
+    assert ["Behind the line" in picture.caption for picture in pictures] == [True, False]
+    found = run.table("prompts").to_table().to_pylist()
+    right, by_token = (
+        sum(row[name] == row["answer"] for row in found) for name in ("prediction", "prediction_per_token")
+    )
+    told = dict(describe_tables(run))["accuracy"]
+    assert told == f"{50 * right:.1f} % ({right} of 2); by the mean over a target's tokens {50 * by_token:.1f} %"
+    plain = run_of(place, tiny_directory, {"name": "neurgrad"})
+    assert "mean" not in dict(describe_tables(plain))["accuracy"]
+
+
 def test_runs_of_a_study_are_found_beside_it_wherever_both_are(
     place: Path, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

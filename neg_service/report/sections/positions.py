@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
+import pyarrow.compute as pc
 
 from neg_service.report import figures
 from neg_service.report.figures import drawn
@@ -13,7 +14,7 @@ from neg_service.report.sections.accumulators import Row, rows_of
 from neg_service.storage.reader import Run
 
 _MOST_PROMPTS, _MOST_TOKENS = 6, 60
-_READ = ("prompt_id", "target", "layer", "expert", "neuron", "position", "token", "neurgrad", "total")
+_READ = ("prompt_id", "target", "target_index", "layer", "expert", "neuron", "position", "token", "neurgrad", "total")
 
 
 def is_of_positions(names: list[str]) -> bool:
@@ -31,7 +32,11 @@ def positions_section(run: Run, name: str, number: int) -> Section:
             key = (row["prompt_id"], row["target"])
             if key in rows or len(rows) < _MOST_PROMPTS:
                 rows.setdefault(key, []).append(row)
-    pictures = [_map(run, place, own, number, table.unit) for place, own in enumerate(rows.values())]
+    n_of_target = _tokens_of_targets(run, {prompt_id for prompt_id, _ in rows})
+    pictures = [
+        _map(place, own, number, table.unit, n_of_target.get((own[0]["prompt_id"], own[0]["target_index"]), 0))
+        for place, own in enumerate(rows.values())
+    ]
     head = ("prompt", "target", "token", "layer", "neuron", table.title, f"Σ |{table.title}|")
     strongest = [cells for own in rows.values() for cells in _strongest(own)]
     grid = Grid(
@@ -41,7 +46,16 @@ def positions_section(run: Run, name: str, number: int) -> Section:
     return Section(f"run-{number}", f"{table.title} by layer and token: {run.name}", "", [grid], pictures)
 
 
-def _map(run: Run, place: int, rows: list[Row], number: int, unit: str) -> Picture:
+def _tokens_of_targets(run: Run, prompt_ids: Collection[str]) -> dict[tuple[str, int], int]:
+    """How many tokens of each target are on its map, where any of a prompt's is several: all but its last one."""
+    wanted = pc.field("prompt_id").isin(sorted(prompt_ids)) & pc.field("target_sequences").is_valid()
+    prompts = run.table("prompts", ["prompt_id", "target_sequences"], wanted).to_table().to_pylist()
+    return {
+        (row["prompt_id"], k): len(tokens) - 1 for row in prompts for k, tokens in enumerate(row["target_sequences"])
+    }
+
+
+def _map(place: int, rows: list[Row], number: int, unit: str, n_of_target: int) -> Picture:
     first = rows[0]
     layers, last = sorted({row["layer"] for row in rows}), max(row["position"] for row in rows)
     # Of a long prompt its end.
@@ -53,11 +67,16 @@ def _map(run: Run, place: int, rows: list[Row], number: int, unit: str) -> Pictu
             total_lt[row["layer"] - layers[0], row["position"] - shown.start] = row["total"]
             tokens[row["position"] - shown.start] = row["token"]
     left_out = f"; the last {len(shown)} of {last + 1} tokens" * (shown.start > 0)
+    n_shown = min(n_of_target, len(shown))
+    behind = ". Behind the line are the target's own tokens but its last one, which is predicted and not read"
     return Picture(
         f"positions-{number}-{place}", f"{first['prompt_id']} → {first['target'].strip()!r}",
-        f"Sum of the sizes of all neurons of a layer at a token ({unit}), on a logarithmic scale{left_out}.",
+        f"Sum of the sizes of all neurons of a layer at a token ({unit}), on a logarithmic scale{left_out}"
+        f"{behind if n_shown else ''}.",
         "A heat map of layers against the tokens of a prompt",
-        drawn(figures.position_map(total_lt, layers[0], tokens, unit), (max(5.0, 1.5 + 0.42 * len(shown)), 5.0)),
+        drawn(
+            figures.position_map(total_lt, layers[0], tokens, unit, n_shown), (max(5.0, 1.5 + 0.42 * len(shown)), 5.0)
+        ),
         is_wide=len(shown) > 12,
     )  # fmt: skip
 
