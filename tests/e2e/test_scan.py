@@ -275,7 +275,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tiny_directory: Path, tmp_path
     done = job("scan", f"model.source={tiny_directory}", *data, f"storage.uri={place}", "modle.source=x")
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: Could not override 'modle.source'")
+    assert line.startswith("error: modle.source is no setting")
     assert not place.exists()
 
 
