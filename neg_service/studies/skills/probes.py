@@ -76,7 +76,9 @@ def forest(
 ) -> list[Ints]:
     """A random forest on the labels of the largest NeurGrad of the first m neurons."""
     neurons = ranking.neurons[:m]
-    trees = RandomForestClassifier(_TREES, random_state=seed, n_jobs=-1)
+    # One after the other: in threads their votes are summed in any order, and each swaps the process's filters of
+    # warnings, which another one then finds empty.
+    trees = RandomForestClassifier(_TREES, random_state=seed)
     trees.fit(train.largest_ps[:, train.columns(neurons)], train.answer_p)
     return [trees.predict(own.largest_ps[:, own.columns(neurons)]).astype(np.int64) for own in asked]
 
