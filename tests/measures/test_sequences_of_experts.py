@@ -37,8 +37,8 @@ Token = tuple[int, int, int]
 IDS = ([20, 21, 22, 23, 24, 25, 26, 27, 28], [20, 21, 22, 23, 60])
 TARGETS = (((3, 4, 5), (9,), (3, 6, 8)), ((7, 8), (1, 2, 3, 4)))
 PROMPTS = [encoded(ids, own, str(i)) for i, (ids, own) in enumerate(zip(IDS, TARGETS, strict=True))]
-# An MLP that is always on beside experts, and a layer without experts, in the middle or first; whole sequences; experts
-# of attention, too; then windows and recurrent states.
+# An MLP that is always on beside experts, and a layer without experts, in the middle or first; whole sequences; then,
+# with the faults, windows, recurrent states, and experts of attention, too.
 FAMILIES = [
     "Qwen 2 MoE",
     "DeepSeek 3",
