@@ -242,6 +242,10 @@ def test_a_map_shows_where_the_target_begins_and_accuracy_is_told_by_token_too(
     pictures = only_section(run).pictures
     assert [(len(tokens), n) for tokens, n in drawn] == [(5, 2), (2, 0)]
     assert ["Behind the line" in picture.caption for picture in pictures] == [True, False]
+    names = [name for name in run.schemas["prompts"].names if name != "target_sequences"]
+    older = pa.schema([run.schemas["prompts"].field(name) for name in names])
+    before = dataclasses.replace(run, schemas={**run.schemas, "prompts": older})
+    assert not any("Behind the line" in picture.caption for picture in only_section(before).pictures)
     found = run.table("prompts").to_table().to_pylist()
     right, by_token = (
         sum(row[name] == row["answer"] for row in found) for name in ("prediction", "prediction_per_token")

@@ -14,7 +14,7 @@ from neg_service.report.sections.accumulators import Row, rows_of
 from neg_service.storage.reader import Run
 
 _MOST_PROMPTS, _MOST_TOKENS = 6, 60
-_READ = ("prompt_id", "target", "target_index", "layer", "expert", "neuron", "position", "token", "neurgrad", "total")
+_READ = ("prompt_id", "target", "layer", "expert", "neuron", "position", "token", "neurgrad", "total")
 
 
 def is_of_positions(names: list[str]) -> bool:
@@ -34,7 +34,7 @@ def positions_section(run: Run, name: str, number: int) -> Section:
                 rows.setdefault(key, []).append(row)
     n_of_target = _tokens_of_targets(run, {prompt_id for prompt_id, _ in rows})
     pictures = [
-        _map(place, own, number, table.unit, n_of_target.get((own[0]["prompt_id"], own[0]["target_index"]), 0))
+        _map(place, own, number, table.unit, n_of_target.get((own[0]["prompt_id"], own[0]["target"]), 0))
         for place, own in enumerate(rows.values())
     ]
     head = ("prompt", "target", "token", "layer", "neuron", table.title, f"Σ |{table.title}|")
@@ -46,12 +46,17 @@ def positions_section(run: Run, name: str, number: int) -> Section:
     return Section(f"run-{number}", f"{table.title} by layer and token: {run.name}", "", [grid], pictures)
 
 
-def _tokens_of_targets(run: Run, prompt_ids: Collection[str]) -> dict[tuple[str, int], int]:
+def _tokens_of_targets(run: Run, prompt_ids: Collection[str]) -> dict[tuple[str, str], int]:
     """How many tokens of each target are on its map, where any of a prompt's is several: all but its last one."""
+    if "prompts" not in run.tables or "target_sequences" not in run.schemas["prompts"].names:
+        # A run of an earlier version, or of a measure of somebody's own.
+        return {}
     wanted = pc.field("prompt_id").isin(sorted(prompt_ids)) & pc.field("target_sequences").is_valid()
-    prompts = run.table("prompts", ["prompt_id", "target_sequences"], wanted).to_table().to_pylist()
+    prompts = run.table("prompts", ["prompt_id", "targets", "target_sequences"], wanted).to_table().to_pylist()
     return {
-        (row["prompt_id"], k): len(tokens) - 1 for row in prompts for k, tokens in enumerate(row["target_sequences"])
+        (row["prompt_id"], target): len(tokens) - 1
+        for row in prompts
+        for target, tokens in zip(row["targets"], row["target_sequences"], strict=True)
     }
 
 
