@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from neg_service.layer_neurons import LayerNeurons
 from neg_service.models.byte_patches import limits_of_bytes
+from neg_service.models.feed_forward import FeedForward
 from neg_service.models.text_config import text_config
 
 
@@ -90,6 +91,41 @@ def frozen_values(config: Any, n_layers: int, n_neurons: int) -> int:
     groups = heads if text.model_type == "jetmoe" else _most(text, "num_key_value_heads") or heads
     size = _most(text, "head_dim") or int(text.hidden_size) // max(1, heads)
     return 2 * n_layers * groups * size + token_values(config, n_neurons)
+
+
+class PassValues(NamedTuple):
+    """How many values parts of a pass take, at the most; what each is of, say the functions above.
+
+    heads: of attention. experts: what the experts that a token chose give, before it is weighed and added up. hidden,
+    neurons: what a token of a row leaves in the graph. slopes: a target's way back, of all layers; slope: of one.
+    """
+
+    heads: int
+    experts: int
+    row: int
+    token: int
+    hidden: int
+    neurons: int
+    slopes: int
+    slope: int
+    frozen: int
+
+
+def pass_values(config: Any, found: FeedForward) -> PassValues:
+    """All of them, of a model with such layers."""
+    n_layers, n_neurons = found.n_blocks, found.n_neurons
+    hidden, neurons = kept_values(config, n_layers, n_neurons, found.is_gated)
+    return PassValues(
+        heads=attention_heads(config),
+        experts=max(own.n_chosen for own in found.layer_neurons) * int(text_config(config).hidden_size),
+        row=row_values(config, n_neurons),
+        token=token_values(config, n_neurons),
+        hidden=hidden,
+        neurons=neurons,
+        slopes=slope_values(config, n_layers, n_neurons),
+        slope=slope_values(config, 1, n_neurons),
+        frozen=frozen_values(config, n_layers, n_neurons),
+    )
 
 
 def context_length(model: PreTrainedModel) -> int | None:

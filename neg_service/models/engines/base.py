@@ -3,12 +3,12 @@
 A measure asks for rows and does not care how they are run. A *row* is one or several tokens that run behind a frozen
 prefix: one of them has its neurons shifted, and logits are read behind one or more of them.
 
-| question                                | a row                                      | shifted   | read           |
-|-----------------------------------------|--------------------------------------------|-----------|----------------|
-| today, of a causal model                | the last token, or the whole prompt        | the last  | the last       |
-| today, of a masked model                | the whole prompt                           | its mask  | its mask       |
-| targets of several tokens               | the last token, and what targets begin with | the first | all            |
-| to come: a shift at an earlier position | the tokens from that position on           | the first | the last       |
+| question                            | a row                                       | shifted   | read     |
+|-------------------------------------|---------------------------------------------|-----------|----------|
+| of a causal model                   | the last token, or the whole prompt         | the last  | the last |
+| of a masked model                   | the whole prompt                            | its mask  | its mask |
+| targets of several tokens           | the last token, and what targets begin with | the first | all      |
+| shifts at an earlier position       | the tokens from that position on            | the first | the last |
 
 An engine refuses rows that it cannot run (`Engine.prepare`). What runs once for a prefix that prompts share is the
 engine's own affair: keys and values today; states of recurrent layers are not shared.
@@ -22,6 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
@@ -30,18 +31,10 @@ from transformers import PreTrainedModel
 
 from neg_service.errors import ModelError
 from neg_service.models.batches import Group, group_by_prefix
-from neg_service.models.dimensions import (
-    attention_heads,
-    frozen_values,
-    kept_values,
-    row_values,
-    slope_values,
-    token_values,
-)
+from neg_service.models.dimensions import PassValues, pass_values
 from neg_service.models.engines.difference_program import Differences
 from neg_service.models.experts import own_experts, plain_experts
 from neg_service.models.feed_forward import FeedForward, Point, Site
-from neg_service.models.text_config import text_config
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -166,33 +159,27 @@ class LoadedModel:
         one layer. Of SmolLM2 in float32, with 20 tokens, peaks of the allocator say that `run` is 2.5 times what a row
         takes, the graph and the slopes together 1.6 times, and a frozen token 0.9 times.
         """
-        config, n_neurons, n_layers = self.module.config, self.feed_forward.n_neurons, self.feed_forward.n_blocks
-        attention, hidden_size = self._attention_values(attended), int(text_config(config).hidden_size)
-        # What each chosen expert gives, before it is weighed and added up.
-        experts = max(own.n_chosen for own in self.feed_forward.layer_neurons) * hidden_size
-        run = (
-            4 * tokens * experts
-            + row_values(config, n_neurons)
-            + (tokens - 1) * token_values(config, n_neurons)
-            + tokens * attention
-        )
-        hidden, neurons = kept_values(config, n_layers, n_neurons, self.feed_forward.is_gated)
-        kept = tokens * (hidden + n_layers * (attention + 2 * experts)) + n_layers * copied_values
-        others = (tokens - 1) * token_values(config, n_neurons)
+        values = self._values
+        attention = 3 * values.heads * attended
+        run = 4 * tokens * values.experts + values.row + (tokens - 1) * values.token + tokens * attention
+        n_layers = self.feed_forward.n_blocks
+        kept = tokens * (values.hidden + n_layers * (attention + 2 * values.experts)) + n_layers * copied_values
+        others = (tokens - 1) * values.token
         return RowSizes(
             run=self._wide * (run + copied_values),
-            graph=self._wide * kept + self.dtype.itemsize * tokens * neurons,
-            slopes=self._wide * (slope_values(config, n_layers, n_neurons) + others),
-            slope=self._wide * (slope_values(config, 1, n_neurons) + others),
+            graph=self._wide * kept + self.dtype.itemsize * tokens * values.neurons,
+            slopes=self._wide * (values.slopes + others),
+            slope=self._wide * (values.slope + others),
         )
 
     def frozen_bytes(self, tokens: int, attended: int) -> int:
         """What tokens of a prefix take while they run, each of which looks at no more than `attended`."""
-        values = frozen_values(self.module.config, self.feed_forward.n_blocks, self.feed_forward.n_neurons)
-        return self._wide * tokens * (values + self._attention_values(attended))
+        return self._wide * tokens * (self._values.frozen + 3 * self._values.heads * attended)
 
-    def _attention_values(self, attended: int) -> int:
-        return 3 * attention_heads(self.module.config) * attended
+    @cached_property
+    def _values(self) -> PassValues:
+        # Asked for each prompt, and a configuration answers slowly.
+        return pass_values(self.module.config, self.feed_forward)
 
     @property
     def _wide(self) -> int:
