@@ -55,6 +55,11 @@ class ModelConfig:
         "how NEG's differences are multiplied with weights in bfloat16: with float32's digits, or rounded to bfloat16",
         allowed=("exact", "fast"),
     )
+    self_check: str = setting(
+        "remembered",
+        "whether a self-check counts that a machine has passed before with the same weights, software and processor",
+        allowed=("remembered", "always"),
+    )
 
 
 @dataclass

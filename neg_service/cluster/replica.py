@@ -12,10 +12,12 @@ for that. A replica that the cluster counts as dead, because its driver is gone 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -66,10 +68,24 @@ class Worker(Protocol):
         ...
 
 
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Where much is imported, nothing is garbage: looking for it, as Python does, takes a second, and later again."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def scan_worker(spec: WorkerSpec) -> Worker:
     """The worker of a scan, with all that it imports: here, and not where the actor's class is imported; see there."""
-    from neg_service.cluster.worker import ScanWorker
-
+    with _loading():
+        from neg_service.cluster.worker import ScanWorker
     return ScanWorker(spec)
 
 

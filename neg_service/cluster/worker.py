@@ -57,6 +57,8 @@ class ScanWorker:
                 setting="model.source",
                 value=self._config.model.source,
             )
+        if self._config.model.self_check == "remembered":
+            self._model.remember_checks()
         chosen = self._model.ensure_checked()
         log.info(
             "self-check passed, engine %s, row logits %.0e off the plain pass", chosen.engine.name, chosen.check.logits

@@ -7,9 +7,9 @@ engine (`engines/`), which is chosen when it is first needed, by a check that co
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -27,10 +27,16 @@ from neg_service.models.engines.select import AUTO, Selection, select_engine, se
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
 from neg_service.models.onednn import use_onednn
+from neg_service.models.proofs import remembered
 from neg_service.models.quantized import Dequantised
 from neg_service.models.repeated_layers import unroll
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# The identity of a model that was not read from files.
+UNKNOWN = "unknown"
 
 
 class LanguageModel:
@@ -42,7 +48,7 @@ class LanguageModel:
         tokenizer: Any = None,
         *,
         name: str = "model",
-        identity: str = "unknown",
+        identity: str = UNKNOWN,
         dequantised: Dequantised | None = None,
         cpu_product: CpuProduct | None = None,
         engine: str = AUTO,
@@ -75,6 +81,7 @@ class LanguageModel:
         self._engine, self._products = engine, products
         self._selection: Selection | None = None
         self._selection_for_trees: Selection | None = None
+        self._remembers = False
 
     @property
     def device(self) -> torch.device:
@@ -132,23 +139,39 @@ class LanguageModel:
         """
         if self._selection_for_trees is None:
             own = self.ensure_checked()
-            found = self._selection_for_trees = select_for_trees(own, self._engine)
+            found = self._known(select_for_trees, own)
+            if type(found.engine) is type(own.engine):
+                # With the prefixes that it keeps.
+                found = replace(found, engine=own.engine)
+            self._selection_for_trees = found
             if found.engine is not own.engine:
                 reason = found.rejected[own.engine.name]
                 log.info("%s: targets of several tokens run as %s: %s %s", self.name, found.engine.name,
                          own.engine.name, reason)  # fmt: skip
         return self._selection_for_trees
 
+    def remember_checks(self) -> None:
+        """From here on a self-check counts that this machine has passed before; see `proofs.py`."""
+        self._remembers = True
+
+    def _known(self, select: Callable[[T, str], Selection], of: T) -> Selection:
+        """What `select` finds of its first argument, from what is kept where checks are remembered."""
+        if not self._remembers or self.identity == UNKNOWN:
+            return select(of, self._engine)
+        product = None if self.cpu_product is None else self.cpu_product.name
+        about = {"identity": self.identity, "engine": self._engine, "products": self._products, "cpu_product": product}
+        return remembered(self._loaded, about | {"selects": select.__name__}, lambda: select(of, self._engine))
+
     def _selected(self) -> Selection:
         try:
-            return select_engine(self._loaded, self._engine)
+            return self._known(select_engine, self._loaded)
         except ModelError as refusal:
             if self.cpu_product is None or self.cpu_product.name == "torch":
                 raise
             log.warning("%s: checked again without oneDNN, with which it was refused: %s", self.name, refusal)
         use_onednn(self.model, False)
         self.cpu_product = CpuProduct("torch", "with oneDNN the model fails its self-check")
-        return select_engine(self._loaded, self._engine)
+        return self._known(select_engine, self._loaded)
 
     def use_product(self, name: str) -> None:
         """Multiply by `torch` or `onednn`, as another copy of this model did; by `onednn` only where it is right."""
