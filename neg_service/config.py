@@ -12,6 +12,7 @@ a field says of itself: `settings.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -57,7 +58,7 @@ class ModelConfig:
     )
     self_check: str = setting(
         "remembered",
-        "whether a self-check counts that a machine has passed before with the same weights, software and processor",
+        "whether a self-check counts that was passed before with the same weights, software and processor",
         allowed=("remembered", "always"),
     )
 
@@ -264,6 +265,10 @@ class ScanConfig:
     job: JobConfig = field(default_factory=JobConfig)
 
 
+# What OmegaConf calls the kinds of values.
+_KINDS = {"bool": "true or false", "Integer": "a whole number", "Float": "a number"}
+
+
 def typed(cls: type[T], values: Any, where: str = "") -> T:
     """An instance of the dataclass `cls` from Hydra's configuration or a plain mapping; keys not given keep defaults.
 
@@ -284,6 +289,9 @@ def typed(cls: type[T], values: Any, where: str = "") -> T:
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, error.full_key) if part)
         reason = str(error).splitlines()[0]
+        if of_kind := re.search(r"not a valid (bool)|could not be converted to (Integer|Float)", reason):
+            value = OmegaConf.select(given, str(error.full_key))
+            raise ConfigurationError(setting=key, value=value, allowed=_KINDS[of_kind[1] or of_kind[2]]) from error
         raise ConfigurationError(reason, setting=key or "configuration") from error
     assert isinstance(result, cls)
     return result

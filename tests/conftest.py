@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -43,6 +44,16 @@ _SLOW = (
     "tests/models/", "tests/report/", "tests/prompts/test_mceval8k.py", "tests/jobs/", "tests/studies/",
     "tests/cluster/", "tests/measures/", "tests/storage/",
 )  # fmt: skip
+
+
+# Nothing that is imported to collect thousands of tests is garbage, and need not be looked at later.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """All tests are there: from here on garbage is looked for, among what is new."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

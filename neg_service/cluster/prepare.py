@@ -261,7 +261,7 @@ def prepare_again(run: Run, config: ScanConfig) -> Prepared:
             f"{SCHEMA_VERSION}), which alone computes its parts again; this one reads them: run its scan again"
         )
     asked, fresh = typed(ScanConfig, run.request), ScanConfig()
-    asked.model.device = config.model.device
+    asked.model.device, asked.model.self_check = config.model.device, config.model.self_check
     if asked.neurons.choose == "list":
         asked.neurons.list = _neurons_of(run, asked.neurons.list)
     if config.model.source != fresh.model.source:
@@ -295,7 +295,7 @@ def _request(config: ScanConfig) -> dict[str, Any]:
     if config.job.extend is not None:
         job["extend"] = config.job.extend
     return {
-        "model": {key: value for key, value in asdict(config.model).items() if key != "device"},
+        "model": {key: value for key, value in asdict(config.model).items() if key not in ("device", "self_check")},
         "dataset": to_be_stored(config.dataset),
         # An old name that says nothing is not to be kept.
         "measure": {key: value for key, value in config.measure.items() if (key, value) != ("batch_bytes", None)},

@@ -69,8 +69,8 @@ class Worker(Protocol):
 
 
 @contextmanager
-def _loading() -> Iterator[None]:
-    """Where much is imported, nothing is garbage: looking for it, as Python does, takes a second, and later again."""
+def _without_garbage_collection() -> Iterator[None]:
+    """For the first imports, none of which are garbage: looking for it takes a second, and once more later."""
     if "torch" in sys.modules:
         yield
         return
@@ -84,7 +84,7 @@ def _loading() -> Iterator[None]:
 
 def scan_worker(spec: WorkerSpec) -> Worker:
     """The worker of a scan, with all that it imports: here, and not where the actor's class is imported; see there."""
-    with _loading():
+    with _without_garbage_collection():
         from neg_service.cluster.worker import ScanWorker
     return ScanWorker(spec)
 

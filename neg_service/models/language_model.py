@@ -27,8 +27,8 @@ from neg_service.models.engines.select import AUTO, Selection, select_engine, se
 from neg_service.models.feed_forward import FeedForward, find_feed_forward
 from neg_service.models.inspection import mask_token_of, require_measurable
 from neg_service.models.onednn import use_onednn
-from neg_service.models.proofs import remembered
 from neg_service.models.quantized import Dequantised
+from neg_service.models.remembered_checks import selected_before
 from neg_service.models.repeated_layers import unroll
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # The identity of a model that was not read from files.
-UNKNOWN = "unknown"
+UNKNOWN_IDENTITY = "unknown"
 
 
 class LanguageModel:
@@ -48,7 +48,7 @@ class LanguageModel:
         tokenizer: Any = None,
         *,
         name: str = "model",
-        identity: str = UNKNOWN,
+        identity: str = UNKNOWN_IDENTITY,
         dequantised: Dequantised | None = None,
         cpu_product: CpuProduct | None = None,
         engine: str = AUTO,
@@ -120,7 +120,7 @@ class LanguageModel:
         return self.ensure_checked().engine
 
     def ensure_checked(self) -> Selection:
-        """The engine, and what the self-check found of it and of faster ones; run when first needed and remembered.
+        """The engine, and what the self-check found of it and of faster ones; run when first needed.
 
         Raises:
             ModelError: see `select_engine`.
@@ -132,46 +132,52 @@ class LanguageModel:
         return self._selection
 
     def ensure_checked_for_trees(self) -> Selection:
-        """The engine for targets of several tokens, checked when first needed, and remembered.
+        """The engine for targets of several tokens, checked when first needed.
 
         Raises:
             ModelError: see `select_for_trees`.
         """
         if self._selection_for_trees is None:
             own = self.ensure_checked()
-            found = self._known(select_for_trees, own)
+            found = self._select_or_recall(select_for_trees, own)
             if type(found.engine) is type(own.engine):
                 # With the prefixes that it keeps.
                 found = replace(found, engine=own.engine)
             self._selection_for_trees = found
             if found.engine is not own.engine:
-                reason = found.rejected[own.engine.name]
+                reason = found.rejected.get(own.engine.name, "does not fit")
                 log.info("%s: targets of several tokens run as %s: %s %s", self.name, found.engine.name,
                          own.engine.name, reason)  # fmt: skip
         return self._selection_for_trees
 
     def remember_checks(self) -> None:
-        """From here on a self-check counts that this machine has passed before; see `proofs.py`."""
+        """From here on a self-check counts that it has passed here before; see `remembered_checks.py`."""
         self._remembers = True
 
-    def _known(self, select: Callable[[T, str], Selection], of: T) -> Selection:
-        """What `select` finds of its first argument, from what is kept where checks are remembered."""
-        if not self._remembers or self.identity == UNKNOWN:
+    def _select_or_recall(self, select: Callable[[T, str], Selection], of: T) -> Selection:
+        """What `select` finds of its first argument, or found of it before, where that counts."""
+        if not self._remembers or self.identity == UNKNOWN_IDENTITY:
             return select(of, self._engine)
-        product = None if self.cpu_product is None else self.cpu_product.name
-        about = {"identity": self.identity, "engine": self._engine, "products": self._products, "cpu_product": product}
-        return remembered(self._loaded, about | {"selects": select.__name__}, lambda: select(of, self._engine))
+        settings = {
+            "identity": self.identity,
+            "engine": self._engine,
+            "products": self._products,
+            "cpu_product": None if self.cpu_product is None else self.cpu_product.name,
+            "selects": select.__name__,
+            "from": [of.engine.name, repr(of.check)] if isinstance(of, Selection) else None,
+        }
+        return selected_before(self._loaded, settings, lambda: select(of, self._engine))
 
     def _selected(self) -> Selection:
         try:
-            return self._known(select_engine, self._loaded)
+            return self._select_or_recall(select_engine, self._loaded)
         except ModelError as refusal:
             if self.cpu_product is None or self.cpu_product.name == "torch":
                 raise
             log.warning("%s: checked again without oneDNN, with which it was refused: %s", self.name, refusal)
         use_onednn(self.model, False)
         self.cpu_product = CpuProduct("torch", "with oneDNN the model fails its self-check")
-        return self._known(select_engine, self._loaded)
+        return self._select_or_recall(select_engine, self._loaded)
 
     def use_product(self, name: str) -> None:
         """Multiply by `torch` or `onednn`, as another copy of this model did; by `onednn` only where it is right."""

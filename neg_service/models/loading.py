@@ -138,12 +138,12 @@ def checked_dtype(dtype: str) -> torch.dtype:
 
 
 def check_engine_settings(settings: ModelConfig) -> None:
-    """Refuse an unknown engine, and products that do not exist for weights of the model's precision.
+    """Refuse an unknown engine or way to check it, and products that do not exist for weights of the model's precision.
 
     Raises:
         ConfigurationError: naming what there is.
     """
-    check_fields("model", settings, ("engine", "products"))
+    check_fields("model", settings, ("engine", "products", "self_check"))
     if settings.products != EXACT and settings.dtype != "bfloat16":
         raise ConfigurationError(
             f"there are others of weights in bfloat16 only, not in model.dtype={settings.dtype}",

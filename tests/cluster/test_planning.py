@@ -107,7 +107,9 @@ def test_something_else_than_their_largest_number_is_refused() -> None:
     [
         ({"model": {"sorce": "x"}}, "model.sorce", "Key 'sorce' not in 'ModelConfig'"),
         ({"extra": 1}, "extra", "Key 'extra' not in 'ScanConfig'"),
-        ({"job": {"limit": "many"}}, "job.limit", "Value 'many' of type 'str' could not be converted to Integer"),
+        ({"job": {"limit": "many"}}, "job.limit", "job.limit=many: must be a whole number"),
+        ({"job": {"dry_run": "maybe"}}, "job.dry_run", "job.dry_run=maybe: must be true or false"),
+        ({"cluster": {"start_seconds": "long"}}, "cluster.start_seconds", "start_seconds=long: must be a number"),
         ({"storage": {"uri": "???"}}, "storage.uri", "has no value; give one"),
     ],
 )

@@ -23,6 +23,7 @@ from neg_service.storage.reader import Run
 from tests.e2e.commands import in_order, refused, scan_config
 from tests.here import scan_here
 from tests.mixtures import tiny_mixture
+from tests.rare import one_of
 from tests.refusals import refused as refused_with
 
 FAMILIES = ["Mixtral", "DeepSeek 3"]
@@ -146,7 +147,7 @@ def shown(settings: list[str]) -> str:
     return "-".join(own.split("=")[1] for own in settings)[:40]
 
 
-@pytest.mark.parametrize("settings", OTHERS, ids=shown)
+@pytest.mark.parametrize("settings", one_of(2, OTHERS), ids=shown)
 def test_every_other_measure_comes_back(source: tuple[str, list[str]], settings: list[str], tmp_path: Path) -> None:
     run = scanned(source, tmp_path, *settings)
     table = run.table(run.tables[-1]).to_table()

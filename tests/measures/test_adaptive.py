@@ -14,6 +14,7 @@ from neg_service.errors import ConfigurationError
 from neg_service.measures.adaptive import Evaluated, Swept, evaluate_in_stages
 from neg_service.measures.linearity import linearity
 from neg_service.measures.shifts import AdaptiveGrid, Doubles, adaptive_grid, chosen_grid, full_grid, with_slope
+from tests.rare import one_of
 from tests.refusals import refused
 from tests.tiny_models import tiny_model
 
@@ -152,7 +153,9 @@ def test_errors_that_are_a_share_of_effects_are_weighed_by_these() -> None:
 
 
 @pytest.mark.parametrize("shift", ["magnitude", "signed"])
-@pytest.mark.parametrize(("family", "held"), [("Llama 2", 0.97), ("Gemma 2", 0.92), ("BERT", 0.97), ("OPT", 0.9)])
+@pytest.mark.parametrize(
+    ("family", "held"), one_of(2, [("Llama 2", 0.97), ("Gemma 2", 0.92), ("BERT", 0.97), ("OPT", 0.9)])
+)
 def test_all_neurons_of_a_model_are_as_exact_as_is_said(family: str, held: float, shift: str) -> None:
     model = tiny_model(family, torch.float64)
     text, target = ("w3 [MASK] w9", "w7") if family == "BERT" else (TEXT, TARGET)

@@ -37,15 +37,15 @@ Token = tuple[int, int, int]
 IDS = ([20, 21, 22, 23, 24, 25, 26, 27, 28], [20, 21, 22, 23, 60])
 TARGETS = (((3, 4, 5), (9,), (3, 6, 8)), ((7, 8), (1, 2, 3, 4)))
 PROMPTS = [encoded(ids, own, str(i)) for i, (ids, own) in enumerate(zip(IDS, TARGETS, strict=True))]
-# An MLP that is always on beside experts, and a layer without experts, in the middle or first; whole sequences; then,
-# with the faults, windows, recurrent states, and experts of attention, too.
+# An MLP that is always on beside experts, and a layer without experts first; two MLPs a layer, and identities among the
+# experts; then, with the faults, whole sequences, windows, recurrent states, and experts of attention, too.
 FAMILIES = [
-    "Qwen 2 MoE",
     "DeepSeek 3",
-    "Phi-3.5 MoE",
-    # Two MLPs a layer, and identities among the experts.
     "LongCat Flash",
-    *(pytest.param(name, marks=pytest.mark.faults) for name in ("Mixtral", "Granite 4 MoE", "JetMoE")),
+    *(
+        pytest.param(name, marks=pytest.mark.faults)
+        for name in ("Qwen 2 MoE", "Phi-3.5 MoE", "Mixtral", "Granite 4 MoE", "JetMoE")
+    ),
 ]
 BASIS = "hidden"
 EACH: dict[str, Any] = {"not_one_token": "sequence", "at": "each"}

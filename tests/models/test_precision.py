@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neg_service.models import precision
 from neg_service.models.precision import in_precision
 from tests.families import model_of, random_ids
+from tests.rare import one_of
 from tests.tiny_models import FAMILIES, tiny_model
 
 
@@ -38,7 +39,7 @@ def logits_of(family: str, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) ->
         return model.model(ids).logits, copies.shapes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", one_of(4, FAMILIES))
 def test_large_weights_are_never_converted_whole_and_change_nothing(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,10 +20,11 @@ from neg_service.models.inspection import inspect_model
 from neg_service.models.source import fetch
 from tests.families import model_of
 from tests.folders import INDEX, WEIGHTS, change_config, change_tensors, refusal_of, saved
+from tests.rare import one_of
 from tests.tiny_models import FAMILIES, tiny_tokenizer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", one_of(3, FAMILIES))
 def test_no_family_is_refused_as_transformers_saves_it(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,7 @@ from neg_service.storage.s3 import S3Store
 from neg_service.storage.status import status_of
 from neg_service.storage.stores import open_store
 from neg_service.storage.verify import verify
+from tests.rare import one_of
 from tests.s3 import acting_as
 from tests.storage.conftest import TABLES, identity, tables_of
 
@@ -44,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started.stop()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", one_of(2, NAMES))
 def test_a_run_is_found_again_under_the_key_that_was_typed(name: str, server: Server) -> None:
     raw = s3fs.S3FileSystem(endpoint_url=server.endpoint_url, use_listings_cache=False)
     uri = f"s3://{BUCKET}/runs/{name}/run{name}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neg_service.memory import is_out_of_memory
 from neg_service.models.engines.base import Engine
 from neg_service.models.engines.comparisons import deviation_of
 from neg_service.models.feed_forward import Site, hooks
@@ -56,7 +57,9 @@ def starts_and_expansion(engine: Engine, ids: Sequence[int], tolerance: float) -
         except _StoppedError:
             assert first is not None
             return _is_same_step(ends[0], outputs[first], before[first], tolerance)
-        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError):
+        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             return False
         return found.shape == plain.shape and deviation_of(found, plain) <= tolerance
 

@@ -36,6 +36,8 @@ ENGINES: tuple[type[Engine], ...] = (
 )
 
 AUTO = "auto"
+# In the reason of an engine that failed in another way than by its numbers, for which something may have been missing.
+DOES_NOT_RUN = "does not run"
 _DOES_NOT_RUN = (MemoryError, TypeError, AttributeError, LookupError, ValueError, RuntimeError)
 
 
@@ -138,7 +140,7 @@ def _with_trees(selection: Selection, rejected: dict[str, str]) -> Selection | N
     except _DOES_NOT_RUN as error:
         if is_out_of_memory(error):
             raise _too_large(engine.model) from error
-        rejected[engine.name] = f"does not run rows of several tokens: {one_line(error)}"
+        rejected[engine.name] = f"{DOES_NOT_RUN} rows of several tokens: {one_line(error)}"
     return None
 
 
@@ -179,7 +181,7 @@ def _tried(engine: Engine, rejected: dict[str, str]) -> Selection | None:
         if is_out_of_memory(error):
             raise _too_large(model) from error
         own = "" if model.module._supports_attention_backend else "its attention is code of its own; "
-        rejected[engine.name] = f"{own}does not run: {one_line(error)}"
+        rejected[engine.name] = f"{own}{DOES_NOT_RUN}: {one_line(error)}"
     return None
 
 
@@ -202,7 +204,7 @@ def _refined(found: Selection, kind: type[Engine]) -> Selection:
         except _DOES_NOT_RUN as error:
             if is_out_of_memory(error):
                 raise _too_large(model) from error
-            reason = f"does not run: {one_line(error)}"
+            reason = f"{DOES_NOT_RUN}: {one_line(error)}"
     return replace(found, rejected={**found.rejected, kind.name: reason})
 
 
