@@ -259,8 +259,16 @@ class ReplicaPool:
         if any(replica.is_ready for replica in self.replicas):
             self._ready_at = now
         elif now - self._ready_at > _LOG_WAITING_SECONDS:
-            log.warning("no replica is ready; waiting for room in the cluster, or for models to be loaded and checked")
             self._ready_at = now
+            placed = [replica.placed_at for replica in self.replicas if replica.placed_at is not None]
+            if placed:
+                log.info(
+                    "no replica is ready yet: %d of %d load and check the model, the first for %.0f s of %.0f "
+                    "(cluster.start_seconds)",
+                    len(placed), len(self.replicas), now - min(placed), self._limits.start_seconds,
+                )  # fmt: skip
+            else:
+                log.warning("no replica is ready, and none has a place yet; waiting for room in the cluster")
 
     def _look(self, now: float) -> None:
         """See what there is capacity for, which nodes are being drained, and which answer again."""

@@ -144,6 +144,31 @@ def test_where_there_is_no_room_one_waits_for_it(clock: SimpleNamespace) -> None
     assert pool.numbers == [0]
 
 
+def test_waiting_for_room_is_a_warning_and_loading_a_model_is_none(
+    clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", module.__name__)
+    pool = Pool(Capacity(2))
+    pool.reconcile(100)
+
+    def told() -> list[tuple[str, str]]:
+        caplog.clear()
+        clock.value += 31
+        pool.log_waiting()
+        pool.log_waiting()
+        return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+    ((level, message),) = told()
+    assert level == "WARNING"
+    assert "none has a place" in message
+    pool.placed(pool.replicas[1], "a")
+    ((level, message),) = told()
+    assert level == "INFO"
+    assert "1 of 2 load and check the model, the first for 31 s of 100 (cluster.start_seconds)" in message
+    pool.ready(0)
+    assert told() == []
+
+
 def test_who_is_on_a_drained_node_drains_ready_or_not_and_others_are_launched(clock: SimpleNamespace) -> None:
     pool = Pool(Capacity(3))
     pool.reconcile(100)
