@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 
-import neg_service
 from neg_service.models.engines.base import LoadedModel
 from neg_service.models.engines.select import DOES_NOT_RUN, ENGINES, Selection
 from neg_service.models.engines.self_check import SelfCheck, check_plain
@@ -49,6 +48,7 @@ _ENVIRONMENT_PREFIXES = (
 _SAYS_NOTHING = ("VISIBLE_DEVICES", "CACHE", "HOME", "DIR")
 # Of what Linux says of a processor: what changes while it runs, or tells one core from another.
 _OF_ONE_CORE = ("processor", "cpu MHz", "core id", "apicid", "initial apicid", "physical id", "bogomips", "BogoMIPS")
+_PACKAGE = Path(__file__).resolve().parent.parent
 # Code is loaded about now: what is written to later, or was just before, need not be what runs.
 _LOADED_AT = time.time() - 60
 
@@ -138,7 +138,7 @@ def _processor() -> list[str]:
 
 def _code_of(model: LoadedModel) -> list[Path]:
     """The files of this package, of the model's classes, and of what is loaded of transformers and of remote code."""
-    found = set(Path(inspect.getfile(neg_service)).parent.rglob("*.py"))
+    found = set(_PACKAGE.rglob("*.py"))
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in ("transformers", "transformers_modules") and getattr(module, "__file__", None):
             found.add(Path(str(module.__file__)))
