@@ -16,8 +16,9 @@ from torch import Tensor
 
 from neg_service import LanguageModel, load_model
 from neg_service.cluster.messages import WorkerSpec
+from neg_service.cluster.prepare import prepare
 from neg_service.cluster.worker import ScanWorker
-from neg_service.config import ModelConfig, ScanConfig
+from neg_service.config import DatasetConfig, ModelConfig, ScanConfig, StorageConfig
 from neg_service.errors import ConfigurationError, ModelError
 from neg_service.measures.builtin.neurgrad import NeurGrad
 from neg_service.models import language_model, remembered_checks
@@ -286,3 +287,21 @@ def test_a_measure_of_somebodys_own_has_each_replica_check(
 def test_another_way_to_check_is_refused() -> None:
     with refused(ConfigurationError, "model.self_check", "remebered", says="remembered or always"):
         check_engine_settings(ModelConfig(self_check="remebered"))
+
+
+def test_how_it_was_checked_is_no_part_of_what_a_run_is(folder: Path, tmp_path: Path) -> None:
+    """So that a run goes on, and is repaired, whichever way its replicas are started by then."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w3 w4", "targets": [" w5"]}\n')
+    prepared = [
+        prepare(
+            ScanConfig(
+                model=ModelConfig(str(folder), device="cpu", self_check=self_check),
+                dataset=DatasetConfig(source=str(tmp_path / "prompts.jsonl")),
+                storage=StorageConfig(uri=str(tmp_path / "results")),
+            )
+        )
+        for self_check in ("remembered", "always")
+    ]
+    assert len({own.uri for own in prepared}) == 1
+    assert all("self_check" not in own.request["model"] for own in prepared)
+    assert [own.config.model.self_check for own in prepared] == ["remembered", "always"]
