@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,11 +11,6 @@ import pytest
 def one_of(n: int, cases: Iterable[Any]) -> list[Any]:
     """One of each `n` cases is run each time, beginning with the first."""
     return [own if i % n == 0 else _rare(own) for i, own in enumerate(cases)]
-
-
-def only(is_usual: Callable[[Any], bool], cases: Iterable[Any]) -> list[Any]:
-    """Those are run each time that are usual."""
-    return [own if is_usual(own) else _rare(own) for own in cases]
 
 
 def _rare(case: Any) -> Any:
