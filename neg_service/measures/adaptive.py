@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neg_service.measures.changes import Steps
 from neg_service.measures.linearity import Linearity, evaluated_curves, linearity
 from neg_service.measures.shifts import AdaptiveGrid, Doubles, Grid, given_grid, with_slope
 
@@ -139,13 +140,13 @@ class Swept:
 
 
 # Runs shifts [s] of some neurons [m].
-Run = Callable[[Doubles, Tensor], Swept]
+Run = Callable[[Doubles, Tensor], Steps[Swept]]
 
 
 def evaluate_in_stages(
     grid: Grid | AdaptiveGrid, run: Run, slope_nk: Tensor, noise_k: Tensor, keep_curves: bool, has_experts: bool,
     is_per_row: bool = False,
-) -> Evaluated:  # fmt: skip
+) -> Steps[Evaluated]:  # fmt: skip
     """Run the curves of neurons, each in as many stages as it needs, and say what they are.
 
     slope_nk: of the curves at zero, in the direction of the shifts; NaN where it is not known. noise_k: σ of a
@@ -165,7 +166,7 @@ def evaluate_in_stages(
         wanted = stage.shifts
         if has_experts and not is_last:
             wanted = np.union1d(wanted, [stage.evaluated.min(), stage.evaluated.max()])
-        ran = _with_those(ran, wanted, left_m, run)
+        ran = yield from _with_those(ran, wanted, left_m, run)
         of_stage = ran.at(stage.shifts)
         slope_mk, delta_p_mks = slope_nk[left_m], of_stage.delta_p_msk.mT
         found = linearity(stage, delta_p_mks, slope_mk)
@@ -282,9 +283,11 @@ class _Ran:
         return _Ran(self.shifts, self.swept.take(is_wanted_m, slice(None)))
 
 
-def _with_those(ran: _Ran | None, wanted: Doubles, own_m: Tensor, run: Run) -> _Ran:
+def _with_those(ran: _Ran | None, wanted: Doubles, own_m: Tensor, run: Run) -> Steps[_Ran]:
     """What was run of some neurons, with those of the shifts that are wanted that were not run yet."""
     if ran is None:
-        return _Ran(wanted, run(wanted, own_m))
+        return _Ran(wanted, (yield from run(wanted, own_m)))
     new = wanted[~np.isin(wanted, ran.shifts)]
-    return _Ran(np.concatenate([ran.shifts, new]), ran.swept.beside(run(new, own_m))) if len(new) else ran
+    if not len(new):
+        return ran
+    return _Ran(np.concatenate([ran.shifts, new]), ran.swept.beside((yield from run(new, own_m))))

@@ -1,17 +1,22 @@
 """Interventions on single neurons at some sites, and what they did: what `interventions.py` is asked for, and gives.
 
+Who needs several, each after what the last ones did, writes this down as `Steps`: a generator that gives interventions
+and is sent their changes. So those of several prompts take turns, and run together (`together.py`).
+
 Axes: I interventions, K targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from neg_service.models.feed_forward import Site
+
+T = TypeVar("T")
 
 
 class Moved(NamedTuple):
@@ -39,6 +44,21 @@ class Changes(NamedTuple):
     is_rerouted_i: Tensor | None = None
     spread_i: Tensor | None = None
     used_others: Tensor | None = None
+
+
+# Interventions at sites in their order, then what they did, as often as it takes; in the end, what comes out of it.
+Steps: TypeAlias = Generator[Sequence[Moved], Changes, T]
+
+
+def taken(steps: Steps[T], run: Callable[[Sequence[Moved]], Changes]) -> T:
+    """Steps taken one after the other, and what comes out of them."""
+    try:
+        asked = next(steps)
+        while True:
+            asked = steps.send(run(asked))
+    except StopIteration as end:
+        found: T = end.value
+        return found
 
 
 def cut(moved: Sequence[Moved], part: range) -> list[Moved]:

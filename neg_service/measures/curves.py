@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neg_service.measures.adaptive import NO_NOISE, Evaluated, RowNoise, Swept, evaluate_in_stages
-from neg_service.measures.changes import Moved
+from neg_service.measures.adaptive import NO_NOISE, Evaluated, RowNoise, Run, Swept, evaluate_in_stages
+from neg_service.measures.changes import Changes, Moved, Steps, taken
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import PLAIN
@@ -64,7 +64,26 @@ def sweep_prompt(
     gradient_km: Tensor | None = None,
     output: Output | None = None,
 ) -> SweepResult:
-    """Sweep neurons for all targets; curves never leave the device.
+    """Sweep neurons for all targets; see `sweep_steps`."""
+    steps = sweep_steps(
+        interventions, neurons, sweep, budget, keep_curves, neurgrad_km, noise, on_done, gradient_km, output
+    )
+    return taken(steps, lambda moved: interventions.changes(moved, budget))
+
+
+def sweep_steps(
+    interventions: Interventions,
+    neurons: NeuronSet,
+    sweep: Sweep,
+    budget: Budget,
+    keep_curves: bool,
+    neurgrad_km: Tensor | None = None,
+    noise: RowNoise = NO_NOISE,
+    on_done: Callable[[int], None] = lambda n: None,
+    gradient_km: Tensor | None = None,
+    output: Output | None = None,
+) -> Steps[SweepResult]:
+    """Sweep neurons for all targets, as the steps that this takes; curves never leave the device.
 
     output: what is measured of the targets; their probabilities where it is not given. neurgrad_km, gradient_km: of the
     layers of these neurons, as `Interventions` gives them; computed if needed and not given. noise: of the engine's
@@ -104,8 +123,8 @@ def sweep_prompt(
                 slope_nk = gradient_km[:, own_n].T.double()
             elif sweep.shift == "signed":
                 slope_nk = signed_by(activation_m[own_n, None], slope_nk)
-        values = swept(
-            interventions, sites, place_n[own], slope_nk, sweep, noise, budget, keep_curves, output, is_routed_nk[own]
+        values = yield from _swept(
+            interventions, sites, place_n[own], slope_nk, sweep, noise, keep_curves, output, is_routed_nk[own]
         )
         found.put(of_set_n, values)
         on_done(len(own))
@@ -143,18 +162,19 @@ def _groups(in_order: NDArray[np.int64], place_n: NDArray[np.int64], sites: Site
             start = int(end)
 
 
-def swept(
+def _swept(
     interventions: Interventions, sites: Sites, place_n: NDArray[np.int64], slope_nk: Tensor, sweep: Sweep,
-    noise: RowNoise, budget: Budget, keep_curves: bool, output: Output, is_routed_nk: NDArray[np.bool_],
-) -> Evaluated:  # fmt: skip
+    noise: RowNoise, keep_curves: bool, output: Output, is_routed_nk: NDArray[np.bool_],
+) -> Steps[Evaluated]:  # fmt: skip
     """Sweep the neurons at some places, which ascend; of targets for which they are not there, nothing changes."""
     device, p_k, rest_k = interventions.device, interventions.probabilities_for(output), interventions.rest_k
     is_silent_nk = None if is_routed_nk.all() else torch.from_numpy(~is_routed_nk).to(device)
 
-    def run(shifts: Doubles, own_m: Tensor) -> Swept:
+    def run(shifts: Doubles, own_m: Tensor) -> Steps[Swept]:
         some = replace(sweep, grid=given_grid(shifts))
         (own_m,) = fetched([own_m])
-        log_p_msk, logit_msk, changed_ms, spread_ms = curves(interventions, sites, place_n[own_m.numpy()], some, budget)
+        changes = yield _moved(interventions, sites, place_n[own_m.numpy()], some)
+        log_p_msk, logit_msk, changed_ms, spread_ms = _curves(changes, len(own_m), len(shifts))
         if is_silent_nk is not None:
             # Exactly, where rounding differs from row to row.
             is_silent_m1k = is_silent_nk[sent(own_m, device), None]
@@ -169,18 +189,18 @@ def swept(
 
     n_slope = 0
     if sweep.uses_slope and not interventions.gradients_are_exact:
-        slope_nk, n_slope = _measured_slopes(run, sweep.grid.evaluated.max(), len(place_n)), 2
-    found = evaluate_in_stages(
+        slope_nk, n_slope = (yield from _measured_slopes(run, sweep.grid.evaluated.max(), len(place_n))), 2
+    found = yield from evaluate_in_stages(
         sweep.grid, run, slope_nk, noise.sigma * interventions.noise_of(output), keep_curves,
         interventions.has_experts, noise.is_per_row and interventions.errors_are_shares,
     )  # fmt: skip
     return replace(found, n_shifts_n=found.n_shifts_n + n_slope)
 
 
-def _measured_slopes(run: Callable[[Doubles, Tensor], Swept], largest: float, n: int) -> Tensor:
+def _measured_slopes(run: Run, largest: float, n: int) -> Steps[Tensor]:
     """Slopes at zero [n, K] by two small shifts, where gradients are of lower precision than differences."""
     small = _SMALL * largest
-    found = run(np.array([-small, small]), torch.arange(n))
+    found = yield from run(np.array([-small, small]), torch.arange(n))
     return (found.delta_p_msk[:, 1] - found.delta_p_msk[:, 0]) / (2 * small)
 
 
@@ -192,8 +212,13 @@ def curves(
     Then where routing changed, and how far logits spread, [n, S] both; None where there is nothing of the kind
     (`Changes`). Batches are filled across neurons.
     """
-    n, s = len(place_n), len(sweep.grid.shifts)
-    moved = []
+    changes = interventions.changes(_moved(interventions, sites, place_n, sweep), budget)
+    return _curves(changes, len(place_n), len(sweep.grid.shifts))
+
+
+def _moved(interventions: Interventions, sites: Sites, place_n: NDArray[np.int64], sweep: Sweep) -> list[Moved]:
+    """All shifts of the grid of each neuron, at ascending places."""
+    s, moved = len(sweep.grid.shifts), []
     for site, own_n in sites.split(place_n):
         activations = interventions.activation[site]
         neurons_n = sent(torch.from_numpy(own_n), activations.device)
@@ -201,6 +226,11 @@ def curves(
         if sweep.shift == "magnitude":
             moved_ns = signed_by(activations[neurons_n][:, None], moved_ns)
         moved.append(Moved(site, neurons_n.repeat_interleave(s), moved_ns.flatten()))
-    log_p_ik, logit_ik, changed_i, spread_i, _ = interventions.changes(moved, budget)
+    return moved
+
+
+def _curves(changes: Changes, n: int, s: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What `curves` gives."""
+    log_p_ik, logit_ik, changed_i, spread_i, _ = changes
     changed_ns, spread_ns = (None if own is None else own.view(n, s) for own in (changed_i, spread_i))
     return log_p_ik.view(n, s, -1), logit_ik.view(n, s, -1), changed_ns, spread_ns

@@ -31,13 +31,13 @@ from neg_service.measures.batching import in_parts
 from neg_service.measures.changes import Changes, Moved, cut, joined
 from neg_service.measures.outputs import Output
 from neg_service.measures.prepared_prompt import PreparedPrompt
+from neg_service.measures.prompt_differences import changes_together
 from neg_service.measures.readouts import PLAIN
 from neg_service.measures.routing import require_same_experts, routing_changed
 from neg_service.measures.sequences import gradients_of_targets, nodes_of_targets, shifts_of_rows
 from neg_service.measures.signs import signed_by
 from neg_service.models.batches import Budget
 from neg_service.models.engines.backward import target_gradients
-from neg_service.models.engines.difference_program import Shifts
 from neg_service.models.experts_function import Routing, watching_routing
 from neg_service.models.feed_forward import Site, hooks
 from neg_service.models.start_at_layer import flat, start_at_layer
@@ -74,31 +74,48 @@ class Interventions(PreparedPrompt):
             tokens: list[int] | None = None
             if self._tree_rows is not None:
                 found = gradients_of_targets(
-                    self._tree_rows, self._prompt, part, points, each, self._experts.used() if each else None,
+                    self._tree_rows, self.prompt, part, points, each, self._experts.used() if each else None,
                     of_logits=of_logits,
                 )  # fmt: skip
                 if each and self._tree is not None:
                     tokens = [node for own in nodes_of_targets(self._tree)[part.start : part.stop] for node in own]
             else:
                 ids = [self._target_ids[part.start : part.stop]]
-                found = target_gradients(self.rows, ids, points, of_logits=of_logits)
+                with self.naming_memory("its tokens do"):
+                    rows = self.rows
+                found = target_gradients(rows, ids, points, of_logits=of_logits)
             if self.has_experts:
                 place_rs = found.place_r[:, None] if found.place_a is None else found.place_a[None]
                 others = {n: self._experts.is_other(n, found.routing, place_rs, self.device, tokens) for n in layers}
                 require_same_experts(self._who, others)
             # Behind the neurons of experts that were chosen nothing stands but identities' places.
-            pairs = [
-                (self.activation[site], own[:, : len(self.activation[site])])
-                for site, own in zip(points, found.gradient_srn, strict=True)
-            ]
-            signed = [own if each else signed_by(activation, own) for activation, own in pairs]
-            return torch.cat([own.to(self.device, self.probability_k.dtype) for own in signed], 1)
+            by_site = dict(zip(points, found.gradient_srn, strict=True))
+            return self._joined(by_site) if each else self.signed(by_site)
 
         sizes, shares = self.rows.sizes, self.rows.targets_share_rows
         own, beside = (sizes.slopes, sizes.graph) if shares else (sizes.graph + sizes.slopes, 0)
         with self.naming_memory("the gradients of one of its targets do"):
             parts = [found for _, found in in_parts([own] * len(self._target_ids), run, budget, beside)]
-        neurgrad_km = output.gradients(torch.cat(parts), self.probabilities_for(output), self.rest_k)
+        return self.of_output(torch.cat(parts), output)
+
+    def signed(self, gradient_srn: Mapping[Site, Tensor]) -> Tensor:
+        """Gradients by site [R, N] in the direction of activations, of all sites one behind the other [R, M]."""
+        n_of = {site: len(self.activation[site]) for site in gradient_srn}
+        return self._joined(
+            {site: signed_by(self.activation[site], own[:, : n_of[site]]) for site, own in gradient_srn.items()}
+        )
+
+    def _joined(self, gradient_srn: Mapping[Site, Tensor]) -> Tensor:
+        own_srn = [own[:, : len(self.activation[site])] for site, own in gradient_srn.items()]
+        return torch.cat([own.to(self.device, self.probability_k.dtype) for own in own_srn], 1)
+
+    def of_output(self, slope_km: Tensor, output: Output) -> Tensor:
+        """Gradients of each value that is measured [C, M], from those of log p, or of logits [K, M].
+
+        Raises:
+            NonFiniteError: NaN or infinity.
+        """
+        neurgrad_km = output.gradients(slope_km, self.probabilities_for(output), self.rest_k)
         if not neurgrad_km.isfinite().all():
             raise NonFiniteError(f"{self._who}: NaN or infinity in gradients; try another model.dtype")
         return neurgrad_km
@@ -119,15 +136,15 @@ class Interventions(PreparedPrompt):
             DoesNotFit: one intervention beside the baseline row does not fit.
             NonFiniteError: NaN or infinity after an intervention.
         """
-        together = [moved] if self._differences is not None else [[own] for own in moved]
+        together = [moved] if self.by_differences is not None else [[own] for own in moved]
         return joined([self._changes_of_batches(own, budget) for own in together])
 
     def _changes_of_batches(self, moved: Sequence[Moved], budget: Budget) -> Changes:
         def run(part: range) -> Changes:
             return self._run(cut(moved, part))
 
-        size, n = self.rows.sizes.run, sum(len(own.shifts_i) for own in moved)
-        with self.naming_memory("one intervention does"), self._without_waiting():
+        size, n = self.sizes.run, sum(len(own.shifts_i) for own in moved)
+        with self.naming_memory("one intervention does"), self.without_waiting():
             # Beside the baseline row, or what differences of a few rows take while they are worked out.
             parts = list(in_parts([size] * n, run, budget, size))
             found = [own for _, own in parts]
@@ -144,8 +161,8 @@ class Interventions(PreparedPrompt):
                 found[place] = run(parts[place][0])
         return joined(found)
 
-    def _without_waiting(self) -> AbstractContextManager[None]:
-        """On a CPU there is no queue that could run empty."""
+    def without_waiting(self) -> AbstractContextManager[None]:
+        """See `Readout.without_waiting`. On a CPU there is no queue that could run empty."""
         return nullcontext() if self.device.type == "cpu" else self._readout.without_waiting()
 
     def run_from(self, layer: int, n_rows: int, changes: Mapping[Site, Change]) -> Tensor:
@@ -192,17 +209,9 @@ class Interventions(PreparedPrompt):
 
     @torch.no_grad()
     def _run(self, moved: Sequence[Moved]) -> Changes:
-        if self._differences is not None:
-            shifts: dict[Site, Shifts] = {}
-            n = 0
-            for site, neurons_r, shifts_r in moved:
-                rows_r = torch.arange(n, n + len(shifts_r), device=shifts_r.device)
-                n += len(shifts_r)
-                shifts[site] = Shifts(rows_r, neurons_r, shifts_r, n)
-            read = self._readout.differences_read(
-                self._baseline, self._differences.run(n, shifts), self._differences.product, self._target_ids
-            )
-            return Changes(read.log_p_rk, read.logit_rk, None, read.spread_r)
+        if self.by_differences is not None:
+            (found,) = changes_together([self.by_differences], [moved])
+            return found
         ((site, neurons_r, shifts_r),) = moved
         n_rows = len(shifts_r) + 1
 
@@ -225,7 +234,7 @@ class Interventions(PreparedPrompt):
         if self._tree is not None:
             log_p_rk, logit_rk = self._of_tree.changes(self._readout, head_rv[0].view(n_rows, n_read, -1)[1:])
             # Of targets of several tokens, what is compared is log p.
-            compared_rk = log_p_rk if self._prompt.has_sequences else logit_rk
+            compared_rk = log_p_rk if self.prompt.has_sequences else logit_rk
             return Changes(log_p_rk, compared_rk, changed, None, other_experts)
         read = self._readout.rows_read(self._baseline, head_rv[0][1:], self._target_ids)
         return Changes(read.log_p_rk, read.logit_rk, changed, None, other_experts)

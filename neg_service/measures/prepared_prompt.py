@@ -7,8 +7,9 @@ Axes: K targets, S tokens that are read, R rows, M neurons of several sites, C v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from neg_service.errors import ModelError, NonFiniteError
 from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.batching import named, naming_memory
 from neg_service.measures.outputs import Output
+from neg_service.measures.prompt_differences import PromptDifferences
 from neg_service.measures.readout import Readout
 from neg_service.measures.routing import PromptRouting, TokenExperts, routing_of_rows, slots_of
 from neg_service.measures.sequences import TokenLogP, TreeBaseline, nodes_of_targets, tree_of
@@ -54,11 +56,13 @@ class PreparedPrompt:
         *,
         by_rows: bool = False,
         each: str | None = None,
+        differences: tuple[Differences, int] | None = None,
     ) -> None:
         """Run the prompt once; `shared` are first tokens that it shares with others, and that run only once for all.
 
         by_rows: run rows and not their differences, for measures that change more than single neurons. each: shift,
         and differentiate, at every token that predicts one of a target's, `magnitude` or `signed` as shifts are.
+        differences: those of prompts that were run together, and which of these this one is.
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
@@ -70,33 +74,44 @@ class PreparedPrompt:
         self.points: dict[Site, Point] = model.feed_forward.sites(basis)
         self._layers = model.feed_forward.layers
         self._readout = Readout(model)
-        self._target_ids, self._prompt = list(prompt.target_ids), prompt
+        self._target_ids, self.prompt = list(prompt.target_ids), prompt
         self._each = each if prompt.has_sequences else None
         self._tree = tree_of(prompt) if prompt.is_tree else None
         selection = model.ensure_checked_for_trees() if self._tree else model.ensure_checked()
         engine, checked = selection.engine, selection.check
         self._engine_name = engine.name
+        self._rows_of: Callable[[], Rows] = lambda: engine.rows([prompt.ids], shared)
         self._late_expansion, self._starts_at_layers = checked.late_expansion, checked.starts_at_layers
         self.device = model.device
-        self._differences: Differences | None = None
+        self._differences: Differences | None
+        self._differences, self._place = differences or (None, 0)
+        self.by_differences: PromptDifferences | None = None
         self._stored: tuple[list[Tensor], list[Any]] | None = None
         with self.naming_memory("its tokens do"):
             trees = engine.trees([prompt.until_shifted], [[self._tree.row]], shared) if self._tree else None
             self._tree_rows: TreeRows | None = trees
-            self.rows: Rows = trees or model.rows([prompt.ids], shared)
-            if not by_rows and self._tree is None:
-                self._differences = engine.differences(self.rows, prompt.ids, shared, self.points)
+            # Of a prompt's differences rows are needed for gradients alone, and those of several prompts run together.
+            self.sizes = trees.sizes if trees else engine.row_sizes(len(prompt.ids))
+            if not by_rows and self._tree is None and self._differences is None:
+                self._differences = engine.differences([prompt.ids], shared, self.points)
             if self._differences is None:
                 head_sv, logits_sv, self.activation, self.routing = self._run_once()
             else:
-                head_sv, logits_sv = self._differences.head_v[None], self._differences.logits_v[None]
-                self.activation, self.routing = self._differences.activation, PromptRouting()
+                b = self._place
+                head_sv, logits_sv = self._differences.head_bv[b : b + 1], self._differences.logits_bv[b : b + 1]
+                self.activation = {site: own[b] for site, own in self._differences.activation.items()}
+                self.routing = PromptRouting()
                 self._experts = TokenExperts(self._feed_forward, {})
         self._read_targets(head_sv, logits_sv)
 
+    @cached_property
+    def rows(self) -> Rows:
+        """The prompt's rows, behind what runs once."""
+        return self._tree_rows or self._rows_of()
+
     def _read_targets(self, head_sv: Tensor, logits_sv: Tensor) -> None:
         """Take over what the row without a shift says of the targets."""
-        self.tokens_k = torch.tensor([len(own) for own in self._prompt.target_tokens], device=self.device).double()
+        self.tokens_k = torch.tensor([len(own) for own in self.prompt.target_tokens], device=self.device).double()
         self.token_log_p: TokenLogP = None
         if self._tree is not None:
             self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
@@ -110,20 +125,27 @@ class PreparedPrompt:
         # As exact as the probabilities are, also where one is nearly 1.
         self.rest_k = (p_v.double().sum() - p_v[at_k].double()).to(self.device)
         self._log_p_k = self.probability_k.double().log()
-        self._baseline = baseline if self._differences is None else baseline.to(self._differences.dtype)
+        self._baseline = baseline
+        if self._differences is not None:
+            self._baseline = baseline.to(self._differences.dtype)
+            self.by_differences = PromptDifferences(
+                self._differences, self._place, self._readout, self._baseline, tuple(self._target_ids)
+            )
 
     @torch.no_grad()
     def _run_once(self) -> tuple[Tensor, Tensor, dict[Site, Tensor], PromptRouting]:
         """Run one row and store the input of each layer; the head's output and logits behind each token that is read
         [S, V], activations, and routing."""
         captured: dict[Site, Tensor] = {}
+        # What runs once does so before anything watches.
+        rows = self.rows
         with ExitStack() as stack:
             self._stored = stack.enter_context(keep_inputs(self._layers))
             stack.enter_context(hooks(self.points, lambda site, x: captured.update({site: x})))
             routing = stack.enter_context(watching_routing())
             head_rv = stack.enter_context(self._readout.watching())
-            logits_rv = self.rows.run([1])
-        place = self.rows.positions([1])
+            logits_rv = rows.run([1])
+        place = rows.positions([1])
         activation = {
             site: point.neurons(flat(captured[site])[sent(place, captured[site].device)])[0]
             for site, point in self.points.items()

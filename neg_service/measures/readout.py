@@ -17,7 +17,7 @@ z -> c·tanh(z/c), does not, and the difference of capped logits is had without 
 
 Anything else is refused.
 
-Axes: R rows, V vocabulary, K targets, E hidden size.
+Axes: A prompts that are read together, R rows of each, V vocabulary, K targets, E hidden size.
 """
 
 from __future__ import annotations
@@ -68,6 +68,28 @@ class Baseline:
         """The same in another precision."""
         logits_v, p_v, uncapped_v = (own.to(dtype) for own in (self.logits_v, self.p_v, self.uncapped_v))
         return replace(self, logits_v=logits_v, p_v=p_v, uncapped_v=uncapped_v)
+
+
+@dataclass(frozen=True)
+class _Baselines:
+    """Those of prompts that are read together, which share a model: fields as in `Baseline`, prompt by prompt."""
+
+    own: tuple[Baseline, ...]
+    p_av: Tensor
+    uncapped_av: Tensor
+
+    @classmethod
+    def of(cls, own: Sequence[Baseline]) -> _Baselines:
+        """Of one prompt nothing is copied."""
+        if len(own) == 1:
+            return cls(tuple(own), own[0].p_v[None], own[0].uncapped_v[None])
+        return cls(tuple(own), torch.stack([x.p_v for x in own]), torch.stack([x.uncapped_v for x in own]))
+
+    def factor(self, like: Tensor) -> Tensor | float:
+        """From the head's output to logits, for a tensor whose first axis is the prompts."""
+        if len(self.own) == 1 or all(x.factor == 1 for x in self.own):
+            return self.own[0].factor
+        return like.new_tensor([x.factor for x in self.own])[:, None, None]
 
 
 class Read(NamedTuple):
@@ -204,17 +226,20 @@ class Readout:
         at_once = _CPU_ROWS if difference_rv.device.type == "cpu" else max(1, len(difference_rv))
         whole = [slice(0, difference_rv.shape[1])]
 
+        baselines = _Baselines.of([baseline])
+
         def read(part_rv: Tensor) -> Read:
-            return self._read(baseline, lambda own: part_rv[:, own], whole, target_ids)
+            (found,) = self._read(baselines, lambda own: part_rv[None, :, own], whole, [target_ids])
+            return found
 
         parts = [read(part_rv) for part_rv in torch.split(difference_rv, at_once)]
         return Read(*(torch.cat(own) for own in zip(*parts, strict=True)))
 
     def differences_read(
-        self, baseline: Baseline, hidden_re: Tensor, product: Callable[[Tensor, Tensor], Tensor],
-        target_ids: Sequence[int],
-    ) -> Read:  # fmt: skip
-        """What differences of the hidden states that the head reads say [R, E].
+        self, baselines: Sequence[Baseline], hidden_are: Tensor, product: Callable[[Tensor, Tensor], Tensor],
+        target_ids: Sequence[Sequence[int]],
+    ) -> list[Read]:  # fmt: skip
+        """What differences of the hidden states that the head reads say [A, R, E], prompt by prompt.
 
         product: of hidden states with some rows of the head's weight; on a CPU of so few that what it gives is read
         before it leaves the processor's cache.
@@ -224,55 +249,79 @@ class Readout:
         """
         weight_ve = self._head.get_parameter("weight")
         n = len(weight_ve)
-        at_once = max(_CPU_TOKENS, _CPU_VALUES // len(hidden_re)) if hidden_re.device.type == "cpu" else n
+        n_rows = hidden_are.shape[0] * hidden_are.shape[1]
+        at_once = max(_CPU_TOKENS, _CPU_VALUES // n_rows) if hidden_are.device.type == "cpu" else n
         parts = [slice(start, min(start + at_once, n)) for start in range(0, n, at_once)]
-        return self._read(baseline, lambda own: product(hidden_re, weight_ve[own]), parts, target_ids)
+        known = _Baselines.of(baselines)
+        return self._read(known, lambda own: product(hidden_are, weight_ve[own]), parts, target_ids)
 
     def logits_moved(
         self, baseline: Baseline, hidden_re: Tensor, product: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """What differences of the hidden states that the head reads move logits by [R, V]; see `differences_read`."""
-        return self._logits(baseline, product(hidden_re, self._head.get_parameter("weight")), slice(None))
+        known, delta_arv = _Baselines.of([baseline]), product(hidden_re, self._head.get_parameter("weight"))[None]
+        return self._logits(known, delta_arv, slice(None))[0]
 
     def _read(
-        self, baseline: Baseline, at: Callable[[slice | Tensor], Tensor], parts: Sequence[slice],
-        target_ids: Sequence[int],
-    ) -> Read:  # fmt: skip
-        """The same of what `at` gives of the head's output at some tokens; parts: all tokens."""
-        few = indices([baseline.reference, *target_ids], baseline.p_v.device)
-        few_rk = self._logits(baseline, at(few), few)
-        reference_r1, target_rk = few_rk[:, :1], few_rk[:, 1:] - few_rk[:, :1]
+        self, baselines: _Baselines, at: Callable[[slice | Tensor], Tensor], parts: Sequence[slice],
+        target_ids: Sequence[Sequence[int]],
+    ) -> list[Read]:  # fmt: skip
+        """The same of what `at` gives of the head's output at some tokens [A, R, tokens]; parts: all tokens."""
+        references = [own.reference for own in baselines.own]
+        asked = [[reference, *own] for reference, own in zip(references, target_ids, strict=True)]
+        few = indices([token for own in asked for token in own], baselines.p_av.device)
+        few_arx = self._logits(baselines, at(few), few)
+        few_ark = [own[a] for a, own in enumerate(torch.split(few_arx, [len(own) for own in asked], -1))]
+        reference_ar1 = torch.stack([own_rk[:, :1] for own_rk in few_ark])
         rests, squares = [], []
         for part in parts:
-            delta_rv = self._logits(baseline, at(part), part)
-            squares.append(torch.linalg.vector_norm(delta_rv, dim=1).square())
-            relative_rv = delta_rv - reference_r1
-            if part.start <= baseline.reference < part.stop:
-                # Exactly, however another product rounds it.
-                relative_rv[:, baseline.reference - part.start] = 0
+            delta_arv = self._logits(baselines, at(part), part)
+            squares.append(torch.linalg.vector_norm(delta_arv, dim=-1).square())
+            relative_arv = delta_arv - reference_ar1
+            for a, reference in enumerate(references):
+                if part.start <= reference < part.stop:
+                    # Exactly, however another product rounds it.
+                    relative_arv[a, :, reference - part.start] = 0
             # By sums of sums: a product with p adds the whole vocabulary up one by one, which costs digits (`head.py`).
-            rests.append(relative_rv.expm1_().mul_(baseline.p_v[part]).sum(1))
-        rest_r, square_r = torch.stack(rests).sum(0), torch.stack(squares).sum(0)
-        found_rk = target_rk - rest_r.log1p()[:, None]
-        is_beyond_r = ~found_rk.isfinite().all(1)
-        if self._reads_beyond and is_beyond_r.any():
-            # A logit moved by more than float32's exponential holds: nothing is nearly equal, so it may be subtracted.
-            before_v = baseline.logits_v.log_softmax(-1)
-            delta_rv = torch.cat([self._logits(baseline, at(part)[is_beyond_r], part) for part in parts], 1)
-            after_rv = (baseline.logits_v + delta_rv).log_softmax(-1)
-            found_rk[is_beyond_r] = (after_rv - before_v)[:, list(target_ids)]
-            if not found_rk.isfinite().all():
-                raise NonFiniteError(f"{baseline.who}: NaN or infinity in logits after an intervention")
-        return Read(found_rk, few_rk[:, 1:], (square_r / len(baseline.p_v)).sqrt())
+            rests.append(relative_arv.expm1_().mul_(baselines.p_av[:, None, part]).sum(-1))
+        rest_ar, square_ar = torch.stack(rests).sum(0), torch.stack(squares).sum(0)
+        found = []
+        for a, own_rk in enumerate(few_ark):
+            log_p_rk = own_rk[:, 1:] - own_rk[:, :1] - rest_ar[a].log1p()[:, None]
+            is_beyond_r = ~log_p_rk.isfinite().all(1)
+            if self._reads_beyond and is_beyond_r.any():
+                log_p_rk[is_beyond_r] = self._read_beyond(baselines, a, is_beyond_r, at, parts, target_ids[a])
+            found.append(Read(log_p_rk, own_rk[:, 1:], (square_ar[a] / baselines.p_av.shape[1]).sqrt()))
+        return found
 
-    def _logits(self, baseline: Baseline, difference_rv: Tensor, tokens: slice | Tensor) -> Tensor:
+    def _read_beyond(
+        self, baselines: _Baselines, a: int, is_beyond_r: Tensor, at: Callable[[slice | Tensor], Tensor],
+        parts: Sequence[slice], target_ids: Sequence[int],
+    ) -> Tensor:  # fmt: skip
+        """Δ log p of a prompt's rows where a logit moved by more than float32's exponential holds: nothing is nearly
+        equal, so it may be subtracted.
+
+        Raises:
+            NonFiniteError: NaN or infinity after an intervention.
+        """
+        own = baselines.own[a]
+        alone = _Baselines.of([own])
+        delta_rv = torch.cat([self._logits(alone, at(part)[a : a + 1, is_beyond_r], part)[0] for part in parts], 1)
+        after_rv = (own.logits_v + delta_rv).log_softmax(-1)
+        found_rk: Tensor = (after_rv - own.logits_v.log_softmax(-1))[:, list(target_ids)]
+        if not found_rk.isfinite().all():
+            raise NonFiniteError(f"{own.who}: NaN or infinity in logits after an intervention")
+        return found_rk
+
+    def _logits(self, baselines: _Baselines, difference_arv: Tensor, tokens: slice | Tensor) -> Tensor:
         """Differences of logits of some tokens, from those of the head's output."""
-        delta_rv = at_least_float32(difference_rv)
-        if baseline.factor != 1:
-            delta_rv = delta_rv * baseline.factor
+        delta_arv = at_least_float32(difference_arv)
+        factor = baselines.factor(delta_arv)
+        if isinstance(factor, Tensor) or factor != 1:
+            delta_arv = delta_arv * factor
         if self._cap is None:
-            return delta_rv
-        before_v = baseline.uncapped_v[tokens]
-        after_rv = torch.tanh((before_v + delta_rv) / self._cap)
-        slope_rv = 1 - torch.tanh(before_v / self._cap) * after_rv
-        return torch.tanh(delta_rv / self._cap).mul_(self._cap).mul_(slope_rv)
+            return delta_arv
+        before_a1v = baselines.uncapped_av[:, None, tokens]
+        after_arv = torch.tanh((before_a1v + delta_arv) / self._cap)
+        slope_arv = 1 - torch.tanh(before_a1v / self._cap) * after_arv
+        return torch.tanh(delta_arv / self._cap).mul_(self._cap).mul_(slope_arv)

@@ -1,7 +1,8 @@
 """Sweeps of a shard's prompts: NEG by intervention of chosen neurons, for every target, as rows of the table `sweep`.
 
 For each prompt: the prefix runs once, then NeurGrad of all chosen layers over it (which also ranks the neurons, where
-the strongest are asked for), then every (neuron, shift); all targets share these passes. Curves and what is made of
+the strongest are asked for), then every (neuron, shift); all targets share these passes, and so do prompts that leave
+room in them (`together.py`). Curves and what is made of
 them stay on the device; a row for each target and neuron leaves it. What is measured: `neg.py` and `linearity.py`.
 
 Axes: n chosen neurons, K targets, S shifts, M neurons that act on a prompt.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,15 +26,25 @@ from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.base import ShardInput
+from neg_service.measures.batching import in_parts
+from neg_service.measures.changes import Steps, taken
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
-from neg_service.measures.curves import SweepResult, sweep_prompt
+from neg_service.measures.curves import SweepResult, sweep_steps
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.noise import row_noise
 from neg_service.measures.outputs import Output
 from neg_service.measures.readouts import Readouts
-from neg_service.measures.shifts import Sweep
+from neg_service.measures.shifts import AdaptiveGrid, Sweep
 from neg_service.measures.signs import signed_by
 from neg_service.measures.tables import fixed_size, key_columns, mlp_columns, prompt_tables, table_of
+from neg_service.measures.together import (
+    MOST_TOGETHER,
+    cost_of,
+    neurgrads_together,
+    prepared_together,
+    run_together,
+    taken_together,
+)
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
@@ -41,64 +53,143 @@ log = logging.getLogger(__name__)
 
 _SPEAK_SECONDS = 30.0
 
+Tables = dict[str, pa.Table]
+
 
 def sweep_rows(
     shard: ShardInput, sweep: Sweep, noise: RowNoise, keep_curves: bool, readouts: Readouts
-) -> Iterator[tuple[int, dict[str, pa.Table]]]:
+) -> Iterator[tuple[int, Tables]]:
     """The tables `prompts` and `sweep` of each prompt, by its index.
 
     Raises:
         ModelError: the noise of the run was measured with an engine of another kind.
     """
-    model, neurons = shard.model, shard.neurons
-    sizes = model.feed_forward
-    layers = layers_of(neurons, sizes.n_layers)
-    # All that act on a prompt depend on it where there are experts.
-    is_of_prompt = neurons.choose == "top" or (neurons.choose == "all" and sizes.has_experts)
-    chosen = None if is_of_prompt else chosen_neurons(neurons, sizes.layer_neurons)
+    own = _SweptShard(shard, sweep, noise, keep_curves, readouts)
+    model = shard.model
     for group in model.groups([prompt.until_shifted for prompt in shard.prompts]):
+        shared = shard.prompts[group.members[0]].ids[: group.shared]
+        joining = [i for i in group.members if own.runs_with_others(i)]
+        # In a row those of similar length, whose prefixes are padded.
+        joining.sort(key=lambda i: (len(shard.prompts[i].ids), i))
+        for start in range(0, len(joining), MOST_TOGETHER):
+            block = joining[start : start + MOST_TOGETHER]
+            costs = [cost_of(model, shard.prompts[i], len(shared), own.n_rows) for i in block]
+
+            def run(part: range, block: list[int] = block, shared: tuple[int, ...] = shared) -> list[Tables]:
+                return own.together(block[part.start : part.stop], shared)
+
+            for part, tables in in_parts(costs, run, shard.budget):
+                yield from zip([block[i] for i in part], tables, strict=True)
         for index in group.members:
-            prompt = shard.prompts[index]
-            interventions = Interventions(
-                model, prompt, sweep.basis, prompt.ids[: group.shared], each=sweep.shift if sweep.each else None
-            )
-            of_rows = row_noise(model, sweep.basis, shard.budget, sequences=True) if prompt.is_tree else noise
-            output = Output.of(readouts, prompt.prompt)
-            neurgrad_km = interventions.neurgrad(layers, shard.budget, output)
-            gradient_km = interventions.gradient(layers, shard.budget, output)
-            slots = interventions.slots(interventions.sites(layers))
-            own = _of_prompt(neurons, slots, neurgrad_km) if chosen is None else chosen
-            place_n = slots.places_of(own)
-            if neurons.choose == "sample":
-                # Of a list each is told, also where a prompt does not use its expert.
-                own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
-            progress = _Progress(prompt.prompt.id, len(own))
-            found = sweep_prompt(
-                interventions,
-                own,
-                sweep,
-                shard.budget,
-                keep_curves,
-                neurgrad_km,
-                of_rows,
-                progress.add,
-                gradient_km,
-                output,
-            )
+            if index not in joining:
+                yield index, own.alone(index, shared)
+
+
+class _SweptShard:
+    """A shard's prompts, swept one by one or some together."""
+
+    def __init__(self, shard: ShardInput, sweep: Sweep, noise: RowNoise, keep_curves: bool, readouts: Readouts) -> None:
+        self._shard, self._sweep, self._noise = shard, sweep, noise
+        self._keep_curves, self._readouts = keep_curves, readouts
+        neurons, sizes = shard.neurons, shard.model.feed_forward
+        self._layers = layers_of(neurons, sizes.n_layers)
+        # All that act on a prompt depend on it where there are experts.
+        is_of_prompt = neurons.choose == "top" or (neurons.choose == "all" and sizes.has_experts)
+        self._chosen = None if is_of_prompt else chosen_neurons(neurons, sizes.layer_neurons)
+
+    @property
+    def n_rows(self) -> int:
+        """How many interventions a prompt begins with."""
+        grid = self._sweep.grid
+        n = self._shard.neurons.count if self._chosen is None else len(self._chosen)
+        return n * len((grid.stages[0] if isinstance(grid, AdaptiveGrid) else grid).shifts)
+
+    def runs_with_others(self, index: int) -> bool:
+        """Whether a prompt's rows may be in a batch with those of others."""
+        return run_together(self._shard.model, self._shard.prompts[index])
+
+    def together(self, members: Sequence[int], shared: tuple[int, ...]) -> list[Tables]:
+        """The tables of some prompts that begin with shared tokens, in their order."""
+        if len(members) == 1:
+            return [self.alone(members[0], shared)]
+        model, budget = self._shard.model, self._shard.budget
+        prompts = [self._shard.prompts[index] for index in members]
+        prepared = prepared_together(model, prompts, self._sweep.basis, shared)
+        outputs = [Output.of(self._readouts, prompt.prompt) for prompt in prompts]
+        found = neurgrads_together(model, prepared, self._layers, budget, outputs, shared)
+        ready = [
+            self._ready(prompt, own, output, neurgrad_km, None)
+            for prompt, own, output, neurgrad_km in zip(prompts, prepared, outputs, found, strict=True)
+        ]
+        swept = taken_together(prepared, [own.steps for own in ready], budget)
+        return [own.tables(result) for own, result in zip(ready, swept, strict=True)]
+
+    def alone(self, index: int, shared: tuple[int, ...]) -> Tables:
+        """The tables of a prompt."""
+        model, prompt, budget = self._shard.model, self._shard.prompts[index], self._shard.budget
+        interventions = Interventions(
+            model, prompt, self._sweep.basis, shared, each=self._sweep.shift if self._sweep.each else None
+        )
+        output = Output.of(self._readouts, prompt.prompt)
+        neurgrad_km = interventions.neurgrad(self._layers, budget, output)
+        gradient_km = interventions.gradient(self._layers, budget, output)
+        own = self._ready(prompt, interventions, output, neurgrad_km, gradient_km)
+        return own.tables(taken(own.steps, lambda moved: interventions.changes(moved, budget)))
+
+    def _ready(
+        self, prompt: EncodedPrompt, interventions: Interventions, output: Output, neurgrad_km: Tensor,
+        gradient_km: Tensor | None,
+    ) -> _ReadyPrompt:  # fmt: skip
+        """A prompt whose gradients are known."""
+        shard, neurons = self._shard, self._shard.neurons
+        noise = self._noise
+        if prompt.is_tree:
+            noise = row_noise(shard.model, self._sweep.basis, shard.budget, sequences=True)
+        slots = interventions.slots(interventions.sites(self._layers))
+        own = _of_prompt(neurons, slots, neurgrad_km) if self._chosen is None else self._chosen
+        place_n = slots.places_of(own)
+        if neurons.choose == "sample":
+            # Of a list each is told, also where a prompt does not use its expert.
+            own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
+        steps = sweep_steps(
+            interventions,
+            own,
+            self._sweep,
+            shard.budget,
+            self._keep_curves,
+            neurgrad_km,
+            noise,
+            _Progress(prompt.prompt.id, len(own)).add,
+            gradient_km,
+            output,
+        )
+
+        def tables(found: SweepResult) -> Tables:
             is_routed_n = torch.from_numpy(place_n >= 0).to(neurgrad_km.device)
             neurgrad_kn = torch.where(is_routed_n, neurgrad_km[:, np.maximum(place_n, 0)], 0.0)
             probability_k = interventions.probability_k.float().cpu().numpy()
             gradient_kn = signed_by(found.activation_n, neurgrad_kn)
             if gradient_km is not None:
                 gradient_kn = torch.where(is_routed_n, gradient_km[:, np.maximum(place_n, 0)], 0.0)
-            noise_k = of_rows.sigma * interventions.noise_of(output)
+            noise_k = noise.sigma * interventions.noise_of(output)
             estimates = (neurgrad_kn, gradient_kn)
-            table = _table(shard, prompt, own, found, sweep, estimates, interventions.probability_k, noise_k, output)
+            p_k = interventions.probability_k
+            table = _table(shard, prompt, own, found, self._sweep, estimates, p_k, noise_k, output)
             of_prompt = prompt_tables(
-                prompt, probability_k, interventions.routing, sizes.has_experts, interventions.token_log_p,
-                readouts.readout,
+                prompt, probability_k, interventions.routing, shard.model.feed_forward.has_experts,
+                interventions.token_log_p, self._readouts.readout,
             )  # fmt: skip
-            yield index, {**of_prompt, "sweep": table}
+            return {**of_prompt, "sweep": table}
+
+        return _ReadyPrompt(steps, tables)
+
+
+@dataclass(frozen=True)
+class _ReadyPrompt:
+    """What sweeps a prompt, and what makes tables of what that finds."""
+
+    steps: Steps[SweepResult]
+    tables: Callable[[SweepResult], Tables]
 
 
 def _of_prompt(neurons: NeuronsConfig, slots: Slots, neurgrad_km: Tensor) -> NeuronSet:

@@ -12,6 +12,7 @@ from torch import Tensor
 import neg_service
 from neg_service.errors import ConfigurationError
 from neg_service.measures.adaptive import Evaluated, Swept, evaluate_in_stages
+from neg_service.measures.changes import Steps, taken
 from neg_service.measures.linearity import linearity
 from neg_service.measures.shifts import AdaptiveGrid, Doubles, adaptive_grid, chosen_grid, full_grid, with_slope
 from tests.rare import one_of
@@ -22,19 +23,25 @@ TEXT, TARGET = "w3 w14 w15 w9 w26 w5 w35 w8", " w7"
 Curve = Callable[[Tensor], Tensor]
 
 
+def finished(steps: Steps[Evaluated]) -> Evaluated:
+    """What comes out of steps that ask a model for nothing."""
+    return taken(steps, lambda moved: pytest.fail("asked for interventions"))
+
+
 def evaluated(
     curves: list[Curve], grid: AdaptiveGrid, noise: float = 0.0, changed: Callable[[Doubles], Doubles] = np.zeros_like
 ) -> Evaluated:
     """Curves of one neuron each, all for one target, with their slopes by a difference of first order."""
 
-    def run(shifts: Doubles, own_m: Tensor) -> Swept:
+    def run(shifts: Doubles, own_m: Tensor) -> Steps[Swept]:
+        yield from ()
         at = torch.from_numpy(shifts)
         values = torch.stack([curves[i](at) for i in own_m.tolist()])
         return Swept(values[..., None], torch.from_numpy(changed(shifts) > 0).expand(len(own_m), -1))
 
     tiny = torch.tensor([1e-7], dtype=torch.float64)
     slope_nk = torch.stack([(curve(tiny) - curve(-tiny)) / 2e-7 for curve in curves])
-    return evaluate_in_stages(grid, run, slope_nk, torch.tensor([noise]), keep_curves=True, has_experts=True)
+    return finished(evaluate_in_stages(grid, run, slope_nk, torch.tensor([noise]), keep_curves=True, has_experts=True))
 
 
 def the_adaptive(**given: float) -> AdaptiveGrid:
@@ -120,13 +127,14 @@ def test_a_tolerance_buys_shifts_and_noise_makes_them_worthless() -> None:
 def test_all_targets_have_to_be_known() -> None:
     grid = the_adaptive()
 
-    def run(shifts: Doubles, own_m: Tensor) -> Swept:
+    def run(shifts: Doubles, own_m: Tensor) -> Steps[Swept]:
+        yield from ()
         at = torch.from_numpy(shifts)
         both = torch.stack([0.2 * at, torch.expm1(0.3 * at)], 1)
         return Swept(both.expand(len(own_m), -1, -1), torch.zeros(len(own_m), len(at), dtype=torch.bool))
 
     slope_nk = torch.tensor([[0.2, 0.3]], dtype=torch.float64)
-    found = evaluate_in_stages(grid, run, slope_nk, torch.zeros(2), keep_curves=False, has_experts=False)
+    found = finished(evaluate_in_stages(grid, run, slope_nk, torch.zeros(2), keep_curves=False, has_experts=False))
     assert found.n_shifts_n.tolist() == [4]
 
 
@@ -137,15 +145,16 @@ def test_where_a_shift_has_other_experts_chosen_all_are_run() -> None:
 
 
 def test_errors_that_are_a_share_of_effects_are_weighed_by_these() -> None:
-    def run(shifts: Doubles, own_m: Tensor) -> Swept:
+    def run(shifts: Doubles, own_m: Tensor) -> Steps[Swept]:
+        yield from ()
         at = torch.from_numpy(shifts)
         moved = 0.2 * at.expand(len(own_m), -1)
         return Swept(moved[..., None], torch.zeros_like(moved, dtype=torch.bool), moved.abs())
 
     slope_nk = torch.tensor([[0.2]], dtype=torch.float64)
     noise = torch.tensor([0.1])
-    found = evaluate_in_stages(
-        the_adaptive(), run, slope_nk, noise, keep_curves=False, has_experts=False, is_per_row=True
+    found = finished(
+        evaluate_in_stages(the_adaptive(), run, slope_nk, noise, keep_curves=False, has_experts=False, is_per_row=True)
     )
     weights = the_adaptive().stages[0].weights
     # Σ |w|·|0.2·δ| with both shifts at 2, times twice the share.

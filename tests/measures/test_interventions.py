@@ -97,6 +97,8 @@ def test_effects_beyond_the_range_of_exponentials_are_right(family: str) -> None
 
 
 def test_when_memory_ends_batches_shrink_and_rows_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Prompts that run together: `test_together.py`.
+    monkeypatch.setattr("neg_service.measures.sweep.run_together", lambda *_: False)
     model = tiny_model("Llama 2", torch.float64)
     whole = swept(model, NeuronsConfig(choose="sample", count=4))["sweep"]
     real, sizes = interventions.Interventions._run, []

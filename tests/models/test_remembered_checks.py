@@ -161,7 +161,7 @@ def test_an_engine_that_did_not_run_is_tried_again(
     folder: Path, checks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kept it from running may be gone; what gave other numbers is remembered."""
-    deviation = "neg_service.models.engines.select.differences_deviation"
+    deviation = "neg_service.models.engines.select.compared"
     for error, runs in ((RuntimeError("a kernel could not be launched"), 2), (MismatchError("off by 1"), 1)):
         checks.clear()
         with monkeypatch.context() as patch:

@@ -270,7 +270,7 @@ class _ByDifferences:
             moved = {} if shift is None else self._moved(shift)
             if not moved:
                 return baseline.logits_v.cpu()
-            hidden_re = differences.run(1, moved)
+            (hidden_re,) = differences.run(1, moved)
             delta_rv = self._readout.logits_moved(baseline, hidden_re, differences.product)
         logits_v = baseline.logits_v + delta_rv[0].double()
         if not logits_v.isfinite().all():
@@ -280,10 +280,10 @@ class _ByDifferences:
     def _prepared(self, prompt: EncodedPrompt) -> tuple[Differences, Baseline]:
         if self._kept is None or self._kept[0] != prompt.ids:
             self._kept = None
-            rows = self._model.rows([prompt.ids])
-            differences = self._model.engine.differences(rows, prompt.ids, (), self._points)
+            differences = self._model.engine.differences([prompt.ids], (), self._points)
             assert differences is not None
-            baseline = self._readout.baseline(differences.head_v, differences.logits_v, named(prompt, self._model))
+            (head_v,), (logits_v,) = differences.head_bv, differences.logits_bv
+            baseline = self._readout.baseline(head_v, logits_v, named(prompt, self._model))
             self._kept = (prompt.ids, differences, baseline)
         return self._kept[1:]
 

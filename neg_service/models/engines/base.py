@@ -331,10 +331,10 @@ class Engine(ABC):
         """What `run_shared` gives, of the last few prefixes without running them again."""
         return self.prefixes.of(ids, self.run_shared)
 
-    def differences(self, rows: Rows, prompt: Ids, shared: Ids, points: Mapping[Site, Point]) -> Differences | None:
-        """A prompt, whose `rows` these are, for shifts of single neurons at `points` by difference arithmetic.
+    def differences(self, prompts: Sequence[Ids], shared: Ids, points: Mapping[Site, Point]) -> Differences | None:
+        """Prompts for shifts of single neurons at `points` by difference arithmetic; None of engines without it.
 
-        None of engines without it.
+        `shared` are first tokens that all have.
 
         Raises:
             MismatchError: the model is not as the engine needs it.

@@ -8,17 +8,22 @@ the scores of that row, p their softmax, o what it gives, and S keys, of which t
     do = (Σ_j p_j·e_j·(v_j - o) + p_S·(1 + e_S)·dv) / (1 + m)
 
 Soft caps are differenced as tanh is; keys that a window hides are left out; a sink is one more p whose ds is zero.
+Several prompts are as many more heads: each has its own keys, of which p is zero where another has more.
 
-Axes: R rows, H query heads, G key/value heads, X = H/G·R, S keys, D head size.
+Axes: B prompts, A of them that run, R rows of a prompt, H query heads and G key/value heads, of a prompt or of all,
+N = H/G, X = N·R, S keys, D head size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neg_service.models.engines import difference_functions as functions
 from neg_service.models.engines.base import MismatchError
+from neg_service.models.engines.difference_program import Batch
 from neg_service.models.engines.difference_trace import Trace
 from neg_service.models.engines.prefix_attention import FrozenPrefix, RowPass, View
 from neg_service.models.precision import float32_as_asked
@@ -28,85 +33,165 @@ _MOST = 60.0
 
 
 class TracedPass:
-    """Attention of one prompt's traced row: to the shared prefix, to its own, and to itself."""
+    """Attention of the traced row of each prompt: to the shared prefix, to its own, and to itself."""
 
     def __init__(self, trace: Trace, prefix: FrozenPrefix) -> None:
         self._trace, self._prefix = trace, prefix
         # It knows what windows and chunks hide.
-        self._plain = RowPass(prefix, [1])
+        self._plain = RowPass(prefix, [1] * trace.prompts)
 
     def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: View) -> Tensor:
-        """The attention output [1, R, H, D] of one layer."""
+        """The attention output [1, B·R, H, D] of one layer."""
         query, key, value = (self._trace.wrapped(x) for x in qkv)
         n_rows, rows = self._trace.rows, [x.row for x in (query, key, value)]
         if any(x.ndim != 4 or len(x) != 1 or x.shape[2] != n_rows for x in (query, key, value)):
             raise MismatchError(f"attention is given rows as {tuple(query.shape)}, which has no rule for differences")
         row = self._plain.attend(layer, (rows[0], rows[1], rows[2]), view)
         with float32_as_asked():
-            own = _Attention(rows, *self._of_prefix(layer, view, rows[1]), view, self._trace.dtype)
+            own = _Attention(_Attended.of(rows, *self._of_prefix(layer, view, rows[1]), view), view, self._trace.dtype)
         shape = (1, n_rows, *row.shape[2:])
-        slot = self._trace.step(own.difference, query, key, value)
+        slot = self._trace.step(own, query, key, value)
         return self._trace.made(row, slot, shape, query.dtype)
 
     def _of_prefix(self, layer: int, view: View, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values [G, T, D] that the row sees, of the shared prefix and of its own."""
+        """Keys and values [G, T, D] that each prompt's row sees, of the shared prefix and of its own."""
         shared, own = self._prefix.shared, self._prefix.keys_bgtd.get(layer)
+        shared_hidden, own_hidden = self._plain.hidden_keys(view, like.device)
         keys, values = [], []
-        for known, hidden in zip(
-            (
-                (shared.keys_gcd[layer], shared.values_gcd[layer]) if shared.ids else None,
-                None if own is None else (own[0], self._prefix.values_bgtd[layer][0]),
-            ),
-            self._plain.hidden_keys(view, like.device),
-            strict=True,
-        ):
-            if known is None:
-                continue
-            # What is hidden stands before all that is seen.
-            first = 0 if hidden is None else int(hidden.sum())
-            if hidden is not None and bool(hidden[0, first:].any()):
-                raise MismatchError("attention that hides keys between others has no rule for differences")
-            keys.append(known[0][:, first:])
-            values.append(known[1][:, first:])
+        for b in range(self._trace.prompts):
+            seen: list[tuple[Tensor, Tensor]] = []
+            if shared.ids:
+                seen.append(_seen(shared.keys_gcd[layer], shared.values_gcd[layer], shared_hidden, b))
+            if own is not None:
+                seen.append(_seen(own[b], self._prefix.values_bgtd[layer][b], own_hidden, b))
+            if not seen:
+                # Prompts of one token.
+                nothing = like.new_zeros(like.shape[1], 0, 0)
+                seen.append((nothing, nothing))
+            keys.append(torch.cat([known for known, _ in seen], 1))
+            values.append(torch.cat([known for _, known in seen], 1))
         return keys, values
 
 
+def _seen(keys_gtd: Tensor, values_gtd: Tensor, hidden_bt: Tensor | None, b: int) -> tuple[Tensor, Tensor]:
+    """Those keys and values that a prompt's row sees."""
+    if hidden_bt is None:
+        return keys_gtd, values_gtd
+    is_seen_t = ~hidden_bt[b]
+    return keys_gtd[:, is_seen_t], values_gtd[:, is_seen_t]
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """One layer's attention of prompts' rows without a shift, each prompt's heads behind the other's.
+
+    query_gnd, keys_gsd, values_gsd: the last key is the row's own. is_empty_gs: where a prompt has no key, None if all
+    have as many; all G of one prompt are alike. sink_gn1: of each query head, None without.
+    """
+
+    query_gnd: Tensor
+    keys_gsd: Tensor
+    values_gsd: Tensor
+    is_empty_gs: Tensor | None
+    sink_gn1: Tensor | None
+    n_prompts: int
+
+    @classmethod
+    def of(cls, rows: list[Tensor], keys: list[Tensor], values: list[Tensor], view: View) -> _Attended:
+        """Of query, key and value [1, heads, B, D], and of what each prompt's row sees before itself [G, T, D]."""
+        n_prompts, g = len(keys), rows[1].shape[1]
+        query, key_gd, value_gd = (x[0].transpose(0, 1).flatten(0, 1) for x in rows)
+        longest = max(known.shape[1] for known in keys)
+        keys_gsd, values_gsd = (
+            torch.cat([torch.cat([_padded(x, longest, own_gd) for x in known]), own_gd[:, None]], 1)
+            for known, own_gd in ((keys, key_gd), (values, value_gd))
+        )
+        empty = torch.tensor([longest - known.shape[1] for known in keys], device=query.device)
+        is_empty_gs = None
+        if empty.any():
+            is_empty_gs = torch.arange(longest + 1, device=query.device) < empty.repeat_interleave(g)[:, None]
+        query_gnd = query.view(n_prompts * g, -1, query.shape[-1])
+        sinks = None
+        if view.sinks is not None:
+            sinks = view.sinks.detach().view(g, -1, 1).to(query.dtype).repeat(n_prompts, 1, 1)
+        return cls(query_gnd, keys_gsd, values_gsd, is_empty_gs, sinks, n_prompts)
+
+    def some(self, prompts: tuple[int, ...]) -> _Attended:
+        """Of some of the prompts."""
+        at = torch.tensor(prompts, device=self.query_gnd.device)
+
+        def own(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.unflatten(x, 0, (self.n_prompts, -1))[at].flatten(0, 1)
+
+        query, keys, values = (torch.unflatten(x, 0, (self.n_prompts, -1))[at].flatten(0, 1)
+                               for x in (self.query_gnd, self.keys_gsd, self.values_gsd))  # fmt: skip
+        return _Attended(query, keys, values, own(self.is_empty_gs), own(self.sink_gn1), len(prompts))
+
+
+def _padded(known_gtd: Tensor, longest: int, like_gd: Tensor) -> Tensor:
+    """With zeros before, so that the row's own key comes last for all prompts."""
+    if not known_gtd.shape[1]:
+        return known_gtd.new_zeros(len(known_gtd), longest, like_gd.shape[-1])
+    return nn.functional.pad(known_gtd, (0, 0, longest - known_gtd.shape[1], 0))
+
+
 class _Attention:
-    """One layer's attention of the row without a shift: what its differences need to know.
+    """One layer's attention of rows without a shift, as a step: what differences need to know of it, of some prompts.
 
     Values less the output are worked out anew in each pass: they would take the memory of all query heads' values.
     """
 
-    def __init__(
-        self, rows: list[Tensor], keys: list[Tensor], values: list[Tensor], view: View, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, attended: _Attended, view: View, dtype: torch.dtype) -> None:
+        # Of one prompt nothing else will be asked for.
+        self._attended = attended if attended.n_prompts > 1 else None
+        self._view, self._dtype = view, dtype
+        self._made = (tuple(range(attended.n_prompts)), _Weighed(attended, view, dtype))
+
+    def __call__(self, batch: Batch, *given: Tensor | None) -> Tensor:
+        """do [1, A·R, H, D] of dq [1, H, A·R, D], dk and dv [1, G, A·R, D], each None where it is zero."""
+        if self._attended is not None and batch.prompts != self._made[0]:
+            own = _Weighed(self._attended.some(batch.prompts), self._view, self._dtype)
+            self._made = (batch.prompts, own)
+        apart = (None if d is None else self._by_heads(d, batch) for d in given)
+        found_hrd = self._made[1].difference(batch.rows, *apart)
+        if len(batch.prompts) == 1:
+            return found_hrd[None].transpose(1, 2)
+        return torch.unflatten(found_hrd, 0, (len(batch.prompts), -1)).transpose(1, 2).flatten(0, 1)[None]
+
+    def _by_heads(self, d: Tensor, batch: Batch) -> Tensor:
+        """[A·H, R, D] of [1, H, A·R, D]."""
+        if len(batch.prompts) == 1:
+            return d[0]
+        return torch.unflatten(d[0], 1, (len(batch.prompts), batch.rows)).transpose(0, 1).flatten(0, 1)
+
+
+class _Weighed:
+    """What differences of attention need to know, of some prompts."""
+
+    def __init__(self, attended: _Attended, view: View, dtype: torch.dtype) -> None:
         self._scaling, self._cap = view.scaling, view.softcap
-        query, key_gd, value_gd = (x[0, :, 0] for x in rows)
-        keys_gsd, values_gsd = (
-            torch.cat([*known, own[:, None]], 1) for known, own in ((keys, key_gd), (values, value_gd))
-        )
-        self._g, self._n = len(key_gd), len(query) // len(key_gd)
-        query_gnd = query.view(self._g, self._n, -1)
-        score_gns = query_gnd @ keys_gsd.mT * view.scaling
+        self._g, self._n = attended.query_gnd.shape[:2]
+        score_gns = attended.query_gnd @ attended.keys_gsd.mT * view.scaling
         self._capped = None
         if view.softcap is not None:
             self._capped = functions.tanh((score_gns / view.softcap)[:, :, None], dtype)
             score_gns = torch.tanh(score_gns / view.softcap) * view.softcap
+        if attended.is_empty_gs is not None:
+            score_gns = score_gns.masked_fill(attended.is_empty_gs[:, None], float("-inf"))
         self._p_sink = None
-        if view.sinks is None:
+        if attended.sink_gn1 is None:
             p_gns = score_gns.softmax(-1)
         else:
-            sink_gn1 = view.sinks.detach().view(self._g, self._n, 1).to(score_gns.dtype)
-            p_gns = torch.cat([score_gns, sink_gn1], -1).softmax(-1)
+            p_gns = torch.cat([score_gns, attended.sink_gn1], -1).softmax(-1)
             self._p_sink = p_gns[..., -1:].to(dtype)
             p_gns = p_gns[..., :-1]
-        out_gnd = p_gns @ values_gsd
+        out_gnd = p_gns @ attended.values_gsd
         self._keys_gsd, self._values_gsd, self._query_gnd, self._p_gns, self._out_gnd = (
-            own.to(dtype) for own in (keys_gsd, values_gsd, query_gnd, p_gns, out_gnd)
+            own.to(dtype) for own in (attended.keys_gsd, attended.values_gsd, attended.query_gnd, p_gns, out_gnd)
         )
 
     def difference(self, n_rows: int, d_query: Tensor | None, d_key: Tensor | None, d_value: Tensor | None) -> Tensor:
-        """do [1, R, H, D] of dq [1, H, R, D], dk and dv [1, G, R, D], each None where it is zero."""
+        """do [H, R, D] of dq [H, R, D], dk and dv [G, R, D], heads of all prompts, each None where it is zero."""
         g, n = self._g, self._n
         if d_query is None and d_key is None:
             e_gnrs = None
@@ -119,8 +204,7 @@ class _Attention:
         own = self._p_gns[:, :, None, -1:]
         if e_gnrs is None:
             assert d_value is not None
-            do_gnrd = own * d_value[0].unsqueeze(1)
-            return do_gnrd.reshape(1, g * n, n_rows, -1).transpose(1, 2)
+            return (own * d_value.unsqueeze(1)).reshape(g * n, n_rows, -1)
         s = e_gnrs.shape[-1]
         # [G, N, S, D+1]: each value less the output, times its p; and p itself, for m.
         weighted = self._p_gns[..., None] * (self._values_gsd[:, None] - self._out_gnd[:, :, None])
@@ -131,8 +215,8 @@ class _Attention:
             total = total + self._p_sink[:, :, None] * torch.expm1(-top)
             above = above - (self._p_sink[:, :, None] * torch.expm1(-top)) * self._out_gnd[:, :, None]
         if d_value is not None:
-            above = above + own * (1 + e_gnrs[..., -1:]) * d_value[0].unsqueeze(1)
-        return (above / total).view(1, g * n, n_rows, -1).transpose(1, 2)
+            above = above + own * (1 + e_gnrs[..., -1:]) * d_value.unsqueeze(1)
+        return (above / total).view(g * n, n_rows, -1)
 
     def _score_differences(self, n_rows: int, d_query: Tensor | None, d_key: Tensor | None) -> Tensor:
         """ds [G, N, R, S], before a soft cap."""
@@ -142,9 +226,9 @@ class _Attention:
             ds_gnrs = self._keys_gsd.new_zeros(g, n, n_rows, self._p_gns.shape[-1])
         else:
             keys_gds = (self._keys_gsd * self._scaling).mT
-            ds_gxs = torch.bmm(d_query[0].reshape(g, n * n_rows, -1), keys_gds)
+            ds_gxs = torch.bmm(d_query.reshape(g, n * n_rows, -1), keys_gds)
             ds_gnrs = ds_gxs.view(g, n, n_rows, -1)
         if d_key is not None:
-            after = query_gn1d if d_query is None else query_gn1d + d_query[0].view(g, n, n_rows, -1)
-            ds_gnrs[..., -1] += (after * d_key[0].unsqueeze(1)).sum(-1) * self._scaling
+            after = query_gn1d if d_query is None else query_gn1d + d_query.view(g, n, n_rows, -1)
+            ds_gnrs[..., -1] += (after * d_key.unsqueeze(1)).sum(-1) * self._scaling
         return ds_gnrs

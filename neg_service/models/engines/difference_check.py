@@ -2,14 +2,15 @@
 
 In float64 both are exact to about 1e-13, so that subtracting rows is no longer a loss. All neurons of each layer are
 moved together, by large and by small amounts, with windows shorter than the prompt and behind a prefix that prompts
-share.
+share: of two prompts of unequal length that run together, or, where that cannot be, of one.
 
 Axes: R rows, V vocabulary, N neurons of a site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,47 +27,80 @@ DIFFERENCES_TOLERANCE = 1e-6
 # How far neurons move, in turns; beyond the first of them functions are no longer straight.
 _SIZES = (1.0, 0.03, 0.3)
 _ROWS_A_SITE = 2
+# By so many tokens is the second prompt shorter.
+_SHORTER = 3
 # Of the largest logit: smaller differences have no digits left in the rows that they are compared with.
 _LEAST = 1e-6
 
 
-def differences_deviation(engine: Engine, rows_of: Engine) -> tuple[float, str]:
-    """How far they are apart, of the largest in each row, at the worst row; and what was compared, for a person.
+class Compared(NamedTuple):
+    """How far differences are from those of rows, of the largest in each row, at the worst row; whether prompts may run
+    together; and what was compared, for a person."""
+
+    deviation: float
+    together: bool
+    tried: str
+
+
+def compared(engine: Engine, rows_of: Engine) -> Compared:
+    """Compare an engine of differences with another one's rows.
 
     Raises:
         MismatchError: a function without a rule, or a deviation beyond the tolerance.
     """
     model, ids = engine.model, check_ids(engine.model)
     points = model.feed_forward.sites("paper")
-    with in_precision(model.module, model.feed_forward.layers, torch.float64), short_limits(model):
-        deviation = deviation_of_rows(engine, rows_of, ids, ids[: len(ids) // 2], points)
-    engine.forget()
-    rows_of.forget()
-    if not deviation <= DIFFERENCES_TOLERANCE:
-        raise MismatchError(
-            f"differences are {deviation:.1e} off those of {rows_of.name} in float64, at most "
-            f"{DIFFERENCES_TOLERANCE:g} is allowed"
+    rows = f"differences of {len(points) * _ROWS_A_SITE} rows"
+    prompts = (ids, ids[:-_SHORTER])
+
+    def deviation(prompts: Sequence[Ids]) -> float:
+        with in_precision(model.module, model.feed_forward.layers, torch.float64), short_limits(model):
+            found = deviation_of_rows(engine, rows_of, prompts, ids[: len(ids) // 2], points)
+        engine.forget()
+        rows_of.forget()
+        if not found <= DIFFERENCES_TOLERANCE:
+            raise MismatchError(
+                f"differences are {found:.1e} off those of {rows_of.name} in float64, at most "
+                f"{DIFFERENCES_TOLERANCE:g} is allowed"
+            )
+        return found
+
+    try:
+        return Compared(
+            deviation(prompts), True, f"{rows} of each of two prompts together against {rows_of.name}, in float64"
         )
-    n_sites = len(points)
-    return deviation, f"differences of {n_sites * _ROWS_A_SITE} rows against those of {rows_of.name}, in float64"
+    except MismatchError:
+        # One by one, prompts may be right all the same.
+        return Compared(deviation(prompts[:1]), False, f"{rows} against those of {rows_of.name}, in float64")
 
 
 @torch.no_grad()
-def deviation_of_rows(engine: Engine, rows_of: Engine, ids: Ids, shared: Ids, points: dict[Site, Point]) -> float:
-    """Of differences of logits from those of another engine's rows, in the precision that the model computes in."""
-    found = engine.differences(rows_of.rows([ids], shared), ids, shared, points)
+def deviation_of_rows(
+    engine: Engine, rows_of: Engine, prompts: Sequence[Ids], shared: Ids, points: dict[Site, Point]
+) -> float:
+    """Of differences of logits of prompts that run together from those of another engine's rows, in the precision that
+    the model computes in."""
+    found = engine.differences(prompts, shared, points)
     assert found is not None
-    moved_srn = dict(_moves({site: len(own) for site, own in found.activation.items()}))
+    moved_srn = dict(_moves({site: own.shape[1] for site, own in found.activation.items()}))
     n_rows = 1 + _ROWS_A_SITE * len(points)
-    expected_rv = _by_rows(rows_of, ids, shared, points, moved_srn, n_rows)
-    d_re = found.run(n_rows, {site: _shifts(*own) for site, own in moved_srn.items()})
-    own_rv = found.product(d_re, engine.model.module.get_output_embeddings().weight).double()
+    shifts = {site: _shifts(*own, len(prompts)) for site, own in moved_srn.items()}
+    d_bre = found.run(n_rows, shifts, range(len(prompts)))
+    own_brv = found.product(d_bre, engine.model.module.get_output_embeddings().weight).double()
+    deviations = [
+        _deviation(own_rv, _by_rows(rows_of, ids, shared, points, moved_srn, n_rows))
+        for ids, own_rv in zip(prompts, own_brv, strict=True)
+    ]
+    # NaN is no small deviation.
+    return max(own if own == own else float("inf") for own in deviations)
+
+
+def _deviation(own_rv: Tensor, expected_rv: Tensor) -> float:
+    """Of differences from those of rows, of which the first one is not moved."""
     largest = expected_rv[0].abs().amax()
     expected_rv = expected_rv[1:] - expected_rv[:1]
     scale_r = expected_rv.abs().amax(1).clamp_min(_LEAST * largest)
-    deviation = float(((own_rv[1:] - expected_rv).abs().amax(1) / scale_r).amax())
-    # NaN is no small deviation.
-    return deviation if deviation == deviation else float("inf")
+    return float(((own_rv[1:] - expected_rv).abs().amax(1) / scale_r).amax())
 
 
 def _moves(sizes: dict[Site, int]) -> Iterable[tuple[Site, tuple[int, Tensor]]]:
@@ -79,10 +113,13 @@ def _moves(sizes: dict[Site, int]) -> Iterable[tuple[Site, tuple[int, Tensor]]]:
         yield site, (1 + _ROWS_A_SITE * place, by_rn)
 
 
-def _shifts(first: int, by_rn: Tensor) -> Shifts:
+def _shifts(first: int, by_rn: Tensor, n_prompts: int) -> Shifts:
+    """The same rows of each prompt."""
     n_rows, n = by_rn.shape
     rows_i = torch.arange(first, first + n_rows).repeat_interleave(n)
-    return Shifts(rows_i, torch.arange(n).repeat(n_rows), by_rn.flatten(), first + n_rows)
+    prompts_i = torch.arange(n_prompts).repeat_interleave(len(rows_i))
+    rows_i, neurons_i, by_i = (x.repeat(n_prompts) for x in (rows_i, torch.arange(n).repeat(n_rows), by_rn.flatten()))
+    return Shifts(rows_i, neurons_i, by_i, first + n_rows, prompts_i)
 
 
 def _by_rows(

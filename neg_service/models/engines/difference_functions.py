@@ -44,12 +44,14 @@ _BLOCK = 2**16
 def in_blocks(function: Callable[..., Tensor], a: Tensor, *parts: Tensor) -> Tensor:
     """A function of tensors of one shape, each row by itself, a few rows at a time where that is faster.
 
-    `a` is the row without a shift, of as many axes, and of one element where the others have the rows.
+    `a` is the row without a shift, or one of each prompt: of as many axes, of one element where the others have rows.
     """
     first = parts[0]
     if first.device.type != "cpu" or first.numel() < 2 * _BLOCK:
         return function(*parts)
-    axis = next(i for i, (one, n) in enumerate(zip(a.shape, first.shape, strict=True)) if n > 1 and one == 1)
+    axis = next((i for i, (one, n) in enumerate(zip(a.shape, first.shape, strict=True)) if n > 1 and one == 1), None)
+    if axis is None:
+        return function(*parts)
     found = torch.empty_like(first)
     at_once = max(1, _BLOCK * first.shape[axis] // first.numel())
     for start in range(0, first.shape[axis], at_once):

@@ -7,13 +7,17 @@ so a run begins at the lowest site that is shifted, whatever the architecture. T
 join at that site those of the sites below it, so that rows of all sites make up one batch at the price of each one's
 own layers.
 
-Axes: R rows, F features.
+A program may be that of several prompts, whose rows then run together: as many of each of those that have any, prompt
+by prompt.
+
+Axes: B prompts of a program, A of them that run, R rows of a prompt, F features, I shifts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,20 @@ from torch import Tensor, nn
 from neg_service.models.engines.difference_products import Product
 from neg_service.models.feed_forward import Point, Site
 
-# Given how many rows there are, and the differences of what it depends on, of which some but not all may be None.
+
+class Batch(NamedTuple):
+    """What runs: so many rows of each of some of the program's prompts."""
+
+    prompts: tuple[int, ...]
+    rows: int
+
+    @property
+    def n(self) -> int:
+        """Rows in all."""
+        return len(self.prompts) * self.rows
+
+
+# Given a `Batch`, and the differences of what it depends on, of which some but not all may be None.
 Run = Callable[..., Tensor]
 
 
@@ -38,7 +55,7 @@ class Step:
 class SiteStep:
     """Where a site's neurons pass by: `before` the slot of their tensor, None if nothing below can be shifted.
 
-    shape: of that tensor with one row; axis: where the rows are; row: its values without a shift [F].
+    shape: of that tensor with a row of each prompt; axis: where the rows are; row: its values without a shift [B, F].
     """
 
     site: Site
@@ -54,14 +71,16 @@ class SiteStep:
 class Shifts:
     """Row `rows_i[i]` has neuron `neurons_i[i]` of a site, counted from its first, moved by `shifts_i[i]`: [I] each.
 
-    n_rows: how many rows are moved at this site or below, all before those of the sites above it; None: that is not
-    known, and all rows run from the lowest site on.
+    n_rows: how many rows of a prompt are moved at this site or below, all before those of the sites above it; None:
+    that is not known, and all rows run from the lowest site on. prompts_i: whose row it is, as a place among those that
+    run; the first one's where it is not given.
     """
 
     rows_i: Tensor
     neurons_i: Tensor
     shifts_i: Tensor
     n_rows: int | None = None
+    prompts_i: Tensor | None = None
 
 
 @dataclass
@@ -109,31 +128,31 @@ class Program:
         """Where neurons pass by."""
         return {step.site: step for step in self.steps if isinstance(step, SiteStep)}
 
-    def run(self, n_rows: int, shifts: Mapping[Site, Shifts]) -> Tensor | None:
-        """Differences of the head's input [R, F]; None where no shift reaches it."""
+    def run(self, prompts: tuple[int, ...], n_rows: int, shifts: Mapping[Site, Shifts]) -> Tensor | None:
+        """Differences of the head's input [A, R, F]; None where no shift reaches it."""
         if self.output is None:
             return None
         values: list[Tensor | None] = [None] * len(self.axes)
         start = next(i for i, step in enumerate(self.steps) if isinstance(step, SiteStep) and step.site in shifts)
-        n_now = 0
+        now = Batch(prompts, 0)
         for step, frees in zip(self.steps[start:], self._frees[start:], strict=True):
             if isinstance(step, Step):
                 given = [values[slot] for slot in step.slots]
                 if any(own is not None for own in given):
-                    values[step.out] = step.run(n_now, *given)
+                    values[step.out] = step.run(now, *given)
             elif step.site in shifts:
-                n_now = self._grown(values, n_now, shifts[step.site].n_rows, n_rows)
+                now = self._grown(values, now, shifts[step.site].n_rows, n_rows)
                 before = None if step.before is None else values[step.before]
-                values[step.out] = _shifted(step, before, n_now, shifts[step.site], self.dtype)
+                values[step.out] = _shifted(step, before, now, shifts[step.site], self.dtype)
             elif step.before is not None:
                 values[step.out] = values[step.before]
             for slot in frees:
                 values[slot] = None
-        self._grown(values, n_now, None, n_rows)
+        self._grown(values, now, None, n_rows)
         found = values[self.output]
-        return None if found is None else found.reshape(n_rows, -1)
+        return None if found is None else found.reshape(len(prompts), n_rows, -1)
 
-    def _grown(self, values: list[Tensor | None], n_now: int, wanted: int | None, most: int) -> int:
+    def _grown(self, values: list[Tensor | None], now: Batch, wanted: int | None, most: int) -> Batch:
         """Let values that are still needed have as many rows as are wanted from here on, and say how many these are.
 
         New rows have no differences yet. Where rows have no axis of their own, all join at once, before there are any.
@@ -141,13 +160,15 @@ class Program:
         known = [(slot, own) for slot, own in enumerate(values) if own is not None]
         if wanted is None or (not known and self._mixes_at_sites):
             wanted = most
-        if known and wanted > n_now:
+        if known and wanted > now.rows:
+            n_prompts = len(now.prompts)
             for slot, own in known:
                 axis = self.axes[slot]
                 assert axis is not None
-                shape = (*own.shape[:axis], wanted - n_now, *own.shape[axis + 1 :])
-                values[slot] = torch.cat([own, own.new_zeros(shape)], axis)
-        return max(wanted, n_now)
+                shape = (*own.shape[:axis], n_prompts, wanted - now.rows, *own.shape[axis + 1 :])
+                parts = [torch.unflatten(own, axis, (n_prompts, now.rows)), own.new_zeros(shape)]
+                values[slot] = torch.cat(parts, axis + 1).flatten(axis, axis + 1)
+        return now._replace(rows=max(wanted, now.rows))
 
 
 def _slots_of(step: Step | SiteStep) -> Sequence[int]:
@@ -156,31 +177,32 @@ def _slots_of(step: Step | SiteStep) -> Sequence[int]:
     return () if step.before is None else (step.before,)
 
 
-def _shifted(step: SiteStep, before: Tensor | None, n_rows: int, own: Shifts, dtype: torch.dtype) -> Tensor:
+def _shifted(step: SiteStep, before: Tensor | None, batch: Batch, own: Shifts, dtype: torch.dtype) -> Tensor:
     """The differences at a site with its shifts added."""
     if before is None:
-        shape = (*step.shape[: step.axis], n_rows, *step.shape[step.axis + 1 :])
+        shape = (*step.shape[: step.axis], batch.n, *step.shape[step.axis + 1 :])
         changed = step.row.new_zeros(shape, dtype=dtype)
     else:
         changed = before.clone(memory_format=torch.contiguous_format)
     device = changed.device
     # Each row has one token, so that rows are all that there is beside the features.
-    neurons = step.point.neurons(changed.view(n_rows, -1))
-    place = (own.rows_i.to(device), own.neurons_i.to(device))
+    neurons = step.point.neurons(changed.view(batch.n, -1))
+    rows_i = own.rows_i if own.prompts_i is None else own.rows_i + own.prompts_i * batch.rows
+    place = (rows_i.to(device), own.neurons_i.to(device))
     neurons.index_put_(place, own.shifts_i.to(device, dtype), accumulate=True)
     return changed
 
 
 @dataclass(frozen=True)
 class Differences:
-    """One prompt, ready for shifts of single neurons.
+    """Prompts, ready for shifts of single neurons.
 
-    head_v, logits_v: the vocabulary head's output without a shift, and the model's logits [V], in float64. activation:
-    of each site's neurons at the readout position [N], where the layer is, in float64.
+    head_bv, logits_bv: the vocabulary head's output without a shift, and the model's logits [B, V], in float64.
+    activation: of each site's neurons at the readout position [B, N], where the layer is, in float64.
     """
 
-    head_v: Tensor
-    logits_v: Tensor
+    head_bv: Tensor
+    logits_bv: Tensor
     activation: dict[Site, Tensor]
     _program: Program
     _head: nn.Linear
@@ -191,11 +213,14 @@ class Differences:
         """The precision of differences."""
         return self._program.dtype
 
-    def run(self, n_rows: int, shifts: Mapping[Site, Shifts]) -> Tensor:
-        """Differences of the hidden states that the head reads [R, E]."""
-        d_re = self._program.run(n_rows, shifts)
-        return d_re if d_re is not None else self.head_v.new_zeros(n_rows, self._head.in_features, dtype=self.dtype)
+    def run(self, n_rows: int, shifts: Mapping[Site, Shifts], prompts: Sequence[int] = (0,)) -> Tensor:
+        """Differences of the hidden states that the head reads [A, R, E], of some of the prompts."""
+        d_are = self._program.run(tuple(prompts), n_rows, shifts)
+        if d_are is None:
+            shape = (len(prompts), n_rows, self._head.in_features)
+            return self.head_bv.new_zeros(shape, dtype=self.dtype)
+        return d_are
 
-    def product(self, d_re: Tensor, weight_ve: Tensor) -> Tensor:
-        """Differences of the head's output [R, V], its bias not among them, of some of its tokens' weights."""
-        return self._product(d_re, weight_ve, False)
+    def product(self, d_are: Tensor, weight_ve: Tensor) -> Tensor:
+        """Differences of the head's output [A, R, V], its bias not among them, of some of its tokens' weights."""
+        return self._product(d_are.flatten(0, -2), weight_ve, False).view(*d_are.shape[:-1], -1)

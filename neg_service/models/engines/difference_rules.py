@@ -8,12 +8,14 @@ without a shift, which is what the model itself computes, and leaves a step for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neg_service.models.engines import difference_functions as functions
+from neg_service.models.engines.difference_program import Batch
 from neg_service.models.engines.difference_shapes import SHAPE_RULES
 from neg_service.models.engines.difference_trace import Rule, Trace, Traced, first_traced, no_rule, promoted, put_in
 
@@ -56,18 +58,18 @@ def _in_place(func: Any, args: Any, found: Traced) -> Traced:
     return target
 
 
-def _expanded(trace: Trace, d: Tensor, shape: Any, n_rows: int) -> Tensor:
-    return d.expand(trace.sized(tuple(shape), n_rows))
+def _expanded(trace: Trace, d: Tensor, shape: Any, batch: Batch) -> Tensor:
+    return d.expand(trace.sized(tuple(shape), batch.n))
 
 
 def _sum(trace: Trace, func: Any, args: Any, kwargs: Any, sign: int = 1) -> Traced:
     a, b, shape, dtype = _operands(trace, args, kwargs, func.__name__)
 
-    def added(n_rows: int, d_a: Tensor | None, d_b: Tensor | None) -> Tensor:
+    def added(batch: Batch, d_a: Tensor | None, d_b: Tensor | None) -> Tensor:
         if d_a is None or d_b is None:
             known = d_a if d_b is None else d_b if sign > 0 else -d_b
             assert known is not None
-            return _expanded(trace, known, shape, n_rows)
+            return _expanded(trace, known, shape, batch)
         return d_a + d_b if sign > 0 else d_a - d_b
 
     slot = trace.step(added, *map(_traced, args))
@@ -91,18 +93,31 @@ def _rsub(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     return _sum(trace, func, args[::-1], kwargs, -1)
 
 
+def _scaled(
+    trace: Trace, func: Any, changed: Any, other: Any, row: Any, operation: Callable[..., Tensor]
+) -> int | None:
+    """A step that multiplies with an operand that no shift changes, or divides by it; `row` is what it is of a row."""
+
+    def make(row: Any) -> functions.Difference:
+        kept = trace.kept(row)
+        return lambda d: operation(d, kept)
+
+    if trace.has_rows(other):
+        return trace.step_of(func.__name__, make, (row,), changed)
+    found = make(row)
+    return trace.step(lambda _batch, d: found(d), changed)
+
+
 @_rule("mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__")
 def _mul(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     a, b, shape, dtype = _operands(trace, args, kwargs, func.__name__)
 
     x, y = map(_traced, args)
     if x is not None and y is not None and x.slot is not None and y.slot is not None:
-        of_both = functions.product(a, b, trace.dtype)
-        slot = trace.step(lambda _n, d_a, d_b: of_both(d_a, d_b), x, y)
+        slot = trace.step_of(func.__name__, lambda own, other: functions.product(own, other, trace.dtype), (a, b), x, y)
     else:
-        changed, factor = (x, b) if y is None or y.slot is None else (y, a)
-        factor = trace.kept(factor)
-        slot = trace.step(lambda _n, d: d * factor, changed)
+        changed, other, factor = (x, args[1], b) if y is None or y.slot is None else (y, args[0], a)
+        slot = _scaled(trace, func, changed, other, factor, torch.mul)
 
     found = trace.made(a * b, slot, shape, dtype)
     return _in_place(func, args, found) if func.__name__ in ("mul_", "__imul__") else found
@@ -114,11 +129,15 @@ def _div(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
 
     x, y = map(_traced, args)
     if y is None or y.slot is None:
-        below = trace.kept(b)
-        slot = trace.step(lambda _n, d: d / below, x)
+        slot = _scaled(trace, func, x, args[1], b, torch.div)
     else:
-        of_both = functions.quotient(torch.as_tensor(a), b, trace.dtype)
-        slot = trace.step(lambda _n, d_a, d_b: of_both(d_a, d_b), x, y)
+        slot = trace.step_of(
+            func.__name__,
+            lambda own, other: functions.quotient(own, other, trace.dtype),
+            (torch.as_tensor(a), b),
+            x,
+            y,
+        )
     found = trace.made(a / b, slot, shape, dtype)
     return _in_place(func, args, found) if func.__name__ in ("div_", "__itruediv__") else found
 
@@ -139,7 +158,7 @@ def _mean(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
         raise no_rule(f"{func.__name__} over dim={dims}")
     keepdim = bool(options.get("keepdim"))
     shape = (*x.shape[:-1], 1) if keepdim else x.shape[:-1]
-    slot = trace.step(lambda _n, d: func(d, dim=-1, keepdim=keepdim), x)
+    slot = trace.step(lambda _batch, d: func(d, dim=-1, keepdim=keepdim), x)
     return trace.made(func(x.row, dim=-1, keepdim=keepdim), slot, shape, dtype)
 
 
@@ -179,7 +198,7 @@ def _weighed(trace: Trace, x: Any, weight: Any, bias: Any, *, is_transposed: boo
     row = a @ (weight if is_transposed else weight.mT).to(a.dtype)
     row = row if bias is None else row + bias.to(a.dtype)
 
-    def multiplied(_n: int, d: Tensor) -> Tensor:
+    def multiplied(_batch: Batch, d: Tensor) -> Tensor:
         return product(d.reshape(-1, d.shape[-1]), weight, is_transposed).view(*d.shape[:-1], -1)
 
     return trace.made(row, trace.step(multiplied, x), (*x.shape[:-1], row.shape[-1]), x.dtype)
@@ -196,10 +215,14 @@ def _given(args: Any, kwargs: Any, *names: str) -> list[Any]:
     return [found.get(name) for name in names]
 
 
-def _elementwise(trace: Trace, x: Any, row: Tensor, difference: functions.Difference | None, name: str) -> Traced:
-    if not isinstance(x, Traced) or difference is None:
+# From a row without a shift to what differences from it become; None where there is no rule.
+_Make = Callable[[Tensor], functions.Difference | None]
+
+
+def _elementwise(trace: Trace, x: Any, plain: Callable[[Tensor], Tensor], make: _Make, name: str) -> Traced:
+    if not isinstance(x, Traced):
         raise no_rule(name)
-    return trace.made(row, trace.step(lambda _n, d: difference(d), x), x.shape, x.dtype)
+    return trace.made(plain(x.row), trace.step_of(name, make, (x.row,), x), x.shape, x.dtype)
 
 
 def _of(plain: Callable[[Tensor], Tensor], difference: Callable[[Tensor, torch.dtype], functions.Difference]) -> Rule:
@@ -207,7 +230,7 @@ def _of(plain: Callable[[Tensor], Tensor], difference: Callable[[Tensor, torch.d
 
     def rule(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
         x, in_place = _given(args, kwargs, "input", "inplace")
-        found = _elementwise(trace, x, plain(x.row), difference(x.row, trace.dtype), func.__name__)
+        found = _elementwise(trace, x, plain, lambda row: difference(row, trace.dtype), func.__name__)
         return _in_place(func, args, found) if in_place or func.__name__.endswith("_") else found
 
     return rule
@@ -233,18 +256,16 @@ def _pow(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     x, exponent = _given(args, kwargs, "input", "exponent")
     if isinstance(exponent, Tensor):
         raise no_rule("a power that is a tensor")
-    return _elementwise(
-        trace, x, x.row**exponent, functions.power(x.row, trace.dtype, exponent), f"the power of {exponent}"
-    )
+    make = partial(functions.power, dtype=trace.dtype, exponent=exponent)
+    return _elementwise(trace, x, lambda row: row**exponent, make, f"the power of {exponent}")
 
 
 @_rule("gelu")
 def _gelu(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
     x, approximate = _given(args, kwargs, "input", "approximate")
     kind = approximate or "none"
-    return _elementwise(
-        trace, x, nn.functional.gelu(x.row, approximate=kind), functions.gelu(x.row, trace.dtype, kind), "gelu"
-    )
+    make = partial(functions.gelu, dtype=trace.dtype, approximate=kind)
+    return _elementwise(trace, x, partial(nn.functional.gelu, approximate=kind), make, "gelu")
 
 
 @_rule("clamp", "clip", "clamp_")
@@ -252,7 +273,8 @@ def _clamp(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     x, low, high = _given(args, kwargs, "input", "min", "max")
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         raise no_rule("clamp between tensors")
-    found = _elementwise(trace, x, x.row.clamp(low, high), functions.clamp(x.row, trace.dtype, low, high), "clamp")
+    make = partial(functions.clamp, dtype=trace.dtype, low=low, high=high)
+    found = _elementwise(trace, x, lambda row: row.clamp(low, high), make, "clamp")
     return _in_place(func, args, found) if func.__name__ == "clamp_" else found
 
 
@@ -262,8 +284,8 @@ def _softmax(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
     if dim not in (-1, x.ndim - 1):
         raise no_rule("softmax over another axis than the last")
     p = x.row.softmax(-1)
-    difference = functions.softmax(p, trace.dtype)
-    return trace.made(p, trace.step(lambda _n, d: difference(d), x), x.shape, dtype or x.dtype)
+    slot = trace.step_of("softmax", partial(functions.softmax, dtype=trace.dtype), (p,), x)
+    return trace.made(p, slot, x.shape, dtype or x.dtype)
 
 
 @_rule("layer_norm")
@@ -273,8 +295,10 @@ def _layer_norm(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
         raise no_rule("layer_norm over several axes")
     weight, bias = (None if own is None else own.detach().to(x.row.dtype) for own in (weight, bias))
     eps = 1e-5 if eps is None else eps
-    row = nn.functional.layer_norm(x.row, shape, weight, bias, eps)
-    return _elementwise(trace, x, row, functions.layer_norm(x.row, trace.dtype, weight, eps), "layer_norm")
+    make = partial(functions.layer_norm, dtype=trace.dtype, weight=weight, eps=eps)
+    return _elementwise(
+        trace, x, lambda row: nn.functional.layer_norm(row, shape, weight, bias, eps), make, "layer_norm"
+    )
 
 
 @_rule("rms_norm")
@@ -285,5 +309,5 @@ def _rms_norm(trace: Trace, _func: Any, args: Any, kwargs: Any) -> Traced:
     weight = None if weight is None else weight.detach().to(x.row.dtype)
     # By the dtype that the code believes.
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    row = nn.functional.rms_norm(x.row, shape, weight, eps)
-    return _elementwise(trace, x, row, functions.rms_norm(x.row, trace.dtype, weight, eps), "rms_norm")
+    make = partial(functions.rms_norm, dtype=trace.dtype, weight=weight, eps=eps)
+    return _elementwise(trace, x, lambda row: nn.functional.rms_norm(row, shape, weight, eps), make, "rms_norm")

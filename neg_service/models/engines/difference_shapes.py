@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neg_service.models.engines.base import MismatchError
+from neg_service.models.engines.difference_program import Batch
 from neg_service.models.engines.difference_trace import Rule, Trace, Traced, first_traced, no_rule, promoted, put_in
 
 SHAPE_RULES: dict[str, Rule] = {}
@@ -62,7 +63,7 @@ def _cast(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
         raise no_rule(f"a cast to {asked if isinstance(asked, str) else asked.dtype}")
     if asked.device == x.row.device:
         return Traced(trace, x.row, x.slot, x.shape, asked.dtype)
-    slot = trace.step(lambda _n, d: d.to(asked.device), x)
+    slot = trace.step(lambda _batch, d: d.to(asked.device), x)
     return Traced(trace, x.row.to(asked.device), slot, x.shape, asked.dtype)
 
 
@@ -81,9 +82,9 @@ def _shape(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     def changed(n_rows: int, x: Tensor) -> Any:
         return change(x, *trace.sized(rest, n_rows), **{key: trace.sized(own, n_rows) for key, own in kwargs.items()})
 
-    row = changed(1, x.row)
+    row = changed(trace.prompts, x.row)
     shape = changed(trace.rows, _with_shape(x)).shape
-    return trace.made(row, trace.step(changed, x), shape, x.dtype)
+    return trace.made(row, trace.step(lambda batch, d: changed(batch.n, d), x), shape, x.dtype)
 
 
 @_rule("expand_as")
@@ -102,7 +103,7 @@ def _parts(trace: Trace, func: Any, args: Any, kwargs: Any) -> tuple[Traced, ...
     if len(rows) != len(shapes):
         raise MismatchError(f"rows are mixed by {func.__name__}")
     return tuple(
-        trace.made(row, trace.step(lambda _n, d, i=i: func(d, *rest, **kwargs)[i], x), own.shape, x.dtype)
+        trace.made(row, trace.step(lambda _batch, d, i=i: func(d, *rest, **kwargs)[i], x), own.shape, x.dtype)
         for i, (row, own) in enumerate(zip(rows, shapes, strict=True))
     )
 
@@ -130,10 +131,10 @@ def _cat(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     shape = func([_with_shape(part) if isinstance(part, Traced) else torch.empty(()).expand(part.shape)
                   for part in parts], dim).shape  # fmt: skip
 
-    def joined(n_rows: int, *given: Tensor | None) -> Tensor:
+    def joined(batch: Batch, *given: Tensor | None) -> Tensor:
         known = next(own for own in given if own is not None)
         whole = [
-            known.new_zeros(()).expand(trace.sized(tuple(part.shape), n_rows)) if own is None else own
+            known.new_zeros(()).expand(trace.sized(tuple(part.shape), batch.n)) if own is None else own
             for part, own in zip(parts, given, strict=True)
         ]
         found: Tensor = func(whole, dim)

@@ -1,7 +1,8 @@
 """Writing down what a model's pass does to differences: a tensor that goes through unmodified modeling code.
 
 The last token runs once, as a great many equal rows of which one is computed: a `Traced` tensor says that it has all of
-them, and holds one. Whatever torch function it meets is looked up by name (`difference_rules.py`), is run on the one
+them, and holds one. Of several prompts, which may be traced together, each has its share of the rows, and one of them
+is held. Whatever torch function it meets is looked up by name (`difference_rules.py`), is run on the one
 row, and leaves a step in a `Program`. What has no rule is refused; so is whatever mixes rows or depends on their values
 (a choice of experts), because it is a function without a rule, or gives something without an axis of rows. The number
 of rows is a prime that divides no size of the model, so that shapes tell what is rows.
@@ -9,12 +10,12 @@ of rows is a prime that divides no size of the model, so that shapes tell what i
 Casts are nominal: code is told the dtype that it asked for, and nothing is rounded. The row is in float64, because its
 errors are the same in all rows and do not average out; of it steps keep what they need in the precision of differences.
 
-Axes: R rows, F features.
+Axes: B prompts, R rows, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from neg_service.models.engines.base import MismatchError
 from neg_service.models.engines.difference_products import Product
-from neg_service.models.engines.difference_program import Program, Run, SiteStep, Step
+from neg_service.models.engines.difference_program import Batch, Program, Run, SiteStep, Step
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.precision import float32_as_asked
 
@@ -52,7 +53,8 @@ def primes_for(sizes: Iterable[int]) -> int:
 
 
 class Traced(Tensor):
-    """`rows` equal rows, of which `row` is one; differences from it are in a slot of the program, None: there are none.
+    """`rows` equal rows, of which `row` is one, or one of each prompt; differences from it are in a slot of the
+    program, None: there are none.
 
     Its own dtype is what the code that runs believes.
     """
@@ -67,7 +69,7 @@ class Traced(Tensor):
         self: Traced = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=row.device)
         self.tracer, self.row, self.slot = tracer, row, slot
         if slot is not None:
-            tracer.program.axes[slot] = next((i for i, size in enumerate(shape) if size == tracer.rows), None)
+            tracer.program.axes[slot] = tracer.axis(shape)
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -112,8 +114,9 @@ def first_traced(values: Iterable[Any]) -> Traced:
 class Trace:
     """A program that is being written.
 
-    rows: how many there are while it is. product: what multiplies differences with weights; weights_dtype: what these
-    are kept in, whatever the pass runs in. dtype: the precision of differences.
+    rows: how many there are while it is, of all prompts. product: what multiplies differences with weights;
+    weights_dtype: what these are kept in, whatever the pass runs in. dtype: the precision of differences. prompts: how
+    many are traced together.
     """
 
     def __init__(
@@ -123,9 +126,13 @@ class Trace:
         product: Product,
         weights_dtype: torch.dtype,
         dtype: torch.dtype,
+        prompts: int = 1,
     ) -> None:
         self.rules, self.rows, self.product = rules, rows, product
-        self.weights_dtype, self.dtype = weights_dtype, dtype
+        self.weights_dtype, self.dtype, self.prompts = weights_dtype, dtype, prompts
+        # Whose each row is, and the first row of each.
+        self.prompt_of = [r * prompts // rows for r in range(rows)]
+        self._first = [self.prompt_of.index(b) for b in range(prompts)]
         self.program = Program(dtype)
         # Tables of angles meet each layer.
         self._narrowed: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -142,14 +149,42 @@ class Trace:
         self.program.steps.append(Step(run, known, out))
         return out
 
+    def step_of(self, what: str, make: Callable[..., Any], rows: Sequence[Tensor], *given: Traced | None) -> int | None:
+        """Write down a step that depends on rows without a shift: `make` gives a function of differences, of such rows.
+
+        Raises:
+            MismatchError: `make` gives None, or rows share an axis with something else and are of several prompts.
+        """
+        if self.prompts == 1:
+            made = make(*rows)
+            if made is None:
+                raise no_rule(what)
+            return self.step(lambda _batch, *d: made(*d), *given)
+        traced = [own for own in given if own is not None]
+        if all(own.slot is None for own in traced):
+            return None
+        axes = {None if (axis := self.axis(own.shape)) is None else axis - own.ndim for own in traced}
+        axis = axes.pop()
+        if axes or axis is None:
+            raise MismatchError(f"{what}: rows share an axis with something else, which is not run for several prompts")
+        return self.step(_OfPrompts(what, make, rows, axis, self.prompts), *given)
+
+    def axis(self, shape: Sequence[int]) -> int | None:
+        """Which axis is the rows; None where these share one with something else."""
+        return next((i for i, size in enumerate(shape) if size == self.rows), None)
+
+    def has_rows(self, x: Any) -> bool:
+        """Whether an operand, traced or not, has an axis of rows."""
+        return isinstance(x, Tensor) and any(size and size % self.rows == 0 for size in x.shape)
+
     def made(self, row: Tensor, slot: int | None, shape: Any, dtype: torch.dtype) -> Traced:
-        """A tensor of a shape, which has to be that of its row with one axis more numerous by `rows`.
+        """A tensor of a shape, which has to be that of its row, or rows, with one axis of all rows.
 
         Raises:
             MismatchError: it is not.
         """
         axes = [i for i, size in enumerate(shape) if size and size % self.rows == 0]
-        if len(axes) != 1 or tuple(row.shape) != self.sized(tuple(shape), 1):
+        if len(axes) != 1 or tuple(row.shape) != self.sized(tuple(shape), self.prompts):
             raise MismatchError(f"rows are mixed: a row of shape {tuple(row.shape)} became {tuple(shape)}")
         return Traced(self, row, slot, shape, dtype)
 
@@ -157,10 +192,10 @@ class Trace:
         """Where neurons pass by: what goes on has the differences that a run adds there."""
         own = self.wrapped(x)
         (axis,) = (i for i, size in enumerate(own.shape) if size % self.rows == 0)
-        if own.row.numel() != own.row.shape[-1]:
+        if own.row.numel() != self.prompts * own.row.shape[-1]:
             raise MismatchError(f"the neurons of layer {site.layer} stand on several axes of a token")
         out = self.program.slot()
-        row = own.row.reshape(-1)
+        row = own.row.reshape(self.prompts, -1)
         self.program.steps.append(SiteStep(site, point, own.slot, out, tuple(own.row.shape), axis, row))
         return Traced(self, own.row, out, own.shape, own.dtype)
 
@@ -171,19 +206,25 @@ class Trace:
         return self.made(self.narrowed(x), None, x.shape, x.dtype)
 
     def narrowed(self, x: Tensor) -> Tensor:
-        """One row of a plain tensor, or the tensor itself where it has no axis of rows.
+        """One row of a plain tensor, or one of each prompt, or the tensor itself where it has no axis of rows.
 
         Raises:
             MismatchError: rows that are not equal.
         """
-        if not any(size and size % self.rows == 0 for size in x.shape):
+        if not self.has_rows(x):
             return x
         key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
         if key not in self._narrowed:
-            axis = x.shape.index(self.rows) if self.rows in x.shape else None
-            found = None if axis is None else x.narrow(axis, 0, 1)
+            axis = self.axis(x.shape)
+            if axis is None:
+                raise MismatchError("rows share an axis with something else before any shift")
+            if self.prompts == 1:
+                found = all_rows = x.narrow(axis, 0, 1)
+            else:
+                found = x.index_select(axis, torch.tensor(self._first, device=x.device))
+                all_rows = found.index_select(axis, torch.tensor(self.prompt_of, device=x.device))
             # NaN equals nothing; who reads the logits tells of it.
-            if found is None or not ((found == x) | x.isnan()).all():
+            if not ((all_rows == x) | x.isnan()).all():
                 raise MismatchError("rows of one token are not equal before any shift")
             # The tensor is kept, so that nothing else gets its place in memory.
             self._narrowed[key] = (found, x)
@@ -210,12 +251,44 @@ class Trace:
         return value
 
 
+class _OfPrompts:
+    """A step that depends on rows without a shift, of which each prompt has one along an axis, counted from the end.
+
+    Differences have it split in two, prompts and rows of each, and what is made of rows one for all rows of a prompt.
+    """
+
+    def __init__(self, what: str, make: Callable[..., Any], rows: Sequence[Tensor], axis: int, n_prompts: int) -> None:
+        self._make, self._axis = make, axis
+        self._rows = [row.unsqueeze(row.ndim + axis + 1) if row.ndim >= -axis else row for row in rows]
+        self._made: tuple[tuple[int, ...], Any] = (tuple(range(n_prompts)), make(*self._rows))
+        if self._made[1] is None:
+            raise no_rule(what)
+
+    def __call__(self, batch: Batch, *given: Tensor | None) -> Tensor:
+        axis = self._axis
+        apart = [None if d is None else torch.unflatten(d, axis, (len(batch.prompts), batch.rows)) for d in given]
+        found: Tensor = self._of(batch.prompts)(*apart)
+        return found.flatten(axis - 1, axis)
+
+    def _of(self, prompts: tuple[int, ...]) -> Any:
+        """What was made of the rows of some prompts, those of the last call at hand."""
+        if self._made[0] != prompts:
+            self._made = (prompts, self._make(*(self._some(row, prompts) for row in self._rows)))
+        return self._made[1]
+
+    def _some(self, row: Tensor, prompts: tuple[int, ...]) -> Tensor:
+        axis = self._axis - 1
+        if row.ndim < -axis or row.shape[axis] == 1:
+            return row
+        return row.index_select(axis, torch.tensor(prompts, device=row.device))
+
+
 def _among(run: Run, has: tuple[bool, ...]) -> Run:
     """A step that is given the differences of those that have some, and None for the others."""
 
-    def filled(n_rows: int, *given: Tensor | None) -> Tensor:
+    def filled(batch: Batch, *given: Tensor | None) -> Tensor:
         left = iter(given)
-        return run(n_rows, *(next(left) if own else None for own in has))
+        return run(batch, *(next(left) if own else None for own in has))
 
     return filled
 

@@ -7,29 +7,29 @@ rows in float32, and with weights in bfloat16 it is as exact as with float32. Th
 float64, whatever the model's precision: its errors would be the same in all rows.
 
 This is for interventions on single neurons. Gradients, joint edits and all else run as in `shared_prefix.py`, of which
-this engine is a kind. One prompt at a time is traced (`difference_trace.py`); the program that this leaves
-(`difference_program.py`) runs for any number of rows.
+this engine is a kind. Prompts are traced, one or several together (`difference_trace.py`); the program that this leaves
+(`difference_program.py`) runs for any number of rows of each.
 
-Axes: R rows, E hidden size, N neurons of a site, V vocabulary.
+Axes: B prompts, R rows, E hidden size, N neurons of a site, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from neg_service.models.engines.base import Engine, Ids, KeptPrefixes, LoadedModel, MismatchError, Rows, SplitPrompt
+from neg_service.models.engines.base import Engine, Ids, KeptPrefixes, LoadedModel, MismatchError
 from neg_service.models.engines.difference_attention import TracedPass
 from neg_service.models.engines.difference_products import product_of
 from neg_service.models.engines.difference_program import Differences
 from neg_service.models.engines.difference_rules import RULES
 from neg_service.models.engines.difference_trace import Trace, Traced, primes_for
 from neg_service.models.engines.prefix_attention import FrozenPrefix, SharedPrefix, packed, running
-from neg_service.models.engines.shared_prefix import SharedPrefixEngine, SharedPrefixRows, run_prefix, run_shared_prefix
+from neg_service.models.engines.shared_prefix import SharedPrefixEngine, run_prefix, run_shared_prefix
 from neg_service.models.experts import is_experts
 from neg_service.models.feed_forward import Point, Site, hooks
 from neg_service.models.precision import in_precision
@@ -65,21 +65,18 @@ class DifferencesEngine(SharedPrefixEngine):
         self._precise_prefixes.forget()
 
     @torch.no_grad()
-    def differences(self, rows: Rows, prompt: Ids, shared: Ids, points: Mapping[Site, Point]) -> Differences:
+    def differences(self, prompts: Sequence[Ids], shared: Ids, points: Mapping[Site, Point]) -> Differences:
         """See `Engine`."""
-        split = self.split(prompt)
         if self.model.dtype == torch.float64:
-            assert isinstance(rows, SharedPrefixRows)
-            return self._traced(split, rows.prefix, points, torch.float64)
+            return self._traced(run_prefix(self.model, prompts, self.shared_prefix(shared)), points, torch.float64)
         with in_precision(self.model.module, self.model.feed_forward.layers, torch.float64):
             known = self._precise_prefixes.of(shared, lambda ids: run_shared_prefix(self.model, ids))
-            return self._traced(split, run_prefix(self.model, [prompt], known), points, torch.float32)
+            return self._traced(run_prefix(self.model, prompts, known), points, torch.float32)
 
-    def _traced(
-        self, split: SplitPrompt, prefix: FrozenPrefix, points: Mapping[Site, Point], dtype: torch.dtype
-    ) -> Differences:
+    def _traced(self, prefix: FrozenPrefix, points: Mapping[Site, Point], dtype: torch.dtype) -> Differences:
         module, head = self.model.module, self.model.module.get_output_embeddings()
-        trace = Trace(RULES, self._traced_rows, self._product, self._weights_dtype, dtype)
+        n_prompts, n_shared = len(prefix.last_ids), len(prefix.shared.ids)
+        trace = Trace(RULES, self._traced_rows, self._product, self._weights_dtype, dtype, n_prompts)
         outputs: list[Tensor] = []
         ends: list[int | None] = []
 
@@ -91,23 +88,24 @@ class DifferencesEngine(SharedPrefixEngine):
         handles = (
             module.get_input_embeddings().register_forward_hook(lambda _m, _i, found: trace.wrapped(found)),
             head.register_forward_pre_hook(end, prepend=True),
-            head.register_forward_hook(lambda _m, _i, found: outputs.append(found.reshape(-1))),
+            head.register_forward_hook(lambda _m, _i, found: outputs.append(found.reshape(n_prompts, -1))),
         )
-        n, at = self._traced_rows, len(split.prefix)
+        ids = [[prefix.last_ids[b]] for b in trace.prompt_of]
+        positions = [[n_shared + prefix.own_lengths[b]] for b in trace.prompt_of]
         try:
             with (
                 hooks(points, lambda site, x: trace.site(site, points[site], x)),
                 running(module, TracedPass(trace, prefix)),
             ):
-                logits = module(**packed(module, [[split.row.ids[0]] * n], [[at] * n])).logits
+                logits = module(**packed(module, ids, positions)).logits
         finally:
             for handle in handles:
                 handle.remove()
-        if len(ends) != 1 or isinstance(logits, Traced) or logits.numel() != len(outputs[0]):
+        if len(ends) != 1 or isinstance(logits, Traced) or logits.numel() != outputs[0].numel():
             raise MismatchError("its vocabulary head is no module that reads the hidden states once")
         trace.program.finish(ends[0])
         sites = trace.program.sites
         if sites.keys() != points.keys():
             raise MismatchError("its neurons do not pass by in a pass of differences")
         activation = {site: point.neurons(sites[site].row) for site, point in points.items()}
-        return Differences(outputs[0], logits.reshape(-1), activation, trace.program, head, self._product)
+        return Differences(outputs[0], logits.reshape(n_prompts, -1), activation, trace.program, head, self._product)

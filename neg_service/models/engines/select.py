@@ -16,7 +16,7 @@ from neg_service.errors import ModelError, one_line
 from neg_service.memory import is_out_of_memory
 from neg_service.models.engines.base import Engine, LoadedModel, MismatchError
 from neg_service.models.engines.comparisons import CHECK_TOKENS
-from neg_service.models.engines.difference_check import differences_deviation
+from neg_service.models.engines.difference_check import compared
 from neg_service.models.engines.differences import DifferencesEngine
 from neg_service.models.engines.full_sequence import FullSequenceEngine, UnpaddedEngine
 from neg_service.models.engines.kv_cache import KeyValueCacheEngine
@@ -196,8 +196,10 @@ def _refined(found: Selection, kind: type[Engine]) -> Selection:
     if reason is None:
         try:
             engine = kind(model)
-            deviation, tried = differences_deviation(engine, found.engine)
-            check = replace(found.check, differences=deviation, tried=(*found.check.tried, tried))
+            own = compared(engine, found.engine)
+            check = replace(
+                found.check, differences=own.deviation, together=own.together, tried=(*found.check.tried, own.tried)
+            )
             return Selection(engine, check, found.rejected)
         except MismatchError as error:
             reason = str(error)

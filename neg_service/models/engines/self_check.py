@@ -67,6 +67,7 @@ class SelfCheck:
     finite_difference: of a finite difference from what the gradients say; None likewise.
     experts: of what own code makes of each layer's experts; None of a model without.
     differences: of differences of logits by difference arithmetic from those of rows, in float64; None without it.
+    together: whether differences of several prompts run together.
     tried: what was compared with what, for a person. late_expansion: the sites at whose neurons a layer's one row may
     become many. starts_at_layers: a pass may begin at any layer.
     """
@@ -81,6 +82,7 @@ class SelfCheck:
     starts_at_layers: bool
     tried: tuple[str, ...] = ()
     differences: float | None = None
+    together: bool = False
 
 
 def check_plain(model: LoadedModel) -> None:
