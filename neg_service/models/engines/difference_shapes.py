@@ -131,11 +131,13 @@ def _cat(trace: Trace, func: Any, args: Any, kwargs: Any) -> Traced:
     shape = func([_with_shape(part) if isinstance(part, Traced) else torch.empty(()).expand(part.shape)
                   for part in parts], dim).shape  # fmt: skip
 
+    shapes = [tuple(part.shape) for part in parts]
+
     def joined(batch: Batch, *given: Tensor | None) -> Tensor:
         known = next(own for own in given if own is not None)
         whole = [
-            known.new_zeros(()).expand(trace.sized(tuple(part.shape), batch.n)) if own is None else own
-            for part, own in zip(parts, given, strict=True)
+            known.new_zeros(()).expand(trace.sized(own_shape, batch.n)) if own is None else own
+            for own_shape, own in zip(shapes, given, strict=True)
         ]
         found: Tensor = func(whole, dim)
         return found

@@ -169,6 +169,14 @@ class Trace:
             raise MismatchError(f"{what}: rows share an axis with something else, which is not run for several prompts")
         return self.step(_OfPrompts(what, make, rows, axis, self.prompts), *given)
 
+    def finish(self, output: int | None) -> Program:
+        """The program, whose steps know the trace: without letting go of it, both would be garbage for a long while."""
+        program = self.program
+        program.finish(output)
+        del self.program
+        self._narrowed.clear()
+        return program
+
     def axis(self, shape: Sequence[int]) -> int | None:
         """Which axis is the rows; None where these share one with something else."""
         return next((i for i, size in enumerate(shape) if size == self.rows), None)

@@ -103,9 +103,9 @@ class DifferencesEngine(SharedPrefixEngine):
                 handle.remove()
         if len(ends) != 1 or isinstance(logits, Traced) or logits.numel() != outputs[0].numel():
             raise MismatchError("its vocabulary head is no module that reads the hidden states once")
-        trace.program.finish(ends[0])
-        sites = trace.program.sites
+        program = trace.finish(ends[0])
+        sites = program.sites
         if sites.keys() != points.keys():
             raise MismatchError("its neurons do not pass by in a pass of differences")
         activation = {site: point.neurons(sites[site].row) for site, point in points.items()}
-        return Differences(outputs[0], logits.reshape(n_prompts, -1), activation, trace.program, head, self._product)
+        return Differences(outputs[0], logits.reshape(n_prompts, -1), activation, program, head, self._product)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 from unittest.mock import Mock
 
@@ -218,6 +220,21 @@ def test_what_several_prompts_have_wrong_is_found_and_each_runs_alone(
     prompts = [Prompt(str(i), f"w{i} w3 w9", (" w7",)) for i in range(4)]
     swept(model, NeuronsConfig(choose="sample", count=1), prompts)
     assert [len(call.args[0]) for call in ran.call_args_list] == ([4] if wrong == "nothing" else [1] * 4)
+
+
+def test_what_was_traced_goes_as_soon_as_nobody_needs_it() -> None:
+    model = tiny_model("Llama 2")
+    engine, points = DifferencesEngine(model._loaded), model.feed_forward.sites("paper")
+    gc.collect()
+    gc.disable()
+    try:
+        found = engine.differences([IDS, IDS[:4]], (), points)
+        known = [weakref.ref(found._program), weakref.ref(next(iter(found._program.sites.values())).row)]
+        assert all(own() is not None for own in known)
+        del found
+        assert all(own() is None for own in known)
+    finally:
+        gc.enable()
 
 
 def test_the_number_of_rows_divides_no_size() -> None:
