@@ -9,8 +9,8 @@ over a layer's neurons it adds up to p[k] less p[k] with the layer at zero, with
 log p that is differentiated, in float32 or better, and multiplied by the p of the same scaled point. In a gated MLP
 all three bases have the same integrated gradients: scaling any factor of a product scales the product.
 
-A layer's m scaled points are rows over one prefix that begin at the layer (`interventions.py`). Prompts run one after
-the other: the rows of one fill a batch.
+A layer's m scaled points are rows over one prefix that begin at the layer (`interventions.py`). As many prompts run
+together as have room in a batch with all of their points (`rows_together.py`).
 
 Source: Dai et al., "Knowledge Neurons in Pretrained Transformers", ACL 2022 (arXiv 2104.08696).
 
@@ -19,13 +19,14 @@ A layer's experts and its MLP are scaled together; which experts were chosen doe
 Neurons may be at an earlier token, and targets several tokens, whose p is the product over them (`sequences.py`):
 neurons are scaled at one token all the same, the one that is shifted.
 
-Axes: P prompts, K targets of a prompt, L chosen layers, N neurons of a layer, M neurons of several layers, J scaled
-points of a batch, F features, S tokens that are read, V vocabulary.
+Axes: P prompts, B of them that run together, K targets of a prompt, L chosen layers, N neurons of a layer, M neurons of
+several layers, J scaled points of a batch, R rows of all prompts, F features, S tokens that are read, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,13 +39,14 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, told_by_parameters
 from neg_service.measures.batching import budget_of, in_parts, named
 from neg_service.measures.choice import layers_with_neurons
-from neg_service.measures.interventions import Interventions
 from neg_service.measures.neurgrad import encoded_texts, slots_by_layer
 from neg_service.measures.routing import PromptRouting
+from neg_service.measures.rows_together import RowsTogether, rows_join
 from neg_service.measures.sequences import TokenLogP
 from neg_service.measures.signs import Floats
 from neg_service.measures.tables import tell_of_underflow
 from neg_service.models.batches import Budget
+from neg_service.models.engines.base import RowSizes
 from neg_service.models.feed_forward import Site
 from neg_service.models.head import log_softmax
 from neg_service.models.language_model import LanguageModel
@@ -185,104 +187,164 @@ def integrals(
 
     `wanted[i]` are the indices of the targets of prompt i to integrate for; probabilities cover all targets.
     """
+    of_batch = _Integrated(model, basis, layers, m, budget)
     for group in model.groups([prompt.until_shifted for prompt in prompts]):
+        shared = prompts[group.members[0]].ids[: group.shared]
+        joining = [i for i in group.members if rows_join(model, prompts[i])]
+        # In a row those of similar length, whose prefixes are padded.
+        joining.sort(key=lambda i: (len(prompts[i].ids), i))
+        costs = [of_batch.cost(prompts[i], len(shared), len(wanted[i])) for i in joining]
+
+        def run(part: range, joining: list[int] = joining, shared: tuple[int, ...] = shared) -> list[PromptIntegrals]:
+            own = [joining[i] for i in part]
+            return of_batch.integrals([prompts[i] for i in own], [tuple(wanted[i]) for i in own], shared)
+
+        for part, found in in_parts(costs, run, budget):
+            yield from zip([joining[i] for i in part], found, strict=True)
         for index in group.members:
-            prompt, own = prompts[index], tuple(wanted[index])
-            interventions = Interventions(model, prompt, basis, prompt.ids[: group.shared], by_rows=True)
-            paths = [interventions.paths[k] for k in own]
-            # Some layers of a hybrid have no neurons.
-            integrated = [layer for layer in layers if interventions.sites([layer])]
-            by_layer = [_integral(interventions, layer, paths, m, budget) for layer in integrated]
-            is_finite = [bool(found.isfinite().all()) for found in by_layer]
+            if index not in joining:
+                (alone,) = of_batch.integrals([prompts[index]], [tuple(wanted[index])], shared)
+                yield index, alone
+
+
+@dataclass(frozen=True)
+class _Integrated:
+    """How prompts that run together are measured; see `integrals`."""
+
+    model: LanguageModel
+    basis: str
+    layers: Sequence[int]
+    m: int
+    budget: Budget
+
+    def cost(self, prompt: EncodedPrompt, n_shared: int, n_targets: int) -> int:
+        """What a prompt takes of a batch's memory with all points of a layer."""
+        engine, n = self.model.engine, len(prompt.ids)
+        return engine.cost(n, n_shared, 1) + self.m * _point_bytes(engine.row_sizes(n), n_targets)
+
+    def integrals(
+        self, prompts: Sequence[EncodedPrompt], wanted: Sequence[tuple[int, ...]], shared: tuple[int, ...]
+    ) -> list[PromptIntegrals]:
+        """Of some prompts that begin with shared tokens, in their order."""
+        together = RowsTogether.of(self.model, prompts, self.basis, shared)
+        members = together.members
+        paths = [[own.paths[k] for k in targets] for own, targets in zip(members, wanted, strict=True)]
+        # Some layers of a hybrid have no neurons.
+        integrated = [layer for layer in self.layers if members[0].sites([layer])]
+        by_layer = [_integral(together, layer, paths, self.m, self.budget) for layer in integrated]
+        found = []
+        for b, (own, targets) in enumerate(zip(members, wanted, strict=True)):
+            of_prompt = [of_layer[b] for of_layer in by_layer]
+            is_finite = [bool(of_layer.isfinite().all()) for of_layer in of_prompt]
             if not all(is_finite):
                 raise NonFiniteError(
-                    f"{named(prompt, model)}: NaN or infinity in logits or gradients with the neurons of layer "
-                    f"{integrated[is_finite.index(False)]} between zero and what they are; try another model.dtype"
+                    f"{named(own.prompt, self.model)}: NaN or infinity in logits or gradients with the neurons of "
+                    f"layer {integrated[is_finite.index(False)]} between zero and what they are; try another "
+                    "model.dtype"
                 )
-            sites = interventions.sites(layers)
-            activations = [interventions.activation[site].float().cpu() for site in sites]
-            yield (
-                index,
+            sites = own.sites(self.layers)
+            found.append(
                 PromptIntegrals(
-                    targets=own,
-                    probability_k=interventions.probability_k.float().cpu().numpy(),
-                    integral_km=torch.cat([found.float().cpu() for found in by_layer], 1).numpy(),
-                    activation_m=torch.cat(activations).numpy(),
-                    slots=interventions.slots(sites),
-                    routing=interventions.routing,
-                    token_log_p=interventions.token_log_p,
-                ),
+                    targets=targets,
+                    probability_k=own.probability_k.float().cpu().numpy(),
+                    integral_km=torch.cat([of_layer.float().cpu() for of_layer in of_prompt], 1).numpy(),
+                    activation_m=torch.cat([own.activation[site].float().cpu() for site in sites]).numpy(),
+                    slots=own.slots(sites),
+                    routing=own.routing,
+                    token_log_p=own.token_log_p,
+                )
             )
+        return found
 
 
 # Of a target (place among the tokens that are read, token that is predicted behind it), token by token.
 Path = Sequence[tuple[int, int]]
 
 
-def _integral(interventions: Interventions, layer: int, paths: Sequence[Path], m: int, budget: Budget) -> Tensor:
-    """Integrated gradients [K, M] of one layer, in float32 or better; what did not fit shrinks the budget."""
+def _point_bytes(sizes: RowSizes, n_targets: int) -> int:
+    """A point's row keeps a graph through the layers; the ways back of several targets are run together."""
+    return sizes.graph + min(n_targets, _TARGETS_TOGETHER) * sizes.slope
+
+
+def _integral(
+    together: RowsTogether, layer: int, paths: Sequence[Sequence[Path]], m: int, budget: Budget
+) -> list[Tensor]:
+    """Integrated gradients [K, M] of one layer, of each prompt, in float32 or better; what did not fit shrinks the
+    budget."""
 
     def run(part: range) -> Tensor:
-        return _summed_slopes(interventions, layer, paths, range(1, m + 1)[part.start : part.stop], m)
+        return _summed_slopes(together, layer, paths, range(1, m + 1)[part.start : part.stop], m)
 
-    # A point's row keeps a graph through the layers; the ways back of several targets are run together.
-    sizes = interventions.rows.sizes
-    point = sizes.graph + min(len(paths), _TARGETS_TOGETHER) * sizes.slope
-    with interventions.naming_memory(f"one scaled point of layer {layer} does"):
+    members = together.members
+    most = max(map(len, paths))
+    point = sum(_point_bytes(own.sizes, most) for own in members)
+    # Several that do not fit are tried again in smaller parts.
+    naming = members[0].naming_memory(f"one scaled point of layer {layer} does") if len(members) == 1 else nullcontext()
+    with naming:
         parts = [found for _, found in in_parts([point] * m, run, budget)]
-    activation_m = torch.cat([interventions.activation[site] for site in interventions.sites([layer])])
-    return at_least_float32(activation_m) * torch.stack(parts).sum(0) / m
+    slopes_bkm = torch.stack(parts).sum(0)
+    found = []
+    for own, slopes_km, of_prompt in zip(members, slopes_bkm, paths, strict=True):
+        activation_m = torch.cat([own.activation[site] for site in own.sites([layer])])
+        found.append(at_least_float32(activation_m) * slopes_km[: len(of_prompt)] / m)
+    return found
 
 
-def _summed_slopes(interventions: Interventions, layer: int, paths: Sequence[Path], steps: range, m: int) -> Tensor:
-    """Σ_j ∂p[k] / ∂a [K, M] of the scaled points `steps` of a layer.
+def _summed_slopes(together: RowsTogether, layer: int, paths: Sequence[Sequence[Path]], steps: range, m: int) -> Tensor:
+    """Σ_j ∂p[k] / ∂a [B, K, M] of the scaled points `steps` of a layer, of as many targets as any prompt has.
 
     A point is one row for all targets, and only the way back is run for each, vectorised. On SmolLM2 on one core, with
     20 points, 4 targets and all layers, that takes 7 s; a row for each point and target takes 10 s, and a backward pass
     after another for each target 11 s.
     """
-    sites = interventions.sites([layer])
-    device = interventions.activation[sites[0]].device
+    sites = together.members[0].sites([layer])
+    activations = {site: together.activation(site) for site in sites}
+    device, n_prompts = activations[sites[0]].device, len(together.members)
     factor_j1 = torch.tensor(steps, dtype=torch.float64, device=device)[:, None] / m
     shifts: dict[Site, Tensor] = {}
 
-    def scale(site: Site, x_tf: Tensor, place_jq: Tensor) -> Tensor:
-        activation_n = interventions.activation[site]
-        scaled_jn = (activation_n * factor_j1).to(activation_n.dtype)
+    def scale(site: Site, x_tf: Tensor, place_rq: Tensor) -> Tensor:
+        activation_b1n = activations[site][:, None]
+        scaled_rn = (activation_b1n * factor_j1).to(activation_b1n.dtype).flatten(0, 1)
         # Nothing frozen requires a gradient; a shift by zero of the scaled points does.
-        shifts[site] = x_tf.new_zeros(len(steps), x_tf.shape[1], requires_grad=True)
-        for place_j in place_jq.T:
-            interventions.points[site].neurons(x_tf)[place_j, : len(activation_n)] = scaled_jn
-        for place_j in place_jq.T:
-            x_tf = x_tf.index_add(0, place_j, shifts[site])
+        shifts[site] = x_tf.new_zeros(len(scaled_rn), x_tf.shape[1], requires_grad=True)
+        for place_r in place_rq.T:
+            together.points[site].neurons(x_tf)[place_r, : scaled_rn.shape[1]] = scaled_rn
+        for place_r in place_rq.T:
+            x_tf = x_tf.index_add(0, place_r, shifts[site])
         return x_tf
 
     with torch.enable_grad():
-        logits_mv = interventions.run_from(layer, len(steps), {site: partial(scale, site) for site in sites})
-        log_p_jsv = log_softmax(at_least_float32(logits_mv)).view(len(steps), -1, logits_mv.shape[-1])
-        log_p_jk = _log_p_of_targets(log_p_jsv, paths)
+        logits_mv = together.run_from(layer, len(steps), {site: partial(scale, site) for site in sites})
+        log_p_bjsv = log_softmax(at_least_float32(logits_mv)).view(n_prompts, len(steps), -1, logits_mv.shape[-1])
+        log_p_bkj = _log_p_of_targets(log_p_bjsv, paths)
         slopes = []
-        for summed_k in torch.split(log_p_jk.sum(0), _TARGETS_TOGETHER):
+        # Rows of other prompts and points do not depend on each other, so that a sum has the gradients of all.
+        for summed_k in torch.split(log_p_bkj.sum((0, 2)), _TARGETS_TOGETHER):
             one_each = torch.eye(len(summed_k), dtype=summed_k.dtype, device=summed_k.device)
-            slopes_skjf = torch.autograd.grad(
+            slopes_skrf = torch.autograd.grad(
                 summed_k, list(shifts.values()), grad_outputs=one_each, is_grads_batched=True, retain_graph=True
             )
-            by_site = dict(zip(shifts, slopes_skjf, strict=True))
-            own = [
-                interventions.points[site].neurons(by_site[site])[..., : len(interventions.activation[site])]
-                for site in sites
-            ]
+            by_site = dict(zip(shifts, slopes_skrf, strict=True))
+            own = [together.points[site].neurons(by_site[site])[..., : activations[site].shape[1]] for site in sites]
             slopes.append(at_least_float32(torch.cat(own, -1)))
-    p_kj1 = log_p_jk.detach().exp().T[..., None].to(device)
-    return (p_kj1 * torch.cat(slopes)).sum(1)
+    slopes_kbjm = torch.unflatten(torch.cat(slopes), 1, (n_prompts, -1))
+    p_kbj1 = log_p_bkj.detach().exp().transpose(0, 1)[..., None].to(device)
+    return (p_kbj1 * slopes_kbjm).sum(2).transpose(0, 1)
 
 
-def _log_p_of_targets(log_p_jsv: Tensor, paths: Sequence[Path]) -> Tensor:
-    """Of each target the sum over its tokens [J, K]."""
-    of_tokens = [(k, place, token) for k, path in enumerate(paths) for place, token in path]
-    target_a, place_a, token_a = (indices(own, log_p_jsv.device) for own in zip(*of_tokens, strict=True))
-    log_p_ja = log_p_jsv[:, place_a, token_a]
-    return log_p_ja.new_zeros(len(log_p_ja), len(paths)).index_add(1, target_a, log_p_ja)
+def _log_p_of_targets(log_p_bjsv: Tensor, paths: Sequence[Sequence[Path]]) -> Tensor:
+    """Of each target the sum over its tokens [B, K, J]; 0 of targets that a prompt does not have."""
+    b, j, most = len(paths), log_p_bjsv.shape[1], max(map(len, paths))
+    of_tokens = [
+        (b, b * most + k, place, token)
+        for b, of_prompt in enumerate(paths)
+        for k, path in enumerate(of_prompt)
+        for place, token in path
+    ]
+    prompt_a, target_a, place_a, token_a = (indices(own, log_p_bjsv.device) for own in zip(*of_tokens, strict=True))
+    log_p_aj = log_p_bjsv.transpose(1, 2)[prompt_a, place_a, :, token_a]
+    return log_p_aj.new_zeros(b * most, j).index_add(0, target_a, log_p_aj).view(b, most, j)
 
 
 def check_steps(steps: int) -> None:

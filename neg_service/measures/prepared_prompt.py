@@ -2,13 +2,15 @@
 
 What shifts do to it: `interventions.py`.
 
-Axes: K targets, S tokens that are read, R rows, M neurons of several sites, C values that are measured of the targets.
+Axes: B prompts that ran together, K targets, S tokens that are read, R rows, M neurons of several sites, C values that
+are measured of the targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +39,19 @@ from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
 
 
+@dataclass(frozen=True)
+class RanOnce:
+    """What prompts that ran together gave, without a shift.
+
+    head_bv, logits_bv: the vocabulary head's output and the model's logits [B, V]. activation: of each site's neurons
+    at the readout position [B, N], where the layer is.
+    """
+
+    head_bv: Tensor
+    logits_bv: Tensor
+    activation: dict[Site, Tensor]
+
+
 class PreparedPrompt:
     """One prompt, run once: layer inputs are stored, and the baseline output is known.
 
@@ -56,13 +71,13 @@ class PreparedPrompt:
         *,
         by_rows: bool = False,
         each: str | None = None,
-        differences: tuple[Differences, int] | None = None,
+        ran: tuple[Differences | RanOnce, int] | None = None,
     ) -> None:
         """Run the prompt once; `shared` are first tokens that it shares with others, and that run only once for all.
 
         by_rows: run rows and not their differences, for measures that change more than single neurons. each: shift,
         and differentiate, at every token that predicts one of a target's, `magnitude` or `signed` as shifts are.
-        differences: those of prompts that were run together, and which of these this one is.
+        ran: what prompts that ran together gave, none of them with experts, and which of these this one is.
 
         Raises:
             NonFiniteError: NaN or infinity in the prompt's logits.
@@ -83,8 +98,8 @@ class PreparedPrompt:
         self._rows_of: Callable[[], Rows] = lambda: engine.rows([prompt.ids], shared)
         self._late_expansion, self._starts_at_layers = checked.late_expansion, checked.starts_at_layers
         self.device = model.device
-        self._differences: Differences | None
-        self._differences, self._place = differences or (None, 0)
+        found: Differences | RanOnce | None
+        found, self._place = ran or (None, 0)
         self.by_differences: PromptDifferences | None = None
         self._stored: tuple[list[Tensor], list[Any]] | None = None
         with self.naming_memory("its tokens do"):
@@ -92,14 +107,15 @@ class PreparedPrompt:
             self._tree_rows: TreeRows | None = trees
             # Of a prompt's differences rows are needed for gradients alone, and those of several prompts run together.
             self.sizes = trees.sizes if trees else engine.row_sizes(len(prompt.ids))
-            if not by_rows and self._tree is None and self._differences is None:
-                self._differences = engine.differences([prompt.ids], shared, self.points)
-            if self._differences is None:
+            if not by_rows and self._tree is None and found is None:
+                found = engine.differences([prompt.ids], shared, self.points)
+            self._differences = found if isinstance(found, Differences) else None
+            if found is None:
                 head_sv, logits_sv, self.activation, self.routing = self._run_once()
             else:
                 b = self._place
-                head_sv, logits_sv = self._differences.head_bv[b : b + 1], self._differences.logits_bv[b : b + 1]
-                self.activation = {site: own[b] for site, own in self._differences.activation.items()}
+                head_sv, logits_sv = found.head_bv[b : b + 1], found.logits_bv[b : b + 1]
+                self.activation = {site: own[b] for site, own in found.activation.items()}
                 self.routing = PromptRouting()
                 self._experts = TokenExperts(self._feed_forward, {})
         self._read_targets(head_sv, logits_sv)

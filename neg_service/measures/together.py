@@ -66,8 +66,7 @@ def prepared_together(
     differences = model.engine.differences([prompt.ids for prompt in prompts], shared, model.feed_forward.sites(basis))
     assert differences is not None
     return [
-        Interventions(model, prompt, basis, shared, differences=(differences, place))
-        for place, prompt in enumerate(prompts)
+        Interventions(model, prompt, basis, shared, ran=(differences, place)) for place, prompt in enumerate(prompts)
     ]
 
 

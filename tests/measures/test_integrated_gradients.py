@@ -17,7 +17,7 @@ from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
 from neg_service.measures import measure_of
 from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
-from neg_service.measures.interventions import Interventions
+from neg_service.measures.rows_together import RowsTogether
 from neg_service.models.batches import Budget
 from neg_service.prompts.prompt import EncodedPrompt, Prompt
 from tests import oracle
@@ -121,23 +121,28 @@ def test_of_one_point_they_are_activation_times_gradient() -> None:
 
 @pytest.mark.parametrize("family", ["Llama 2", "GPT-J", "BERT"])
 def test_the_batch_size_does_not_change_results(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = model_of(family), []
-    real = Interventions.run_from
+    model, sizes, together = model_of(family), [], []
+    real = RowsTogether.run_from
 
     def counted(self: Any, layer: int, n_rows: int, change: Any) -> Any:
         sizes.append(n_rows)
+        together.append(len(self.members))
         return real(self, layer, n_rows, change)
 
-    monkeypatch.setattr(Interventions, "run_from", counted)
+    monkeypatch.setattr(RowsTogether, "run_from", counted)
     prompts = random_prompts(model.is_masked)
     whole = measured(model, prompts, "paper", 7)
     assert set(sizes) == {7}
+    # Three prompts in one pass, where an engine has rows of one token.
+    assert set(together) == ({3} if family == "Llama 2" else {1})
     row = model.engine.row_sizes(13)
     # Nothing at all, and three points with the ways back of three targets.
     for n_bytes in (1, 3 * (row.graph + 3 * row.slope)):
         sizes.clear()
+        together.clear()
         for one, other in zip(whole, measured(model, prompts, "paper", 7, n_bytes), strict=True):
             assert relative(integral_kln(other), integral_kln(one)) < 1e-5
+        assert set(together) == {1}
         assert (set(sizes) == {1}) if n_bytes == 1 else (1 < min(sizes) < 7)
 
 
@@ -152,7 +157,7 @@ def test_more_targets_than_are_differentiated_at_once() -> None:
 def test_memory_that_ends_shrinks_the_batches_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny_model("Llama 2"), random_prompts(False)
     whole = measured(model, prompts, "paper", 20)
-    real, sizes = Interventions.run_from, []
+    real, sizes = RowsTogether.run_from, []
 
     def small_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
         sizes.append(n_rows)
@@ -160,7 +165,7 @@ def test_memory_that_ends_shrinks_the_batches_and_changes_nothing(monkeypatch: p
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, layer, n_rows, change)
 
-    monkeypatch.setattr(Interventions, "run_from", small_memory)
+    monkeypatch.setattr(RowsTogether, "run_from", small_memory)
     for one, other in zip(whole, measured(model, prompts, "paper", 20), strict=True):
         assert relative(integral_kln(other), integral_kln(one)) < 1e-5
     # Halved once at the first layer, and remembered; two batches of ten do not fit, four of five do.
@@ -170,9 +175,28 @@ def test_memory_that_ends_shrinks_the_batches_and_changes_nothing(monkeypatch: p
     def no_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(Interventions, "run_from", no_memory)
+    monkeypatch.setattr(RowsTogether, "run_from", no_memory)
     with refused(OutOfMemory, setting=None, says="prompt 'p.' .* one scaled point of layer 0 does not fit"):
         measured(model, prompts, "paper", 20)
+
+
+def test_when_several_prompts_do_not_fit_fewer_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model("Llama 2"), random_prompts(False)
+    whole = measured(model, prompts, "paper", 4)
+    real, together = RowsTogether.run_from, []
+
+    def small_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
+        together.append(len(self.members))
+        if together[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, layer, n_rows, change)
+
+    monkeypatch.setattr(RowsTogether, "run_from", small_memory)
+    for one, other in zip(whole, measured(model, prompts, "paper", 4), strict=True):
+        assert relative(integral_kln(other), integral_kln(one)) < 1e-5
+    # Down to one point each, then fewer prompts.
+    assert together[0] == 3
+    assert set(together[3:]) <= {1, 2}
 
 
 def test_layers_below_run_once_for_all_points() -> None:

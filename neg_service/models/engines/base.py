@@ -205,7 +205,10 @@ class Rows(Protocol):
         """Where each row's shifted token is [R], in any tensor of the pass seen as [tokens, F]."""
 
     def expand_rows(self, x: Tensor, n_rows: int) -> Tensor:
-        """A tensor from a pass of one row of one prompt, as that of `n_rows` equal rows; not to be written to."""
+        """A tensor from a pass of one row of one prompt, as that of `n_rows` equal rows; not to be written to.
+
+        Of an engine that `expands_together`, of one row of each prompt, as that of so many of each.
+        """
 
 
 class TreeRows(Rows, Protocol):
@@ -274,6 +277,7 @@ class Engine(ABC):
     reads_at: at which tokens it can read. shares_prefixes: prompts' common beginnings may run once for all.
     runs_prompts_together: rows of several prompts may be in one batch.
     targets_share_rows: a prompt's targets are read, and differentiated, from one row.
+    expands_together: `expand_rows` is for several prompts, too, whose rows of one token may then begin at a layer.
     runs_trees: rows may be several tokens, as targets of several tokens need.
     refines: the engine of which it is a kind that runs shifts of single neurons better, and all else alike.
     """
@@ -285,6 +289,7 @@ class Engine(ABC):
     shares_prefixes: ClassVar[bool]
     runs_prompts_together: bool
     targets_share_rows: ClassVar[bool]
+    expands_together: ClassVar[bool] = False
     runs_trees: ClassVar[bool] = False
     refines: ClassVar[type[Engine] | None] = None
 

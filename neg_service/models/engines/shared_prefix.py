@@ -47,6 +47,7 @@ class SharedPrefixEngine(Engine):
     shares_prefixes = True
     runs_prompts_together = True
     targets_share_rows = False
+    expands_together = True
     runs_trees = True
 
     @classmethod
@@ -109,6 +110,8 @@ class SharedPrefixRows:
 
     def expand_rows(self, x: Tensor, n_rows: int) -> Tensor:
         """See `Rows`; some architectures (OPT) run their layers' parts on two axes."""
+        if len(self.prefix.last_ids) > 1:
+            return x.repeat_interleave(n_rows, -2)
         return x.expand(1, n_rows, -1) if x.ndim == 3 else x.expand(n_rows, -1)
 
 
