@@ -24,12 +24,15 @@ from jobs.benchmarks.figures import FAST, OFF, bar, figure, ratio
 from neg_service import load_model, neg
 from neg_service.config import NeuronsConfig
 from neg_service.measures.adaptive import RowNoise
+from neg_service.measures.base import ShardInput
 from neg_service.measures.batching import budget_of
 from neg_service.measures.choice import chosen_neurons
 from neg_service.measures.curves import sweep_prompt
 from neg_service.measures.interventions import Interventions
 from neg_service.measures.noise import row_noise
+from neg_service.measures.readouts import Readouts
 from neg_service.measures.shifts import AdaptiveGrid, Grid, Sweep, adaptive_grid, coarse_grid, full_grid
+from neg_service.measures.sweep import sweep_rows
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.loading import set_threads
 from neg_service.models.precision import in_precision
@@ -57,6 +60,7 @@ class Settings:
     textbook: int
     grid_neurons: int
     exact_neurons: int
+    together: int
     headline: bool
     cpu_product: str = "auto"
 
@@ -99,6 +103,8 @@ def run(settings: Settings) -> dict[str, Any]:
             )
         if engine_seconds:
             result["arithmetic"] = _arithmetic(model, engine_seconds[0], shifts)
+    if settings.together:
+        result["prompts together"] = _together(settings, model)
     if settings.headline:
         result["headline"] = headline = _headline(model)
         result["bars"].append(bar("all neurons of a prompt, seconds", headline["seconds"], 90, at_most=True))
@@ -230,6 +236,41 @@ def _grids(settings: Settings, model: LanguageModel) -> dict[str, Any]:
         "seconds": {name: figure(own, "s") for name, own in seconds.items()},
         **speed,
     } | errors
+
+
+def _together(settings: Settings, model: LanguageModel) -> dict[str, Any]:
+    """Neurons of many prompts, a few of each: prompts that run together against one after the other."""
+    facts = load()
+    prompts = list(
+        encode(
+            model.tokenizer, facts[:: len(facts) // settings.together][: settings.together], model.context_length,
+            model=model,
+        )
+    )  # fmt: skip
+    sweep, noise, readouts = Sweep(adaptive_grid()), row_noise(model, "paper"), Readouts()
+    found: dict[str, Any] = {"prompts": len(prompts)}
+    for count in (1, 16):
+        neurons = NeuronsConfig(choose="sample", count=count)
+
+        def swept(at_once: int, neurons: NeuronsConfig = neurons) -> float:
+            began = time.perf_counter()
+            for start in range(0, len(prompts), at_once):
+                own = prompts[start : start + at_once]
+                shard = ShardInput(model, own, neurons, budget=budget_of(model))
+                assert len(dict(sweep_rows(shard, sweep, noise, False, readouts))) == len(own)
+            return (time.perf_counter() - began) / len(prompts)
+
+        ways_of: dict[str, Callable[[], float]] = {
+            "together": partial(swept, len(prompts)),
+            "one by one": partial(swept, 1),
+        }
+        what = f"{len(prompts)} prompts, {count} neurons a layer"
+        seconds = _take_turns(ways_of, settings.repeats, what)
+        found[f"{count} neurons of each layer"] = {
+            **{f"{name}, a prompt": figure([1e3 * own for own in values], "ms") for name, values in seconds.items()},
+            "one by one over together": ratio(seconds["one by one"], seconds["together"]),
+        }
+    return found
 
 
 def _errors(

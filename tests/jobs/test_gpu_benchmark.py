@@ -83,6 +83,9 @@ def test_every_part_gives_its_figures(shape: str, settings: Settings) -> None:
     assert set(parts) == {"model", *process.PARTS}
     assert {name for name, own in parts.items() if "left out" in own} == set(process.OF_GPUS)
     assert parts["gradients"]["ratios"]["engine over floor"]["median"] > 0
+    together = parts["prompts together"]["ratios"]
+    for name in ("sweep", "integrated gradients"):
+        assert together[f"{name}, one by one over together"]["median"] > 0
     assert parts["accuracy"]["NEG in float32"]["median"] < 1e-3
     assert parts["accuracy"]["NeurGrad in float32"]["signs that agree"] > 0.9
     assert parts["batch invariance"]["gradients, eight together"] < 1e-4

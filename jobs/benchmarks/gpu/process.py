@@ -35,6 +35,7 @@ class Part:
 PARTS: Mapping[str, Part] = {
     "gradients": Part(speed.gradients, 5),
     "interventions": Part(speed.interventions, 5),
+    "prompts together": Part(speed.prompts_together, 3),
     "accuracy": Part(checks.accuracy, 3),
     "foreseen memory": Part(checks.foreseen_memory, 2),
     "memory ends": Part(checks.memory_ends, 2),

@@ -17,10 +17,16 @@ import torch
 from jobs.benchmarks import experts, ways
 from jobs.benchmarks.gpu.pacing import FAILURES, Timed, Way, ratio_of, reason_of, take_turns
 from jobs.benchmarks.gpu.subject import Subject, first_neurons
+from neg_service.config import NeuronsConfig
+from neg_service.measures.base import ShardInput
 from neg_service.measures.batching import budget_of
 from neg_service.measures.curves import sweep_prompt
+from neg_service.measures.integrated_gradients import integrals
 from neg_service.measures.interventions import Interventions
-from neg_service.measures.shifts import Sweep, full_grid
+from neg_service.measures.noise import row_noise
+from neg_service.measures.readouts import Readouts
+from neg_service.measures.shifts import Sweep, adaptive_grid, full_grid
+from neg_service.measures.sweep import sweep_rows
 from neg_service.models.batches import Budget, without_frames
 from neg_service.models.engines.base import LoadedModel, MismatchError
 from neg_service.models.engines.select import Selection, candidates
@@ -32,6 +38,8 @@ _FLOOR_ROWS, _FLOOR_PROMPTS = (1024, 4096, 16384), 16
 _BOTTOM, _MIDDLE, _TOP = 3.0, 2.0, 1.0
 _EXPERT_ROWS = 160
 _SCALES = (1 / 64, 1 / 16, 1 / 4, 1)
+# Of integrated gradients; and the most prompts of a call.
+_POINTS, _MOST_TOGETHER = 20, 32
 # Least prompts, and neurons, of a call.
 _PROMPTS, _NEURONS = 8, 4
 
@@ -94,6 +102,34 @@ def interventions(subject: Subject) -> dict[str, Any]:
         for layer in subject.layers.values()
     }
     return _told(found, pairs)
+
+
+def prompts_together(subject: Subject) -> dict[str, Any]:
+    """Milliseconds a prompt of a few neurons' sweeps, and of integrated gradients: prompts together, and one by one."""
+    model, prompts = subject.model, subject.encoded
+    sweep, noise = Sweep(adaptive_grid()), row_noise(model, "paper")
+    neurons, layers = NeuronsConfig(choose="sample", count=1), range(model.feed_forward.n_layers)
+
+    def swept(at_once: int, n: int) -> None:
+        for start in range(0, n, at_once):
+            shard = ShardInput(model, prompts[start : min(n, start + at_once)], neurons, budget=budget_of(model))
+            assert len(dict(sweep_rows(shard, sweep, noise, False, Readouts()))) == len(shard.prompts)
+
+    def integrated(at_once: int, n: int) -> None:
+        for start in range(0, n, at_once):
+            own = prompts[start : min(n, start + at_once)]
+            found = integrals(model, own, [(0,)] * len(own), "paper", layers, _POINTS, budget_of(model))
+            assert len(dict(found)) == len(own)
+
+    counts = _doublings(_PROMPTS, min(_MOST_TOGETHER, len(prompts)))
+    ways_of: dict[str, Way] = {}
+    pairs: dict[str, tuple[str, str]] = {}
+    for name, run in (("sweep", swept), ("integrated gradients", integrated)):
+        together, alone = f"{name}, together", f"{name}, one by one"
+        ways_of |= {together: Way(partial(run, len(prompts)), counts), alone: Way(partial(run, 1), as_many_as=together)}
+        pairs[f"{name}, one by one over together"] = alone, together
+    found = _turns(subject, ways_of, "prompts together")
+    return _told(found, {name: (found[over], found[under]) for name, (over, under) in pairs.items()})
 
 
 def other_ways(subject: Subject) -> dict[str, Any]:
