@@ -17,6 +17,7 @@ N = H/G, X = N·R, S keys, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from neg_service.models.engines.difference_program import Batch
 from neg_service.models.engines.difference_trace import Trace
 from neg_service.models.engines.prefix_attention import FrozenPrefix, RowPass, View
 from neg_service.models.precision import float32_as_asked
+from neg_service.models.transfer import indices
 
 # Exponentials of differences are kept below this power of e.
 _MOST = 60.0
@@ -39,6 +41,7 @@ class TracedPass:
         self._trace, self._prefix = trace, prefix
         # It knows what windows and chunks hide.
         self._plain = RowPass(prefix, [1] * trace.prompts)
+        self._known: dict[Any, list[tuple[Tensor | None, Tensor | None]]] = {}
 
     def attend(self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], view: View) -> Tensor:
         """The attention output [1, B·R, H, D] of one layer."""
@@ -56,29 +59,38 @@ class TracedPass:
     def _of_prefix(self, layer: int, view: View, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values [G, T, D] that each prompt's row sees, of the shared prefix and of its own."""
         shared, own = self._prefix.shared, self._prefix.keys_bgtd.get(layer)
-        shared_hidden, own_hidden = self._plain.hidden_keys(view, like.device)
+        # Of prompts of one token there is nothing.
+        nothing = like.new_zeros(like.shape[1], 0, 0)
         keys, values = [], []
-        for b in range(self._trace.prompts):
-            seen: list[tuple[Tensor, Tensor]] = []
+        for b, (seen_shared, seen_own) in enumerate(self._seen(view, like.device)):
+            parts: list[tuple[Tensor, Tensor]] = []
             if shared.ids:
-                seen.append(_seen(shared.keys_gcd[layer], shared.values_gcd[layer], shared_hidden, b))
+                parts.append((_at(shared.keys_gcd[layer], seen_shared), _at(shared.values_gcd[layer], seen_shared)))
             if own is not None:
-                seen.append(_seen(own[b], self._prefix.values_bgtd[layer][b], own_hidden, b))
-            if not seen:
-                # Prompts of one token.
-                nothing = like.new_zeros(like.shape[1], 0, 0)
-                seen.append((nothing, nothing))
-            keys.append(torch.cat([known for known, _ in seen], 1))
-            values.append(torch.cat([known for _, known in seen], 1))
+                own_values = self._prefix.values_bgtd[layer][b]
+                parts.append((_at(own[b], seen_own), _at(own_values, seen_own)))
+            keys.append(torch.cat([known for known, _ in parts], 1) if parts else nothing)
+            values.append(torch.cat([known for _, known in parts], 1) if parts else nothing)
         return keys, values
 
+    def _seen(self, view: View, device: torch.device) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Which keys each prompt's row sees, of the shared prefix and of its own; None: all.
 
-def _seen(keys_gtd: Tensor, values_gtd: Tensor, hidden_bt: Tensor | None, b: int) -> tuple[Tensor, Tensor]:
-    """Those keys and values that a prompt's row sees."""
-    if hidden_bt is None:
-        return keys_gtd, values_gtd
-    is_seen_t = ~hidden_bt[b]
-    return keys_gtd[:, is_seen_t], values_gtd[:, is_seen_t]
+        Asked of the device once for all layers of a kind.
+        """
+        key = (view.window, view.chunk, device)
+        if key not in self._known:
+            hidden = self._plain.hidden_keys(view, device)
+            by_part = [
+                [None] * self._trace.prompts if own is None else [(~row).nonzero()[:, 0] for row in own]
+                for own in hidden
+            ]
+            self._known[key] = list(zip(*by_part, strict=True))
+        return self._known[key]
+
+
+def _at(x_gtd: Tensor, places: Tensor | None) -> Tensor:
+    return x_gtd if places is None else x_gtd.index_select(1, places)
 
 
 @dataclass(frozen=True)
@@ -106,10 +118,10 @@ class _Attended:
             torch.cat([torch.cat([_padded(x, longest, own_gd) for x in known]), own_gd[:, None]], 1)
             for known, own_gd in ((keys, key_gd), (values, value_gd))
         )
-        empty = torch.tensor([longest - known.shape[1] for known in keys], device=query.device)
+        empty = [longest - known.shape[1] for known in keys for _ in range(g)]
         is_empty_gs = None
-        if empty.any():
-            is_empty_gs = torch.arange(longest + 1, device=query.device) < empty.repeat_interleave(g)[:, None]
+        if any(empty):
+            is_empty_gs = torch.arange(longest + 1, device=query.device) < indices(empty, query.device)[:, None]
         query_gnd = query.view(n_prompts * g, -1, query.shape[-1])
         sinks = None
         if view.sinks is not None:
@@ -118,7 +130,7 @@ class _Attended:
 
     def some(self, prompts: tuple[int, ...]) -> _Attended:
         """Of some of the prompts."""
-        at = torch.tensor(prompts, device=self.query_gnd.device)
+        at = indices(prompts, self.query_gnd.device)
 
         def own(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.unflatten(x, 0, (self.n_prompts, -1))[at].flatten(0, 1)

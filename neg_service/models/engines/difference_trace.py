@@ -27,6 +27,7 @@ from neg_service.models.engines.difference_products import Product
 from neg_service.models.engines.difference_program import Batch, Program, Run, SiteStep, Step
 from neg_service.models.feed_forward import Point, Site
 from neg_service.models.precision import float32_as_asked
+from neg_service.models.transfer import indices
 
 # What the rows are so many of, while a pass is traced.
 _PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061)
@@ -229,8 +230,8 @@ class Trace:
             if self.prompts == 1:
                 found = all_rows = x.narrow(axis, 0, 1)
             else:
-                found = x.index_select(axis, torch.tensor(self._first, device=x.device))
-                all_rows = found.index_select(axis, torch.tensor(self.prompt_of, device=x.device))
+                found = x.index_select(axis, indices(self._first, x.device))
+                all_rows = found.index_select(axis, indices(self.prompt_of, x.device))
             # NaN equals nothing; who reads the logits tells of it.
             if not ((all_rows == x) | x.isnan()).all():
                 raise MismatchError("rows of one token are not equal before any shift")
@@ -288,7 +289,7 @@ class _OfPrompts:
         axis = self._axis - 1
         if row.ndim < -axis or row.shape[axis] == 1:
             return row
-        return row.index_select(axis, torch.tensor(prompts, device=row.device))
+        return row.index_select(axis, indices(prompts, row.device))
 
 
 def _among(run: Run, has: tuple[bool, ...]) -> Run:
