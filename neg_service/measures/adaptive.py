@@ -37,6 +37,7 @@ from torch import Tensor
 from neg_service.measures.changes import Steps
 from neg_service.measures.linearity import Linearity, evaluated_curves, linearity
 from neg_service.measures.shifts import AdaptiveGrid, Doubles, Grid, given_grid, with_slope
+from neg_service.models.transfer import fetched, indices, sent
 
 # How many standard deviations of a NEG's noise are stated as its error.
 _NOISES = 3.0
@@ -172,8 +173,7 @@ def evaluate_in_stages(
         found = linearity(stage, delta_p_mks, slope_mk)
         gain_m = _gain(stage, of_stage, is_per_row)
         if is_last:
-            truncation_mk = torch.zeros_like(slope_mk)
-            is_done_m = torch.ones(len(left_m), dtype=torch.bool, device=slope_nk.device)
+            truncation_mk, is_done_m = torch.zeros_like(slope_mk), None
         else:
             truncation_mk = _truncation(grid, stage, delta_p_mks, slope_mk, found.neg, before_mk, step_mk)
             is_done_m = _suffices(grid, truncation_mk, found.neg, 2 * gain_m[:, None] * noise_k)
@@ -189,10 +189,15 @@ def evaluate_in_stages(
         )
         # What is not done yet is overwritten by the stages that follow.
         kept.put(left_m, results)
-        step_mk = None if before_mk is None else (found.neg - before_mk).abs()[~is_done_m]
-        left_m, ran, before_mk = left_m[~is_done_m], ran.of(~is_done_m), found.neg[~is_done_m]
-        if not len(left_m):
+        if is_done_m is None:
             break
+        # What a device is asked for, once a stage.
+        (is_done_m,) = fetched([is_done_m])
+        if is_done_m.all():
+            break
+        open_m = sent((~is_done_m).nonzero()[:, 0], slope_nk.device)
+        step_mk = None if before_mk is None else (found.neg - before_mk).abs()[open_m]
+        left_m, ran, before_mk = left_m[open_m], ran.of(open_m), found.neg[open_m]
     return kept
 
 
@@ -276,11 +281,14 @@ class _Ran:
 
     def at(self, shifts: Doubles) -> Swept:
         """Some of the shifts, in their order."""
-        return self.swept.take(slice(None), [int(np.flatnonzero(self.shifts == shift)[0]) for shift in shifts])
+        if np.array_equal(self.shifts, shifts):
+            return self.swept
+        places = [int(np.flatnonzero(self.shifts == shift)[0]) for shift in shifts]
+        return self.swept.take(slice(None), indices(places, self.swept.delta_p_msk.device))
 
-    def of(self, is_wanted_m: Tensor) -> _Ran:
+    def of(self, places_m: Tensor) -> _Ran:
         """Those of some neurons."""
-        return _Ran(self.shifts, self.swept.take(is_wanted_m, slice(None)))
+        return _Ran(self.shifts, self.swept.take(places_m, slice(None)))
 
 
 def _with_those(ran: _Ran | None, wanted: Doubles, own_m: Tensor, run: Run) -> Steps[_Ran]:

@@ -114,7 +114,7 @@ def sweep_steps(
     is_routed_nk = interventions.are_routed(neurons)
     in_order = np.argsort(place_n, kind="stable")
     for own in _groups(in_order[place_n[in_order] >= 0], place_n, sites):
-        own_n, of_set_n = (torch.from_numpy(at).to(device) for at in (place_n[own], own))
+        own_n, of_set_n = (sent(torch.from_numpy(at), device) for at in (place_n[own], own))
         activation_n[of_set_n] = activation_m[own_n].double()
         slope_nk = torch.full((len(own), k), torch.nan, dtype=torch.float64, device=device)
         if neurgrad_km is not None:
@@ -180,7 +180,7 @@ def _swept(
             is_silent_m1k = is_silent_nk[sent(own_m, device), None]
             log_p_msk, logit_msk = (own.to(device).masked_fill(is_silent_m1k, 0.0) for own in (log_p_msk, logit_msk))
         if changed_ms is None:
-            changed_ms = torch.zeros(log_p_msk.shape[:2], dtype=torch.bool)
+            changed_ms = torch.zeros(log_p_msk.shape[:2], dtype=torch.bool, device=device)
         return Swept(
             output.change(log_p_msk.to(device), logit_msk.to(device), p_k, rest_k),
             changed_ms.to(device),

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service.measures.readouts import Readouts
+from neg_service.models.transfer import indices
 from neg_service.prompts.prompt import Prompt
 
 
@@ -60,6 +61,10 @@ class Output:
     def kept(self) -> tuple[int, ...]:
         """See above."""
         return tuple(k for k in range(self.n_targets) if k != self.against)
+
+    def of_kept(self, value_k: Tensor) -> Tensor:
+        """Of each target, those of the targets that are measured."""
+        return value_k if self.against is None else value_k[indices(self.kept, value_k.device)]
 
     @property
     def differentiates_logits(self) -> bool:
@@ -120,13 +125,13 @@ class Output:
 
     def noise(self, p_k: Tensor, rest_k: Tensor) -> Tensor:
         """How much further than Δ log p each value's change is off [C], float64."""
-        kept = list(self.kept)
+        own_p_c = self.of_kept(p_k)
         if self.readouts.readout == "probability":
-            return p_k[kept]
+            return own_p_c
         if self.readouts.readout == "log_odds" and not self.readouts.is_contrast:
-            return 1 / rest_k[kept]
+            return 1 / self.of_kept(rest_k)
         # A logit has errors that the sum over the vocabulary takes off a probability; a contrast has those of two.
-        return torch.full_like(p_k[kept], 1.0 if self.readouts.readout == "log_probability" else 2.0)
+        return torch.full_like(own_p_c, 1.0 if self.readouts.readout == "log_probability" else 2.0)
 
 
 def _others(p_k: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class PreparedPrompt:
 
     def _read_targets(self, head_sv: Tensor, logits_sv: Tensor) -> None:
         """Take over what the row without a shift says of the targets."""
-        self.tokens_k = torch.tensor([len(own) for own in self.prompt.target_tokens], device=self.device).double()
+        self.tokens_k = indices([len(own) for own in self.prompt.target_tokens], self.device).double()
         self.token_log_p: TokenLogP = None
         if self._tree is not None:
             self._of_tree = TreeBaseline.of(self._readout, head_sv, logits_sv, self._tree, self._who)
@@ -232,7 +232,7 @@ class PreparedPrompt:
     def noise_of(self, output: Output) -> Tensor:
         """How much further than the Δ log p of a token each value's change is off [C], float64."""
         own_c = output.noise(self.probabilities_for(output), self.rest_k)
-        return own_c * (self.tokens_k.max() if output.readouts.is_contrast else self.tokens_k[list(output.kept)])
+        return own_c * (self.tokens_k.max() if output.readouts.is_contrast else output.of_kept(self.tokens_k))
 
     def probabilities_for(self, output: Output) -> Tensor:
         """Of each target [K], float64; where they are only compared with each other, over the largest of them."""

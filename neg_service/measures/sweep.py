@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from neg_service import schema
@@ -45,6 +44,7 @@ from neg_service.measures.together import (
     run_together,
     taken_together,
 )
+from neg_service.models.transfer import fetched
 from neg_service.neurons import NeuronSet
 from neg_service.prompts.prompt import EncodedPrompt
 from neg_service.slots import Slots
@@ -216,15 +216,31 @@ def _table(
     n, k = values.neg.shape
     neg_kn = values.neg.T
     neurgrad_kn, gradient_kn = estimates
+    is_plain = output.readouts.is_plain
     estimate_kn = gradient_kn if sweep.shift == "signed" else neurgrad_kn
     resolution_kn = evaluated.resolution(noise_k).T
-    is_resolved = _column(neg_kn.abs() > resolution_kn)
-    is_plain = output.readouts.is_plain
-    curves = {}
-    if evaluated.curve_nsk is not None:
-        curves["delta_p" if is_plain else "delta"] = fixed_size(
-            evaluated.curve_nsk.permute(2, 0, 1).float().cpu().numpy()
-        )
+    columns = _fetched_columns(
+        {
+            "probability": output.of_kept(probability_k)[:, None].expand(k, n),
+            "activation": found.activation_n.expand(k, n),
+            "neg": neg_kn,
+            "neg_error": evaluated.error(noise_k, torch.promote_types(model.dtype, torch.float32)).T,
+            "n_shifts": evaluated.n_shifts_n.int().expand(k, n),
+            "r": values.r.T,
+            "r2": values.r2.T,
+            "max_abs_delta_p" if is_plain else "max_abs_delta": values.max_abs_delta_p.T,
+            "neurgrad": neurgrad_kn,
+            "gradient": gradient_kn,
+            "resolution": resolution_kn,
+            "is_resolved": neg_kn.abs() > resolution_kn,
+            "routing_changed": evaluated.routing_changed_n.expand(k, n),
+            "signs_agree": neg_kn.sign() == estimate_kn.sign(),
+            **({} if evaluated.curve_nsk is None else {"curve": evaluated.curve_nsk.permute(2, 0, 1)}),
+        }
+    )
+    if (curve := columns.pop("curve", None)) is not None:
+        columns["delta_p" if is_plain else "delta"] = fixed_size(curve.reshape(k, n, -1))
+    columns["signs_agree"] = pa.array(columns["signs_agree"], mask=~columns["is_resolved"])
     return table_of(
         schema.sweep(
             None if evaluated.curve_nsk is None else len(sweep.grid.shifts), model.feed_forward.has_experts, is_plain
@@ -237,28 +253,16 @@ def _table(
         shift=sweep.shift,
         dtype=str(model.dtype).removeprefix("torch."),
         readout=output.readouts.label,
-        probability=_column(probability_k[list(output.kept), None].expand(k, n)),
-        activation=_column(found.activation_n.expand(k, n)),
-        neg=_column(neg_kn),
-        neg_error=_column(evaluated.error(noise_k, torch.promote_types(model.dtype, torch.float32)).T),
-        n_shifts=np.tile(evaluated.n_shifts_n.cpu().numpy().astype(np.int32), k),
-        r=_column(values.r.T),
-        r2=_column(values.r2.T),
-        **{"max_abs_delta_p" if is_plain else "max_abs_delta": _column(values.max_abs_delta_p.T)},
-        neurgrad=_column(neurgrad_kn),
-        gradient=_column(gradient_kn),
-        resolution=_column(resolution_kn),
-        is_resolved=is_resolved,
         is_routed=found.is_routed_nc.T.ravel(),
-        routing_changed=_column(evaluated.routing_changed_n.expand(k, n)),
-        signs_agree=pa.array(_column(neg_kn.sign() == estimate_kn.sign()), mask=~is_resolved),
-        **curves,
+        **columns,
     )
 
 
-def _column(values_kn: Tensor) -> NDArray[Any]:
-    column: NDArray[Any] = values_kn.flatten().cpu().numpy()
-    return column.astype(np.float32) if column.dtype == np.float64 else column
+def _fetched_columns(columns: dict[str, Tensor]) -> dict[str, Any]:
+    """Columns of a table from tensors of a device, which is asked for all of them at once."""
+    flat = [own.flatten() for own in columns.values()]
+    on_cpu = fetched([own.float() if own.dtype == torch.float64 else own for own in flat])
+    return {name: own.numpy() for name, own in zip(columns, on_cpu, strict=True)}
 
 
 class _Progress:

@@ -84,8 +84,24 @@ def test_a_sweep_waits_no_more_often_for_being_run_in_many_batches() -> None:
             found.append((len(waits), table))
     (waits, whole), (waits_in_batches, in_batches) = found
     assert waits_in_batches == waits
-    assert waits <= 22 + 17 * N_LAYERS
+    assert waits <= 22
     np.testing.assert_allclose(in_batches["neg"], whole["neg"], rtol=1e-3, atol=1e-9)
+
+
+def test_prompts_that_are_swept_together_wait_together() -> None:
+    neurons = NeuronsConfig(choose="sample", count=4)
+    measure, plain = measure_of({"name": "sweep"}), tiny_model("Llama 2")
+    calibration = measure.calibrate(plain, list(encode(plain.tokenizer, PROMPTS[:1], None)), neurons)
+    with elsewhere("Llama 2") as model:
+        found = []
+        for n in (1, len(PROMPTS)):
+            with counted_waits() as waits:
+                measured_shard(measure, model, PROMPTS[:n], neurons, calibration)
+            found.append(len(waits))
+    # A stage of the adaptive grid asks of each prompt which neurons are done.
+    alone, together = found
+    assert alone <= 40
+    assert together <= 38 * len(PROMPTS)
 
 
 @pytest.mark.faults
