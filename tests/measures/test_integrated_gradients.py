@@ -14,15 +14,15 @@ from torch import nn
 import neg_service
 from neg_service import LanguageModel, schema
 from neg_service.config import NeuronsConfig
-from neg_service.errors import ConfigurationError, NonFiniteError, OutOfMemory
+from neg_service.errors import ConfigurationError, NonFiniteError
 from neg_service.measures import measure_of
-from neg_service.measures.integrated_gradients import PromptIntegrals, integrals
-from neg_service.measures.rows_together import RowsTogether
+from neg_service.measures.integrated_gradients import integrals
 from neg_service.models.batches import Budget
-from neg_service.prompts.prompt import EncodedPrompt, Prompt
+from neg_service.prompts.prompt import Prompt
 from tests import oracle
 from tests.encodings import encoded
-from tests.families import bases_of, float64_of, model_of, random_ids, readout
+from tests.families import bases_of, float64_of, model_of, readout
+from tests.integrals import integral_kln, measured, random_prompts
 from tests.oracle import relative
 from tests.refusals import refused
 from tests.shards import INFO, PROMPTS, measured_shard
@@ -37,27 +37,6 @@ ENGINES = {
     "kv_cache": ["GPT-J", "BLOOM"],
     "full_sequence": ["BERT", "ModernBERT", "DeBERTa 2 and 3"],
 }
-TARGETS = [[7, 8, 11], [1], [2, 3]]
-
-
-def random_prompts(is_masked: bool, header: int = 4) -> list[EncodedPrompt]:
-    found = random_ids([9, 1, 4], is_masked, header)
-    return [encoded(ids, own, f"p{i}") for i, (ids, own) in enumerate(zip(found, TARGETS, strict=True))]
-
-
-def measured(
-    model: LanguageModel, prompts: list[EncodedPrompt], basis: str, m: int, n_bytes: float = 2**28
-) -> list[PromptIntegrals]:
-    layers = list(range(model.feed_forward.n_layers))
-    wanted = [range(len(prompt.target_ids)) for prompt in prompts]
-    found = dict(integrals(model, prompts, wanted, basis, layers, m, Budget(n_bytes)))
-    assert sorted(found) == list(range(len(prompts)))
-    return [found[i] for i in range(len(prompts))]
-
-
-def integral_kln(found: PromptIntegrals) -> np.ndarray:
-    """By layer, all of which have the same number of neurons here."""
-    return found.integral_km.reshape(len(found.targets), len(found.slots.size), -1)
 
 
 @pytest.mark.parametrize(
@@ -119,84 +98,12 @@ def test_of_one_point_they_are_activation_times_gradient() -> None:
         assert relative(integral_kln(found), activation * slopes) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["Llama 2", "GPT-J", "BERT"])
-def test_the_batch_size_does_not_change_results(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes, together = model_of(family), [], []
-    real = RowsTogether.run_from
-
-    def counted(self: Any, layer: int, n_rows: int, change: Any) -> Any:
-        sizes.append(n_rows)
-        together.append(len(self.members))
-        return real(self, layer, n_rows, change)
-
-    monkeypatch.setattr(RowsTogether, "run_from", counted)
-    prompts = random_prompts(model.is_masked)
-    whole = measured(model, prompts, "paper", 7)
-    assert set(sizes) == {7}
-    # Three prompts in one pass, where an engine has rows of one token.
-    assert set(together) == ({3} if family == "Llama 2" else {1})
-    row = model.engine.row_sizes(13)
-    # Nothing at all, and three points with the ways back of three targets.
-    for n_bytes in (1, 3 * (row.graph + 3 * row.slope)):
-        sizes.clear()
-        together.clear()
-        for one, other in zip(whole, measured(model, prompts, "paper", 7, n_bytes), strict=True):
-            assert relative(integral_kln(other), integral_kln(one)) < 1e-5
-        assert set(together) == {1}
-        assert (set(sizes) == {1}) if n_bytes == 1 else (1 < min(sizes) < 7)
-
-
 def test_more_targets_than_are_differentiated_at_once() -> None:
     model = tiny_model("Llama 2")
     (found,) = measured(model, [encoded((3, 14, 15), range(70))], "paper", 2)
     for k in (0, 31, 32, 69):
         (alone,) = measured(model, [encoded((3, 14, 15), [k])], "paper", 2)
         assert relative(integral_kln(found)[k], integral_kln(alone)[0]) < 1e-5
-
-
-def test_memory_that_ends_shrinks_the_batches_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = tiny_model("Llama 2"), random_prompts(False)
-    whole = measured(model, prompts, "paper", 20)
-    real, sizes = RowsTogether.run_from, []
-
-    def small_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
-        sizes.append(n_rows)
-        if n_rows > 6:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, layer, n_rows, change)
-
-    monkeypatch.setattr(RowsTogether, "run_from", small_memory)
-    for one, other in zip(whole, measured(model, prompts, "paper", 20), strict=True):
-        assert relative(integral_kln(other), integral_kln(one)) < 1e-5
-    # Halved once at the first layer, and remembered; two batches of ten do not fit, four of five do.
-    assert sizes[:6] == [20, 10, 5, 5, 5, 5]
-    assert max(sizes[2:12]) == 5
-
-    def no_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
-        raise MemoryError("no memory")
-
-    monkeypatch.setattr(RowsTogether, "run_from", no_memory)
-    with refused(OutOfMemory, setting=None, says="prompt 'p.' .* one scaled point of layer 0 does not fit"):
-        measured(model, prompts, "paper", 20)
-
-
-def test_when_several_prompts_do_not_fit_fewer_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = tiny_model("Llama 2"), random_prompts(False)
-    whole = measured(model, prompts, "paper", 4)
-    real, together = RowsTogether.run_from, []
-
-    def small_memory(self: Any, layer: int, n_rows: int, change: Any) -> Any:
-        together.append(len(self.members))
-        if together[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, layer, n_rows, change)
-
-    monkeypatch.setattr(RowsTogether, "run_from", small_memory)
-    for one, other in zip(whole, measured(model, prompts, "paper", 4), strict=True):
-        assert relative(integral_kln(other), integral_kln(one)) < 1e-5
-    # Down to one point each, then fewer prompts.
-    assert together[0] == 3
-    assert set(together[3:]) <= {1, 2}
 
 
 def test_layers_below_run_once_for_all_points() -> None:
