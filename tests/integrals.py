@@ -11,7 +11,8 @@ from neg_service.prompts.prompt import EncodedPrompt
 from tests.encodings import encoded
 from tests.families import random_ids
 
-TARGETS = [[7, 8, 11], [1], [2, 3]]
+# Two of as many may run together.
+TARGETS = [[7, 8, 11], [1, 4, 9], [2, 3]]
 
 
 def random_prompts(is_masked: bool, header: int = 4) -> list[EncodedPrompt]:

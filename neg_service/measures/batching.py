@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 # A prefix kept of earlier prompts serves unless it leaves more than this many shared tokens unshared.
 PREFIX_SLACK = 16
+# By this factor lengths of prompts may differ that run together, beside a few tokens.
+_LENGTHS = 1.5
 # So many prompts are planned together; planning costs the square of it.
 PLANNED_TOGETHER = 256
 
@@ -137,6 +139,68 @@ def in_batches(
             for part, results in in_parts(costs, run_part, budget):
                 yield from zip([members[i] for i in part], results, strict=True)
                 del results
+
+
+def in_joint_parts(
+    model: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    kind_of: Callable[[int], int | None],
+    cost_of: Callable[[int, int, int], int],
+    run: Callable[[list[int], tuple[int, ...]], list[T]],
+    budget: Budget,
+    most: int,
+) -> Iterator[tuple[int, T]]:
+    """Run prompts by index, as many together as fit, others alone; yields (index, result), each index once.
+
+    kind_of: prompts of one kind may run together, up to `most`; of None each runs alone. cost_of: what a prompt takes,
+    in bytes, beside others of up to so many tokens, behind so many that all have. run: gives the results of some
+    prompts in their order, which all begin with the tokens that it is given.
+
+    Raises:
+        DoesNotFit: a prompt does not fit even alone; what else `run` raises.
+    """
+    for group in model.groups([prompt.until_shifted for prompt in prompts]):
+        shared = prompts[group.members[0]].ids[: group.shared]
+        alone: list[int] = []
+        kinds: dict[int, list[int]] = {}
+        for index in group.members:
+            kind = kind_of(index)
+            (alone if kind is None else kinds.setdefault(kind, [])).append(index)
+        for members in kinds.values():
+            for block in _of_similar_length(prompts, members, len(shared), most):
+                longest = len(prompts[block[-1]].ids)
+                costs = [cost_of(index, longest, len(shared)) for index in block]
+
+                def run_part(part: range, block: list[int] = block, shared: tuple[int, ...] = shared) -> list[T]:
+                    own = block[part.start : part.stop]
+                    try:
+                        return run(own, shared)
+                    except DoesNotFit as error:
+                        if len(own) == 1:
+                            raise
+                        # What does not fit beside others may do so alone.
+                        raise MemoryError(str(error)) from without_frames(error)
+
+                for part, results in in_parts(costs, run_part, budget):
+                    yield from zip([block[i] for i in part], results, strict=True)
+        for index in alone:
+            (result,) = run([index], shared)
+            yield index, result
+
+
+def _of_similar_length(
+    prompts: Sequence[EncodedPrompt], members: Sequence[int], n_shared: int, most: int
+) -> Iterator[list[int]]:
+    """Prompts whose own tokens differ by no more than a factor, for prefixes are padded to the longest."""
+    block: list[int] = []
+    for index in sorted(members, key=lambda i: (len(prompts[i].ids), i)):
+        own, shortest = (len(prompts[i].ids) - n_shared for i in (index, block[0] if block else index))
+        if block and (len(block) == most or own > _LENGTHS * shortest + PREFIX_SLACK):
+            yield block
+            block = []
+        block.append(index)
+    if block:
+        yield block
 
 
 def _planned_together(prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:

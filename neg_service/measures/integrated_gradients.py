@@ -37,7 +37,7 @@ from torch import Tensor
 
 from neg_service.config import NeuronsConfig
 from neg_service.errors import ConfigurationError, NonFiniteError, told_by_parameters
-from neg_service.measures.batching import budget_of, in_parts, named
+from neg_service.measures.batching import budget_of, in_joint_parts, in_parts, named
 from neg_service.measures.choice import layers_with_neurons
 from neg_service.measures.neurgrad import encoded_texts, slots_by_layer
 from neg_service.measures.routing import PromptRouting
@@ -57,6 +57,8 @@ from neg_service.slots import Slots
 
 # So many targets are differentiated at once.
 _TARGETS_TOGETHER = 32
+# So many prompts run together at the most.
+_MOST_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -188,23 +190,18 @@ def integrals(
     `wanted[i]` are the indices of the targets of prompt i to integrate for; probabilities cover all targets.
     """
     of_batch = _Integrated(model, basis, layers, m, budget)
-    for group in model.groups([prompt.until_shifted for prompt in prompts]):
-        shared = prompts[group.members[0]].ids[: group.shared]
-        joining = [i for i in group.members if rows_join(model, prompts[i])]
-        # In a row those of similar length, whose prefixes are padded.
-        joining.sort(key=lambda i: (len(prompts[i].ids), i))
-        costs = [of_batch.cost(prompts[i], len(shared), len(wanted[i])) for i in joining]
 
-        def run(part: range, joining: list[int] = joining, shared: tuple[int, ...] = shared) -> list[PromptIntegrals]:
-            own = [joining[i] for i in part]
-            return of_batch.integrals([prompts[i] for i in own], [tuple(wanted[i]) for i in own], shared)
+    def kind_of(index: int) -> int | None:
+        # The ways back of as many targets are run for all prompts that run together.
+        return len(wanted[index]) if rows_join(model, prompts[index]) else None
 
-        for part, found in in_parts(costs, run, budget):
-            yield from zip([joining[i] for i in part], found, strict=True)
-        for index in group.members:
-            if index not in joining:
-                (alone,) = of_batch.integrals([prompts[index]], [tuple(wanted[index])], shared)
-                yield index, alone
+    def cost_of(index: int, longest: int, n_shared: int) -> int:
+        return of_batch.cost(longest, n_shared, len(wanted[index]))
+
+    def run(members: list[int], shared: tuple[int, ...]) -> list[PromptIntegrals]:
+        return of_batch.integrals([prompts[i] for i in members], [tuple(wanted[i]) for i in members], shared)
+
+    yield from in_joint_parts(model, prompts, kind_of, cost_of, run, budget, _MOST_TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -217,10 +214,10 @@ class _Integrated:
     m: int
     budget: Budget
 
-    def cost(self, prompt: EncodedPrompt, n_shared: int, n_targets: int) -> int:
-        """What a prompt takes of a batch's memory with all points of a layer."""
-        engine, n = self.model.engine, len(prompt.ids)
-        return engine.cost(n, n_shared, 1) + self.m * _point_bytes(engine.row_sizes(n), n_targets)
+    def cost(self, n: int, n_shared: int, n_targets: int) -> int:
+        """What a prompt of n tokens takes of a batch's memory with all points of a layer."""
+        engine = self.model.engine
+        return engine.cost(n, n_shared, 1, 1) + self.m * _point_bytes(engine.row_sizes(n), n_targets)
 
     def integrals(
         self, prompts: Sequence[EncodedPrompt], wanted: Sequence[tuple[int, ...]], shared: tuple[int, ...]

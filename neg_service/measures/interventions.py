@@ -81,9 +81,7 @@ class Interventions(PreparedPrompt):
                     tokens = [node for own in nodes_of_targets(self._tree)[part.start : part.stop] for node in own]
             else:
                 ids = [self._target_ids[part.start : part.stop]]
-                with self.naming_memory("its tokens do"):
-                    rows = self.rows
-                found = target_gradients(rows, ids, points, of_logits=of_logits)
+                found = target_gradients(self.rows, ids, points, of_logits=of_logits)
             if self.has_experts:
                 place_rs = found.place_r[:, None] if found.place_a is None else found.place_a[None]
                 others = {n: self._experts.is_other(n, found.routing, place_rs, self.device, tokens) for n in layers}

@@ -123,7 +123,10 @@ class PreparedPrompt:
     @cached_property
     def rows(self) -> Rows:
         """The prompt's rows, behind what runs once."""
-        return self._tree_rows or self._rows_of()
+        if self._tree_rows is not None:
+            return self._tree_rows
+        with self.naming_memory("its tokens do"):
+            return self._rows_of()
 
     def _read_targets(self, head_sv: Tensor, logits_sv: Tensor) -> None:
         """Take over what the row without a shift says of the targets."""

@@ -36,7 +36,7 @@ from neg_service.models.engines.self_check import LOGIT_TOLERANCE
 from neg_service.models.language_model import LanguageModel
 from neg_service.models.precision import at_least_float32
 from neg_service.models.text_config import text_config
-from neg_service.models.transfer import indices
+from neg_service.models.transfer import indices, sent
 
 # On a CPU so many rows at a time, or so many tokens and values: they stay in the processor's cache.
 _CPU_ROWS = 8
@@ -77,19 +77,19 @@ class _Baselines:
     own: tuple[Baseline, ...]
     p_av: Tensor
     uncapped_av: Tensor
+    # From the head's output to logits: of one prompt a number, of several [A, 1, 1]; None where all are 1.
+    factor: Tensor | float | None
 
     @classmethod
     def of(cls, own: Sequence[Baseline]) -> _Baselines:
         """Of one prompt nothing is copied."""
+        factors = [x.factor for x in own]
+        is_one = all(factor == 1 for factor in factors)
         if len(own) == 1:
-            return cls(tuple(own), own[0].p_v[None], own[0].uncapped_v[None])
-        return cls(tuple(own), torch.stack([x.p_v for x in own]), torch.stack([x.uncapped_v for x in own]))
-
-    def factor(self, like: Tensor) -> Tensor | float:
-        """From the head's output to logits, for a tensor whose first axis is the prompts."""
-        if len(self.own) == 1 or all(x.factor == 1 for x in self.own):
-            return self.own[0].factor
-        return like.new_tensor([x.factor for x in self.own])[:, None, None]
+            return cls(tuple(own), own[0].p_v[None], own[0].uncapped_v[None], None if is_one else factors[0])
+        p_av, uncapped_av = (torch.stack(x) for x in zip(*((x.p_v, x.uncapped_v) for x in own), strict=True))
+        factor = None if is_one else sent(torch.tensor(factors, dtype=p_av.dtype), p_av.device)[:, None, None]
+        return cls(tuple(own), p_av, uncapped_av, factor)
 
 
 class Read(NamedTuple):
@@ -316,9 +316,8 @@ class Readout:
     def _logits(self, baselines: _Baselines, difference_arv: Tensor, tokens: slice | Tensor) -> Tensor:
         """Differences of logits of some tokens, from those of the head's output."""
         delta_arv = at_least_float32(difference_arv)
-        factor = baselines.factor(delta_arv)
-        if isinstance(factor, Tensor) or factor != 1:
-            delta_arv = delta_arv * factor
+        if baselines.factor is not None:
+            delta_arv = delta_arv * baselines.factor
         if self._cap is None:
             return delta_arv
         before_a1v = baselines.uncapped_av[:, None, tokens]

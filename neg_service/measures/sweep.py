@@ -2,8 +2,8 @@
 
 For each prompt: the prefix runs once, then NeurGrad of all chosen layers over it (which also ranks the neurons, where
 the strongest are asked for), then every (neuron, shift); all targets share these passes, and so do prompts that leave
-room in them (`together.py`). Curves and what is made of
-them stay on the device; a row for each target and neuron leaves it. What is measured: `neg.py` and `linearity.py`.
+room in them (`together.py`). Curves and what is made of them stay on the device; a row for each target and neuron
+leaves it. What is measured: `neg.py` and `linearity.py`.
 
 Axes: n chosen neurons, K targets, S shifts, M neurons that act on a prompt.
 """
@@ -25,7 +25,7 @@ from neg_service import schema
 from neg_service.config import NeuronsConfig
 from neg_service.measures.adaptive import RowNoise
 from neg_service.measures.base import ShardInput
-from neg_service.measures.batching import in_parts
+from neg_service.measures.batching import in_joint_parts
 from neg_service.measures.changes import Steps, taken
 from neg_service.measures.choice import chosen_neurons, layers_of, strongest_neurons
 from neg_service.measures.curves import SweepResult, sweep_steps
@@ -64,25 +64,15 @@ def sweep_rows(
     Raises:
         ModelError: the noise of the run was measured with an engine of another kind.
     """
-    own = _SweptShard(shard, sweep, noise, keep_curves, readouts)
-    model = shard.model
-    for group in model.groups([prompt.until_shifted for prompt in shard.prompts]):
-        shared = shard.prompts[group.members[0]].ids[: group.shared]
-        joining = [i for i in group.members if own.runs_with_others(i)]
-        # In a row those of similar length, whose prefixes are padded.
-        joining.sort(key=lambda i: (len(shard.prompts[i].ids), i))
-        for start in range(0, len(joining), MOST_TOGETHER):
-            block = joining[start : start + MOST_TOGETHER]
-            costs = [cost_of(model, shard.prompts[i], len(shared), own.n_rows) for i in block]
+    own, model, prompts = _SweptShard(shard, sweep, noise, keep_curves, readouts), shard.model, shard.prompts
 
-            def run(part: range, block: list[int] = block, shared: tuple[int, ...] = shared) -> list[Tables]:
-                return own.together(block[part.start : part.stop], shared)
+    def kind_of(index: int) -> int | None:
+        return 0 if run_together(model, prompts[index]) else None
 
-            for part, tables in in_parts(costs, run, shard.budget):
-                yield from zip([block[i] for i in part], tables, strict=True)
-        for index in group.members:
-            if index not in joining:
-                yield index, own.alone(index, shared)
+    def cost_of_one(index: int, longest: int, n_shared: int) -> int:
+        return cost_of(model, longest, n_shared, len(prompts[index].target_ids), own.n_rows)
+
+    yield from in_joint_parts(model, prompts, kind_of, cost_of_one, own.tables, shard.budget, MOST_TOGETHER)
 
 
 class _SweptShard:
@@ -104,27 +94,24 @@ class _SweptShard:
         n = self._shard.neurons.count if self._chosen is None else len(self._chosen)
         return n * len((grid.stages[0] if isinstance(grid, AdaptiveGrid) else grid).shifts)
 
-    def runs_with_others(self, index: int) -> bool:
-        """Whether a prompt's rows may be in a batch with those of others."""
-        return run_together(self._shard.model, self._shard.prompts[index])
-
-    def together(self, members: Sequence[int], shared: tuple[int, ...]) -> list[Tables]:
+    def tables(self, members: Sequence[int], shared: tuple[int, ...]) -> list[Tables]:
         """The tables of some prompts that begin with shared tokens, in their order."""
         if len(members) == 1:
-            return [self.alone(members[0], shared)]
+            return [self._alone(members[0], shared)]
         model, budget = self._shard.model, self._shard.budget
         prompts = [self._shard.prompts[index] for index in members]
         prepared = prepared_together(model, prompts, self._sweep.basis, shared)
         outputs = [Output.of(self._readouts, prompt.prompt) for prompt in prompts]
         found = neurgrads_together(model, prepared, self._layers, budget, outputs, shared)
+        progress = _Progress(f"{prompts[0].prompt.id!r} and {len(prompts) - 1} more")
         ready = [
-            self._ready(prompt, own, output, neurgrad_km, None)
+            self._ready(prompt, own, output, neurgrad_km, None, progress)
             for prompt, own, output, neurgrad_km in zip(prompts, prepared, outputs, found, strict=True)
         ]
         swept = taken_together(prepared, [own.steps for own in ready], budget)
         return [own.tables(result) for own, result in zip(ready, swept, strict=True)]
 
-    def alone(self, index: int, shared: tuple[int, ...]) -> Tables:
+    def _alone(self, index: int, shared: tuple[int, ...]) -> Tables:
         """The tables of a prompt."""
         model, prompt, budget = self._shard.model, self._shard.prompts[index], self._shard.budget
         interventions = Interventions(
@@ -133,12 +120,13 @@ class _SweptShard:
         output = Output.of(self._readouts, prompt.prompt)
         neurgrad_km = interventions.neurgrad(self._layers, budget, output)
         gradient_km = interventions.gradient(self._layers, budget, output)
-        own = self._ready(prompt, interventions, output, neurgrad_km, gradient_km)
+        progress = _Progress(repr(prompt.prompt.id))
+        own = self._ready(prompt, interventions, output, neurgrad_km, gradient_km, progress)
         return own.tables(taken(own.steps, lambda moved: interventions.changes(moved, budget)))
 
     def _ready(
         self, prompt: EncodedPrompt, interventions: Interventions, output: Output, neurgrad_km: Tensor,
-        gradient_km: Tensor | None,
+        gradient_km: Tensor | None, progress: _Progress,
     ) -> _ReadyPrompt:  # fmt: skip
         """A prompt whose gradients are known."""
         shard, neurons = self._shard, self._shard.neurons
@@ -151,6 +139,7 @@ class _SweptShard:
         if neurons.choose == "sample":
             # Of a list each is told, also where a prompt does not use its expert.
             own, place_n = own.take(np.flatnonzero(place_n >= 0)), place_n[place_n >= 0]
+        progress.expect(len(own))
         steps = sweep_steps(
             interventions,
             own,
@@ -159,7 +148,7 @@ class _SweptShard:
             self._keep_curves,
             neurgrad_km,
             noise,
-            _Progress(prompt.prompt.id, len(own)).add,
+            progress.add,
             gradient_km,
             output,
         )
@@ -266,11 +255,15 @@ def _fetched_columns(columns: dict[str, Tensor]) -> dict[str, Any]:
 
 
 class _Progress:
-    """Says now and then how far a prompt is that takes minutes; the driver hears of whole shards only."""
+    """Says now and then how far prompts are that take minutes; the driver hears of whole shards only."""
 
-    def __init__(self, prompt_id: str, n_neurons: int) -> None:
-        self._who, self._of, self._done = prompt_id, n_neurons, 0
+    def __init__(self, who: str) -> None:
+        self._who, self._of, self._done = who, 0, 0
         self._began = self._spoke = time.monotonic()
+
+    def expect(self, n_neurons: int) -> None:
+        """So many more are to be swept."""
+        self._of += n_neurons
 
     def add(self, n_neurons: int) -> None:
         self._done += n_neurons
@@ -278,4 +271,4 @@ class _Progress:
         if now - self._spoke >= _SPEAK_SECONDS and self._done < self._of:
             self._spoke = now
             left = (now - self._began) / self._done * (self._of - self._done)
-            log.info("prompt %r: %d of %d neurons, %.0f s left", self._who, self._done, self._of, left)
+            log.info("prompt %s: %d of %d neurons, %.0f s left", self._who, self._done, self._of, left)

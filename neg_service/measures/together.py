@@ -11,6 +11,7 @@ Axes: A prompts, K targets, C values that are measured of the targets, M neurons
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
@@ -32,9 +33,6 @@ T = TypeVar("T")
 
 # More prompts hardly make one cheaper, and errors, or a memory that ends, would cost more of them.
 MOST_TOGETHER = 32
-# What is kept of a prompt, against what a row of it with a graph takes: it is kept in float64 and in the precision of
-# differences, with its prefix.
-_KEPT = 3
 # Prompts whose interventions fill so many batches or more gain nothing from others.
 _BATCHES = 8
 # Prompts whose numbers of interventions differ by no more than this factor run together: all have as many rows.
@@ -46,13 +44,16 @@ def run_together(model: LanguageModel, prompt: EncodedPrompt) -> bool:
     return not prompt.is_tree and model.ensure_checked().check.together
 
 
-def cost_of(model: LanguageModel, prompt: EncodedPrompt, n_shared: int, n_rows: int) -> int:
-    """What a prompt with so many interventions takes of a batch's memory, in bytes."""
-    engine, n = model.engine, len(prompt.ids)
-    kept = _KEPT * engine.cost(n, n_shared, 1, 1)
-    return max(
-        kept + n_rows * engine.row_sizes(n).run // _BATCHES, engine.cost(n, n_shared, *[len(prompt.target_ids)] * 2)
-    )
+def cost_of(model: LanguageModel, n_tokens: int, n_shared: int, n_targets: int, n_rows: int) -> int:
+    """What a prompt takes of a batch's memory, in bytes, of so many tokens, the first `n_shared` of all.
+
+    Its `n_rows` interventions count for a part of what they would take at once: they run in batches, but who fills
+    several is to run alone.
+    """
+    engine = model.engine
+    kept = engine.differences_bytes(n_tokens, n_shared)
+    filled = n_rows * engine.row_sizes(n_tokens).run // _BATCHES
+    return kept + max(filled, engine.cost(n_tokens, n_shared, n_targets, n_targets))
 
 
 def prepared_together(
@@ -74,7 +75,16 @@ def neurgrads_together(
     model: LanguageModel, prompts: Sequence[Interventions], layers: Sequence[int], budget: Budget,
     outputs: Sequence[Output], shared: Ids = (),
 ) -> list[Tensor]:  # fmt: skip
-    """Each prompt's NeurGrad [C, M], as `Interventions.neurgrad` has it of one."""
+    """Each prompt's NeurGrad [C, M], as `Interventions.neurgrad` has it of one.
+
+    In low precision each by itself: what rounding does there depends on how many rows a product has, and is no small
+    part of a gradient.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a gradient. DoesNotFit: one target's gradients do not fit.
+    """
+    if model.dtype not in (torch.float32, torch.float64):
+        return [own.neurgrad(layers, budget, output) for own, output in zip(prompts, outputs, strict=True)]
     points = {site: prompts[0].points[site] for site in prompts[0].sites(layers)}
 
     def run(part: range) -> list[Tensor]:
@@ -99,7 +109,12 @@ def neurgrads_together(
 
 
 def taken_together(prompts: Sequence[Interventions], steps: Sequence[Steps[T]], budget: Budget) -> list[T]:
-    """What comes out of each prompt's steps; what they ask for at a time runs together."""
+    """What comes out of each prompt's steps; what they ask for at a time runs together.
+
+    Raises:
+        NonFiniteError: NaN or infinity after an intervention. DoesNotFit: one does not fit beside the prompts. What the
+        allocator says: one of each prompt does not fit.
+    """
     results: dict[int, T] = {}
     asked: dict[int, Sequence[Moved]] = {}
 
@@ -145,7 +160,9 @@ def _changes(prompts: Sequence[Interventions], moved: Sequence[Sequence[Moved]],
 
     # Of each prompt as many rows, beside what differences of a few rows take while they are worked out.
     size = sum(own.sizes.run for own in prompts)
-    with prompts[0].without_waiting():
+    with ExitStack() as stack:
+        for own in prompts:
+            stack.enter_context(own.without_waiting())
         parts = list(in_parts([size] * max(counts), run, budget, size))
         read = [torch.stack([own.log_p_ik.isfinite().all() for _, own in of_part]).all() for _, of_part in parts]
         (is_read,) = fetched([torch.stack(read)])

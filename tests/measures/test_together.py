@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 from unittest.mock import Mock
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from neg_service.config import NeuronsConfig
-from neg_service.errors import NonFiniteError, OutOfMemory
+from neg_service.errors import DoesNotFit, NonFiniteError, OutOfMemory
 from neg_service.measures import together
+from neg_service.measures.interventions import Interventions
 from neg_service.models.batches import Budget
 from neg_service.models.engines.difference_program import Differences, Program
 from neg_service.models.language_model import LanguageModel
@@ -93,7 +95,10 @@ def test_weights_of_low_precision_are_swept_together(prepared: list[int]) -> Non
     order = [("prompt_id", "ascending"), ("target", "ascending"), ("layer", "ascending"), ("neuron", "ascending")]
     neg, alike = (own.sort_by(order)["neg"].to_numpy() for own in (expected, found))
     np.testing.assert_allclose(alike, neg, rtol=1e-3, atol=1e-6 * np.abs(neg).max())
-    assert prepared == [5]
+    assert sorted(prepared) == [2, 3]
+    for name in ("neurgrad", "gradient"):
+        ours, theirs = (own.sort_by(order)[name].to_numpy() for own in (expected, found))
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_one_pass_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +125,42 @@ def test_a_prompt_that_needs_more_does_not_keep_others_waiting() -> None:
 def test_prompts_whose_interventions_fill_batches_run_alone(prepared: list[int]) -> None:
     model = tiny_model("Llama 2")
     row = model.engine.row_sizes(6).run
-    few, many = (together.cost_of(model, Mock(ids=(1,) * 6, target_ids=(1,)), 0, n) for n in (10, 10_000))
-    assert many - few == pytest.approx(9_990 * row / 8, rel=1e-3)
-    swept(model, NeuronsConfig(), PROMPTS, budget=Budget(few))
+    few, many = (together.cost_of(model, 6, 0, 1, n) for n in (1000, 10_000))
+    assert many - few == pytest.approx(9_000 * row / 8, rel=1e-3)
+    swept(model, NeuronsConfig(), PROMPTS, budget=Budget(together.cost_of(model, 6, 0, 1, 10)))
     assert prepared == []
+
+
+def test_prompts_of_very_different_length_do_not_run_together(prepared: list[int]) -> None:
+    # Prefixes are padded to the longest.
+    model, long = tiny_model("Llama 2"), " ".join(f"w{i % 90}" for i in range(100))
+    prompts = [Prompt(str(i), f"w{i} {long if i % 3 == 0 else 'w4'}", (" w7",)) for i in range(6)]
+    swept(model, NeuronsConfig(choose="sample", count=1), prompts)
+    assert sorted(prepared) == [2, 4]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_prompts_take_is_foreseen(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neg_service.models.batches.PASS_COST", 4)
+    model, n = tiny_model("Llama 2"), 80
+    model.ensure_checked()
+    header = tuple(i % 90 for i in range(n))
+    prompts = [
+        (*((90 + i) % 97 if not shared and k == 0 else own for k, own in enumerate(header)), i) for i in range(8)
+    ]
+    points, known = model.feed_forward.sites("paper"), header if shared else ()
+    gc.collect()
+    before = {id(own) for own in gc.get_objects() if type(own) is torch.Tensor}
+    kept = model.engine.differences(prompts, known, points)
+    model.forget_prefixes()
+    found = {
+        own.untyped_storage().data_ptr(): own.untyped_storage().nbytes()
+        for own in gc.get_objects()
+        if type(own) is torch.Tensor and id(own) not in before
+    }
+    foreseen = len(prompts) * model.engine.differences_bytes(n + 1, len(known))
+    assert kept.head_bv.shape[0] == len(prompts)
+    assert 0 < sum(found.values()) <= foreseen
 
 
 def test_when_memory_ends_fewer_prompts_and_rows_run_and_nothing_changes(
@@ -142,12 +179,42 @@ def test_when_memory_ends_fewer_prompts_and_rows_run_and_nothing_changes(
 
     monkeypatch.setattr(Differences, "run", small_memory)
     assert_same(swept(model, neurons, PROMPTS)["sweep"], expected)
-    assert prepared[0] == 5
-    assert {n for n, _ in sizes} >= {1, 5}
+    assert prepared[0] == 3
+    assert {n for n, _ in sizes} >= {1, 3}
 
     monkeypatch.setattr(Differences, "run", Mock(side_effect=MemoryError("no memory")))
     with refused(OutOfMemory, setting=None, says="prompt '.' .* one intervention does not fit"):
         swept(model, neurons, PROMPTS)
+
+
+def test_a_prompt_that_does_not_fit_beside_others_runs_alone(
+    prepared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is one prompt's gradients, or the shifts of the last one that needs some, that find no room."""
+    model, neurons = tiny_model("Llama 2"), NeuronsConfig(choose="sample", count=4)
+    expected = alone(model, neurons)
+    for name in ("neurgrad", "changes"):
+        real = getattr(Interventions, name)
+
+        def small_memory(self: Any, *given: Any, real: Any = real) -> Any:
+            if self.by_differences.differences.head_bv.shape[0] > 2:
+                raise DoesNotFit("what is kept of others takes the memory")
+            return real(self, *given)
+
+        prepared.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Interventions, name, small_memory)
+            # One prompt at a time, so that each meets it.
+            patch.setattr(together, "_alike", lambda counts: [[a] for a in counts])
+            patch.setattr(together, "in_parts", lambda costs, run, *_: [(p, run(p)) for p in one_by_one(len(costs))])
+            assert_same(swept(model, neurons, PROMPTS)["sweep"], expected)
+        assert prepared[0] == 3
+        assert all(n <= 2 for n in prepared[1:])
+
+
+def one_by_one(n: int) -> list[range]:
+    """The parts of items that all run alone."""
+    return [range(place, place + 1) for place in range(n)]
 
 
 def test_when_memory_ends_while_prompts_are_prepared_fewer_are() -> None:
@@ -163,8 +230,16 @@ def test_when_memory_ends_while_prompts_are_prepared_fewer_are() -> None:
 
     model.engine.differences = small_memory  # type: ignore[method-assign]
     assert_same(swept(model, neurons, PROMPTS)["sweep"], expected)
-    assert tried[0] == 5
+    assert tried[0] == 3
     assert max(tried[1:]) <= 2
+
+
+def test_a_prompt_whose_prefix_does_not_fit_for_gradients_is_named() -> None:
+    model = tiny_model("Llama 2")
+    model.ensure_checked()
+    model.engine.rows = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))  # type: ignore[method-assign]
+    with refused(OutOfMemory, setting=None, says="prompt 'b' .* its tokens do not fit"):
+        swept(model, NeuronsConfig(choose="sample", count=1), PROMPTS[1:2])
 
 
 def test_a_prompt_that_is_broken_is_named() -> None:

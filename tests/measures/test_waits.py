@@ -88,11 +88,13 @@ def test_a_sweep_waits_no_more_often_for_being_run_in_many_batches() -> None:
     np.testing.assert_allclose(in_batches["neg"], whole["neg"], rtol=1e-3, atol=1e-9)
 
 
-def test_prompts_that_are_swept_together_wait_together() -> None:
+# One whose logits are scaled after the head.
+@pytest.mark.parametrize("family", ["Llama 2", "Cohere"])
+def test_prompts_that_are_swept_together_wait_together(family: str) -> None:
     neurons = NeuronsConfig(choose="sample", count=4)
-    measure, plain = measure_of({"name": "sweep"}), tiny_model("Llama 2")
+    measure, plain = measure_of({"name": "sweep"}), tiny_model(family)
     calibration = measure.calibrate(plain, list(encode(plain.tokenizer, PROMPTS[:1], None)), neurons)
-    with elsewhere("Llama 2") as model:
+    with elsewhere(family) as model:
         found = []
         for n in (1, len(PROMPTS)):
             with counted_waits() as waits:
@@ -100,8 +102,8 @@ def test_prompts_that_are_swept_together_wait_together() -> None:
             found.append(len(waits))
     # A stage of the adaptive grid asks of each prompt which neurons are done.
     alone, together = found
-    assert alone <= 40
-    assert together <= 38 * len(PROMPTS)
+    assert alone <= 45
+    assert together < len(PROMPTS) * alone
 
 
 @pytest.mark.faults

@@ -346,6 +346,10 @@ class Engine(ABC):
         """
         return None
 
+    def differences_bytes(self, n_tokens: int, shared: int) -> int:
+        """What one of the prompts of `differences` takes of memory, of so many tokens, the first `shared` of all."""
+        raise NotImplementedError(f"{type(self).__name__} has no difference arithmetic")
+
     def forget(self) -> None:
         """Free the memory of shared prefixes that are kept for prompts to come."""
         self.prefixes.forget()

@@ -16,7 +16,8 @@ N = H/G, X = N·R, S keys, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -128,17 +129,6 @@ class _Attended:
             sinks = view.sinks.detach().view(g, -1, 1).to(query.dtype).repeat(n_prompts, 1, 1)
         return cls(query_gnd, keys_gsd, values_gsd, is_empty_gs, sinks, n_prompts)
 
-    def some(self, prompts: tuple[int, ...]) -> _Attended:
-        """Of some of the prompts."""
-        at = indices(prompts, self.query_gnd.device)
-
-        def own(x: Tensor | None) -> Tensor | None:
-            return None if x is None else torch.unflatten(x, 0, (self.n_prompts, -1))[at].flatten(0, 1)
-
-        query, keys, values = (torch.unflatten(x, 0, (self.n_prompts, -1))[at].flatten(0, 1)
-                               for x in (self.query_gnd, self.keys_gsd, self.values_gsd))  # fmt: skip
-        return _Attended(query, keys, values, own(self.is_empty_gs), own(self.sink_gn1), len(prompts))
-
 
 def _padded(known_gtd: Tensor, longest: int, like_gd: Tensor) -> Tensor:
     """With zeros before, so that the row's own key comes last for all prompts."""
@@ -148,24 +138,20 @@ def _padded(known_gtd: Tensor, longest: int, like_gd: Tensor) -> Tensor:
 
 
 class _Attention:
-    """One layer's attention of rows without a shift, as a step: what differences need to know of it, of some prompts.
-
-    Values less the output are worked out anew in each pass: they would take the memory of all query heads' values.
-    """
+    """One layer's attention of rows without a shift, as a step."""
 
     def __init__(self, attended: _Attended, view: View, dtype: torch.dtype) -> None:
-        # Of one prompt nothing else will be asked for.
-        self._attended = attended if attended.n_prompts > 1 else None
-        self._view, self._dtype = view, dtype
-        self._made = (tuple(range(attended.n_prompts)), _Weighed(attended, view, dtype))
+        self._all = tuple(range(attended.n_prompts))
+        # Of all, and of those of the last call that was of some.
+        self._weighed = {self._all: _Weighed.of(attended, view, dtype)}
 
     def __call__(self, batch: Batch, *given: Tensor | None) -> Tensor:
         """do [1, A·R, H, D] of dq [1, H, A·R, D], dk and dv [1, G, A·R, D], each None where it is zero."""
-        if self._attended is not None and batch.prompts != self._made[0]:
-            own = _Weighed(self._attended.some(batch.prompts), self._view, self._dtype)
-            self._made = (batch.prompts, own)
+        if batch.prompts not in self._weighed:
+            every = self._weighed[self._all]
+            self._weighed = {self._all: every, batch.prompts: every.some(batch.prompts, len(self._all))}
         apart = (None if d is None else self._by_heads(d, batch) for d in given)
-        found_hrd = self._made[1].difference(batch.rows, *apart)
+        found_hrd = self._weighed[batch.prompts].difference(batch.rows, *apart)
         if len(batch.prompts) == 1:
             return found_hrd[None].transpose(1, 2)
         return torch.unflatten(found_hrd, 0, (len(batch.prompts), -1)).transpose(1, 2).flatten(0, 1)[None]
@@ -177,70 +163,99 @@ class _Attention:
         return torch.unflatten(d[0], 1, (len(batch.prompts), batch.rows)).transpose(0, 1).flatten(0, 1)
 
 
+@dataclass(frozen=True)
 class _Weighed:
-    """What differences of attention need to know, of some prompts."""
+    """What differences of attention need to know, of some prompts, in the precision of differences.
 
-    def __init__(self, attended: _Attended, view: View, dtype: torch.dtype) -> None:
-        self._scaling, self._cap = view.scaling, view.softcap
-        self._g, self._n = attended.query_gnd.shape[:2]
+    p_gns: the softmax of scores; inside_gns: scores over the soft cap, in float64, None without one; p_sink_gn1: what
+    goes to the sink, None without one. Values less the output are worked out anew in each pass: they would take the
+    memory of all query heads' values.
+    """
+
+    query_gnd: Tensor
+    keys_gsd: Tensor
+    values_gsd: Tensor
+    out_gnd: Tensor
+    p_gns: Tensor
+    p_sink_gn1: Tensor | None
+    inside_gns: Tensor | None
+    scaling: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, attended: _Attended, view: View, dtype: torch.dtype) -> _Weighed:
+        """Of rows and keys in float64."""
         score_gns = attended.query_gnd @ attended.keys_gsd.mT * view.scaling
-        self._capped = None
+        inside_gns = None
         if view.softcap is not None:
-            self._capped = functions.tanh((score_gns / view.softcap)[:, :, None], dtype)
-            score_gns = torch.tanh(score_gns / view.softcap) * view.softcap
+            inside_gns = score_gns / view.softcap
+            score_gns = torch.tanh(inside_gns) * view.softcap
         if attended.is_empty_gs is not None:
             score_gns = score_gns.masked_fill(attended.is_empty_gs[:, None], float("-inf"))
-        self._p_sink = None
+        p_sink_gn1 = None
         if attended.sink_gn1 is None:
             p_gns = score_gns.softmax(-1)
         else:
             p_gns = torch.cat([score_gns, attended.sink_gn1], -1).softmax(-1)
-            self._p_sink = p_gns[..., -1:].to(dtype)
-            p_gns = p_gns[..., :-1]
+            p_sink_gn1, p_gns = p_gns[..., -1:].to(dtype), p_gns[..., :-1]
         out_gnd = p_gns @ attended.values_gsd
-        self._keys_gsd, self._values_gsd, self._query_gnd, self._p_gns, self._out_gnd = (
-            own.to(dtype) for own in (attended.keys_gsd, attended.values_gsd, attended.query_gnd, p_gns, out_gnd)
+        query, keys, values, out, p = (
+            own.to(dtype) for own in (attended.query_gnd, attended.keys_gsd, attended.values_gsd, out_gnd, p_gns)
         )
+        return cls(query, keys, values, out, p, p_sink_gn1, inside_gns, view.scaling, view.softcap)
+
+    def some(self, prompts: tuple[int, ...], n_prompts: int) -> _Weighed:
+        """Of some of the prompts."""
+        at = indices(prompts, self.p_gns.device)
+        changed: dict[str, Any] = {}
+        for name in (own.name for own in fields(self)):
+            if isinstance(x := getattr(self, name), Tensor):
+                changed[name] = torch.unflatten(x, 0, (n_prompts, -1))[at].flatten(0, 1)
+        return replace(self, **changed)
+
+    @cached_property
+    def _capped(self) -> functions.Difference | None:
+        return None if self.inside_gns is None else functions.tanh(self.inside_gns[:, :, None], self.p_gns.dtype)
 
     def difference(self, n_rows: int, d_query: Tensor | None, d_key: Tensor | None, d_value: Tensor | None) -> Tensor:
         """do [H, R, D] of dq [H, R, D], dk and dv [G, R, D], heads of all prompts, each None where it is zero."""
-        g, n = self._g, self._n
+        g, n = self.p_gns.shape[:2]
         if d_query is None and d_key is None:
             e_gnrs = None
         else:
             ds_gnrs = self._score_differences(n_rows, d_query, d_key)
-            if self._capped is not None and self._cap is not None:
-                ds_gnrs = self._capped(ds_gnrs / self._cap).mul_(self._cap)
+            if self._capped is not None and self.cap is not None:
+                ds_gnrs = self._capped(ds_gnrs / self.cap).mul_(self.cap)
             top = (ds_gnrs.amax(-1, keepdim=True) - _MOST).clamp_(min=0)
             e_gnrs = ds_gnrs.sub_(top).expm1_()
-        own = self._p_gns[:, :, None, -1:]
+        own = self.p_gns[:, :, None, -1:]
         if e_gnrs is None:
             assert d_value is not None
             return (own * d_value.unsqueeze(1)).reshape(g * n, n_rows, -1)
         s = e_gnrs.shape[-1]
         # [G, N, S, D+1]: each value less the output, times its p; and p itself, for m.
-        weighted = self._p_gns[..., None] * (self._values_gsd[:, None] - self._out_gnd[:, :, None])
-        weighted = torch.cat([weighted, self._p_gns[..., None]], -1)
+        weighted = self.p_gns[..., None] * (self.values_gsd[:, None] - self.out_gnd[:, :, None])
+        weighted = torch.cat([weighted, self.p_gns[..., None]], -1)
         found = torch.bmm(e_gnrs.reshape(g * n, n_rows, s), weighted.view(g * n, s, -1)).view(g, n, n_rows, -1)
         above, total = found[..., :-1], 1 + found[..., -1:]
-        if self._p_sink is not None:
-            total = total + self._p_sink[:, :, None] * torch.expm1(-top)
-            above = above - (self._p_sink[:, :, None] * torch.expm1(-top)) * self._out_gnd[:, :, None]
+        if self.p_sink_gn1 is not None:
+            total = total + self.p_sink_gn1[:, :, None] * torch.expm1(-top)
+            above = above - (self.p_sink_gn1[:, :, None] * torch.expm1(-top)) * self.out_gnd[:, :, None]
         if d_value is not None:
             above = above + own * (1 + e_gnrs[..., -1:]) * d_value.unsqueeze(1)
         return (above / total).view(g * n, n_rows, -1)
 
     def _score_differences(self, n_rows: int, d_query: Tensor | None, d_key: Tensor | None) -> Tensor:
         """ds [G, N, R, S], before a soft cap."""
-        g, n = self._g, self._n
-        query_gn1d = self._query_gnd[:, :, None]
+        g, n = self.p_gns.shape[:2]
+        query_gn1d = self.query_gnd[:, :, None]
         if d_query is None:
-            ds_gnrs = self._keys_gsd.new_zeros(g, n, n_rows, self._p_gns.shape[-1])
+            ds_gnrs = self.keys_gsd.new_zeros(g, n, n_rows, self.p_gns.shape[-1])
         else:
-            keys_gds = (self._keys_gsd * self._scaling).mT
+            keys_gds = (self.keys_gsd * self.scaling).mT
             ds_gxs = torch.bmm(d_query.reshape(g, n * n_rows, -1), keys_gds)
             ds_gnrs = ds_gxs.view(g, n, n_rows, -1)
         if d_key is not None:
             after = query_gn1d if d_query is None else query_gn1d + d_query.view(g, n, n_rows, -1)
-            ds_gnrs[..., -1] += (after * d_key.unsqueeze(1)).sum(-1) * self._scaling
+            ds_gnrs[..., -1] += (after * d_key.unsqueeze(1)).sum(-1) * self.scaling
         return ds_gnrs

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neg_service.models.batches import return_cached_memory
 from neg_service.models.engines.base import Engine, Ids, MismatchError
 from neg_service.models.engines.comparisons import check_ids, short_limits
 from neg_service.models.engines.difference_program import Shifts
@@ -27,6 +28,8 @@ DIFFERENCES_TOLERANCE = 1e-6
 # How far neurons move, in turns; beyond the first of them functions are no longer straight.
 _SIZES = (1.0, 0.03, 0.3)
 _ROWS_A_SITE = 2
+# What passes that are not made for several prompts may raise.
+_MAY_FAIL = (RuntimeError, MemoryError, ValueError, TypeError, LookupError, AttributeError)
 # By so many tokens is the second prompt shorter.
 _SHORTER = 3
 # Of the largest logit: smaller differences have no digits left in the rows that they are compared with.
@@ -54,10 +57,12 @@ def compared(engine: Engine, rows_of: Engine) -> Compared:
     prompts = (ids, ids[:-_SHORTER])
 
     def deviation(prompts: Sequence[Ids]) -> float:
-        with in_precision(model.module, model.feed_forward.layers, torch.float64), short_limits(model):
-            found = deviation_of_rows(engine, rows_of, prompts, ids[: len(ids) // 2], points)
-        engine.forget()
-        rows_of.forget()
+        try:
+            with in_precision(model.module, model.feed_forward.layers, torch.float64), short_limits(model):
+                found = deviation_of_rows(engine, rows_of, prompts, ids[: len(ids) // 2], points)
+        finally:
+            engine.forget()
+            rows_of.forget()
         if not found <= DIFFERENCES_TOLERANCE:
             raise MismatchError(
                 f"differences are {found:.1e} off those of {rows_of.name} in float64, at most "
@@ -69,8 +74,9 @@ def compared(engine: Engine, rows_of: Engine) -> Compared:
         return Compared(
             deviation(prompts), True, f"{rows} of each of two prompts together against {rows_of.name}, in float64"
         )
-    except MismatchError:
-        # One by one, prompts may be right all the same.
+    except (MismatchError, *_MAY_FAIL):
+        # One by one, prompts may be right all the same, and fit.
+        return_cached_memory()
         return Compared(deviation(prompts[:1]), False, f"{rows} against those of {rows_of.name}, in float64")
 
 

@@ -171,12 +171,14 @@ class Trace:
         return self.step(_OfPrompts(what, make, rows, axis, self.prompts), *given)
 
     def finish(self, output: int | None) -> Program:
-        """The program, whose steps know the trace: without letting go of it, both would be garbage for a long while."""
-        program = self.program
-        program.finish(output)
+        """The program."""
+        self.program.finish(output)
+        return self.program
+
+    def let_go(self) -> None:
+        """Know no longer of the program, whose steps know the trace: together they would be garbage for long."""
         del self.program
         self._narrowed.clear()
-        return program
 
     def axis(self, shape: Sequence[int]) -> int | None:
         """Which axis is the rows; None where these share one with something else."""
@@ -269,8 +271,10 @@ class _OfPrompts:
     def __init__(self, what: str, make: Callable[..., Any], rows: Sequence[Tensor], axis: int, n_prompts: int) -> None:
         self._make, self._axis = make, axis
         self._rows = [row.unsqueeze(row.ndim + axis + 1) if row.ndim >= -axis else row for row in rows]
-        self._made: tuple[tuple[int, ...], Any] = (tuple(range(n_prompts)), make(*self._rows))
-        if self._made[1] is None:
+        self._all = tuple(range(n_prompts))
+        # Of all, and of those of the last call that was of some.
+        self._made: dict[tuple[int, ...], Any] = {self._all: make(*self._rows)}
+        if self._made[self._all] is None:
             raise no_rule(what)
 
     def __call__(self, batch: Batch, *given: Tensor | None) -> Tensor:
@@ -280,10 +284,11 @@ class _OfPrompts:
         return found.flatten(axis - 1, axis)
 
     def _of(self, prompts: tuple[int, ...]) -> Any:
-        """What was made of the rows of some prompts, those of the last call at hand."""
-        if self._made[0] != prompts:
-            self._made = (prompts, self._make(*(self._some(row, prompts) for row in self._rows)))
-        return self._made[1]
+        """What was made of the rows of some prompts."""
+        if prompts not in self._made:
+            made = self._make(*(self._some(row, prompts) for row in self._rows))
+            self._made = {self._all: self._made[self._all], prompts: made}
+        return self._made[prompts]
 
     def _some(self, row: Tensor, prompts: tuple[int, ...]) -> Tensor:
         axis = self._axis - 1

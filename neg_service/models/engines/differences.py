@@ -73,6 +73,13 @@ class DifferencesEngine(SharedPrefixEngine):
             known = self._precise_prefixes.of(shared, lambda ids: run_shared_prefix(self.model, ids))
             return self._traced(run_prefix(self.model, prompts, known), points, torch.float32)
 
+    def differences_bytes(self, n_tokens: int, shared: int) -> int:
+        """See `Engine`: its prefix runs in float64; keys and values, those that are shared too, are each prompt's own;
+        and of its row is kept what a graph would keep, in float64 and in the precision of differences."""
+        model, row = self.model, self.row_sizes(n_tokens)
+        frozen = model.frozen_bytes(n_tokens - shared, n_tokens) + model.frozen_bytes(n_tokens, 1)
+        return 2 * frozen + 3 * (row.graph + row.run)
+
     def _traced(self, prefix: FrozenPrefix, points: Mapping[Site, Point], dtype: torch.dtype) -> Differences:
         module, head = self.model.module, self.model.module.get_output_embeddings()
         n_prompts, n_shared = len(prefix.last_ids), len(prefix.shared.ids)
@@ -98,12 +105,13 @@ class DifferencesEngine(SharedPrefixEngine):
                 running(module, TracedPass(trace, prefix)),
             ):
                 logits = module(**packed(module, ids, positions)).logits
+            if len(ends) != 1 or isinstance(logits, Traced) or logits.numel() != outputs[0].numel():
+                raise MismatchError("its vocabulary head is no module that reads the hidden states once")
+            program = trace.finish(ends[0])
         finally:
+            trace.let_go()
             for handle in handles:
                 handle.remove()
-        if len(ends) != 1 or isinstance(logits, Traced) or logits.numel() != outputs[0].numel():
-            raise MismatchError("its vocabulary head is no module that reads the hidden states once")
-        program = trace.finish(ends[0])
         sites = program.sites
         if sites.keys() != points.keys():
             raise MismatchError("its neurons do not pass by in a pass of differences")

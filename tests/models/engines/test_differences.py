@@ -197,18 +197,25 @@ def test_some_of_the_prompts_that_run_together_have_what_they_have_alone() -> No
             torch.testing.assert_close(together[place], alone.run(4, shifts)[0], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("wrong", ["nothing", "refused", "off"])
+@pytest.mark.parametrize("wrong", ["nothing", "refused", "off", "broken", "no room"])
 def test_what_several_prompts_have_wrong_is_found_and_each_runs_alone(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Trace.step_of
+    errors = {
+        "refused": MismatchError("rows share an axis with something else"),
+        "broken": RuntimeError("shapes cannot be multiplied"),
+        "no room": torch.OutOfMemoryError("CUDA out of memory"),
+    }
 
     def step_of(self: Trace, what: str, make: Any, rows: Any, *given: Any) -> int | None:
         if self.prompts == 1 or wrong == "nothing":
             return right(self, what, make, rows, *given)
-        if wrong == "refused":
-            raise MismatchError("rows share an axis with something else")
-        return right(self, what, make, [1.01 * row for row in rows], *given)
+        if wrong == "off":
+            rows = [1.01 * row for row in rows]
+        else:
+            raise errors[wrong]
+        return right(self, what, make, rows, *given)
 
     monkeypatch.setattr(Trace, "step_of", step_of)
     model = tiny_model("Llama 2")
@@ -222,7 +229,7 @@ def test_what_several_prompts_have_wrong_is_found_and_each_runs_alone(
     assert [len(call.args[0]) for call in ran.call_args_list] == ([4] if wrong == "nothing" else [1] * 4)
 
 
-def test_what_was_traced_goes_as_soon_as_nobody_needs_it() -> None:
+def test_what_was_traced_goes_as_soon_as_nobody_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("Llama 2")
     engine, points = DifferencesEngine(model._loaded), model.feed_forward.sites("paper")
     gc.collect()
@@ -233,6 +240,20 @@ def test_what_was_traced_goes_as_soon_as_nobody_needs_it() -> None:
         assert all(own() is not None for own in known)
         del found
         assert all(own() is None for own in known)
+        # Also of a pass that ended on the way.
+        seen: list[weakref.ref[Any]] = []
+        right = RULES["silu"]
+
+        def breaks(trace: Trace, func: Any, args: Any, kwargs: Any) -> Any:
+            seen.append(weakref.ref(trace))
+            if len(seen) == 3:
+                raise MemoryError("no memory")
+            return right(trace, func, args, kwargs)
+
+        monkeypatch.setitem(RULES, "silu", breaks)
+        with pytest.raises(MemoryError):
+            engine.differences([IDS, IDS[:4]], (), points)
+        assert all(own() is None for own in seen)
     finally:
         gc.enable()
 
