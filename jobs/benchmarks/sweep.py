@@ -249,7 +249,7 @@ def _together(settings: Settings, model: LanguageModel) -> dict[str, Any]:
     )  # fmt: skip
     sweep, noise, readouts = Sweep(adaptive_grid()), row_noise(model, "paper"), Readouts()
     found: dict[str, Any] = {"prompts": len(prompts)}
-    for count in (1, 16):
+    for count in (1, 8):
         neurons = NeuronsConfig(choose="sample", count=count)
 
         def swept(at_once: int, neurons: NeuronsConfig = neurons) -> float:
@@ -265,7 +265,7 @@ def _together(settings: Settings, model: LanguageModel) -> dict[str, Any]:
             "one by one": partial(swept, 1),
         }
         what = f"{len(prompts)} prompts, {count} neurons a layer"
-        seconds = _take_turns(ways_of, settings.repeats, what)
+        seconds = _take_turns(ways_of, min(3, settings.repeats), what)
         found[f"{count} neurons of each layer"] = {
             **{f"{name}, a prompt": figure([1e3 * own for own in values], "ms") for name, values in seconds.items()},
             "one by one over together": ratio(seconds["one by one"], seconds["together"]),
