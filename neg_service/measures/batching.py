@@ -1,7 +1,8 @@
 """Running prompts and rows in batches that fit: as many as a budget of bytes holds, fewer when memory ends.
 
-One loop, `in_parts`, halves and recovers. Prompts go through it in groups with a shared beginning (`in_batches`), the
-rows of one prompt beside a baseline row of their own (`interventions.py`, `integrated_gradients.py`).
+One loop, `in_parts`, halves and recovers. Prompts go through it in groups with a shared beginning: rows of many
+(`in_batches`), or prompts that are prepared together and then run in batches of their own (`in_joint_parts`), whose
+rows go through it once more.
 """
 
 from __future__ import annotations

@@ -53,21 +53,11 @@ class SweepResult:
 
 
 def sweep_prompt(
-    interventions: Interventions,
-    neurons: NeuronSet,
-    sweep: Sweep,
-    budget: Budget,
-    keep_curves: bool,
-    neurgrad_km: Tensor | None = None,
-    noise: RowNoise = NO_NOISE,
-    on_done: Callable[[int], None] = lambda n: None,
-    gradient_km: Tensor | None = None,
-    output: Output | None = None,
-) -> SweepResult:
-    """Sweep neurons for all targets; see `sweep_steps`."""
-    steps = sweep_steps(
-        interventions, neurons, sweep, budget, keep_curves, neurgrad_km, noise, on_done, gradient_km, output
-    )
+    interventions: Interventions, neurons: NeuronSet, sweep: Sweep, budget: Budget, keep_curves: bool,
+    noise: RowNoise = NO_NOISE, output: Output | None = None,
+) -> SweepResult:  # fmt: skip
+    """Sweep neurons of a prompt alone; see `sweep_steps`."""
+    steps = sweep_steps(interventions, neurons, sweep, budget, keep_curves, noise=noise, output=output)
     return taken(steps, lambda moved: interventions.changes(moved, budget))
 
 
